@@ -1,0 +1,69 @@
+"""What all command lines share: option types, shown defaults, one-line errors.
+
+Use `@click.command(cls=cli.Command)` (or `cli.Group`) and raise `dnnlib.UserError`
+from anywhere below: it ends in one line on stderr and exit code 1.
+"""
+
+import os
+import sys
+
+import click
+
+from dnnlib import util
+
+
+def _rank() -> int:
+    return int(os.environ.get('RANK', 0))
+
+
+class _OneLineErrors:
+    def __init__(self, *args, **kwargs):
+        settings = dict(show_default=True, max_content_width=110, help_option_names=['-h', '--help'])
+        kwargs['context_settings'] = settings | (kwargs.get('context_settings') or {})
+        super().__init__(*args, **kwargs)
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except util.UserError as error:
+            where = f'[rank {_rank()}] ' if _rank() else ''
+            print(f'{where}Error: {error}', file=sys.stderr, flush=True)
+            # Not sys.exit: the other ranks may be waiting in a collective that would never end.
+            ctx.exit(1)
+
+
+class Command(_OneLineErrors, click.Command):
+    """click.Command that shows defaults and turns UserError into one line."""
+
+
+class Group(_OneLineErrors, click.Group):
+    """click.Group of such commands."""
+
+    command_class = Command
+
+
+class _Parsed(click.ParamType):
+    """An option type made of a function that raises ValueError with a one-line message."""
+
+    def __init__(self, name, function):
+        self.name, self.function = name, function
+
+    def convert(self, value, param, ctx):
+        if not isinstance(value, str):
+            return value
+        try:
+            return self.function(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    width, sep, height = text.lower().partition('x')
+    if not (sep and width.isdigit() and height.isdigit() and int(width) > 0 and int(height) > 0):
+        raise ValueError(f'{text!r} is not a size; write WIDTHxHEIGHT, e.g. 256x256')
+    return int(width), int(height)
+
+
+COUNT = _Parsed('count', util.parse_count)           # 4096, 64Ki, 1.5Mi
+INT_LIST = _Parsed('list', util.parse_int_list)      # 0,3,10-19
+SIZE = _Parsed('WxH', _parse_size)                   # 256x256 -> (256, 256)

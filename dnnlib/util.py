@@ -1,0 +1,105 @@
+"""Small things that every room needs: errors for users, whole-or-nothing files, counts with suffixes."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+
+
+class UserError(Exception):
+    """An error that the user can mend: one line that names the option or the file and says what to do.
+
+    Scripts print it without a traceback (see `dnnlib.cli`).
+    """
+
+
+@contextlib.contextmanager
+def atomic_path(dest: str, suffix: str = ''):
+    """Yields a temporary path beside `dest`, and renames it to `dest` once the block has succeeded.
+
+    On any exception the temporary file or folder is removed and `dest` stays as it was,
+    so no reader ever sees half of a file. Parent folders are made.
+    """
+    dest = os.path.abspath(dest)
+    folder = os.path.dirname(dest)
+    os.makedirs(folder, exist_ok=True)
+    handle, temp = tempfile.mkstemp(prefix=f'.{os.path.basename(dest)[:100]}.', suffix=suffix or '.tmp', dir=folder)
+    os.close(handle)
+    try:
+        yield temp
+        if os.path.isfile(temp):
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temp, 0o666 & ~umask)  # mkstemp makes private files
+            with open(temp, 'rb+') as f:
+                os.fsync(f.fileno())
+        elif os.path.isdir(dest) and not os.path.islink(dest):
+            shutil.rmtree(dest)
+        os.replace(temp, dest)
+    except BaseException:
+        if os.path.isdir(temp):
+            shutil.rmtree(temp, ignore_errors=True)
+        elif os.path.exists(temp):
+            os.remove(temp)
+        raise
+
+
+def write_bytes(dest: str, data: bytes):
+    """Writes a whole file at once (see `atomic_path`)."""
+    with atomic_path(dest) as temp, open(temp, 'wb') as f:
+        f.write(data)
+
+
+def write_json(dest: str, value, indent: int | None = 2):
+    """Writes `value` as a JSON file that appears only when complete."""
+    write_bytes(dest, (json.dumps(value, indent=indent) + '\n').encode())
+
+
+_SUFFIXES = {'': 1, 'k': 10**3, 'm': 10**6, 'g': 10**9, 'ki': 2**10, 'mi': 2**20, 'gi': 2**30}
+
+
+def parse_count(text) -> int:
+    """'64Ki' -> 65536. Suffixes Ki, Mi, Gi are powers of two, k, M, G powers of ten; fractions such as 1.5Mi are fine.
+
+    Raises ValueError for anything else, negative numbers and counts that are not whole.
+    """
+    match = re.fullmatch(r'([0-9]*\.?[0-9]+(?:e[0-9]+)?)(|[kmg]i?)b?', str(text).strip().lower())
+    if match is None:
+        raise ValueError(f'{text!r} is not a count; write e.g. 4096, 64Ki, 1.5Mi or 2Gi')
+    value = float(match[1]) * _SUFFIXES[match[2]]
+    if value != int(value):
+        raise ValueError(f'{text!r} is not a whole number')
+    return int(value)
+
+
+def format_count(count: int) -> str:
+    """65536 -> '64Ki': the largest binary suffix that divides the count."""
+    for suffix, factor in (('Gi', 2**30), ('Mi', 2**20), ('Ki', 2**10)):
+        if count and count % factor == 0:
+            return f'{count // factor}{suffix}'
+    return str(count)
+
+
+def parse_int_list(text) -> list[int]:
+    """'1,2,5-8' -> [1, 2, 5, 6, 7, 8]. Raises ValueError with one line for anything else."""
+    result = []
+    for part in str(text).split(','):
+        match = re.fullmatch(r'\s*(\d+)\s*(?:-\s*(\d+)\s*)?', part)
+        if match is None or (match[2] and int(match[2]) < int(match[1])):
+            raise ValueError(f'{text!r} is not a list of numbers; write e.g. 0,3,10-19')
+        result.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return result
+
+
+def format_time(seconds: float) -> str:
+    """Seconds as e.g. '12s', '3m 05s', '2h 07m' or '4d 11h'."""
+    s = round(seconds)
+    if s < 60:
+        return f'{s}s'
+    if s < 3600:
+        return f'{s // 60}m {s % 60:02d}s'
+    if s < 86400:
+        return f'{s // 3600}h {s // 60 % 60:02d}m'
+    return f'{s // 86400}d {s // 3600 % 24:02d}h'

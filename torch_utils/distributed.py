@@ -1,0 +1,135 @@
+"""Processes: the same script runs alone, under torchrun, or under any MPI or SLURM launcher.
+
+Rank and world size come from the environment of the launcher; no MPI library is needed.
+"""
+
+import contextlib
+import datetime
+import os
+import socket
+
+import torch
+import torch.distributed
+
+# (rank, world size, local rank) as the launchers name them: torchrun, Open MPI, MPICH/Intel MPI, SLURM.
+_LAUNCHERS = [
+    ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
+    ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'),
+    ('PMI_RANK', 'PMI_SIZE', 'MPI_LOCALRANKID'),
+    ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
+]
+
+_host_group = None  # gloo group for agreements between hosts that must not touch the GPU
+
+
+def init():
+    """Joins the process group of the launcher, or sets up a world of one. Calling it again does nothing."""
+    global _host_group
+    if torch.distributed.is_initialized():
+        return
+    for rank_name, size_name, local_name in _LAUNCHERS:
+        # A SLURM allocation sets SLURM_* for plain `python` too: only `srun` starts several tasks of one step.
+        if rank_name == 'SLURM_PROCID' and 'SLURM_STEP_ID' not in os.environ:
+            continue
+        if rank_name in os.environ and size_name in os.environ:
+            rank, size = os.environ[rank_name], os.environ[size_name]
+            local = os.environ.get(local_name, rank)
+            os.environ.update(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=local)
+            break
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1:
+        os.environ.update(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0')
+    else:
+        os.environ.setdefault('MASTER_ADDR', _master_addr())
+        os.environ.setdefault('MASTER_PORT', str(29500 + int(os.environ.get('SLURM_JOB_ID', 0)) % 10000))
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ['LOCAL_RANK']) % torch.cuda.device_count())
+        torch.distributed.init_process_group(
+            'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo', timeout=datetime.timedelta(hours=2))
+        _host_group = torch.distributed.new_group(backend='gloo')
+
+
+def _master_addr() -> str:
+    nodes = os.environ.get('SLURM_JOB_NODELIST', '')
+    if not nodes:
+        return '127.0.0.1'
+    head = nodes.split(',')[0]                     # 'node[03-07,09]' -> 'node03'
+    if '[' in head:
+        prefix, _, ranges = head.partition('[')
+        head = prefix + ranges.split('-')[0].rstrip(']')
+    return socket.gethostbyname(head)
+
+
+def get_rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def get_world_size() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def get_device() -> torch.device:
+    """This process's GPU, else the CPU."""
+    return torch.device('cuda', torch.cuda.current_device()) if torch.cuda.is_available() else torch.device('cpu')
+
+
+def print0(*args, **kwargs):
+    """Prints on the first process only."""
+    if get_rank() == 0:
+        print(*args, **kwargs, flush=True)
+
+
+def barrier():
+    """Waits until every process has come here (on the host; the GPU is not involved)."""
+    if get_world_size() > 1:
+        torch.distributed.barrier(group=_host_group)
+
+
+def any_rank(flag: bool) -> bool:
+    """True on every process if `flag` is true on any. Hosts agree among themselves, the GPU is not synchronised."""
+    if get_world_size() == 1:
+        return flag
+    value = torch.tensor(int(flag))
+    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX, group=_host_group)
+    return bool(value)
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum of the tensor over all processes (in place); the tensor itself in a world of one."""
+    if get_world_size() > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def gather_objects(value) -> list:
+    """The value of every process, in rank order, on every process. Plain containers and tensors of our own making."""
+    if get_world_size() == 1:
+        return [value]
+    values = [None] * get_world_size()
+    torch.distributed.all_gather_object(values, value, group=_host_group)
+    return values
+
+
+def broadcast_object(value):
+    """The value of rank 0 on every process."""
+    box = [value]
+    if get_world_size() > 1:
+        torch.distributed.broadcast_object_list(box, src=0, group=_host_group)
+    return box[0]
+
+
+@contextlib.contextmanager
+def rank0_first():
+    """Rank 0 runs the block before the others do: for downloads and caches that the others then find."""
+    if get_rank() != 0:
+        barrier()
+    yield
+    if get_rank() == 0:
+        barrier()
+
+
+def shutdown():
+    """Leaves the process group."""
+    global _host_group
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        _host_group = None

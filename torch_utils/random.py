@@ -1,0 +1,91 @@
+"""Random numbers that depend on what they are for, never on how the work is split.
+
+Both classes draw `[N, ...]` arrays whose row i depends on its own seed alone, and both know
+`randn`, `rand`, `randint` and `randn_like`, so samplers and objectives take either.
+"""
+
+import torch
+
+
+def tuple_seed(*values: int) -> int:
+    """Seed in [0, 2^31) for a tuple of integers: CPython's tuple hash (the same since 3.8), as EDM2 uses it."""
+    return hash(tuple(values)) % (1 << 31)
+
+
+class _Stack:
+    """Rows of several generators, drawn in whole blocks of `self.block` rows and cut to [first, first + count)."""
+
+    def _draw(self, function, size, dim, device, **kwargs):
+        size = list(size)
+        if size[dim] != self.count:
+            raise ValueError(f'drawing {size} along axis {dim} for a batch of {self.count}')
+        size[dim] = self.block
+        rows = [function(size, generator=g, device=g.device, **kwargs) for g in self.generators]
+        out = torch.cat(rows, dim=dim) if len(rows) > 1 else rows[0]
+        if out.shape[dim] != self.count:
+            out = out.narrow(dim, self.first, self.count)
+        return out.to(device) if device is not None else out
+
+    def randn(self, size, dim=0, device=None, dtype=torch.float32):
+        """Standard normal numbers of shape `size`; `size[dim]` is the batch."""
+        return self._draw(torch.randn, size, dim, device or self.device, dtype=dtype)
+
+    def rand(self, size, dim=0, device=None, dtype=torch.float32):
+        """Uniform numbers in [0, 1)."""
+        return self._draw(torch.rand, size, dim, device or self.device, dtype=dtype)
+
+    def randint(self, high, size, dim=0, device=None):
+        """Whole numbers in 0..high-1 (int64)."""
+        def function(shape, generator, device):
+            return torch.randint(high, shape, generator=generator, device=device)
+        return self._draw(function, size, dim, device or self.device)
+
+    def randn_like(self, x):
+        return self.randn(x.shape, device=x.device, dtype=x.dtype)
+
+
+class StackedRandomGenerator(_Stack):
+    """One CPU generator for each sample, seeded with `seed mod 2^32`: image i depends on seeds[i] alone.
+
+    Numbers are drawn on the CPU, where torch's stream is the same on every machine, and moved to `device`.
+    """
+
+    def __init__(self, device, seeds):
+        self.device = torch.device(device)
+        self.generators = [torch.Generator('cpu').manual_seed(int(seed) % (1 << 32)) for seed in seeds]
+        self.block, self.first, self.count = 1, 0, len(self.generators)
+
+
+class BlockRandomGenerator(_Stack):
+    """Random numbers of training images `start .. start + count - 1` of an endless stream, drawn on `device`.
+
+    The stream is cut into blocks of `block` images with one generator each, seeded by (seed, block index); a
+    process draws the blocks that its images touch. So the numbers of an image depend on `seed` and on its position
+    in the stream alone: not on the number of processes, the batch, or the micro-batch.
+    """
+
+    def __init__(self, device, seed: int, start: int, count: int, block: int = 32):
+        self.device = torch.device(device)
+        first, last = start // block, (start + count - 1) // block
+        self.generators = [
+            torch.Generator(self.device).manual_seed(tuple_seed(seed, index)) for index in range(first, last + 1)]
+        self.block, self.first, self.count = block, start - first * block, count
+
+
+class GlobalRandom:
+    """The same methods over torch's global generator: what the reference implementations use."""
+
+    def __init__(self, device='cpu'):
+        self.device = torch.device(device)
+
+    def randn(self, size, dim=0, device=None, dtype=torch.float32):
+        return torch.randn(list(size), device=device or self.device, dtype=dtype)
+
+    def rand(self, size, dim=0, device=None, dtype=torch.float32):
+        return torch.rand(list(size), device=device or self.device, dtype=dtype)
+
+    def randint(self, high, size, dim=0, device=None):
+        return torch.randint(high, list(size), device=device or self.device)
+
+    def randn_like(self, x):
+        return self.randn(x.shape, device=x.device, dtype=x.dtype)
