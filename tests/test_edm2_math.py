@@ -1,0 +1,165 @@
+"""The mathematics of the EDM2 recipe against the golden numbers: random streams, sampler, power-function EMA."""
+
+import math
+
+import fill
+import golden_cases
+import numpy as np
+import pytest
+import torch
+
+from torch_utils.random import BlockRandomGenerator, StackedRandomGenerator
+from training import ema, phema
+from training.diffusion.samplers import edm2_sampler, edm_sigmas
+
+# --- Random numbers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('case', golden_cases.cases('math', 'stacked_random_generator*'), ids=str)
+def test_stacked_random_generator(case):
+    seeds, shape, a = case.json['arguments']['seeds'], case.json['arguments']['shape'], case.arrays
+    n = len(seeds)
+    g = StackedRandomGenerator('cpu', seeds)
+    np.testing.assert_allclose(g.randn(shape), a['noise'], rtol=1e-6)
+    np.testing.assert_array_equal(g.randint(1000, [n]), a['labels_1000'])
+    np.testing.assert_allclose(g.randn(shape, dtype=torch.float64), a['randn_like_after'], rtol=1e-6)
+    np.testing.assert_array_equal(g.randint(10, [n, 4]), a['randint_10_4'])
+    g = StackedRandomGenerator('cpu', seeds)
+    np.testing.assert_allclose(g.randn([n, 5]), a['randn_single_per_seed'], rtol=1e-6)
+    np.testing.assert_array_equal(g.randint(10, [n]), a['then_randint_10'])
+    np.testing.assert_allclose(g.randn([n, 20], dtype=torch.float64), a['then_randn64_20'], rtol=1e-6)
+    g = StackedRandomGenerator('cpu', seeds)
+    np.testing.assert_allclose(g.randn([n, 5], dtype=torch.float64), a['first_randn64_5'], rtol=1e-6)
+    g = StackedRandomGenerator('cpu', seeds)
+    np.testing.assert_array_equal(g.randint(1000, [n, 3]), a['first_randint_1000_3'])
+
+
+def test_seeds_are_taken_modulo_2_to_the_32():
+    assert torch.equal(StackedRandomGenerator('cpu', [4294967298]).randn([1, 8]),
+                       StackedRandomGenerator('cpu', [2]).randn([1, 8]))
+
+
+@pytest.mark.parametrize('parts', [[(0, 100)], [(0, 50), (50, 50)], [(0, 7), (7, 64), (71, 29)]])
+def test_block_random_numbers_do_not_depend_on_the_split(parts):
+    def draw(start, count):
+        g = BlockRandomGenerator('cpu', seed=5, start=1000 + start, count=count)
+        return [g.randn([count, 1, 1, 1]), g.rand([2, count], dim=1).T, g.randint(4, [count]), g.randn([count, 3, 4])]
+
+    whole = draw(0, 100)
+    pieces = [torch.cat(p) for p in zip(*[draw(*part) for part in parts], strict=True)]
+    for a, b in zip(whole, pieces, strict=True):
+        assert torch.equal(a, b)
+    assert len(whole[0].unique()) == 100
+
+
+# --- Sampler ----------------------------------------------------------------------------------------------------------
+
+
+def _gaussian_denoiser(mu, s, counter):
+    def denoise(x, t, labels=None):
+        counter.append(1)
+        mean = mu.to(x.dtype) if labels is None else mu.to(x.dtype) * labels.to(x.dtype)[:, None, None, None]
+        return (s**2 * x + t**2 * mean) / (s**2 + t**2)
+    return denoise
+
+
+@pytest.mark.parametrize('case, name', golden_cases.variants('math', 'edm2_sampler*', lambda c: c.json['variants']),
+                         ids=golden_cases.ids)
+def test_edm2_sampler(case, name):
+    variant = case.json['variants'][name]
+    args = dict(variant['args'])
+    dtype = getattr(torch, args.pop('dtype'))
+    noise = case.tensor('noise')
+    seeds = [0, 1, 5, 1234567]
+    random = StackedRandomGenerator('cpu', seeds)
+    np.testing.assert_allclose(random.randn(noise.shape), noise, rtol=1e-6)
+    random.randint(1000, [len(noise)])
+    calls, guide_calls = [], []
+    net = _gaussian_denoiser(case.tensor('mu'), 0.5, calls)
+    guide = _gaussian_denoiser(case.tensor('gmu'), 0.8, guide_calls)
+    labels = case.tensor('label_scale') if name.startswith('labelled') else None
+    out = edm2_sampler(net, noise, labels=labels, guide=guide, dtype=dtype, random=random, **args)
+    assert (len(calls), len(guide_calls)) == (variant['net_calls'], variant['gnet_calls'])
+    assert out.dtype == dtype
+    if dtype == torch.float64:
+        np.testing.assert_allclose(out, case.arrays[name], rtol=1e-9, atol=1e-12)
+    else:
+        np.testing.assert_allclose(out, case.arrays[name], rtol=0, atol=2e-5 * 0.5)
+
+
+@pytest.mark.parametrize('case', golden_cases.cases('math', 'edm2_sampler*'), ids=str)
+def test_time_grid(case):
+    expected = case.arrays['t_steps']
+    np.testing.assert_allclose(edm_sigmas(len(expected) - 1, 0.002, 80, 7, torch.float64), expected[:-1], rtol=1e-12)
+
+
+# --- Power-function EMA -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('case', golden_cases.cases('math', 'phema_functions*'), ids=str)
+def test_power_function_formulas(case):
+    a = case.arrays
+    np.testing.assert_allclose(phema.std_to_exp(a['stds']), a['std_to_exp'], rtol=1e-8)
+    np.testing.assert_allclose(phema.exp_to_std(a['exps']), a['exp_to_std'], rtol=1e-8)
+    delta = case.json['arguments']['beta_t_delta']
+    beta = phema.power_function_beta(a['stds'][:, None], a['beta_t_next'][None, :], delta)
+    np.testing.assert_allclose(beta, a['beta'], rtol=1e-8, atol=1e-15)
+    corr = phema.power_function_correlation(a['corr_a_ofs'], a['corr_a_std'], a['corr_b_ofs'], a['corr_b_std'])
+    np.testing.assert_allclose(corr, a['corr'], rtol=1e-8)
+    np.testing.assert_allclose(phema.power_function_response(a['response_ofs'], _response_std(case), len(a['response'])),
+                               a['response'], rtol=1e-8)
+    index = 1
+    while f'coef{index}' in a:
+        inputs = [a[f'coef{index}_{key}'] for key in ('in_ofs', 'in_std', 'out_ofs', 'out_std')]
+        np.testing.assert_allclose(phema.solve_coefficients(*inputs), a[f'coef{index}'], rtol=1e-5)
+        index += 1
+    assert index > 1
+
+
+def _response_std(case):
+    """The widths of the stored profiles are not in the file: recover each exponent from two of its samples."""
+    stds = []
+    for ofs, r in zip(case.arrays['response_ofs'], case.arrays['response'].T, strict=True):
+        last = int(ofs)
+        assert r[last // 2] > 0
+        stds.append(phema.exp_to_std(math.log(r[last] / r[last // 2]) / math.log(last / (last // 2))))
+    return stds
+
+
+class _Walk(torch.nn.Module):
+    def __init__(self, w):
+        super().__init__()
+        self.w = torch.nn.Parameter(w.clone())
+
+
+@pytest.mark.parametrize('dtype', ['f32', 'f64'])
+@pytest.mark.parametrize('case', golden_cases.cases('math', 'phema_reconstruction*'), ids=str)
+def test_reconstruction_of_a_random_walk(case, dtype):
+    a, torch_dtype = case.arrays, {'f32': torch.float32, 'f64': torch.float64}[dtype]
+    tolerance = dict(rtol=1e-6) if dtype == 'f64' else dict(rtol=0, atol=1e-4)
+    steps = torch.from_numpy(np.float32(0.1) * fill.array('m3.steps', [512, 16])).to(torch_dtype)
+    net = _Walk(torch.from_numpy(fill.array('m3.w0', [16])).to(torch_dtype))
+    stds = [*case.json['inputs']['tracked_stds'], *a['out_std']]
+    tracked = ema.PowerFunctionEMA(net, stds)
+    old = case.json['inputs']['traditional_ema']
+    traditional = ema.TraditionalEMA(net, ema.half_life_beta(old['halflife_Mimg'], old['rampup_ratio']))
+    snapshots = []
+    for i, step in enumerate(steps):
+        with torch.no_grad():
+            net.w += step
+        tracked.update(net, i * 128, 128)
+        traditional.update(net, i * 128, 128)
+        if (i + 1) % 64 == 0:
+            snapshots += [{'w': average.w.clone()} for average in tracked.emas[:2]]
+    np.testing.assert_allclose(net.w.detach(), a[f'final_w_{dtype}'], **tolerance)
+    np.testing.assert_allclose(torch.stack([s['w'] for s in snapshots]), a[f'snapshots_{dtype}'], **tolerance)
+    np.testing.assert_allclose(torch.stack([e.w for e in tracked.emas[2:]]), a[f'directly_tracked_{dtype}'], **tolerance)
+    np.testing.assert_allclose(traditional.ema.w, a[f'traditional_ema_{dtype}'], **tolerance)
+
+    coefficients = phema.solve_coefficients(a['snapshot_nimg'], a['snapshot_std'], case.json['output_nimg'], a['out_std'])
+    np.testing.assert_allclose(coefficients, a['coefficients'], rtol=1e-5, atol=1e-9)
+    combined = np.stack([c['w'] for c in phema.combine(snapshots, coefficients, {'w'})])
+    np.testing.assert_allclose(combined, a[f'reconstructed_{dtype}'], rtol=0, atol=1e-4 if dtype == 'f32' else 2e-6)
+    halves = [{'w': s['w'].half()} for s in snapshots]
+    combined = np.stack([c['w'] for c in phema.combine(halves, coefficients, {'w'})])
+    np.testing.assert_allclose(combined, a[f'reconstructed_from_fp16_snapshots_{dtype}'], rtol=0, atol=1e-4)

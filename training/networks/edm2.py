@@ -1,0 +1,268 @@
+"""EDM2 networks (arXiv 2312.02696): a U-Net in which activations, weights and updates keep their magnitude.
+
+Shapes: images [N, C, H, W], noise levels sigma [N] or scalar, class labels [N, label_dim] (one-hot, or zeros for "no
+label"). Equation numbers are those of the paper. State names and shapes are those of the published snapshots.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+HALF_TYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Type of the activations on `device`: float16 is for GPUs only, the CPU computes such networks in float32."""
+    if precision == 'fp16' and device.type != 'cuda':
+        return torch.float32
+    return HALF_TYPES[precision]
+
+
+def normalize(x, dim=None, eps=1e-4):
+    """x / (eps + RMS of x over `dim`), by default over all but the first axis (Eq. 47). The RMS is in float32."""
+    if dim is None:
+        dim = list(range(1, x.ndim))
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
+    rms = norm * math.sqrt(norm.numel() / x.numel())
+    return x / (rms + eps).to(x.dtype)
+
+
+def mp_silu(x):
+    """SiLU scaled to keep unit magnitude (Eq. 81)."""
+    return F.silu(x) / 0.596
+
+
+def mp_sum(a, b, t=0.5):
+    """Weighted sum of unit-magnitude tensors that keeps their magnitude (Eq. 88)."""
+    return a.lerp(b, t) / math.sqrt((1 - t) ** 2 + t**2)
+
+
+def mp_cat(a, b, t=0.5):
+    """Concatenation over channels in which `b` contributes the share `t` (Eq. 103)."""
+    Na, Nb = a.shape[1], b.shape[1]
+    scale = math.sqrt((Na + Nb) / ((1 - t) ** 2 + t**2))
+    return torch.cat([a * (scale * (1 - t) / math.sqrt(Na)), b * (scale * t / math.sqrt(Nb))], dim=1)
+
+
+class Resample(torch.nn.Module):
+    """Resolution times 1 (`keep`), 1/2 (`down`) or 2 (`up`) with a separable low-pass filter of even length."""
+
+    def __init__(self, mode: str, taps):
+        super().__init__()
+        taps = np.float32(taps)
+        if taps.ndim != 1 or len(taps) % 2:
+            raise ValueError(f'resample_filter must be a list of even length, not {taps.tolist()}')
+        taps = taps / taps.sum()
+        self.mode, self.box, self.pad = mode, taps.tolist() == [0.5, 0.5], (len(taps) - 1) // 2
+        self.kernel = np.outer(taps, taps)[None, None]
+
+    def forward(self, x):
+        if self.mode == 'keep':
+            return x
+        if self.box:  # the default filter: 2x2 mean, and nearest neighbour
+            return F.avg_pool2d(x, 2) if self.mode == 'down' else F.interpolate(x, scale_factor=2, mode='nearest')
+        C = x.shape[1]
+        kernel = torch.as_tensor(self.kernel, dtype=x.dtype, device=x.device).expand(C, 1, -1, -1)
+        if self.mode == 'down':
+            return F.conv2d(x, kernel, groups=C, stride=2, padding=self.pad)
+        return F.conv_transpose2d(x, kernel * 4, groups=C, stride=2, padding=self.pad)
+
+
+class MPFourier(torch.nn.Module):
+    """Random Fourier features of unit magnitude, [N] -> [N, K] (Eq. 75). `freqs` include the factor 2 pi."""
+
+    def __init__(self, num_channels: int):
+        super().__init__()
+        self.register_buffer('freqs', 2 * math.pi * torch.randn(num_channels))
+        self.register_buffer('phases', 2 * math.pi * torch.rand(num_channels))
+
+    def forward(self, x):
+        return math.sqrt(2) * torch.cos(x.float().outer(self.freqs.float()) + self.phases.float())
+
+
+class MPConv(torch.nn.Module):
+    """Convolution (`kernel=[k, k]`) or linear layer (`kernel=[]`) with normalised weights (Eq. 47, 66).
+
+    In training the stored weight is itself kept normalised: every forward pass rewrites it first.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
+
+    def forward(self, x, gain=1):
+        weight = self.weight.float()
+        if self.training:
+            with torch.no_grad():
+                self.weight.copy_(normalize(weight))  # forced weight normalisation
+            weight = self.weight.float()
+        weight = normalize(weight) * (gain / math.sqrt(weight[0].numel()))
+        weight = weight.to(x.dtype)
+        if weight.ndim == 2:
+            return x @ weight.t()
+        return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+
+
+class Block(torch.nn.Module):
+    """One encoder or decoder block: resampling, residual branch modulated by the embedding, attention."""
+
+    def __init__(self, in_channels, out_channels, emb_channels, flavor='enc', resample_mode='keep',
+                 resample_filter=(1, 1), attention=False, channels_per_head=64, dropout=0, res_balance=0.3,
+                 attn_balance=0.3, clip_act=256):
+        super().__init__()
+        self.flavor, self.dropout = flavor, dropout
+        self.res_balance, self.attn_balance, self.clip_act = res_balance, attn_balance, clip_act
+        self.num_heads = out_channels // channels_per_head if attention else 0
+        self.resample = Resample(resample_mode, resample_filter)
+        self.emb_gain = torch.nn.Parameter(torch.zeros([]))
+        self.conv_res0 = MPConv(out_channels if flavor == 'enc' else in_channels, out_channels, [3, 3])
+        self.emb_linear = MPConv(emb_channels, out_channels, [])
+        self.conv_res1 = MPConv(out_channels, out_channels, [3, 3])
+        self.conv_skip = MPConv(in_channels, out_channels, [1, 1]) if in_channels != out_channels else None
+        self.attn_qkv = MPConv(out_channels, out_channels * 3, [1, 1]) if self.num_heads else None
+        self.attn_proj = MPConv(out_channels, out_channels, [1, 1]) if self.num_heads else None
+
+    def forward(self, x, emb):
+        x = self.resample(x)
+        if self.flavor == 'enc':
+            if self.conv_skip is not None:
+                x = self.conv_skip(x)
+            x = normalize(x, dim=1)  # pixel norm
+
+        y = self.conv_res0(mp_silu(x))
+        c = self.emb_linear(emb, gain=self.emb_gain) + 1
+        y = mp_silu(y * c[:, :, None, None].to(y.dtype))
+        if self.training and self.dropout:
+            y = F.dropout(y, p=self.dropout)
+        y = self.conv_res1(y)
+
+        if self.flavor == 'dec' and self.conv_skip is not None:
+            x = self.conv_skip(x)
+        x = mp_sum(x, y, self.res_balance)
+        if self.num_heads:
+            x = mp_sum(x, self.attn_proj(self._attention(x)), self.attn_balance)
+        if self.clip_act is not None:
+            x = x.clamp(-self.clip_act, self.clip_act)
+        return x
+
+    def _attention(self, x_NCHW):
+        """Cosine attention: q, k and v are normalised over the channels of a head (Eq. 82)."""
+        N, C, H, W = x_NCHW.shape
+        qkv = self.attn_qkv(x_NCHW).reshape(N, self.num_heads, C // self.num_heads, 3, H * W)
+        q, k, v = normalize(qkv, dim=2).permute(3, 0, 1, 4, 2).unbind(0)  # each [N, heads, HW, C / heads]
+        y = F.scaled_dot_product_attention(q, k, v)
+        return y.transpose(2, 3).reshape(N, C, H, W)
+
+
+class UNet(torch.nn.Module):
+    """The U-Net of EDM2: encoder, decoder with every encoder output as a skip, noise and class embedding."""
+
+    def __init__(self, img_resolution, img_channels, label_dim, model_channels=192, channel_mult=(1, 2, 3, 4),
+                 channel_mult_noise=None, channel_mult_emb=None, num_blocks=3, attn_resolutions=(16, 8),
+                 label_balance=0.5, concat_balance=0.5, **block_kwargs):
+        super().__init__()
+        cblock = [model_channels * m for m in channel_mult]
+        cnoise = model_channels * channel_mult_noise if channel_mult_noise is not None else cblock[0]
+        cemb = model_channels * channel_mult_emb if channel_mult_emb is not None else max(cblock)
+        self.label_balance, self.concat_balance = label_balance, concat_balance
+        self.out_gain = torch.nn.Parameter(torch.zeros([]))
+        self.emb_fourier = MPFourier(cnoise)
+        self.emb_noise = MPConv(cnoise, cemb, [])
+        self.emb_label = MPConv(label_dim, cemb, []) if label_dim else None
+
+        def block(cin, cout, flavor, res, mode='keep', attention=None):
+            attention = (res in attn_resolutions) if attention is None else attention
+            return Block(cin, cout, cemb, flavor=flavor, resample_mode=mode, attention=attention, **block_kwargs)
+
+        self.enc = torch.nn.ModuleDict()
+        channels, skips = cblock[0], [cblock[0]]
+        self.enc[f'{img_resolution}x{img_resolution}_conv'] = MPConv(img_channels + 1, channels, [3, 3])
+        for level, width in enumerate(cblock):
+            res = img_resolution >> level
+            if level:
+                self.enc[f'{res}x{res}_down'] = block(channels, channels, 'enc', res, 'down', attention=False)
+                skips.append(channels)
+            for index in range(num_blocks):
+                self.enc[f'{res}x{res}_block{index}'] = block(channels, width, 'enc', res)
+                channels = width
+                skips.append(channels)
+
+        self.dec = torch.nn.ModuleDict()
+        for level, width in reversed(list(enumerate(cblock))):
+            res = img_resolution >> level
+            if level == len(cblock) - 1:
+                self.dec[f'{res}x{res}_in0'] = block(channels, channels, 'dec', res, attention=True)
+                self.dec[f'{res}x{res}_in1'] = block(channels, channels, 'dec', res, attention=False)
+            else:
+                self.dec[f'{res}x{res}_up'] = block(channels, channels, 'dec', res, 'up', attention=False)
+            for index in range(num_blocks + 1):
+                self.dec[f'{res}x{res}_block{index}'] = block(channels + skips.pop(), width, 'dec', res)
+                channels = width
+        self.out_conv = MPConv(channels, img_channels, [3, 3])
+
+    def forward(self, x, noise_labels, class_labels=None):
+        """x [N,C,H,W] (its type is the type of the computation), noise_labels [N] or [1] -> [N,C,H,W]."""
+        emb = self.emb_noise(self.emb_fourier(noise_labels))
+        if self.emb_label is not None:
+            scaled = class_labels.float() * math.sqrt(class_labels.shape[1])
+            emb = mp_sum(emb, self.emb_label(scaled), self.label_balance)
+        emb = mp_silu(emb).to(x.dtype)
+
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)  # the constant channel takes the place of biases
+        skips = []
+        for name, layer in self.enc.items():
+            x = layer(x) if name.endswith('conv') else layer(x, emb)
+            skips.append(x)
+        for name, layer in self.dec.items():
+            if 'block' in name:
+                x = mp_cat(x, skips.pop(), self.concat_balance)
+            x = layer(x, emb)
+        return self.out_conv(x, gain=self.out_gain)
+
+
+class Precond(torch.nn.Module):
+    """EDM preconditioning (arXiv 2206.00364, Table 1) around the EDM2 U-Net: the denoiser D(x; sigma, labels).
+
+    `precision` is 'fp32', 'fp16' (on GPUs; float32 on the CPU) or 'bf16'; `use_fp16` is the published name for
+    the first two. `return_logvar=True` also gives the uncertainty u(sigma) [N,1,1,1] of the training loss (Eq. 15).
+    """
+
+    sigma_min, sigma_max = 0.0, float('inf')
+
+    def __init__(self, img_resolution, img_channels, label_dim, use_fp16=True, sigma_data=0.5, logvar_channels=128,
+                 precision=None, **unet_kwargs):
+        super().__init__()
+        self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
+        self.sigma_data = sigma_data
+        self.precision = precision or ('fp16' if use_fp16 else 'fp32')
+        self.unet = UNet(img_resolution, img_channels, label_dim, **unet_kwargs)
+        self.logvar_fourier = MPFourier(logvar_channels)
+        self.logvar_linear = MPConv(logvar_channels, 1, [])
+
+    def forward(self, x, sigma, class_labels=None, return_logvar=False, force_fp32=False):
+        x = x.float()
+        sigma = torch.as_tensor(sigma, device=x.device).float().reshape(-1, 1, 1, 1)
+        if self.label_dim == 0:
+            class_labels = None
+        elif class_labels is None:
+            class_labels = torch.zeros([1, self.label_dim], device=x.device)
+        else:
+            class_labels = class_labels.float().reshape(-1, self.label_dim)
+        dtype = torch.float32 if force_fp32 else compute_dtype(self.precision, x.device)
+
+        variance = sigma**2 + self.sigma_data**2
+        c_skip = self.sigma_data**2 / variance
+        c_out = sigma * self.sigma_data / variance.sqrt()
+        c_in = 1 / variance.sqrt()
+        c_noise = sigma.flatten().log() / 4
+        F_x = self.unet((c_in * x).to(dtype), c_noise, class_labels)
+        D_x = c_skip * x + c_out * F_x.float()
+        if not return_logvar:
+            return D_x
+        return D_x, self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)
+
+    def round_sigma(self, sigma):
+        """Every noise level is as good as any other for this network."""
+        return torch.as_tensor(sigma)

@@ -1,0 +1,109 @@
+"""Power-function EMA profiles and their reconstruction after training (arXiv 2312.02696, Section 3 and Appendix C).
+
+A profile is given by the time `ofs` at which it ends (in training images) and its relative width `std`.
+All arithmetic is in double precision.
+"""
+
+import os
+import re
+
+import numpy as np
+import torch
+
+from dnnlib import UserError
+
+SNAPSHOT_NAME = re.compile(r'(?P<prefix>.+)-(?P<kimg>\d{7,})-(?P<std>\d+\.\d{3})\.pkl')
+
+
+def exp_to_std(exp):
+    """Relative width of the profile t^exp: sqrt((g + 1) / ((g + 2)^2 (g + 3))) (Eq. 123)."""
+    exp = np.float64(exp)
+    return np.sqrt((exp + 1) / ((exp + 2) ** 2 * (exp + 3)))
+
+
+def std_to_exp(std):
+    """Exponent for a relative width: the largest real part of the roots of the cubic equation (Eq. 126)."""
+    std = np.float64(std)
+    inverse = std.flatten() ** -2.0
+    roots = [np.roots([1, 7, 16 - t, 12 - t]).real.max() for t in inverse]
+    return np.float64(roots).reshape(std.shape)
+
+
+def power_function_beta(std, t_next, t_delta):
+    """beta = (1 - t_delta / t_next)^(exp + 1); t_next counts the images after the step, t_delta its batch (Eq. 127)."""
+    return (1 - t_delta / np.float64(t_next)) ** (std_to_exp(std) + 1)
+
+
+def power_function_response(ofs, std, length):
+    """Profiles sampled at the times 0 .. length-1, each with sum 1: [length, profiles] (Eq. 120)."""
+    ofs, exp = np.broadcast_arrays(np.float64(ofs), std_to_exp(std))
+    t = np.arange(length, dtype=np.float64)[:, None] / ofs.flatten()
+    response = np.where(t <= 1, np.minimum(t, 1) ** exp.flatten() * (exp.flatten() + 1) / ofs.flatten(), 0)
+    return response / response.sum(axis=0)
+
+
+def power_function_correlation(a_ofs, a_std, b_ofs, b_std):
+    """Inner product of two profiles over time (Eq. 151)."""
+    a_exp, b_exp = std_to_exp(a_std), std_to_exp(b_std)
+    a_ofs, b_ofs = np.float64(a_ofs), np.float64(b_ofs)
+    ratio = a_ofs / b_ofs
+    exp = np.where(a_ofs < b_ofs, b_exp, -a_exp)
+    return (a_exp + 1) * (b_exp + 1) * ratio**exp / ((a_exp + b_exp + 1) * np.maximum(a_ofs, b_ofs))
+
+
+def solve_coefficients(in_ofs, in_std, out_ofs, out_std):
+    """Weights [inputs, outputs] that make the output profiles from the input profiles (least squares, Eq. 143).
+
+    The weights of an output sum to 1.
+    """
+    in_ofs, in_std = (np.broadcast_to(np.float64(v), np.broadcast(in_ofs, in_std).shape).reshape(-1, 1)
+                      for v in (in_ofs, in_std))
+    out_ofs, out_std = (np.broadcast_to(np.float64(v), np.broadcast(out_ofs, out_std).shape).reshape(-1, 1)
+                        for v in (out_ofs, out_std))
+    A = power_function_correlation(in_ofs, in_std, in_ofs.T, in_std.T)
+    B = power_function_correlation(in_ofs, in_std, out_ofs.T, out_std.T)
+    X = np.linalg.solve(A, B)
+    return X / X.sum(axis=0)
+
+
+def kimg_to_nimg(kimg: int) -> int:
+    """Snapshot names round the number of images down to thousands; batches are multiples of 1024, which undoes it."""
+    return (kimg * 1000 + 999) // 1024 * 1024
+
+
+def list_snapshots(folder: str, prefix: str | None = None) -> list[tuple[str, int, float]]:
+    """(path, nimg by its name, std) of all snapshots `<prefix>-<kimg>-<std>.pkl` of a folder, by nimg and std.
+
+    Raises UserError if there are none, or if `prefix` is not given and there are several.
+    """
+    if not os.path.isdir(folder):
+        raise UserError(f'--indir={folder}: no such folder')
+    matches = [(name, SNAPSHOT_NAME.fullmatch(name)) for name in sorted(os.listdir(folder))]
+    matches = [(name, m) for name, m in matches if m and prefix in (None, m['prefix'])]
+    prefixes = sorted({m['prefix'] for _, m in matches})
+    if not matches:
+        raise UserError(f'--indir={folder}: no snapshots called {prefix or "PREFIX"}-KIMG-STD.pkl')
+    if len(prefixes) > 1:
+        raise UserError(f'--indir={folder}: snapshots of several runs ({", ".join(prefixes)}); choose with --inprefix')
+    found = [(os.path.join(folder, name), kimg_to_nimg(int(m['kimg'])), float(m['std'])) for name, m in matches]
+    return sorted((entry for entry in found if entry[1] > 0), key=lambda entry: entry[1:])
+
+
+@torch.no_grad()
+def combine(states, coefficients, parameters):
+    """sum_i coefficients[i, k] states[i] for each output k, in float64, reading one state after the other.
+
+    `states` is an iterable of state dictionaries; entries that are not in `parameters` (buffers) are copied from the last
+    state. Returns one float32 state dictionary for each column of `coefficients`.
+    """
+    sums = [{} for _ in range(coefficients.shape[1])]
+    for state, row in zip(states, coefficients, strict=True):
+        for out, weight in zip(sums, row, strict=True):
+            for name, value in state.items():
+                if name not in parameters:
+                    out[name] = value.clone()
+                elif name in out:
+                    out[name].add_(value.double(), alpha=float(weight))
+                else:
+                    out[name] = value.double() * float(weight)
+    return [{name: v.float() if v.is_floating_point() else v for name, v in out.items()} for out in sums]
