@@ -42,7 +42,7 @@ class Group(_OneLineErrors, click.Group):
     command_class = Command
 
 
-class _Parsed(click.ParamType):
+class Parsed(click.ParamType):
     """An option type made of a function that raises ValueError with a one-line message."""
 
     def __init__(self, name, function):
@@ -64,6 +64,6 @@ def _parse_size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-COUNT = _Parsed('count', util.parse_count)           # 4096, 64Ki, 1.5Mi
-INT_LIST = _Parsed('list', util.parse_int_list)      # 0,3,10-19
-SIZE = _Parsed('WxH', _parse_size)                   # 256x256 -> (256, 256)
+COUNT = Parsed('count', util.parse_count)           # 4096, 64Ki, 1.5Mi
+INT_LIST = Parsed('list', util.parse_int_list)      # 0,3,10-19
+SIZE = Parsed('WxH', _parse_size)                   # 256x256 -> (256, 256)

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from training.networks.dropout import dropout
+
 HALF_TYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 
 
@@ -134,8 +136,7 @@ class Block(torch.nn.Module):
         y = self.conv_res0(mp_silu(x))
         c = self.emb_linear(emb, gain=self.emb_gain) + 1
         y = mp_silu(y * c[:, :, None, None].to(y.dtype))
-        if self.training and self.dropout:
-            y = F.dropout(y, p=self.dropout)
+        y = dropout(y, self.dropout, self.training)
         y = self.conv_res1(y)
 
         if self.flavor == 'dec' and self.conv_skip is not None:

@@ -1,0 +1,76 @@
+"""Post-hoc EMA: networks for any averaging width, from the snapshots of a finished run."""
+
+import os
+
+import click
+import numpy as np
+from tqdm import tqdm
+
+from dnnlib import UserError, cli
+from training import phema, snapshot
+
+
+def parse_stds(text: str) -> list[float]:
+    try:
+        stds = [float(part) for part in text.split(',')]
+    except ValueError:
+        raise ValueError(f'{text!r} is not a list of widths; write e.g. 0.05,0.1') from None
+    if not all(0 < std < phema.exp_to_std(0) for std in stds):
+        raise ValueError(f'widths must lie between 0 and {phema.exp_to_std(0):.3f}')
+    return stds
+
+
+def reconstruct(indir, inprefix, outdir, outprefix, outstd, outkimg, batch):
+    """Writes one snapshot for each width; returns their paths."""
+    found = []
+    for path, nimg, std in phema.list_snapshots(indir, inprefix):
+        state = snapshot.read_snapshot(path)
+        found.append((path, state['nimg'] or nimg, state['ema_std'] or std))
+    last = max(nimg for _, nimg, _ in found)
+    if outkimg is not None:
+        times = {nimg // 1000: nimg for _, nimg, _ in found}
+        if outkimg not in times:
+            raise UserError(f'--outkimg={outkimg}: no snapshot of that time; there are {sorted(times)}')
+        last = times[outkimg]
+    used = [entry for entry in found if entry[1] <= last]
+    prefix = phema.SNAPSHOT_NAME.fullmatch(os.path.basename(used[0][0]))['prefix']
+    outprefix = outprefix or ('phema' if prefix == 'network-snapshot' else prefix)
+    in_nimg, in_std = (np.array(values) for values in zip(*[entry[1:] for entry in used], strict=True))
+    paths = []
+    for first in range(0, len(outstd), batch or len(outstd)):
+        stds = outstd[first:first + (batch or len(outstd))]
+        coefficients = phema.solve_coefficients(in_nimg, in_std, last, stds)
+        template = snapshot.restore(snapshot.read_snapshot(used[-1][0]), used[-1][0])
+        parameters = {name for name, _ in template.net.named_parameters()}
+        states = (snapshot.read_snapshot(path)['state'] for path, _, _ in tqdm(used, unit='snapshot', disable=None))
+        for std, state in zip(stds, phema.combine(states, coefficients, parameters), strict=True):
+            template.net.load_state_dict(state)
+            paths.append(os.path.join(outdir or indir, f'{outprefix}-{last // 1000:07d}-{std:.3f}.pkl'))
+            snapshot.save_snapshot(paths[-1], template.net, encoder=template.encoder, dataset=template.dataset,
+                                   recipe=template.recipe, nimg=last, ema_std=std)
+    return paths
+
+
+EXAMPLES = """\b
+Examples:
+  python reconstruct_phema.py --indir=training-runs/digits --outstd=0.150
+  python reconstruct_phema.py --indir=training-runs/big --outdir=phema --outstd=0.02,0.05,0.10,0.15,0.20 --batch=2"""
+
+
+@click.command(cls=cli.Command, epilog=EXAMPLES)
+@click.option('--indir', metavar='DIR', required=True, help='Run with snapshots PREFIX-KIMG-STD.pkl')
+@click.option('--inprefix', metavar='TEXT', help='Which snapshots, if there are several kinds')
+@click.option('--outdir', metavar='DIR', help='Where to write  [default: --indir]')
+@click.option('--outprefix', metavar='TEXT', help='Start of the new names  [default: phema, or the prefix of the inputs]')
+@click.option('--outstd', metavar='LIST', type=cli.Parsed('list', parse_stds), required=True,
+              help='Relative widths, e.g. 0.05,0.1')
+@click.option('--outkimg', metavar='KIMG', type=int, help='Training time of the result  [default: the latest snapshot]')
+@click.option('--batch', metavar='INT', type=click.IntRange(min=1), help='Widths at a time, to save memory  [default: all]')
+def main(**opts):
+    """Reconstruct networks with any EMA width from the snapshots of a run (arXiv 2312.02696, Section 3)."""
+    for path in reconstruct(**opts):
+        print(path)
+
+
+if __name__ == '__main__':
+    main()

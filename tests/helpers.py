@@ -1,0 +1,71 @@
+"""What several tests need: running the scripts as users do, small data sets, tiny networks."""
+
+import functools
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import click.testing
+import numpy as np
+from sklearn.datasets import load_digits
+
+from training.data.archive import ArchiveWriter
+from training.data.image_io import encode_png
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def command(script, *args, processes=None):
+    """The command line of a script of the repository, under torchrun if `processes` is given."""
+    launcher = [sys.executable]
+    if processes:
+        launcher += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+    return [*launcher, str(ROOT / script), *map(str, args)]
+
+
+def environment(**extra):
+    return os.environ | {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'HF_HUB_OFFLINE': '1'} | extra
+
+
+def run(script, *args, processes=None, check=True, cwd=None, **extra):
+    """Runs a script to its end; with `check` it must succeed. Returns the CompletedProcess with text output."""
+    result = subprocess.run(command(script, *args, processes=processes), cwd=cwd, env=environment(**extra), text=True,
+                            capture_output=True, timeout=600)
+    if check:
+        assert result.returncode == 0, f'{script} failed:\n{result.stdout}\n{result.stderr}'
+    return result
+
+
+@functools.cache
+def script_module(script):
+    """A script of the repository as a module (its command is `main`)."""
+    spec = importlib.util.spec_from_file_location('script_' + script.replace('/', '_').removesuffix('.py'), ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def fails(script, *args) -> str:
+    """Runs a script (in this process) that must end in exactly one line of error and no traceback; returns that line."""
+    result = click.testing.CliRunner().invoke(script_module(script).main, [str(arg) for arg in args])
+    assert isinstance(result.exception, SystemExit), f'{script} raised {result.exception!r}'
+    lines = [line for line in result.stderr.splitlines() if line.strip() and not line.startswith(('Usage:', 'Try '))]
+    assert result.exit_code != 0, f'{script} should have failed:\n{result.stdout}'
+    assert len(lines) == 1 and lines[0].startswith('Error: '), result.stderr
+    return lines[0]
+
+
+def write_digits(path, count=200, labels=True, first=0):
+    """A data set of `count` handwritten digits, 8x8 RGB, and its path."""
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    with ArchiveWriter(path) as out:
+        rows = []
+        for i in range(first, first + count):
+            name = f'00000/img{i:08d}.png'
+            out.add(name, encode_png(pixels[i, :, :, None].repeat(3, axis=2)))
+            rows.append([name, int(digits.target[i])])
+        out.add_description({'labels': rows if labels else None})
+    return str(path)

@@ -1,0 +1,223 @@
+"""Sampling: every image depends on its seed and label alone; folders, grids, presets; post-hoc averages."""
+
+import json
+
+import golden_cases
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from helpers import fails, run, script_module
+
+from training import phema
+from training.data.dataset import ImageDataset
+from training.encoders import RGBEncoder
+from training.generate import generate_images, split_seeds
+from training.networks import build_network
+from training.snapshot import load_snapshot, save_snapshot
+
+DATASET = {'name': 'ten', 'label_dim': 3, 'classes': [171, 182, 198], 'class_names': ['greyhound', 'terrier', 'spaniel']}
+
+
+def make_net(label_dim=3, seed=0):
+    """A small network whose output gain is not zero, so that it does something."""
+    torch.manual_seed(seed)
+    net = build_network('Precond', img_resolution=8, img_channels=3, label_dim=label_dim, model_channels=8, channel_mult=[1, 2],
+                        num_blocks=1, attn_resolutions=[4], channels_per_head=8)
+    with torch.no_grad():
+        for name, value in net.named_parameters():
+            if name.endswith('gain'):
+                value.fill_(0.7)
+    return net.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope='module')
+def snapshots(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('nets')
+    for name, label_dim in (('cond', 3), ('uncond', 0)):
+        save_snapshot(folder / f'{name}.pkl', make_net(label_dim), encoder=RGBEncoder(),
+                      dataset=DATASET if label_dim else {'name': 'none', 'label_dim': 0}, recipe={}, nimg=1024)
+    return folder
+
+
+def images(folder, seeds):
+    return np.stack([np.asarray(PIL.Image.open(folder / f'{seed:06d}.png')).astype(int) for seed in seeds])
+
+
+# --- The library ------------------------------------------------------------------------------------------------------
+
+
+def test_images_do_not_depend_on_the_batch():
+    net, seeds = make_net(), [0, 7, 3, 2**32 + 5, 11]
+    made = []
+    for batch in (1, 2, 5):
+        parts = list(generate_images(net, RGBEncoder(), seeds, batch=batch, num_steps=4))
+        assert [seed for part in parts for seed in part.seeds] == seeds
+        made.append((torch.cat([part.images for part in parts]).int(), [label for part in parts for label in part.labels]))
+    for pixels, labels in made[1:]:
+        assert labels == made[0][1]
+        assert (pixels - made[0][0]).abs().max() <= 1   # rounding of convolutions
+
+
+def test_a_given_label_changes_the_image_but_not_the_noise():
+    net = make_net()
+    (drawn,) = generate_images(net, RGBEncoder(), range(8), batch=8, num_steps=4)
+    (same,) = generate_images(net, RGBEncoder(), range(8), labels=drawn.labels, batch=8, num_steps=4)
+    assert torch.equal(drawn.images, same.images)
+    (other,) = generate_images(net, RGBEncoder(), range(8), labels=[(i + 1) % 3 for i in drawn.labels], batch=8, num_steps=4)
+    assert not torch.equal(drawn.images, other.images)
+
+
+@pytest.mark.parametrize('count, batch, ranks', [(10, 3, 1), (10, 3, 2), (1, 8, 4), (64, 32, 2)])
+def test_seeds_are_split_completely(count, batch, ranks):
+    parts = [split_seeds(range(count), batch, rank, ranks) for rank in range(ranks)]
+    assert len({len(part) for part in parts}) == 1
+    assert sorted(seed for part in parts for piece in part for seed in piece) == list(range(count))
+    assert all(len(piece) <= batch for part in parts for piece in part)
+
+
+# --- generate_images.py -----------------------------------------------------------------------------------------------
+
+
+def test_the_output_is_a_labelled_data_set(tmp_path, snapshots):
+    run('generate_images.py', f'--net={snapshots}/cond.pkl', f'--outdir={tmp_path}/out', '--seeds=0-9,1000', '--subdirs', '--steps=3',
+        f'--grid={tmp_path}/grid.png')
+    dataset = ImageDataset(tmp_path / 'out')
+    assert len(dataset) == 11 and dataset.label_dim == 3 and dataset.class_names == DATASET['class_names']
+    assert dataset.file_name(10) == '001000/001000.png'
+    (batch,) = generate_images(make_net(), RGBEncoder(), [*range(10), 1000], batch=16, num_steps=3)
+    assert dataset.label_ids.tolist() == batch.labels
+    assert np.abs(dataset.images(range(11)).astype(int) - batch.images.numpy()).max() <= 1
+    grid = PIL.Image.open(tmp_path / 'grid.png')
+    assert grid.width > 8 * 32 and grid.height > 3 * 32
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_images(tmp_path, snapshots):
+    args = [f'--net={snapshots}/cond.pkl', '--seeds=0-6', '--steps=3', '--S_churn=10', '--batch=2']
+    run('generate_images.py', *args, f'--outdir={tmp_path}/one')
+    run('generate_images.py', *args, f'--outdir={tmp_path}/two', processes=2)
+    assert np.abs(images(tmp_path / 'one', range(7)) - images(tmp_path / 'two', range(7))).max() <= 1
+    labels = [json.loads((tmp_path / name / 'dataset.json').read_text())['labels'] for name in ('one', 'two')]
+    assert labels[0] == labels[1] and len(labels[0]) == 7
+
+
+def test_a_stopped_run_goes_on(tmp_path, snapshots):
+    args = [f'--net={snapshots}/cond.pkl', f'--outdir={tmp_path}/out', '--steps=3']
+    run('generate_images.py', *args, '--seeds=0-5')
+    before = {p.name: p.read_bytes() for p in (tmp_path / 'out').glob('*.png')}
+    labels = dict(json.loads((tmp_path / 'out' / 'dataset.json').read_text())['labels'])
+    (tmp_path / 'out' / '000002.png').unlink()
+    stamp = (tmp_path / 'out' / '000003.png').stat().st_mtime_ns
+    out = run('generate_images.py', *args, '--seeds=0-7').stdout
+    assert '5 of 8 images are there already' in out
+    assert (tmp_path / 'out' / '000003.png').stat().st_mtime_ns == stamp
+    after = dict(json.loads((tmp_path / 'out' / 'dataset.json').read_text())['labels'])
+    assert len(after) == 8 and after.items() >= labels.items()
+    assert (images(tmp_path / 'out', [2]) - np.asarray(PIL.Image.open(_as_file(tmp_path, before['000002.png'])))).max() <= 1
+    assert 'other options' in fails('generate_images.py', *args, '--seeds=0-7', '--rho=5')
+
+
+def _as_file(folder, data):
+    (folder / 'before.png').write_bytes(data)
+    return folder / 'before.png'
+
+
+@pytest.mark.parametrize('text, label', [('182', 1), ('greyhound', 0), ('198', 2)])
+def test_classes_by_original_index_or_name(tmp_path, snapshots, text, label):
+    module = script_module('generate_images.py')
+    module.main.main([f'--net={snapshots}/cond.pkl', f'--outdir={tmp_path}/out', '--seeds=0-3', '--steps=2', f'--class={text}'],
+                     standalone_mode=False)
+    assert ImageDataset(tmp_path / 'out').label_ids.tolist() == [label] * 4
+
+
+@pytest.mark.parametrize('option', ['--steps=5', '--sigma_min=0.1', '--sigma_max=20', '--rho=3', '--S_churn=30', '--guidance=2'])
+def test_every_option_of_the_sampler_counts(tmp_path, snapshots, option):
+    module = script_module('generate_images.py')
+    base = [f'--net={snapshots}/cond.pkl', f'--gnet={snapshots}/uncond.pkl', '--seeds=0-3', '--steps=3']
+    for name, extra in (('a', []), ('b', [option])):
+        module.main.main([*base, f'--outdir={tmp_path}/{name}', *extra], standalone_mode=False)
+    assert np.abs(images(tmp_path / 'a', range(4)) - images(tmp_path / 'b', range(4))).max() > 0
+    if option == '--S_churn=30':
+        for extra in ('--S_min=1', '--S_max=10', '--S_noise=1.1'):
+            module.main.main([*base, option, extra, f'--outdir={tmp_path}/{extra}'], standalone_mode=False)
+            assert np.abs(images(tmp_path / 'b', range(4)) - images(tmp_path / extra, range(4))).max() > 0
+
+
+@pytest.mark.parametrize('case, name', golden_cases.variants('math', 'presets_edm2_sampling*', lambda c: c.json['presets']),
+                         ids=golden_cases.ids)
+def test_presets(case, name):
+    expected, ours = case.json['presets'][name], script_module('generate_images.py').preset_options(name)
+    stem = lambda url: url and url.rsplit('/', 1)[1].removesuffix('.pkl')
+    assert (stem(ours['net']), stem(ours['gnet']), ours['guidance']) == (expected['net'], expected['gnet'], expected['guidance'])
+
+
+@pytest.mark.parametrize('options, message', [
+    (['--net=nowhere.pkl'], 'nowhere.pkl'), ([], '--net'), (['--preset=edm2-img512-huge-fid'], '--preset'),
+    (['--net={}/cond.pkl', '--guidance=2'], '--gnet'), (['--net={}/cond.pkl', '--class=5'], '171 (greyhound)'),
+    (['--net={}/uncond.pkl', '--class=171'], 'no classes'), (['--net={}/cond.pkl', '--seeds=5-x'], '--seeds')])
+def test_errors_end_in_one_line(tmp_path, snapshots, options, message):
+    options = [option.format(snapshots) for option in options]
+    assert message in fails('generate_images.py', f'--outdir={tmp_path}/out', *options)
+
+
+def test_a_folder_of_other_files_is_left_alone(tmp_path, snapshots):
+    (tmp_path / 'mine.txt').write_text('mine')
+    assert 'not empty' in fails('generate_images.py', f'--net={snapshots}/cond.pkl', f'--outdir={tmp_path}')
+
+
+# --- reconstruct_phema.py ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trajectory(tmp_path):
+    """Snapshots of a network that drifts, at two widths, and the exact average for a third."""
+    from training.ema import PowerFunctionEMA
+    net = make_net()
+    emas = PowerFunctionEMA(net, [0.05, 0.10, 0.08])
+    generator = torch.Generator().manual_seed(0)
+    for step in range(64):
+        with torch.no_grad():
+            for value in net.parameters():
+                value += 0.05 * torch.randn(value.shape, generator=generator)
+        emas.update(net, step * 1024, 1024)
+        if (step + 1) % 4 == 0:
+            for ema, suffix, info in emas.get(net)[:2]:
+                save_snapshot(tmp_path / f'network-snapshot-{(step + 1) * 1024 // 1000:07d}{suffix}.pkl', ema, encoder=RGBEncoder(),
+                              dataset=DATASET, recipe={}, nimg=(step + 1) * 1024, **info)
+    return tmp_path, emas.emas[2]
+
+
+def test_post_hoc_average_equals_the_tracked_one(trajectory):
+    folder, exact = trajectory
+    run('reconstruct_phema.py', f'--indir={folder}', f'--outdir={folder}/out', '--outstd=0.08,0.05', '--batch=1')
+    snapshot = load_snapshot(str(folder / 'out' / 'phema-0000065-0.080.pkl'))
+    assert (snapshot.nimg, snapshot.ema_std, snapshot.dataset) == (65536, 0.08, DATASET)
+    plain = load_snapshot(str(folder / 'network-snapshot-0000065-0.050.pkl')).net
+    for name, value in exact.named_parameters():
+        scale = value.abs().max()
+        ours = dict(snapshot.net.named_parameters())[name]
+        assert (ours - value).abs().max() < 0.01 * scale + 2e-3
+    again = load_snapshot(str(folder / 'out' / 'phema-0000065-0.050.pkl')).net
+    for a, b in zip(plain.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-4)
+
+
+def test_post_hoc_average_of_an_earlier_time(trajectory):
+    folder, _ = trajectory
+    run('reconstruct_phema.py', f'--indir={folder}', '--outstd=0.05', '--outkimg=32', '--outprefix=early')
+    assert load_snapshot(str(folder / 'early-0000032-0.050.pkl')).nimg == 32768
+    assert len(phema.list_snapshots(str(folder), 'network-snapshot')) == 32
+    assert '--inprefix' in fails('reconstruct_phema.py', f'--indir={folder}', '--outstd=0.1')
+
+
+@pytest.mark.parametrize('options, message', [
+    (['--indir=nowhere', '--outstd=0.1'], 'nowhere'), (['--indir=.', '--outstd=0.1'], 'no snapshots'),
+    (['--indir=.', '--outstd=0.5'], '--outstd'), (['--indir=.', '--outstd=x'], '--outstd')])
+def test_errors_of_reconstruction(tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in fails('reconstruct_phema.py', *options)
+
+
+def test_snapshots_of_no_such_time(trajectory):
+    assert '--outkimg' in fails('reconstruct_phema.py', f'--indir={trajectory[0]}', '--outstd=0.1', '--outkimg=7')

@@ -1,0 +1,252 @@
+"""Training: the recipe of the presets, independence of the process count, exact resume, files, and errors."""
+
+import glob
+import json
+import os
+import signal
+import subprocess
+import time
+
+import golden_cases
+import numpy as np
+import pytest
+import torch
+from helpers import command, environment, fails, run, write_digits
+
+import train_edm2
+from dnnlib import UserError
+from training import checkpoint
+from training.networks import build_network
+from training.snapshot import load_snapshot, save_snapshot
+
+# A network of a few thousand parameters; 20 steps of 16 images.
+TINY = ['--preset=digits', '--channels=8', '--batch=16', '--duration=320', '--status=64', '--snapshot=160', '--checkpoint=64']
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory):
+    return write_digits(tmp_path_factory.mktemp('data') / 'digits.zip')
+
+
+def train(outdir, data, *args, **kwargs):
+    return run('train_edm2.py', f'--outdir={outdir}', f'--data={data}', *TINY, *args, **kwargs)
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory, digits):
+    """A run that was never stopped."""
+    outdir = tmp_path_factory.mktemp('runs') / 'plain'
+    train(outdir, digits)
+    return outdir
+
+
+def weights(outdir):
+    """Network and averages at the end of a run, by name."""
+    state = checkpoint.load_newest(str(outdir))
+    parts = [('net', state['net'])] + [(f'ema{i}', ema) for i, ema in enumerate(state['ema']['emas'])]
+    return {f'{part}.{name}': value for part, values in parts for name, value in values.items()}
+
+
+def losses(outdir):
+    with open(outdir / 'stats.jsonl') as f:
+        return [(row['nimg'], row['Loss/loss']['mean']) for row in map(json.loads, f)]
+
+
+# --- Recipe -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('case, name', [
+    pair for pattern in ('presets_edm2', 'presets_multisource')
+    for pair in golden_cases.variants('math', pattern, lambda c: c.json['presets'])], ids=golden_cases.ids)
+def test_presets(case, name):
+    expected, ours = case.json['presets'][name], train_edm2.PRESETS[name]
+    for key, value in expected.items():
+        if key == 'batches':
+            assert ours['duration'] / ours['batch'] == value
+        else:
+            assert ours[key] == value
+    common = case.json['common']
+    config = settings(f'--preset={name}')
+    assert (config['rampup_Mimg'], config['ema_stds']) == (common['rampup_Mimg'], common['ema_stds'])
+    assert config['lr_schedule'] == ('multisource' if 'img256' in name else 'edm2')
+    for key in ('snapshot', 'checkpoint', 'status'):
+        assert config[key] == common[f'{key}_nimg']
+
+
+def settings(*args):
+    """The settings of a run with the given options."""
+    return train_edm2.build_config(train_edm2.main.make_context('train', ['--outdir=x', '--data=y', *args]).params)
+
+
+def test_options_override_the_preset(digits):
+    out = run('train_edm2.py', '--outdir=x', f'--data={digits}', '--preset=digits', '--dry-run', '--duration=1.5Ki', '--lr=0.5',
+              '--decay=7', '--P_mean=-2', '--P_std=3', '--dropout=0.25', '--channels=64', '--batch=32', '--batch-gpu=8',
+              '--lr-schedule=multisource', '--ls=100', '--seed=5', '--status=0', '--precision=bf16', '--cond=False').stdout
+    config = json.loads(out)
+    expected = dict(duration=1536, lr=0.5, decay=7, P_mean=-2, P_std=3, dropout=0.25, channels=64, batch=32, batch_gpu=8,
+                    lr_schedule='multisource', ls=100, seed=5, status=None, precision='bf16', cond=False)
+    assert {key: config[key] for key in expected} == expected
+    assert config['network'] == dict(class_name='Precond', model_channels=64, dropout=0.25, precision='bf16', label_dim=0,
+                                     img_resolution=8, img_channels=3, channel_mult=[1, 2], num_blocks=1,
+                                     attn_resolutions=[4], channels_per_head=32)
+
+
+# --- Files ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_everything(finished):
+    names = set(os.listdir(finished))
+    assert {'training_options.json', 'log.txt', 'stats.jsonl', 'loss.png', 'samples-0000000.png'} <= names
+    assert {f'network-snapshot-0000000-{std}.pkl' for std in ('0.050', '0.100')} <= names
+    assert 'training-state-0000000.pt' in names and any('tfevents' in name for name in names)
+    assert not [name for name in names if name.startswith('.')]
+    assert [nimg for nimg, _ in losses(finished)] == [64, 128, 192, 256, 320]
+    options = json.loads((finished / 'training_options.json').read_text())
+    assert options['preset'] == 'digits' and options['dataset']['label_dim'] == 10
+
+
+def test_training_reduces_the_loss(tmp_path, digits):
+    train(tmp_path / 'run', digits, '--duration=4Ki', '--status=512', '--lr=0.02', '--snapshot=0')
+    curve = [loss for _, loss in losses(tmp_path / 'run')]
+    assert np.mean(curve[-2:]) < 0.6 * curve[0]
+
+
+def test_a_snapshot_is_enough_to_sample(finished):
+    snapshot = load_snapshot(str(finished / 'network-snapshot-0000000-0.100.pkl'))
+    assert snapshot.nimg == 320 and snapshot.ema_std == 0.1 and snapshot.dataset['label_dim'] == 10
+    ema = checkpoint.load_newest(str(finished))['ema']['emas'][1]
+    for name, value in snapshot.net.state_dict().items():
+        torch.testing.assert_close(value, ema[name], rtol=1e-3, atol=1e-6)   # stored in half precision
+
+
+def test_snapshots_run_no_code(tmp_path, finished):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'evil'),)
+
+    torch.save({'format': 'diffusion-snapshot-1', 'state': Evil()}, tmp_path / 'evil.pkl')
+    with pytest.raises(UserError, match='evil.pkl'):
+        load_snapshot(str(tmp_path / 'evil.pkl'))
+    assert not (tmp_path / 'evil').exists()
+    whole = (finished / 'network-snapshot-0000000-0.100.pkl').read_bytes()
+    (tmp_path / 'half.pkl').write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(UserError, match='half.pkl'):
+        load_snapshot(str(tmp_path / 'half.pkl'))
+
+
+def test_buffers_of_a_snapshot_keep_their_precision(tmp_path):
+    from training.encoders import RGBEncoder
+    net = build_network('Precond', img_resolution=8, img_channels=3, label_dim=0, model_channels=8, channel_mult=[1], num_blocks=1)
+    save_snapshot(tmp_path / 'net.pkl', net, encoder=RGBEncoder(), dataset={}, recipe={}, nimg=0)
+    loaded = load_snapshot(str(tmp_path / 'net.pkl')).net
+    assert torch.equal(loaded.unet.emb_fourier.freqs, net.unet.emb_fourier.freqs)
+
+
+# --- The same numbers however the work is split -----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path, digits, finished):
+    train(tmp_path / 'two', digits, processes=2)
+    one, two = losses(finished), losses(tmp_path / 'two')
+    assert [nimg for nimg, _ in one] == [nimg for nimg, _ in two]
+    np.testing.assert_allclose([loss for _, loss in two], [loss for _, loss in one], rtol=1e-4)
+
+
+def test_micro_batches_train_as_whole_batches(tmp_path, digits, finished):
+    train(tmp_path / 'micro', digits, '--batch-gpu=5', '--dropout=0')
+    np.testing.assert_allclose([loss for _, loss in losses(tmp_path / 'micro')], [loss for _, loss in losses(finished)], rtol=1e-4)
+
+
+def test_bf16_on_the_cpu_is_close_to_fp32(tmp_path, digits, finished):
+    train(tmp_path / 'bf16', digits, '--precision=bf16')
+    half, full = losses(tmp_path / 'bf16'), losses(finished)
+    np.testing.assert_allclose([loss for _, loss in half], [loss for _, loss in full], rtol=0.05)
+    assert half != full
+
+
+# --- Stopping and going on --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_with_the_same_weights(tmp_path, digits, finished):
+    outdir = tmp_path / 'killed'
+    arguments = command('train_edm2.py', f'--outdir={outdir}', f'--data={digits}', *TINY, '--checkpoint=32')
+    rng = np.random.default_rng()
+    kills = 0
+    while kills < 4:
+        process = subprocess.Popen(arguments, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        known = set(glob.glob(f'{outdir}/*.pt')), _mtime(outdir)
+        deadline = time.time() + 120
+        while process.poll() is None and time.time() < deadline:        # wait for the first new file, then some moment more
+            if (set(glob.glob(f'{outdir}/*.pt')), _mtime(outdir)) != known:
+                break
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        if process.wait() == 0:
+            break
+        kills += 1
+    run('train_edm2.py', *arguments[2:])
+    assert kills >= 1
+    expected, resumed = weights(finished), weights(outdir)
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    assert losses(outdir) == losses(finished)
+
+
+def _mtime(outdir):
+    states = glob.glob(f'{outdir}/training-state-*.pt')
+    return max((os.stat(path).st_mtime_ns for path in states), default=0)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_cleanly(tmp_path, digits):
+    outdir = tmp_path / 'stopped'
+    arguments = command('train_edm2.py', f'--outdir={outdir}', f'--data={digits}', *TINY, '--duration=1Mi', '--checkpoint=0',
+                        processes=2)
+    process = subprocess.Popen(arguments, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not os.path.exists(outdir / 'stats.jsonl'):
+        time.sleep(0.05)
+    workers = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
+    for worker in workers:
+        os.kill(int(worker), signal.SIGTERM)
+    assert process.wait(timeout=120) == 0
+    state = checkpoint.load_newest(str(outdir))
+    assert 0 < state['nimg'] < 1 << 20
+    assert 'Stopped at' in (outdir / 'log.txt').read_text()
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path):
+    checkpoint.save_checkpoint(str(tmp_path), {'nimg': 1000})
+    checkpoint.save_checkpoint(str(tmp_path), {'nimg': 2000})
+    newest = tmp_path / 'training-state-0000002.pt'
+    newest.write_bytes(newest.read_bytes()[:100])
+    reports = []
+    assert checkpoint.load_newest(str(tmp_path), report=reports.append)['nimg'] == 1000
+    assert 'training-state-0000002.pt' in reports[0]
+    (tmp_path / 'training-state-0000001.pt').write_bytes(b'')
+    with pytest.raises(UserError, match='none of its 2 checkpoints'):
+        checkpoint.load_newest(str(tmp_path), report=reports.append)
+
+
+# --- Errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('options, message', [
+    (['--channels=16'], 'network'), (['--seed=1'], '--seed'), (['--batch=32'], '--batch')])
+def test_another_recipe_does_not_resume(digits, finished, options, message):
+    error = fails('train_edm2.py', f'--outdir={finished}', f'--data={digits}', *TINY, *options)
+    assert message in error and str(finished) in error
+
+
+@pytest.mark.parametrize('options, message', [
+    (['--data=nowhere.zip'], 'nowhere.zip'), (['--precision=fp16'], 'fp16'), (['--fp16=True', '--precision=bf16'], '--fp16'),
+    (['--batch=x'], '--batch'), (['--preset=edm2-img512-huge'], '--preset'), (['--batch-gpu=0'], '--batch-gpu')])
+def test_bad_options_end_in_one_line(tmp_path, digits, options, message):
+    assert message in fails('train_edm2.py', f'--outdir={tmp_path / "run"}', f'--data={digits}', *TINY, *options)
+
+
+def test_labels_are_needed_for_class_conditional_training(tmp_path):
+    data = write_digits(tmp_path / 'plain.zip', count=20, labels=False)
+    assert '--cond=False' in fails('train_edm2.py', f'--outdir={tmp_path / "run"}', f'--data={data}', *TINY)

@@ -1,0 +1,220 @@
+"""Train diffusion models with the EDM2 recipe, on pixels or on latents."""
+
+import json
+import os
+
+import click
+import torch
+
+from dnnlib import UserError, cli
+from torch_utils import distributed as dist
+from training import loop, pictures
+from training.data.batches import DatasetBatches
+from training.data.dataset import ImageDataset
+from training.diffusion.objectives import EDM2Objective
+from training.ema import PowerFunctionEMA
+from training.encoders import encoder_for, make_encoder
+from training.generate import generate_images
+from training.networks import build_network
+from training.schedules import LR_SCHEDULES
+
+# fmt: off
+_KEYS = ('duration', 'batch', 'channels', 'lr', 'decay', 'dropout', 'P_mean', 'P_std')
+PRESETS = {name: dict(zip(_KEYS, values, strict=True)) for name, values in {
+    # Published EDM2 (arXiv 2312.02696, Table 6): latents of 512x512, then pixels of 64x64.
+    'edm2-img512-xxs': (2048 << 20, 2048,  64, 0.0170, 70000, 0.00, -0.4, 1.0),
+    'edm2-img512-xs':  (2048 << 20, 2048, 128, 0.0120, 70000, 0.00, -0.4, 1.0),
+    'edm2-img512-s':   (2048 << 20, 2048, 192, 0.0100, 70000, 0.00, -0.4, 1.0),
+    'edm2-img512-m':   (2048 << 20, 2048, 256, 0.0090, 70000, 0.10, -0.4, 1.0),
+    'edm2-img512-l':   (1792 << 20, 2048, 320, 0.0080, 70000, 0.10, -0.4, 1.0),
+    'edm2-img512-xl':  (1280 << 20, 2048, 384, 0.0070, 70000, 0.10, -0.4, 1.0),
+    'edm2-img512-xxl': ( 896 << 20, 2048, 448, 0.0065, 70000, 0.10, -0.4, 1.0),
+    'edm2-img64-xs':   (1024 << 20, 2048, 128, 0.0120, 35000, 0.00, -0.8, 1.6),
+    'edm2-img64-s':    (1024 << 20, 2048, 192, 0.0100, 35000, 0.00, -0.8, 1.6),
+    'edm2-img64-m':    (2048 << 20, 2048, 256, 0.0090, 35000, 0.10, -0.8, 1.6),
+    'edm2-img64-l':    (1024 << 20, 2048, 320, 0.0080, 35000, 0.10, -0.8, 1.6),
+    'edm2-img64-xl':   ( 640 << 20, 2048, 384, 0.0070, 35000, 0.10, -0.8, 1.6),
+    # Multi-source study (arXiv 2502.14583): latents of 256x256; number of classes, images of each class.
+    'edm2-img256-xs-1c-100':       (  48 << 20, 2048, 128, 0.004, 4000, 0.00, -0.4, 1.0),
+    'edm2-img256-xs-1c-500':       ( 128 << 20, 2048, 128, 0.004, 2000, 0.00, -0.4, 1.0),
+    'edm2-img256-xs-1c-1000':      ( 176 << 20, 2048, 128, 0.005, 2500, 0.00, -0.4, 1.0),
+    'edm2-img256-xs-3c-100':       (  64 << 20, 2048, 128, 0.002, 2000, 0.00, -0.4, 1.0),
+    'edm2-img256-xs-3c-500':       (  64 << 20, 2048, 128, 0.002, 2500, 0.00, -0.4, 1.0),
+    'edm2-img256-xs-3c-1000':      (  64 << 20, 2048, 128, 0.002, 2500, 0.00, -0.4, 1.0),
+    'edm2-img256-xs-5c-100':       (  64 << 20, 2048, 128, 0.004, 4000, 0.00, -0.4, 1.0),
+    'edm2-img256-xs-5c-500':       ( 128 << 20, 2048, 128, 0.006, 4000, 0.00, -0.4, 1.0),
+    'edm2-img256-xs-5c-1000':      (  96 << 20, 2048, 128, 0.006, 4000, 0.00, -0.4, 1.0),
+    'edm2-img256-xs-10c-100':      (  64 << 20, 2048, 128, 0.003, 3000, 0.00, -0.4, 1.0),
+    'edm2-img256-xs-10c-500':      (  96 << 20, 2048, 128, 0.003, 3000, 0.00, -0.4, 1.0),
+    'edm2-img256-xs-10c-1000':     ( 384 << 20, 2048, 128, 0.006, 3000, 0.00, -0.4, 1.0),
+    'edm2-img256-xs-10c-1000-nlr': (1536 << 20, 2048, 128, 0.004, 6000, 0.00, -0.4, 1.0),
+    # A network for 8x8 digits that a CPU trains in minutes (bash_files/quickstart.sh).
+    'digits':                      ( 512 << 10,  128,  32, 0.0100, 1500, 0.00, -0.8, 1.2),
+}.items()}
+# fmt: on
+for _name, _preset in PRESETS.items():
+    _preset['lr_schedule'] = 'multisource' if 'img256' in _name else 'edm2'
+PRESETS['digits'] |= dict(
+    rampup_Mimg=0.02, ema_stds=[0.05, 0.10], intervals=dict(status=32 << 10, snapshot=256 << 10, checkpoint=128 << 10),
+    network=dict(channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], channels_per_head=32))
+INTERVALS = dict(status=128 << 10, snapshot=8 << 20, checkpoint=128 << 20)  # of all other presets
+
+
+def build_config(opts: dict) -> dict:
+    """All settings of a run, from the preset and the options that override it."""
+    preset = PRESETS[opts['preset']]
+    config = {key: preset[key] if opts[key] is None else opts[key] for key in (*_KEYS, 'lr_schedule')}
+    config |= {key: opts[key] for key in ('preset', 'data', 'cond', 'batch_gpu', 'ls', 'bench', 'seed', 'compile')}
+    config |= dict(rampup_Mimg=preset.get('rampup_Mimg', 10), ema_stds=preset.get('ema_stds', [0.05, 0.10]))
+    for key, default in (INTERVALS | preset.get('intervals', {})).items():
+        value = default if opts[key] is None else opts[key]
+        config[key] = value or None                            # 0 switches it off
+    config['precision'] = choose_precision(opts['precision'], opts['fp16'])
+    config['network'] = dict(class_name='Precond', model_channels=config['channels'], dropout=config['dropout'],
+                             precision=config['precision'], **preset.get('network', {}))
+    if config['batch'] < 1 or config['duration'] < 1:
+        raise UserError(f'--batch={config["batch"]} and --duration={config["duration"]} must be at least 1')
+    return config
+
+
+def choose_precision(precision, fp16) -> str:
+    """--precision, or what --fp16 says, or what suits the machine."""
+    if precision is None:
+        precision = 'fp16' if (torch.cuda.is_available() if fp16 is None else fp16) else 'fp32'
+    elif fp16 is not None and fp16 != (precision == 'fp16'):
+        raise UserError(f'--fp16={fp16} contradicts --precision={precision}; give one of them')
+    if precision == 'fp16' and not torch.cuda.is_available():
+        raise UserError('fp16 needs a GPU; on the CPU train with --precision=fp32 or bf16')
+    return precision
+
+
+def train(config: dict, outdir: str, wandb: str | None):
+    """Builds everything from the settings, and trains."""
+    dist.init()
+    device = dist.get_device()
+    torch.backends.cudnn.benchmark = config['bench']
+    dataset, encoder, network = prepare(config)
+    torch.manual_seed(config['seed'])
+    net = build_network(**network).train().to(device)
+    objective = EDM2Objective(P_mean=config['P_mean'], P_std=config['P_std'], sigma_data=net.sigma_data)
+    optimizer = torch.optim.Adam(net.parameters(), lr=config['lr'], betas=(0.9, 0.99), eps=1e-8, fused=True)
+
+    def lr(nimg, batch):
+        return LR_SCHEDULES[config['lr_schedule']](nimg, batch, config['lr'], config['decay'], config['rampup_Mimg'])
+
+    def sample_grid(nimg, nets):
+        save_sample_grid(nets[0], encoder, dataset, os.path.join(outdir, f'samples-{nimg // 1000:07d}.png'))
+
+    parameters = sum(p.numel() for p in net.parameters())
+    dist.print0(f'Data: {dataset.name}, {len(dataset)} images {dataset.image_shape}, {network["label_dim"]} classes\n'
+                f'Network: {parameters / 1e6:.2f}M parameters, {config["precision"]}, on {device.type}, '
+                f'{dist.get_world_size()} process(es), batch {config["batch"]}\nRun: {outdir}')
+    loop.write_options(outdir, config | dict(world_size=dist.get_world_size(), dataset=dataset.description(),
+                                             parameters=parameters, network=network))
+    architecture = {key: value for key, value in network.items() if key != 'precision'}
+    loop.Trainer(
+        net, objective, DatasetBatches(dataset, encoder, device, seed=config['seed']), optimizer, lr,
+        PowerFunctionEMA(net, config['ema_stds']),
+        loop.LoopConfig(
+            run_dir=outdir, total_nimg=config['duration'], batch_size=config['batch'], batch_gpu=config['batch_gpu'],
+            status_nimg=config['status'], snapshot_nimg=config['snapshot'], checkpoint_nimg=config['checkpoint'],
+            loss_scaling=config['ls'], compile=config['compile'], seed=config['seed'], wandb=wandb),
+        snapshot=dict(encoder=encoder, dataset=dataset.description(), recipe=config),
+        identity={'network': architecture, 'data set': [dataset.name, len(dataset)], '--batch': config['batch'],
+                  '--seed': config['seed']},
+        on_snapshot=sample_grid).run()
+    dist.shutdown()
+
+
+def prepare(config: dict):
+    """(data set, encoder, arguments of build_network); raises UserError where they do not fit together."""
+    dataset = ImageDataset(config['data'], use_labels=config['cond'])
+    if config['cond'] and not dataset.has_labels:
+        raise UserError(f'--data={config["data"]} has no labels; train without them: --cond=False')
+    encoder = make_encoder(encoder_for(dataset))
+    channels, resolution, _ = encoder.latent_shape(dataset.image_shape)
+    network = dict(config['network'], img_resolution=resolution, img_channels=channels, label_dim=dataset.label_dim)
+    return dataset, encoder, network
+
+
+def save_sample_grid(net, encoder, dataset, path: str, columns: int = 8):
+    """Samples of fixed seeds as a picture: a row for each of the first ten classes, or eight rows without classes."""
+    rows = list(range(min(net.label_dim, 10))) if net.label_dim else None
+    count = len(rows or range(8)) * columns
+    labels = [row for row in rows for _ in range(columns)] if rows else None
+    try:
+        encoder.prepare(next(net.parameters()).device)
+    except UserError as error:
+        dist.print0(f'No sample grid: {error}')
+        return
+    batches = generate_images(net, encoder, range(count), labels=labels, batch=columns * 4, split=False)
+    images = torch.cat([batch.images.cpu() for batch in batches])
+    names = dataset.class_names or dataset.classes or rows
+    pictures.save_image_grid(path, images, columns, [names[row] for row in rows] if rows else None)
+
+
+EXAMPLES = """\b
+Examples:
+  # A small class-conditional model of handwritten digits, on any CPU
+  python dataset_tool.py convert --source=digits --dest=datasets/digits.zip
+  python train_edm2.py --outdir=training-runs/digits --data=datasets/digits.zip --preset=digits
+\b
+  # Ten classes of ImageNet latents, 1000 images each, on 8 GPUs
+  torchrun --nproc_per_node=8 train_edm2.py --outdir=training-runs/sim3-10c-1000 \\
+      --data=datasets/latent_datasets/sim3/inet-256-10c-1000.zip --preset=edm2-img256-xs-10c-1000 --batch=8192
+\b
+The same command resumes an interrupted run from its newest whole checkpoint."""
+
+
+@click.command(cls=cli.Command, epilog=EXAMPLES)
+@click.option('--outdir', metavar='DIR', required=True, help='Folder of the run: results, and where to resume from')
+@click.option('--data', metavar='ZIP|DIR', required=True, help='Data set made by dataset_tool.py')
+@click.option('--cond', metavar='BOOL', type=bool, default=True, help='Train on class labels')
+@click.option('--preset', metavar='NAME', type=click.Choice(list(PRESETS)), default='edm2-img512-s',
+              help='Settings that the options below override; one of ' + ', '.join(PRESETS))
+@click.option('--duration', metavar='NIMG', type=cli.COUNT, help='Training images in all  [default: of the preset]')
+@click.option('--batch', metavar='NIMG', type=cli.COUNT, help='Images of one step  [default: of the preset]')
+@click.option('--channels', metavar='INT', type=click.IntRange(min=1), help='Width of the network  [default: of the preset]')
+@click.option('--dropout', metavar='FLOAT', type=click.FloatRange(0, 1, max_open=True),
+              help='Dropout probability  [default: of the preset]')
+@click.option('--P_mean', 'P_mean', metavar='FLOAT', type=float, help='Mean of ln(sigma)  [default: of the preset]')
+@click.option('--P_std', 'P_std', metavar='FLOAT', type=click.FloatRange(0, min_open=True),
+              help='Standard deviation of ln(sigma)  [default: of the preset]')
+@click.option('--lr', metavar='FLOAT', type=click.FloatRange(0, min_open=True),
+              help='Reference learning rate  [default: of the preset]')
+@click.option('--decay', metavar='BATCHES', type=click.FloatRange(0),
+              help='Steps after which the rate decays, 0 = never  [default: of the preset]')
+@click.option('--lr-schedule', metavar='NAME', type=click.Choice(list(LR_SCHEDULES)),
+              help='edm2, or multisource, which halves the rate when decay starts  [default: multisource for img256, else edm2]')
+@click.option('--batch-gpu', metavar='NIMG', type=cli.COUNT, help='Images of one forward pass  [default: all of a process]')
+@click.option('--precision', metavar='TYPE', type=click.Choice(['fp32', 'fp16', 'bf16']),
+              help='Type of the activations  [default: fp16 on a GPU, else fp32]')
+@click.option('--fp16', metavar='BOOL', type=bool, help='--precision=fp16 or fp32')
+@click.option('--compile', metavar='BOOL', type=bool, default=False, help='Compile the network (torch.compile)')
+@click.option('--ls', metavar='FLOAT', type=click.FloatRange(0, min_open=True), default=1,
+              help='Loss scaling against underflow of float16 gradients')
+@click.option('--bench', metavar='BOOL', type=bool, default=True, help='Let cuDNN choose the fastest convolutions')
+@click.option('--status', metavar='NIMG', type=cli.COUNT, help='Report every NIMG images, 0 = never  [default: 128Ki]')
+@click.option('--snapshot', metavar='NIMG', type=cli.COUNT,
+              help='Save networks every NIMG images, 0 = never  [default: 8Mi]')
+@click.option('--checkpoint', metavar='NIMG', type=cli.COUNT,
+              help='Save the state every NIMG images, 0 = never  [default: 128Mi]')
+@click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0, help='Seed of weights, data order and noise')
+@click.option('--wandb', metavar='PROJECT', help='Log to Weights & Biases too, if installed')
+@click.option('-n', '--dry-run', is_flag=True, help='Print the settings and exit')
+def main(outdir, dry_run, wandb, **opts):
+    """Train a diffusion model with the EDM2 recipe.
+
+    On one process, or under torchrun on any number of GPUs; the result does not depend on the number of processes.
+    NIMG takes suffixes: 64Ki, 16Mi, 1.5Gi.
+    """
+    config = build_config(opts)
+    if dry_run:
+        _, _, network = prepare(config)
+        print(json.dumps(config | dict(outdir=outdir, network=network), indent=2))
+        return
+    train(config, outdir, wandb)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,36 @@
+"""Checkpoints: everything that the training loop needs to go on as if it had never stopped."""
+
+import os
+import re
+
+from dnnlib import UserError
+from training.snapshot import read_state, write_state
+
+_NAME = re.compile(r'training-state-(\d{7,})\.pt')
+
+
+def checkpoint_path(folder: str, nimg: int) -> str:
+    """`training-state-<kimg>.pt` in the folder of the run."""
+    return os.path.join(folder, f'training-state-{nimg // 1000:07d}.pt')
+
+
+def save_checkpoint(folder: str, state: dict):
+    """Writes the checkpoint of `state['nimg']`; it appears only when complete."""
+    write_state(checkpoint_path(folder, state['nimg']), state)
+
+
+def load_newest(folder: str, report=print) -> dict | None:
+    """The newest whole checkpoint of a folder, or None. Damaged ones are reported and passed over.
+
+    Raises UserError if there are checkpoints but none can be read: training must not start anew by accident.
+    """
+    names = sorted((name for name in os.listdir(folder) if _NAME.fullmatch(name)),
+                   key=lambda name: int(_NAME.fullmatch(name)[1]), reverse=True)
+    for name in names:
+        try:
+            return read_state(os.path.join(folder, name))
+        except UserError as error:
+            report(f'Passing over a damaged checkpoint: {error}')
+    if names:
+        raise UserError(f'{folder}: none of its {len(names)} checkpoints can be read; remove them to start anew')
+    return None

@@ -1,0 +1,68 @@
+"""Batches for training from a data set: dictionaries that depend on the seed and the image count alone."""
+
+import collections
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from torch_utils.random import BlockRandomGenerator, tuple_seed
+from training.data.sampler import EpochShuffle
+
+RESIDENT_BYTES = 2 << 30  # a data set up to this size is kept on the GPU
+
+
+class DatasetBatches:
+    """Endless shuffled batches of a data set, encoded for the network.
+
+    Image number g of the run (counted from 0) is always the same image with the same random numbers, whichever process
+    asks for it and however the run is cut into batches.
+    """
+
+    def __init__(self, dataset, encoder, device, seed=0, order=None, workers=2, prefetch=4):
+        self.dataset, self.encoder, self.device, self.seed = dataset, encoder, torch.device(device), seed
+        self.order = order or EpochShuffle(len(dataset), seed)
+        self.workers, self.prefetch = workers, prefetch
+        self._resident = None
+        if self.device.type == 'cuda' and len(dataset) * int(np.prod(dataset.image_shape)) <= RESIDENT_BYTES:
+            self._resident = torch.from_numpy(dataset.images(np.arange(len(dataset)))).to(self.device)
+
+    def iterate(self, plan: Iterable[tuple[int, int]]) -> Iterator[dict]:
+        """For each `(start, count)` of the plan, the batch of images `start .. start + count - 1` of the run.
+
+        Keys: `images` [N,C,H,W] float32, encoded; `labels` float32 [N, label_dim]; `random`; `start`.
+        Files are read ahead in threads; transfers to the GPU do not wait.
+        """
+        with ThreadPoolExecutor(self.workers, thread_name_prefix='dataset') as pool:
+            ahead = collections.deque()
+            for start, count in plan:
+                indices = self.order.indices(np.arange(start, start + count))
+                ahead.append((start, count, pool.submit(self._load, indices)))
+                if len(ahead) > self.prefetch:
+                    yield self._finish(*ahead.popleft())
+            while ahead:
+                yield self._finish(*ahead.popleft())
+
+    def _load(self, indices):
+        labels = torch.from_numpy(self.dataset.labels(indices))
+        if self._resident is not None:
+            return self._pin(torch.from_numpy(indices)), self._pin(labels)
+        return self._pin(torch.from_numpy(self.dataset.images(indices))), self._pin(labels)
+
+    def _pin(self, x):
+        return x.pin_memory() if self.device.type == 'cuda' else x
+
+    def _finish(self, start, count, future):
+        images, labels = (x.to(self.device, non_blocking=True) for x in future.result())
+        if self._resident is not None:
+            images = self._resident[images]
+        random = BlockRandomGenerator(self.device, tuple_seed(self.seed, 0), start, count)
+        return {'images': self.encoder.encode_latents(images, random), 'labels': labels, 'random': random, 'start': start}
+
+    def state_dict(self) -> dict:
+        """Nothing: the position in the data is the image count of the loop."""
+        return {}
+
+    def load_state_dict(self, state: dict):
+        pass

@@ -1,0 +1,311 @@
+"""The one training loop. It knows nothing of any study: batches, objective, optimizer and averages are given to it."""
+
+import contextlib
+import dataclasses
+import glob
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import psutil
+import torch
+from tqdm import tqdm
+
+from dnnlib import UserError
+from dnnlib.util import format_count, format_time, write_bytes, write_json
+from torch_utils import distributed as dist
+from torch_utils.stats import RunningMeans
+from training import checkpoint, pictures
+from training.snapshot import save_snapshot
+
+
+@dataclasses.dataclass
+class LoopConfig:
+    """How long to train and when to report; all counts are training images (over all processes)."""
+
+    run_dir: str
+    total_nimg: int
+    batch_size: int                       # images of one step over all processes
+    batch_gpu: int | None = None          # images of one forward pass; None: the process's whole share
+    status_nimg: int | None = None        # None: never, likewise below
+    snapshot_nimg: int | None = None
+    checkpoint_nimg: int | None = None
+    loss_scaling: float = 1.0             # multiplies the loss for float16 gradients, and is divided out again
+    clip_grad_norm: float | None = None
+    bad_gradients: tuple | None = (0, 0, 0)   # what takes the place of NaN, +Inf and -Inf; None leaves them
+    compile: bool = False
+    seed: int = 0
+    wandb: str | None = None              # project name
+
+
+class Trainer:
+    """Trains `net` (in place).
+
+    net        network from `build_network`, on the device of this process, the same on every process
+    objective  `(net, batch) -> (loss [N], {name: values})`; the sum of `loss` over the batch divided by its size is minimised
+    batches    has `iterate(plan)`, a generator of batches for pairs (first image, count), and `state_dict`s
+    optimizer  of net's parameters
+    lr         `(nimg, batch_size) -> learning rate`
+    ema        has `update(net, nimg, batch_size)`, `get(net)` and `state_dict`s (see training.ema)
+    snapshot   further keywords of `save_snapshot`: encoder, dataset, recipe
+    identity   what a checkpoint must agree with to be resumed, by option name
+    on_snapshot  called on the first process with (nimg, [averaged network, ...]) at each snapshot
+    """
+
+    def __init__(self, net, objective, batches, optimizer, lr: Callable, ema, config: LoopConfig, *,
+                 snapshot: dict, identity: dict | None = None, on_snapshot: Callable | None = None):
+        self.net, self.objective, self.batches, self.optimizer = net, objective, batches, optimizer
+        self.lr, self.ema, self.config = lr, ema, config
+        self.snapshot_keywords, self.identity, self.on_snapshot = snapshot, identity or {}, on_snapshot
+        self.device = next(net.parameters()).device
+        self.means = RunningMeans(self.device)
+        self.nimg = 0
+        self.stop_requested = False
+        self.per_process = config.batch_size // dist.get_world_size()
+        if self.per_process * dist.get_world_size() != config.batch_size:
+            raise UserError(f'--batch={config.batch_size} cannot be split over {dist.get_world_size()} processes')
+        if config.batch_gpu is not None and config.batch_gpu < 1:
+            raise UserError(f'--batch-gpu={config.batch_gpu} must be at least 1')
+        self.batch_gpu = min(config.batch_gpu or self.per_process, self.per_process)
+        self.train_seconds = 0.0                              # of earlier sessions, from the checkpoint
+
+    # --- The run ------------------------------------------------------------------------------------------------------
+
+    def run(self):
+        """Trains until `total_nimg`, resuming from the newest whole checkpoint of the run's folder.
+
+        SIGTERM ends it after the current step, with a checkpoint. Returns the number of images seen.
+        """
+        self.resume()
+        self._open_logs()
+        self.model = self._wrap()
+        self.net.train()
+        with self._signals():
+            steps = self.batches.iterate(self._plan())
+            with contextlib.closing(steps), self._progress_bar() as bar:
+                while self.nimg < self.config.total_nimg and not dist.any_rank(self.stop_requested):
+                    self._step(steps)
+                    bar.update(self.config.batch_size)
+                    self._after_step()
+        if self.nimg < self.config.total_nimg:
+            self._save_checkpoint()
+            self._log(f'Stopped at {self.nimg} images; the same command goes on from here.')
+        self._close_logs()
+        return self.nimg
+
+    def _plan(self):
+        """(first image, count) of each micro-batch of this process, to the end of the run."""
+        for start in range(self.nimg, self.config.total_nimg, self.config.batch_size):
+            first = start + dist.get_rank() * self.per_process
+            for offset in range(0, self.per_process, self.batch_gpu):
+                yield first + offset, min(self.batch_gpu, self.per_process - offset)
+
+    def _wrap(self):
+        model = torch.compile(self.net) if self.config.compile else self.net
+        if dist.get_world_size() > 1:
+            devices = [self.device] if self.device.type == 'cuda' else None
+            model = torch.nn.parallel.DistributedDataParallel(
+                model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return model
+
+    def _step(self, steps):
+        """One optimizer step over the whole batch, and the averages after it. Nothing here waits for the GPU."""
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group['lr'] = self.lr(self.nimg, config.batch_size)
+        self.optimizer.zero_grad(set_to_none=True)
+        scale = config.loss_scaling / self.per_process         # the gradient is the mean over processes
+        micro_batches = -(-self.per_process // self.batch_gpu)
+        for index in range(micro_batches):
+            with self._sync_if(last=index == micro_batches - 1):
+                loss, terms = self.objective(self.model, next(steps))
+                (loss.sum() * scale).backward()
+            self.means.add({f'Loss/{name}': values for name, values in terms.items()})
+        self._clean_gradients()
+        self.optimizer.step()
+        self.ema.update(self.net, self.nimg, config.batch_size)
+        self.nimg += config.batch_size
+
+    def _sync_if(self, last):
+        """Processes exchange gradients in the last backward pass of a step only."""
+        return self.model.no_sync() if not last and hasattr(self.model, 'no_sync') else contextlib.nullcontext()
+
+    def _clean_gradients(self):
+        config = self.config
+        grads = [p.grad for p in self.net.parameters() if p.grad is not None]
+        if config.loss_scaling != 1:
+            torch._foreach_div_(grads, config.loss_scaling)
+        if config.bad_gradients is not None:
+            nan, posinf, neginf = config.bad_gradients
+            for grad in grads:
+                torch.nan_to_num(grad, nan=nan, posinf=posinf, neginf=neginf, out=grad)
+        if config.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.net.parameters(), config.clip_grad_norm)
+
+    def _due(self, every):
+        """True if the step just taken has passed a multiple of `every`, or was the last."""
+        if every is None:
+            return False
+        before = self.nimg - self.config.batch_size
+        return self.nimg >= self.config.total_nimg or self.nimg // every != before // every
+
+    def _after_step(self):
+        if self._due(self.config.status_nimg):
+            self._report()
+        if self._due(self.config.snapshot_nimg):
+            self._save_snapshots()
+        if self._due(self.config.checkpoint_nimg):
+            self._save_checkpoint()
+
+    @contextlib.contextmanager
+    def _signals(self):
+        def request_stop(*_):
+            self.stop_requested = True
+        previous = {name: signal.signal(name, request_stop) for name in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for name, handler in previous.items():
+                signal.signal(name, handler)
+
+    # --- Files --------------------------------------------------------------------------------------------------------
+
+    def _path(self, name):
+        return os.path.join(self.config.run_dir, name)
+
+    def resume(self):
+        """Takes up the newest whole checkpoint if there is one; raises UserError if it is of another recipe."""
+        os.makedirs(self.config.run_dir, exist_ok=True)
+        state = checkpoint.load_newest(self.config.run_dir, report=self._log)
+        if state is None:
+            return
+        for key, value in self.identity.items():
+            if state['identity'].get(key) != value:
+                raise UserError(f'{self.config.run_dir} holds a run with another {key} ({state["identity"].get(key)} '
+                                f'instead of {value}); choose another folder, or remove it to start anew')
+        self.net.load_state_dict(state['net'])
+        self.ema.load_state_dict(state['ema'])
+        self.optimizer.load_state_dict(state['optimizer'])
+        self.means.load_state_dict(state['means'])
+        if len(state['batches']) == dist.get_world_size():
+            self.batches.load_state_dict(state['batches'][dist.get_rank()])
+        elif any(state['batches']):
+            raise UserError(f'{self.config.run_dir} was trained by {len(state["batches"])} processes and its batches '
+                            f'have a state for each: resume with as many')
+        self.nimg, self.train_seconds = state['nimg'], state['train_seconds']
+        self._log(f'Resuming from {self.nimg} images ({checkpoint.checkpoint_path(self.config.run_dir, self.nimg)})')
+
+    def _save_checkpoint(self):
+        means = self.means.state_dict()
+        batches = dist.gather_objects(self.batches.state_dict())
+        if dist.get_rank() == 0:
+            checkpoint.save_checkpoint(self.config.run_dir, {
+                'nimg': self.nimg, 'net': self.net.state_dict(), 'ema': self.ema.state_dict(),
+                'optimizer': self.optimizer.state_dict(), 'means': means, 'batches': batches,
+                'identity': self.identity, 'train_seconds': self._seconds()})
+        dist.barrier()
+
+    def _save_snapshots(self):
+        if dist.get_rank() == 0:
+            averages = self.ema.get(self.net)
+            for net, suffix, info in averages:
+                path = self._path(f'network-snapshot-{self.nimg // 1000:07d}{suffix}.pkl')
+                save_snapshot(path, net, nimg=self.nimg, **info, **self.snapshot_keywords)
+            if self.on_snapshot is not None:
+                self.on_snapshot(self.nimg, [net for net, _, _ in averages])
+            if os.path.exists(self._path('stats.jsonl')):
+                pictures.save_loss_curve(self._path('stats.jsonl'), self._path('loss.png'))
+        dist.barrier()
+
+    # --- Logs ---------------------------------------------------------------------------------------------------------
+
+    def _open_logs(self):
+        self._session_start = self._tick_start = time.time()
+        self._tick_nimg = self.nimg
+        self._writers = []
+        if dist.get_rank() != 0:
+            return
+        for pattern in ('.training-state-*', '.network-snapshot-*', '.*.png.*'):  # halves left behind by a kill -9
+            for leftover in glob.glob(glob.escape(self.config.run_dir) + '/' + pattern):
+                os.remove(leftover)
+        self._trim_stats()
+        from torch.utils.tensorboard import SummaryWriter
+        self._tensorboard = SummaryWriter(self.config.run_dir, purge_step=self.nimg)
+        self._wandb = None
+        if self.config.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise UserError('--wandb needs the package wandb: pip install wandb') from None
+            self._wandb = wandb.init(project=self.config.wandb, dir=self.config.run_dir, resume='allow',
+                                     id=os.path.basename(os.path.abspath(self.config.run_dir)))
+
+    def _trim_stats(self):
+        """Drops what was logged after the checkpoint that we resume from, and a line cut in half."""
+        path, kept = self._path('stats.jsonl'), []
+        if not os.path.exists(path):
+            return
+        with open(path) as f:
+            for line in f:
+                with contextlib.suppress(ValueError):
+                    if json.loads(line)['nimg'] <= self.nimg:
+                        kept.append(line)
+        write_bytes(path, ''.join(kept).encode())
+
+    def _close_logs(self):
+        if dist.get_rank() == 0:
+            self._tensorboard.close()
+            if self._wandb is not None:
+                self._wandb.finish()
+
+    def _progress_bar(self):
+        return tqdm(total=self.config.total_nimg, initial=self.nimg, unit='img', unit_scale=True, leave=False,
+                    disable=True if dist.get_rank() != 0 else None)  # None: only on a terminal
+
+    def _log(self, text):
+        if dist.get_rank() == 0:
+            tqdm.write(text)
+            with open(self._path('log.txt'), 'a') as f:
+                f.write(text + '\n')
+
+    def _seconds(self):
+        return self.train_seconds + time.time() - self._session_start
+
+    def _report(self):
+        """One line for the log, one for `stats.jsonl`, scalars for TensorBoard: since the last report."""
+        means = self.means.report()                            # waits for the device
+        now = time.time()
+        images_per_second = (self.nimg - self._tick_nimg) / max(now - self._tick_start, 1e-9)
+        self._tick_start, self._tick_nimg = now, self.nimg
+        lr = self.lr(self.nimg, self.config.batch_size)
+        memory = psutil.Process().memory_info().rss / 2**30
+        values = {'Progress/lr': lr, 'Timing/images_per_sec': images_per_second, 'Timing/total_sec': self._seconds(),
+                  'Resources/cpu_mem_gb': memory}
+        line = (f'nimg {format_count(self.nimg):<9} {100 * self.nimg / self.config.total_nimg:5.1f}%  '
+                f'time {format_time(self._seconds()):<8} {images_per_second:8.1f} img/s  lr {lr:.5f}  cpumem {memory:.2f}G')
+        if self.device.type == 'cuda':
+            values['Resources/peak_gpu_mem_gb'] = torch.cuda.max_memory_allocated(self.device) / 2**30
+            torch.cuda.reset_peak_memory_stats(self.device)
+            line += f'  gpumem {values["Resources/peak_gpu_mem_gb"]:.2f}G'
+        line += ''.join(f'  {name.removeprefix("Loss/")} {mean:.4f}' for name, (mean, _) in means.items())
+        self._log(line)
+        if dist.get_rank() != 0:
+            return
+        row = {'nimg': self.nimg} | {name: {'mean': mean, 'std': std} for name, (mean, std) in means.items()}
+        row |= {name: {'mean': value, 'std': 0.0} for name, value in values.items()} | {'timestamp': now}
+        with open(self._path('stats.jsonl'), 'a') as f:
+            f.write(json.dumps(row) + '\n')
+        values |= {name: mean for name, (mean, _) in means.items()}
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, global_step=self.nimg)
+        if self._wandb is not None:
+            self._wandb.log(values, step=self.nimg)
+
+
+def write_options(run_dir: str, options: dict):
+    """`training_options.json` of a run, from the first process."""
+    if dist.get_rank() == 0:
+        os.makedirs(run_dir, exist_ok=True)
+        write_json(os.path.join(run_dir, 'training_options.json'), options)

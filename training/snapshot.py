@@ -1,0 +1,99 @@
+"""Snapshots: a network with everything that is needed to sample from it, as plain tensors and containers.
+
+A snapshot is a dictionary of plain values written by `torch.save` and read with `weights_only=True`, so opening one
+never runs code from the file. Keys: `format`, `network` (class name and keyword arguments), `state` (parameters in half
+precision by default, buffers as they are), `encoder`, `dataset` (description of the training set), `recipe`, `nimg` and
+`ema_std`.
+"""
+
+import dataclasses
+import os
+import zipfile
+
+import torch
+
+from dnnlib import UserError
+from dnnlib.util import atomic_path
+from training import encoders
+from training.networks import build_network
+
+FORMAT = 'diffusion-snapshot-1'
+
+
+@dataclasses.dataclass
+class Snapshot:
+    """A network ready to sample: `net` in eval mode, float32, gradients off; what it was trained on and how."""
+
+    net: torch.nn.Module
+    encoder: object
+    dataset: dict = dataclasses.field(default_factory=dict)
+    recipe: dict = dataclasses.field(default_factory=dict)
+    nimg: int = 0
+    ema_std: float | None = None
+
+
+def save_snapshot(path, net, *, encoder, dataset, recipe, nimg, ema_std=None, dtype=torch.float16):
+    """Writes a snapshot; `path` appears only when complete. `net` must come from `build_network`.
+
+    Parameters are stored as `dtype`, buffers (frequencies, filters, statistics) as they are.
+    """
+    parameters = {name for name, _ in net.named_parameters()}
+    state = {name: (value.to(dtype) if name in parameters and value.is_floating_point() else value).detach().cpu()
+             for name, value in net.state_dict().items()}
+    write_state(path, {
+        'format': FORMAT,
+        'network': {'class_name': type(net).__name__, 'kwargs': net.init_kwargs},
+        'state': state, 'encoder': encoder.config(), 'dataset': dataset, 'recipe': recipe,
+        'nimg': int(nimg), 'ema_std': ema_std,
+    })
+
+
+def write_state(path, state: dict):
+    """torch.save to a file that appears only when complete."""
+    with atomic_path(path) as temp:
+        torch.save(state, temp)
+
+
+def read_state(path: str) -> dict:
+    """A dictionary of plain tensors and containers from a file of `torch.save`; raises UserError for anything else."""
+    if not os.path.isfile(path):
+        raise UserError(f'{path}: no such file')
+    try:
+        # mmap: the weights are read when they are used; only torch's zip format allows it.
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # pickle, zip and torch all have errors of their own for broken and foreign files
+        reason = str(error).strip().split('\n')[0][:200]
+        raise UserError(f'{path}: not a file of plain tensors written by this project, or damaged ({reason})') from None
+
+
+def read_snapshot(path: str) -> dict:
+    """The dictionary of a snapshot file, as `save_snapshot` wrote it."""
+    state = read_state(path)
+    if not isinstance(state, dict) or state.get('format') != FORMAT:
+        raise UserError(f'{path}: not a network snapshot (format {FORMAT})')
+    return state
+
+
+def restore(state: dict, path: str, device='cpu') -> Snapshot:
+    """Builds the network and the encoder that a snapshot's dictionary describes."""
+    net = build_network(state['network']['class_name'], **state['network']['kwargs'])
+    try:
+        net.load_state_dict(state['state'])
+    except RuntimeError as error:
+        raise UserError(f'{path}: weights do not fit the network ({str(error).splitlines()[-1].strip()})') from None
+    net = net.eval().requires_grad_(False).to(device)
+    return Snapshot(net, encoders.make_encoder(state['encoder']), state['dataset'], state['recipe'],
+                    state['nimg'], state['ema_std'])
+
+
+def load_snapshot(path: str, device='cpu') -> Snapshot:
+    """Opens `path` (a snapshot file or URL, or `optimal:DATASET` for the closed-form denoiser of a data set)."""
+    if path.startswith('optimal:'):
+        from training.data.dataset import ImageDataset
+        from training.networks.optimal import optimal_denoiser
+        dataset = ImageDataset(path.removeprefix('optimal:'))
+        return Snapshot(optimal_denoiser(dataset, device), encoders.make_encoder({'name': 'rgb'}), dataset.description())
+    if '://' in path:
+        from dnnlib.url import download
+        path = download(path)
+    return restore(read_snapshot(path), path, device)
