@@ -1,0 +1,183 @@
+"""Make data sets: convert pictures, encode them as latents, decode latents, inspect."""
+
+import os
+
+import click
+
+from dnnlib import UserError, cli, util
+from training.data import imagenet, transforms
+
+DEFAULT_VAE = 'stabilityai/sd-vae-ft-mse'
+
+
+@click.group(cls=cli.Group)
+def main():
+    """Make data sets for training: a .zip (or a folder) of equal images with their labels in dataset.json.
+
+    \b
+    python dataset_tool.py convert --source=digits --dest=datasets/digits.zip
+    python dataset_tool.py convert --source=downloads/imagenet/train --dest=datasets/img256.zip \\
+        --resolution=256x256 --transform=center-crop-dhariwal
+    python dataset_tool.py encode --source=datasets/img256.zip --dest=datasets/img256-sd.zip
+    python dataset_tool.py inspect --source=datasets/img256.zip
+    """
+
+
+def dest_options(function):
+    """--dest and --overwrite, alike for all that write an archive."""
+    function = click.option('--overwrite', is_flag=True, help='Replace the destination if it exists')(function)
+    return click.option('--dest', metavar='ZIP|DIR', required=True, help='Data set to write; a .zip, else a folder')(function)
+
+
+def batch_options(function):
+    """Options of the commands that run the autoencoder."""
+    function = click.option('--precision', type=click.Choice(['fp32', 'fp16', 'bf16']), default='fp32',
+                            help='Precision of the autoencoder')(function)
+    return click.option('--batch', metavar='INT', type=click.IntRange(min=1), default=16,
+                        help='Images that go through the autoencoder together')(function)
+
+
+@main.command()
+@click.option('--source', metavar='PATH[,PATH...]', required=True, help='What to read, see below')
+@dest_options
+@click.option('--resolution', metavar='WxH', type=cli.SIZE, help='Size of the images  [default: as they are]')
+@click.option('--transform', metavar='|'.join(transforms.NAMES), type=click.Choice(transforms.NAMES),
+              help='How pictures are cropped  [default: resized without cropping]')
+@click.option('--max-images', metavar='INT', type=cli.COUNT, help='Use at most this many, the first ones')
+@click.option('--class_labels', metavar='LIST', type=cli.INT_LIST,
+              help='Classes to take, in the order of their new labels, e.g. 171,182,198')
+@click.option('--nums', metavar='INT', type=click.IntRange(min=0), help='Images to draw of each class; 0 for all')
+@click.option('--sim_name', metavar='sim1|sim2|sim3', type=click.Choice(list(imagenet.SIMILARITY_LEVELS), case_sensitive=False),
+              help="Similarity level of the multi-source study; without --class_labels, takes the level's ten classes")
+@click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0, help='Which images --nums draws')
+@click.option('--coarse', is_flag=True, help="CIFAR-100's 20 coarse labels instead of the 100 fine ones")
+@click.option('--skip-corrupt', is_flag=True, help='Leave damaged images out, and list them')
+@click.option('--workers', metavar='INT', type=click.IntRange(min=1), help='Processes  [default: one for each core]')
+def convert(source, dest, overwrite, resolution, transform, max_images, class_labels, nums, sim_name, seed, coarse,
+            skip_corrupt, workers):
+    """Make a data set of pictures.
+
+    --source is a folder or .zip of images (labels from dataset.json, else from top-level folders),
+    cifar-10-python.tar.gz, cifar-100-python.tar.gz or their unpacked folders, MNIST train-images-idx3-ubyte.gz,
+    an LSUN *_lmdb folder, a .txt list of image paths (a tab and a number after each path give labels), the word
+    digits, or several of these joined by commas: classes of the same name are then one class.
+
+    Classes are numbered as in ImageNet if their folders are wnids, else by their place in the sorted list of folders.
+    New labels count from 0; dataset.json keeps the original numbers as "classes", so that --class=171 names the same
+    class everywhere. What --nums draws of a class depends on the seed and its number alone.
+
+    \b
+    python dataset_tool.py convert --source=cifar-10-python.tar.gz --dest=datasets/cifar10.zip
+    python dataset_tool.py convert --source=downloads/imagenet/train --dest=datasets/sim3-10c-1000.zip \\
+        --resolution=256x256 --transform=center-crop-dhariwal --sim_name=sim3 --nums=1000
+    """
+    from training.data import archive, sources
+    from training.data.convert import by_class, convert, everything
+    archive.check_destination(dest, overwrite)
+    opened = sources.open_source(source, coarse)
+    if sim_name is not None:
+        level = imagenet.SIMILARITY_LEVELS[sim_name]
+        if opened.wnids is None and len(opened.classes or []) != len(imagenet.classes()):
+            raise UserError(f'--sim_name={sim_name} names ImageNet classes, but the folders of {source} are no wnids')
+        if outside := set(class_labels or []) - set(level):
+            raise UserError(f'--class_labels: {min(outside)} is not of --sim_name={sim_name}: {",".join(map(str, level))}')
+        class_labels = class_labels or list(level)
+    if class_labels is None and nums is None:
+        selection = everything(opened)
+    else:
+        selection = by_class(opened, class_labels, nums, seed)
+    done = convert(opened, selection.first(max_images), dest, resolution=resolution, transform=transform, workers=workers,
+                   skip_corrupt=skip_corrupt, overwrite=overwrite, notes={'sim_name': sim_name})
+    classes = '' if selection.classes is None else f', {len(selection.classes)} classes'
+    print(f'{dest}: {done.count} images, {done.resolution}x{done.resolution}{classes}')
+    if done.rejected:
+        print(f'{done.rejected} images are too small for --transform={transform} and were left out')
+    if done.skipped:
+        print(f'{len(done.skipped)} damaged images were left out:', *done.skipped, sep='\n    ')
+
+
+@main.command()
+@click.option('--source', metavar='ZIP|DIR', required=True, help='Data set of pixels')
+@dest_options
+@click.option('--model-url', metavar='NAME|DIR', default=DEFAULT_VAE, envvar='SD_VAE',
+              help='Autoencoder: a hub name, or a local folder; the variable SD_VAE sets another default')
+@batch_options
+def encode(source, dest, overwrite, model_url, batch, precision):
+    """Encode pixels as mean and standard deviation of Stable Diffusion's autoencoder.
+
+    The result is the same for any number of processes.
+
+    \b
+    python dataset_tool.py encode --source=datasets/img256.zip --dest=datasets/img256-sd.zip
+    torchrun --standalone --nproc_per_node=8 dataset_tool.py encode --source=... --dest=...
+    """
+    from torch_utils import distributed as dist
+    from training import encoders
+    from training.data import latents
+    dist.init()
+    dist.print0(f'Autoencoder: {model_url}')
+    encoder = encoders.StabilityVAEEncoder(model_url, batch_size=batch, precision=precision)
+    count = latents.encode(source, dest, encoder, batch=batch, overwrite=overwrite)
+    dist.print0(f'{dest}: {count} images encoded')
+    dist.shutdown()
+
+
+@main.command()
+@click.option('--source', metavar='ZIP|DIR', required=True, help='Data set of latents')
+@dest_options
+@click.option('--model-url', metavar='NAME|DIR', help='Autoencoder  [default: the one that the data set names]')
+@batch_options
+def decode(source, dest, overwrite, model_url, batch, precision):
+    """Decode latents to pictures (of the mean), with their labels.
+
+    \b
+    python dataset_tool.py decode --source=datasets/img256-sd.zip --dest=datasets/img256-decoded.zip
+    """
+    from torch_utils import distributed as dist
+    from training.data import latents
+    dist.init()
+    count = latents.decode(source, dest, model_url=model_url, precision=precision, batch=batch, overwrite=overwrite)
+    dist.print0(f'{dest}: {count} images decoded')
+    dist.shutdown()
+
+
+@main.command()
+@click.option('--source', metavar='ZIP|DIR', required=True, help='Data set of pixels or latents')
+@click.option('--dest', metavar='PNG', help='Contact sheet to write  [default: SOURCE-sheet.png]')
+@click.option('--max-images', metavar='INT', type=cli.COUNT, default=10000, help='Images over which numbers are taken')
+@click.option('--json', 'json_path', metavar='FILE', help='Write the numbers as JSON too')
+def inspect(source, dest, max_images, json_path):
+    """Show what is in a data set, and draw a contact sheet.
+
+    \b
+    python dataset_tool.py inspect --source=datasets/digits.zip
+    """
+    from training import pictures
+    from training.data import archive, report
+    from training.data.dataset import ImageDataset
+    dataset = ImageDataset(source)
+    dest = dest or os.path.splitext(dataset.path)[0] + '-sheet.png'
+    for path in filter(None, (dest, json_path)):
+        archive.check_parent(path)
+    summary = report.summarize(dataset, max(max_images, 1))
+    kind = 'pixels' if dataset.num_channels == 3 else 'latents'
+    print(f'{dataset.path}: {len(dataset)} images, {dataset.num_channels}x{dataset.resolution}x{dataset.resolution} {kind}')
+    for key in ('source', 'transform', 'sim_name', 'encoder'):
+        if summary.get(key):
+            print(f'{key}: {summary[key]}')
+    print('mean', *(f'{x:.3f}' for x in summary['mean']), f'(of {summary["measured"]} images)')
+    print('std ', *(f'{x:.3f}' for x in summary['std']))
+    if summary['nonfinite']:
+        print(f'{summary["nonfinite"]} of the measured images have values that are not finite')
+    print(f'{len(summary["counts"])} classes' if dataset.has_labels else 'no labels')
+    for label, count in enumerate(summary['counts']):
+        print(f'  label {label:4d}  {count:8d} images  class {report.class_name(dataset, label)}')
+    if json_path:
+        util.write_json(json_path, summary)
+    images, columns, names = report.contact_sheet(dataset)
+    pictures.save_image_grid(dest, images, columns, names)
+    print(f'contact sheet: {dest}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,320 @@
+"""Data sets on disk: an uncompressed zip, or a folder, of images and `dataset.json`.
+
+Images are `00000/img00000000.png`, latents `00000/img-mean-std-00000000.npy`, numbered by input; the folder is the
+first five digits. `dataset.json` is {"labels": [[name, label], ...] or null, ...}; further keys describe the data.
+"""
+
+import bisect
+import contextlib
+import errno
+import json
+import os
+import stat
+import struct
+import tempfile
+import zipfile
+import zlib
+
+import numpy as np
+
+import dnnlib
+from dnnlib.util import UserError
+
+JSON_NAME = 'dataset.json'
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+
+def image_name(index: int) -> str:
+    """12 -> '00000/img00000012.png'."""
+    return f'{index:08d}'[:5] + f'/img{index:08d}.png'
+
+
+def latent_name(index: int) -> str:
+    """12 -> '00000/img-mean-std-00000012.npy'."""
+    return f'{index:08d}'[:5] + f'/img-mean-std-{index:08d}.npy'
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(('.', '__MACOSX/')) or '/.' in name
+
+
+class ArchiveReader:
+    """Files of a folder or a zip by name, sorted. Safe to use from several threads and after fork or pickling.
+
+    Raises UserError for a path that does not exist, a damaged or encrypted zip, and names in a zip that point
+    outside it.
+    """
+
+    def __init__(self, path: str):
+        self.path = os.fspath(path)
+        self.is_zip = os.path.isfile(self.path)
+        self._file = None
+        if self.is_zip:
+            self._list_zip()
+        elif os.path.isdir(self.path):
+            try:
+                self.names = sorted(_walk(self.path))
+            except OSError as error:
+                raise UserError(f'{self.path} cannot be listed ({error.filename}: {error.strerror})') from None
+        else:
+            raise UserError(f'{self.path} does not exist; give a folder or a .zip file')
+
+    def _list_zip(self):
+        try:
+            with zipfile.ZipFile(self.path) as z:
+                infos = [info for info in z.infolist() if not info.is_dir()]
+        except (zipfile.BadZipFile, OSError, NotImplementedError, UnicodeDecodeError) as error:
+            raise UserError(f'{self.path} is not a readable zip file ({error})') from None
+        for info in infos:
+            name = info.filename
+            if name.startswith('/') or '..' in name.split('/') or stat.S_ISLNK(info.external_attr >> 16):
+                raise UserError(f'{self.path}: {name!r} points outside the zip; make the zip without such names and links')
+        infos = sorted((info for info in infos if not _hidden(info.filename)), key=lambda info: info.filename)
+        self.names = [info.filename for info in infos]
+        for info, following in zip(infos, self.names[1:] + [None], strict=False):
+            name = info.filename
+            if name == following:
+                raise UserError(f'{self.path}: {name!r} is in the zip twice')
+            if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise UserError(f'{self.path}: {name!r} is encrypted or compressed in an unusual way; use a plain zip')
+        # Numbers instead of ZipInfo objects: a tenth of the memory, and millions of files are usual.
+        columns = [(i.header_offset, i.compress_size, i.file_size, i.CRC, i.compress_type) for i in infos]
+        self._entries = np.array(columns, dtype=np.int64).reshape(-1, 5)
+
+    def __getstate__(self):
+        return self.__dict__ | {'_file': None}
+
+    def __len__(self):
+        return len(self.names)
+
+    def size(self, index: int) -> int:
+        """Bytes of file `names[index]`."""
+        if self.is_zip:
+            return int(self._entries[index, 2])
+        return os.stat(os.path.join(self.path, self.names[index])).st_size
+
+    def find(self, name: str) -> int:
+        """Position of `name` in `names`, or -1."""
+        place = bisect.bisect_left(self.names, name)
+        return place if place < len(self.names) and self.names[place] == name else -1
+
+    def where(self, index: int) -> str:
+        """The file's name for a message."""
+        return f'{self.path}: {self.names[index]}' if self.is_zip else os.path.join(self.path, self.names[index])
+
+    def read(self, index: int) -> bytes:
+        """Bytes of file `names[index]`. Raises UserError that names it if it cannot be read or is damaged."""
+        try:
+            if not self.is_zip:
+                with open(os.path.join(self.path, self.names[index]), 'rb') as file:
+                    return file.read()
+            if self._file is None:
+                self._file = open(self.path, 'rb')
+            return self._read_entry(index)
+        except (OSError, struct.error, zlib.error) as error:
+            raise UserError(f'{self.where(index)} cannot be read ({error})') from None
+
+    def _read_entry(self, index: int) -> bytes:
+        offset, packed, size, crc, method = self._entries[index].tolist()
+        # pread leaves the file position alone, so threads and forked processes share one descriptor.
+        descriptor = self._file.fileno()
+        name_length, extra_length = struct.unpack_from('<HH', os.pread(descriptor, 30, offset), 26)
+        data = os.pread(descriptor, packed, offset + 30 + name_length + extra_length)
+        if method == zipfile.ZIP_DEFLATED:
+            data = zlib.decompressobj(-15).decompress(data, size)
+        if len(data) != size or zlib.crc32(data) != crc:
+            raise UserError(f'{self.where(index)} is damaged; copy or make the file again')
+        return data
+
+    def description(self) -> dict:
+        """The contents of dataset.json, {} if there is none. Raises UserError if it is no JSON object."""
+        index = self.find(JSON_NAME)
+        if index < 0:
+            return {}
+        try:
+            value = json.loads(self.read(index))
+        except ValueError as error:
+            raise UserError(f'{self.where(index)} is no valid JSON ({error})') from None
+        if not isinstance(value, dict):
+            raise UserError(f'{self.where(index)} must hold an object with "labels"')
+        return value
+
+
+def _walk(root: str):
+    """Names of all files below `root`, following links but never twice into the same folder."""
+    seen, pending = set(), ['']
+    while pending:
+        prefix = pending.pop()
+        folder = os.path.join(root, prefix)
+        real = os.path.realpath(folder)
+        if real in seen:
+            continue
+        seen.add(real)
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith('.') or entry.name == '__MACOSX':
+                    continue
+                if entry.is_dir():
+                    pending.append(f'{prefix}{entry.name}/')
+                elif entry.is_file():
+                    yield prefix + entry.name
+
+
+def label_map(reader: ArchiveReader, description: dict) -> dict | None:
+    """{file name: label} of dataset.json, None if it has no labels. Raises UserError if they are malformed."""
+    labels = description.get('labels')
+    if labels is None:
+        return None
+    where = reader.where(reader.find(JSON_NAME))
+    try:
+        return {str(name).replace('\\', '/'): label for name, label in labels}
+    except (TypeError, ValueError):
+        raise UserError(f'{where}: "labels" must be a list of [file name, label]') from None
+
+
+def labels_of(reader: ArchiveReader, names: list[str], description: dict) -> np.ndarray | None:
+    """Labels of the files `names`: int64 [n], or float32 [n,D] for vectors, or None without labels.
+
+    Raises UserError if some file has no label, or labels are negative or of mixed kinds.
+    """
+    labels = label_map(reader, description)
+    if labels is None:
+        return None
+    where = reader.where(reader.find(JSON_NAME))
+    missing = [name for name in names if name not in labels]
+    if missing:
+        raise UserError(f'{where} has no label for {len(missing)} of {len(names)} images, e.g. {missing[0]}; '
+                        'give every image a label, or set "labels" to null')
+    values = [labels[name] for name in names]
+    if all(type(value) is int and value >= 0 for value in values):
+        return np.array(values, dtype=np.int64)
+    try:
+        vectors = np.array(values, dtype=np.float32)
+    except (TypeError, ValueError):
+        vectors = np.zeros([0])
+    if vectors.ndim != 2:
+        raise UserError(f'{where}: labels must all be whole numbers from 0, or all vectors of one length')
+    return vectors
+
+
+class _StoredZip:
+    """Writes a zip of uncompressed files, without time stamps: the same files give the same bytes.
+
+    Python's zipfile keeps an object for every file, hundreds of megabytes for millions of images, and takes several times
+    as long for each.
+    """
+
+    limit = 0xFFFFFFFF  # offsets from here on need the zip64 fields
+
+    def __init__(self, path: str):
+        self.file = open(path, 'wb', buffering=1 << 20)
+        self.offset, self.count, self.directory = 0, 0, bytearray()
+
+    def add(self, name: str, data: bytes):
+        raw, crc, size = name.encode(), zlib.crc32(data), len(data)
+        flags, day = 0x800, 0x21  # names are UTF-8; 1 January 1980, the first day that a zip can name
+        header = struct.pack('<4s5H3I2H', b'PK\3\4', 20, flags, 0, 0, day, crc, size, size, len(raw), 0) + raw
+        extra = struct.pack('<2HQ', 1, 8, self.offset) if self.offset >= self.limit else b''
+        self.directory += struct.pack(
+            '<4s6H3I5H2I', b'PK\1\2', 3 << 8 | 45, 45 if extra else 20, flags, 0, 0, day, crc, size, size, len(raw),
+            len(extra), 0, 0, 0, 0o100644 << 16, 0xFFFFFFFF if extra else self.offset) + raw + extra
+        self.file.write(header)
+        self.file.write(data)
+        self.offset += len(header) + size
+        self.count += 1
+
+    def close(self):
+        size, start, end = len(self.directory), self.offset, b''
+        if self.count >= 0xFFFF or start >= self.limit or size >= self.limit:
+            end = struct.pack('<4sQ2H2I4Q', b'PK\6\6', 44, 45, 45, 0, 0, self.count, self.count, size, start)
+            end += struct.pack('<4sIQI', b'PK\6\7', 0, start + size, 1)
+        self.file.write(self.directory + end + struct.pack(
+            '<4s4H2IH', b'PK\5\6', 0, 0, *[min(self.count, 0xFFFF)] * 2, min(size, 0xFFFFFFFF),
+            0xFFFFFFFF if start >= self.limit else start, 0))
+        self.file.close()
+
+
+class ArchiveWriter:
+    """Writes an archive that appears at `dest` only when complete: a zip if `dest` ends in .zip, else a folder.
+
+        with ArchiveWriter('x.zip') as out:
+            out.add(image_name(0), png)
+            out.add_description({'labels': None})
+
+    Raises UserError at once if `dest` exists (an empty folder is fine). With `overwrite=True` it is replaced when
+    the new archive is complete; a folder only if it is an archive, i.e. holds dataset.json.
+    """
+
+    def __init__(self, dest: str, overwrite: bool = False):
+        self.dest = os.fspath(dest).rstrip('/')
+        self.is_zip = self.dest.lower().endswith('.zip')
+        check_destination(self.dest, overwrite)
+
+    def __enter__(self):
+        self._stack = contextlib.ExitStack()
+        self._temp = self._stack.enter_context(dnnlib.util.atomic_path(self.dest))
+        self._made = set()
+        if self.is_zip:
+            self._zip = _StoredZip(self._temp)
+            self._stack.callback(self._zip.close)  # before it is renamed
+        else:
+            os.remove(self._temp)
+            os.mkdir(self._temp)
+        return self
+
+    def add(self, name: str, data: bytes):
+        """Adds a file; names are relative with forward slashes."""
+        if self.is_zip:
+            self._zip.add(name, data)
+            return
+        folder, _, _ = name.rpartition('/')
+        if folder not in self._made:
+            os.makedirs(os.path.join(self._temp, folder), exist_ok=True)
+            self._made.add(folder)
+        with open(os.path.join(self._temp, name), 'wb') as file:
+            file.write(data)
+
+    def add_description(self, description: dict):
+        """Adds dataset.json; `description['labels']` is a list of [name, label] or None."""
+        self.add(JSON_NAME, json.dumps(description).encode())
+
+    def __exit__(self, kind, error, trace):
+        try:
+            self._stack.__exit__(kind, error, trace)
+        except OSError as last:
+            error = last
+            if error.errno not in _DISK_ERRORS:
+                raise
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            raise UserError(f'--dest={self.dest} cannot be written ({error.strerror}); choose another place') from None
+
+
+def check_destination(dest: str, overwrite: bool = False):
+    """Raises UserError if an archive cannot be written to `dest` (see ArchiveWriter)."""
+    if not os.path.lexists(dest):
+        check_parent(dest)
+    elif os.path.isdir(dest):
+        if dest.lower().endswith('.zip'):
+            raise UserError(f'--dest={dest} is a folder; remove it or choose another name')
+        if not os.listdir(dest):
+            return
+        if not overwrite:
+            raise UserError(f'--dest={dest} exists; remove it, choose another name or give --overwrite')
+        if not os.path.isfile(os.path.join(dest, JSON_NAME)):
+            raise UserError(f'--dest={dest} is a folder that is no data set, which --overwrite does not remove')
+    elif not overwrite:
+        raise UserError(f'--dest={dest} exists; remove it, choose another name or give --overwrite')
+
+
+def check_parent(dest: str):
+    """Raises UserError if no file can be made at `dest`."""
+    parent = os.path.dirname(os.path.abspath(dest))
+    while not os.path.lexists(parent):
+        parent = os.path.dirname(parent)
+    try:
+        if not os.path.isdir(parent):
+            raise NotADirectoryError(f'{parent} is no folder')
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise UserError(f'--dest={dest} cannot be written ({error.strerror or error})') from None

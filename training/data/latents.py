@@ -1,0 +1,124 @@
+"""Archives of pixels to archives of latents and back, by one process or many with the same result."""
+
+import contextlib
+import io
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+import tqdm
+
+from dnnlib.util import UserError
+from torch_utils import distributed as dist
+from training.data.archive import ArchiveWriter, check_destination, image_name, latent_name
+from training.data.dataset import ImageDataset
+from training.data.image_io import encode_png
+from training.encoders import StabilityVAEEncoder, encoder_for, make_encoder
+
+
+def encode(source: str, dest: str, encoder: StabilityVAEEncoder, *, batch=16, overwrite=False) -> int:
+    """Stores mean and standard deviation of the autoencoder's posterior for every image of an archive of pixels.
+
+    `dest` gets `latent_name(i)` (float32 [8,R/8,R/8]) for image i of `source`, its labels and its description. Returns
+    the number of images; raises UserError for sources that hold no pixels or are too small.
+    """
+    check_destination(dest, overwrite)
+    dataset = ImageDataset(source, cache=False)
+    if dataset.dtype != np.uint8:
+        raise UserError(f'--source={source} holds latents already; encode takes pixels')
+    if dataset.resolution % 8:
+        raise UserError(f'--source={source} has {dataset.resolution}x{dataset.resolution} pixels; '
+                        'the autoencoder needs a multiple of 8')
+    if os.path.isdir(encoder.vae_name):
+        encoder.vae_name = os.path.abspath(encoder.vae_name)  # the archive and snapshots name it from anywhere
+
+    def to_bytes(raw):
+        file = io.BytesIO()
+        np.save(file, raw)
+        return file.getvalue()
+
+    encoder.load(dist.get_device())
+    _map(dataset, dest, encoder.encode_pixels, to_bytes, latent_name, batch, overwrite, {'encoder': encoder.config()})
+    return len(dataset)
+
+
+def decode(source: str, dest: str, *, model_url=None, precision='fp32', batch=16, overwrite=False) -> int:
+    """Pictures of the means of an archive of latents: PNG files at `dest` with the same labels.
+
+    The autoencoder is the one that the archive names, or `model_url`. Returns the number of images.
+    """
+    check_destination(dest, overwrite)
+    dataset = ImageDataset(source, cache=False)
+    if dataset.dtype == np.uint8:
+        raise UserError(f'--source={source} holds pixels; decode takes latents')
+    config = encoder_for(dataset) | ({'vae_name': model_url} if model_url else {})
+    encoder = make_encoder(config | {'batch_size': batch, 'precision': precision})
+    channels = encoder.latent_shape(dataset.image_shape)[0]
+
+    def function(raw):
+        scale, bias = encoder.whitening(raw)
+        return encoder.decode(raw[:, :channels] * scale + bias)
+
+    def to_bytes(pixels):
+        return encode_png(pixels.transpose(1, 2, 0))
+
+    encoder.load(dist.get_device())
+    _map(dataset, dest, function, to_bytes, image_name, batch, overwrite, {'encoder': None})
+    return len(dataset)
+
+
+def _map(dataset, dest, function, to_bytes, name_of, batch, overwrite, notes):
+    """Writes `to_bytes(function(images))` of all images. Batches are the same ones for any number of processes.
+
+    Process r of R takes batches r, r+R, ...; the first process gathers and writes them in order.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    batches = [np.arange(i, min(i + batch, len(dataset))) for i in range(0, len(dataset), batch)]
+    names = [name_of(i) for i in range(len(dataset))]
+    writer = contextlib.nullcontext() if rank else ArchiveWriter(dest, overwrite)
+    with ThreadPoolExecutor(1) as pool, _parallel(function) as function, writer as out:
+        def read(number):
+            return pool.submit(dataset.images, batches[number]) if number < len(batches) else None
+
+        ahead = read(rank)
+        for first in tqdm.trange(0, len(batches), size, unit='batch', delay=2, disable=True if rank else None):
+            images, ahead = ahead and ahead.result(), read(first + size + rank)
+            result = None if images is None else function(torch.from_numpy(images)).numpy()
+            for number, values in enumerate(_gather(result), start=first):
+                for index, value in zip(batches[number], values, strict=True):
+                    out.add(names[index], to_bytes(value))
+        if rank == 0:
+            labels = dataset.stored_labels
+            pairs = None if labels is None else [list(pair) for pair in zip(names, labels.tolist(), strict=True)]
+            info = dataset.info | {'labels': pairs} | notes
+            out.add_description({key: value for key, value in info.items() if value is not None or key == 'labels'})
+    dist.barrier()  # no process ends before the archive is there
+
+
+@contextlib.contextmanager
+def _parallel(function):
+    """`function` from images to values on the CPU, computed on the GPU if there is one.
+
+    On the CPU, threads take an image each. The threads of a single operation, whose number changes the rounding, stay
+    out of it: so the result is the same for any number of cores and processes.
+    """
+    device = dist.get_device()
+    if device.type == 'cuda':
+        yield lambda images: function(images.to(device)).cpu()
+        return
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield lambda images: torch.cat(list(pool.map(function, images.split(1))))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _gather(value) -> list:
+    """On the first process the values of all that have one, in order; nothing on the others."""
+    if dist.get_world_size() == 1:
+        return [value]
+    values = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    torch.distributed.gather_object(value, values, dst=0)
+    return [value for value in values or [] if value is not None]
