@@ -94,7 +94,7 @@ def test_autoencoder_sees_pixels_between_0_and_1(vae_folder):
     pixels = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
     raw = encoder.encode_pixels(pixels)
     assert raw.shape == (3, 8, 4, 4) and raw.dtype == torch.float32
-    posterior = encoder.load('cpu').encode(pixels.float() / 255).latent_dist
+    posterior = encoder.prepare('cpu').encode(pixels.float() / 255).latent_dist
     torch.testing.assert_close(raw, torch.cat([posterior.mean, posterior.std], dim=1), rtol=1e-4, atol=1e-5)
     latents_of = encoder.encode_latents(pixels, StackedRandomGenerator('cpu', [1, 2, 3]))
     noise = StackedRandomGenerator('cpu', [1, 2, 3]).randn([3, 4, 4, 4])
@@ -110,7 +110,7 @@ def test_simple_encoder_of_the_multi_source_project(vae_folder):
     noise = StackedRandomGenerator('cpu', [1, 2]).randn([2, 4, 4, 4])
     z = encoder.encode_latents(raw, StackedRandomGenerator('cpu', [1, 2]))
     torch.testing.assert_close(z, (raw[:, :4] + raw[:, 4:] * noise) * 0.1825)
-    pixels = (encoder.load('cpu').decode(z / 0.1825).sample / 2 + 0.5).clamp(0, 1) * 255
+    pixels = (encoder.prepare('cpu').decode(z / 0.1825).sample / 2 + 0.5).clamp(0, 1) * 255
     assert (encoder.decode(z).int() - pixels.to(torch.uint8).int()).abs().max() <= 1
     assert type(make_encoder(encoder.config())) is SimpleVAEEncoder
 
@@ -186,7 +186,7 @@ def test_encode_and_decode(pictures, vae_folder, tmp_path):
     decoded = ImageDataset(tmp_path / 'decoded.zip')
     assert decoded.image_shape == (3, 16, 16) and decoded.label_ids.tolist() == pixels.label_ids.tolist()
     assert encoder_for(decoded) == {'name': 'rgb'}
-    direct = encoder.load('cpu').decode(expected[:, :4]).sample.clamp(0, 1) * 255
+    direct = encoder.prepare('cpu').decode(expected[:, :4]).sample.clamp(0, 1) * 255
     assert np.abs(decoded.images(np.arange(13)).astype(int) - direct.to(torch.uint8).numpy()).max() <= 1
 
 

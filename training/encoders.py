@@ -86,10 +86,6 @@ class StabilityVAEEncoder:
                             f'{2 * len(self.scale)} channels; make them with dataset_tool.py encode')
         return len(self.scale), height // 8, width // 8
 
-    def prepare(self, device):
-        """Loads the autoencoder. Raises UserError if there is none: ask before long work that ends in `decode`."""
-        self._load_vae(device)
-
     def whitening(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(scale, bias), float32 [1,C,1,1] on the device of `like`: a latent is raw * scale + bias."""
         # Kept on the device: a copy in every step would make the host wait.
@@ -139,7 +135,7 @@ class StabilityVAEEncoder:
 
         On the GPU the last part is filled up. On the CPU parts are single images, which are no slower there.
         """
-        vae = self.load(x.device)
+        vae = self.prepare(x.device)
         size = self.batch_size if x.device.type == 'cuda' else 1
         outputs = []
         for part in x.split(size):
@@ -147,8 +143,11 @@ class StabilityVAEEncoder:
             outputs.append(function(torch.cat([part, fill]), vae)[:len(part)])
         return torch.cat(outputs)
 
-    def load(self, device):
-        """The autoencoder on a device, loaded if it is not yet. Call it before threads share the encoder."""
+    def prepare(self, device):
+        """The autoencoder on a device, loaded if it is not yet; raises UserError if there is none.
+
+        Call it before long work that ends in `decode`, and before threads share the encoder.
+        """
         if self._vae is None:
             self._vae = load_vae(self.vae_name, self._dtype)
         return self._vae.to(device)

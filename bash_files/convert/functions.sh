@@ -1,12 +1,8 @@
 # Shared by convert_1c.sh, convert_5c.sh and convert_10c.sh, which set the variables.
 
-# The ten classes of each similarity level; the first is common to all.
-case "$SIM" in
-    sim3) CLASSES=(171 182 198 208 215 231 236 244 245 258) ;;
-    sim2) CLASSES=(171 269 279 283 294 330 340 366 370 386) ;;
-    sim1) CLASSES=(171 1 18 31 46 532 579 609 849 980) ;;
-    *) echo "Error: similarity level '$SIM' is unknown; give sim3, sim2 or sim1" >&2; exit 1 ;;
-esac
+source bash_files/classes.sh
+CLASS_LIST=$(similarity_classes "$SIM")   # apart from the next line, so that an unknown level ends the script
+read -ra CLASSES <<<"$CLASS_LIST"
 
 join() { local IFS=,; echo "$*"; }
 

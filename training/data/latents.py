@@ -38,7 +38,7 @@ def encode(source: str, dest: str, encoder: StabilityVAEEncoder, *, batch=16, ov
         np.save(file, raw)
         return file.getvalue()
 
-    encoder.load(dist.get_device())
+    encoder.prepare(dist.get_device())
     _map(dataset, dest, encoder.encode_pixels, to_bytes, latent_name, batch, overwrite, {'encoder': encoder.config()})
     return len(dataset)
 
@@ -63,7 +63,7 @@ def decode(source: str, dest: str, *, model_url=None, precision='fp32', batch=16
     def to_bytes(pixels):
         return encode_png(pixels.transpose(1, 2, 0))
 
-    encoder.load(dist.get_device())
+    encoder.prepare(dist.get_device())
     _map(dataset, dest, function, to_bytes, image_name, batch, overwrite, {'encoder': None})
     return len(dataset)
 

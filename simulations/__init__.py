@@ -1,0 +1,1 @@
+"""Gaussian estimation from several sources: a study on paper that needs no network."""
