@@ -7,6 +7,9 @@ from dnnlib import UserError
 # Class name -> module of this package. A snapshot stores the name and the keyword arguments.
 NETWORKS = {
     'Precond': 'edm2',
+    'VPPrecond': 'edm', 'VEPrecond': 'edm', 'iDDPMPrecond': 'edm', 'EDMPrecond': 'edm',
+    'ADMUNet': 'adm', 'DDPMUNet': 'ddpm', 'DiscreteDenoiser': 'discrete',
+    'WideResNet': 'classifier',
 }
 
 

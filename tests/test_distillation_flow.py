@@ -1,0 +1,378 @@
+"""The data flow of distillation without data: traced golden runs, the invariants, resuming, files, shares."""
+
+import json
+import struct
+import subprocess
+import sys
+
+import conftest
+import fill
+import golden_cases
+import numpy as np
+import pytest
+import torch
+
+from dnnlib import UserError
+from training.diffusion import distillation
+from training.diffusion.distillation import (
+    SOURCES,
+    Cache,
+    CacheFile,
+    DistillationObjective,
+    Draws,
+    DynamicSource,
+    IterativeSource,
+    Preparation,
+    ShuffledSource,
+    Teacher,
+    cache_size,
+    load_cache,
+    write_cache,
+)
+from training.diffusion.gaussian import GaussianDiffusion, discrete_sampler
+from training.ema import TraditionalEMA
+from training.encoders import RGBEncoder
+from training.loop import LoopConfig, Trainer
+from training.networks import build_network
+from training.snapshot import load_snapshot
+
+# --- Golden traces ----------------------------------------------------------------------------------------------------
+
+
+class _GoldenTeacher:
+    """eps = tanh(x) (0.5 + t/T) + 0.1 c[:3]; variance channels 0.5 tanh(x reversed) - t/T + 0.1 c[3:]."""
+
+    def __init__(self, num_steps, clip):
+        self.diffusion = GaussianDiffusion('cosine', num_steps)
+        self.num_steps, self.clip = num_steps, clip
+        self.c = 0.1 * torch.from_numpy(fill.array('m6.tscale', [6])).reshape(1, 6, 1, 1)
+
+    def output(self, x, t):
+        share = (t.float() / self.num_steps).reshape(-1, 1, 1, 1)
+        return torch.cat([x.tanh() * (0.5 + share) + self.c[:, :3],
+                          0.5 * x.flip(1).tanh() - share + self.c[:, 3:]], dim=1)
+
+    step = Teacher.step
+
+
+def _golden(case):
+    arguments = case.json['arguments']
+    teacher = _GoldenTeacher(arguments['T'], arguments['clip_denoised'])
+    assert cache_size(arguments['rho'], arguments['T'], arguments['batch']) == arguments['cache_size']
+    return arguments, teacher
+
+
+@pytest.mark.parametrize('case', golden_cases.cases('math', 'dkdm_dataflow*'), ids=str)
+def test_preparation(case):
+    arguments, teacher = _golden(case)
+    seed = int(case.json['seeds']['prepare'].split('(')[1].split(')')[0])
+    run = Preparation(teacher, arguments['cache_size'], arguments['image'], Draws(seed), arguments['teacher_batch'])
+    np.testing.assert_array_equal(run.targets, case.arrays['prepare.t_end'])
+    cache = run.run()
+    assert run.remaining == 0
+    np.testing.assert_array_equal(cache.levels, case.arrays['prepare.total_t'])
+    np.testing.assert_allclose(cache.x, case.arrays['prepare.total_x'], rtol=1e-4, atol=1e-6)
+
+
+def _golden_source(case, variant):
+    arguments, teacher = _golden(case)
+    draws = Draws(int(case.json['seeds']['each variant'].split('(')[1].split(')')[0]))
+    cls = SOURCES[f'{variant}_distillation' if variant == 'iterative' else f'{variant}_iterative_distillation']
+    if cls is IterativeSource:
+        return cls(teacher, arguments['image'], arguments['batch'], draws, arguments['prob'])
+    cache = Cache(case.tensor('prepare.total_x').clone(), case.tensor('prepare.total_t').clone())
+    return cls(teacher, cache, arguments['batch'], draws, arguments['prob'])
+
+
+def _variants(case):
+    return sorted({key.split('.')[0] for key in case.arrays} - {'prepare'})
+
+
+@pytest.mark.parametrize('case, variant', golden_cases.variants('math', 'dkdm_dataflow*', _variants),
+                         ids=golden_cases.ids)
+def test_trace(case, variant):
+    source = _golden_source(case, variant)
+    trace, levels = [], None
+    for _ in range(case.json['arguments']['traced_steps']):
+        levels = source.cache.levels.clone() if hasattr(source, 'cache') else None
+        trace.append(next(source))
+    values = {
+        't': [b['t'] for b in trace], 'indices': [b.get('positions') for b in trace],
+        'x_t_first8': [b['images'] for b in trace[:8]], 'x_tm1_first8': [b['previous'] for b in trace[:8]],
+        'x_t_sum': [b['images'].double().sum([1, 2, 3]) for b in trace], 'cache_t_after': levels}
+    for key, ref in case.arrays.items():
+        if key.startswith(variant + '.'):
+            value = values[key.removeprefix(variant + '.')]
+            value = torch.stack(value) if isinstance(value, list) else value
+            if np.issubdtype(ref.dtype, np.integer):
+                np.testing.assert_array_equal(value, ref)
+            else:
+                np.testing.assert_allclose(value, ref, rtol=1e-4, atol=1e-4)
+
+
+# --- Rules ------------------------------------------------------------------------------------------------------------
+
+
+def _teacher(T=10, dropout=0.0, clip=True):
+    torch.manual_seed(0)
+    network = dict(class_name='ADMUNet', image_size=4, num_channels=32, num_res_blocks=1, channel_mult='1',
+                   attention_resolutions='2', learn_sigma=True, dropout=dropout)
+    net = build_network('DiscreteDenoiser', network=network, diffusion=dict(schedule='cosine', steps=T))
+    for parameter in net.parameters():                                  # a new network's output is zero
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return Teacher(net, clip)
+
+
+def _prepared(teacher, size=12, seed=0):
+    return Preparation(teacher, size, [3, 4, 4], Draws(seed), teacher_batch=5).run()
+
+
+def test_sizes_of_the_paper():
+    assert cache_size(0.4, 1000, 128) == 51200
+    assert cache_size(0.22, 20, 3) == 12
+
+
+@pytest.mark.parametrize('prob', [1.0, 0.4])
+def test_dynamic_invariants(prob):
+    teacher = _teacher()
+    cache = _prepared(teacher)
+    assert cache.levels.min() >= 1 and cache.levels.max() <= 9
+    source = DynamicSource(teacher, cache, 4, Draws(1), prob)
+    seen = cache.levels.clone()
+    for _ in range(80):
+        before = cache.x.clone()
+        batch = next(source)
+        positions, t = batch['positions'], batch['t']
+        assert len(set(positions.tolist())) == 4
+        assert t.min() >= 0 and t.max() <= 9
+        if prob == 1:
+            expected = torch.where(seen[positions] == 0, 10, seen[positions]) - 1
+            assert torch.equal(t, expected)
+            kept = seen[positions] > 0
+            assert torch.equal(batch['images'][kept], before[positions[kept]])
+        assert torch.equal(cache.x[positions], batch['previous'])
+        seen[positions] = t
+        assert torch.equal(cache.levels, seen)
+
+
+def test_shuffled_advances_the_first_images_of_the_cache():
+    teacher = _teacher()
+    cache = _prepared(teacher)
+    source = ShuffledSource(teacher, cache, 4, Draws(1))
+    first = next(source)
+    assert torch.equal(first['t'], cache.levels[:4] - 1)
+    assert torch.equal(next(source)['images'][first['t'] > 0], first['previous'][first['t'] > 0])
+
+
+def test_processes_work_equally_long():
+    teacher = _teacher()
+    runs = [Preparation(teacher, 12, [3, 4, 4], Draws(seed), 5) for seed in range(3)]
+    before = [run.targets.clone() for run in runs]
+    least = min(run.remaining for run in runs)
+    for run, targets in zip(runs, before, strict=True):
+        run.equalize(least)
+        assert run.remaining == least
+        assert (run.targets >= targets).all() and run.targets.max() <= 9
+
+
+@pytest.mark.parametrize('kind', ['dynamic', 'shuffled', 'iterative'])
+def test_resumes_exactly(kind, tmp_path):
+    teacher = _teacher()
+
+    def source(seed):
+        if kind == 'iterative':
+            return IterativeSource(teacher, [3, 4, 4], 4, Draws(seed), 0.7)
+        cls = DynamicSource if kind == 'dynamic' else ShuffledSource
+        return cls(teacher, _prepared(teacher, seed=seed), 4, Draws(seed), 0.7)
+
+    a = source(1)
+    for _ in range(7):
+        next(a)
+    torch.save(a.state_dict(), tmp_path / 'state.pt')
+    b = source(2)
+    b.load_state_dict(torch.load(tmp_path / 'state.pt', weights_only=True, mmap=True))
+    for _ in range(15):
+        x, y = next(a), next(b)
+        assert torch.equal(x['images'], y['images']) and torch.equal(x['t'], y['t'])
+
+
+def test_preparation_resumes_exactly(tmp_path):
+    teacher = _teacher()
+    whole = _prepared(teacher)
+    run = Preparation(teacher, 12, [3, 4, 4], Draws(0), 5)
+    for _ in range(6):
+        run.advance()
+    torch.save(run.state_dict(), tmp_path / 'state.pt')
+    other = Preparation(teacher, 12, [3, 4, 4], Draws(9), 5)
+    other.load_state_dict(torch.load(tmp_path / 'state.pt', weights_only=True))
+    cache = other.run()
+    assert torch.equal(cache.x, whole.x) and torch.equal(cache.levels, whole.levels)
+
+
+def test_the_loop_gets_parts_of_batches():
+    teacher = _teacher()
+    wholes = DynamicSource(teacher, _prepared(teacher), 4, Draws(1))
+    parts = DynamicSource(teacher, _prepared(teacher), 4, Draws(1)).iterate([(0, 3), (3, 1), (8, 3), (11, 1)])
+    for _ in range(2):
+        whole, first, second = next(wholes), next(parts), next(parts)
+        assert torch.equal(whole['images'], torch.cat([first['images'], second['images']]))
+        assert torch.equal(whole['t'], torch.cat([first['t'], second['t']]))
+    assert second['random'].count == 1
+    with pytest.raises(ValueError, match='parts of 3'):
+        list(DynamicSource(teacher, _prepared(teacher), 4, Draws(1)).iterate([(0, 3), (3, 3)]))
+
+
+# --- Files ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_cache_file_holds_the_shares_of_all_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(distillation, '_PIECE', 1000)                   # many pieces
+    path, part = str(tmp_path / 'x.cache'), str(tmp_path / 'part')
+    shares = [Cache(torch.randn([7, 3, 4, 4]), torch.arange(7) + 10 * rank) for rank in range(3)]
+    write_cache(part, [shares[1]], {})
+    write_cache(path, [shares[0], CacheFile(part), shares[2]], {'rho': 0.4, 'teacher': {'class_name': 'ADMUNet'}})
+    for rank, share in enumerate(shares):
+        cache = load_cache(path, 7, {'rho': 0.4, 'teacher': {'class_name': 'ADMUNet'}}, rank=rank)
+        assert torch.equal(cache.x, share.x) and torch.equal(cache.levels, share.levels)
+    with pytest.raises(UserError, match='another rho: 0.4 instead of 0.3'):
+        load_cache(path, 7, {'rho': 0.3}, rank=0)
+    with pytest.raises(UserError, match='holds 21 images, and process 2 needs those up to 24'):
+        load_cache(path, 8, {}, rank=2)
+
+
+def test_a_cache_file_is_safetensors(tmp_path):
+    safetensors = pytest.importorskip('safetensors.torch')
+    cache = Cache(torch.randn([5, 1, 8, 8]), torch.arange(5))
+    write_cache(str(tmp_path / 'x.cache'), [cache], {'steps': 10})
+    tensors = safetensors.load_file(tmp_path / 'x.cache')
+    assert torch.equal(tensors['x'], cache.x) and torch.equal(tensors['levels'], cache.levels)
+    with safetensors.safe_open(tmp_path / 'x.cache', 'pt') as f:
+        assert json.loads(f.metadata()['steps']) == 10
+
+
+def _header(header, length=None):
+    header = json.dumps(header).encode()
+    return struct.pack('<Q', len(header) if length is None else length) + header
+
+
+@pytest.mark.parametrize('content', [
+    b'', b'\x80\x02}.', b'PK\x03\x04' + bytes(60), _header({}), _header([1]), _header({'x': 1}, 1 << 60),
+    _header({'__metadata__': {}, 'x': {'dtype': 'F32', 'shape': [9, 3, 4, 4], 'data_offsets': [0, 1728]},
+             'levels': {'dtype': 'I64', 'shape': [9], 'data_offsets': [1728, 1800]}}),
+    _header({'__metadata__': {}, 'x': {'dtype': 'F32', 'shape': [-1, 3, -4, 4], 'data_offsets': [0, 192]},
+             'levels': {'dtype': 'I64', 'shape': [-1], 'data_offsets': [192, 184]}}) + bytes(184)])
+def test_other_files_are_refused(tmp_path, content):
+    path = tmp_path / 'foreign'
+    path.write_bytes(content)
+    with pytest.raises(UserError, match='foreign is not a cache'):
+        load_cache(str(path), 1, {})
+
+
+def test_a_cache_is_in_memory_once(tmp_path):
+    """Load, train a step, checkpoint and restore a cache of 100 MB: the peak stays below one and a half of it."""
+    script = f"""
+import resource, sys, torch
+sys.path.insert(0, {str(conftest.ROOT)!r})
+from training.diffusion.distillation import *
+from training.diffusion.distillation import _PIECE
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+class Zero:
+    diffusion = GaussianDiffusion('cosine', 10)
+    def step(self, x, t, draws):
+        return torch.zeros_like(x), x
+size = 8533
+path, state = {str(tmp_path / 'x.cache')!r}, {str(tmp_path / 'state.pt')!r}
+base = peak()
+cache = Cache(torch.zeros([size, 3, 32, 32]), torch.ones([size], dtype=torch.int64))
+write_cache(path, [cache], {{}})
+del cache
+cache = load_cache(path, size, {{}}, rank=0)
+source = DynamicSource(Zero(), cache, 8, Draws(0))
+next(source)
+torch.save(source.state_dict(), state)
+print(peak() - base)
+"""
+    out = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert float(out.stdout) < 150
+
+
+# --- Objective --------------------------------------------------------------------------------------------------------
+
+
+def test_a_student_like_its_teacher_has_no_loss_and_another_one_learns():
+    teacher = _teacher(clip=False)
+    source = DynamicSource(teacher, _prepared(teacher), 4, Draws(1))
+    batch = next(iter(source.iterate([(0, 4)])))
+    student = _teacher(dropout=0.1).net.requires_grad_(True)
+    objective = DistillationObjective(student.diffusion, teacher)
+    loss, _ = objective(student.eval(), batch)
+    assert loss.abs().max() < 1e-5
+    torch.manual_seed(5)
+    for p in student.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    optimizer = torch.optim.Adam(student.train().parameters(), lr=2e-3)
+    losses = []
+    for batch in source.iterate([(4 * i, 4) for i in range(40)]):
+        loss, terms = objective(student, batch)
+        assert set(terms) == {'loss', 'mse', 'vb'} and loss.shape == (4,)
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+        losses.append(terms['mse'].mean().item())
+    assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:5])
+
+
+def test_input_perturbation_reaches_the_student_only():
+    teacher = _teacher()
+    batch = next(iter(DynamicSource(teacher, _prepared(teacher), 4, Draws(1)).iterate([(0, 4)])))
+    seen = []
+
+    class Student(torch.nn.Module):
+        def forward(self, x, step):
+            seen.append(x)
+            return torch.zeros([4, 6, 4, 4])
+
+    images = batch['images'].clone()
+    for p in (0.0, 0.5):
+        DistillationObjective(teacher.diffusion, teacher, input_perturb=p)(Student(), batch)
+    assert torch.equal(seen[0], images) and not torch.equal(seen[1], images)
+    assert torch.equal(batch['images'], images)
+
+
+def test_what_cannot_be_distilled_is_refused():
+    teacher = _teacher()
+    with pytest.raises(UserError, match='noise schedule and time steps'):
+        DistillationObjective(GaussianDiffusion('cosine', 20), teacher)
+    with pytest.raises(UserError, match='cache of 12 images cannot give batches of 13'):
+        DynamicSource(teacher, _prepared(teacher), 13, Draws(0))
+    with pytest.raises(UserError, match='prob'):
+        IterativeSource(teacher, [3, 4, 4], 4, Draws(0), prob=0.0)
+    teacher.net.label_dim = 10
+    with pytest.raises(UserError, match='class-conditional'):
+        Teacher(teacher.net)
+
+
+def test_the_training_loop_distils_and_resumes_exactly(tmp_path):
+    """A student trained for six steps, and one stopped after three: same weights, same cache, bit for bit."""
+    teacher = _teacher()
+
+    def trained(folder, *totals):
+        for total in totals:                                            # each a new process, as far as it can tell
+            student = _teacher(dropout=0.1).net.requires_grad_(True)
+            source = DynamicSource(teacher, _prepared(teacher), 4, Draws(1))
+            config = LoopConfig(run_dir=str(tmp_path / folder), total_nimg=total, batch_size=4, batch_gpu=2,
+                                checkpoint_nimg=12, snapshot_nimg=24)
+            Trainer(student, DistillationObjective(student.diffusion, teacher), source,
+                    torch.optim.AdamW(student.parameters(), weight_decay=0), lambda nimg, batch: 1e-3,
+                    TraditionalEMA(student, lambda nimg, batch: 0.9), config,
+                    snapshot=dict(encoder=RGBEncoder(), dataset={}, recipe={})).run()
+        return student.state_dict(), source.cache
+
+    state, cache = trained('whole', 24)
+    other, other_cache = trained('parts', 12, 24)
+    assert all(torch.equal(value, other[name]) for name, value in state.items())
+    assert torch.equal(cache.x, other_cache.x) and torch.equal(cache.levels, other_cache.levels)
+    net = load_snapshot(str(tmp_path / 'parts' / 'network-snapshot-0000000.pkl')).net
+    assert discrete_sampler(net, torch.randn([2, 3, 4, 4])).isfinite().all()

@@ -1,0 +1,166 @@
+"""The augmentation of class-balancing diffusion (k-diffusion's): flips, scaling, rotation, stretching and translation
+as one matrix for each image, cubic interpolation, and a vector of nine numbers that tells the network what was done.
+
+On whole batches and on their device. Matrices act on pixel coordinates (x right, y down, pixel centres at integers).
+"""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+
+# a0, a1: flips; a2: scale; a3: angle; a4, a5: direction and amount of the stretching; a6, a7: translation.
+_FLIP_X, _FLIP_Y, _SCALE, _ANGLE, _DIRECTION, _STRETCH, _MOVE_X, _MOVE_Y = range(8)
+
+
+class ADAAugment:
+    """images [N,C,H,W] in [-1, 1] -> (augmented images, condition vectors [N,9]).
+
+    Each operation happens with probability `p`, but for the horizontal flip, which takes half of the images. `scale`
+    and `aniso` are the factors of one standard deviation, `trans` that of the translation as a share of the image.
+    """
+
+    def __init__(self, p=0.12, scale=2**0.2, aniso=2**0.2, trans=1 / 8):
+        self.p, self.scale, self.aniso, self.trans = p, scale, aniso, trans
+
+    def __call__(self, images, random):
+        a = self.draw(len(images), random).to(images.device)
+        return self.transform(images, a), self.conditions(a)
+
+    def transform(self, images, a) -> torch.Tensor:
+        """Images [N,C,H,W] augmented by parameters a [N,8]."""
+        matrices = self.matrices(a, *images.shape[2:])
+        if images.device.type != 'cpu':
+            return warp(images, matrices)
+        # On the CPU it pays to warp only what a flip cannot do; on a GPU, to find out would be to wait for it.
+        out = torch.where((a[:, _FLIP_X] > 0)[:, None, None, None], images.flip(3), images)
+        out = torch.where((a[:, _FLIP_Y] > 0)[:, None, None, None], out.flip(2), out)
+        moved = (a[:, _SCALE:] != 0).any(1).nonzero().flatten()
+        if len(moved):
+            out[moved] = warp(images[moved], matrices[moved])
+        return out
+
+    def draw(self, n: int, random) -> torch.Tensor:
+        """Parameters a0..a7 of n images [n,8], from `random` (see torch_utils.random)."""
+        flips = random.randint(2, [n, 2]).float()
+        gates = (random.rand([n, 5]) < self.p).float()
+        angles = 2 * math.pi * random.rand([n, 2]) - math.pi
+        normal = random.randn([n, 4])
+        flip_y, scale, angle, stretch, move = gates.unbind(1)
+        return torch.stack([
+            flips[:, 0], flips[:, 1] * flip_y, normal[:, 0] * scale, angles[:, 0] * angle, angles[:, 1] * stretch,
+            normal[:, 1] * stretch, normal[:, 2] * move, normal[:, 3] * move], dim=1)
+
+    def draw_one(self) -> torch.Tensor:
+        """Parameters [8] of one image by scalar draws from torch's global generator, in the reference's order."""
+        def gate():
+            return (torch.rand([]) < self.p).float()
+
+        def angle():
+            return 2 * math.pi * torch.rand([]) - math.pi
+
+        a = [torch.randint(2, []).float(), gate() * torch.randint(2, []), gate() * torch.randn([]), gate() * angle()]
+        g = gate()
+        a += [g * angle(), g * torch.randn([])]
+        g = gate()
+        a += [g * torch.randn([]), g * torch.randn([])]
+        return torch.stack(a)
+
+    def matrices(self, a, height: int, width: int) -> torch.Tensor:
+        """Where pixels go: [N,3,3] for parameters a [N,8]."""
+        cx, cy = width / 2 - 0.5, height / 2 - 0.5
+        stretch = self.aniso ** a[:, _STRETCH]
+        zoom = self.scale ** a[:, _SCALE]
+        return functools.reduce(torch.matmul, [
+            _translation(torch.full_like(zoom, cx), torch.full_like(zoom, cy)),
+            _scaling((1 - 2 * a[:, _FLIP_X]) * zoom, (1 - 2 * a[:, _FLIP_Y]) * zoom),
+            _rotation(a[:, _DIRECTION] - a[:, _ANGLE]), _scaling(stretch, 1 / stretch), _rotation(-a[:, _DIRECTION]),
+            _translation(a[:, _MOVE_X] * width * self.trans - cx, a[:, _MOVE_Y] * height * self.trans - cy)])
+
+    @staticmethod
+    def conditions(a) -> torch.Tensor:
+        """What the network is told, [N,9]; zeros for an untouched image."""
+        angle, direction, stretch = a[:, _ANGLE], a[:, _DIRECTION], a[:, _STRETCH]
+        return torch.stack([
+            a[:, _FLIP_X], a[:, _FLIP_Y], a[:, _SCALE], angle.cos() - 1, angle.sin(), stretch * direction.cos(),
+            stretch * direction.sin(), a[:, _MOVE_X], a[:, _MOVE_Y]], dim=1)
+
+
+def _rows(xx, xy, x1, yx, yy, y1):
+    zero, one = torch.zeros_like(xx), torch.ones_like(xx)
+    return torch.stack([xx, xy, x1, yx, yy, y1, zero, zero, one], dim=1).reshape(-1, 3, 3)
+
+
+def _translation(x, y):
+    zero, one = torch.zeros_like(x), torch.ones_like(x)
+    return _rows(one, zero, x, zero, one, y)
+
+
+def _scaling(x, y):
+    zero = torch.zeros_like(x)
+    return _rows(x, zero, zero, zero, y, zero)
+
+
+def _rotation(angle):
+    zero, cos, sin = torch.zeros_like(angle), angle.cos(), angle.sin()
+    return _rows(cos, -sin, zero, sin, cos, zero)
+
+
+def _axis(q, size: int):
+    """A coordinate for `warp`: (grid position with smoothed fraction, plain grid position, weight of the slope).
+
+    The position is folded into 0..size-1, with the border pixels as mirrors.
+    """
+    period = 2 * size - 2
+    q = q - (q / period).floor() * period
+    q = torch.minimum(q, period - q)
+    cell = q.floor()
+    u = q - cell
+    sign = 1 - 2 * (cell - 2 * (cell / 2).floor())
+    to_grid = 2 / (size - 1)
+    return (cell + u * u * (3 - 2 * u)) * to_grid - 1, q * to_grid - 1, sign * u * (1 - u)
+
+
+def _slope(padded, dim: int):
+    """Half the difference of the two neighbours along `dim`, with the sign (-1)^i; the axis loses its ends."""
+    n = padded.shape[dim] - 2
+    sign = (0.5 - torch.arange(n, device=padded.device) % 2).to(padded.dtype)
+    return (padded.narrow(dim, 2, n) - padded.narrow(dim, 0, n)) * (sign if dim == 3 else sign[:, None])
+
+
+def warp(images, matrices) -> torch.Tensor:
+    """Images [N,C,H,W] whose pixels have moved by matrices [N,3,3]: output p takes the input at matrix^-1 p.
+
+    Cubic (Catmull-Rom) interpolation, reflecting border; H, W >= 2. In Hermite form along one axis, with slopes
+    d_i = (f_(i+1) - f_(i-1)) / 2 and the fraction u of a position between pixels 0 and 1,
+
+        f(u) = (1 - s) f_0 + s f_1 + u (1 - u) ((1 - u) d_0 - u d_1),   s = u^2 (3 - 2u).
+
+    Both brackets are linear interpolations, the second one of (-1)^i d_i up to a sign. So in two dimensions four
+    bilinear look-ups (of the image, its slopes in x and y, and their product) do the work of sixteen taps.
+    """
+    N, C, H, W = images.shape
+    inverse = torch.linalg.inv_ex(matrices.double())[0].to(images.dtype)
+    y, x = torch.meshgrid(torch.arange(H, device=images.device), torch.arange(W, device=images.device), indexing='ij')
+    pixels = torch.stack([x, y, torch.ones_like(x)]).reshape(3, H * W).to(images.dtype)
+    source = (inverse[:, :2] @ pixels).reshape(N, 2, H, W)
+    x_smooth, x_plain, x_slope = _axis(source[:, 0], W)
+    y_smooth, y_plain, y_slope = _axis(source[:, 1], H)
+    x_slope, y_slope = x_slope[:, None], y_slope[:, None]
+
+    padded = F.pad(images, [1, 1, 1, 1], mode='reflect')
+    dx = _slope(padded, 3)
+    dy = _slope(padded[..., 1:-1], 2)
+    dxy, dx = _slope(dx, 2), dx[:, :, 1:-1]
+    grid = images.new_empty([N, H, W, 2])
+
+    def look_up(values, **coordinates):
+        for name, value in coordinates.items():                         # the other coordinate stays as it was
+            grid[..., 'xy'.index(name)] = value
+        return F.grid_sample(values, grid, mode='bilinear', padding_mode='border', align_corners=True)
+
+    out = look_up(images, x=x_smooth, y=y_smooth)
+    out += x_slope * look_up(dx, x=x_plain)
+    out += x_slope * y_slope * look_up(dxy, y=y_plain)
+    return out.addcmul_(y_slope, look_up(dy, x=x_smooth))

@@ -1,0 +1,369 @@
+"""Discrete-time Gaussian diffusion: T noising steps x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) z and their reversal.
+
+DDPM (arXiv 2006.11239), improved DDPM (2102.09672), DDIM (2010.02502). Notation: images x [N,C,H,W] in [-1, 1]; t int64
+[N] in 0..T-1 counts from 0, the least noisy step; abar is `alphas_cumprod`. Tables are float64, and float32 once
+gathered. A network's `output` is [N,C,H,W], or [N,2C,H,W] with the variance channels last.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import dnnlib
+from torch_utils.random import GlobalRandom
+from training.networks.dropout import drawing_from
+
+# --- Schedules --------------------------------------------------------------------------------------------------------
+
+
+def _betas_from_alphas_cumprod(abar):
+    """beta_i = 1 - abar_i / abar_(i-1) with abar_(-1) = 1."""
+    return 1 - abar / np.append(1.0, abar[:-1])
+
+
+def _linear(steps):
+    return np.linspace(0.1 / steps, 20 / steps, steps)
+
+
+def _cosine(steps):
+    def f(u):
+        return np.cos(math.pi / 2 * (u + 0.008) / 1.008) ** 2
+    i = np.arange(steps)
+    return np.minimum(1 - f((i + 1) / steps) / f(i / steps), 0.999)
+
+
+def _linear_float32(steps):
+    """What CBDM uses: 1e-4 to 0.02 whatever the number of steps, spaced in float32."""
+    return torch.linspace(1e-4, 0.02, steps).double().numpy()
+
+
+def _progressive_cosine(steps):
+    """log-SNR l(u) = -2 ln tan(a u + b), from 20 at u = 0 to -20 at u = 1; abar = 1 / (1 + exp(-l))."""
+    b = math.atan(math.exp(-10))
+    a = math.atan(math.exp(10)) - b
+    log_snr = -2 * np.log(np.tan(a * np.arange(1, steps + 1) / steps + b))
+    return _betas_from_alphas_cumprod(1 / (1 + np.exp(-log_snr)))
+
+
+SCHEDULES = {'linear': _linear, 'cosine': _cosine, 'linear_float32': _linear_float32,
+             'progressive_cosine': _progressive_cosine}
+
+
+def make_betas(schedule: str, steps: int) -> np.ndarray:
+    """The noise schedule beta_0 .. beta_(T-1), float64. Raises UserError for an unknown name."""
+    if schedule not in SCHEDULES:
+        raise dnnlib.UserError(f'noise_schedule: {schedule!r} is not one of {", ".join(SCHEDULES)}')
+    return SCHEDULES[schedule](steps)
+
+
+def spaced_steps(total: int, spec) -> list[int]:
+    """The steps of 0..total-1 that a respaced process keeps, ascending.
+
+    '' keeps all; 'ddimN' keeps N at the smallest integer stride that gives exactly N; 'a,b,...' cuts the range into
+    equal sections and keeps a evenly spaced steps of the first, b of the second. Raises UserError if it cannot.
+    """
+    spec = str(spec).strip() or str(total)
+    if spec.startswith('ddim') and spec[4:].isdigit():
+        for stride in range(1, total):
+            if len(range(0, total, stride)) == int(spec[4:]):
+                return list(range(0, total, stride))
+        raise dnnlib.UserError(f'timestep_respacing: no whole stride leaves {spec[4:]} of {total} steps')
+    if not all(part.strip().isdigit() for part in spec.split(',')):
+        raise dnnlib.UserError(f'timestep_respacing: {spec!r} is not a list such as 250 or 10,15,20, nor e.g. ddim50')
+    counts = [int(part) for part in spec.split(',')]
+    kept, start = [], 0
+    for index, count in enumerate(counts):
+        size = total // len(counts) + (index < total % len(counts))
+        if count > size:
+            raise dnnlib.UserError(f'timestep_respacing: {count} steps do not fit into a section of {size}')
+        stride = (size - 1) / (count - 1) if count > 1 else 1
+        position = 0.0                                                  # repeated addition, as published
+        for _ in range(count):
+            kept.append(start + round(position))
+            position += stride
+        start += size
+    return kept
+
+
+# --- The process ------------------------------------------------------------------------------------------------------
+
+
+class Prediction(NamedTuple):
+    """What a network's output says of x_(t-1): predicted x_0 and noise, mean and log variance of the Gaussian."""
+
+    start: torch.Tensor
+    epsilon: torch.Tensor
+    mean: torch.Tensor
+    log_variance: torch.Tensor
+
+
+def mean_flat(x):
+    """Mean over all but the first axis."""
+    return x.flatten(1).mean(1)
+
+
+def gaussian_kl(mean1, log_variance1, mean2, log_variance2):
+    """KL(N(mean1, var1) || N(mean2, var2)) element by element, in nats."""
+    return 0.5 * (-1 + log_variance2 - log_variance1 + (log_variance1 - log_variance2).exp()
+                  + (mean1 - mean2) ** 2 * (-log_variance2).exp())
+
+
+def discretized_nll(x, mean, log_variance):
+    """-ln P(x +- 1/255) under a Gaussian, in nats, for x in [-1, 1] of 8 bits; tails belong to the end values.
+
+    The normal distribution function is approximated by (1 + tanh(sqrt(2/pi) (y + 0.044715 y^3))) / 2.
+    """
+    def cdf(y):
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+
+    inverse_sd = (-0.5 * log_variance).exp()
+    above, below = cdf(inverse_sd * (x - mean + 1 / 255)), cdf(inverse_sd * (x - mean - 1 / 255))
+    probability = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
+    return -probability.clamp(min=1e-12).log()
+
+
+VARIANCES = ('learned_range', 'fixed_small', 'fixed_large')
+LOSSES = ('mse', 'rescaled_mse', 'kl', 'rescaled_kl')
+
+
+class GaussianDiffusion:
+    """A noising process and what is computed with it.
+
+    schedule    name in `SCHEDULES`; `steps` before respacing
+    respacing   steps that are kept (see `spaced_steps`); the betas follow from the abar that remain
+    variance    'learned_range' (interpolated between the two bounds by the network), 'fixed_small' (posterior
+                variance) or 'fixed_large' (beta)
+    loss        'mse', 'rescaled_mse' (variational term times T/1000), 'kl' or 'rescaled_kl' (times T)
+    predict     what the network predicts: 'epsilon' or 'start'
+    rescale_timesteps  give the network times in 0..1000 whatever `steps` is
+    """
+
+    def __init__(self, schedule='linear', steps=1000, respacing='', variance='learned_range', loss='mse',
+                 predict='epsilon', rescale_timesteps=False):
+        for name, value, known in (('variance', variance, VARIANCES), ('loss', loss, LOSSES),
+                                   ('predict', predict, ('epsilon', 'start'))):
+            if value not in known:
+                raise dnnlib.UserError(f'{name}: {value!r} is not one of {", ".join(known)}')
+        self.config = dict(schedule=schedule, steps=steps, respacing=respacing, variance=variance, loss=loss,
+                           predict=predict, rescale_timesteps=rescale_timesteps)
+        self.learned, self.loss, self.predict = variance == 'learned_range', loss, predict
+        self.kept = np.array(spaced_steps(steps, respacing))
+        if len(self.kept) < 2:
+            raise dnnlib.UserError(f'timestep_respacing: {respacing!r} leaves fewer than two steps')
+        if make_betas(schedule, steps).max() >= 1:
+            raise dnnlib.UserError(f'diffusion_steps: the {schedule} schedule needs more steps than {steps}')
+        self.num_steps = len(self.kept)
+        self.betas = _betas_from_alphas_cumprod(np.cumprod(1 - make_betas(schedule, steps))[self.kept])
+
+        abar = self.alphas_cumprod = np.cumprod(1 - self.betas)
+        abar_prev = self.alphas_cumprod_prev = np.append(1.0, abar[:-1])
+        self.posterior_variance = self.betas * (1 - abar_prev) / (1 - abar)
+        # At t = 0 the posterior has no variance: its logarithm is that of t = 1.
+        small = np.log(np.append(self.posterior_variance[1], self.posterior_variance[1:]))
+        large = np.log(np.append(self.posterior_variance[1], self.betas[1:]))
+        self.posterior_log_variance_clipped = small
+        self.posterior_mean_coef1 = self.betas * np.sqrt(abar_prev) / (1 - abar)
+        self.posterior_mean_coef2 = (1 - abar_prev) * np.sqrt(1 - self.betas) / (1 - abar)
+        self.log_variance = {'learned_range': small, 'fixed_small': small, 'fixed_large': large}[variance]
+        self.sigmas = np.sqrt((1 - abar) / abar)                        # noise level of x_t / sqrt(abar_t)
+        self._tables = {
+            'sqrt_abar': np.sqrt(abar), 'sqrt_1m_abar': np.sqrt(1 - abar), 'abar': abar, 'abar_prev': abar_prev,
+            'abar_next': np.append(abar[1:], 0.0), 'sqrt_recip': np.sqrt(1 / abar),
+            'sqrt_recipm1': np.sqrt(1 / abar - 1), 'coef1': self.posterior_mean_coef1,
+            'coef2': self.posterior_mean_coef2, 'small': small, 'log_beta': np.log(self.betas),
+            'log_variance': self.log_variance, 'model_step': self.kept * (1000 / steps if rescale_timesteps else 1)}
+        self._on_device = {}
+
+    def respaced(self, spec) -> 'GaussianDiffusion':
+        """The same process with other steps kept."""
+        return GaussianDiffusion(**(self.config | {'respacing': str(spec)}))
+
+    def _at(self, name, t):
+        """Table `name` at t, [N,1,1,1] float32."""
+        key = name, t.device
+        if key not in self._on_device:
+            with torch.inference_mode(False):                           # sampling may come before training
+                self._on_device[key] = torch.from_numpy(self._tables[name]).float().to(t.device)
+        return self._on_device[key][t].reshape(-1, 1, 1, 1)
+
+    def model_steps(self, t):
+        """What the network is told for t [N]: the step's number before respacing (int64), or its time in 0..1000."""
+        given = self._at('model_step', t).flatten()
+        return given if self.config['rescale_timesteps'] else given.long()
+
+    # The forward process.
+
+    def q_sample(self, x_0, t, noise):
+        """x_t: sqrt(abar) x_0 + sqrt(1 - abar) noise."""
+        return self._at('sqrt_abar', t) * x_0 + self._at('sqrt_1m_abar', t) * noise
+
+    def q_posterior(self, x_0, x_t, t):
+        """Mean [N,C,H,W] and log variance [N,1,1,1] of q(x_(t-1) | x_t, x_0)."""
+        return self._at('coef1', t) * x_0 + self._at('coef2', t) * x_t, self._at('small', t)
+
+    # The reverse process.
+
+    def prediction(self, output, x_t, t, clip=False) -> Prediction:
+        """What `output` says of x_(t-1); `clip` clamps the predicted x_0 to [-1, 1]."""
+        C = x_t.shape[1]
+        if output.shape[1] != (2 * C if self.learned else C):
+            raise ValueError(f'network output has {output.shape[1]} channels for images of {C} '
+                             f'and variance {self.config["variance"]}')
+        values = output[:, :C]
+        start = values if self.predict == 'start' else (
+            self._at('sqrt_recip', t) * x_t - self._at('sqrt_recipm1', t) * values)
+        if clip:
+            start = start.clamp(-1, 1)
+        epsilon = values if self.predict == 'epsilon' else self._epsilon(start, x_t, t)
+        mean, _ = self.q_posterior(start, x_t, t)
+        log_variance = self._at('log_variance', t)
+        if self.learned:
+            share = (output[:, C:] + 1) / 2
+            log_variance = share * self._at('log_beta', t) + (1 - share) * self._at('small', t)
+        return Prediction(start, epsilon, mean, log_variance)
+
+    def _epsilon(self, start, x_t, t):
+        """The noise that x_0 and x_t imply."""
+        return (self._at('sqrt_recip', t) * x_t - start) / self._at('sqrt_recipm1', t)
+
+    def ancestral_step(self, output, x_t, t, noise, clip=True):
+        """x_(t-1) drawn from the predicted Gaussian; no noise at t = 0."""
+        p = self.prediction(output, x_t, t, clip)
+        return self.add_noise(p, t, noise)
+
+    @staticmethod
+    def add_noise(prediction, t, noise):
+        """A draw from the Gaussian of a prediction; its mean at t = 0."""
+        return prediction.mean + (t != 0).reshape(-1, 1, 1, 1) * (0.5 * prediction.log_variance).exp() * noise
+
+    def ddim_step(self, output, x_t, t, noise=None, eta=0.0, clip=True):
+        """x_(t-1) of DDIM (arXiv 2010.02502, Eq. 12); `eta=0` is deterministic and needs no noise."""
+        start = self.prediction(output, x_t, t, clip).start
+        epsilon = self._epsilon(start, x_t, t)                          # again, as clipping changes it
+        abar, abar_prev = self._at('abar', t), self._at('abar_prev', t)
+        sd = eta * ((1 - abar_prev) / (1 - abar)).sqrt() * (1 - abar / abar_prev).sqrt()
+        x = start * abar_prev.sqrt() + (1 - abar_prev - sd**2).sqrt() * epsilon
+        return x if eta == 0 else x + (t != 0).reshape(-1, 1, 1, 1) * sd * noise
+
+    def ddim_reverse_step(self, output, x_t, t, clip=True):
+        """x_(t+1): the deterministic DDIM path run backwards; pure noise follows the last step."""
+        start = self.prediction(output, x_t, t, clip).start
+        abar_next = self._at('abar_next', t)
+        return start * abar_next.sqrt() + (1 - abar_next).sqrt() * self._epsilon(start, x_t, t)
+
+    # Losses, [N].
+
+    def vb_term(self, output, x_0, x_t, t, clip=False):
+        """A term of the variational bound in bits per dimension: the KL of x_(t-1), at t = 0 the likelihood of x_0."""
+        mean, log_variance = self.q_posterior(x_0, x_t, t)
+        p = self.prediction(output, x_t, t, clip)
+        kl = mean_flat(gaussian_kl(mean, log_variance, p.mean, p.log_variance))
+        nll = mean_flat(discretized_nll(x_0, p.mean, p.log_variance))
+        return torch.where(t == 0, nll, kl) / math.log(2)
+
+    def _frozen_mean(self, output):
+        """`output` with no gradient into the image channels: the variational term trains the variance alone."""
+        values, variance = output.chunk(2, dim=1)
+        return torch.cat([values.detach(), variance], dim=1)
+
+    def training_losses(self, output, x_0, x_t, t, noise) -> dict:
+        """Loss of a network's output at x_t = q_sample(x_0, t, noise): {'loss', and its terms 'mse' and 'vb'}."""
+        if self.loss.endswith('kl'):
+            loss = self.vb_term(output, x_0, x_t, t)
+            return {'loss': loss * self.num_steps if self.loss == 'rescaled_kl' else loss}
+        target = noise if self.predict == 'epsilon' else x_0
+        terms = {'mse': mean_flat((target - output[:, :x_t.shape[1]]) ** 2)}
+        if self.learned:
+            terms['vb'] = self._rescaled(self.vb_term(self._frozen_mean(output), x_0, x_t, t))
+        return {'loss': sum(terms.values()), **terms}
+
+    def distillation_losses(self, output, teacher: Prediction, x_t, t, clip=False) -> dict:
+        """Loss of a student against the teacher's prediction at the same x_t (arXiv 2409.03550).
+
+        mse between the two noises, and with a learned variance the KL of the two Gaussians over x_(t-1) in bits,
+        also at t = 0, with the student's noise frozen.
+        """
+        if self.loss.endswith('kl'):
+            raise dnnlib.UserError('use_kl: distillation has no pure KL loss; use mse or rescaled_mse')
+        student = self.prediction(output, x_t, t)
+        terms = {'mse': mean_flat((teacher.epsilon - student.epsilon) ** 2)}
+        if self.learned:
+            student = self.prediction(self._frozen_mean(output), x_t, t, clip)
+            kl = gaussian_kl(teacher.mean, teacher.log_variance, student.mean, student.log_variance)
+            terms['vb'] = self._rescaled(mean_flat(kl) / math.log(2))
+        return {'loss': sum(terms.values()), **terms}
+
+    def _rescaled(self, vb):
+        return vb * (self.num_steps / 1000) if self.loss == 'rescaled_mse' else vb
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+
+class DiscreteObjective:
+    """DDPM's training loss for a DiscreteDenoiser, with uniform time steps (see `GaussianDiffusion.training_losses`).
+
+    Draws, in order: t, noise.
+    """
+
+    def __init__(self, diffusion: GaussianDiffusion):
+        self.diffusion = diffusion
+
+    def __call__(self, net, batch):
+        x_0, random, diffusion = batch['images'], batch['random'], self.diffusion
+        t = random.randint(diffusion.num_steps, [len(x_0)], device=x_0.device)
+        noise = random.randn(x_0.shape, device=x_0.device)
+        x_t = diffusion.q_sample(x_0, t, noise)
+        with drawing_from(random):
+            output = net(x_t, step=diffusion.model_steps(t), class_labels=batch['labels'])
+        terms = diffusion.training_losses(output, x_0, x_t, t, noise)
+        return terms['loss'], {name: value.detach() for name, value in terms.items()}
+
+
+# --- Sampling ---------------------------------------------------------------------------------------------------------
+
+
+def guided_output(net, labels=None, guide=None, guidance=1.0, **extra):
+    """f(x_t, step) -> network output, with noise eps_guide + guidance (eps - eps_guide).
+
+    `guide=None` is the network itself without labels. `extra` goes to the main network only; the variance is its own.
+    """
+    def call(x_t, step):
+        output = net(x_t, step=step, class_labels=labels, **extra)
+        if guidance == 1:
+            return output
+        C = x_t.shape[1]
+        other = (net(x_t, step=step) if guide is None else guide(x_t, step=step, class_labels=labels))[:, :C]
+        return torch.cat([other.lerp(output[:, :C], guidance), output[:, C:]], dim=1)
+
+    return call
+
+
+def discrete_sampler(net, noise, labels=None, guide=None, guidance=1.0, random=None, respacing=None, ddim=False,
+                     eta=0.0, clip=True):
+    """Samples of a DiscreteDenoiser by its own chain: ancestral (DDPM), or DDIM. noise [N,C,H,W] -> images [N,C,H,W].
+
+    `respacing` keeps other steps than the network's diffusion does; `clip` clamps every predicted x_0. Noise is drawn
+    in every step but the last, and never for DDIM with `eta=0`. Raises UserError for a network of continuous time.
+    """
+    diffusion = getattr(net, 'diffusion', None)
+    if diffusion is None:
+        raise dnnlib.UserError('the ancestral and DDIM chains need a network with discrete time steps')
+    diffusion = diffusion if respacing is None else diffusion.respaced(respacing)
+    output_of = guided_output(net, labels, guide, guidance)
+    return run_chain(diffusion, output_of, noise, random or GlobalRandom(noise.device), ddim, eta, clip)
+
+
+def run_chain(diffusion, output_of, x, random, ddim=False, eta=0.0, clip=True):
+    """x_T -> x_0 through all steps of `diffusion`; `output_of(x_t, step)` is the network."""
+    for index in reversed(range(diffusion.num_steps)):
+        t = torch.full([len(x)], index, device=x.device)
+        output = output_of(x, diffusion.model_steps(t))
+        noise = 0 if index == 0 or (ddim and eta == 0) else random.randn_like(x)
+        if ddim:
+            x = diffusion.ddim_step(output, x, t, noise, eta, clip)
+        else:
+            x = diffusion.ancestral_step(output, x, t, noise, clip)
+    return x

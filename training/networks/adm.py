@@ -1,0 +1,284 @@
+"""The U-Net of guided diffusion (ADM, arXiv 2105.05233) with the learned variance of improved DDPM (2102.09672).
+
+State names and shapes are those of the published weights (`ADM_cifar10_baseline.pt`, `DDPM_IP_celeba64.pt`, ...), so
+these load by name. Shapes: images x_NCHW, time steps [N] (fractions allowed), embedding emb_NE.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import dnnlib
+from training.networks.dropout import dropout
+from training.networks.edm2 import compute_dtype
+
+# Widths of the levels relative to the base width, where the configuration leaves them open.
+_CHANNEL_MULT = {512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4),
+                 32: (1, 2, 2, 2)}
+
+
+def embed_labels(embedding: nn.Embedding, labels: torch.Tensor) -> torch.Tensor:
+    """Embedding of class numbers [N], or of label vectors [N, classes] where zeros mean "no label"; [N, width]."""
+    return labels @ embedding.weight if labels.is_floating_point() else embedding(labels)
+
+
+def timestep_features(t: torch.Tensor, width: int) -> torch.Tensor:
+    """[cos(t f_i), sin(t f_i)] with f_i = 10000^(-i / (width/2)), in float32; [N] -> [N, width]."""
+    i = torch.arange(width // 2, dtype=torch.float32, device=t.device)
+    angles = t.float().outer(torch.exp(-math.log(10000) * i / (width // 2)))
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), [0, width % 2])
+
+
+class Conv2d(nn.Conv2d):
+    """Convolution whose weights stay in float32 and are cast to the type of the activations."""
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class Conv1d(nn.Conv1d):
+    """The same in one dimension (the pointwise layers of the attention)."""
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class GroupNorm(nn.GroupNorm):
+    """Normalisation over 32 groups, computed in float32 whatever the type of the activations."""
+
+    def __init__(self, num_channels: int):
+        if num_channels % 32:
+            raise dnnlib.UserError(f'num_channels: every level needs a multiple of 32 channels, not {num_channels}')
+        super().__init__(32, num_channels)
+
+    def forward(self, x):
+        return super().forward(x.float()).to(x.dtype)
+
+
+def _zeroed(layer):
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _double(x):
+    return F.interpolate(x, scale_factor=2, mode='nearest')
+
+
+class Downsample(nn.Module):
+    """Half the resolution by a convolution with stride 2."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.op = Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Twice the resolution: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(_double(x))
+
+
+class Dropout(nn.Dropout):
+    """Dropout whose masks follow the training image (see training.networks.dropout)."""
+
+    def forward(self, x):
+        return dropout(x, self.p, self.training)
+
+
+class ResBlock(nn.Module):
+    """Residual block modulated by the embedding; `resample` is 'keep', 'up' (nearest) or 'down' (2x2 average)."""
+
+    def __init__(self, in_channels, out_channels, emb_channels, dropout, scale_shift, resample='keep',
+                 use_checkpoint=False):
+        super().__init__()
+        self.scale_shift, self.use_checkpoint = scale_shift, use_checkpoint
+        self.resample = {'keep': lambda x: x, 'up': _double, 'down': lambda x: F.avg_pool2d(x, 2)}[resample]
+        self.in_layers = nn.Sequential(
+            GroupNorm(in_channels), nn.SiLU(), Conv2d(in_channels, out_channels, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels * (2 if scale_shift else 1)))
+        self.out_layers = nn.Sequential(
+            GroupNorm(out_channels), nn.SiLU(), Dropout(dropout),
+            _zeroed(Conv2d(out_channels, out_channels, 3, padding=1)))
+        self.skip_connection = nn.Identity() if in_channels == out_channels else Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x_NCHW, emb_NE):
+        if self.use_checkpoint and torch.is_grad_enabled():
+            h = self.resample(x_NCHW)
+            # The mask is drawn here once: the block runs again in the backward pass and must not draw another.
+            mask = self.out_layers[2](h.new_ones([len(h), self.out_layers[3].in_channels, *h.shape[2:]]))
+            return checkpoint(self._forward, x_NCHW, emb_NE, mask, use_reentrant=False)
+        return self._forward(x_NCHW, emb_NE)
+
+    def _forward(self, x, emb, mask=None):
+        norm, silu, conv = self.in_layers
+        h = conv(self.resample(silu(norm(x))))
+        emb = self.emb_layers(emb)[:, :, None, None].to(h.dtype)
+        norm, silu, drop, conv = self.out_layers
+        if self.scale_shift:
+            scale, shift = emb.chunk(2, dim=1)
+            h = silu(norm(h) * (1 + scale) + shift)
+        else:
+            h = silu(norm(h + emb))
+        h = conv(drop(h) if mask is None else h * mask)
+        return self.skip_connection(self.resample(x)) + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the pixels with a residual connection.
+
+    The channels of `qkv` are [all q | all k | all v] in the new order, [q | k | v] head by head in the old one.
+    """
+
+    def __init__(self, channels: int, num_heads: int, new_order: bool, use_checkpoint=False):
+        super().__init__()
+        self.num_heads, self.new_order, self.use_checkpoint = num_heads, new_order, use_checkpoint
+        self.norm = GroupNorm(channels)
+        self.qkv = Conv1d(channels, channels * 3, 1)
+        self.proj_out = _zeroed(Conv1d(channels, channels, 1))
+
+    def forward(self, x_NCHW):
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(self._forward, x_NCHW, use_reentrant=False)
+        return self._forward(x_NCHW)
+
+    def _forward(self, x):
+        N, C, H, W = x.shape
+        heads, width = self.num_heads, C // self.num_heads
+        qkv = self.qkv(self.norm(x).reshape(N, C, H * W))
+        if self.new_order:
+            qkv = qkv.reshape(N, 3, heads, width, H * W).permute(1, 0, 2, 4, 3)
+        else:
+            qkv = qkv.reshape(N, heads, 3, width, H * W).permute(2, 0, 1, 4, 3)
+        y = F.scaled_dot_product_attention(*qkv.unbind(0))              # [N, heads, HW, width]
+        return x + self.proj_out(y.transpose(2, 3).reshape(N, C, H * W)).reshape(N, C, H, W)
+
+
+class _Layers(nn.Sequential):
+    """A sequence in which the residual blocks are given the embedding."""
+
+    def forward(self, x, emb):
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+        return x
+
+
+class ADMUNet(nn.Module):
+    """ADM's U-Net, built from the options of its configuration files.
+
+    net(x [N,C,H,W], t [N], labels) -> [N, C or 2C, H, W]: the predicted noise, then, with `learn_sigma`, the
+    interpolation values of the variance. `labels` ([N] class numbers, or vectors [N, num_classes] with zeros for "no
+    label") belong to networks with `class_cond`. `attention_resolutions` and `channel_mult` are lists with commas;
+    an empty `channel_mult` stands for the published widths at `image_size`. `num_head_channels=-1` means `num_heads`
+    heads (`num_heads_upsample` in the decoder, -1 = the same), otherwise heads of that width.
+    `precision` is 'fp32', 'fp16' (on GPUs) or 'bf16'; `use_fp16` is the published name for the first two. Weights
+    stay float32; in half precision everything but embeddings, norms and the output layers is computed in it.
+    Raises UserError for sizes that do not fit.
+    """
+
+    def __init__(self, image_size, num_channels, num_res_blocks, channel_mult='', learn_sigma=False, class_cond=False,
+                 use_checkpoint=False, attention_resolutions='16', num_heads=1, num_head_channels=-1,
+                 num_heads_upsample=-1, use_scale_shift_norm=False, dropout=0.0, resblock_updown=False, use_fp16=False,
+                 use_new_attention_order=False, img_channels=3, num_classes=1000, precision=None):
+        super().__init__()
+        widths = [int(mult * num_channels) for mult in _parse_channel_mult(channel_mult, image_size)]
+        attention_at = _parse_resolutions(attention_resolutions, image_size)
+        self.img_resolution, self.img_channels = image_size, img_channels
+        self.label_dim = num_classes if class_cond else 0
+        self.num_channels, self.learn_sigma = num_channels, learn_sigma
+        self.precision = precision or ('fp16' if use_fp16 else 'fp32')
+        emb_channels = num_channels * 4
+
+        def block(cin, cout, resample='keep'):
+            return ResBlock(cin, cout, emb_channels, dropout, use_scale_shift_norm, resample, use_checkpoint)
+
+        def attention(channels, heads=num_heads):
+            heads = heads if num_head_channels == -1 else channels // num_head_channels
+            if heads < 1 or channels % heads:
+                raise dnnlib.UserError(
+                    f'num_heads/num_head_channels: {channels} channels do not split into {heads} heads')
+            return AttentionBlock(channels, heads, use_new_attention_order, use_checkpoint)
+
+        self.time_embed = nn.Sequential(
+            nn.Linear(num_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels))
+        if class_cond:
+            self.label_emb = nn.Embedding(num_classes, emb_channels)
+
+        channels = widths[0]
+        skips = [channels]
+        self.input_blocks = nn.ModuleList([_Layers(Conv2d(img_channels, channels, 3, padding=1))])
+        for level, width in enumerate(widths):
+            for _ in range(num_res_blocks):
+                layers = [block(channels, width)] + ([attention(width)] if 2**level in attention_at else [])
+                self.input_blocks.append(_Layers(*layers))
+                channels = width
+                skips.append(channels)
+            if level < len(widths) - 1:
+                down = block(channels, channels, 'down') if resblock_updown else Downsample(channels)
+                self.input_blocks.append(_Layers(down))
+                skips.append(channels)
+        self.middle_block = _Layers(block(channels, channels), attention(channels), block(channels, channels))
+        self.output_blocks = nn.ModuleList()
+        heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
+        for level, width in reversed(list(enumerate(widths))):
+            for index in range(num_res_blocks + 1):
+                layers = [block(channels + skips.pop(), width)]
+                channels = width
+                if 2**level in attention_at:
+                    layers.append(attention(channels, heads_up))
+                if level and index == num_res_blocks:
+                    layers.append(block(channels, channels, 'up') if resblock_updown else Upsample(channels))
+                self.output_blocks.append(_Layers(*layers))
+        self.out = nn.Sequential(
+            GroupNorm(channels), nn.SiLU(),
+            _zeroed(Conv2d(channels, img_channels * (2 if learn_sigma else 1), 3, padding=1)))
+
+    def forward(self, x, t, labels=None):
+        if (labels is not None) != bool(self.label_dim):
+            raise ValueError('labels are given if and only if the network is class-conditional')
+        emb = self.time_embed(timestep_features(t, self.num_channels))
+        if labels is not None:
+            emb = emb + embed_labels(self.label_emb, labels)
+        h = x.to(compute_dtype(self.precision, x.device))
+        skips = []
+        for layers in self.input_blocks:
+            h = layers(h, emb)
+            skips.append(h)
+        h = self.middle_block(h, emb)
+        for layers in self.output_blocks:
+            h = layers(torch.cat([h, skips.pop()], dim=1), emb)
+        return self.out(h.float())
+
+
+def _parse_channel_mult(text, image_size):
+    if text in ('', None):
+        if image_size not in _CHANNEL_MULT:
+            raise dnnlib.UserError(f'channel_mult: none is known for images of {image_size} pixels; write e.g. 1,2,2')
+        return _CHANNEL_MULT[image_size]
+    return _numbers(text, 'channel_mult')
+
+
+def _parse_resolutions(text, image_size):
+    """Resolutions as downsampling factors."""
+    return {image_size // resolution for resolution in _numbers(text, 'attention_resolutions')}
+
+
+def _numbers(text, name):
+    try:
+        numbers = [int(part) for part in str(text).split(',')]
+    except ValueError:
+        numbers = [0]
+    if min(numbers) < 1:
+        raise dnnlib.UserError(f'{name}: {text!r} is not a list of numbers with commas, e.g. 16,8')
+    return numbers

@@ -1,0 +1,120 @@
+"""Wide residual networks (arXiv 1605.07146): the classifiers that score, select and evaluate generated images.
+
+State names and shapes are those of the published selection models (`cifar10_pseudo.pt`, ...).
+"""
+
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dnnlib
+from training.networks.weights import load_weights, read_state_dict
+
+
+class BasicBlock(nn.Module):
+    """Pre-activation block. Where the width changes, the shortcut too starts from the activated input."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.convShortcut = None
+        if in_channels != out_channels:
+            self.convShortcut = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
+
+    def forward(self, x):
+        active = F.relu(self.bn1(x))
+        h = self.conv2(F.relu(self.bn2(self.conv1(active))))
+        return h + (x if self.convShortcut is None else self.convShortcut(active))
+
+
+class NetworkBlock(nn.Module):
+    """Blocks of one width; the first one changes width and resolution."""
+
+    def __init__(self, count: int, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.layer = nn.Sequential(*[
+            BasicBlock(in_channels if i == 0 else out_channels, out_channels, stride if i == 0 else 1)
+            for i in range(count)])
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+class _WideResNet(nn.Module):
+    """The network on images as it is given them; see `WideResNet`."""
+
+    def __init__(self, depth: int, widen: int, num_classes: int):
+        super().__init__()
+        count = (depth - 4) // 6
+        widths = [16, 16 * widen, 32 * widen, 64 * widen]
+        self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
+        self.block1 = NetworkBlock(count, widths[0], widths[1], 1)
+        self.sub_block1 = NetworkBlock(count, widths[0], widths[1], 1)  # never used; published weights hold it
+        self.block2 = NetworkBlock(count, widths[1], widths[2], 2)
+        self.block3 = NetworkBlock(count, widths[2], widths[3], 2)
+        self.bn1 = nn.BatchNorm2d(widths[3])
+        self.fc = nn.Linear(widths[3], num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode='fan_out')  # variance 2 / (k k out)
+        nn.init.zeros_(self.fc.bias)
+        self.sub_block1.requires_grad_(False)                           # or data-parallel training waits for it
+
+    def forward(self, x, return_prelogit=False):
+        features = F.relu(self.bn1(self.block3(self.block2(self.block1(self.conv1(x)))))).mean([2, 3])
+        logits = self.fc(features)
+        return (logits, features) if return_prelogit else logits
+
+
+class Normalize(nn.Module):
+    """(x - mean) / std with the statistics of CIFAR-10."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('mean', torch.tensor([0.4914, 0.4822, 0.4465]).reshape(1, 3, 1, 1))
+        self.register_buffer('std', torch.tensor([0.2023, 0.1994, 0.2010]).reshape(1, 3, 1, 1))
+
+    def forward(self, x):
+        return (x - self.mean) / self.std
+
+
+class _Normalized(nn.Sequential):
+    def forward(self, x, return_prelogit=False):
+        return self[1](self[0](x), return_prelogit=return_prelogit)
+
+
+def WideResNet(name: str = 'wrn-28-10', num_classes: int = 10, normalize_input: bool = False) -> nn.Module:
+    """The classifier `wrn-<depth>-<widen>`: net(x [N,3,H,W] in [0,1]) -> logits [N, num_classes].
+
+    `net(x, return_prelogit=True)` also gives the input of the last layer, [N, 64 widen]. `normalize_input` puts a
+    layer in front, and the state names become `0.mean`, `0.std` and `1.<name>`. Raises UserError for other names.
+    """
+    match = re.fullmatch(r'wrn-(\d+)-(\d+)', name)
+    if match is None or int(match[1]) < 10 or (int(match[1]) - 4) % 6 or int(match[2]) < 1:
+        raise dnnlib.UserError(f'model {name!r} is not wrn-<depth>-<widen> with depth 10, 16, 22, 28, ... (6n + 4)')
+    net = _WideResNet(int(match[1]), int(match[2]), num_classes)
+    if normalize_input:
+        net = _Normalized(Normalize(), net)
+    net.num_classes, net.normalize_input = num_classes, normalize_input
+    return net
+
+
+def load_classifier(path: str, name: str = 'wrn-28-10', num_classes: int | None = None) -> nn.Module:
+    """The classifier whose weights are in the file `path`, in evaluation mode, without gradients.
+
+    A data-parallel prefix is taken off, and a normalising layer is recognised by its names. Raises UserError naming
+    the file when weights are missing or of another shape, or the number of classes is not `num_classes`.
+    """
+    state = read_state_dict(path)
+    normalized = '0.mean' in state
+    bias = state.get('1.fc.bias' if normalized else 'fc.bias')
+    if bias is None:
+        raise dnnlib.UserError(f'{path} does not hold the weights of a wide residual network (no fc.bias)')
+    if num_classes is not None and len(bias) != num_classes:
+        raise dnnlib.UserError(f'{path} is a classifier of {len(bias)} classes, not of {num_classes}')
+    return load_weights(WideResNet(name, len(bias), normalized), state, path).eval().requires_grad_(False)

@@ -1,0 +1,170 @@
+"""The DDPM U-Net (arXiv 2006.11239) with label and augmentation embeddings, as class-balancing diffusion uses it
+(arXiv 2305.00562). State names and shapes are those of that paper's checkpoints.
+
+Shapes: images x_NCHW, whole time steps [N], embedding temb_NE.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from training.networks.adm import Conv2d, Dropout, GroupNorm, embed_labels
+from training.networks.edm2 import compute_dtype
+
+
+class TimestepTable(nn.Module):
+    """Fixed table [steps, width]: sine and cosine of t exp(-ln(10000) 2i / width), interleaved.
+
+    A buffer, so that snapshots in half precision keep it as it is.
+    """
+
+    def __init__(self, steps: int, width: int):
+        super().__init__()
+        frequencies = torch.exp(torch.arange(0, width, 2) / width * -math.log(10000))
+        angles = torch.arange(steps).float().outer(frequencies)
+        self.register_buffer('weight', torch.stack([angles.sin(), angles.cos()], dim=-1).reshape(steps, width))
+
+    def forward(self, t):
+        return F.embedding(t, self.weight)
+
+
+class TimeEmbedding(nn.Module):
+    def __init__(self, steps: int, channels: int, out_channels: int):
+        super().__init__()
+        self.timembedding = nn.Sequential(
+            TimestepTable(steps, channels), nn.Linear(channels, out_channels), nn.SiLU(),
+            nn.Linear(out_channels, out_channels))
+
+    def forward(self, t):
+        return self.timembedding(t)
+
+
+class DownSample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.main = Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x, temb):
+        return self.main(x)
+
+
+class UpSample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.main = Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x, temb):
+        return self.main(F.interpolate(x, scale_factor=2, mode='nearest'))
+
+
+class AttnBlock(nn.Module):
+    """Self-attention over the pixels, one head, with a residual connection."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.group_norm = GroupNorm(channels)
+        self.proj_q = Conv2d(channels, channels, 1)
+        self.proj_k = Conv2d(channels, channels, 1)
+        self.proj_v = Conv2d(channels, channels, 1)
+        self.proj = Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        N, C, H, W = x.shape
+        h = self.group_norm(x)
+        q, k, v = (p(h).reshape(N, 1, C, H * W).transpose(2, 3) for p in (self.proj_q, self.proj_k, self.proj_v))
+        y = F.scaled_dot_product_attention(q, k, v)                     # [N, 1, HW, C]
+        return x + self.proj(y.transpose(2, 3).reshape(N, C, H, W))
+
+
+class ResBlock(nn.Module):
+    def __init__(self, in_channels, out_channels, temb_channels, dropout, attn=False):
+        super().__init__()
+        self.block1 = nn.Sequential(
+            GroupNorm(in_channels), nn.SiLU(), Conv2d(in_channels, out_channels, 3, padding=1))
+        self.temb_proj = nn.Sequential(nn.SiLU(), nn.Linear(temb_channels, out_channels))
+        self.block2 = nn.Sequential(
+            GroupNorm(out_channels), nn.SiLU(), Dropout(dropout), Conv2d(out_channels, out_channels, 3, padding=1))
+        self.shortcut = nn.Identity() if in_channels == out_channels else Conv2d(in_channels, out_channels, 1)
+        self.attn = AttnBlock(out_channels) if attn else nn.Identity()
+
+    def forward(self, x, temb):
+        h = self.block1(x)
+        h = self.block2(h + self.temb_proj(temb)[:, :, None, None].to(h.dtype))
+        return self.attn(h + self.shortcut(x))
+
+
+class DDPMUNet(nn.Module):
+    """net(x [N,C,H,W], t int64 [N] in 0..T-1, y, augm) -> predicted noise [N,C,H,W].
+
+    `y` (with `cond`): class numbers [N], or vectors [N, num_class] with zeros for "no label"; None leaves labels out.
+    `augm` (with `augm=True`): augmentation vectors [N, 9], None leaves them out. `attn` lists LEVELS with attention,
+    not resolutions. `ch` times every entry of `ch_mult` must be a multiple of 32; on a level of exactly 32 channels
+    each channel is a group of its normalisation, which takes the embedding out again, so use 64 or more. `precision`
+    as in ADMUNet.
+    """
+
+    def __init__(self, T, ch, ch_mult, attn, num_res_blocks, dropout, cond, augm, num_class, img_resolution=32,
+                 img_channels=3, precision='fp32'):
+        super().__init__()
+        self.T, self.cond, self.augm, self.precision = T, cond, augm, precision
+        self.img_resolution, self.img_channels = img_resolution, img_channels
+        self.label_dim = num_class if cond else 0
+        tdim = ch * 4
+        self.time_embedding = TimeEmbedding(T, ch, tdim)
+        if cond:
+            self.label_embedding = nn.Embedding(num_class, tdim)
+        if augm:
+            self.augm_embedding = nn.Linear(9, tdim, bias=False)
+
+        self.head = Conv2d(img_channels, ch, 3, padding=1)
+        self.downblocks = nn.ModuleList()
+        channels, skips = ch, [ch]
+        for level, mult in enumerate(ch_mult):
+            for _ in range(num_res_blocks):
+                self.downblocks.append(ResBlock(channels, ch * mult, tdim, dropout, level in attn))
+                channels = ch * mult
+                skips.append(channels)
+            if level < len(ch_mult) - 1:
+                self.downblocks.append(DownSample(channels))
+                skips.append(channels)
+        self.middleblocks = nn.ModuleList([
+            ResBlock(channels, channels, tdim, dropout, attn=True), ResBlock(channels, channels, tdim, dropout)])
+        self.upblocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(ch_mult))):
+            for _ in range(num_res_blocks + 1):
+                self.upblocks.append(ResBlock(channels + skips.pop(), ch * mult, tdim, dropout, level in attn))
+                channels = ch * mult
+            if level:
+                self.upblocks.append(UpSample(channels))
+        self.tail = nn.Sequential(GroupNorm(channels), nn.SiLU(), Conv2d(channels, img_channels, 3, padding=1))
+        self._initialize()
+
+    def _initialize(self):
+        """Xavier weights and zero biases; the layers that end a residual branch or the network start near zero."""
+        small = {self.tail[2], *(m.block2[3] for m in self.modules() if isinstance(m, ResBlock))}
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d) or (isinstance(module, nn.Linear) and module.bias is not None):
+                nn.init.xavier_uniform_(module.weight, gain=1e-5 if module in small else 1)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x, t, y=None, augm=None):
+        temb = self.time_embedding(t)
+        if self.cond and y is not None:
+            temb = temb + embed_labels(self.label_embedding, y)
+        if self.augm and augm is not None:
+            temb = temb + self.augm_embedding(augm)
+
+        h = self.head(x.to(compute_dtype(self.precision, x.device)))
+        skips = [h]
+        for layer in self.downblocks:
+            h = layer(h, temb)
+            skips.append(h)
+        for layer in self.middleblocks:
+            h = layer(h, temb)
+        for layer in self.upblocks:
+            if isinstance(layer, ResBlock):
+                h = torch.cat([h, skips.pop()], dim=1)
+            h = layer(h, temb)
+        return self.tail(h.float())

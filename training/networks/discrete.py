@@ -1,0 +1,63 @@
+"""Discrete-time networks (ADM, DDPM) as denoisers of continuous noise level."""
+
+import torch
+from torch import nn
+
+from training.diffusion.gaussian import GaussianDiffusion
+from training.networks import build_network
+
+
+class DiscreteDenoiser(nn.Module):
+    """A discrete-time network as a denoiser D(x; sigma, labels), for every sampler and for snapshots.
+
+    x = x_t / sqrt(abar_t) has noise level sigma_t = sqrt((1 - abar_t) / abar_t), so D = x - sigma eps(x / sqrt(1 +
+    sigma^2), t(sigma)). t(sigma) is the step of the nearest level, or with `interpolate` a fraction between two, linear
+    in ln(sigma) (for networks that take fractions). `network` holds `class_name` and the arguments of the network,
+    `diffusion` those of GaussianDiffusion. `clip` clamps D to [-1, 1].
+
+    `net(x_t, step=..., class_labels=...)` calls the network itself: this is how objectives train it.
+    """
+
+    def __init__(self, network: dict, diffusion: dict, interpolate=False, clip=False):
+        super().__init__()
+        arguments = dict(network)
+        self.model = build_network(arguments.pop('class_name'), **arguments)
+        self.diffusion = GaussianDiffusion(**diffusion)
+        self.img_channels, self.img_resolution = self.model.img_channels, self.model.img_resolution
+        self.label_dim = self.model.label_dim
+        self.interpolate, self.clip = interpolate, clip
+        self.register_buffer('levels', torch.tensor(self.diffusion.sigmas), persistent=False)
+        self.sigma_min, self.sigma_max = float(self.diffusion.sigmas[0]), float(self.diffusion.sigmas[-1])
+
+    def forward(self, x, sigma=None, class_labels=None, step=None, **extra):
+        if self.label_dim == 0:
+            class_labels = None
+        elif class_labels is None:
+            class_labels = x.new_zeros([1, self.label_dim])
+        if step is not None:
+            return self.model(x, step, class_labels, **extra)
+        x = x.float()
+        sigma = torch.as_tensor(sigma, device=x.device).float().reshape(-1, 1, 1, 1)
+        t = self.step_of(sigma.flatten()).expand(len(x))
+        output = self.model(x / (1 + sigma**2).sqrt(), t, class_labels, **extra)[:, :self.img_channels]
+        D_x = output if self.diffusion.predict == 'start' else x - sigma * output
+        return D_x.clamp(-1, 1) if self.clip else D_x
+
+    def _nearest(self, sigma):
+        return torch.bucketize(sigma.double(), (self.levels[1:] + self.levels[:-1]) / 2)
+
+    def step_of(self, sigma):
+        """What the network is told for noise levels sigma [N]."""
+        if not self.interpolate:
+            return self.diffusion.model_steps(self._nearest(sigma))
+        levels = self.levels
+        sigma = sigma.double().clamp(levels[0], levels[-1])
+        upper = torch.bucketize(sigma, levels).clamp(1, len(levels) - 1)
+        low, high = levels[upper - 1].log(), levels[upper].log()
+        share = ((sigma.log() - low) / (high - low)).float()
+        return self.diffusion.model_steps(upper - 1).float().lerp(self.diffusion.model_steps(upper).float(), share)
+
+    def round_sigma(self, sigma):
+        """The nearest noise level that the network was trained on (any level, if it interpolates)."""
+        sigma = torch.as_tensor(sigma, device=self.levels.device)
+        return sigma if self.interpolate else self.levels[self._nearest(sigma)].to(sigma.dtype)

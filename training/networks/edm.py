@@ -1,0 +1,561 @@
+"""The networks and preconditionings that EDM compares: DDPM++ and NCSN++ (Song et al.), ADM (Dhariwal and Nichol);
+VP, VE, iDDPM and EDM (Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", 2206.00364).
+
+Names and shapes of the state dict are those of the published weights. Shapes: N images, C channels, H x W pixels.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dnnlib import UserError
+from training.networks.dropout import drop_labels, dropout
+from training.networks.edm2 import compute_dtype
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers
+
+
+class Init:
+    """Initial values of a layer: distribution, and the factors of weight and bias.
+
+    xavier_uniform: sqrt(6 / (fan_in + fan_out)) U(-1, 1); kaiming_uniform: sqrt(3 / fan_in) U(-1, 1);
+    kaiming_normal: N(0, 1) / sqrt(fan_in).
+    """
+
+    def __init__(self, mode: str, weight: float = 1.0, bias: float = 0.0):
+        self.mode, self.weight, self.bias = mode, weight, bias
+
+    def scaled(self, weight: float, bias: float = 1.0) -> 'Init':
+        """The same distribution with both factors multiplied."""
+        return Init(self.mode, self.weight * weight, self.bias * bias)
+
+    def draw(self, shape, fan_in: int, fan_out: int) -> torch.Tensor:
+        if self.mode == 'xavier_uniform':
+            return math.sqrt(6 / (fan_in + fan_out)) * (2 * torch.rand(shape) - 1)
+        if self.mode == 'kaiming_uniform':
+            return math.sqrt(3 / fan_in) * (2 * torch.rand(shape) - 1)
+        if self.mode == 'kaiming_normal':
+            return torch.randn(shape) / math.sqrt(fan_in)
+        raise ValueError(f'unknown initialisation {self.mode!r}')
+
+    def parameters(self, weight_shape, fan_in: int, fan_out: int, bias: bool):
+        """(weight, bias or None) of a layer whose bias has `weight_shape[0]` entries and the same fans."""
+        weight = nn.Parameter(self.draw(weight_shape, fan_in, fan_out) * self.weight)
+        return weight, nn.Parameter(self.draw(weight_shape[:1], fan_in, fan_out) * self.bias) if bias else None
+
+
+class Linear(nn.Module):
+    """x W^T + b with weights cast to the precision of x."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, init: Init = None):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        init = init or Init('kaiming_normal')
+        self.weight, self.bias = init.parameters([out_features, in_features], in_features, out_features, bias)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Conv2d(nn.Module):
+    """Convolution with zero padding that keeps the size, after a resampling by 2 (`up` or `down`).
+
+    `kernel=0` resamples only. `fused_resample` (with `down`): the convolution comes first, padded so that the filter
+    then needs no padding.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, up: bool = False, down: bool = False,
+                 resample_filter=(1, 1), fused_resample: bool = False, init: Init = None):
+        super().__init__()
+        self.kernel, self.up, self.down, self.fused = kernel, up, down, fused_resample
+        self.weight = self.bias = None
+        if kernel:
+            init = init or Init('kaiming_normal')
+            shape = [out_channels, in_channels, kernel, kernel]
+            self.weight, self.bias = init.parameters(shape, in_channels * kernel**2, out_channels * kernel**2, True)
+        f = torch.as_tensor(resample_filter, dtype=torch.float32)
+        self.is_box = f.tolist() == [1, 1]
+        self.register_buffer('resample_filter', (f.outer(f) / f.sum().square())[None, None] if up or down else None)
+
+    def resample(self, x, pad: int):
+        """`x` filtered and resampled by 2; depthwise."""
+        if self.is_box and pad == 0:  # the two-tap box is what pooling and repetition do
+            return F.interpolate(x, scale_factor=2) if self.up else F.avg_pool2d(x, 2)
+        f = self.resample_filter.to(x.dtype).expand(x.shape[1], -1, -1, -1)
+        if self.up:
+            return F.conv_transpose2d(x, 4 * f, groups=x.shape[1], stride=2, padding=pad)
+        return F.conv2d(x, f, groups=x.shape[1], stride=2, padding=pad)
+
+    def forward(self, x):
+        filter_pad = (self.resample_filter.shape[-1] - 1) // 2 if self.resample_filter is not None else 0
+        fused = self.fused and self.down
+        if self.resample_filter is not None and not fused:
+            x = self.resample(x, filter_pad)
+        if self.weight is None:
+            return x
+        bias = self.bias.to(x.dtype)
+        if not fused:
+            return F.conv2d(x, self.weight.to(x.dtype), bias, padding=self.kernel // 2)
+        x = F.conv2d(x, self.weight.to(x.dtype), padding=self.kernel // 2 + filter_pad)
+        return self.resample(x, 0) + bias[:, None, None]
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation with min(32, C / 4) groups."""
+
+    def __init__(self, num_channels: int, eps: float = 1e-5):
+        super().__init__()
+        self.num_groups, self.eps = min(32, num_channels // 4), eps
+        self.weight = nn.Parameter(torch.ones(num_channels))
+        self.bias = nn.Parameter(torch.zeros(num_channels))
+
+    def forward(self, x):
+        return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class PositionalEmbedding(nn.Module):
+    """[cos(x f), sin(x f)] with f_i = 10000^(-i / (n/2)), i = 0 .. n/2 - 1; `endpoint` ends at 1/10000 exactly."""
+
+    def __init__(self, num_channels: int, endpoint: bool = False):
+        super().__init__()
+        self.num_channels, self.endpoint = num_channels, endpoint
+
+    def forward(self, x):
+        half = self.num_channels // 2
+        i = torch.arange(half, dtype=torch.float32, device=x.device)
+        x = x.outer((1 / 10000) ** (i / (half - self.endpoint)))
+        return torch.cat([x.cos(), x.sin()], dim=1)
+
+
+class FourierEmbedding(nn.Module):
+    """[cos(2 pi x f), sin(2 pi x f)] with fixed normal frequencies of standard deviation 16."""
+
+    def __init__(self, num_channels: int, scale: float = 16):
+        super().__init__()
+        self.register_buffer('freqs', torch.randn(num_channels // 2) * scale)
+
+    def forward(self, x):
+        x = x.outer(2 * math.pi * self.freqs)
+        return torch.cat([x.cos(), x.sin()], dim=1)
+
+
+def attention(qkv, num_heads: int):
+    """Self-attention over the pixels: [N, 3C, H, W] -> [N, C, H, W].
+
+    Along the 3C channels the q/k/v index runs fastest, then the channel within a head, then the head.
+    """
+    n, c, h, w = qkv.shape
+    # [N, heads, pixels, channels of a head] each
+    q, k, v = qkv.reshape(n, num_heads, c // 3 // num_heads, 3, h * w).permute(3, 0, 1, 4, 2).contiguous().unbind(0)
+    return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(n, c // 3, h, w)
+
+
+class UNetBlock(nn.Module):
+    """Residual block with optional resampling and self-attention, for all U-Nets of this file.
+
+    `num_heads=0` switches attention off. `adaptive_scale`: the embedding scales and shifts the normalised
+    activations (ADM), else it is added to them (DDPM++, NCSN++). `resample_proj`: the skip path of a resampling
+    block has a 1x1 convolution even where the channels stay.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, emb_channels: int, up: bool = False, down: bool = False,
+                 num_heads: int = 0, dropout: float = 0.0, skip_scale: float = 1.0, eps: float = 1e-5,
+                 resample_filter=(1, 1), resample_proj: bool = False, adaptive_scale: bool = True,
+                 init: Init = None, init_zero: Init = None, init_attn: Init = None):
+        super().__init__()
+        self.in_channels, self.out_channels, self.num_heads = in_channels, out_channels, num_heads
+        self.dropout, self.skip_scale, self.adaptive_scale = dropout, skip_scale, adaptive_scale
+        resampling = dict(up=up, down=down, resample_filter=resample_filter)
+
+        self.norm0 = GroupNorm(in_channels, eps)
+        self.conv0 = Conv2d(in_channels, out_channels, 3, init=init, **resampling)
+        self.affine = Linear(emb_channels, out_channels * (2 if adaptive_scale else 1), init=init)
+        self.norm1 = GroupNorm(out_channels, eps)
+        self.conv1 = Conv2d(out_channels, out_channels, 3, init=init_zero)
+        self.skip = None
+        if in_channels != out_channels or up or down:
+            kernel = 1 if resample_proj or in_channels != out_channels else 0
+            self.skip = Conv2d(in_channels, out_channels, kernel, init=init, **resampling)
+        if num_heads:
+            self.norm2 = GroupNorm(out_channels, eps)
+            self.qkv = Conv2d(out_channels, out_channels * 3, 1, init=init_attn or init)
+            self.proj = Conv2d(out_channels, out_channels, 1, init=init_zero)
+
+    def forward(self, x, emb):
+        h = self.conv0(F.silu(self.norm0(x)))
+        params = self.affine(emb)[:, :, None, None].to(x.dtype)
+        if self.adaptive_scale:
+            scale, shift = params.chunk(2, dim=1)
+            h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
+        else:
+            h = F.silu(self.norm1(h + params))
+        h = self.conv1(dropout(h, self.dropout, self.training))
+        x = (h + (x if self.skip is None else self.skip(x))) * self.skip_scale
+        if self.num_heads:
+            x = (self.proj(attention(self.qkv(self.norm2(x)), self.num_heads)) + x) * self.skip_scale
+        return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# U-Nets. All are called as model(x [N,C,H,W], noise_labels [N], class_labels [N or 1, label_dim] or None,
+# augment_labels [N, augment_dim] or None) and return [N, out_channels, H, W].
+
+
+def check_skip_connections(skip_connections, count: int) -> list[bool]:
+    """The pattern as booleans, `count` of them; all True if it is None. Raises UserError for another length."""
+    if skip_connections is None:
+        return [True] * count
+    if len(skip_connections) != count or any(value not in (0, 1) for value in skip_connections):
+        raise UserError(
+            f'--skip-connections: needs {count} entries of 0 or 1 for this network '
+            f'((num_blocks + 1) x number of resolutions), got {list(skip_connections)}')
+    return [bool(value) for value in skip_connections]
+
+
+class SongUNet(nn.Module):
+    """DDPM++ (positional embedding, standard encoder, box filter) and NCSN++ (Fourier embedding, residual encoder,
+    [1,3,3,1] filter) of Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations".
+
+    `skip_connections`: one 0 or 1 for each encoder layer (first convolution, blocks of level 0, down of level 1,
+    blocks of level 1, ...); where 0 the decoder gets zeros instead of the activation.
+    """
+
+    def __init__(self, img_resolution: int, in_channels: int, out_channels: int, label_dim: int = 0,
+                 augment_dim: int = 0, model_channels: int = 128, channel_mult=(1, 2, 2, 2), channel_mult_emb: int = 4,
+                 num_blocks: int = 4, attn_resolutions=(16,), dropout: float = 0.10, label_dropout: float = 0.0,
+                 embedding_type: str = 'positional', channel_mult_noise: int = 1, encoder_type: str = 'standard',
+                 decoder_type: str = 'standard', resample_filter=(1, 1), skip_connections=None):
+        super().__init__()
+        for name, value, known in [('embedding_type', embedding_type, ['positional', 'fourier']),
+                                   ('encoder_type', encoder_type, ['standard', 'skip', 'residual']),
+                                   ('decoder_type', decoder_type, ['standard', 'skip'])]:
+            if value not in known:
+                raise ValueError(f'{name} {value!r} is unknown; choose {" or ".join(known)}')
+        self.label_dropout, self.encoder_type, self.decoder_type = label_dropout, encoder_type, decoder_type
+        self.keep_skip = check_skip_connections(skip_connections, (num_blocks + 1) * len(channel_mult))
+        emb_channels, noise_channels = model_channels * channel_mult_emb, model_channels * channel_mult_noise
+        init = Init('xavier_uniform')
+        block_kwargs = dict(
+            emb_channels=emb_channels, dropout=dropout, skip_scale=math.sqrt(0.5), eps=1e-6,
+            resample_filter=resample_filter, resample_proj=True, adaptive_scale=False,
+            init=init, init_zero=init.scaled(1e-5), init_attn=init.scaled(math.sqrt(0.2)))
+
+        # Embedding of noise level, class and augmentation.
+        if embedding_type == 'positional':
+            self.map_noise = PositionalEmbedding(noise_channels, endpoint=True)
+        else:
+            self.map_noise = FourierEmbedding(noise_channels)
+        self.map_label = Linear(label_dim, noise_channels, init=init) if label_dim else None
+        self.map_augment = Linear(augment_dim, noise_channels, bias=False, init=init) if augment_dim else None
+        self.map_layer0 = Linear(noise_channels, emb_channels, init=init)
+        self.map_layer1 = Linear(emb_channels, emb_channels, init=init)
+
+        widths = [(img_resolution >> level, model_channels * mult) for level, mult in enumerate(channel_mult)]
+        skips = self._build_encoder(widths, in_channels, model_channels, num_blocks, attn_resolutions, block_kwargs)
+        self._build_decoder(widths, out_channels, skips, num_blocks, attn_resolutions, block_kwargs)
+
+    def _build_encoder(self, widths, in_channels, model_channels, num_blocks, attn_resolutions, kwargs) -> list[int]:
+        """Makes `self.enc`; returns the channels of the stored activations."""
+        resampling = dict(resample_filter=kwargs['resample_filter'], init=kwargs['init'])
+        self.enc = nn.ModuleDict()
+        skips = []
+        c, aux = model_channels, in_channels
+        for level, (res, width) in enumerate(widths):
+            if level == 0:
+                self.enc[f'{res}x{res}_conv'] = Conv2d(in_channels, c, 3, init=kwargs['init'])
+            else:
+                self.enc[f'{res}x{res}_down'] = UNetBlock(c, c, down=True, **kwargs)
+                if self.encoder_type == 'skip':
+                    self.enc[f'{res}x{res}_aux_down'] = Conv2d(aux, aux, 0, down=True, **resampling)
+                    self.enc[f'{res}x{res}_aux_skip'] = Conv2d(aux, c, 1, init=kwargs['init'])
+                if self.encoder_type == 'residual':
+                    self.enc[f'{res}x{res}_aux_residual'] = Conv2d(
+                        aux, c, 3, down=True, fused_resample=True, **resampling)
+                    aux = c
+            skips.append(c)
+            for index in range(num_blocks):
+                heads = int(res in attn_resolutions)
+                self.enc[f'{res}x{res}_block{index}'] = UNetBlock(c, width, num_heads=heads, **kwargs)
+                c = width
+                skips.append(c)
+        return skips
+
+    def _build_decoder(self, widths, out_channels, skips, num_blocks, attn_resolutions, kwargs):
+        self.dec = nn.ModuleDict()
+        c = skips[-1]
+        for level, (res, width) in reversed(list(enumerate(widths))):
+            if level == len(widths) - 1:
+                self.dec[f'{res}x{res}_in0'] = UNetBlock(c, c, num_heads=1, **kwargs)
+                self.dec[f'{res}x{res}_in1'] = UNetBlock(c, c, **kwargs)
+            else:
+                self.dec[f'{res}x{res}_up'] = UNetBlock(c, c, up=True, **kwargs)
+            for index in range(num_blocks + 1):
+                heads = int(index == num_blocks and res in attn_resolutions)
+                self.dec[f'{res}x{res}_block{index}'] = UNetBlock(
+                    c + skips.pop(), width, num_heads=heads, **kwargs)
+                c = width
+            if self.decoder_type == 'skip' or level == 0:
+                if self.decoder_type == 'skip' and level < len(widths) - 1:
+                    self.dec[f'{res}x{res}_aux_up'] = Conv2d(
+                        out_channels, out_channels, 0, up=True, resample_filter=kwargs['resample_filter'])
+                self.dec[f'{res}x{res}_aux_norm'] = GroupNorm(c, eps=1e-6)
+                self.dec[f'{res}x{res}_aux_conv'] = Conv2d(c, out_channels, 3, init=kwargs['init_zero'])
+
+    def embed(self, noise_labels, class_labels, augment_labels):
+        """Embedding [N or 1, emb_channels] of the conditions."""
+        emb = torch.cat(self.map_noise(noise_labels).chunk(2, dim=1)[::-1], dim=1)  # [sin, cos]
+        if self.map_label is not None:
+            class_labels = drop_labels(class_labels, self.label_dropout, self.training)
+            emb = emb + self.map_label(class_labels * math.sqrt(self.map_label.in_features))
+        if self.map_augment is not None and augment_labels is not None:
+            emb = emb + self.map_augment(augment_labels)
+        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+
+    def encode(self, x, emb) -> list[torch.Tensor]:
+        """Activations for the decoder, in order, zeros where a skip connection is off; last the encoder's output."""
+        skips, aux = [], x
+        for name, block in self.enc.items():
+            if 'aux_down' in name:
+                aux = block(aux)
+            elif 'aux' in name:  # the sum takes the place of the activation just stored, unless that is switched off
+                x = x + block(aux)
+                if 'aux_residual' in name:
+                    x = aux = x / math.sqrt(2)
+                if self.keep_skip[len(skips) - 1]:
+                    skips[-1] = x
+            else:
+                x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
+                skips.append(x if self.keep_skip[len(skips)] else torch.zeros_like(x))
+        return [*skips, x]
+
+    def forward(self, x, noise_labels, class_labels=None, augment_labels=None):
+        emb = self.embed(noise_labels, class_labels, augment_labels)
+        *skips, x = self.encode(x, emb)
+        out = None
+        for name, block in self.dec.items():
+            if 'aux_up' in name:
+                out = block(out)
+            elif 'aux_norm' in name:
+                h = F.silu(block(x))
+            elif 'aux_conv' in name:
+                out = block(h) if out is None else out + block(h)
+            else:
+                if x.shape[1] != block.in_channels:
+                    x = torch.cat([x, skips.pop()], dim=1)
+                x = block(x, emb)
+        return out
+
+
+class DhariwalUNet(nn.Module):
+    """ADM of Dhariwal and Nichol, "Diffusion Models Beat GANs on Image Synthesis", with 64 channels per head.
+
+    `skip_connections` as in SongUNet.
+    """
+
+    def __init__(self, img_resolution: int, in_channels: int, out_channels: int, label_dim: int = 0,
+                 augment_dim: int = 0, model_channels: int = 192, channel_mult=(1, 2, 3, 4), channel_mult_emb: int = 4,
+                 num_blocks: int = 3, attn_resolutions=(32, 16, 8), dropout: float = 0.10, label_dropout: float = 0.0,
+                 skip_connections=None):
+        super().__init__()
+        self.label_dropout = label_dropout
+        self.keep_skip = check_skip_connections(skip_connections, (num_blocks + 1) * len(channel_mult))
+        emb_channels = model_channels * channel_mult_emb
+        init = Init('kaiming_uniform', math.sqrt(1 / 3), math.sqrt(1 / 3))
+        zero = init.scaled(0, 0)
+        kwargs = dict(emb_channels=emb_channels, dropout=dropout, init=init, init_zero=zero)
+
+        def block(c_in, c_out, attn=False, **extra):
+            return UNetBlock(c_in, c_out, num_heads=c_out // 64 if attn else 0, **extra, **kwargs)
+
+        self.map_noise = PositionalEmbedding(model_channels)
+        self.map_augment = Linear(augment_dim, model_channels, bias=False, init=zero) if augment_dim else None
+        self.map_layer0 = Linear(model_channels, emb_channels, init=init)
+        self.map_layer1 = Linear(emb_channels, emb_channels, init=init)
+        label_init = Init('kaiming_normal', math.sqrt(label_dim))
+        self.map_label = Linear(label_dim, emb_channels, bias=False, init=label_init) if label_dim else None
+
+        self.enc, self.dec, skips = nn.ModuleDict(), nn.ModuleDict(), []
+        widths = [(img_resolution >> level, model_channels * mult) for level, mult in enumerate(channel_mult)]
+        c = widths[0][1]
+        for level, (res, width) in enumerate(widths):
+            if level == 0:
+                self.enc[f'{res}x{res}_conv'] = Conv2d(in_channels, c, 3, init=init)
+            else:
+                self.enc[f'{res}x{res}_down'] = block(c, c, down=True)
+            skips.append(c)
+            for index in range(num_blocks):
+                self.enc[f'{res}x{res}_block{index}'] = block(c, width, attn=res in attn_resolutions)
+                c = width
+                skips.append(c)
+        for level, (res, width) in reversed(list(enumerate(widths))):
+            if level == len(widths) - 1:
+                self.dec[f'{res}x{res}_in0'] = block(c, c, attn=True)
+                self.dec[f'{res}x{res}_in1'] = block(c, c)
+            else:
+                self.dec[f'{res}x{res}_up'] = block(c, c, up=True)
+            for index in range(num_blocks + 1):
+                self.dec[f'{res}x{res}_block{index}'] = block(c + skips.pop(), width, attn=res in attn_resolutions)
+                c = width
+        self.out_norm = GroupNorm(c)
+        self.out_conv = Conv2d(c, out_channels, 3, init=zero)
+
+    def embed(self, noise_labels, class_labels, augment_labels):
+        """Embedding [N or 1, emb_channels] of the conditions."""
+        emb = self.map_noise(noise_labels)
+        if self.map_augment is not None and augment_labels is not None:
+            emb = emb + self.map_augment(augment_labels)
+        emb = self.map_layer1(F.silu(self.map_layer0(emb)))
+        if self.map_label is not None:
+            class_labels = drop_labels(class_labels, self.label_dropout, self.training)
+            emb = emb + self.map_label(class_labels)
+        return F.silu(emb)
+
+    def forward(self, x, noise_labels, class_labels=None, augment_labels=None):
+        emb = self.embed(noise_labels, class_labels, augment_labels)
+        skips = []
+        for kept, block in zip(self.keep_skip, self.enc.values(), strict=True):
+            x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
+            skips.append(x if kept else torch.zeros_like(x))
+        for block in self.dec.values():
+            if x.shape[1] != block.in_channels:
+                x = torch.cat([x, skips.pop()], dim=1)
+            x = block(x, emb)
+        return self.out_conv(F.silu(self.out_norm(x)))
+
+
+MODELS = {'SongUNet': SongUNet, 'DhariwalUNet': DhariwalUNet}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Preconditionings: D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), table 1 of the paper.
+
+
+class Precond(nn.Module):
+    """What the four preconditionings share; subclasses define `coefficients(sigma)` and the range of sigma.
+
+    Called as net(x [N,C,H,W], sigma [N] or a single value, class_labels [N, label_dim] or None, augment_labels=...),
+    it returns the denoised images [N,C,H,W] in float32. Labels None in a conditional network mean "no label".
+    `precision` is 'fp32', 'fp16' (on GPUs; float32 on the CPU) or 'bf16'; `use_fp16` is the published name for the
+    first two.
+    """
+
+    def __init__(self, img_resolution: int, img_channels: int, label_dim: int = 0, use_fp16: bool = False,
+                 sigma_min: float = 0.0, sigma_max: float = math.inf, model_type: str = 'SongUNet',
+                 out_channels: int = None, precision: str = None, **model_kwargs):
+        super().__init__()
+        if model_type not in MODELS:
+            raise ValueError(f'model_type {model_type!r} is unknown; choose {" or ".join(MODELS)}')
+        self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+        self.precision = precision or ('fp16' if use_fp16 else 'fp32')
+        self.model = MODELS[model_type](img_resolution=img_resolution, in_channels=img_channels,
+                                        out_channels=out_channels or img_channels, label_dim=label_dim, **model_kwargs)
+
+    def coefficients(self, sigma):
+        """(c_skip, c_out, c_in, c_noise) at `sigma` [N,1,1,1]."""
+        raise NotImplementedError
+
+    def round_sigma(self, sigma):
+        """The nearest noise level that the network knows."""
+        return torch.as_tensor(sigma)
+
+    def forward(self, x, sigma, class_labels=None, force_fp32: bool = False, **model_kwargs):
+        x = x.to(torch.float32)
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
+        if self.label_dim == 0:
+            class_labels = None
+        elif class_labels is None:
+            class_labels = torch.zeros([len(x), self.label_dim], device=x.device)
+        else:
+            class_labels = class_labels.to(torch.float32).reshape(-1, self.label_dim)
+        dtype = torch.float32 if force_fp32 else compute_dtype(self.precision, x.device)
+        c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
+        f = self.model((c_in * x).to(dtype), c_noise.flatten(),
+                       class_labels=class_labels, **model_kwargs)
+        return c_skip * x + c_out * f[:, :self.img_channels].to(torch.float32)
+
+
+class VPPrecond(Precond):
+    """Variance preserving: sigma(t) = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1)."""
+
+    def __init__(self, img_resolution: int, img_channels: int, beta_d: float = 19.9, beta_min: float = 0.1,
+                 M: int = 1000, epsilon_t: float = 1e-5, model_type: str = 'SongUNet', **kwargs):
+        super().__init__(img_resolution, img_channels, model_type=model_type, **kwargs)
+        self.beta_d, self.beta_min, self.M = beta_d, beta_min, M
+        self.sigma_min, self.sigma_max = float(self.sigma(epsilon_t)), float(self.sigma(1))
+
+    def sigma(self, t):
+        t = torch.as_tensor(t, dtype=None if torch.is_tensor(t) else torch.float32)
+        return ((self.beta_d * t.square() / 2 + self.beta_min * t).exp() - 1).sqrt()
+
+    def sigma_inv(self, sigma):
+        # c_noise reaches 999, where the embedding sees the last bit: the order of the operations counts.
+        log = (1 + torch.as_tensor(sigma).square()).log()
+        return ((self.beta_min**2 + 2 * self.beta_d * log).sqrt() - self.beta_min) / self.beta_d
+
+    def coefficients(self, sigma):
+        return 1, -sigma, 1 / (sigma.square() + 1).sqrt(), (self.M - 1) * self.sigma_inv(sigma)
+
+
+class VEPrecond(Precond):
+    """Variance exploding."""
+
+    def __init__(self, img_resolution: int, img_channels: int, sigma_min: float = 0.02, sigma_max: float = 100,
+                 model_type: str = 'SongUNet', **kwargs):
+        super().__init__(img_resolution, img_channels, sigma_min=sigma_min, sigma_max=sigma_max,
+                         model_type=model_type, **kwargs)
+
+    def coefficients(self, sigma):
+        return 1, sigma, 1, (sigma / 2).log()
+
+
+def iddpm_levels(M: int = 1000, C_1: float = 0.001, C_2: float = 0.008, dtype=torch.float32) -> torch.Tensor:
+    """Noise levels u_0 > ... > u_M = 0 of improved DDPM, [M + 1]:
+    u_{j-1} = sqrt((u_j^2 + 1) / max(abar_{j-1} / abar_j, C_1) - 1), abar_j = sin(pi/2 j / (M (C_2 + 1)))^2.
+
+    abar and its ratios are float32 as in the reference, which decides the last levels (up to 5e-4 of their size);
+    `dtype` is that of the recursion.
+    """
+    abar = (0.5 * math.pi * torch.arange(M + 1) / M / (C_2 + 1)).sin().square()
+    ratio = (abar[:-1] / abar[1:]).clip(min=C_1)
+    u = torch.zeros(M + 1, dtype=dtype)
+    for j in range(M, 0, -1):
+        u[j - 1] = ((u[j].square() + 1) / ratio[j - 1] - 1).sqrt()
+    return u
+
+
+class iDDPMPrecond(Precond):
+    """Improved DDPM: a table of noise levels; the network also predicts a variance, which is not used here."""
+
+    def __init__(self, img_resolution: int, img_channels: int, C_1: float = 0.001, C_2: float = 0.008, M: int = 1000,
+                 model_type: str = 'DhariwalUNet', **kwargs):
+        super().__init__(img_resolution, img_channels, model_type=model_type, out_channels=img_channels * 2, **kwargs)
+        self.M = M
+        self.register_buffer('u', iddpm_levels(M, C_1, C_2))
+        self.sigma_min, self.sigma_max = float(self.u[M - 1]), float(self.u[0])
+
+    def round_sigma(self, sigma, return_index: bool = False):
+        """The nearest level (the first of equals), or its index in `u` (int64)."""
+        sigma = torch.as_tensor(sigma)
+        flat = sigma.to(self.u.device, torch.float32).reshape(-1, 1)
+        index = (flat - self.u).abs().argmin(dim=1).reshape(sigma.shape)
+        return index if return_index else self.u[index].to(sigma.dtype)
+
+    def coefficients(self, sigma):
+        c_noise = self.M - 1 - self.round_sigma(sigma, return_index=True).to(torch.float32)
+        return 1, -sigma, 1 / (sigma.square() + 1).sqrt(), c_noise
+
+
+class EDMPrecond(Precond):
+    """Karras et al.: unit variance of network input and training target at every noise level."""
+
+    def __init__(self, img_resolution: int, img_channels: int, sigma_data: float = 0.5,
+                 model_type: str = 'DhariwalUNet', **kwargs):
+        super().__init__(img_resolution, img_channels, model_type=model_type, **kwargs)
+        self.sigma_data = sigma_data
+
+    def coefficients(self, sigma):
+        total = (sigma.square() + self.sigma_data**2).sqrt()
+        return (self.sigma_data / total).square(), sigma * self.sigma_data / total, 1 / total, sigma.log() / 4

@@ -1,0 +1,98 @@
+"""The denoiser with the smallest loss on a training set, in closed form: it memorizes all of it.
+
+D(x; sigma) = sum_i w_i y_i, w_i proportional to exp(-|x - y_i|^2 / (2 sigma^2)), is the mean of the training images
+y_i given their noisy version (arXiv 2310.02664, Eq. 3). Samplers take it like any network; what they make of it is
+the training set itself.
+"""
+
+import numpy as np
+import torch
+
+from dnnlib import UserError
+
+BLOCK_ELEMENTS = 1 << 24    # values of training images that are turned into float32 at once
+EXACT_CANDIDATES = 16       # nearest images whose distances are computed from differences
+
+
+class OptimalDenoiser(torch.nn.Module):
+    """Called like the networks: net(x [N,C,H,W], sigma [N] or one value, labels [N, label_dim] or None) -> [N,C,H,W].
+
+    images      uint8 [M,C,H,W], kept as they are; the network's scale is [-1, 1]
+    label_ids   int [M] classes, or None; a one-hot label restricts the mean to the images of its class, a label of
+                zeros ("no label") does not
+    label_dim   number of classes
+
+    Raises UserError when asked for a class that has no images.
+    """
+
+    sigma_min, sigma_max = 0.0, float('inf')
+
+    def __init__(self, images, label_ids=None, label_dim: int = 0):
+        super().__init__()
+        # A parameter, so that it moves with the module and tells its device; nothing trains it.
+        self.images = torch.nn.Parameter(torch.as_tensor(images).flatten(1), requires_grad=False)
+        self.img_channels, self.img_resolution, self.label_dim = images.shape[1], images.shape[2], label_dim
+        ids = torch.as_tensor(label_ids, dtype=torch.int64) if label_dim else None
+        self.register_buffer('label_ids', ids)
+        self.register_buffer('class_counts', torch.bincount(ids, minlength=label_dim) if label_dim else None)
+        self.register_buffer('squared_norms', torch.cat([y.square().sum(dim=1) for y in self._blocks()]))
+
+    def _blocks(self):
+        """The training images as float32 [., D] in [-1, 1], some at a time."""
+        for block in self.images.split(max(BLOCK_ELEMENTS // self.images.shape[1], 1)):
+            yield block.to(torch.float32) / 127.5 - 1
+
+    def round_sigma(self, sigma):
+        """Every noise level is as good as any other."""
+        return torch.as_tensor(sigma)
+
+    @torch.no_grad()
+    def forward(self, x, sigma, class_labels=None, force_fp32=False):
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1).expand(len(x), 1)
+        flat = x.to(torch.float32).flatten(1)
+        logits = self._squared_distances(flat).div_(-2 * sigma.square())
+        if self.label_dim and class_labels is not None:
+            logits.masked_fill_(~self._allowed(class_labels), -torch.inf)
+        weights = logits.softmax(dim=1)
+        mean, start = torch.zeros_like(flat), 0
+        for y in self._blocks():
+            mean.addmm_(weights[:, start:start + len(y)], y)
+            start += len(y)
+        return mean.reshape(x.shape)
+
+    def _squared_distances(self, x):
+        """|x - y|^2 [N,M]: from matrix products, and for the nearest few from differences, which at small noise
+        levels decide the weights and of which products keep too few digits.
+        """
+        products = torch.cat([x @ y.t() for y in self._blocks()], dim=1)
+        distances = products.mul_(-2).add_(x.square().sum(dim=1, keepdim=True)).add_(self.squared_norms)
+        nearest = distances.topk(min(EXACT_CANDIDATES, distances.shape[1]), dim=1, largest=False).indices
+        for candidate in nearest.unbind(dim=1):
+            y = self.images[candidate].to(torch.float32) / 127.5 - 1
+            distances.scatter_(1, candidate[:, None], (x - y).square().sum(dim=1, keepdim=True))
+        return distances
+
+    def _allowed(self, class_labels):
+        """Which training images each label leaves: bool [N,M]."""
+        class_labels = class_labels.reshape(-1, self.label_dim)
+        labelled, ids = class_labels.sum(dim=1) > 0, class_labels.argmax(dim=1)
+        empty = ids[labelled & (self.class_counts[ids] == 0)]
+        if len(empty):
+            raise UserError(f'optimal denoiser: the data set has no images of class {int(empty[0])}; '
+                            'choose another --class')
+        return (ids[:, None] == self.label_ids) | ~labelled[:, None]
+
+
+def optimal_denoiser(dataset, device='cpu') -> OptimalDenoiser:
+    """The optimal denoiser of a data set (see training.data.dataset), class-conditional if it has labels.
+
+    All its images are kept on `device` as bytes. Raises UserError for latents and for labels that are not classes.
+    """
+    images = dataset.images(np.arange(len(dataset)))
+    if images.dtype != np.uint8:
+        raise UserError(f'optimal:{dataset.path} holds latents; the optimal denoiser works on pixels')
+    label_ids = dataset.stored_labels
+    if label_ids is not None and label_ids.ndim == 2:
+        raise UserError(f'optimal:{dataset.path} has vectors for labels instead of classes; '
+                        'remove them from its dataset.json')
+    return OptimalDenoiser(images, label_ids, dataset.label_dim).to(device).eval()
