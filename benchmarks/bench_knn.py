@@ -37,8 +37,9 @@ def cdist_neighbors(queries, blocks, k, device):
 @click.option('--images', help='Training images', metavar='INT', type=int, default=50000)
 @click.option('--block', help='Training images at a time', metavar='INT', type=int, default=8192)
 @click.option('--rounds', help='Repetitions', metavar='INT', type=int, default=3)
+@click.option('--threads', help='Processor cores', metavar='INT', type=int, default=1)
 @click.option('--device', help='cpu or cuda', metavar='NAME', default='cpu')
-def main(queries, images, block, rounds, device):
+def main(queries, images, block, rounds, threads, device):
     """Times the search for two nearest neighbours and compares the answers.
 
     \b
@@ -46,6 +47,7 @@ def main(queries, images, block, rounds, device):
       python benchmarks/bench_knn.py
       python benchmarks/bench_knn.py --queries=10000 --device=cuda
     """
+    torch.set_num_threads(threads)
     rng = np.random.RandomState(0)
     training = rng.randint(0, 256, size=[images, 3, 32, 32], dtype=np.uint8)
     noise = rng.randint(-40, 41, size=[queries, 3, 32, 32]) * rng.randint(0, 2, size=[queries, 1, 1, 1])
