@@ -185,7 +185,8 @@ The same command resumes an interrupted run from its newest whole checkpoint."""
 @click.option('--decay', metavar='BATCHES', type=click.FloatRange(0),
               help='Steps after which the rate decays, 0 = never  [default: of the preset]')
 @click.option('--lr-schedule', metavar='NAME', type=click.Choice(list(LR_SCHEDULES)),
-              help='edm2, or multisource, which halves the rate when decay starts  [default: multisource for img256, else edm2]')
+              help='edm2, or multisource, which halves the rate when decay starts  '
+                   '[default: multisource for img256, else edm2]')
 @click.option('--batch-gpu', metavar='NIMG', type=cli.COUNT, help='Images of one forward pass  [default: all of a process]')
 @click.option('--precision', metavar='TYPE', type=click.Choice(['fp32', 'fp16', 'bf16']),
               help='Type of the activations  [default: fp16 on a GPU, else fp32]')

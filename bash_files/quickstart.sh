@@ -4,6 +4,7 @@
 set -euo pipefail
 out=$(realpath -m "${1:-$(dirname "${BASH_SOURCE[0]}")/../training-runs/quickstart}")
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}   # threads that wait leave the cores to others
 start=$SECONDS
 
 echo '== 1/4 A data set: 1,797 handwritten digits that come with scikit-learn'

@@ -21,7 +21,8 @@ from training.networks import build_network
 @click.option('--network', metavar='NAME', type=click.Choice(list(NETWORKS)), default='small', help='|'.join(NETWORKS))
 @click.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64, help='Images at a time')
 @click.option('--steps', metavar='INT', type=click.IntRange(min=1), default=32, help='Sampling steps')
-@click.option('--precision', metavar='TYPE', type=click.Choice(['fp32', 'fp16', 'bf16']), help='[default: fp16 on a GPU, else fp32]')
+@click.option('--precision', metavar='TYPE', type=click.Choice(['fp32', 'fp16', 'bf16']),
+              help='[default: fp16 on a GPU, else fp32]')
 @click.option('--compile/--no-compile', default=True, help='Measure torch.compile too')
 @click.option('--rounds', metavar='INT', type=click.IntRange(min=1), default=3, help='Measurements of each')
 @click.option('--device', metavar='NAME', help='cpu or cuda  [default: cuda if there is one]')

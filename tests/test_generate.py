@@ -80,8 +80,8 @@ def test_seeds_are_split_completely(count, batch, ranks):
 
 
 def test_the_output_is_a_labelled_data_set(tmp_path, snapshots):
-    run('generate_images.py', f'--net={snapshots}/cond.pkl', f'--outdir={tmp_path}/out', '--seeds=0-9,1000', '--subdirs', '--steps=3',
-        f'--grid={tmp_path}/grid.png')
+    run('generate_images.py', f'--net={snapshots}/cond.pkl', f'--outdir={tmp_path}/out', '--seeds=0-9,1000', '--subdirs',
+        '--steps=3', f'--grid={tmp_path}/grid.png')
     dataset = ImageDataset(tmp_path / 'out')
     assert len(dataset) == 11 and dataset.label_dim == 3 and dataset.class_names == DATASET['class_names']
     assert dataset.file_name(10) == '001000/001000.png'
@@ -131,7 +131,8 @@ def test_classes_by_original_index_or_name(tmp_path, snapshots, text, label):
     assert ImageDataset(tmp_path / 'out').label_ids.tolist() == [label] * 4
 
 
-@pytest.mark.parametrize('option', ['--steps=5', '--sigma_min=0.1', '--sigma_max=20', '--rho=3', '--S_churn=30', '--guidance=2'])
+@pytest.mark.parametrize(
+    'option', ['--steps=5', '--sigma_min=0.1', '--sigma_max=20', '--rho=3', '--S_churn=30', '--guidance=2'])
 def test_every_option_of_the_sampler_counts(tmp_path, snapshots, option):
     module = script_module('generate_images.py')
     base = [f'--net={snapshots}/cond.pkl', f'--gnet={snapshots}/uncond.pkl', '--seeds=0-3', '--steps=3']
@@ -149,7 +150,8 @@ def test_every_option_of_the_sampler_counts(tmp_path, snapshots, option):
 def test_presets(case, name):
     expected, ours = case.json['presets'][name], script_module('generate_images.py').preset_options(name)
     stem = lambda url: url and url.rsplit('/', 1)[1].removesuffix('.pkl')
-    assert (stem(ours['net']), stem(ours['gnet']), ours['guidance']) == (expected['net'], expected['gnet'], expected['guidance'])
+    assert (stem(ours['net']), stem(ours['gnet'])) == (expected['net'], expected['gnet'])
+    assert ours['guidance'] == expected['guidance']
 
 
 @pytest.mark.parametrize('options, message', [
@@ -183,8 +185,8 @@ def trajectory(tmp_path):
         emas.update(net, step * 1024, 1024)
         if (step + 1) % 4 == 0:
             for ema, suffix, info in emas.get(net)[:2]:
-                save_snapshot(tmp_path / f'network-snapshot-{(step + 1) * 1024 // 1000:07d}{suffix}.pkl', ema, encoder=RGBEncoder(),
-                              dataset=DATASET, recipe={}, nimg=(step + 1) * 1024, **info)
+                path = tmp_path / f'network-snapshot-{(step + 1) * 1024 // 1000:07d}{suffix}.pkl'
+                save_snapshot(path, ema, encoder=RGBEncoder(), dataset=DATASET, recipe={}, nimg=(step + 1) * 1024, **info)
     return tmp_path, emas.emas[2]
 
 

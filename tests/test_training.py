@@ -136,7 +136,8 @@ def test_snapshots_run_no_code(tmp_path, finished):
 
 def test_buffers_of_a_snapshot_keep_their_precision(tmp_path):
     from training.encoders import RGBEncoder
-    net = build_network('Precond', img_resolution=8, img_channels=3, label_dim=0, model_channels=8, channel_mult=[1], num_blocks=1)
+    net = build_network('Precond', img_resolution=8, img_channels=3, label_dim=0, model_channels=8, channel_mult=[1],
+                        num_blocks=1)
     save_snapshot(tmp_path / 'net.pkl', net, encoder=RGBEncoder(), dataset={}, recipe={}, nimg=0)
     loaded = load_snapshot(str(tmp_path / 'net.pkl')).net
     assert torch.equal(loaded.unet.emb_fourier.freqs, net.unet.emb_fourier.freqs)
@@ -155,7 +156,8 @@ def test_two_processes_train_as_one(tmp_path, digits, finished):
 
 def test_micro_batches_train_as_whole_batches(tmp_path, digits, finished):
     train(tmp_path / 'micro', digits, '--batch-gpu=5', '--dropout=0')
-    np.testing.assert_allclose([loss for _, loss in losses(tmp_path / 'micro')], [loss for _, loss in losses(finished)], rtol=1e-4)
+    micro, whole = losses(tmp_path / 'micro'), losses(finished)
+    np.testing.assert_allclose([loss for _, loss in micro], [loss for _, loss in whole], rtol=1e-4)
 
 
 def test_bf16_on_the_cpu_is_close_to_fp32(tmp_path, digits, finished):

@@ -46,8 +46,13 @@ class _Global:
 
 def load(file, allowed: dict, encoding='bytes'):
     """The object in a binary file. Raises ForeignPickleError with one line for damaged or unexpected content."""
+    return load_with(RestrictedUnpickler(file, allowed, encoding))
+
+
+def load_with(unpickler: RestrictedUnpickler):
+    """The object that an unpickler reads. Raises ForeignPickleError as `load`."""
     try:
-        return RestrictedUnpickler(file, allowed, encoding).load()
+        return unpickler.load()
     except ForeignPickleError:
         raise
     except Exception as error:  # damaged pickles raise nearly anything

@@ -14,10 +14,12 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.util import atomic_path
+from torch_utils import foreign, persistence
 from training import encoders
 from training.networks import build_network
 
 FORMAT = 'diffusion-snapshot-1'
+_VAE_SETTINGS = ('vae_name', 'raw_mean', 'raw_std', 'final_mean', 'final_std')
 
 
 @dataclasses.dataclass
@@ -86,8 +88,28 @@ def restore(state: dict, path: str, device='cpu') -> Snapshot:
                     state['nimg'], state['ema_std'])
 
 
+def restore_foreign(path: str, device='cpu') -> Snapshot:
+    """A network of EDM or EDM2 from its pickle, built with this project's classes; the file's source is never run."""
+    try:
+        content = persistence.read(path)
+        ema, encoder = content['ema'], content.get('encoder')
+        net = build_network(ema.class_name, **ema.kwargs)
+        net.load_state_dict(persistence.state_dict(ema))
+    except (foreign.ForeignPickleError, RuntimeError) as error:
+        raise UserError(f'{path}: {str(error).splitlines()[-1].strip()}') from None
+    config = {'name': 'rgb'}
+    if encoder is not None and encoder.class_name == 'StabilityVAEEncoder':
+        config = {'name': 'sd-vae'} | {key: encoder.kwargs[key] for key in _VAE_SETTINGS if key in encoder.kwargs}
+    elif encoder is not None and encoder.class_name != 'StandardRGBEncoder':
+        raise UserError(f'{path}: unknown encoder {encoder.class_name}')
+    trained_on = content.get('dataset_kwargs') or {}
+    dataset = {'name': os.path.basename(str(trained_on.get('path', ''))).removesuffix('.zip'), 'label_dim': net.label_dim}
+    return Snapshot(net.eval().requires_grad_(False).to(device), encoders.make_encoder(config), dataset)
+
+
 def load_snapshot(path: str, device='cpu') -> Snapshot:
-    """Opens `path` (a snapshot file or URL, or `optimal:DATASET` for the closed-form denoiser of a data set)."""
+    """Opens `path`: a snapshot of this project, or of EDM or EDM2, from a file or URL; or `optimal:DATASET`, the
+    closed-form denoiser of a data set."""
     if path.startswith('optimal:'):
         from training.data.dataset import ImageDataset
         from training.networks.optimal import optimal_denoiser
@@ -96,4 +118,6 @@ def load_snapshot(path: str, device='cpu') -> Snapshot:
     if '://' in path:
         from dnnlib.url import download
         path = download(path)
+    if os.path.isfile(path) and not zipfile.is_zipfile(path):  # snapshots of this project are zips of torch.save
+        return restore_foreign(path, device)
     return restore(read_snapshot(path), path, device)

@@ -152,7 +152,7 @@ class Block(torch.nn.Module):
         """Cosine attention: q, k and v are normalised over the channels of a head (Eq. 82)."""
         N, C, H, W = x_NCHW.shape
         qkv = self.attn_qkv(x_NCHW).reshape(N, self.num_heads, C // self.num_heads, 3, H * W)
-        q, k, v = normalize(qkv, dim=2).permute(3, 0, 1, 4, 2).unbind(0)  # each [N, heads, HW, C / heads]
+        q, k, v = normalize(qkv, dim=2).permute(3, 0, 1, 4, 2).contiguous().unbind(0)  # each [N, heads, HW, C / heads]
         y = F.scaled_dot_product_attention(q, k, v)
         return y.transpose(2, 3).reshape(N, C, H, W)
 
