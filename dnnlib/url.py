@@ -54,6 +54,13 @@ def download(url: str, hint: str = 'download it elsewhere and give the path of t
                 if exact and file.tell() != exact:
                     raise requests.ConnectionError(f'{file.tell()} of {exact} bytes came')
     except (requests.RequestException, OSError) as error:
-        reason = ' '.join(str(error).split())[:120] or type(error).__name__
-        raise util.UserError(f'{url} cannot be downloaded ({reason}); {hint}') from None
+        raise util.UserError(f'{url} cannot be downloaded ({_reason(error)}); {hint}') from None
     return path
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, requests.HTTPError):
+        return f'the server answers {error.response.status_code} {error.response.reason}'
+    if isinstance(error, requests.ConnectionError) and error.request is not None:
+        return f'no connection to {urllib.parse.urlparse(error.request.url).netloc}'
+    return ' '.join(str(error).split())[:120] or type(error).__name__

@@ -1,0 +1,198 @@
+"""Networks that turn images into features: the FID Inception network, DINOv2, and none at all (the pixels).
+
+A detector takes images uint8 [N, C, H, W] and the names of outputs, and gives {name: float32 [N, D]}.
+"""
+
+import hashlib
+import os
+
+import requests
+import torch
+from torch.nn import functional as F
+
+from dnnlib import UserError
+from dnnlib.url import download
+from metrics.inception import InceptionV3
+from torch_utils import distributed, foreign, torchscript
+
+INCEPTION_URL = ('https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/'
+                 'pt_inception-2015-12-05-6726825d.pth')
+DINOV2_NAME = 'facebook/dinov2-large'
+MAX_PIXELS = 64 * 64 * 3  # numbers an image: the covariance has the square of it
+
+
+class Pixels:
+    """The pixels themselves, values 0..255, in one output `features` [N, C H W]."""
+
+    weights = fingerprint = None
+
+    def __init__(self, weights=None, device='cpu'):
+        self.device = torch.device(device)
+
+    def __call__(self, images: torch.Tensor, outputs=('features',)) -> dict[str, torch.Tensor]:
+        dim = images[0].numel()
+        if dim > MAX_PIXELS:
+            raise UserError(f'images of {list(images.shape[1:])} have {dim} pixel values, too many for the pixel metrics '
+                            f'(at most {MAX_PIXELS}, that is 64x64 RGB); use fid or fd_dinov2')
+        return {'features': images.to(self.device).flatten(1).to(torch.float32)}
+
+
+class _Network:
+    """Common to detectors with weights: RGB input on the right device, no TF32, a fingerprint of the weights."""
+
+    def __init__(self, net: torch.nn.Module, weights: str, device):
+        self.device, self.weights = torch.device(device), weights
+        self.net = net.eval().requires_grad_(False).to(self.device)
+        self.fingerprint = fingerprint(net)
+
+    @torch.inference_mode()
+    def __call__(self, images: torch.Tensor, outputs=('features',)) -> dict[str, torch.Tensor]:
+        images = images.to(self.device)
+        if images.shape[1] == 1:
+            images = images.expand(-1, 3, -1, -1)
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision('highest')
+        try:
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                return self._features(images, outputs)
+        finally:
+            torch.set_float32_matmul_precision(precision)
+
+
+class Inception(_Network):
+    """FID Inception network; outputs as in `metrics.inception.InceptionV3`.
+
+    `weights`: path or URL of `pt_inception-2015-12-05` as a state dictionary (torch or safetensors) or a TorchScript archive,
+    of which only the tensors are read. Raises UserError if there is no such file or its weights do not fit.
+    """
+
+    def __init__(self, weights: str | None = None, device='cpu'):
+        weights = weights or INCEPTION_URL
+        with distributed.rank0_first():
+            path = download(weights, hint='give a local copy with --inception=PATH')
+        net = InceptionV3()
+        load_state(net, read_tensors(path, '--inception'), path)
+        # channels_last is the faster layout of convolutions on CPUs as on GPUs.
+        super().__init__(net.to(memory_format=torch.channels_last), weights, device)
+
+    def _features(self, images, outputs):
+        return self.net(images, outputs)
+
+
+class DINOv2(_Network):
+    """DINOv2 ViT-L/14 of `transformers`: the class token after the last norm, output `features` [N, 1024].
+
+    Images are resized to 224x224 (bicubic, antialiased). `weights`: a folder that `save_pretrained` wrote, or a name on
+    the hub. Raises UserError if it cannot be had.
+    """
+
+    SIZE = 224
+    MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as are the deviations
+    STD = (0.229, 0.224, 0.225)
+
+    def __init__(self, weights: str | None = None, device='cpu'):
+        weights = weights or DINOV2_NAME
+        try:
+            with distributed.rank0_first():
+                net = self._load(weights)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            reason = ' '.join(str(error).split())[:120]
+            raise UserError(f'DINOv2 cannot be loaded from {weights} ({reason}); '
+                            f'give a local folder of {DINOV2_NAME} with --dinov2=PATH') from None
+        self._fit_positions(net)
+        super().__init__(net, weights, device)
+        self.mean, self.std = (torch.tensor(x, device=self.device).reshape(3, 1, 1) for x in (self.MEAN, self.STD))
+
+    @staticmethod
+    def _load(weights: str):
+        import huggingface_hub  # here, since these take seconds
+        import transformers
+        transformers.utils.logging.disable_progress_bar()
+        try:
+            return transformers.Dinov2Model.from_pretrained(weights, local_files_only=True, use_safetensors=True)
+        except OSError:
+            if os.path.isdir(weights):
+                raise
+        # Without a connection the hub's own code tries for half a minute.
+        try:
+            requests.head(huggingface_hub.constants.ENDPOINT, timeout=10)
+        except requests.RequestException:
+            raise OSError(f'no connection to {huggingface_hub.constants.ENDPOINT}') from None
+        return transformers.Dinov2Model.from_pretrained(weights, use_safetensors=True)
+
+    @classmethod
+    @torch.no_grad()
+    def _fit_positions(cls, net):
+        """Position embeddings for 224x224, once, by the rule of the original code of DINOv2.
+
+        It interpolates by the factor (16 + 0.1) / 37, not to the size 16 as `transformers` does, which
+        moves the sampling positions and so the features a little.
+        """
+        embeddings, patch = net.embeddings, net.config.patch_size
+        positions = embeddings.position_embeddings
+        have, want = round((positions.shape[1] - 1) ** 0.5), cls.SIZE // patch
+        if have != want:
+            grid = positions[:, 1:].reshape(1, have, have, -1).permute(0, 3, 1, 2)
+            grid = F.interpolate(grid, scale_factor=(want + 0.1) / have, mode='bicubic')
+            grid = grid.permute(0, 2, 3, 1).flatten(1, 2)
+            embeddings.position_embeddings = torch.nn.Parameter(torch.cat([positions[:, :1], grid], dim=1))
+            net.config.image_size = cls.SIZE
+
+    def _features(self, images, outputs):
+        x = images.to(torch.float32)
+        x = F.interpolate(x, size=(self.SIZE, self.SIZE), mode='bicubic', antialias=True, align_corners=False)
+        x = (x / 255 - self.mean) / self.std
+        return {'features': self.net(pixel_values=x).last_hidden_state[:, 0]}
+
+
+DETECTORS = {'inception': Inception, 'dinov2': DINOv2, 'pixels': Pixels}
+
+
+def read_tensors(path: str, option: str) -> dict[str, torch.Tensor]:
+    """Weights by name from a state dictionary of torch, a safetensors file, or a TorchScript archive.
+
+    Nothing in the file is run. Raises UserError, naming the file and `option`, for anything else.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f'{option}={path}: no such file')
+    try:
+        if torchscript.is_torchscript(path):
+            return torchscript.read_tensors(path)
+        with open(path, 'rb') as file:
+            head = file.read(9)
+        if head[8:] == b'{':
+            import safetensors.torch
+            return safetensors.torch.load_file(path)
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except foreign.ForeignPickleError as error:
+        raise UserError(f'{option}={path}: not a file of weights ({error})') from None
+    except Exception:  # pickle, zip, torch and safetensors all have errors of their own for foreign files
+        raise UserError(f'{option}={path}: neither a state dictionary (torch, safetensors) nor a TorchScript archive, '
+                        'or damaged') from None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f'{option}={path}: not a dictionary of weights by name')
+    return dict(state)
+
+
+def load_state(net: torch.nn.Module, state: dict, path: str):
+    """Loads weights by name; counters of batch norm may be missing. Raises UserError that says what does not fit."""
+    for name, value in net.state_dict().items():
+        if name.endswith('num_batches_tracked'):
+            state.setdefault(name, value)
+    own = net.state_dict()
+    wrong = ([f'{name} is missing' for name in own if name not in state]
+             + [f'{name} is not known' for name in state if name not in own]
+             + [f'{name} has shape {list(state[name].shape)} instead of {list(own[name].shape)}'
+                for name in own if name in state and state[name].shape != own[name].shape])
+    if wrong:
+        raise UserError(f'{path}: not the weights of {type(net).__name__}: {wrong[0]}, and {len(wrong) - 1} more like this')
+    net.load_state_dict(state)
+
+
+def fingerprint(net: torch.nn.Module) -> str:
+    """16 hexadecimal digits that depend on the weights alone, not on the file that they came in."""
+    digest = hashlib.sha256()
+    for name, value in sorted(net.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
