@@ -88,6 +88,11 @@ def convert(source, dest, overwrite, resolution, transform, max_images, class_la
         selection = by_class(opened, class_labels, nums, seed)
     done = convert(opened, selection.first(max_images), dest, resolution=resolution, transform=transform, workers=workers,
                    skip_corrupt=skip_corrupt, overwrite=overwrite, notes={'sim_name': sim_name})
+    print_converted(dest, done, selection, transform)
+
+
+def print_converted(dest, done, selection, transform):
+    """What a conversion wrote and left out."""
     classes = '' if selection.classes is None else f', {len(selection.classes)} classes'
     print(f'{dest}: {done.count} images, {done.resolution}x{done.resolution}{classes}')
     if done.rejected:

@@ -1,20 +1,17 @@
 """Train diffusion models with the EDM2 recipe, on pixels or on latents."""
 
 import json
-import os
 
 import click
 import torch
 
+import train_common
 from dnnlib import UserError, cli
 from torch_utils import distributed as dist
-from training import loop, pictures
+from training import loop
 from training.data.batches import DatasetBatches
-from training.data.dataset import ImageDataset
 from training.diffusion.objectives import EDM2Objective
 from training.ema import PowerFunctionEMA
-from training.encoders import encoder_for, make_encoder
-from training.generate import generate_images
 from training.networks import build_network
 from training.schedules import LR_SCHEDULES
 
@@ -49,13 +46,13 @@ PRESETS = {name: dict(zip(_KEYS, values, strict=True)) for name, values in {
     'edm2-img256-xs-10c-1000':     ( 384 << 20, 2048, 128, 0.006, 3000, 0.00, -0.4, 1.0),
     'edm2-img256-xs-10c-1000-nlr': (1536 << 20, 2048, 128, 0.004, 6000, 0.00, -0.4, 1.0),
     # A network for 8x8 digits that a CPU trains in minutes (bash_files/quickstart.sh).
-    'digits':                      ( 512 << 10,  128,  32, 0.0100, 1500, 0.00, -0.8, 1.2),
+    'digits':                      (  96 << 10,   64,  32, 0.0150,  300, 0.00, -0.4, 1.2),
 }.items()}
 # fmt: on
 for _name, _preset in PRESETS.items():
     _preset['lr_schedule'] = 'multisource' if 'img256' in _name else 'edm2'
 PRESETS['digits'] |= dict(
-    rampup_Mimg=0.02, ema_stds=[0.05, 0.10], intervals=dict(status=32 << 10, snapshot=256 << 10, checkpoint=128 << 10),
+    rampup_Mimg=0.02, ema_stds=[0.05, 0.10], intervals=dict(status=8 << 10, snapshot=48 << 10, checkpoint=32 << 10),
     network=dict(channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], channels_per_head=32))
 INTERVALS = dict(status=128 << 10, snapshot=8 << 20, checkpoint=128 << 20)  # of all other presets
 
@@ -69,7 +66,7 @@ def build_config(opts: dict) -> dict:
     for key, default in (INTERVALS | preset.get('intervals', {})).items():
         value = default if opts[key] is None else opts[key]
         config[key] = value or None                            # 0 switches it off
-    config['precision'] = choose_precision(opts['precision'], opts['fp16'])
+    config['precision'] = train_common.choose_precision(opts['precision'], opts['fp16'])
     config['network'] = dict(class_name='Precond', model_channels=config['channels'], dropout=config['dropout'],
                              precision=config['precision'], **preset.get('network', {}))
     if config['batch'] < 1 or config['duration'] < 1:
@@ -77,22 +74,10 @@ def build_config(opts: dict) -> dict:
     return config
 
 
-def choose_precision(precision, fp16) -> str:
-    """--precision, or what --fp16 says, or what suits the machine."""
-    if precision is None:
-        precision = 'fp16' if (torch.cuda.is_available() if fp16 is None else fp16) else 'fp32'
-    elif fp16 is not None and fp16 != (precision == 'fp16'):
-        raise UserError(f'--fp16={fp16} contradicts --precision={precision}; give one of them')
-    if precision == 'fp16' and not torch.cuda.is_available():
-        raise UserError('fp16 needs a GPU; on the CPU train with --precision=fp32 or bf16')
-    return precision
-
-
 def train(config: dict, outdir: str, wandb: str | None):
     """Builds everything from the settings, and trains."""
     dist.init()
-    device = dist.get_device()
-    torch.backends.cudnn.benchmark = config['bench']
+    device = train_common.prepare_device(config)
     dataset, encoder, network = prepare(config)
     torch.manual_seed(config['seed'])
     net = build_network(**network).train().to(device)
@@ -102,55 +87,20 @@ def train(config: dict, outdir: str, wandb: str | None):
     def lr(nimg, batch):
         return LR_SCHEDULES[config['lr_schedule']](nimg, batch, config['lr'], config['decay'], config['rampup_Mimg'])
 
-    def sample_grid(nimg, nets):
-        save_sample_grid(nets[0], encoder, dataset, os.path.join(outdir, f'samples-{nimg // 1000:07d}.png'))
-
-    parameters = sum(p.numel() for p in net.parameters())
-    dist.print0(f'Data: {dataset.name}, {len(dataset)} images {dataset.image_shape}, {network["label_dim"]} classes\n'
-                f'Network: {parameters / 1e6:.2f}M parameters, {config["precision"]}, on {device.type}, '
-                f'{dist.get_world_size()} process(es), batch {config["batch"]}\nRun: {outdir}')
-    loop.write_options(outdir, config | dict(world_size=dist.get_world_size(), dataset=dataset.description(),
-                                             parameters=parameters, network=network))
-    architecture = {key: value for key, value in network.items() if key != 'precision'}
-    loop.Trainer(
+    train_common.run(
         net, objective, DatasetBatches(dataset, encoder, device, seed=config['seed']), optimizer, lr,
-        PowerFunctionEMA(net, config['ema_stds']),
+        PowerFunctionEMA(net, config['ema_stds']), config, network,
         loop.LoopConfig(
             run_dir=outdir, total_nimg=config['duration'], batch_size=config['batch'], batch_gpu=config['batch_gpu'],
             status_nimg=config['status'], snapshot_nimg=config['snapshot'], checkpoint_nimg=config['checkpoint'],
-            loss_scaling=config['ls'], compile=config['compile'], seed=config['seed'], wandb=wandb),
-        snapshot=dict(encoder=encoder, dataset=dataset.description(), recipe=config),
-        identity={'network': architecture, 'data set': [dataset.name, len(dataset)], '--batch': config['batch'],
-                  '--seed': config['seed']},
-        on_snapshot=sample_grid).run()
+            loss_scaling=config['ls'], compile=config['compile'], seed=config['seed'], wandb=wandb))
     dist.shutdown()
 
 
 def prepare(config: dict):
     """(data set, encoder, arguments of build_network); raises UserError where they do not fit together."""
-    dataset = ImageDataset(config['data'], use_labels=config['cond'])
-    if config['cond'] and not dataset.has_labels:
-        raise UserError(f'--data={config["data"]} has no labels; train without them: --cond=False')
-    encoder = make_encoder(encoder_for(dataset))
-    channels, resolution, _ = encoder.latent_shape(dataset.image_shape)
-    network = dict(config['network'], img_resolution=resolution, img_channels=channels, label_dim=dataset.label_dim)
-    return dataset, encoder, network
-
-
-def save_sample_grid(net, encoder, dataset, path: str, columns: int = 8):
-    """Samples of fixed seeds as a picture: a row for each of the first ten classes, or eight rows without classes."""
-    rows = list(range(min(net.label_dim, 10))) if net.label_dim else None
-    count = len(rows or range(8)) * columns
-    labels = [row for row in rows for _ in range(columns)] if rows else None
-    try:
-        encoder.prepare(next(net.parameters()).device)
-    except UserError as error:
-        dist.print0(f'No sample grid: {error}')
-        return
-    batches = generate_images(net, encoder, range(count), labels=labels, batch=columns * 4, split=False)
-    images = torch.cat([batch.images.cpu() for batch in batches])
-    names = dataset.class_names or dataset.classes or rows
-    pictures.save_image_grid(path, images, columns, [names[row] for row in rows] if rows else None)
+    dataset, encoder, shape = train_common.open_data(config['data'], config['cond'])
+    return dataset, encoder, config['network'] | shape
 
 
 EXAMPLES = """\b
@@ -167,8 +117,7 @@ The same command resumes an interrupted run from its newest whole checkpoint."""
 
 
 @click.command(cls=cli.Command, epilog=EXAMPLES)
-@click.option('--outdir', metavar='DIR', required=True, help='Folder of the run: results, and where to resume from')
-@click.option('--data', metavar='ZIP|DIR', required=True, help='Data set made by dataset_tool.py')
+@train_common.place_options('Folder of the run: results, and where to resume from')
 @click.option('--cond', metavar='BOOL', type=bool, default=True, help='Train on class labels')
 @click.option('--preset', metavar='NAME', type=click.Choice(list(PRESETS)), default='edm2-img512-s',
               help='Settings that the options below override; one of ' + ', '.join(PRESETS))
@@ -187,22 +136,17 @@ The same command resumes an interrupted run from its newest whole checkpoint."""
 @click.option('--lr-schedule', metavar='NAME', type=click.Choice(list(LR_SCHEDULES)),
               help='edm2, or multisource, which halves the rate when decay starts  '
                    '[default: multisource for img256, else edm2]')
-@click.option('--batch-gpu', metavar='NIMG', type=cli.COUNT, help='Images of one forward pass  [default: all of a process]')
 @click.option('--precision', metavar='TYPE', type=click.Choice(['fp32', 'fp16', 'bf16']),
               help='Type of the activations  [default: fp16 on a GPU, else fp32]')
 @click.option('--fp16', metavar='BOOL', type=bool, help='--precision=fp16 or fp32')
 @click.option('--compile', metavar='BOOL', type=bool, default=False, help='Compile the network (torch.compile)')
-@click.option('--ls', metavar='FLOAT', type=click.FloatRange(0, min_open=True), default=1,
-              help='Loss scaling against underflow of float16 gradients')
-@click.option('--bench', metavar='BOOL', type=bool, default=True, help='Let cuDNN choose the fastest convolutions')
 @click.option('--status', metavar='NIMG', type=cli.COUNT, help='Report every NIMG images, 0 = never  [default: 128Ki]')
 @click.option('--snapshot', metavar='NIMG', type=cli.COUNT,
               help='Save networks every NIMG images, 0 = never  [default: 8Mi]')
 @click.option('--checkpoint', metavar='NIMG', type=cli.COUNT,
               help='Save the state every NIMG images, 0 = never  [default: 128Mi]')
 @click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0, help='Seed of weights, data order and noise')
-@click.option('--wandb', metavar='PROJECT', help='Log to Weights & Biases too, if installed')
-@click.option('-n', '--dry-run', is_flag=True, help='Print the settings and exit')
+@train_common.machine_options
 def main(outdir, dry_run, wandb, **opts):
     """Train a diffusion model with the EDM2 recipe.
 

@@ -15,7 +15,7 @@ python train_edm2.py --outdir="$out/run" --data="$out/digits.zip" --preset=digit
 
 echo '== 3/4 500 samples, and a picture of the first of each class'
 net=$(ls "$out"/run/network-snapshot-*-0.100.pkl | tail -n 1)
-python generate_images.py --net="$net" --outdir="$out/samples" --grid="$out/samples.png" --seeds=0-499 --batch=100 --steps=16
+python generate_images.py --net="$net" --outdir="$out/samples" --grid="$out/samples.png" --seeds=0-499 --batch=100 --steps=24
 
 echo '== 4/4 Metrics: distance to the real digits, and how many samples are recognised as their class'
 python calculate_metrics.py calc --images="$out/samples" --ref="$out/digits.zip" --metrics=fd_pixels,recognition \

@@ -45,11 +45,15 @@ def stream(arguments, key):
         return EpochShuffle(n, seed, shuffle).indices(start + rank + step * np.arange(count))
     window = float(re.search(r'window([\d.]+)', key)[1]) if 'window' in key else 0.5
     order = WindowShuffle(n, seed, shuffle, window)
-    # In unequal parts, and through a stored state: what training does.
-    head = order.next(n + 3)
-    again = WindowShuffle(n, seed + 1, shuffle, window)
-    again.load_state_dict(order.state_dict())
-    return np.concatenate([head, again.next(7), again.next(step * count)])[rank::step][:count]
+    positions = rank + step * np.arange(count)
+    # In unequal parts, with a return to the start, and from the middle: what a training run and its resumption ask for.
+    parts = np.split(positions, [n + 3, n + 10])
+    first = [order.indices(part) for part in parts if len(part)]
+    again = np.concatenate([order.indices(part) for part in parts if len(part)])
+    np.testing.assert_array_equal(np.concatenate(first), again)
+    np.testing.assert_array_equal(WindowShuffle(n, seed, shuffle, window).indices(positions[count // 2:]),
+                                  again[count // 2:])
+    return again
 
 
 @pytest.mark.parametrize('case,key', variants('math', 'infinite_sampler*', arrays), ids=ids)

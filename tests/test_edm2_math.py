@@ -1,6 +1,7 @@
 """The mathematics of the EDM2 recipe against the golden numbers: random streams, sampler, power-function EMA."""
 
 import math
+import re
 
 import fill
 import golden_cases
@@ -63,20 +64,25 @@ def _gaussian_denoiser(mu, s, counter):
     return denoise
 
 
+def _width(text):
+    """s of 'D(x;t) = ..., s=0.5, ...'."""
+    return float(re.search(r'\bs=([\d.]+)', text)[1])
+
+
 @pytest.mark.parametrize('case, name', golden_cases.variants('math', 'edm2_sampler*', lambda c: c.json['variants']),
                          ids=golden_cases.ids)
 def test_edm2_sampler(case, name):
     variant = case.json['variants'][name]
     args = dict(variant['args'])
     dtype = getattr(torch, args.pop('dtype'))
-    noise = case.tensor('noise')
-    seeds = [0, 1, 5, 1234567]
+    noise, described = case.tensor('noise'), case.json['inputs']
+    seeds = [int(seed) for seed in re.search(r'seeds \[([\d, ]+)\]', described['noise'])[1].split(',')]
     random = StackedRandomGenerator('cpu', seeds)
     np.testing.assert_allclose(random.randn(noise.shape), noise, rtol=1e-6)
     random.randint(1000, [len(noise)])
     calls, guide_calls = [], []
-    net = _gaussian_denoiser(case.tensor('mu'), 0.5, calls)
-    guide = _gaussian_denoiser(case.tensor('gmu'), 0.8, guide_calls)
+    net = _gaussian_denoiser(case.tensor('mu'), _width(described['net']), calls)
+    guide = _gaussian_denoiser(case.tensor('gmu'), _width(described['gnet']), guide_calls)
     labels = case.tensor('label_scale') if name.startswith('labelled') else None
     out = edm2_sampler(net, noise, labels=labels, guide=guide, dtype=dtype, random=random, **args)
     assert (len(calls), len(guide_calls)) == (variant['net_calls'], variant['gnet_calls'])
@@ -126,6 +132,12 @@ def _response_std(case):
     return stds
 
 
+def _array(text):
+    """The array of "array('name',[16])"."""
+    name, shape = re.fullmatch(r"array\('(.*?)',\[([\d,]+)\]\)", text).groups()
+    return fill.array(name, [int(n) for n in shape.split(',')])
+
+
 class _Walk(torch.nn.Module):
     def __init__(self, w):
         super().__init__()
@@ -137,23 +149,28 @@ class _Walk(torch.nn.Module):
 def test_reconstruction_of_a_random_walk(case, dtype):
     a, torch_dtype = case.arrays, {'f32': torch.float32, 'f64': torch.float64}[dtype]
     tolerance = dict(rtol=1e-6) if dtype == 'f64' else dict(rtol=0, atol=1e-4)
-    steps = torch.from_numpy(np.float32(0.1) * fill.array('m3.steps', [512, 16])).to(torch_dtype)
-    net = _Walk(torch.from_numpy(fill.array('m3.w0', [16])).to(torch_dtype))
-    stds = [*case.json['inputs']['tracked_stds'], *a['out_std']]
+    inputs = case.json['inputs']
+    scale, array, batch, every = re.search(
+        r'w \+= ([\d.]+)\*(array\(.*?\]\)).*nimg \+= (\d+).*every (\d+) updates', inputs['rule']).groups()
+    batch, every = int(batch), int(every)
+    steps = torch.from_numpy(np.float32(scale) * _array(array)).to(torch_dtype)
+    net = _Walk(torch.from_numpy(_array(inputs['w0'])).to(torch_dtype))
+    stds = [*inputs['tracked_stds'], *a['out_std']]
+    number = len(inputs['tracked_stds'])
     tracked = ema.PowerFunctionEMA(net, stds)
-    old = case.json['inputs']['traditional_ema']
+    old = inputs['traditional_ema']
     traditional = ema.TraditionalEMA(net, ema.half_life_beta(old['halflife_Mimg'], old['rampup_ratio']))
     snapshots = []
     for i, step in enumerate(steps):
         with torch.no_grad():
             net.w += step
-        tracked.update(net, i * 128, 128)
-        traditional.update(net, i * 128, 128)
-        if (i + 1) % 64 == 0:
-            snapshots += [{'w': average.w.clone()} for average in tracked.emas[:2]]
+        tracked.update(net, i * batch, batch)
+        traditional.update(net, i * batch, batch)
+        if (i + 1) % every == 0:
+            snapshots += [{'w': average.w.clone()} for average in tracked.emas[:number]]
     np.testing.assert_allclose(net.w.detach(), a[f'final_w_{dtype}'], **tolerance)
     np.testing.assert_allclose(torch.stack([s['w'] for s in snapshots]), a[f'snapshots_{dtype}'], **tolerance)
-    np.testing.assert_allclose(torch.stack([e.w for e in tracked.emas[2:]]), a[f'directly_tracked_{dtype}'], **tolerance)
+    np.testing.assert_allclose(torch.stack([e.w for e in tracked.emas[number:]]), a[f'directly_tracked_{dtype}'], **tolerance)
     np.testing.assert_allclose(traditional.ema.w, a[f'traditional_ema_{dtype}'], **tolerance)
 
     coefficients = phema.solve_coefficients(a['snapshot_nimg'], a['snapshot_std'], case.json['output_nimg'], a['out_std'])

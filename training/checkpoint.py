@@ -19,6 +19,19 @@ def save_checkpoint(folder: str, state: dict):
     write_state(checkpoint_path(folder, state['nimg']), state)
 
 
+def read_checkpoint(path: str) -> dict:
+    """The state in a checkpoint file; raises UserError if the file is something else."""
+    state = read_state(path)
+    if not isinstance(state, dict) or 'identity' not in state:
+        raise UserError(f'{path} is no training state (training-state-*.pt)')
+    return state
+
+
+def newest_kimg(folder: str) -> int:
+    """Thousands of images in the name of the newest checkpoint, -1 if there is none."""
+    return max((int(match[1]) for match in map(_NAME.fullmatch, os.listdir(folder)) if match), default=-1)
+
+
 def load_newest(folder: str, report=print) -> dict | None:
     """The newest whole checkpoint of a folder, or None. Damaged ones are reported and passed over.
 

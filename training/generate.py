@@ -7,8 +7,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from dnnlib import UserError
 from torch_utils import distributed as dist
 from torch_utils.random import StackedRandomGenerator
+from training import pictures
 from training.diffusion.samplers import edm2_sampler
 
 
@@ -63,3 +65,22 @@ def generate_images(net, encoder, seeds, *, labels=None, batch=32, device=None, 
             latents = sampler(net, noise, labels=one_hot, guide=guide, random=random, **sampler_options)
             images = encoder.decode(latents)
         yield GeneratedBatch(images, chosen, None if ids is None else ids.tolist())
+
+
+def save_sample_grid(path: str, net, encoder, dataset, columns: int = 8, sampler=edm2_sampler):
+    """Samples of fixed seeds as a picture: a row for each of the first ten classes, or eight rows without classes.
+
+    Where the encoder cannot decode (its autoencoder is not at hand), it says so and writes nothing.
+    """
+    rows = list(range(min(net.label_dim, 10))) if net.label_dim else None
+    count = len(rows or range(8)) * columns
+    labels = [row for row in rows for _ in range(columns)] if rows else None
+    try:
+        encoder.prepare(next(net.parameters()).device)
+    except UserError as error:
+        dist.print0(f'No sample grid: {error}')
+        return
+    batches = generate_images(net, encoder, range(count), labels=labels, batch=columns * 4, split=False, sampler=sampler)
+    images = torch.cat([batch.images.cpu() for batch in batches])
+    names = dataset.class_names or dataset.classes or rows
+    pictures.save_image_grid(path, images, columns, [names[row] for row in rows] if rows else None)

@@ -17,7 +17,7 @@ from dnnlib import UserError
 from dnnlib.util import format_count, format_time, write_bytes, write_json
 from torch_utils import distributed as dist
 from torch_utils.stats import RunningMeans
-from training import checkpoint, pictures
+from training import checkpoint, pictures, runs
 from training.snapshot import save_snapshot
 
 
@@ -38,6 +38,7 @@ class LoopConfig:
     compile: bool = False
     seed: int = 0
     wandb: str | None = None              # project name
+    resume_from: str | None = None        # checkpoint to start from if the run's folder has none
 
 
 class Trainer:
@@ -51,14 +52,17 @@ class Trainer:
     ema        has `update(net, nimg, batch_size)`, `get(net)` and `state_dict`s (see training.ema)
     snapshot   further keywords of `save_snapshot`: encoder, dataset, recipe
     identity   what a checkpoint must agree with to be resumed, by option name
+    options    what `training_options.json` of the run says
     on_snapshot  called on the first process with (nimg, [averaged network, ...]) at each snapshot
     """
 
     def __init__(self, net, objective, batches, optimizer, lr: Callable, ema, config: LoopConfig, *,
-                 snapshot: dict, identity: dict | None = None, on_snapshot: Callable | None = None):
+                 snapshot: dict, identity: dict | None = None, options: dict | None = None,
+                 on_snapshot: Callable | None = None):
         self.net, self.objective, self.batches, self.optimizer = net, objective, batches, optimizer
         self.lr, self.ema, self.config = lr, ema, config
         self.snapshot_keywords, self.identity, self.on_snapshot = snapshot, identity or {}, on_snapshot
+        self.options = options or {}
         self.device = next(net.parameters()).device
         self.means = RunningMeans(self.device)
         self.nimg = 0
@@ -76,23 +80,24 @@ class Trainer:
     def run(self):
         """Trains until `total_nimg`, resuming from the newest whole checkpoint of the run's folder.
 
-        SIGTERM ends it after the current step, with a checkpoint. Returns the number of images seen.
+        SIGTERM ends it after the current step, with a checkpoint. Returns the number of images seen. Raises UserError,
+        before anything is written, if a checkpoint is of another recipe or another process trains in the folder.
         """
         self.resume()
-        self._open_logs()
-        self.model = self._wrap()
-        self.net.train()
-        with self._signals():
+        with self._folder(), self._signals():
+            self._open_logs()
+            self.model = self._wrap()
+            self.net.train()
             steps = self.batches.iterate(self._plan())
             with contextlib.closing(steps), self._progress_bar() as bar:
                 while self.nimg < self.config.total_nimg and not dist.any_rank(self.stop_requested):
                     self._step(steps)
                     bar.update(self.config.batch_size)
                     self._after_step()
-        if self.nimg < self.config.total_nimg:
-            self._save_checkpoint()
-            self._log(f'Stopped at {self.nimg} images; the same command goes on from here.')
-        self._close_logs()
+            if self.nimg < self.config.total_nimg:
+                self._save_checkpoint()
+                self._log(f'Stopped at {self.nimg} images; the same command goes on from here.')
+            self._close_logs()
         return self.nimg
 
     def _plan(self):
@@ -175,16 +180,34 @@ class Trainer:
     def _path(self, name):
         return os.path.join(self.config.run_dir, name)
 
+    @contextlib.contextmanager
+    def _folder(self):
+        """The run's folder with its options, kept by this run alone."""
+        with contextlib.ExitStack() as stack:
+            if dist.get_rank() == 0:
+                os.makedirs(self.config.run_dir, exist_ok=True)
+                stack.enter_context(runs.locked(self.config.run_dir))
+                if self.options:
+                    write_json(self._path('training_options.json'), self.options)
+            self._log(self._start)
+            yield
+
     def resume(self):
         """Takes up the newest whole checkpoint if there is one; raises UserError if it is of another recipe."""
-        os.makedirs(self.config.run_dir, exist_ok=True)
-        state = checkpoint.load_newest(self.config.run_dir, report=self._log)
+        run_dir, state = self.config.run_dir, None
+        self._start = f'Starting at {self.nimg} images'
+        if os.path.isdir(run_dir):
+            state = checkpoint.load_newest(run_dir, report=self._log)
+            path = run_dir
+        if state is None and self.config.resume_from:
+            path = self.config.resume_from
+            state = checkpoint.read_checkpoint(path)
         if state is None:
             return
         for key, value in self.identity.items():
             if state['identity'].get(key) != value:
-                raise UserError(f'{self.config.run_dir} holds a run with another {key} ({state["identity"].get(key)} '
-                                f'instead of {value}); choose another folder, or remove it to start anew')
+                raise UserError(f'{path} holds a run with another {key} ({_difference(state["identity"].get(key), value)}'
+                                '); choose another folder, or remove it to start anew')
         self.net.load_state_dict(state['net'])
         self.ema.load_state_dict(state['ema'])
         self.optimizer.load_state_dict(state['optimizer'])
@@ -192,10 +215,10 @@ class Trainer:
         if len(state['batches']) == dist.get_world_size():
             self.batches.load_state_dict(state['batches'][dist.get_rank()])
         elif any(state['batches']):
-            raise UserError(f'{self.config.run_dir} was trained by {len(state["batches"])} processes and its batches '
+            raise UserError(f'{path} was trained by {len(state["batches"])} processes and its batches '
                             f'have a state for each: resume with as many')
         self.nimg, self.train_seconds = state['nimg'], state['train_seconds']
-        self._log(f'Resuming from {self.nimg} images ({checkpoint.checkpoint_path(self.config.run_dir, self.nimg)})')
+        self._start = f'Resuming from {self.nimg} images ({path})'
 
     def _save_checkpoint(self):
         means = self.means.state_dict()
@@ -284,7 +307,7 @@ class Trainer:
         values = {'Progress/lr': lr, 'Timing/images_per_sec': images_per_second, 'Timing/total_sec': self._seconds(),
                   'Resources/cpu_mem_gb': memory}
         line = (f'nimg {format_count(self.nimg):<9} {100 * self.nimg / self.config.total_nimg:5.1f}%  '
-                f'time {format_time(self._seconds()):<8} {images_per_second:8.1f} img/s  lr {lr:.5f}  cpumem {memory:.2f}G')
+                f'time {format_time(self._seconds()):<8} {images_per_second:8.1f} img/s  lr {lr:.4g}  cpumem {memory:.2f}G')
         if self.device.type == 'cuda':
             values['Resources/peak_gpu_mem_gb'] = torch.cuda.max_memory_allocated(self.device) / 2**30
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -304,8 +327,9 @@ class Trainer:
             self._wandb.log(values, step=self.nimg)
 
 
-def write_options(run_dir: str, options: dict):
-    """`training_options.json` of a run, from the first process."""
-    if dist.get_rank() == 0:
-        os.makedirs(run_dir, exist_ok=True)
-        write_json(os.path.join(run_dir, 'training_options.json'), options)
+def _difference(old, new) -> str:
+    """'x instead of y', for dictionaries only where they differ."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return f'{old} instead of {new}'
+    keys = [key for key in old | new if old.get(key) != new.get(key)]
+    return ', '.join(f'{key} {old.get(key)} instead of {new.get(key)}' for key in keys)

@@ -87,9 +87,9 @@ def _halflife(nimg, halflife_kimg, rampup_ratio):
     return h if rampup_ratio is None else min(h, nimg * rampup_ratio)
 
 
-def memorization_scaling(num_images, duration=200, ema=0.5):
+def memorization_scaling(num_images, duration=200, ema=0.5, rampup=10):
     """Lengths of a training run on `num_images` images, scaled so that each image is seen as often as in the standard
-    run on 50,000 for which `duration` and the EMA half-life `ema` are given in millions of images.
+    run on 50,000 for which `duration`, the EMA half-life `ema` and the learning-rate ramp are given in millions of images.
     """
     return dict(total_kimg=max(int(duration * num_images / 50), 1), ema_halflife_kimg=int(ema * num_images / 50),
-                lr_rampup_kimg=int(num_images / 5), data_ratio=50_000 / num_images)
+                lr_rampup_kimg=int(rampup * num_images / 50), data_ratio=50_000 / num_images)

@@ -121,3 +121,22 @@ def load_snapshot(path: str, device='cpu') -> Snapshot:
     if os.path.isfile(path) and not zipfile.is_zipfile(path):  # snapshots of this project are zips of torch.save
         return restore_foreign(path, device)
     return restore(read_snapshot(path), path, device)
+
+
+def copy_weights(source: torch.nn.Module, net: torch.nn.Module, path: str) -> tuple[int, int]:
+    """Takes over from `source`, the network of the snapshot `path`, what has the same name in `net`.
+
+    Returns (tensors taken, tensors of `net`). Raises UserError if none is, or one differs in shape.
+    """
+    theirs, ours = source.state_dict(), net.state_dict()
+    common = [name for name in ours if name in theirs]
+    for name in common:
+        if theirs[name].shape != ours[name].shape:
+            raise UserError(f'{path}: {name} is {list(theirs[name].shape)} instead of {list(ours[name].shape)}; '
+                            'train with the architecture, image size and classes of the snapshot')
+    if not common:
+        raise UserError(f'{path} has nothing in common with this network; train with the architecture of the snapshot')
+    with torch.no_grad():
+        for name in common:
+            ours[name].copy_(theirs[name])
+    return len(common), len(ours)

@@ -18,14 +18,18 @@ class DatasetBatches:
 
     Image number g of the run (counted from 0) is always the same image with the same random numbers, whichever process
     asks for it and however the run is cut into batches.
+
+    order: has `indices(positions)` (see training.data.sampler; default: EDM2's). workers: threads that read ahead.
+    resident: keep a data set that is small enough on the GPU.
     """
 
-    def __init__(self, dataset, encoder, device, seed=0, order=None, workers=2, prefetch=4):
+    def __init__(self, dataset, encoder, device, seed=0, order=None, workers=2, prefetch=4, resident=True):
         self.dataset, self.encoder, self.device, self.seed = dataset, encoder, torch.device(device), seed
         self.order = order or EpochShuffle(len(dataset), seed)
         self.workers, self.prefetch = workers, prefetch
         self._resident = None
-        if self.device.type == 'cuda' and len(dataset) * int(np.prod(dataset.image_shape)) <= RESIDENT_BYTES:
+        small = len(dataset) * int(np.prod(dataset.image_shape)) <= RESIDENT_BYTES
+        if resident and small and self.device.type == 'cuda':
             self._resident = torch.from_numpy(dataset.images(np.arange(len(dataset)))).to(self.device)
 
     def iterate(self, plan: Iterable[tuple[int, int]]) -> Iterator[dict]:

@@ -27,7 +27,7 @@ def _first_of_classes(labels, counts: dict) -> np.ndarray:
 
 def balanced_subset(labels, max_images: int, num_classes: int = 10) -> np.ndarray:
     """max_images / num_classes images of each class, the first ones of the file; `max_images` must divide evenly."""
-    if max_images % num_classes:
+    if max_images % num_classes or max_images < 1:
         raise dnnlib.UserError(f'--max-images={max_images} is not a multiple of the {num_classes} classes')
     counts = dict.fromkeys(range(num_classes), max_images // num_classes)
     return _checked(_first_of_classes(labels, counts), max_images)
@@ -53,6 +53,11 @@ def one_class_subset(labels, label: int, max_images: int) -> np.ndarray:
     if len(indices) == 0:
         raise dnnlib.UserError(f'--class-num={label}: the source has no such class')
     return _checked(indices[:max_images].astype(np.int64), max_images)
+
+
+def first_images(count: int, max_images: int) -> np.ndarray:
+    """The first `max_images` of `count` images."""
+    return _checked(np.arange(min(count, max_images), dtype=np.int64), max_images)
 
 
 def _checked(indices, wanted):

@@ -1,0 +1,33 @@
+"""Data sets of growing size: each contains the smaller ones."""
+
+import sys
+from pathlib import Path
+
+import click
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data_utils import common
+
+
+@common.command
+@click.option('--max-images', metavar='INT', type=click.IntRange(min=1), required=True,
+              help='Size: as many of each class, the first ones')
+def main(source, dest, coarse, overwrite, max_images, **options):
+    """Make a class-balanced data set of a given size.
+
+    It has the first images of each class, class after class, so that larger sets contain the smaller ones.
+
+    \b
+    for n in 1000 2000 5000 10000; do
+        python data_utils/dataset_size.py --source=datasets/cifar10/cifar-10-python.tar.gz \\
+            --dest=datasets/cifar10/data_size/cifar10-$n.zip --max-images=$n
+    done
+    """
+    opened = common.open_source(source, dest, coarse, overwrite)
+    chosen = common.choose(opened, common.by_size(opened, max_images), 'size', max_images=max_images)
+    common.write(opened, chosen, dest, overwrite=overwrite, **options)
+
+
+if __name__ == '__main__':
+    main()

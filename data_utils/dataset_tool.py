@@ -1,0 +1,30 @@
+"""Data sets of a given resolution and size."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data_utils import common
+
+
+@common.command
+@common.max_images_option
+def main(source, dest, coarse, overwrite, max_images, **options):
+    """Make a data set of pictures, of a given resolution and, class-balanced, of a given size.
+
+    --source is all that dataset_tool.py convert reads. Without --max-images it takes every image; with it, the first
+    ones of each class, class after class.
+
+    \b
+    python data_utils/dataset_tool.py --source=datasets/cifar10/cifar-10-python.tar.gz \\
+        --dest=datasets/cifar10/data_dimension/cifar10-16x16-2000.zip --resolution=16x16 --max-images=2000
+    """
+    opened = common.open_source(source, dest, coarse, overwrite)
+    rule = 'size' if max_images else 'all'
+    chosen = common.choose(opened, common.by_size(opened, max_images), rule, max_images=max_images)
+    common.write(opened, chosen, dest, overwrite=overwrite, **options)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,96 @@
+"""Data sets of one class whose pictures are more or less alike."""
+
+import os
+import sys
+from pathlib import Path
+
+import click
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data_utils import common
+from dnnlib import UserError
+from training.data import selection, sources
+from training.data.sources import JoinedSource
+
+
+@common.command
+@click.option('--max-images', metavar='INT', type=click.IntRange(min=1), help='Use at most this many, the first ones')
+@click.option('--class-num', metavar='INT', type=int, help='The class to take, by its number')
+@click.option('--inter-rate', metavar='FLOAT', type=float,
+              help='Make a mixture: so much of it from --inter-source, the rest from --source')
+@click.option('--inter-source', metavar='PATH',
+              help='The other source of a mixture  [default: --source with imagenet in place of cifar10]')
+def main(source, dest, coarse, overwrite, max_images, class_num, inter_rate, inter_source, **options):
+    """Make a data set of one class: of CIFAR, of a list of ImageNet pictures, or a mixture of the two.
+
+    \b
+    # 2000 dogs of CIFAR-10 (class 5)
+    python data_utils/intra_diversity.py --source=datasets/cifar10/cifar-10-python.tar.gz \\
+        --dest=datasets/cifar10/cifar10_dog_2000-32x32.zip --class-num=5 --max-images=2000
+    # 2000 dogs of ImageNet, from the list of sample_imagenet.py
+    python data_utils/intra_diversity.py --source=datasets/imagenet/dog_2000.txt \\
+        --dest=datasets/imagenet/imagenet_dog_2000-32x32.zip --resolution=32x32 --transform=center-crop
+    # 2000 dogs, a fifth of them from ImageNet
+    python data_utils/intra_diversity.py --source=datasets/cifar10/cifar10_dog_2000-32x32.zip \\
+        --dest=datasets/cifar10/intra_diversity/mixture_0.2_2000.zip --max-images=2000 --inter-rate=0.2
+    """
+    opened = common.open_source(source, dest, coarse, overwrite)
+    if inter_rate is not None:
+        if class_num is not None:
+            raise UserError('--class-num and --inter-rate are two steps: give one of them')
+        opened, chosen = mixture(opened, inter_source or other_source(source), max_images, inter_rate)
+    elif inter_source is not None:
+        raise UserError('--inter-source makes a mixture: give --inter-rate too')
+    elif class_num is not None:
+        labels = common.class_labels(opened)
+        count = max_images or int((labels == class_num).sum())
+        indices = selection.one_class_subset(labels, class_num, count)
+        chosen = common.choose(opened, indices, 'one class', class_num=class_num, max_images=max_images)
+    else:
+        if opened.labels is not None and len(np.unique(opened.labels)) > 1:
+            raise UserError(f'--source={source} has several classes: choose one with --class-num')
+        indices = selection.first_images(len(opened), max_images or len(opened))
+        chosen = common.choose(opened, indices, 'first images', max_images=max_images)
+    common.write(opened, chosen, dest, overwrite=overwrite, **options)
+
+
+def other_source(source: str) -> str:
+    """'datasets/cifar10/cifar10_dog_2000-32x32.zip' -> 'datasets/imagenet/imagenet_dog_2000-32x32.zip'."""
+    folder, name = os.path.split(source)
+    parent, base = os.path.split(folder)
+    folder = os.path.join(parent, 'imagenet') if base == 'cifar10' else folder
+    if not name.startswith('cifar10'):
+        raise UserError(f'--inter-rate mixes {source} with another data set: name it with --inter-source')
+    return os.path.join(folder, 'imagenet' + name.removeprefix('cifar10'))
+
+
+def mixture(first, path: str, max_images: int | None, rate: float):
+    """(joined source, selection): the first images of both, (1 - rate) of them from `first`; labels as they are."""
+    if not os.path.exists(path):
+        raise UserError(f'--inter-source={path} does not exist; make it from a list of sample_imagenet.py')
+    second = sources.open_source(path)
+    counts = selection.interpolation_counts(max_images or len(first), rate)
+    for source, count in zip((first, second), counts, strict=True):
+        if count > len(source):
+            raise UserError(f'--inter-rate={rate}: {count} images of {source.name} are wanted, but it has {len(source)}; '
+                            'choose a smaller --max-images')
+    indices = [*range(counts[0]), *range(len(first), len(first) + counts[1])]
+    labels = None
+    if all(source.labels is not None and source.labels.ndim == 1 for source in (first, second)):
+        labels = np.concatenate([first.labels, second.labels])[indices]
+    tables = first.classes, first.class_names, first.wnids
+    if labels is not None and labels.max() >= len(first.classes):
+        tables = list(range(int(labels.max()) + 1)), None, None
+    first.labels = second.labels = None  # their classes are the same by number, not by name
+    joined = JoinedSource([first, second])
+    chosen = common.choose(joined, indices, 'mixture', inter_rate=rate, max_images=max_images,
+                           counts={first.name: counts[0], second.name: counts[1]})
+    if labels is not None:
+        chosen.labels, (chosen.classes, chosen.class_names, chosen.wnids) = labels, tables
+    return joined, chosen
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,327 @@
+"""train.py: the recipe that its options make, run folders, resume, independence of the process count, and errors."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import click.testing
+import golden_cases
+import numpy as np
+import pytest
+import torch
+from helpers import command, environment, fails, run, write_digits
+
+import train
+from training import checkpoint, runs
+from training.generate import generate_images
+from training.networks import build_network
+from training.networks.edm import EDMPrecond, VEPrecond, VPPrecond
+from training.snapshot import load_snapshot
+
+# A network of a few thousand parameters, ten steps.
+TINY = ['--duration=0.001', '--duration-rule=fixed', '--rampup=0.0005', '--batch=100', '--num-channels=8', '--num-blocks=1',
+        '--cres=1,2', '--tick=0.25', '--snap=2', '--dump=1', '--ema_mode=mode1', '--dropout=0']
+NAME = 'digits-uncond-ddpmpp-edm-gpus1-batch100-fp32'
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory):
+    return write_digits(tmp_path_factory.mktemp('data') / 'digits.zip', count=100)
+
+
+def config_of(*args):
+    """The settings that options make, with required ones filled in."""
+    params = train.main.make_context('train', ['--outdir=x', '--data=y', *args]).params
+    return train.build_config({key: value for key, value in params.items()
+                               if key not in ('outdir', 'desc', 'nosubdir', 'dry_run', 'wandb')})
+
+
+def train_here(outdir, data, *args):
+    """Trains in this process, as the command does, and returns the run's folder."""
+    result = click.testing.CliRunner().invoke(train.main, [f'--outdir={outdir}', f'--data={data}', *TINY, *args])
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    line = next(line for line in result.output.splitlines() if line.startswith('Run: '))
+    return line.removeprefix('Run: ')
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory, digits):
+    return train_here(tmp_path_factory.mktemp('runs'), digits, '--seed=3')
+
+
+def rows(run_dir):
+    with open(os.path.join(run_dir, 'stats.jsonl')) as f:
+        return [json.loads(line) for line in f]
+
+
+def losses(run_dir):
+    return [(row['nimg'], row['Loss/loss']['mean']) for row in rows(run_dir)]
+
+
+def weights(run_dir):
+    state = checkpoint.load_newest(str(run_dir))
+    return {**state['net'], **{'ema.' + key: value for key, value in state['ema']['ema'].items()}}
+
+
+# --- Options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('case', golden_cases.cases('math', 'configs_memorization*'), ids=str)
+def test_options_and_defaults_are_those_of_the_study(case):
+    ours = {option: param for param in train.main.params for option in param.opts}
+    config = config_of()
+    effective = dict(momentum=config_of('--optimizer=SGD')['momentum'], ema=config['ema'],
+                     final_ema=config_of('--ema_mode=mode4')['final_ema'],
+                     num_blocks=config['network']['num_blocks'], num_channels=config['network']['model_channels'],
+                     embed=config['network']['embedding_type'], attn_resolutions=config['network']['attn_resolutions'][0])
+    for option in case.json['options']:
+        param, default = ours[option['option']], option['default']
+        value = effective.get(param.name, param.default)
+        if param.is_flag or default is None:
+            assert value in (False, None) or value is param.default, option
+        else:
+            assert str(value) == default.strip("'") or float(value) == float(default), option
+
+
+@pytest.mark.parametrize('case, name', golden_cases.variants(
+    'math', 'configs_memorization*', lambda c: c.json['architectures']), ids=golden_cases.ids)
+def test_architectures(case, name):
+    network = config_of(f'--arch={name}', '--augment=0')['network']
+    renamed = dict(embedding='embedding_type', encoder='encoder_type', decoder='decoder_type')
+    for key, value in case.json['architectures'][name].items():
+        assert network[renamed.get(key, key)] == value, key
+
+
+def test_options_reach_the_network(digits):
+    out = run('train.py', '--outdir=x', f'--data={digits}', '-n', '--cond=1', '--arch=ncsnpp', '--precond=ve', '--cbase=16',
+              '--cres=1,2', '--num-blocks=2', '--attn-resolutions=4', '--embed=positional', '--dropout=0.25',
+              '--augment=0.5', '--skip-connections=[1, 0, 1, 1, 0, 1]', '--desc=words', '--duration=10').stdout
+    config = json.loads(out)
+    assert config['network'] == dict(
+        class_name='VEPrecond', model_type='SongUNet', model_channels=16, channel_mult=[1, 2], num_blocks=2,
+        attn_resolutions=[4], embedding_type='positional', dropout=0.25, augment_dim=9, skip_connections=[1, 0, 1, 1, 0, 1],
+        encoder_type='residual', decoder_type='standard', channel_mult_noise=2, resample_filter=[1, 3, 3, 1],
+        precision='fp32', img_resolution=8, img_channels=3, label_dim=10)
+    assert config['schedule'] == dict(total_kimg=20, ema_halflife_kimg=1, lr_rampup_kimg=20, data_ratio=500)
+    assert config['name'] == 'digits-cond-ncsnpp-ve-gpus1-batch512-fp32-words'
+
+
+def test_duration_rules():
+    scaled = train.schedule(config_of('--duration=2000'), 2000)
+    assert scaled == dict(total_kimg=80_000, ema_halflife_kimg=20, lr_rampup_kimg=400, data_ratio=25)
+    fixed = train.schedule(config_of('--duration=2000', '--duration-rule=fixed'), 2000)
+    assert fixed == dict(total_kimg=2_000_000, ema_halflife_kimg=500, lr_rampup_kimg=10_000, data_ratio=1)
+
+
+@pytest.mark.parametrize('text', ['[1, 0, 1]', '1,0,1', '101', '(1 0 1)'])
+def test_forms_of_skip_patterns(text):
+    assert train.parse_skips(text) == [1, 0, 1]
+
+
+@pytest.mark.parametrize('precond, network', [('vp', VPPrecond), ('ve', VEPrecond), ('edm', EDMPrecond)])
+@pytest.mark.parametrize('arch', ['ddpmpp', 'ncsnpp', 'adm'])
+def test_every_architecture_trains_under_every_preconditioning(digits, tmp_path, arch, precond, network):
+    run_dir = train_here(tmp_path, digits, f'--arch={arch}', f'--precond={precond}', '--duration=0.001', '--batch=500',
+                         '--batch-gpu=50', '--tick=1', '--snap=0', '--dump=1', '--augment=0.5', '--cond=1',
+                         '--num-channels=4', '--cres=1', '--rampup=0')
+    state = checkpoint.load_newest(run_dir)
+    net = build_network(**json.load(open(os.path.join(run_dir, 'training_options.json')))['network'])
+    net.load_state_dict(state['net'])
+    assert isinstance(net, network) and all(value.isfinite().all() for value in state['net'].values())
+    assert state['nimg'] == 1000 and np.isfinite(losses(run_dir)[-1][1])
+
+
+def test_sgd_follows_its_equation(digits, tmp_path):
+    """v = momentum v + g + decay w, w -= lr v. Where decay outweighs the gradient it gives the norm of the weights."""
+    rate, decay, momentum = 1e-8, 1e6, 0.5
+    run_dir = train_here(tmp_path, digits, '--optimizer=SGD', f'--momentum={momentum}', f'--weight-decay={decay}',
+                         f'--lr={rate}', '--rampup=0', '--seed=0', '--snap=0', '--tick=1')
+    torch.manual_seed(0)
+    before = build_network(**runs.read_options(run_dir)['network']).state_dict()
+    after = checkpoint.load_newest(run_dir)['net']
+    factor, velocity = 1.0, 0.0
+    for step in range(10):
+        velocity = momentum * velocity + decay * factor
+        factor -= rate * velocity if step else 0                # before the first image the learning rate is zero
+    name = 'model.map_layer1.weight'
+    torch.testing.assert_close(after[name], before[name] * factor, rtol=1e-3, atol=1e-3)
+    assert factor < 0.9
+
+
+# --- Files ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_everything(finished):
+    assert os.path.basename(finished) == f'00000-{NAME}'
+    names = set(os.listdir(finished))
+    assert {'training_options.json', 'log.txt', 'stats.jsonl', 'loss.png', 'samples-0000001.png',
+            'network-snapshot-0000001.pkl', 'training-state-0000001.pt'} <= names
+    assert [nimg for nimg, _ in losses(finished)] == [300, 500, 800, 1000]
+    options = runs.read_options(finished)
+    assert options['seed'] == 3 and options['schedule']['total_kimg'] == 1
+
+
+def test_snapshots_keep_all_digits_and_sample(finished):
+    snapshot = load_snapshot(os.path.join(finished, 'network-snapshot-0000001.pkl'))
+    ema = checkpoint.load_newest(finished)['ema']['ema']
+    assert all(torch.equal(value, ema[name]) for name, value in snapshot.net.state_dict().items())
+    images = next(generate_images(snapshot.net, snapshot.encoder, range(3), num_steps=3)).images
+    assert images.shape == (3, 3, 8, 8) and snapshot.recipe['arch'] == 'ddpmpp'
+
+
+def test_the_average_follows_its_mode(digits, tmp_path):
+    """mode3 hardly moves in 1000 images, mode1 follows with 5% of the images seen."""
+    ends = {}
+    for mode in ('mode1', 'mode3'):
+        state = checkpoint.load_newest(train_here(tmp_path / mode, digits, f'--ema_mode={mode}', '--seed=1', '--snap=0'))
+        torch.manual_seed(1)
+        start = build_network(**runs.read_options(tmp_path / mode / f'00000-{NAME}')['network']).state_dict()
+        name = 'model.map_layer1.weight'
+        ends[mode] = (state['ema']['ema'][name] - start[name]).norm() / (state['net'][name] - start[name]).norm()
+    assert ends['mode3'] < 0.01 and 0.5 < ends['mode1'] < 1.2
+
+
+def test_training_reduces_the_loss(digits, tmp_path):
+    run_dir = train_here(tmp_path, digits, '--duration=0.005', '--tick=0.5', '--snap=0', '--lr=1e-2', '--augment=0')
+    curve = [loss for _, loss in losses(run_dir)]
+    assert np.mean(curve[-2:]) < 0.6 * curve[0]
+
+
+def test_mirror_images_double_the_data_but_not_the_duration(digits, tmp_path):
+    config = config_of('--xflip=1', '--duration=25', '--num-channels=8')
+    dataset, _, _, _, plan = train.prepare(config | dict(data=digits))
+    assert len(dataset) == 200 and plan['total_kimg'] == 50
+
+
+# --- Order and processes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(finished, digits, tmp_path):
+    run('train.py', f'--outdir={tmp_path}', f'--data={digits}', *TINY, '--seed=3', processes=2)
+    two = tmp_path / f'00000-{NAME}'.replace('gpus1', 'gpus2')
+    np.testing.assert_allclose([loss for _, loss in losses(two)], [loss for _, loss in losses(finished)], rtol=1e-4)
+
+
+def test_the_window_changes_the_order(finished, digits, tmp_path):
+    fixed = train_here(tmp_path, digits, '--seed=3', '--window-size=0', '--snap=0')
+    assert losses(fixed)[0] != losses(finished)[0]
+
+
+# --- Stopping and going on --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_killed_and_restarted_it_ends_with_the_same_weights(finished, digits, tmp_path):
+    """The same command finds its run, and the order of the data with it; afterwards it starts a new one."""
+    arguments = command('train.py', f'--outdir={tmp_path}', f'--data={digits}', *TINY, '--seed=3')
+    process = subprocess.Popen(arguments, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = tmp_path / f'00000-{NAME}'
+    while process.poll() is None and not (folder / 'training-state-0000000.pt').exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() != 0 and os.listdir(tmp_path) == [folder.name]
+    assert train_here(tmp_path, digits, '--seed=3') == str(folder)
+    assert 'Resuming from' in (folder / 'log.txt').read_text()
+    expected, resumed = weights(finished), weights(folder)
+    assert expected.keys() == resumed.keys() and all(torch.equal(expected[name], resumed[name]) for name in expected)
+    assert losses(folder) == losses(finished)
+    assert os.path.basename(train_here(tmp_path, digits, '--seed=3', '--snap=0')).startswith('00001-')
+
+
+def test_resume_from_a_state_makes_a_new_run_and_from_a_folder_goes_on_in_it(finished, digits, tmp_path):
+    state = os.path.join(finished, 'training-state-0000001.pt')
+    longer = ['--duration=0.002', '--seed=3', '--snap=0']
+    new = train_here(tmp_path, digits, *longer, f'--resume={state}')
+    assert new == str(tmp_path / f'00000-{NAME}')
+    assert [nimg for nimg, _ in losses(new)] == [1300, 1500, 1800, 2000]
+    further = train_here(tmp_path, digits, '--duration=0.003', '--snap=0', f'--resume={new}')   # without --seed: the run's
+    assert further == new and losses(new)[-1][0] == 3000
+    whole = weights(train_here(tmp_path / 'whole', digits, '--duration=0.003', '--seed=3', '--snap=0'))
+    assert all(torch.equal(value, whole[name]) for name, value in weights(new).items())
+
+
+def test_without_a_seed_each_run_has_its_own(digits, tmp_path):
+    first, second = (train_here(tmp_path, digits, '--snap=0', '--dump=0') for _ in range(2))
+    assert first != second and runs.read_options(first)['seed'] != runs.read_options(second)['seed']
+
+
+def test_nosubdir_and_desc(digits, tmp_path):
+    assert train_here(tmp_path / 'a', digits, '--nosubdir', '--snap=0') == str(tmp_path / 'a')
+    assert train_here(tmp_path, digits, '--desc=try', '--snap=0').endswith('fp32-try')
+
+
+def test_transfer_starts_from_the_weights_of_a_snapshot(finished, digits, tmp_path):
+    net = os.path.join(finished, 'network-snapshot-0000001.pkl')
+    run_dir = train_here(tmp_path, digits, f'--transfer={net}', '--lr=1e-12', '--snap=0')
+    source = load_snapshot(net).net.state_dict()
+    for name, value in checkpoint.load_newest(run_dir)['net'].items():
+        torch.testing.assert_close(value, source[name], rtol=0, atol=1e-8)
+
+
+def test_a_folder_is_used_by_one_run_at_a_time(finished, digits, tmp_path):
+    with runs.locked(finished):
+        assert 'another process' in fails('train.py', f'--outdir={tmp_path}', f'--data={digits}', *TINY, '--seed=3',
+                                          f'--resume={finished}')
+
+
+# --- Errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('options, message', [
+    (['--skip-connections=[1,0,1]'], '--skip-connections'), (['--skip-connections=1,2'], '--skip-connections'),
+    (['--cbase=16'], '--cbase'), (['--momentum=0.9'], '--momentum'), (['--final-ema=0.9'], '--final-ema'),
+    (['--ema_mode=mode3', '--ema=1'], '--ema '), (['--arch=adm', '--embed=fourier'], '--embed'), (['--fp16=1'], 'fp16'),
+    (['--arch=unet'], '--arch'), (['--precond=iddpm'], '--precond'), (['--duration=0'], '--duration'),
+    (['--batch=0'], '--batch'), (['--num-channels=36', '--cres=1,8'], '--num-channels'), (['--num-channels=7'], 'even'),
+    (['--cres=1,2,2,2,2'], '--cres'), (['--data=nowhere.zip'], 'nowhere.zip'), (['--resume=nowhere'], '--resume'),
+    (['--transfer=nowhere.pkl'], 'nowhere.pkl'), (['--window-size=2'], '--window-size'), (['--desc=a/b'], '--desc'),
+    (['--ema_mode=mode5'], '--ema_mode'), (['--optimizer=AdamW'], '--optimizer')])
+def test_bad_options_end_in_one_line_and_write_nothing(digits, tmp_path, options, message):
+    outdir = tmp_path / 'runs'
+    assert message in fails('train.py', f'--outdir={outdir}', f'--data={digits}', *TINY, *options)
+    assert not outdir.exists()
+
+
+def test_labels_are_needed_for_training_on_classes(tmp_path):
+    data = write_digits(tmp_path / 'plain.zip', count=20, labels=False)
+    assert '--cond' in fails('train.py', f'--outdir={tmp_path / "runs"}', f'--data={data}', *TINY, '--cond=1')
+
+
+@pytest.mark.parametrize('options, message', [
+    (['--num-channels=16'], 'model_channels'), (['--arch=adm'], 'model_type'), (['--precond=vp'], 'VPPrecond'),
+    (['--batch=50'], '--batch'), (['--seed=4'], '--seed'), (['--optimizer=SGD'], '--optimizer'),
+    (['--window-size=0'], '--window-size')])
+@pytest.mark.parametrize('kind', ['folder', 'state'])
+def test_another_recipe_does_not_resume(finished, digits, tmp_path, kind, options, message):
+    place = finished if kind == 'folder' else os.path.join(finished, 'training-state-0000001.pt')
+    before = {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(finished)}
+    error = fails('train.py', f'--outdir={tmp_path / "runs"}', f'--data={digits}', *TINY, '--seed=3', f'--resume={place}',
+                  *options)
+    assert message in error and finished in error
+    assert before == {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(finished)}
+    assert not (tmp_path / 'runs').exists()
+
+
+def test_resume_wants_a_training_state(finished, digits, tmp_path):
+    arguments = [f'--outdir={tmp_path / "runs"}', f'--data={digits}', *TINY]
+    net = os.path.join(finished, 'network-snapshot-0000001.pkl')
+    assert 'no training state' in fails('train.py', *arguments, f'--resume={net}')
+    (tmp_path / 'empty').mkdir()
+    assert 'training-state' in fails('train.py', *arguments, f'--resume={tmp_path / "empty"}')
+
+
+def test_weights_of_another_architecture_are_not_transferred(finished, digits, tmp_path):
+    net = os.path.join(finished, 'network-snapshot-0000001.pkl')
+    error = fails('train.py', f'--outdir={tmp_path / "runs"}', f'--data={digits}', *TINY, '--num-channels=16',
+                  f'--transfer={net}')
+    assert '--transfer' in error and not (tmp_path / 'runs').exists()
+
+
+def test_other_files_in_the_folder_of_runs_are_passed_over(tmp_path):
+    (tmp_path / '00007-else').mkdir()
+    (tmp_path / 'notes.txt').write_text('')
+    assert runs.next_folder(str(tmp_path), 'x') == str(tmp_path / '00008-x')
+    assert runs.find_unfinished(str(tmp_path), 'else', lambda options: True, lambda path: False) is None

@@ -1,0 +1,288 @@
+"""Train diffusion models with the EDM recipe, on data sets whose size sets the length of the run."""
+
+import json
+import os
+import secrets
+
+import click
+import torch
+
+import train_common
+from dnnlib import UserError, cli
+from torch_utils import distributed as dist
+from training import checkpoint, loop, runs
+from training.data.batches import DatasetBatches
+from training.data.sampler import WindowShuffle
+from training.diffusion.augment import EDM_MULTIPLIERS, AugmentPipe
+from training.diffusion.objectives import EDMObjective, VEObjective, VPObjective
+from training.diffusion.samplers import edm_sampler
+from training.ema import TraditionalEMA
+from training.networks import build_network
+from training.networks.edm import GroupNorm
+from training.schedules import EMA_MODES, edm_lr, memorization_beta, memorization_scaling
+from training.snapshot import copy_weights, load_snapshot
+
+# The published architectures (arXiv 2206.00364, Table 1 and Appendix F); widths, blocks, attention and embedding are what
+# options override.
+ARCHITECTURES = {
+    'ddpmpp': dict(model_type='SongUNet', embedding_type='positional', encoder_type='standard', decoder_type='standard',
+                   channel_mult_noise=1, resample_filter=[1, 1], model_channels=128, channel_mult=[2, 2, 2], num_blocks=4,
+                   attn_resolutions=[16]),
+    'ncsnpp': dict(model_type='SongUNet', embedding_type='fourier', encoder_type='residual', decoder_type='standard',
+                   channel_mult_noise=2, resample_filter=[1, 3, 3, 1], model_channels=128, channel_mult=[2, 2, 2],
+                   num_blocks=4, attn_resolutions=[16]),
+    'adm': dict(model_type='DhariwalUNet', model_channels=192, channel_mult=[1, 2, 3, 4], num_blocks=3,
+                attn_resolutions=[32, 16, 8]),
+}
+PRECONDITIONINGS = {
+    'vp': ('VPPrecond', VPObjective), 've': ('VEPrecond', VEObjective), 'edm': ('EDMPrecond', EDMObjective)}
+RULES = ('scaled', 'fixed')
+# Options that count only together with another: (option, default, other option, its values). Elsewhere they are refused.
+DEPENDENT = [('momentum', 0.9, 'optimizer', ['SGD']), ('final_ema', 0.99929, 'ema_mode', ['mode4']),
+             ('ema', 0.5, 'ema_mode', ['mode1', 'mode2', 'mode4']), ('embed', None, 'arch', ['ddpmpp', 'ncsnpp'])]
+
+
+def build_config(opts: dict) -> dict:
+    """All settings of a run, from the options (by their names in `main`)."""
+    config = dict(opts, precision=train_common.choose_precision(None, opts['fp16']))
+    for name, default, other, values in DEPENDENT:
+        if config[name] is None:
+            config[name] = default
+        elif config[other] not in values:
+            flag = name if name == 'ema_mode' else name.replace('_', '-')
+            raise UserError(f'--{flag} has a meaning only with --{other}={" or ".join(values)}')
+    if config['batch'] < 1:
+        raise UserError('--batch=0 must be at least 1')
+    if None not in (config['cbase'], config['num_channels']) and config['cbase'] != config['num_channels']:
+        raise UserError(f'--cbase={config["cbase"]} contradicts --num-channels={config["num_channels"]}; give one of them')
+    network = dict(ARCHITECTURES[config['arch']], dropout=config['dropout'], precision=config['precision'],
+                   class_name=PRECONDITIONINGS[config['precond']][0])
+    given = dict(model_channels=config['num_channels'] or config['cbase'], channel_mult=config['cres'],
+                 num_blocks=config['num_blocks'], attn_resolutions=config['attn_resolutions'],
+                 embedding_type=config['embed'], skip_connections=config['skip_connections'],
+                 augment_dim=_augmentation(config).label_dim if config['augment'] else None)
+    config['network'] = network | {key: value for key, value in given.items() if value is not None}
+    return config
+
+
+def _augmentation(config):
+    return AugmentPipe(p=config['augment'], **EDM_MULTIPLIERS) if config['augment'] else None
+
+
+def schedule(config: dict, num_images: int) -> dict:
+    """Length of the run, EMA half-life and learning-rate ramp in thousands of images, and 50,000 / size."""
+    size = num_images if config['duration_rule'] == 'scaled' else 50_000
+    return memorization_scaling(size, config['duration'], config['ema'] or 0, config['rampup'])
+
+
+def prepare(config: dict):
+    """(data set, encoder, network on the CPU, arguments of build_network, schedule).
+
+    Raises UserError where they do not fit together.
+    """
+    dataset, encoder, shape = train_common.open_data(config['data'], config['cond'], xflip=config['xflip'],
+                                                     cache=config['cache'])
+    network = config['network'] | shape
+    levels = [shape['img_resolution'] >> level for level in range(len(network['channel_mult']))]
+    if levels[-1] < 1:
+        raise UserError(f'--cres: {len(levels)} resolutions are too many for {levels[0]}x{levels[0]} images')
+    if config['attn_resolutions'] and not set(levels) & set(config['attn_resolutions']):
+        dist.print0(f'Note: --attn-resolutions names none of the resolutions of this network: {levels}')
+    if network['model_channels'] % 2:
+        raise UserError(f'--num-channels={network["model_channels"]} must be even')
+    net = build_network(**network)
+    for layer in net.modules():
+        if isinstance(layer, GroupNorm) and (not layer.num_groups or len(layer.weight) % layer.num_groups):
+            raise UserError(f'--num-channels={network["model_channels"]} makes layers of {len(layer.weight)} channels, which '
+                            f'cannot be normalised in {layer.num_groups} groups; choose a multiple of 32 (or of 4, below 32)')
+    num_images = len(dataset) // (2 if config['xflip'] else 1)  # mirror images are no further data
+    return dataset, encoder, net, network, schedule(config, num_images)
+
+
+def run_name(config: dict, dataset, desc: str | None) -> str:
+    """Name of the run's folder after its number."""
+    parts = [dataset.name, 'cond' if dataset.has_labels else 'uncond', config['arch'], config['precond'],
+             f'gpus{dist.get_world_size()}', f'batch{config["batch"]}', config['precision']]
+    return '-'.join(parts + [desc] * bool(desc))
+
+
+def choose_run(config: dict, outdir: str, name: str, nosubdir: bool, total_kimg: int):
+    """(folder, checkpoint to start from or None, seed) of the run. Nothing is written.
+
+    Without --resume that is the newest run of this name and these options that is not finished, else a new one.
+    """
+    resume, start = config['resume'], None
+    if resume and os.path.isdir(resume):
+        if checkpoint.newest_kimg(resume) < 0:
+            raise UserError(f'--resume={resume} holds no training-state-*.pt')
+        return resume, None, _first_known(config['seed'], runs.read_options(resume).get('seed'))
+    if resume:
+        start = checkpoint.read_checkpoint(resume)
+
+    def same(options):
+        ours = json.loads(json.dumps(config))
+        del ours['network']                                    # follows from the others
+        return all(options.get(key) == value for key, value in ours.items() if (key, value) != ('seed', None))
+
+    def finished(path):
+        return runs.is_finished(path, total_kimg, snapshots=config['snap'] > 0, checkpoints=config['dump'] > 0)
+
+    folder = outdir if nosubdir else runs.find_unfinished(outdir, name, same, finished)
+    known = None
+    if folder and os.path.isfile(os.path.join(folder, 'training_options.json')):
+        known = runs.read_options(folder).get('seed')
+    seed = _first_known(config['seed'], known, start and start['identity'].get('--seed'), secrets.randbits(31))
+    return folder or runs.next_folder(outdir, name), resume, seed
+
+
+def _first_known(*values):
+    return next(value for value in values if value is not None)
+
+
+def train(config: dict, outdir: str, desc: str | None = None, nosubdir: bool = False, wandb: str | None = None) -> str:
+    """Builds everything from the settings, and trains. Returns the run's folder."""
+    dist.init()
+    device = train_common.prepare_device(config)
+    dataset, encoder, net, network, plan = prepare(config)
+    chosen = choose_run(config, outdir, run_name(config, dataset, desc), nosubdir, plan['total_kimg']) \
+        if dist.get_rank() == 0 else None
+    run_dir, resume_from, seed = dist.broadcast_object(chosen)
+    torch.manual_seed(seed)
+    net = build_network(**network)
+    if config['transfer']:
+        with dist.rank0_first():
+            source = load_snapshot(config['transfer'])
+        taken, total = copy_weights(source.net, net, f'--transfer={config["transfer"]}')
+        dist.print0(f'Weights: {taken} of {total} tensors of {config["transfer"]}')
+    net = net.train().to(device)
+    settings = dict(lr=config['lr'], weight_decay=config['weight_decay'], fused=True)
+    optimizer = torch.optim.SGD(net.parameters(), momentum=config['momentum'], **settings) if config['optimizer'] == 'SGD' \
+        else torch.optim.Adam(net.parameters(), betas=(0.9, 0.999), eps=1e-8, **settings)
+    beta = memorization_beta(config['ema_mode'], plan['ema_halflife_kimg'], plan['data_ratio'], config['final_ema'])
+    order = WindowShuffle(len(dataset), seed, window=config['window_size'])
+    tick = round(config['tick'] * 1000)
+
+    def lr(nimg, batch):
+        return edm_lr(nimg, batch, config['lr'], plan['lr_rampup_kimg'])
+
+    train_common.run(
+        net, PRECONDITIONINGS[config['precond']][1](augment=_augmentation(config)),
+        DatasetBatches(dataset, encoder, device, seed, order, workers=config['workers'], resident=config['cache']),
+        optimizer, lr, TraditionalEMA(net, beta), config | dict(seed=seed, schedule=plan), network,
+        loop.LoopConfig(
+            run_dir=run_dir, total_nimg=plan['total_kimg'] * 1000, batch_size=config['batch'],
+            batch_gpu=config['batch_gpu'], status_nimg=tick, snapshot_nimg=config['snap'] * tick or None,
+            checkpoint_nimg=config['dump'] * tick or None, loss_scaling=config['ls'], bad_gradients=(0, 1e5, -1e5),
+            seed=seed, wandb=wandb, resume_from=resume_from),
+        identity={f'--{key.replace("_", "-")}': config[key] for key in ('optimizer', 'xflip', 'augment', 'window_size')},
+        sampler=edm_sampler, snapshot=dict(dtype=torch.float32))
+    return run_dir
+
+
+def parse_skips(text: str) -> list[int]:
+    """'[1, 0, 1]', '1,0,1' or '101' -> [1, 0, 1]."""
+    digits = [c for c in text if c not in ' ,[]()']
+    if not digits or set(digits) - {'0', '1'}:
+        raise ValueError(f'{text!r} is no list of 0 and 1; write e.g. [1,0,1,1]')
+    return [int(c) for c in digits]
+
+
+EXAMPLES = """\b
+Examples:
+  # 2000 pictures of CIFAR-10 at 16x16, on 8 GPUs
+  torchrun --standalone --nproc_per_node=8 train.py --outdir=runs \\
+      --data=datasets/cifar10/data_dimension/cifar10-16x16-2000.zip --cond=0 --arch=ddpmpp --precond=vp --augment=0.0 \\
+      --window-size=0.0 --seed=1024 --duration=2000 --num-blocks=2 --num-channels=128 --lr=2e-4 --attn-resolutions=8
+\b
+  # On a CPU: handwritten digits, a small network, 300,000 images
+  python train.py --outdir=runs --data=datasets/digits.zip --duration=0.3 --duration-rule=fixed --rampup=0.02 --batch=128 \\
+      --num-channels=32 --num-blocks=1 --cres=1,2 --augment=0 --ema_mode=mode1 --tick=20 --snap=5 --dump=5
+\b
+A run is OUTDIR/00000-DATA-uncond-ddpmpp-vp-gpus8-batch512-fp32, each with the next number. The same command goes on
+with the newest run of that name and these options that is not finished."""
+
+
+@click.command(cls=cli.Command, epilog=EXAMPLES)
+@train_common.place_options('Folder of runs; each gets a numbered folder in it')
+@click.option('--cond', metavar='BOOL', type=bool, default=False, help='Train on class labels')
+@click.option('--arch', metavar='ddpmpp|ncsnpp|adm', type=click.Choice(list(ARCHITECTURES)), default='ddpmpp', help='Network')
+@click.option('--precond', metavar='vp|ve|edm', type=click.Choice(list(PRECONDITIONINGS)), default='edm',
+              help='Preconditioning and loss')
+@click.option('--duration', metavar='MIMG', type=click.FloatRange(0, min_open=True), default=200,
+              help='Millions of training images if there are 50,000 different ones')
+@click.option('--duration-rule', metavar='scaled|fixed', type=click.Choice(RULES), default='scaled',
+              help='scaled: --duration, --ema and --rampup shrink with the data set, so that each image is seen as '
+                   'often; fixed: they count as they are')
+@click.option('--batch', metavar='NIMG', type=cli.COUNT, default=512, help='Images of one step')
+@click.option('--cbase', metavar='INT', type=click.IntRange(min=1), help='Another name of --num-channels')
+@click.option('--cres', metavar='LIST', type=cli.INT_LIST,
+              help='Width of each resolution in --num-channels  [default: 2,2,2; adm 1,2,3,4]')
+@click.option('--lr', metavar='FLOAT', type=click.FloatRange(0, min_open=True), default=10e-4, help='Learning rate')
+@click.option('--ema', metavar='MIMG', type=click.FloatRange(0), help='Half-life of the average of weights  [default: 0.5]')
+@click.option('--rampup', metavar='MIMG', type=click.FloatRange(0), default=10,
+              help='The learning rate grows from zero over so many images')
+@click.option('--dropout', metavar='FLOAT', type=click.FloatRange(0, 1, max_open=True), default=0.13,
+              help='Dropout probability')
+@click.option('--augment', metavar='FLOAT', type=click.FloatRange(0, 1), default=0.12,
+              help='Augmentation probability, 0 = no augmentation')
+@click.option('--xflip', metavar='BOOL', type=bool, default=False, help='Add the mirror images to the data')
+@click.option('--window-size', metavar='FLOAT', type=click.FloatRange(0, 1), default=0.5,
+              help='Share of the data within which its order changes, 0 = one order for ever')
+@click.option('--num-blocks', metavar='INT', type=click.IntRange(min=1), help='Blocks of a resolution  [default: 4; adm 3]')
+@click.option('--num-channels', metavar='INT', type=click.IntRange(min=1),
+              help='Width of the network  [default: 128; adm 192]')
+@click.option('--embed', metavar='positional|fourier', type=click.Choice(['positional', 'fourier']),
+              help='Embedding of noise levels  [default: positional; ncsnpp fourier]')
+@click.option('--attn-resolutions', metavar='LIST', type=cli.INT_LIST,
+              help='Resolutions with attention  [default: 16; adm 32,16,8]')
+@click.option('--ema_mode', metavar='|'.join(EMA_MODES), type=click.Choice(EMA_MODES), default='mode2',
+              help="Average of weights. mode1: EDM's, --ema for each image; mode2: for 512 images, relative to the size of "
+                   'the data; mode3: half-life 0.5 Mimg whatever the data; mode4: as mode2, towards --final-ema')
+@click.option('--final-ema', metavar='FLOAT', type=click.FloatRange(0, 1, min_open=True, max_open=True),
+              help='Factor of each step that mode4 ends with (at batch 512)  [default: 0.99929]')
+@click.option('--skip-connections', metavar='LIST', type=cli.Parsed('list', parse_skips),
+              help='0 or 1 for each layer of the encoder, from the input down: (num_blocks + 1) x resolutions of them, '
+                   'e.g. [1,0,1,1,0,1]  [default: all 1]')
+@click.option('--weight-decay', metavar='FLOAT', type=click.FloatRange(0), default=0.0, help='Weight decay of the optimizer')
+@click.option('--optimizer', metavar='Adam|SGD', type=click.Choice(['Adam', 'SGD']), default='Adam', help='Optimizer')
+@click.option('--momentum', metavar='FLOAT', type=click.FloatRange(0, 1, max_open=True), help='Of SGD  [default: 0.9]')
+@click.option('--fp16', metavar='BOOL', type=bool, default=False, help='Half-precision activations')
+@click.option('--cache', metavar='BOOL', type=bool, default=True, help='Keep the decoded images in memory')
+@click.option('--workers', metavar='INT', type=click.IntRange(min=1), default=1, help='Threads that read images')
+@click.option('--desc', metavar='STR', help="Words at the end of the folder's name")
+@click.option('--nosubdir', is_flag=True, help='Write to --outdir itself')
+@click.option('--tick', metavar='KIMG', type=click.FloatRange(0.001), default=50, help='Report every KIMG thousand images')
+@click.option('--snap', metavar='TICKS', type=click.IntRange(min=0), default=50,
+              help='Save the network every so many ticks, 0 = never')
+@click.option('--dump', metavar='TICKS', type=click.IntRange(min=0), default=500,
+              help='Save the training state every so many ticks, 0 = never')
+@click.option('--seed', metavar='INT', type=click.IntRange(0, 2**31 - 1),
+              help='Seed of weights, data order and noise  [default: random]')
+@click.option('--transfer', metavar='PKL|URL', help='Start from the weights of a snapshot')
+@click.option('--resume', metavar='PT|DIR',
+              help='DIR: go on with that run, in its folder; PT: a new run that goes on from this training state. Without: '
+                   'the newest unfinished run of these options, if there is one')
+@train_common.machine_options
+def main(outdir, desc, nosubdir, dry_run, wandb, **opts):
+    """Train a diffusion model with the EDM recipe, for the study of memorization.
+
+    On one process, or under torchrun on any number of GPUs; the result does not depend on the number of processes.
+    """
+    for key in ('data', 'transfer', 'resume'):
+        opts[key] = opts[key] and opts[key].rstrip('/')
+    if opts['resume'] and not os.path.exists(opts['resume']):
+        raise UserError(f'--resume={opts["resume"]} does not exist; give a training-state-*.pt or the folder of a run')
+    if desc and '/' in desc:
+        raise UserError(f'--desc={desc} becomes part of a folder name; leave out the slash')
+    config = build_config(opts)
+    if dry_run:
+        dataset, _, _, network, plan = prepare(config)
+        print(json.dumps(config | dict(outdir=outdir, network=network, schedule=plan,
+                                       name=run_name(config, dataset, desc)), indent=2))
+        return
+    train(config, outdir, desc, nosubdir, wandb)
+    dist.shutdown()
+
+
+if __name__ == '__main__':
+    main()
