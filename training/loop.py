@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable
 
 import psutil
@@ -111,8 +112,11 @@ class Trainer:
         model = torch.compile(self.net) if self.config.compile else self.net
         if dist.get_world_size() > 1:
             devices = [self.device] if self.device.type == 'cuda' else None
-            model = torch.nn.parallel.DistributedDataParallel(
-                model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+            with warnings.catch_warnings():
+                # The new name of broadcast_buffers is not known to older versions of torch.
+                warnings.filterwarnings('ignore', message='`broadcast_buffers` is deprecated')
+                model = torch.nn.parallel.DistributedDataParallel(
+                    model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
         return model
 
     def _step(self, steps):
