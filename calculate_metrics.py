@@ -1,10 +1,12 @@
-"""Measure images: FID, FD-DINOv2, sFID, Inception Score, precision and recall, against a reference."""
+"""Measure images: FID, FD-DINOv2, sFID, Inception Score, precision and recall, against a reference; memorization."""
 
 import math
 import sys
 
 import click
+import numpy as np
 import torch
+from click.core import ParameterSource
 
 import dnnlib
 from dnnlib import UserError, cli
@@ -12,7 +14,13 @@ from generate_images import main as generate_images_command
 from generate_images import preset_options
 from metrics import compute, reference
 from metrics import images as image_files
+from metrics.copies import find_copies
 from torch_utils import distributed as dist
+from training.data.archive import check_parent
+from training.data.dataset import ImageDataset, class_index
+from training.encoders import make_encoder
+from training.generate import generate_images
+from training.snapshot import load_snapshot
 
 METRIC_LIST = cli.Parsed('list', compute.parse_metrics)
 DEFAULT = 'fid,fd_dinov2'
@@ -26,6 +34,7 @@ def main():
     python calculate_metrics.py ref --data=datasets/img256.zip --dest=dataset-refs/img256.pkl
     python calculate_metrics.py calc --images=out --ref=dataset-refs/img256.pkl
     python calculate_metrics.py gen --net=NET.pkl --ref=dataset-refs/img256.pkl --seeds=0-49999
+    python calculate_metrics.py memorization --net=NET.pkl --data=datasets/cifar10/cifar10-16x16-2000.zip
 
     \b
     Metrics (--metrics=LIST):
@@ -179,11 +188,93 @@ def gen(preset, net, gnet, guidance, model_url, class_, seeds, num, batch, worke
     torchrun --standalone --nproc_per_node=8 calculate_metrics.py gen --net=NET.pkl --ref=dataset-refs/img256.pkl
     python calculate_metrics.py gen --net=NET.pkl --seeds=0-999 --ref=datasets/digits.zip --metrics=fd_pixels
     """
-    from training.data.dataset import class_index
-    from training.encoders import make_encoder
-    from training.generate import generate_images
-    from training.snapshot import load_snapshot
     dist.init()
+    made, snapshot, seeds, what = generator(preset, net, gnet, guidance, model_url, class_, seeds, num, batch, sampler)
+    batches = by_position(made, seeds, snapshot.dataset.get('classes'))
+    measure_and_report(batches, len(seeds), what, metrics=metrics, inception=inception, dinov2=dinov2, ref=ref,
+                       ref_class=ref_class, protocol=protocol, dest=dest, num=num, seed=0, batch=batch, workers=workers)
+
+
+@main.command()
+@click.option('--images', metavar='ZIP|DIR|NPZ', help='Images to measure, instead of those of --net')
+@click.option('--data', metavar='ZIP|DIR', required=True, help='Training set')
+@click.option('--xflip', metavar='BOOL', type=bool, default=False, help='Compare with mirrored training images too')
+@click.option('--seeds', metavar='LIST', type=cli.INT_LIST, default='0-9999', help='One image of --net for each seed')
+@click.option('--num', '--num-images', metavar='INT', type=cli.COUNT,
+              help='Only the first ones of --seeds; of --images a random subset')
+@click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0, help='Which of --images --num takes')
+@click.option('--dest', metavar='JSON', help='Write ratio, distances and indices of the nearest training images')
+@click.option('--grid', metavar='PNG', help='Write a picture of the most memorized images above their training images')
+@click.option('--workers', metavar='INT', type=click.IntRange(min=1), default=2, help='Threads that read --images')
+def memorization(preset, net, gnet, guidance, model_url, class_, images, data, xflip, seeds, num, seed, dest, grid, batch,
+                 workers, **sampler):
+    """Measure how many images are copies of training images.
+
+    Memorized is what is less than a third as far from its nearest training image as from the second nearest
+    (L2 distance of pixels 0..255; arXiv 2310.02664).
+
+    \b
+    python calculate_metrics.py memorization --net=NET.pkl --data=datasets/cifar10/cifar10-16x16-2000.zip \\
+        --dest=memorization.json --grid=memorization.png
+    python calculate_metrics.py memorization --images=out --data=datasets/digits.zip
+    python calculate_metrics.py memorization --net=optimal:datasets/digits.zip --data=datasets/digits.zip --num=500
+    """
+    dist.init()
+    if (images is None) == (net is None and preset is None):
+        raise UserError('give either --net (or --preset) or --images')
+    refuse_unused({'seed', 'workers'} if images is None else {*sampler, 'gnet', 'guidance', 'model_url', 'seeds'},
+                  '--net' if images is None else '--images')
+    for path in filter(None, (dest, grid)):
+        check_parent(path)
+    training = open_training_set(data, xflip)
+    if images is None:
+        made, _, seeds, what = generator(preset, net, gnet, guidance, model_url, class_, seeds, num, batch, sampler,
+                                         progress=True)
+        batches = ((part.seeds, part.images) for part in made)
+    else:
+        opened = image_files.open_images(images)
+        indices = image_files.select(opened, num, seed, class_)
+        what = dict(images=images, class_name=class_, seed=seed)
+        batches = ((indices[part[0].numpy()], part[1]) for part in image_files.read_batches(opened, indices, batch, workers))
+    copies = find_copies(batches, training, progress=True)
+    if dist.get_rank() == 0:
+        results = copies.results()
+        print(f'\n{len(copies.ids)} images against {len(training)} of {data}')
+        print(f'  memorization_ratio  {results["memorization_ratio"]:.4f}')
+        print(f'  mean_distance       {results["mean_distance"]:.4f}')
+        if dest:
+            dnnlib.util.write_json(dest, dict(
+                results=results, **what, data=data, xflip=xflip, num_training=len(training), num=num, batch=batch,
+                command=sys.argv, **compute.environment(), samples=copies.table()), indent=None)
+        if grid:
+            copies.save_picture(grid, training)
+    dist.shutdown()
+
+
+def refuse_unused(names, where: str):
+    """Raises UserError if the user gave one of the options `names`, which have no meaning with `where`."""
+    context = click.get_current_context()
+    for param in context.command.params:
+        if param.name in names and context.get_parameter_source(param.name) == ParameterSource.COMMANDLINE:
+            raise UserError(f'{param.opts[0]} has no meaning with {where}; leave it out')
+
+
+def open_training_set(path: str, xflip: bool = False) -> ImageDataset:
+    """A data set of pixels to compare with."""
+    training = ImageDataset(path, use_labels=False, xflip=xflip)
+    if training.dtype != np.uint8:
+        raise UserError(f'--data={path} holds latents; memorization is measured in pixels: give the data set that was encoded')
+    return training
+
+
+# Sampling options are those of generate_images.py, word for word.
+for _command in (gen, memorization):
+    _OWN = {param.name for param in _command.params} | {'outdir', 'subdirs', 'grid'}
+    _command.params += [param for param in generate_images_command.params if param.name not in _OWN]
+
+
+def generator(preset, net, gnet, guidance, model_url, class_, seeds, num, batch, sampler, progress=False):
+    """(batches of `generate_images`, snapshot, seeds, what the record says) for the sampling options of a command."""
     chosen = preset_options(preset) if preset else {}
     net, gnet = net or chosen.get('net'), gnet or chosen.get('gnet')
     guidance = next(value for value in (guidance, chosen.get('guidance'), 1.0) if value is not None)
@@ -202,17 +293,10 @@ def gen(preset, net, gnet, guidance, model_url, class_, seeds, num, batch, worke
     if not seeds:
         raise UserError('--num=0: there is nothing to generate')
     made = generate_images(snapshot.net, snapshot.encoder, seeds, labels=label, batch=batch, device=device, guide=guide,
-                           guidance=guidance, **sampler)
+                           guidance=guidance, progress=progress, **sampler)
     what = dict(net=net, gnet=gnet, guidance=guidance, class_name=class_, seeds=seeds,
                 sampler={key: value if math.isfinite(value) else str(value) for key, value in sampler.items()})
-    batches = by_position(made, seeds, snapshot.dataset.get('classes'))
-    measure_and_report(batches, len(seeds), what, metrics=metrics, inception=inception, dinov2=dinov2, ref=ref,
-                       ref_class=ref_class, protocol=protocol, dest=dest, num=num, seed=0, batch=batch, workers=workers)
-
-
-# Sampling options are those of generate_images.py, word for word.
-_OWN = {param.name for param in gen.params}
-gen.params += [param for param in generate_images_command.params if param.name not in _OWN | {'outdir', 'subdirs', 'grid'}]
+    return made, snapshot, seeds, what
 
 
 def by_position(made, seeds, classes):

@@ -36,7 +36,7 @@ ARCHITECTURES = {
 }
 PRECONDITIONINGS = {
     'vp': ('VPPrecond', VPObjective), 've': ('VEPrecond', VEObjective), 'edm': ('EDMPrecond', EDMObjective)}
-RULES = ('scaled', 'fixed')
+PLACES = ('outdir', 'desc', 'nosubdir', 'dry_run', 'wandb')  # options that do not change what is trained
 # Options that count only together with another: (option, default, other option, its values). Elsewhere they are refused.
 DEPENDENT = [('momentum', 0.9, 'optimizer', ['SGD']), ('final_ema', 0.99929, 'ema_mode', ['mode4']),
              ('ema', 0.5, 'ema_mode', ['mode1', 'mode2', 'mode4']), ('embed', None, 'arch', ['ddpmpp', 'ncsnpp'])]
@@ -187,6 +187,12 @@ def parse_skips(text: str) -> list[int]:
     return [int(c) for c in digits]
 
 
+def settings(args: list[str]) -> dict:
+    """The settings that the options of a command line make; for scripts that call `train`."""
+    params = main.make_context('train.py', list(args)).params
+    return build_config({key: value for key, value in params.items() if key not in PLACES})
+
+
 EXAMPLES = """\b
 Examples:
   # 2000 pictures of CIFAR-10 at 16x16, on 8 GPUs
@@ -210,7 +216,7 @@ with the newest run of that name and these options that is not finished."""
               help='Preconditioning and loss')
 @click.option('--duration', metavar='MIMG', type=click.FloatRange(0, min_open=True), default=200,
               help='Millions of training images if there are 50,000 different ones')
-@click.option('--duration-rule', metavar='scaled|fixed', type=click.Choice(RULES), default='scaled',
+@click.option('--duration-rule', metavar='scaled|fixed', type=click.Choice(['scaled', 'fixed']), default='scaled',
               help='scaled: --duration, --ema and --rampup shrink with the data set, so that each image is seen as '
                    'often; fixed: they count as they are')
 @click.option('--batch', metavar='NIMG', type=cli.COUNT, default=512, help='Images of one step')

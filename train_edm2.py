@@ -46,13 +46,13 @@ PRESETS = {name: dict(zip(_KEYS, values, strict=True)) for name, values in {
     'edm2-img256-xs-10c-1000':     ( 384 << 20, 2048, 128, 0.006, 3000, 0.00, -0.4, 1.0),
     'edm2-img256-xs-10c-1000-nlr': (1536 << 20, 2048, 128, 0.004, 6000, 0.00, -0.4, 1.0),
     # A network for 8x8 digits that a CPU trains in minutes (bash_files/quickstart.sh).
-    'digits':                      (  96 << 10,   64,  32, 0.0150,  300, 0.00, -0.4, 1.2),
+    'digits':                      (  72 << 10,   64,  32, 0.0150,  300, 0.00, -0.4, 1.2),
 }.items()}
 # fmt: on
 for _name, _preset in PRESETS.items():
     _preset['lr_schedule'] = 'multisource' if 'img256' in _name else 'edm2'
 PRESETS['digits'] |= dict(
-    rampup_Mimg=0.02, ema_stds=[0.05, 0.10], intervals=dict(status=8 << 10, snapshot=48 << 10, checkpoint=32 << 10),
+    rampup_Mimg=0.02, ema_stds=[0.05, 0.10], intervals=dict(status=8 << 10, snapshot=72 << 10, checkpoint=24 << 10),
     network=dict(channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], channels_per_head=32))
 INTERVALS = dict(status=128 << 10, snapshot=8 << 20, checkpoint=128 << 20)  # of all other presets
 

@@ -33,9 +33,7 @@ def digits(tmp_path_factory):
 
 def config_of(*args):
     """The settings that options make, with required ones filled in."""
-    params = train.main.make_context('train', ['--outdir=x', '--data=y', *args]).params
-    return train.build_config({key: value for key, value in params.items()
-                               if key not in ('outdir', 'desc', 'nosubdir', 'dry_run', 'wandb')})
+    return train.settings(['--outdir=x', '--data=y', *args])
 
 
 def train_here(outdir, data, *args):
