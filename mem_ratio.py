@@ -1,0 +1,145 @@
+"""Memorization during training: the ratio of every snapshot of a run, as a table and as a curve."""
+
+import json
+import os
+import re
+
+import click
+
+from calculate_metrics import open_training_set
+from dnnlib import UserError, cli, util
+from generate_images import OutputFolder
+from generate_images import main as generate_images_command
+from metrics.copies import find_copies
+from torch_utils import distributed as dist
+from training import pictures, runs
+from training.data.archive import check_parent
+from training.generate import generate_images
+from training.snapshot import load_snapshot
+
+SAMPLING = ('num_steps', 'sigma_min', 'sigma_max', 'rho', 'S_churn', 'S_min', 'S_max', 'S_noise')
+
+
+def find_snapshots(expdir: str) -> list[tuple[int, str, str]]:
+    """(thousands of images, EMA width or '', file name) of the snapshots of a run, in order."""
+    names = os.listdir(expdir) if os.path.isdir(expdir) else []
+    found = [(int(match[1]), match[2] or '', name) for name in names
+             if (match := re.fullmatch(r'network-snapshot-(\d+)(?:-([\d.]+))?\.pkl', name))]
+    if not found:
+        raise UserError(f'--expdir={expdir} holds no network-snapshot-*.pkl; give the folder of a run')
+    return sorted(found)
+
+
+def load_log(path: str, settings: dict) -> list[dict]:
+    """Rows that an earlier call with the same settings has written to the log."""
+    if not os.path.isfile(path):
+        return []
+    try:
+        with open(path) as f:
+            log = json.load(f)
+        if log['settings'] == json.loads(json.dumps(settings)):
+            return log['snapshots']
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f'--log={path} is no log of mem_ratio.py; remove it or choose another name') from None
+    return []
+
+
+def measure(expdir, name, seeds, training, batch, subdirs, sampler):
+    """The copies among the samples of one snapshot, which are kept as files with `subdirs`."""
+    snapshot = load_snapshot(os.path.join(expdir, name), dist.get_device())
+    snapshot.encoder.prepare(dist.get_device())
+    folder = None
+    if subdirs:
+        path = os.path.join(expdir, 'samples', name.removesuffix('.pkl'))
+        folder = OutputFolder(path, True, dict(net=name, nimg=snapshot.nimg, **sampler), snapshot.dataset)
+    labels = {}
+
+    def batches():
+        for made in generate_images(snapshot.net, snapshot.encoder, seeds, batch=batch, progress=True, **sampler):
+            if folder:
+                for seed, image, label in zip(made.seeds, made.images.cpu().numpy(), made.labels or [None] * len(made.seeds),
+                                              strict=True):
+                    folder.save(seed, image)
+                    labels[seed] = label
+            yield made.seeds, made.images
+
+    copies = find_copies(batches(), training)
+    if folder:
+        folder.finish(labels)
+    return snapshot.nimg, copies
+
+
+def save_trajectory(path: str, rows: list[dict], title: str):
+    """Memorization ratio against thousands of training images, a curve for each EMA width."""
+    figure, axes = pictures.figure()
+    for width in sorted({row['ema'] for row in rows}):
+        points = [(row['nimg'] / 1000, 100 * row['memorization_ratio']) for row in rows if row['ema'] == width]
+        axes.plot(*zip(*points, strict=True), marker='o', markersize=4, label=f'EMA {width}' if width else None)
+    axes.set(xlabel='thousands of training images', ylabel='memorized samples (%)', ylim=(-3, 103), title=title)
+    axes.grid(alpha=0.3)
+    if any(row['ema'] for row in rows):
+        axes.legend()
+    with util.atomic_path(path) as temp:
+        figure.savefig(temp, format='png', dpi=120)
+
+
+@click.command(cls=cli.Command)
+@click.option('--expdir', metavar='DIR', required=True, help='Folder of a run')
+@click.option('--knn-ref', metavar='ZIP|DIR', help='Training set  [default: that of the run]')
+@click.option('--log', metavar='JSON', help='Table to write; pictures get its name  [default: EXPDIR/mem_ratio.json]')
+@click.option('--seeds', metavar='LIST', type=cli.INT_LIST, default='0-9999', help='One sample of each network for each seed')
+@click.option('--subdirs', is_flag=True, help='Keep the samples: EXPDIR/samples/SNAPSHOT, a folder for each 1000 seeds')
+@click.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64, help='Images at a time on each process')
+def main(expdir, knn_ref, log, seeds, subdirs, batch, **sampler):
+    """Measure the memorization ratio of every snapshot of a run (see calculate_metrics.py memorization).
+
+    Writes a table, the curve of the ratio over training (.png), and the most memorized samples of the last snapshot above
+    their training images (-pairs.png). Called again, it measures only what is new.
+
+    \b
+    python mem_ratio.py --expdir=runs/00000-cifar10-2000-uncond-ddpmpp-vp-gpus8-batch512-fp32
+    torchrun --standalone --nproc_per_node=8 mem_ratio.py --expdir=RUN --knn-ref=datasets/cifar10/cifar10-2000.zip \\
+        --log=RUN/ratio.json --seeds=0-9999 --subdirs --batch=512
+    """
+    dist.init()
+    snapshots = find_snapshots(expdir)
+    options = runs.read_options(expdir) if knn_ref is None or os.path.isfile(
+        os.path.join(expdir, 'training_options.json')) else {}
+    data = knn_ref or options.get('data')
+    if data is None:
+        raise UserError(f'{expdir}/training_options.json names no training set; give --knn-ref')
+    training = open_training_set(data, bool(options.get('xflip')))
+    log = log or os.path.join(expdir, 'mem_ratio.json')
+    if log.endswith('.png'):
+        raise UserError(f'--log={log} is the name of a picture; give e.g. {log[:-4]}.json')
+    check_parent(log)
+    stem = os.path.splitext(log)[0]
+    settings = dict(expdir=os.path.abspath(expdir), knn_ref=os.path.abspath(data), num_training=len(training),
+                    seeds=seeds, **{key: str(value) for key, value in sampler.items()})
+    known = {(row['snapshot'], row['modified']): row for row in load_log(log, settings)}
+    rows, last = [], snapshots[-1][2]
+    dist.print0(f'{len(seeds)} samples of each of {len(snapshots)} snapshots against {len(training)} images of {data}\n'
+                f'{"kimg":>8}  {"EMA":5}  {"ratio":>7}  {"distance":>8}')
+    for kimg, width, name in snapshots:
+        modified = os.path.getmtime(os.path.join(expdir, name))
+        row = dist.broadcast_object(known.get((name, modified)))
+        if row is None or (name == last and not os.path.isfile(stem + '-pairs.png')):
+            nimg, copies = measure(expdir, name, seeds, training, batch, subdirs, sampler)
+            row = dict(snapshot=name, modified=modified, nimg=nimg, ema=width, **copies.results())
+            if name == last and dist.get_rank() == 0:
+                copies.save_picture(stem + '-pairs.png', training)
+        rows.append(row)
+        dist.print0(f'{kimg:8d}  {width or "-":5}  {100 * row["memorization_ratio"]:6.2f}%  {row["mean_distance"]:8.3f}')
+        if dist.get_rank() == 0:
+            util.write_json(log, dict(settings=settings, snapshots=rows))
+    if dist.get_rank() == 0:
+        save_trajectory(stem + '.png', rows, os.path.basename(os.path.abspath(expdir)))
+        print(f'Wrote {log}, {stem}.png and {stem}-pairs.png')
+    dist.shutdown()
+
+
+main.params += [param for param in generate_images_command.params if param.name in SAMPLING]
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,183 @@
+"""calculate_metrics.py memorization and mem_ratio.py: known copies are found, files are written, processes agree."""
+
+import json
+import os
+
+import click.testing
+import numpy as np
+import PIL.Image
+import pytest
+from helpers import fails, run, script_module, write_digits
+
+from metrics.copies import find_copies
+from training.data.archive import ArchiveWriter, image_name
+from training.data.dataset import ImageDataset
+from training.data.image_io import encode_png
+from training.encoders import RGBEncoder
+from training.networks import build_network
+from training.snapshot import save_snapshot
+
+COUNT = 60
+
+
+def invoke(script, *args):
+    result = click.testing.CliRunner().invoke(script_module(script).main, [str(arg) for arg in args])
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    return result.output
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory):
+    return write_digits(tmp_path_factory.mktemp('data') / 'digits.zip', count=COUNT)
+
+
+def write_images(path, images):
+    with ArchiveWriter(path) as out:
+        for i, image in enumerate(images):
+            out.add(image_name(i), encode_png(image.transpose(1, 2, 0)))
+        out.add_description({'labels': None})
+    return path
+
+
+@pytest.fixture(scope='module')
+def half_copied(tmp_path_factory, digits):
+    """Eight images: near copies of the training images 7, 5, 3, 1, and four that are no copies."""
+    training = ImageDataset(digits).images([7, 5, 3, 1, 0, 2, 4, 6])
+    rng = np.random.RandomState(0)
+    copies = np.clip(training[:4].astype(int) + rng.randint(-3, 4, training[:4].shape), 0, 255)
+    images = np.concatenate([copies, 255 - training[4:].astype(int)]).astype(np.uint8)
+    return write_images(tmp_path_factory.mktemp('made') / 'made.zip', images)
+
+
+def test_copies_in_files_are_found(digits, half_copied, tmp_path):
+    out = invoke('calculate_metrics.py', 'memorization', f'--images={half_copied}', f'--data={digits}',
+                 f'--dest={tmp_path}/m.json', f'--grid={tmp_path}/m.png', '--batch=3')
+    assert 'memorization_ratio  0.5000' in out
+    record = json.loads((tmp_path / 'm.json').read_text())
+    samples = record['samples']
+    assert record['results']['memorization_ratio'] == 0.5 and record['num_training'] == COUNT
+    assert samples['ids'] == list(range(8)) and samples['memorized'] == [True] * 4 + [False] * 4
+    assert [nearest for nearest, _ in samples['indices']][:4] == [7, 5, 3, 1]
+    assert all(d1 < d2 for d1, d2 in samples['distances'])
+    assert np.mean([d1 for d1, _ in samples['distances']]) == pytest.approx(record['results']['mean_distance'], abs=1e-5)
+    picture = PIL.Image.open(tmp_path / 'm.png')
+    assert picture.width > 12 * 32 and picture.height > 2 * 32
+
+
+def test_a_copy_stands_above_its_training_image(digits, half_copied):
+    training = ImageDataset(digits, use_labels=False)
+    made = ImageDataset(half_copied)
+    parts = [(np.arange(5, 8), made.images(range(5, 8))), (np.arange(5), made.images(range(5)))]
+    found = find_copies(parts, training, keep=3)
+    assert found.ids.tolist() == list(range(8)) and set(found.ids[found.closest]) < set(range(4))
+    np.testing.assert_array_equal(found.images, made.images(found.ids[found.closest]))
+    assert [found.found.indices[i, 0] for i in found.closest] == [[7, 5, 3, 1][i] for i in found.closest]
+
+
+def test_mirrored_training_images_count_if_asked_for(digits, tmp_path):
+    mirrored = write_images(tmp_path / 'm.zip', ImageDataset(digits).images(range(10))[:, :, :, ::-1])
+    plain, both = (invoke('calculate_metrics.py', 'memorization', f'--images={mirrored}', f'--data={digits}', f'--xflip={flip}')
+                   for flip in (0, 1))
+    assert 'memorization_ratio  1.0000' in both and 'memorization_ratio  1.0000' not in plain
+
+
+def test_the_optimal_denoiser_memorizes_everything(digits, tmp_path):
+    """Through the same doors as a network: generate_images.py, then the measure on its files, and directly."""
+    net = f'--net=optimal:{digits}'
+    invoke('generate_images.py', net, f'--outdir={tmp_path}/out', '--seeds=0-11', '--steps=10')
+    files = invoke('calculate_metrics.py', 'memorization', f'--images={tmp_path}/out', f'--data={digits}', '--num=10')
+    direct = invoke('calculate_metrics.py', 'memorization', net, f'--data={digits}', '--num=12', '--steps=10',
+                    f'--dest={tmp_path}/m.json')
+    assert '10 images' in files and 'memorization_ratio  1.0000' in files and 'memorization_ratio  1.0000' in direct
+    record = json.loads((tmp_path / 'm.json').read_text())
+    made, training = ImageDataset(tmp_path / 'out'), ImageDataset(digits)
+    nearest = training.images([nearest for nearest, _ in record['samples']['indices']])
+    np.testing.assert_array_equal(made.images(range(12)), nearest)
+    assert (made.label_ids == training.label_ids[[nearest for nearest, _ in record['samples']['indices']]]).all()
+
+
+# --- Every snapshot of a run ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def experiment(tmp_path, digits):
+    """The folder of a run with snapshots at three times, one of them with another EMA width."""
+    folder = tmp_path / 'run'
+    for kimg, suffix in ((2, '-0.050'), (10, '-0.050'), (10, '-0.100')):
+        net = build_network('EDMPrecond', img_resolution=8, img_channels=3, model_type='SongUNet', model_channels=8,
+                            channel_mult=[1], num_blocks=1)
+        save_snapshot(folder / f'network-snapshot-{kimg:07d}{suffix}.pkl', net, encoder=RGBEncoder(),
+                      dataset={'name': 'digits', 'label_dim': 0}, recipe={}, nimg=kimg * 1000)
+    (folder / 'training_options.json').write_text(json.dumps({'data': digits}))
+    return folder
+
+
+def test_every_snapshot_is_measured_once(experiment):
+    arguments = [f'--expdir={experiment}', '--seeds=0-3', '--steps=2', '--subdirs', '--batch=3']
+    invoke('mem_ratio.py', *arguments)
+    log = json.loads((experiment / 'mem_ratio.json').read_text())
+    assert [(row['nimg'], row['ema']) for row in log['snapshots']] == [(2000, '0.050'), (10000, '0.050'), (10000, '0.100')]
+    assert all(0 <= row['memorization_ratio'] <= 1 and row['num_images'] == 4 for row in log['snapshots'])
+    assert (experiment / 'mem_ratio.png').is_file() and (experiment / 'mem_ratio-pairs.png').is_file()
+    kept = experiment / 'samples' / 'network-snapshot-0000010-0.100'
+    assert len(ImageDataset(kept)) == 4 and (kept / '000000' / '000003.png').is_file()
+    # A second call measures what is new only: rows of old snapshots are taken as they are.
+    log['snapshots'][0]['memorization_ratio'] = 0.25
+    (experiment / 'mem_ratio.json').write_text(json.dumps(log))
+    assert '25.00%' in invoke('mem_ratio.py', *arguments)
+    assert '25.00%' not in invoke('mem_ratio.py', *arguments, '--seeds=0-4', f'--log={experiment}/other.json')
+    assert (experiment / 'other.png').is_file()
+
+
+def test_the_reference_can_be_given(experiment, digits, tmp_path):
+    (experiment / 'training_options.json').unlink()
+    assert 'training_options.json' in fails('mem_ratio.py', f'--expdir={experiment}', '--seeds=0-3')
+    out = invoke('mem_ratio.py', f'--expdir={experiment}', f'--knn-ref={digits}', '--seeds=0-1', '--steps=1',
+                 f'--log={tmp_path}/log.json')
+    assert f'against {COUNT} images' in out and (tmp_path / 'log-pairs.png').is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_same(experiment, digits, tmp_path):
+    net = experiment / 'network-snapshot-0000010-0.100.pkl'
+    arguments = ['memorization', f'--net={net}', f'--data={digits}', '--seeds=0-6', '--steps=2', '--batch=2']
+    invoke('calculate_metrics.py', *arguments, f'--dest={tmp_path}/one.json', f'--grid={tmp_path}/one.png')
+    run('calculate_metrics.py', *arguments, f'--dest={tmp_path}/two.json', f'--grid={tmp_path}/two.png', processes=2)
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ('one.json', 'two.json'))
+    assert one['samples']['ids'] == two['samples']['ids'] == list(range(7)) and two['processes'] == 2
+    assert one['samples']['indices'] == two['samples']['indices']
+    np.testing.assert_allclose(one['samples']['distances'], two['samples']['distances'], atol=0.2)
+    assert PIL.Image.open(tmp_path / 'two.png').size == PIL.Image.open(tmp_path / 'one.png').size
+
+
+# --- Errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('options, message', [
+    ([], '--images'), (['--images=a', '--net=b'], '--images'), (['--images=nowhere'], 'nowhere'),
+    (['--images={made}', '--steps=3'], '--steps'), (['--images={made}', '--seeds=1'], '--seeds'),
+    (['--net=optimal:{data}', '--workers=3'], '--workers'), (['--net=nowhere.pkl'], 'nowhere.pkl'),
+    (['--net=optimal:nowhere.zip'], 'nowhere.zip'), (['--net=optimal:{data}', '--num=0'], '--num'),
+    (['--net=optimal:{data}', '--class=eleven'], 'eleven')])
+def test_bad_options_of_memorization(digits, half_copied, tmp_path, options, message):
+    options = [option.format(made=half_copied, data=digits) for option in options]
+    error = fails('calculate_metrics.py', 'memorization', f'--data={digits}', f'--dest={tmp_path}/m.json', *options)
+    assert message in error and not os.listdir(tmp_path)
+
+
+def test_training_sets_that_do_not_fit(digits, half_copied, tmp_path):
+    large = write_images(tmp_path / 'large.zip', np.zeros([3, 3, 16, 16], dtype=np.uint8))
+    single = write_images(tmp_path / 'single.zip', np.zeros([1, 3, 8, 8], dtype=np.uint8))
+    for data, message in ((large, '[3, 16, 16]'), (single, 'one image'), ('nowhere.zip', 'nowhere.zip')):
+        assert message in fails('calculate_metrics.py', 'memorization', f'--images={half_copied}', f'--data={data}')
+
+
+def test_bad_options_of_mem_ratio(experiment, tmp_path):
+    (tmp_path / 'empty').mkdir()
+    assert 'network-snapshot' in fails('mem_ratio.py', f'--expdir={tmp_path / "empty"}')
+    assert 'nowhere' in fails('mem_ratio.py', '--expdir=nowhere')
+    assert '.json' in fails('mem_ratio.py', f'--expdir={experiment}', '--log=x.png')
+    (experiment / 'mem_ratio.json').write_text('{}')
+    assert 'mem_ratio.json' in fails('mem_ratio.py', f'--expdir={experiment}')
+    (experiment / 'training_options.json').write_text('{}')
+    assert '--knn-ref' in fails('mem_ratio.py', f'--expdir={experiment}')
