@@ -39,8 +39,7 @@ from training.generate import generate_images
 ORDER = (3, 8, 9, 5, 1, 2, 7, 4, 0, 6)
 COMPARED = 3          # the first classes of the order are measured
 LEAST_HELD_OUT = 20   # real digits of a class to measure against
-# With some hundreds of steps the preset's learning rate (0.01, and no decay before step 1500) gets nowhere near
-# convergence; a high one that soon falls does.
+# Runs of some hundreds of steps get further with a higher learning rate than the preset's, which soon falls.
 LR, DECAY_STEPS, RAMPUP = 0.06, 60, 0.05   # RAMPUP is a share of the run
 EMA_STD = 0.10
 GRID_COLUMNS = 12

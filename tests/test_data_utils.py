@@ -139,7 +139,8 @@ def test_animals_of_imagenet_are_spread_evenly(imagenet, tmp_path):
 
 
 def test_too_few_pictures_are_said_aloud(imagenet, tmp_path):
-    out = invoke('data_utils/sample_imagenet.py', f'--source={imagenet}', f'--dest={tmp_path}/b.txt', '--class=bird', '--num=20')
+    out = invoke('data_utils/sample_imagenet.py', f'--source={imagenet}', f'--dest={tmp_path}/b.txt', '--class=bird',
+                 '--num=20')
     assert '17 of 17 classes' in out and len(read_list(tmp_path / 'b.txt')[0]) == 1
 
 

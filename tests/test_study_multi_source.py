@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -118,14 +119,15 @@ def test_results_are_the_distances_that_calculate_metrics_finds(finished):
     dest = outdir / 'metrics.json'
     result = CliRunner().invoke(helpers.script_module('calculate_metrics.py').main, [
         'calc', f'--images={samples}', f'--ref={outdir / "data" / "seed1-held-out.zip"}', '--metrics=fd_pixels',
-        '--class=8', '--num=12', f'--dest={dest}'])
+        '--class=8', '--ref-class=8', '--num=12', f'--dest={dest}'])
     assert result.exit_code == 0, result.output
     found = json.loads(dest.read_text())
     found = found.get('results', found)['fd_pixels']
     assert float(row['fd']) == pytest.approx(found, rel=1e-4)
     summary = rows_of(outdir / 'summary.csv')
     assert [(r['n'], r['sources'], r['seeds']) for r in summary] == [(n, s, '2') for n in ('3', '12') for s in '12']
-    assert f'{float(summary[0]["fd"]):.0f} ± ' in printed
+    shown = float(re.search(r'(\d+) ± ', printed)[1])
+    assert float(summary[0]['fd']) == pytest.approx(shown, rel=1e-5)   # the file has six digits
 
 
 def test_summary_pairs_the_seeds():
