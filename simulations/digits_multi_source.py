@@ -282,16 +282,24 @@ def show(summary: pd.DataFrame):
 def draw(results: pd.DataFrame, summary: pd.DataFrame):
     """Distance against the number of sources, a panel for each n; thin lines are the classes, named at their right."""
     sizes = sorted(results['n'].unique())
+    top = 1.05 * (summary['fd'] + summary[tables.interval_column('fd')].fillna(0)).max() / 1000
+    top = max(top, 1.05 * results.groupby(['n', 'sources', 'class'])['fd'].mean().max() / 1000)
     with plotting.plt.rc_context(plotting.STYLE):
-        figure, axes = plotting.plt.subplots(1, len(sizes), figsize=(0.6 + 2.9 * len(sizes), 2.7), squeeze=False)
+        figure, axes = plotting.plt.subplots(1, len(sizes), figsize=(0.6 + 2.9 * len(sizes), 2.7), squeeze=False,
+                                             sharey=True)
         for axis, n in zip(axes[0], sizes, strict=True):
             part, line = results[results['n'] == n], summary[summary['n'] == n]
             places = {count: place for place, count in enumerate(line['sources'])}
+            ends = []
             for digit, values in part.groupby('class'):
                 means = values.groupby('sources')['fd'].mean() / 1000
                 axis.plot([places[s] for s in means.index], means, color='0.7', linewidth=0.7, zorder=1)
-                axis.annotate(str(digit), (len(places) - 1, means.iloc[-1]), (6, 0), textcoords='offset points',
-                              color='0.45', fontsize=7, va='center')
+                ends.append((means.iloc[-1], digit))
+            low = -np.inf
+            for height, digit in sorted(ends):
+                low = max(height, low + 0.05 * top)  # names one above the other, not on each other
+                axis.annotate(str(digit), (len(places) - 1, low), (6, 0), textcoords='offset points', color='0.45',
+                              fontsize=7, va='center')
             axis.axhline(line['fd of training images'].mean() / 1000, color='0.4', linestyle=':', zorder=1,
                          label='the training images')
             for rows, color, marker, label in (
@@ -300,10 +308,10 @@ def draw(results: pd.DataFrame, summary: pd.DataFrame):
                 interval = rows[tables.interval_column('fd')].fillna(0) / 1000
                 axis.errorbar([places[s] for s in rows['sources']], rows['fd'] / 1000, yerr=interval, color=color,
                               marker=marker, capsize=2, elinewidth=0.8, label=label, zorder=3)
-            axis.set(xlabel=plotting.LABELS['K'], title=f'{n} training images of each class', ylim=(0, None))
+            axis.set(xlabel=plotting.LABELS['K'], title=f'{n} training images of each class', ylim=(0, top))
             axis.set_xticks(list(places.values()), list(places))
             axis.spines[['top', 'right']].set_visible(False)
-        axes[0, 0].set_ylabel('Fréchet distance to held-out digits (thousands)')
+        axes[0, 0].set_ylabel('Fréchet distance (thousands)')
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc='outside lower center', ncols=3, frameon=False)
     return figure

@@ -203,9 +203,10 @@ def test_a_stopped_study_goes_on(tmp_path):
 @pytest.mark.slow
 def test_side_by_side_gives_the_same(finished, tmp_path):
     outdir, _ = finished
-    helpers.run(SCRIPT, f'--outdir={tmp_path}', '--seeds=0,1', *TINY[:-1], '--jobs=2')
+    helpers.run(SCRIPT, f'--outdir={tmp_path}', '--seeds=0', *TINY[:-1], '--jobs=2')
     ours, theirs = (pd.read_csv(folder / 'results.csv') for folder in (outdir, tmp_path))
-    pd.testing.assert_frame_equal(ours, theirs, rtol=1e-3)
+    assert len(theirs) == 8
+    pd.testing.assert_frame_equal(ours[ours['seed'] == 0], theirs, rtol=1e-3)
 
 
 def test_script_runs_from_anywhere_with_paths_of_the_caller(finished, tmp_path):
