@@ -239,7 +239,7 @@ Examples:
 The same command goes on with a study that was stopped; finished models are not trained again.
 """)
 @click.option('--outdir', metavar='DIR', default=str(ROOT / 'training-runs' / 'study-memorization'), help='Where results go')
-@click.option('--sizes', metavar='LIST', type=cli.INT_LIST, default='20,50,100,200', help='Training images')
+@click.option('--sizes', metavar='LIST', type=cli.INT_LIST, default='20,30,50,100', help='Training images')
 @click.option('--classes', metavar='LIST', type=cli.INT_LIST, default='1,3', help='Numbers of classes, besides 10')
 @click.option('--kimg', metavar='KIMG', type=click.IntRange(min=1), default=30, help='Thousands of images that a model sees')
 @click.option('--batch', metavar='INT', type=click.IntRange(min=1), default=32, help='Images of one step')
