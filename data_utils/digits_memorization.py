@@ -4,12 +4,11 @@ Trains one small network for each size of the data, number of classes and kind o
 samples are copies. The optimal denoiser of the same data is the other extreme: all of its samples are.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import io
 import json
-import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -21,7 +20,6 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import pandas as pd
-import torch
 import tqdm
 
 import train
@@ -29,7 +27,7 @@ from data_utils import common
 from dnnlib import UserError, cli, util
 from metrics.copies import find_copies
 from simulations import plotting
-from torch_utils import distributed
+from torch_utils import distributed, parallel
 from training import snapshot
 from training.data import convert, selection, sources
 from training.data.dataset import ImageDataset
@@ -154,29 +152,6 @@ def measure(study: Study, model: Model, denoiser: str, net: str):
     util.write_json(study.result(model, denoiser), dataclasses.asdict(model) | dict(denoiser=denoiser) | copies.results())
 
 
-def _start_worker(threads: int):
-    torch.set_num_threads(threads)
-
-
-def run_models(study: Study, models: list[Model], jobs: int):
-    """Runs all models, `jobs` at a time, and yields each one that is finished."""
-    if jobs == 1:
-        for model in models:
-            run_model(study, model)
-            yield model
-        return
-    # These networks are too small for threads: side by side on one core each, they train faster.
-    pool = concurrent.futures.ProcessPoolExecutor(min(jobs, len(models)), multiprocessing.get_context('spawn'),
-                                                  _start_worker, (1,))
-    try:
-        running = {pool.submit(run_model, study, model): model for model in models}
-        for future in concurrent.futures.as_completed(running):
-            future.result()
-            yield running[future]
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
 def collect(study: Study, models: list[Model]) -> pd.DataFrame:
     """A row for each model and denoiser: size, classes, labels, denoiser, memorization_ratio, mean_distance, num_images."""
     rows = []
@@ -239,7 +214,7 @@ Examples:
 The same command goes on with a study that was stopped; finished models are not trained again.
 """)
 @click.option('--outdir', metavar='DIR', default=str(ROOT / 'training-runs' / 'study-memorization'), help='Where results go')
-@click.option('--sizes', metavar='LIST', type=cli.INT_LIST, default='20,30,50,100', help='Training images')
+@click.option('--sizes', metavar='LIST', type=cli.INT_LIST, default='20,50,100', help='Training images')
 @click.option('--classes', metavar='LIST', type=cli.INT_LIST, default='1,3', help='Numbers of classes, besides 10')
 @click.option('--kimg', metavar='KIMG', type=click.IntRange(min=1), default=30, help='Thousands of images that a model sees')
 @click.option('--batch', metavar='INT', type=click.IntRange(min=1), default=32, help='Images of one step')
@@ -264,10 +239,9 @@ def main(outdir, sizes, classes, jobs, **shared):
     study.claim()
     make_data(study, models)
     print(f'{len(models)} models of {study.kimg},000 training images each, in {study.outdir}', flush=True)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    jobs = jobs or (1 if torch.cuda.is_available() else min(cores, 8))
     try:
-        for _ in tqdm.tqdm(run_models(study, models, jobs), total=len(models), unit='model'):
+        for _ in tqdm.tqdm(parallel.run_side_by_side(functools.partial(run_model, study), models, jobs or
+                                                     parallel.default_jobs()), total=len(models), unit='model'):
             pass
     except KeyboardInterrupt:
         raise UserError('stopped; the same command goes on from here') from None

@@ -4,13 +4,12 @@ For n handwritten digits of each class, one EDM2 model of a single class against
 Frechet distance, for each class, between samples and real digits that no model has seen.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -22,14 +21,13 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import pandas as pd
-import torch
 import tqdm
 
 import train_edm2
 from dnnlib import UserError, cli, util
 from metrics import compute, frechet, images, statistics
 from simulations import plotting, tables
-from torch_utils import distributed
+from torch_utils import distributed, parallel
 from training import pictures, snapshot
 from training.data import convert, sources
 from training.generate import generate_images
@@ -183,30 +181,12 @@ def run_model(study: Study, model: Model):
         np.savez_compressed(file, arr_0=np.concatenate(made), arr_1=np.array(digits))
 
 
-def _start_worker(threads: int):
-    torch.set_num_threads(threads)
-
-
 def run_models(study: Study, models: list[Model], jobs: int):
     """Runs the models that are not finished, `jobs` at a time, and yields each one that is. The longest go first."""
     models = sorted(models, key=lambda model: (study.finished(model), -len(model.classes), model.seed))
     waiting = [model for model in models if not study.finished(model)]
     yield from models[len(waiting):]
-    if jobs == 1 or len(waiting) <= 1:
-        for model in waiting:
-            run_model(study, model)
-            yield model
-        return
-    # These networks are too small for threads: side by side on one core each, they train faster.
-    pool = concurrent.futures.ProcessPoolExecutor(min(jobs, len(waiting)), multiprocessing.get_context('spawn'),
-                                                  _start_worker, (1,))
-    try:
-        running = {pool.submit(run_model, study, model): model for model in waiting}
-        for future in concurrent.futures.as_completed(running):
-            future.result()
-            yield running[future]
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    yield from parallel.run_side_by_side(functools.partial(run_model, study), waiting, jobs)
 
 
 # Numbers
@@ -353,12 +333,6 @@ def plan(nums: list[int], counts: list[int], seeds: list[int]) -> list[Model]:
     return [Model(seed, n, classes) for seed in seeds for n in sorted(nums) for classes in sets]
 
 
-def default_jobs() -> int:
-    """A job for each core that the process may use, up to 8; one on a GPU."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return 1 if torch.cuda.is_available() else min(cores, 8)
-
-
 @click.command(cls=cli.Command, epilog="""\b
 Examples:
   # The study of the page, under 15 minutes on 2 CPU cores
@@ -405,7 +379,7 @@ def main(outdir, nums, counts, seeds, jobs, images_per_class, **shared):
     compared = set(models[0].measured).union(*(model.measured for model in models if len(model.classes) == 1))
     try:
         with tqdm.tqdm(total=total, unit='img', unit_scale=True, desc='Training') as bar:
-            for model in run_models(study, models, jobs or default_jobs()):
+            for model in run_models(study, models, jobs or parallel.default_jobs()):
                 found = [row for row in measure(study, model) if row['class'] in compared]
                 rows += found
                 text = ', '.join(f'{row["class"]}: {row["fd"]:.0f}' for row in found)
