@@ -20,7 +20,7 @@ from training.data.archive import check_parent
 from training.data.dataset import ImageDataset, class_index
 from training.encoders import make_encoder
 from training.generate import generate_images
-from training.snapshot import load_snapshot
+from training.snapshot import load_denoiser
 
 METRIC_LIST = cli.Parsed('list', compute.parse_metrics)
 DEFAULT = 'fid,fd_dinov2'
@@ -81,6 +81,7 @@ def result_options(function):
     """Options of commands that compare with a reference."""
     for option in reversed([
         click.option('--ref', metavar='FILE|URL', help='Statistics (.pkl, .npz), or reference images (folder, .zip, .npz)'),
+        click.option('--ref-sha256', metavar='HEX', help='SHA-256 that the file of --ref must have'),
         click.option('--ref-class', metavar='CLASS', help='Only this class of the reference, if it is images'),
         click.option('--protocol', type=click.Choice(list(compute.PROTOCOLS)), default='adm',
                      help='Rules of is, precision and recall: chunks of 5000, k=3; or 10 parts, k=5 (long-tail study)'),
@@ -178,8 +179,8 @@ def calc(images, num, class_, seed, **opts):
 @click.option('--seeds', metavar='LIST', type=cli.INT_LIST, default='0-49999', help='One image for each seed')
 @click.option('--num', '--num-images', metavar='INT', type=cli.COUNT, help='Only the first ones of --seeds')
 @click.option('--workers', metavar='INT', type=click.IntRange(min=1), default=2, help='Threads that read reference images')
-def gen(preset, net, gnet, guidance, model_url, class_, seeds, num, batch, workers, metrics, inception, dinov2, ref, ref_class,
-        protocol, dest, **sampler):
+def gen(preset, net, gnet, sha256, gnet_sha256, guidance, model_url, class_, seeds, num, batch, workers, metrics, inception,
+        dinov2, ref, ref_sha256, ref_class, protocol, dest, **sampler):
     """Generate images and measure them, without writing them to files.
 
     The images are those of generate_images.py with the same options.
@@ -189,10 +190,12 @@ def gen(preset, net, gnet, guidance, model_url, class_, seeds, num, batch, worke
     python calculate_metrics.py gen --net=NET.pkl --seeds=0-999 --ref=datasets/digits.zip --metrics=fd_pixels
     """
     dist.init()
-    made, snapshot, seeds, what = generator(preset, net, gnet, guidance, model_url, class_, seeds, num, batch, sampler)
+    made, snapshot, seeds, what = generator(preset, net, gnet, (sha256, gnet_sha256), guidance, model_url, class_, seeds, num,
+                                            batch, sampler)
     batches = by_position(made, seeds, snapshot.dataset.get('classes'))
     measure_and_report(batches, len(seeds), what, metrics=metrics, inception=inception, dinov2=dinov2, ref=ref,
-                       ref_class=ref_class, protocol=protocol, dest=dest, num=num, seed=0, batch=batch, workers=workers)
+                       ref_sha256=ref_sha256, ref_class=ref_class, protocol=protocol, dest=dest, num=num, seed=0, batch=batch,
+                       workers=workers)
 
 
 @main.command()
@@ -206,8 +209,8 @@ def gen(preset, net, gnet, guidance, model_url, class_, seeds, num, batch, worke
 @click.option('--dest', metavar='JSON', help='Write ratio, distances and indices of the nearest training images')
 @click.option('--grid', metavar='PNG', help='Write a picture of the most memorized images above their training images')
 @click.option('--workers', metavar='INT', type=click.IntRange(min=1), default=2, help='Threads that read --images')
-def memorization(preset, net, gnet, guidance, model_url, class_, images, data, xflip, seeds, num, seed, dest, grid, batch,
-                 workers, **sampler):
+def memorization(preset, net, gnet, sha256, gnet_sha256, guidance, model_url, class_, images, data, xflip, seeds, num, seed,
+                 dest, grid, batch, workers, **sampler):
     """Measure how many images are copies of training images.
 
     Memorized is what is less than a third as far from its nearest training image as from the second nearest
@@ -222,14 +225,14 @@ def memorization(preset, net, gnet, guidance, model_url, class_, images, data, x
     dist.init()
     if (images is None) == (net is None and preset is None):
         raise UserError('give either --net (or --preset) or --images')
-    refuse_unused({'seed', 'workers'} if images is None else {*sampler, 'gnet', 'guidance', 'model_url', 'seeds'},
-                  '--net' if images is None else '--images')
+    of_net = {*sampler, 'gnet', 'sha256', 'gnet_sha256', 'guidance', 'model_url', 'seeds'}
+    refuse_unused({'seed', 'workers'} if images is None else of_net, '--net' if images is None else '--images')
     for path in filter(None, (dest, grid)):
         check_parent(path)
     training = open_training_set(data, xflip)
     if images is None:
-        made, _, seeds, what = generator(preset, net, gnet, guidance, model_url, class_, seeds, num, batch, sampler,
-                                         progress=True)
+        made, _, seeds, what = generator(preset, net, gnet, (sha256, gnet_sha256), guidance, model_url, class_, seeds, num,
+                                         batch, sampler, progress=True)
         batches = ((part.seeds, part.images) for part in made)
     else:
         opened = image_files.open_images(images)
@@ -273,8 +276,11 @@ for _command in (gen, memorization):
     _command.params += [param for param in generate_images_command.params if param.name not in _OWN]
 
 
-def generator(preset, net, gnet, guidance, model_url, class_, seeds, num, batch, sampler, progress=False):
-    """(batches of `generate_images`, snapshot, seeds, what the record says) for the sampling options of a command."""
+def generator(preset, net, gnet, hashes, guidance, model_url, class_, seeds, num, batch, sampler, progress=False):
+    """(batches of `generate_images`, snapshot, seeds, what the record says) for the sampling options of a command.
+
+    `hashes`: SHA-256 of `net` and `gnet`, or None.
+    """
     chosen = preset_options(preset) if preset else {}
     net, gnet = net or chosen.get('net'), gnet or chosen.get('gnet')
     guidance = next(value for value in (guidance, chosen.get('guidance'), 1.0) if value is not None)
@@ -283,8 +289,8 @@ def generator(preset, net, gnet, guidance, model_url, class_, seeds, num, batch,
     if guidance != 1 and gnet is None:
         raise UserError(f'--guidance={guidance} needs a guiding network: give --gnet')
     device = dist.get_device()
-    snapshot = load_snapshot(net, device)
-    guide = load_snapshot(gnet, device).net if gnet else None
+    snapshot = load_denoiser(net, device, sha256=hashes[0])
+    guide = load_denoiser(gnet, device, sha256=hashes[1]).net if gnet else None
     if model_url:
         snapshot.encoder = make_encoder(snapshot.encoder.config() | {'vae_name': model_url})
     snapshot.encoder.prepare(device)
@@ -308,11 +314,11 @@ def by_position(made, seeds, classes):
 
 
 def measure_and_report(batches, count, what, *, metrics, inception, dinov2, ref, ref_class, protocol, dest, num, seed, batch,
-                       workers):
+                       workers, ref_sha256=None):
     """Measures images, compares them with the reference, prints a table and writes JSON."""
     if ref is None and metrics != ['is']:
         raise UserError('--ref is missing: statistics or images to compare with (only --metrics=is needs none)')
-    known = reference.load_reference(ref) if ref else reference.Reference('')
+    known = reference.load_reference(ref, ref_sha256) if ref else reference.Reference('')
     if ref_class is not None:
         if known.images is None:
             raise UserError(f'--ref-class={ref_class} needs images as --ref, and {ref} holds statistics')

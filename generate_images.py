@@ -14,7 +14,7 @@ from training.data.dataset import class_index
 from training.data.image_io import encode_png
 from training.encoders import make_encoder
 from training.generate import draw_inputs, generate_images
-from training.snapshot import load_snapshot
+from training.snapshot import load_denoiser
 
 # Published networks: name -> (network, guide, guidance), all at the address below.
 POSTHOC = 'https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions'
@@ -156,13 +156,17 @@ class GridCollector:
         pictures.save_image_grid(path, np.stack(tiles), self.columns, titles)
 
 
-def run(net, gnet, guidance, outdir, subdirs, seeds, class_, batch, grid, model_url, **sampler):
+def run(net, gnet, guidance, outdir, subdirs, seeds, class_, batch, grid, model_url, sha256, gnet_sha256, **sampler):
     dist.init()
     if outdir is None and grid is None:
         raise UserError('nowhere to write to: give --outdir or --grid')
     device = dist.get_device()
-    main_net = load_snapshot(net, device)
-    guide = load_snapshot(gnet, device) if gnet else None
+    main_net = load_denoiser(net, device, sha256=sha256)
+    guide = load_denoiser(gnet, device, sha256=gnet_sha256) if gnet else None
+    for path, assumed in ((net, main_net.recipe.get('assumed')), (gnet, guide and guide.recipe.get('assumed'))):
+        if assumed:
+            dist.print0(f'Assumed of {path}: {", ".join(f"{key}={value}" for key, value in assumed.items())}; '
+                        'snapshot_tool.py convert can set them')
     if guide and (guide.net.img_resolution, guide.net.img_channels) != (main_net.net.img_resolution, main_net.net.img_channels):
         raise UserError(f'--gnet={gnet} makes images of another shape than --net')
     if guidance != 1 and guide is None:
@@ -221,8 +225,12 @@ Published presets: """ + ', '.join(f'edm2-{name}' for name in PRESETS)
 
 @click.command(cls=cli.Command, epilog=EXAMPLES)
 @click.option('--preset', metavar='NAME', help='Published network, guide and guidance (listed below)')
-@click.option('--net', metavar='FILE|URL', help='Network snapshot, or optimal:DATASET for its closed-form denoiser')
+@click.option('--net', metavar='FILE|URL',
+              help='Network of this project, EDM, EDM2, guided or class-balancing diffusion; or optimal:DATASET for the '
+                   'closed-form denoiser of a data set')
 @click.option('--gnet', metavar='FILE|URL', help='Guiding network: unconditional, or a weaker one (autoguidance)')
+@click.option('--sha256', metavar='HEX', help='SHA-256 that the file of --net must have')
+@click.option('--gnet-sha256', metavar='HEX', help='SHA-256 that the file of --gnet must have')
 @click.option('--guidance', metavar='FLOAT', type=float, help='Strength of guidance, 1 = none  [default: 1, or of the preset]')
 @click.option('--outdir', metavar='DIR', help='Folder of the images, with labels in dataset.json')
 @click.option('--subdirs', is_flag=True, help='A folder for each 1000 seeds')

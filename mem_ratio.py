@@ -15,7 +15,7 @@ from torch_utils import distributed as dist
 from training import pictures, runs
 from training.data.archive import check_parent
 from training.generate import generate_images
-from training.snapshot import load_snapshot
+from training.snapshot import load_denoiser
 
 SAMPLING = ('num_steps', 'sigma_min', 'sigma_max', 'rho', 'S_churn', 'S_min', 'S_max', 'S_noise')
 
@@ -46,7 +46,7 @@ def load_log(path: str, settings: dict) -> list[dict]:
 
 def measure(expdir, name, seeds, training, batch, subdirs, sampler):
     """The copies among the samples of one snapshot, which are kept as files with `subdirs`."""
-    snapshot = load_snapshot(os.path.join(expdir, name), dist.get_device())
+    snapshot = load_denoiser(os.path.join(expdir, name), dist.get_device())
     snapshot.encoder.prepare(dist.get_device())
     folder = None
     if subdirs:

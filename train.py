@@ -151,7 +151,7 @@ def train(config: dict, outdir: str, desc: str | None = None, nosubdir: bool = F
     net = build_network(**network)
     if config['transfer']:
         with dist.rank0_first():
-            source = load_snapshot(config['transfer'])
+            source = load_snapshot(config['transfer'], sha256=config.get('transfer_sha256'))
         taken, total = copy_weights(source.net, net, f'--transfer={config["transfer"]}')
         dist.print0(f'Weights: {taken} of {total} tensors of {config["transfer"]}')
     net = net.train().to(device)
@@ -173,7 +173,7 @@ def train(config: dict, outdir: str, desc: str | None = None, nosubdir: bool = F
             run_dir=run_dir, total_nimg=plan['total_kimg'] * 1000, batch_size=config['batch'],
             batch_gpu=config['batch_gpu'], status_nimg=tick, snapshot_nimg=config['snap'] * tick or None,
             checkpoint_nimg=config['dump'] * tick or None, loss_scaling=config['ls'], bad_gradients=(0, 1e5, -1e5),
-            seed=seed, wandb=wandb, resume_from=resume_from),
+            compile=config['compile'], seed=seed, wandb=wandb, resume_from=resume_from),
         identity={f'--{key.replace("_", "-")}': config[key] for key in ('optimizer', 'xflip', 'augment', 'window_size')},
         sampler=edm_sampler, snapshot=dict(dtype=torch.float32))
     return run_dir
@@ -262,9 +262,11 @@ with the newest run of that name and these options that is not finished."""
               help='Save the network every so many ticks, 0 = never')
 @click.option('--dump', metavar='TICKS', type=click.IntRange(min=0), default=500,
               help='Save the training state every so many ticks, 0 = never')
+@click.option('--compile', metavar='BOOL', type=bool, default=False, help='Compile the network (torch.compile)')
 @click.option('--seed', metavar='INT', type=click.IntRange(0, 2**31 - 1),
               help='Seed of weights, data order and noise  [default: random]')
-@click.option('--transfer', metavar='PKL|URL', help='Start from the weights of a snapshot')
+@click.option('--transfer', metavar='PKL|URL', help='Start from the weights of a snapshot, of this project or of EDM')
+@click.option('--transfer-sha256', metavar='HEX', help='SHA-256 that the file of --transfer must have')
 @click.option('--resume', metavar='PT|DIR',
               help='DIR: go on with that run, in its folder; PT: a new run that goes on from this training state. Without: '
                    'the newest unfinished run of these options, if there is one')

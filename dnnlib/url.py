@@ -1,6 +1,9 @@
-"""Downloads into a cache folder: complete or not at all, and not needed again."""
+"""Downloads into a cache folder: complete or not at all, resumed where they were cut, and not needed again."""
 
+import contextlib
+import fcntl
 import hashlib
+import json
 import os
 import re
 import urllib.parse
@@ -10,7 +13,8 @@ import tqdm
 
 from dnnlib import util
 
-TIMEOUT = 30  # seconds without a byte
+TIMEOUT = 30    # seconds without a byte
+ATTEMPTS = 5    # in which nothing new came, one after the other
 
 
 def cache_folder() -> str:
@@ -30,32 +34,136 @@ def cache_path(url: str) -> str:
     return os.path.join(cache_folder(), f'{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}')
 
 
-def download(url: str, hint: str = 'download it elsewhere and give the path of the file') -> str:
+def check_sha256(path: str, sha256: str, name: str):
+    """Raises UserError unless the file `path`, called `name`, has this SHA-256."""
+    if not os.path.isfile(path):
+        raise util.UserError(f'--sha256: {name} is no file')
+    with open(path, 'rb') as file:
+        digest = hashlib.file_digest(file, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else _digest(file)
+    if digest != sha256.lower():
+        raise util.UserError(f'{name} has the SHA-256 {digest} instead of {sha256.lower()}; it is another file, or damaged')
+
+
+def _digest(file) -> str:
+    digest = hashlib.sha256()  # Python 3.10 has no file_digest
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def download(url: str, hint: str = 'download it elsewhere and give the path of the file', sha256: str | None = None) -> str:
     """Path of a local copy of `url`, fetched if the cache does not have it. Any other path is returned as it is.
 
-    The file appears in the cache only when complete. Raises UserError, ending in `hint`, if it cannot be fetched.
+    The file appears in the cache only when complete and, with `sha256`, right. What came of a broken download stays
+    beside it, and the next call goes on from there if the server still has the same file. Several processes may ask for
+    one file: one fetches it. Raises UserError, ending in `hint`, if it cannot be fetched.
     """
-    if not is_url(url):
-        return url
-    path = cache_path(url)
-    if os.path.isfile(path):
-        return path
-    try:
-        with requests.get(url, stream=True, timeout=TIMEOUT) as response, util.atomic_path(path) as temp:
-            response.raise_for_status()
-            size = int(response.headers.get('Content-Length') or 0)
-            # A compressed transfer has fewer bytes on the way than in the file: then the length says nothing.
-            exact = size if not response.headers.get('Content-Encoding') else 0
-            with open(temp, 'wb') as file, tqdm.tqdm(
-                    total=exact or None, unit='B', unit_scale=True, desc=f'Downloading {os.path.basename(path)[17:]}') as bar:
-                for block in response.iter_content(1 << 20):
-                    file.write(block)
-                    bar.update(len(block))
-                if exact and file.tell() != exact:
-                    raise requests.ConnectionError(f'{file.tell()} of {exact} bytes came')
-    except (requests.RequestException, OSError) as error:
-        raise util.UserError(f'{url} cannot be downloaded ({_reason(error)}); {hint}') from None
+    if sha256 and re.fullmatch('[0-9a-fA-F]{64}', sha256) is None:
+        raise util.UserError(f'--sha256={sha256[:80]} is not 64 hexadecimal digits')
+    path = cache_path(url) if is_url(url) else url
+    if is_url(url) and not os.path.isfile(path):
+        try:
+            os.makedirs(cache_folder(), exist_ok=True)
+            with _locked(path + '.part') as part:
+                if os.path.isfile(path):  # another process has just fetched it
+                    return path
+                _fetch(url, part)
+                if sha256:
+                    _accept(part, sha256, url)
+                os.replace(part.name, path)
+                _remove(part.name + '.json')
+        except (requests.RequestException, OSError) as error:
+            raise util.UserError(f'{url} cannot be downloaded ({_reason(error)}); {hint}') from None
+    elif sha256:
+        check_sha256(path, sha256, url if path == url else f'{url} (in the cache: {path})')
     return path
+
+
+def _accept(part, sha256, url):
+    try:
+        check_sha256(part.name, sha256, url)
+    except util.UserError:
+        part.truncate(0)
+        raise
+
+
+def _remove(path):
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)
+
+
+@contextlib.contextmanager
+def _locked(path: str):
+    """The file of a download, open and locked: other processes wait. The system drops the lock when a process dies."""
+    with open(path, 'ab', buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o644)) as part:
+        with contextlib.suppress(OSError):  # file systems without locks
+            fcntl.flock(part, fcntl.LOCK_EX)
+        try:
+            yield part
+        finally:
+            if not _size(path):
+                _remove(path)
+                _remove(path + '.json')
+
+
+def _fetch(url: str, part):
+    """Fetches `url` into the file `part`, going on with what is there as long as attempts bring something new."""
+    left = ATTEMPTS
+    while True:
+        before = _size(part.name)
+        try:
+            return _attempt(url, part)
+        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError):
+            after = _size(part.name)
+            left = ATTEMPTS if after > before else left - 1
+            if not left or not after:  # without a connection there is nothing to wait for
+                if not _read_validator(part.name):
+                    part.truncate(0)  # the server does not say whether its file is still the same: no use going on
+                raise
+
+
+def _attempt(url: str, part):
+    """One connection. The validator of the server's file is kept, so that parts of two versions are never joined."""
+    have, validator = _size(part.name), _read_validator(part.name)
+    headers = {'Accept-Encoding': 'identity'}
+    if have and validator:
+        headers |= {'Range': f'bytes={have}-', 'If-Range': validator}
+    with requests.get(url, stream=True, timeout=TIMEOUT, headers=headers) as response:
+        resumed = response.status_code == 206 and response.headers.get('Content-Range', '').startswith(f'bytes {have}-')
+        if response.status_code == 416 or (response.status_code == 206 and not resumed):
+            part.truncate(0)
+            raise requests.ConnectionError('the server does not have the part that is missing here')
+        response.raise_for_status()
+        if not resumed:
+            part.truncate(0)
+            have = 0
+        etag = response.headers.get('ETag', '')
+        validator = etag if etag and not etag.startswith('W/') else response.headers.get('Last-Modified')
+        util.write_json(part.name + '.json', dict(url=url, validator=validator))
+        # A compressed transfer has fewer bytes on the way than in the file: then the length says nothing.
+        size = int(response.headers.get('Content-Length') or 0) if not response.headers.get('Content-Encoding') else 0
+        total = have + size if size else None
+        with tqdm.tqdm(total=total, initial=have, unit='B', unit_scale=True,
+                       desc=f'Downloading {os.path.basename(part.name)[17:-5]}',
+                       disable=int(os.environ.get('RANK', 0)) > 0) as bar:
+            for block in response.iter_content(1 << 18):
+                part.write(block)
+                bar.update(len(block))
+        os.fsync(part.fileno())
+        if total and _size(part.name) != total:
+            raise requests.ConnectionError(f'{_size(part.name)} of {total} bytes came')
+
+
+def _size(path) -> int:
+    return os.path.getsize(path) if os.path.isfile(path) else 0
+
+
+def _read_validator(part) -> str | None:
+    try:
+        with open(part + '.json') as file:
+            return json.load(file).get('validator')
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _reason(error: Exception) -> str:

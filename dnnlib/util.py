@@ -16,11 +16,12 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def atomic_path(dest: str, suffix: str = ''):
+def atomic_path(dest: str, suffix: str = '', sync: bool = True):
     """Yields a temporary path beside `dest`, and renames it to `dest` once the block has succeeded.
 
     On any exception the temporary file or folder is removed and `dest` stays as it was,
-    so no reader ever sees half of a file. Parent folders are made.
+    so no reader ever sees half of a file. Parent folders are made. `sync=False` does not wait until the bytes are on
+    the disk: for large files that can be made again if the power fails.
     """
     dest = os.path.abspath(dest)
     folder = os.path.dirname(dest)
@@ -33,8 +34,9 @@ def atomic_path(dest: str, suffix: str = ''):
             umask = os.umask(0)
             os.umask(umask)
             os.chmod(temp, 0o666 & ~umask)  # mkstemp makes private files
-            with open(temp, 'rb+') as f:
-                os.fsync(f.fileno())
+            if sync:
+                with open(temp, 'rb+') as f:
+                    os.fsync(f.fileno())
         elif os.path.isdir(dest) and not os.path.islink(dest):
             shutil.rmtree(dest)
         os.replace(temp, dest)

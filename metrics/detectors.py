@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from dnnlib import UserError
 from dnnlib.url import download
 from metrics.inception import InceptionV3
-from torch_utils import distributed, foreign, torchscript
+from torch_utils import distributed, files
 
 INCEPTION_URL = ('https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/'
                  'pt_inception-2015-12-05-6726825d.pth')
@@ -156,22 +156,14 @@ def read_tensors(path: str, option: str) -> dict[str, torch.Tensor]:
     if not os.path.isfile(path):
         raise UserError(f'{option}={path}: no such file')
     try:
-        if torchscript.is_torchscript(path):
-            return torchscript.read_tensors(path)
-        with open(path, 'rb') as file:
-            head = file.read(9)
-        if head[8:] == b'{':
-            import safetensors.torch
-            return safetensors.torch.load_file(path)
-        state = torch.load(path, map_location='cpu', weights_only=True)
-    except foreign.ForeignPickleError as error:
-        raise UserError(f'{option}={path}: not a file of weights ({error})') from None
-    except Exception:  # pickle, zip, torch and safetensors all have errors of their own for foreign files
-        raise UserError(f'{option}={path}: neither a state dictionary (torch, safetensors) nor a TorchScript archive, '
-                        'or damaged') from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f'{option}={path}: not a dictionary of weights by name')
-    return dict(state)
+        found = files.identify(path)
+    except UserError as error:
+        raise UserError(f'{option}={path}: neither a state dictionary (torch, safetensors) nor a TorchScript archive, or '
+                        f'damaged ({str(error).removeprefix(path + ": ")})') from None
+    if found.kind not in ('weights', 'torchscript'):
+        raise UserError(f'{option}={path}: neither a state dictionary (torch, safetensors) nor a TorchScript archive, but '
+                        f'{found.what}')
+    return dict(found.state)
 
 
 def load_state(net: torch.nn.Module, state: dict, path: str):

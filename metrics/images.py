@@ -12,6 +12,7 @@ import torch
 from dnnlib import UserError
 from torch_utils import distributed
 from training.data.dataset import ImageDataset, class_index, subset
+from training.data.npz import map_array
 
 
 class NpzImages:
@@ -25,7 +26,7 @@ class NpzImages:
     def __init__(self, path: str):
         self.path = self.name = path
         try:
-            self._array = self._map('arr_0.npy')
+            self._array = map_array(path, 'arr_0')
             if self._array is None:
                 with np.load(path, allow_pickle=False) as z:
                     self._array = z['arr_0']
@@ -39,25 +40,6 @@ class NpzImages:
         if self.label_ids is not None and self.label_ids.shape != shape[:1]:
             raise UserError(f'{path}: arr_1 has shape {list(self.label_ids.shape)}, but there are {shape[0]} images')
         self.has_labels = self.label_ids is not None
-
-    def _map(self, name: str):
-        """The array as a memory map of the file, None if it is compressed."""
-        with zipfile.ZipFile(self.path) as z:
-            info = z.getinfo(name)
-            if info.compress_type != zipfile.ZIP_STORED:
-                return None
-            with z.open(info) as file:
-                version = np.lib.format.read_magic(file)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, fortran, dtype = read(file)
-                header = file.tell()
-        with open(self.path, 'rb') as file:  # the local header has lengths of its own
-            file.seek(info.header_offset + 26)
-            lengths = np.frombuffer(file.read(4), '<u2')
-        offset = info.header_offset + 30 + int(lengths.sum()) + header
-        if dtype.hasobject:
-            raise ValueError('arr_0 holds objects')
-        return np.memmap(self.path, dtype, 'r', offset, shape, order='F' if fortran else 'C')
 
     def __len__(self):
         return len(self._array)

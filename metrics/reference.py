@@ -13,7 +13,6 @@ Read as well: EDM2's `.pkl` ({'fid': {'mu', 'sigma'}, 'fd_dinov2': ...} of numpy
 import dataclasses
 import json
 import os
-import zipfile
 
 import numpy as np
 import torch
@@ -22,9 +21,9 @@ from dnnlib import UserError
 from dnnlib.url import download
 from dnnlib.util import atomic_path
 from metrics.statistics import Gaussian
-from torch_utils import foreign
+from torch_utils import files
 
-FORMAT = 'feature-statistics-1'
+FORMAT = files.STATISTICS_FORMAT
 
 # EDM's and guided diffusion's names of mean and covariance.
 _FLAT = {'fid': ('mu', 'sigma'), 'sfid': ('mu_s', 'sigma_s')}
@@ -70,55 +69,29 @@ def save_reference(dest: str, reference: Reference):
             torch.save({'format': FORMAT, **tensors, 'meta': reference.meta}, temp)
 
 
-def load_reference(path: str) -> Reference:
+def load_reference(path: str, sha256: str | None = None) -> Reference:
     """Opens reference statistics (file or URL), or a folder, zip or .npz of pictures as a reference to be measured.
 
-    What a file is, its content decides. No code from it is run. Raises UserError that names the file otherwise.
+    What a file is, its content decides. No code from it is run. `sha256` is what a download must have. Raises UserError
+    that names the file otherwise.
     """
-    local = download(path)
+    local = download(path, sha256=sha256)
     if not os.path.exists(local):
         raise UserError(f'--ref={path}: no such file; make it with calculate_metrics.py ref')
-    if os.path.isdir(local):
-        return Reference(path, images=local)
-    with open(local, 'rb') as file:
-        head = file.read(4)
     try:
-        if head[:1] == b'\x80':
-            return _from_nested(path, _read_pickle(local))
-        if head == b'PK\x03\x04':
-            with zipfile.ZipFile(local) as z:
-                names = z.namelist()
-            if any(name.endswith('/data.pkl') for name in names):
-                return _from_nested(path, torch.load(local, map_location='cpu', weights_only=True))
-            if all(name.endswith('.npy') for name in names):
-                return _read_npz(path, local)
+        found = files.identify(local)
+        if found.kind in ('images', 'folder'):
             return Reference(path, images=local)
-    except UserError:
-        raise
-    except Exception as error:  # pickle, zip, numpy and torch all have errors of their own for damaged files
-        raise UserError(f'--ref={path}: damaged or not reference statistics ({" ".join(str(error).split())[:120]})') from None
-    raise UserError(f'--ref={path}: not reference statistics (.pkl, .npz) and not images (folder, .zip, .npz)')
-
-
-def _read_pickle(path):
-    def arrays(value):
-        if isinstance(value, foreign.NumpyArray):
-            return value.array()
-        if isinstance(value, dict):
-            return {str(key): arrays(item) for key, item in value.items()}
-        return value
-
-    allowed = foreign.NUMPY_ARRAYS | {
-        (module, '_frombuffer'): _from_buffer for module in ('numpy.core.numeric', 'numpy._core.numeric')}
-    with open(path, 'rb') as file:
-        return arrays(foreign.load(file, allowed, encoding='latin1'))
-
-
-def _from_buffer(data, dtype, shape, order):
-    """Stand-in for the function that makes arrays in pickles of protocol 5."""
-    array = foreign.NumpyArray()
-    array.__setstate__((1, shape, dtype, order == 'F', bytes(data)))
-    return array
+        if isinstance(found.content, files.NpzArrays):
+            return _read_npz(path, found.content)
+        if found.kind == 'statistics':
+            return _from_nested(path, found.content)
+    except UserError as error:
+        raise UserError(f'--ref={path}: not reference statistics (.pkl, .npz) and not images (folder, .zip, .npz), or '
+                        f'damaged: {str(error).removeprefix(local + ": ").removeprefix(f"--ref={path}: ")}') from None
+    except Exception as error:  # NumPy and zip have errors of their own for damaged arrays
+        raise UserError(f'--ref={path}: damaged ({" ".join(str(error).split())[:120]})') from None
+    raise UserError(f'--ref={path}: it is a {found.what}, not reference statistics')
 
 
 def _from_nested(path, content) -> Reference:
@@ -134,24 +107,28 @@ def _from_nested(path, content) -> Reference:
     return _checked(reference)
 
 
-def _read_npz(path, local) -> Reference:
-    reference = Reference(path)
-    with np.load(local, allow_pickle=False) as z:
-        for space in {key.split('/')[0] for key in z.files if '/' in key}:
-            _add(reference, space, {key: z[f'{space}/{key}'] for key in ('mu', 'sigma', 'num', 'features')
-                                    if f'{space}/{key}' in z.files})
-        for space, (mu, sigma) in _FLAT.items():
-            if {mu, sigma} <= set(z.files):
-                _add(reference, space, {'mu': z[mu], 'sigma': z[sigma]})
-        if 'meta' in z.files:
-            reference.meta = json.loads(str(z['meta']))
-        if 'arr_0' in z.files:
-            reference.images = local
+def _read_npz(path, arrays) -> Reference:
+    reference, names = Reference(path), arrays.descriptions.keys()
+    for space in sorted({key.split('/')[0] for key in names if '/' in key}):
+        _add(reference, space, {key: arrays[f'{space}/{key}'] for key in ('mu', 'sigma', 'num', 'features')
+                                if f'{space}/{key}' in names})
+    for space, (mu, sigma) in _FLAT.items():
+        if {mu, sigma} <= names:
+            _add(reference, space, {'mu': arrays[mu], 'sigma': arrays[sigma]})
+    if 'meta' in names:
+        reference.meta = json.loads(str(arrays['meta']))
+    if 'arr_0' in names:
+        reference.images = arrays.path
     return _checked(reference)
 
 
 def _add(reference: Reference, space: str, values: dict):
-    mu, sigma = (np.asarray(values[key], dtype=np.float64) for key in ('mu', 'sigma'))
+    if not {'mu', 'sigma'} <= values.keys():
+        raise UserError(f'--ref={reference.path}: {space} has no mu and sigma')
+    try:
+        mu, sigma = (np.asarray(values[key], dtype=np.float64) for key in ('mu', 'sigma'))
+    except (TypeError, ValueError):
+        raise UserError(f'--ref={reference.path}: mu and sigma of {space} are no arrays of numbers') from None
     if mu.ndim != 1 or sigma.shape != mu.shape * 2:
         raise UserError(f'--ref={reference.path}: {space} has mu {list(mu.shape)} and sigma {list(sigma.shape)} '
                         'instead of [D] and [D, D]')

@@ -515,23 +515,23 @@ class _Evil:
 def test_foreign_pickles_run_nothing(value):
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         with pytest.raises(foreign.ForeignPickleError, match='not allowed'):
-            foreign.load(io.BytesIO(pickle.dumps(value, protocol)), foreign.NUMPY_ARRAYS)
+            foreign.load(pickle.dumps(value, protocol), foreign.NUMPY_ARRAYS)
     assert not os.path.exists('/tmp/evil_pickle_ran')
 
 
 def test_foreign_pickles_cannot_change_the_reader():
     state = b'\x80\x02cnumpy.core.multiarray\n_reconstruct\n}U\x01xU\x01ysb.'  # sets an attribute of an allowed function
-    with pytest.raises(foreign.ForeignPickleError, match='change a function'):
-        foreign.load(io.BytesIO(state), foreign.NUMPY_ARRAYS)
+    with pytest.raises(foreign.ForeignPickleError, match='tries to change'):
+        foreign.load(state, foreign.NUMPY_ARRAYS)
     for damaged in (b'', b'\x80\x02', b'nonsense', pickle.dumps({'a': 1})[:-3]):
         with pytest.raises(foreign.ForeignPickleError):
-            foreign.load(io.BytesIO(damaged), foreign.NUMPY_ARRAYS)
+            foreign.load(damaged, foreign.NUMPY_ARRAYS)
 
 
 @pytest.mark.parametrize('array', [np.arange(6, dtype=np.uint8).reshape(2, 3), np.arange(6, dtype='>f4').reshape(2, 3).T,
                                    np.zeros(3, bool), np.array(5.0)], ids=str)
 def test_foreign_arrays(array):
     for protocol in range(2, 5):
-        out = foreign.load(io.BytesIO(pickle.dumps({'x': array}, protocol)), foreign.NUMPY_ARRAYS)['x'].array()
+        out = foreign.load(pickle.dumps({'x': array}, protocol), foreign.NUMPY_ARRAYS)['x'].array()
         assert out.dtype == array.dtype
         np.testing.assert_array_equal(out, array)

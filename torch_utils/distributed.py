@@ -6,6 +6,7 @@ Rank and world size come from the environment of the launcher; no MPI library is
 import contextlib
 import datetime
 import os
+import signal
 import socket
 
 import torch
@@ -46,6 +47,34 @@ def init():
         torch.distributed.init_process_group(
             'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo', timeout=datetime.timedelta(hours=2))
         _host_group = torch.distributed.new_group(backend='gloo')
+
+
+def launch(function, args: tuple, processes: int) -> int:
+    """Runs function(*args) in so many new processes of this machine, which find each other in `init`.
+
+    `function` and `args` can be pickled. SIGTERM and SIGINT are passed on. Returns 0, or the exit status of the process that
+    failed first, after which the others are ended.
+    """
+    from torch import multiprocessing
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    children = multiprocessing.start_processes(_launched, (function, args, processes, port), processes, join=False,
+                                               start_method='spawn')
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda number, frame: [os.kill(pid, number) for pid in children.pids()])
+    try:
+        while not children.join():
+            pass
+    except multiprocessing.ProcessExitedException as error:
+        return error.exit_code if error.exit_code > 0 else 1
+    return 0
+
+
+def _launched(rank, function, args, processes, port):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR='127.0.0.1',
+                      MASTER_PORT=str(port))
+    function(*args)
 
 
 def _master_addr() -> str:

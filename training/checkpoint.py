@@ -3,6 +3,8 @@
 import os
 import re
 
+import torch
+
 from dnnlib import UserError
 from training.snapshot import read_state, write_state
 
@@ -30,6 +32,19 @@ def read_checkpoint(path: str) -> dict:
 def newest_kimg(folder: str) -> int:
     """Thousands of images in the name of the newest checkpoint, -1 if there is none."""
     return max((int(match[1]) for match in map(_NAME.fullmatch, os.listdir(folder)) if match), default=-1)
+
+
+def load_optimizer(optimizer, state: dict):
+    """optimizer.load_state_dict, with every tensor in the memory order of its parameter.
+
+    Fused optimizers on the CPU walk through memory, not through indices: a state that was saved when the weights had another
+    order (channels first or last) would be taken for that of other elements.
+    """
+    optimizer.load_state_dict(state)
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def load_newest(folder: str, report=print) -> dict | None:

@@ -12,7 +12,7 @@ from training import checkpoint
 
 
 @contextlib.contextmanager
-def locked(run_dir: str):
+def locked(run_dir: str, doing: str = 'training'):
     """Keeps other processes from training in an existing folder; the system drops the lock when a process dies.
 
     Raises UserError if another process has it. File systems without locks are let pass.
@@ -22,7 +22,7 @@ def locked(run_dir: str):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f'{run_dir}: another process is training there; wait for it, or choose another folder') from None
+            raise UserError(f'{run_dir}: another process is {doing} there; wait for it, or choose another folder') from None
         except OSError:
             pass
         yield

@@ -8,17 +8,18 @@ precision by default, buffers as they are), `encoder`, `dataset` (description of
 
 import dataclasses
 import os
-import zipfile
+import sys
 
 import torch
 
-from dnnlib import UserError
+from dnnlib import UserError, url
 from dnnlib.util import atomic_path
-from torch_utils import foreign, persistence
+from torch_utils import architecture, files, persistence, torchfile
+from torch_utils.foreign import ForeignPickleError
 from training import encoders
-from training.networks import build_network
+from training.networks import check_arguments, rebuild_network
 
-FORMAT = 'diffusion-snapshot-1'
+FORMAT = files.SNAPSHOT_FORMAT
 _VAE_SETTINGS = ('vae_name', 'raw_mean', 'raw_std', 'final_mean', 'final_std')
 
 
@@ -44,7 +45,7 @@ def save_snapshot(path, net, *, encoder, dataset, recipe, nimg, ema_std=None, dt
              for name, value in net.state_dict().items()}
     write_state(path, {
         'format': FORMAT,
-        'network': {'class_name': type(net).__name__, 'kwargs': net.init_kwargs},
+        'network': {'class_name': net.class_name, 'kwargs': net.init_kwargs},
         'state': state, 'encoder': encoder.config(), 'dataset': dataset, 'recipe': recipe,
         'nimg': int(nimg), 'ema_std': ema_std,
     })
@@ -61,66 +62,110 @@ def read_state(path: str) -> dict:
     if not os.path.isfile(path):
         raise UserError(f'{path}: no such file')
     try:
-        # mmap: the weights are read when they are used; only torch's zip format allows it.
-        return torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # pickle, zip and torch all have errors of their own for broken and foreign files
-        reason = str(error).strip().split('\n')[0][:200]
-        raise UserError(f'{path}: not a file of plain tensors written by this project, or damaged ({reason})') from None
+        # Weights are read when they are used.
+        return torchfile.read(path)
+    except ForeignPickleError as error:
+        raise UserError(f'{path}: not a file of plain tensors written by this project, or damaged ({error})') from None
 
 
 def read_snapshot(path: str) -> dict:
     """The dictionary of a snapshot file, as `save_snapshot` wrote it."""
-    state = read_state(path)
-    if not isinstance(state, dict) or state.get('format') != FORMAT:
-        raise UserError(f'{path}: not a network snapshot (format {FORMAT})')
-    return state
+    found = files.identify(path)
+    if found.kind not in ('snapshot', 'safetensors'):
+        raise UserError(f'{path}: not a network snapshot (format {FORMAT}) but {found.what}')
+    return found.content
 
 
 def restore(state: dict, path: str, device='cpu') -> Snapshot:
     """Builds the network and the encoder that a snapshot's dictionary describes."""
-    net = build_network(state['network']['class_name'], **state['network']['kwargs'])
+    weights = torchfile.state_of(state['state'], sys.maxsize)
+    net = rebuild_network(state['network']['class_name'], state['network']['kwargs'], weights, path).to(device)
     try:
-        net.load_state_dict(state['state'])
-    except RuntimeError as error:
-        raise UserError(f'{path}: weights do not fit the network ({str(error).splitlines()[-1].strip()})') from None
-    net = net.eval().requires_grad_(False).to(device)
+        check_arguments(state['encoder'])
+    except ValueError as error:
+        raise UserError(f'{path}: its encoder is malformed ({error})') from None
     return Snapshot(net, encoders.make_encoder(state['encoder']), state['dataset'], state['recipe'],
                     state['nimg'], state['ema_std'])
 
 
-def restore_foreign(path: str, device='cpu') -> Snapshot:
-    """A network of EDM or EDM2 from its pickle, built with this project's classes; the file's source is never run."""
+def restore_foreign(found: files.Found, device='cpu') -> Snapshot:
+    """The network of a pickle of EDM or EDM2, built with this project's classes; the file's source is never run."""
+    path, ema, encoder = found.path, found.content['ema'], found.content.get('encoder')
     try:
-        content = persistence.read(path)
-        ema, encoder = content['ema'], content.get('encoder')
-        net = build_network(ema.class_name, **ema.kwargs)
-        net.load_state_dict(persistence.state_dict(ema))
-    except (foreign.ForeignPickleError, RuntimeError) as error:
-        raise UserError(f'{path}: {str(error).splitlines()[-1].strip()}') from None
-    config = {'name': 'rgb'}
-    if encoder is not None and encoder.class_name == 'StabilityVAEEncoder':
-        config = {'name': 'sd-vae'} | {key: encoder.kwargs[key] for key in _VAE_SETTINGS if key in encoder.kwargs}
-    elif encoder is not None and encoder.class_name != 'StandardRGBEncoder':
-        raise UserError(f'{path}: unknown encoder {encoder.class_name}')
-    trained_on = content.get('dataset_kwargs') or {}
-    dataset = {'name': os.path.basename(str(trained_on.get('path', ''))).removesuffix('.zip'), 'label_dim': net.label_dim}
-    return Snapshot(net.eval().requires_grad_(False).to(device), encoders.make_encoder(config), dataset)
+        net = rebuild_network(ema.class_name, ema.kwargs, found.state, path)
+        config = {'name': 'rgb'}
+        kind = encoder.class_name if isinstance(encoder, persistence.Persistent) else None
+        if kind == 'StabilityVAEEncoder':
+            config = {'name': 'sd-vae'} | {key: encoder.kwargs[key] for key in _VAE_SETTINGS if key in encoder.kwargs}
+            check_arguments(config)
+        elif encoder is not None and kind != 'StandardRGBEncoder':
+            raise ValueError(f'unknown encoder {kind}')
+    except (ForeignPickleError, ValueError) as error:
+        raise UserError(f'{path}: {error}') from None
+    trained_on = found.content.get('dataset_kwargs')
+    name = trained_on.get('path') if isinstance(trained_on, dict) else None
+    name = os.path.basename(name[:1000]).removesuffix('.zip') if isinstance(name, str) else ''
+    return Snapshot(net.to(device), encoders.make_encoder(config), {'name': name, 'label_dim': net.label_dim})
 
 
-def load_snapshot(path: str, device='cpu') -> Snapshot:
-    """Opens `path`: a snapshot of this project, or of EDM or EDM2, from a file or URL; or `optimal:DATASET`, the
-    closed-form denoiser of a data set."""
+def restore_weights(found: files.Found, options: dict | None = None, device='cpu') -> Snapshot:
+    """The network of a state dict of guided diffusion, class-balancing diffusion or a wide residual network.
+
+    Its arguments follow from names and shapes (see torch_utils.architecture); `options` sets those that do not. The
+    first two become denoisers (training.networks.discrete). What was assumed is in `recipe['assumed']`.
+    """
+    path = found.path
+    try:
+        made = architecture.infer(found.state, options)
+    except ForeignPickleError as error:
+        raise UserError(f'{path}: {error}') from None
+    name, kwargs, state = made.class_name, made.kwargs, found.state
+    if made.diffusion is not None:
+        kwargs = dict(network=dict(class_name=name, **kwargs), diffusion=made.diffusion, clip=True,
+                      interpolate=name == 'ADMUNet')
+        name, state = 'DiscreteDenoiser', {f'model.{key}': value for key, value in state.items()}
+    net = rebuild_network(name, kwargs, state, path).to(device)
+    dataset = {'name': '', 'label_dim': getattr(net, 'label_dim', 0)}
+    return Snapshot(net, encoders.make_encoder({'name': 'rgb'}), dataset, dict(source=os.path.basename(path), **{
+        key: value for key, value in dict(weights=found.weights, assumed=made.assumed).items() if value}))
+
+
+def load_snapshot(path: str, device='cpu', sha256: str | None = None, options: dict | None = None,
+                  weights: str | None = None) -> Snapshot:
+    """Opens a network from a file, folder or URL, whatever made it: its content decides what it is.
+
+    Snapshots of this project (.pkl, safetensors with JSON, diffusers folder), pickles of EDM and EDM2, state dicts of
+    guided diffusion, checkpoints of class-balancing diffusion, wide residual networks; or `optimal:DATASET`, the
+    closed-form denoiser of a data set. `sha256` is what a download must have; `options` and `weights` are for state
+    dicts (see `restore_weights` and `files.identify`). Raises UserError with one line that names the file.
+    """
     if path.startswith('optimal:'):
         from training.data.dataset import ImageDataset
         from training.networks.optimal import optimal_denoiser
         dataset = ImageDataset(path.removeprefix('optimal:'))
         return Snapshot(optimal_denoiser(dataset, device), encoders.make_encoder({'name': 'rgb'}), dataset.description())
-    if '://' in path:
-        from dnnlib.url import download
-        path = download(path)
-    if os.path.isfile(path) and not zipfile.is_zipfile(path):  # snapshots of this project are zips of torch.save
-        return restore_foreign(path, device)
-    return restore(read_snapshot(path), path, device)
+    found = files.identify(url.download(path, sha256=sha256), weights)
+    if options and found.kind != 'weights':
+        raise UserError(f'{path} describes its own network; leave out {", ".join(options)}')
+    if found.kind in ('snapshot', 'safetensors'):
+        return restore(found.content, path, device)
+    if found.kind == 'edm':
+        return restore_foreign(found, device)
+    if found.kind == 'weights':
+        return restore_weights(found, options, device)
+    raise UserError(f'{path} holds no network; it is {_an(found.what)}')
+
+
+def load_denoiser(path: str, device='cpu', **options) -> Snapshot:
+    """`load_snapshot` of a network that makes images; raises UserError for a classifier."""
+    snapshot = load_snapshot(path, device, **options)
+    if not hasattr(snapshot.net, 'img_channels'):
+        raise UserError(f'{path} holds a classifier, which makes no images; give the snapshot of a diffusion model')
+    return snapshot
+
+
+def _an(text: str) -> str:
+    return f'{"an" if text[0] in "aeiou" else "a"} {text}'
 
 
 def copy_weights(source: torch.nn.Module, net: torch.nn.Module, path: str) -> tuple[int, int]:

@@ -21,6 +21,7 @@ import dnnlib
 from dnnlib.util import UserError
 
 JSON_NAME = 'dataset.json'
+JSON_BYTES, JSON_BYTES_PER_FILE = 16 << 20, 64 << 10  # what dataset.json may have, so that none fills the memory
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
@@ -107,7 +108,7 @@ class ArchiveReader:
         """Bytes of file `names[index]`. Raises UserError that names it if it cannot be read or is damaged."""
         try:
             if not self.is_zip:
-                with open(os.path.join(self.path, self.names[index]), 'rb') as file:
+                with open(os.path.join(self.path, self.names[index]), 'rb', buffering=0) as file:
                     return file.read()
             if self._file is None:
                 self._file = open(self.path, 'rb')
@@ -132,9 +133,12 @@ class ArchiveReader:
         index = self.find(JSON_NAME)
         if index < 0:
             return {}
+        if self.size(index) > JSON_BYTES + JSON_BYTES_PER_FILE * len(self.names):
+            raise UserError(f'{self.where(index)} has {self.size(index)} bytes for {len(self.names) - 1} files, which is far '
+                            'too many; make it again')
         try:
             value = json.loads(self.read(index))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f'{self.where(index)} is no valid JSON ({error})') from None
         if not isinstance(value, dict):
             raise UserError(f'{self.where(index)} must hold an object with "labels"')
@@ -224,6 +228,33 @@ class _StoredZip:
         self.offset += len(header) + size
         self.count += 1
 
+    def add_alike(self, names: list[str], files: np.ndarray):
+        """Adds the rows of `files`, uint8 [n,bytes], under names of one length: the same bytes as `add` for each."""
+        count, size = files.shape
+        raw = [name.encode() for name in names]
+        length = 30 + len(raw[0]) + size
+        if self.offset + count * length >= self.limit or len({*map(len, raw)}) > 1 or count < 2:
+            for name, data in zip(names, files, strict=True):
+                self.add(name, data.tobytes())
+            return
+        start, local, central = self.offset, np.empty((count, length), np.uint8), len(self.directory)
+        self.add(names[0], files[0].tobytes())  # what the headers of all have in common
+        header = struct.pack('<4s5H3I2H', b'PK\3\4', 20, 0x800, 0, 0, 0x21, 0, size, size, len(raw[0]), 0)
+        local[:, :30] = np.frombuffer(header, np.uint8)
+        local[:, 30:30 + len(raw[0])] = np.frombuffer(b''.join(raw), np.uint8).reshape(count, -1)
+        local[:, 30 + len(raw[0]):] = files
+        crc = np.fromiter(map(zlib.crc32, local[:, 30 + len(raw[0]):]), '<u4', count).view(np.uint8).reshape(count, 4)
+        local[:, 14:18] = crc
+        directory = np.tile(np.frombuffer(self.directory[central:], np.uint8), (count, 1))
+        directory[:, 16:20] = crc
+        offsets = np.arange(start, start + count * length, length, dtype=np.int64).astype('<u4')
+        directory[:, 42:46] = offsets.view(np.uint8).reshape(count, 4)
+        directory[:, 46:] = local[:, 30:30 + len(raw[0])]
+        self.directory += directory[1:].tobytes()
+        self.file.write(local[1:])
+        self.offset += (count - 1) * length
+        self.count += count - 1
+
     def close(self):
         size, start, end = len(self.directory), self.offset, b''
         if self.count >= 0xFFFF or start >= self.limit or size >= self.limit:
@@ -274,6 +305,14 @@ class ArchiveWriter:
             self._made.add(folder)
         with open(os.path.join(self._temp, name), 'wb') as file:
             file.write(data)
+
+    def add_alike(self, names: list[str], files: np.ndarray):
+        """Adds files of one size, the rows of uint8 [n,bytes], at once."""
+        if self.is_zip:
+            self._zip.add_alike(names, files)
+            return
+        for name, data in zip(names, files, strict=True):
+            self.add(name, data.tobytes())
 
     def add_description(self, description: dict):
         """Adds dataset.json; `description['labels']` is a list of [name, label] or None."""

@@ -15,7 +15,7 @@ import tqdm
 
 from dnnlib.util import UserError
 from training.data.archive import ArchiveWriter, image_name
-from training.data.image_io import BadImage, encode_png
+from training.data.image_io import BadImage, encode_pngs
 from training.data.sources import Source
 from training.data.transforms import make_transform
 
@@ -124,12 +124,18 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
         _check_shape(f'--resolution={width}x{height}', width, width if transform == 'center-crop-wide' else height)
     kept, skipped, shape, rejected = [], [], None, 0
     results = _convert_all(_Job(source, (transform, width, height)), selection.indices, _worker_count(workers))
-    with ArchiveWriter(dest, overwrite) as out, contextlib.closing(results):
-        progress = tqdm.tqdm(results, total=len(selection), unit='image', delay=2, disable=None)
-        for position, result in enumerate(progress):
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(ArchiveWriter(dest, overwrite))
+        stack.enter_context(contextlib.closing(results))
+        progress = stack.enter_context(tqdm.tqdm(total=len(selection), unit='image', delay=2, disable=None))
+        position = 0
+        for result in results:
             where = source.where(int(selection.indices[position]))
-            if result is None:
-                rejected += 1
+            positions = range(position, position + (result.count if isinstance(result, (_Rejected, _Alike)) else 1))
+            position = positions.stop
+            progress.update(len(positions))
+            if isinstance(result, _Rejected):
+                rejected += result.count
                 continue
             if isinstance(result, _Damaged):
                 message = result.message if where in result.message else f'{where}: {result.message}'
@@ -137,15 +143,14 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
                     raise UserError(f'{message}; mend it, or leave such files out with --skip-corrupt')
                 skipped.append(message)
                 continue
-            png, new_shape = result
             if shape is None:
-                shape = new_shape
+                shape = result.shape
                 _check_shape(where, shape[1], shape[0])
-            if new_shape != shape:
-                raise UserError(f'{where} gives {new_shape[1]}x{new_shape[0]} pixels, but images before it '
+            if result.shape != shape:
+                raise UserError(f'{where} gives {result.shape[1]}x{result.shape[0]} pixels, but images before it '
                                 f'{shape[1]}x{shape[0]}; give --resolution=WxH (and a --transform)')
-            out.add(image_name(position), png)
-            kept.append(position)
+            out.add_alike([image_name(i) for i in positions], result.files)
+            kept.extend(positions)
         if shape is None:
             raise UserError(f'--source={source.name}: none of {len(selection)} images is left '
                             f'({rejected} rejected by --transform={transform}, {len(skipped)} damaged)')
@@ -176,7 +181,28 @@ def _check_shape(where: str, width: int, height: int):
 
 @dataclasses.dataclass
 class _Damaged:
+    """A picture that cannot be used."""
+
     message: str
+
+
+@dataclasses.dataclass
+class _Rejected:
+    """Pictures that the transform does not want."""
+
+    count: int = 1
+
+
+@dataclasses.dataclass
+class _Alike:
+    """Converted pictures: PNG files of one size, uint8 [n,bytes], and their (height, width)."""
+
+    files: np.ndarray
+    shape: tuple
+
+    @property
+    def count(self):
+        return len(self.files)
 
 
 class _Job:
@@ -186,13 +212,20 @@ class _Job:
         self.source, self.transform = source, transform  # the arguments of make_transform: functions cannot be pickled
 
     def convert(self, indices):
-        """For each index a (PNG, shape) pair, None for a rejected picture, or _Damaged."""
+        """What became of the pictures, in order: one result for each, or one for all where they are alike."""
         function = make_transform(*self.transform)
+        try:
+            pictures = self.source.read_alike(indices)
+        except UserError:  # one of them cannot be read: which, the loop below tells
+            pictures = None
+        if pictures is not None:
+            pixels = function(pictures)
+            return [_Rejected(len(indices)) if pixels is None else _Alike(encode_pngs(pixels), pixels.shape[1:3])]
         out = []
         for index in indices:
             try:
                 pixels = function(self.source.read(int(index)))
-                out.append(None if pixels is None else (encode_png(pixels), pixels.shape[:2]))
+                out.append(_Rejected() if pixels is None else _Alike(encode_pngs(pixels[None]), pixels.shape[:2]))
             except (BadImage, UserError) as error:
                 out.append(_Damaged(str(error)))
         return out
@@ -247,7 +280,7 @@ def _chunk_size(job, indices) -> int:
     """Images of a chunk: as many as the first readable one fits into CHUNK_BYTES, from 1 to 256."""
     for index in indices[:8]:
         result = job.convert([index])[0]
-        if isinstance(result, tuple):
-            height, width = result[1]
+        if isinstance(result, _Alike):
+            height, width = result.shape
             return int(np.clip(CHUNK_BYTES // (3 * height * width), 1, 256))
     return 16

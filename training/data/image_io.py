@@ -17,6 +17,7 @@ _FORMATS = ('PNG', 'JPEG', 'MPO', 'BMP', 'DIB', 'GIF', 'TIFF', 'WEBP', 'PPM', 'T
 _formats = []
 
 _SIGNATURE = b'\x89PNG\r\n\x1a\n'
+_STORED = 0xFFFF  # bytes of an uncompressed block of zlib at most
 
 
 class BadImage(Exception):
@@ -34,20 +35,56 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 def encode_png(pixels: np.ndarray) -> bytes:
     """PNG file of uint8 pixels [H,W,3] (or [H,W] gray), uncompressed: fast to write and to read, inside zips too."""
-    height, width = pixels.shape[:2]
-    rows = np.zeros((height, 1 + pixels[0].size), dtype=np.uint8)  # each row starts with filter type 0
-    rows[:, 1:] = pixels.reshape(height, -1)
-    header = struct.pack('>IIBBBBB', width, height, 8, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
-    return _SIGNATURE + _chunk(b'IHDR', header) + _chunk(b'IDAT', zlib.compress(rows, 0)) + _chunk(b'IEND', b'')
+    return encode_pngs(pixels[None]).tobytes()
 
 
-def _decode_plain_png(data: bytes) -> np.ndarray | None:
-    """Pixels of a PNG of 8-bit RGB or gray without filters, as `encode_png` writes it; None for all others."""
-    if data[:8] != _SIGNATURE or data[12:16] != b'IHDR':
+def encode_pngs(pixels: np.ndarray) -> np.ndarray:
+    """PNG files of uint8 images [n,H,W,3] (or [n,H,W] gray), uncompressed, one in each row of the result, uint8 [n,bytes].
+
+    All that does not depend on the pixels is laid out once for all images; checksums are what is left for each.
+    """
+    count, height, width = pixels.shape[:3]
+    row = 1 + pixels.shape[2] * (3 if pixels.ndim == 4 else 1)  # each row starts with filter type 0
+    size = height * row
+    starts = range(0, size, _STORED)
+    header = struct.pack('>IIBBBBB', width, height, 8, 2 if pixels.ndim == 4 else 0, 0, 0, 0)
+    head = _SIGNATURE + _chunk(b'IHDR', header) + struct.pack('>I', 2 + 5 * len(starts) + size + 4)
+    begin = len(head)  # of what the chunk's checksum covers: its name and the zlib stream of stored blocks
+    end = begin + 4 + 2 + 5 * len(starts) + size + 4
+    tail = _chunk(b'IEND', b'')
+    files = np.empty((count, end + 4 + len(tail)), dtype=np.uint8)
+    files[:, :begin] = np.frombuffer(head, np.uint8)
+    files[:, begin:begin + 6] = np.frombuffer(b'IDAT\x78\x01', np.uint8)
+    files[:, end + 4:] = np.frombuffer(tail, np.uint8)
+    rows = np.zeros((count, height, row), dtype=np.uint8)
+    rows[:, :, 1:] = pixels.reshape(count, height, -1)
+    raw = rows.reshape(count, size)
+    place = begin + 6
+    for start in starts:
+        length = min(_STORED, size - start)
+        block = struct.pack('<BHH', start + length == size, length, length ^ 0xFFFF)
+        files[:, place:place + 5] = np.frombuffer(block, np.uint8)
+        files[:, place + 5:place + 5 + length] = raw[:, start:start + length]
+        place += 5 + length
+    sums = np.fromiter(map(zlib.adler32, raw), dtype='>u4', count=count)
+    files[:, end - 4:end] = sums.view(np.uint8).reshape(count, 4)
+    sums = np.fromiter(map(zlib.crc32, files[:, begin:end]), dtype='>u4', count=count)
+    files[:, end:end + 4] = sums.view(np.uint8).reshape(count, 4)
+    return files
+
+
+def _header(data: bytes) -> tuple | None:
+    """(width, height, channels) of a PNG of 8-bit RGB or gray that is not interlaced; None for all others."""
+    if data[:8] != _SIGNATURE or data[12:16] != b'IHDR' or len(data) < 33:
         return None
     width, height, depth, color, compression, filters, interlace = struct.unpack_from('>IIBBBBB', data, 16)
     if depth != 8 or color not in (0, 2) or compression or filters or interlace:
         return None
+    return width, height, 3 if color == 2 else 1
+
+
+def _compressed(data: bytes) -> bytes | None:
+    """The zlib stream of a PNG that has nothing but IHDR, IDAT and IEND; None for all others."""
     place, parts, kind = 33, [], b''
     while place + 12 <= len(data):
         length, kind = struct.unpack_from('>I4s', data, place)
@@ -57,10 +94,61 @@ def _decode_plain_png(data: bytes) -> np.ndarray | None:
         place += 12 + length
     if kind != b'IEND' or not parts:
         return None
-    channels = 3 if color == 2 else 1
+    return parts[0] if len(parts) == 1 else b''.join(parts)
+
+
+def is_small_png(data: bytes, side: int = 64) -> bool:
+    """True if `decode_pngs` is the way to read this file and others like it."""
+    header = _header(data)
+    return header is not None and 0 < header[0] <= side and 0 < header[1] <= side
+
+
+def decode_pngs(files: list[bytes]) -> np.ndarray | None:
+    """Pixels uint8 [n,H,W,3] of PNG files that are alike: of one size, 8-bit RGB or gray, whole, and without anything that
+    changes pixels. None if they are not; then `decode_image` says what each of them is.
+
+    For pictures as small as CIFAR's, opening a file in an image library takes longer than decoding it.
+    """
+    header = _header(files[0])
+    if header is None:
+        return None
+    width, height, channels = header
+    row = 1 + width * channels
+    rows = np.zeros((len(files), height + 1, row), dtype=np.uint8)
+    for image, data in zip(rows, files, strict=True):
+        stream = _compressed(data) if data[:33] == files[0][:33] else None
+        if stream is None:
+            return None
+        try:
+            raw = zlib.decompressobj().decompress(stream, height * row + 1)
+        except zlib.error:
+            return None
+        if len(raw) != height * row:
+            return None
+        image[1:] = np.frombuffer(raw, np.uint8).reshape(height, row)
+    if rows[:, :, 0].any():  # filtered: decoded as one tall picture, with a row of zeros above each, as PNG supposes
+        mode = 'RGB' if channels == 3 else 'L'
+        try:
+            tall = PIL.Image.frombytes(mode, (width, len(files) * (height + 1)), zlib.compress(rows, 0), 'zip', mode, 0)
+        except (OSError, ValueError):
+            return None
+        rows = np.asarray(tall).reshape(len(files), height + 1, width, channels)
+    else:
+        rows = rows[:, :, 1:].reshape(len(files), height + 1, width, channels)
+    return rows[:, 1:] if channels == 3 else rows[:, 1:].repeat(3, axis=3)
+
+
+def _decode_plain_png(data: bytes) -> np.ndarray | None:
+    """Pixels of a PNG of 8-bit RGB or gray without filters, as `encode_png` writes it; None for all others."""
+    header, stream = _header(data), None
+    if header is not None:
+        stream = _compressed(data)
+    if stream is None:
+        return None
+    width, height, channels = header
     size = height * (1 + width * channels)
     try:
-        raw = zlib.decompressobj().decompress(parts[0] if len(parts) == 1 else b''.join(parts), size)
+        raw = zlib.decompressobj().decompress(stream, size)
     except zlib.error as error:
         raise BadImage(f'damaged PNG ({error})') from None
     if len(raw) != size:
@@ -85,7 +173,7 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
         image = image.convert('RGBA')
         page = PIL.Image.new('RGBA', image.size, (255, 255, 255, 255))
         image = PIL.Image.alpha_composite(page, image)
-    return image.convert('RGB')
+    return image if image.mode == 'RGB' else image.convert('RGB')  # convert would copy
 
 
 def decode_image(data: bytes) -> np.ndarray:
@@ -104,7 +192,7 @@ def decode_image(data: bytes) -> np.ndarray:
             warnings.simplefilter('ignore')  # large or oddly tagged pictures: they decode, or they raise
             with PIL.Image.open(io.BytesIO(data), formats=_formats) as image:
                 image.load()
-                image = PIL.ImageOps.exif_transpose(image)
+                PIL.ImageOps.exif_transpose(image, in_place=True)
                 return np.asarray(_to_rgb(image))
     except BadImage:
         raise

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dnnlib
+from torch_utils import architecture, foreign
 from training.networks.weights import load_weights, read_state_dict
 
 
@@ -104,10 +105,11 @@ def WideResNet(name: str = 'wrn-28-10', num_classes: int = 10, normalize_input: 
     return net
 
 
-def load_classifier(path: str, name: str = 'wrn-28-10', num_classes: int | None = None) -> nn.Module:
+def load_classifier(path: str, name: str | None = None, num_classes: int | None = None) -> nn.Module:
     """The classifier whose weights are in the file `path`, in evaluation mode, without gradients.
 
-    A data-parallel prefix is taken off, and a normalising layer is recognised by its names. Raises UserError naming
+    `name` None: depth and width follow from the weights. A data-parallel prefix is taken off, and a normalising layer is
+    recognised by its names. Raises UserError naming
     the file when weights are missing or of another shape, or the number of classes is not `num_classes`.
     """
     state = read_state_dict(path)
@@ -117,4 +119,9 @@ def load_classifier(path: str, name: str = 'wrn-28-10', num_classes: int | None 
         raise dnnlib.UserError(f'{path} does not hold the weights of a wide residual network (no fc.bias)')
     if num_classes is not None and len(bias) != num_classes:
         raise dnnlib.UserError(f'{path} is a classifier of {len(bias)} classes, not of {num_classes}')
+    if name is None:
+        try:
+            name = architecture.infer(state).kwargs['name']
+        except foreign.ForeignPickleError as error:
+            raise dnnlib.UserError(f'{path}: {error}') from None
     return load_weights(WideResNet(name, len(bias), normalized), state, path).eval().requires_grad_(False)

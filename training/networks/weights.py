@@ -5,26 +5,22 @@ import os
 import torch
 
 import dnnlib
+from torch_utils import files
 
 
 def read_state_dict(path: str) -> dict:
-    """The name -> tensor dictionary in a checkpoint file, without a data-parallel prefix `module.`.
+    """The name -> tensor dictionary in a checkpoint file, without a data-parallel prefix `module.`; half precision
+    becomes float32.
 
-    Takes a plain state dict, or one that a checkpoint holds under `model_state_dict`, `state_dict` or `model`.
-    Nothing in the file is executed. Raises UserError naming the file.
+    Takes a plain state dict, or one that a checkpoint holds under one of `files.WEIGHT_KEYS` (averaged weights first); in
+    files of torch or safetensors. Nothing in the file is executed. Raises UserError naming the file.
     """
     if not os.path.isfile(path):
         raise dnnlib.UserError(f'{path}: no such file')
-    try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:
-        raise dnnlib.UserError(f'{path} is not a checkpoint of plain tensors ({type(error).__name__})') from None
-    for key in ('model_state_dict', 'state_dict', 'model'):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not state or not all(torch.is_tensor(value) for value in state.values()):
-        raise dnnlib.UserError(f'{path} does not hold the weights of a network')
-    return {name.removeprefix('module.'): value for name, value in state.items()}
+    found = files.identify(path)
+    if found.kind != 'weights':
+        raise dnnlib.UserError(f'{path} does not hold the weights of a network alone; it is a {found.what}')
+    return found.state
 
 
 def load_weights(net: torch.nn.Module, state: dict, source: str) -> torch.nn.Module:
@@ -40,6 +36,7 @@ def load_weights(net: torch.nn.Module, state: dict, source: str) -> torch.nn.Mod
     for what, names in problems.items():
         if names:
             more = f' and {len(names) - 3} more' if len(names) > 3 else ''
-            raise dnnlib.UserError(f'{source} does not fit the network: it {what} {", ".join(names[:3])}{more}')
+            shown = ' '.join(', '.join(name[:100] for name in names[:3]).split())
+            raise dnnlib.UserError(f'{source} does not fit the network: it {what} {shown}{more}')
     net.load_state_dict(state)
     return net

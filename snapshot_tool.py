@@ -1,0 +1,104 @@
+"""Networks in files: what is inside, and conversion between the forms that others read."""
+
+import os
+
+import click
+
+from dnnlib import UserError, cli, url
+from torch_utils import files
+from training import export
+from training.data.archive import check_parent
+from training.snapshot import load_denoiser, load_snapshot
+
+
+def parse_setting(text: str) -> tuple[str, object]:
+    """'num_heads=4' -> ('num_heads', 4): a whole number, True or False, or text."""
+    name, sep, value = text.partition('=')
+    if not sep or not name:
+        raise ValueError(f'{text!r} is not NAME=VALUE, e.g. num_heads=4')
+    if value.lower() in ('true', 'false'):
+        return name, value.lower() == 'true'
+    try:
+        return name, int(value)
+    except ValueError:
+        return name, value
+
+
+SOURCE_OPTIONS = [
+    click.argument('file', metavar='FILE|URL'),
+    click.option('--sha256', metavar='HEX', help='SHA-256 that the file must have'),
+    click.option('--weights', metavar='KEY', help='Weights of a checkpoint, e.g. net_model  [default: the averaged ones]'),
+    click.option('--set', 'settings', metavar='NAME=VALUE', multiple=True, type=cli.Parsed('setting', parse_setting),
+                 help='Argument of a network that its weights leave open, e.g. num_heads=4'),
+]
+
+
+def source_options(function):
+    """FILE, --sha256, --weights and --set."""
+    for option in reversed(SOURCE_OPTIONS):
+        function = option(function)
+    return function
+
+
+@click.group(cls=cli.Group)
+def main():
+    """Inspect and convert files of networks. Nothing that a file holds is run.
+
+    \b
+    python snapshot_tool.py inspect edm-cifar10-32x32-cond-vp.pkl
+    python snapshot_tool.py convert edm-cifar10-32x32-cond-vp.pkl --dest=cifar10.pkl
+    python snapshot_tool.py convert network-snapshot-0000524-0.100.pkl --dest=digits.safetensors
+    python snapshot_tool.py convert ADM_cifar10_baseline.pt --dest=adm --set num_head_channels=32
+    """
+
+
+@main.command()
+@source_options
+def inspect(file, sha256, weights, settings):
+    """Print what is in a file of any kind: type, architecture, parameters, resolution, labels.
+
+    Arguments marked "assumed" do not follow from the weights; convert can set them.
+    """
+    found = files.identify(url.download(file, sha256=sha256), weights)
+    for key, value in files.describe(found, dict(settings)).items():
+        print(f'{key:24} {value}')
+
+
+@main.command()
+@source_options
+@click.option('--dest', metavar='FILE|DIR', required=True,
+              help='FILE.pkl: snapshot; FILE.safetensors: with FILE.json beside it; DIR: folder for diffusers')
+@click.option('--dtype', type=click.Choice(list(export.DTYPES)), default='float32', help='Type of the weights')
+@click.option('--overwrite', is_flag=True, help='Replace what is at --dest')
+def convert(file, dest, dtype, overwrite, sha256, weights, settings):
+    """Convert a network, whatever made it, to another form; all of them make the same images.
+
+    A folder has the weights as safetensors, and the code of this project that its network and sampler need. To load it with
+    diffusers is to run that code:
+
+    \b
+    from diffusers import DiffusionPipeline
+    pipe = DiffusionPipeline.from_pretrained('DIR', custom_pipeline='DIR', trust_remote_code=True)
+    pipe(seeds=range(4)).images[0].save('0.png')
+
+    \b
+    python snapshot_tool.py convert ckpt_300000.pt --dest=cbdm.pkl --weights=net_model
+    python snapshot_tool.py convert https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-cond-vp.pkl \\
+        --dest=cifar10.safetensors
+    """
+    form = os.path.splitext(dest.rstrip('/'))[1].lower()
+    if form not in ('.pkl', '.safetensors', ''):
+        raise UserError(f'--dest={dest}: the name must end in .pkl or .safetensors, or be that of a folder')
+    export.check_destination(dest.rstrip('/'), form, overwrite)
+    check_parent(dest.rstrip('/'))
+    open_network = load_denoiser if form == '' else load_snapshot
+    snapshot = open_network(file, sha256=sha256, weights=weights, options=dict(settings))
+    for name, value in snapshot.recipe.get('assumed', {}).items():
+        print(f'Assumed: {name}={value}')
+    export.EXPORTS[form](dest.rstrip('/'), snapshot, export.DTYPES[dtype])
+    numbers = sum(p.numel() for p in snapshot.net.parameters())
+    print(f'{dest}: {files.identify(dest.rstrip("/")).what}, {numbers:,} parameters')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,343 @@
+"""Files of others: every published layout loads the same, and hostile ones end in one line and touch nothing."""
+
+import json
+import os
+import pickle
+import random
+import re
+import subprocess
+import sys
+
+import fill
+import golden_cases
+import hostile
+import numpy as np
+import pytest
+import test_networks
+import torch
+from helpers import ROOT, environment, fails, run, write_digits
+
+from dnnlib import UserError
+from metrics import reference
+from torch_utils import architecture, files, foreign, torchfile
+from training import encoders
+from training.networks import build_network
+from training.networks.classifier import load_classifier
+from training.snapshot import load_denoiser, load_snapshot, save_snapshot
+
+# --- Hostile files ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def verdicts(tmp_path_factory):
+    """What every hostile file got, by name; the folder where they were opened."""
+    folder = tmp_path_factory.mktemp('hostile')
+    result = subprocess.run([sys.executable, str(ROOT / 'tests' / 'hostile.py'), str(folder)], text=True,
+                            capture_output=True, env=environment(), timeout=600)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return {row['name']: row for row in map(json.loads, result.stdout.splitlines())}, folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', hostile.CASES)
+def test_a_hostile_file_ends_in_one_line(verdicts, name):
+    row = verdicts[0][name]
+    assert row['unexpected'] == 'None' and row['code'] == 1
+    assert len(row['lines']) == 1 and row['lines'][0].startswith('Error: ')
+    assert name in row['lines'][0] and row['lines'][0].isprintable() and len(row['lines'][0]) < 700
+    assert row['mib'] < 600
+
+
+@pytest.mark.slow
+def test_hostile_files_touch_nothing(verdicts):
+    _, folder = verdicts
+    there = {str(path.relative_to(folder)) for path in folder.rglob('*')}
+    assert there == {'images.zip', 'canary', 'cwd', 'hostile', 'hostile/json_labels.json', 'hostile/json_nested.json'}
+    assert (folder / 'canary').read_text() == 'alive' and not os.path.exists('pwned')
+
+
+@pytest.fixture(scope='module')
+def whole_files(tmp_path_factory):
+    """One good file of each layout, by name."""
+    folder = tmp_path_factory.mktemp('whole')
+    made = {case.name: case.path.with_suffix('.pkl') for case in golden_cases.cases('pickles')}
+    state = {'a.weight': torch.randn(30, 7), 'b': torch.arange(5)}
+    torch.save(state, folder / 'zip.pt')
+    torch.save(state, folder / 'legacy.pt', _use_new_zipfile_serialization=False)
+    np.savez(folder / 'fid.npz', mu=np.zeros(5), sigma=np.eye(5))
+    (folder / 'fid.pkl').write_bytes(pickle.dumps({'fid': dict(mu=np.zeros(5), sigma=np.eye(5))}))
+    import safetensors.torch
+    safetensors.torch.save_file(state, folder / 'x.safetensors')
+    return made | {path.name: path for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize('name', [
+    'edm_snapshot', 'edm2_snapshot', 'zip.pt', 'legacy.pt', 'fid.npz', 'fid.pkl', 'x.safetensors'])
+def test_a_file_cut_anywhere_ends_in_one_line(whole_files, tmp_path, name):
+    if name not in whole_files:
+        pytest.skip('no golden pickles')
+    data = whole_files[name].read_bytes()
+    assert files.identify(str(whole_files[name])).kind in files.KINDS
+    places = random.Random(1).sample(range(len(data)), 20)
+    for place in places:
+        (tmp_path / 'cut').write_bytes(data[:place])
+        with pytest.raises(UserError, match='cut: ') as error:
+            files.identify(str(tmp_path / 'cut'))
+        assert '\n' not in str(error.value)
+
+
+def test_the_fuzzer_finds_nothing():
+    result = run('tests/fuzz_reader.py', '--seconds=3', '--seed=1')
+    assert 'files read' in result.stdout
+
+
+def test_nothing_in_the_project_opens_pickles_by_the_usual_ways():
+    for path in ROOT.rglob('*.py'):
+        if path.parent.name not in ('tests', 'benchmarks'):
+            lines = [line for line in path.read_text().splitlines() if re.search(r'torch\.load\(\w|pickle\.loads?\(', line)]
+            assert all('weights_only=True' in line for line in lines), path
+
+
+# --- Pickles of EDM and EDM2 -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('case', golden_cases.cases('pickles'), ids=str)
+def test_source_text_is_never_run(tmp_path, case):
+    """Real files carry source where the samples say that it was removed."""
+    data = case.path.with_suffix('.pkl').read_bytes()
+    source = f'import os\nos.mkdir({str(tmp_path / "ran")!r})\nraise SystemExit\n' + '# more\n' * 5000
+    old = b'\x8c' + bytes([len('# source removed')]) + b'# source removed'
+    assert data.count(old) >= 1
+    (tmp_path / 'net.pkl').write_bytes(data.replace(old, hostile.text(source)))
+    ours, sample = (load_snapshot(str(path)) for path in (tmp_path / 'net.pkl', case.path.with_suffix('.pkl')))
+    assert not (tmp_path / 'ran').exists()
+    assert all(torch.equal(a, b) for a, b in zip(ours.net.state_dict().values(), sample.net.state_dict().values(), strict=True))
+
+
+def as_pickle(path, net, dtype=torch.float32, encoder=b'N'):
+    """Writes a network in the layout of EDM and EDM2, as their training code does."""
+    def stored(value):
+        value = value.to(dtype) if value.is_floating_point() else value
+        kind = {v: k for k, v in torchfile.STORAGES.items()}[value.dtype]
+        raw = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b''
+        return hostile.tensor(hostile.storage(value.numel(), kind, raw), value.shape, value.contiguous().stride())
+
+    def object_of(module, name, **more):
+        parts = {kind: hostile.dictionary(**{key: b'N' if value is None else stored(value) for key, value in table.items()})
+                 for kind, table in (('_parameters', module._parameters), ('_buffers', module._buffers))}
+        children = hostile.dictionary(**{key: b'N' if child is None else object_of(child, type(child).__name__)
+                                         for key, child in module._modules.items()})
+        state = hostile.dictionary(**parts, _modules=children, **more)
+        if isinstance(module, torch.nn.ModuleDict):
+            return hostile.name('torch.nn.modules.container', 'ModuleDict') + b')\x81' + state + b'b'
+        return hostile.persistent(name, state)
+
+    kwargs = pickle.dumps(net.init_kwargs, 2)[2:-1]
+    hostile.write(path, hostile.program(hostile.dictionary(
+        encoder=encoder, ema=object_of(net, net.class_name, _init_kwargs=kwargs))))
+
+
+NETWORKS = [case for case in golden_cases.cases('networks') if case.json['reference']['class'].endswith('Precond')]
+
+
+@pytest.mark.parametrize('case', NETWORKS, ids=str)
+def test_every_network_of_both_projects_loads_from_their_layout(tmp_path, case):
+    net = build_network(case.json['reference']['class'], **case.json['kwargs'])
+    fill.fill_(net, skip=('resample_filter', 'u'))
+    for dtype in (torch.float32, torch.float16):
+        as_pickle(tmp_path / 'net.pkl', net, dtype)
+        loaded = load_snapshot(str(tmp_path / 'net.pkl'))
+        assert loaded.net.class_name == net.class_name and loaded.encoder.config() == {'name': 'rgb'}
+        for (name, ours), theirs in zip(loaded.net.state_dict().items(), net.state_dict().values(), strict=True):
+            assert ours.dtype == theirs.dtype and torch.equal(ours, theirs.to(dtype).to(ours.dtype)), name
+
+
+def test_the_encoder_of_latents_is_rebuilt(tmp_path):
+    net = build_network('Precond', img_resolution=8, img_channels=4, label_dim=0, model_channels=8, channel_mult=[1],
+                        num_blocks=1, attn_resolutions=[])
+    kwargs = pickle.dumps(dict(vae_name='some/vae', raw_mean=[1.0, 2.0, 3.0, 4.0], final_std=0.25, batch_size=4), 2)[2:-1]
+    encoder = hostile.persistent('StabilityVAEEncoder', hostile.dictionary(_init_kwargs=kwargs))
+    as_pickle(tmp_path / 'net.pkl', net, encoder=encoder)
+    config = load_snapshot(str(tmp_path / 'net.pkl')).encoder.config()
+    assert config['name'] == 'sd-vae' and config['vae_name'] == 'some/vae' and config['raw_mean'] == [1, 2, 3, 4]
+    assert config['final_std'] == 0.25
+
+
+# --- State dicts -----------------------------------------------------------------------------------------------------
+
+
+KINDS = {'create_model': 'ADMUNet', 'UNet': 'DDPMUNet', 'get_model': 'WideResNet'}
+
+
+def published(net, kind):
+    """The layouts in which networks of this kind are published: {name: content}."""
+    state = net.state_dict()
+    parallel = {f'module.{name}': value for name, value in state.items()}
+    if kind == 'DDPMUNet':
+        other = {name: torch.zeros_like(value) for name, value in state.items()}
+        return {'ckpt': {'net_model': other, 'ema_model': state, 'sched': {'last_epoch': 3, 'base_lrs': [2e-4]},
+                         'optim': {'state': {0: {'step': torch.tensor(1.0)}}, 'param_groups': [{'params': [0]}]},
+                         'step': 7, 'x_T': torch.zeros(2, 3, 8, 8)},
+                'parallel': {'net_model': parallel, 'ema_model': parallel, 'step': 7}, 'plain': state}
+    if kind == 'WideResNet':
+        return {'pseudo': {'state_dict': parallel, 'num_classes': 10, 'normalize_input': net.normalize_input}, 'plain': state}
+    return {'plain': state}
+
+
+def left_open(case):
+    """Arguments of a case that its weights cannot tell."""
+    names = ('image_size', 'num_heads', 'num_heads_upsample', 'num_head_channels', 'use_new_attention_order')
+    return {name: case.json['kwargs'][name] for name in names if name in case.json['kwargs']}
+
+
+@pytest.mark.parametrize('legacy', [False, True], ids=['zip', 'legacy'])
+@pytest.mark.parametrize('case', golden_cases.cases('networks', 'adm_unet*') + golden_cases.cases('networks', 'cbdm*')
+                         + golden_cases.cases('networks', 'wrn*'), ids=str)
+def test_a_published_state_dict_says_its_architecture(tmp_path, case, legacy):
+    net, kind = test_networks._filled(case), KINDS[case.json['reference']['class'].split()[0]]
+    for name, content in published(net, kind).items():
+        path = str(tmp_path / f'{name}.bin')                    # the name says nothing
+        torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+        loaded = load_snapshot(path, options=left_open(case)).net
+        inner = loaded if kind == 'WideResNet' else loaded.model
+        for key, out in test_networks._outputs(case, inner).items():
+            test_networks._compare(key, out, case.arrays[key])
+    if kind == 'WideResNet':
+        assert torch.equal(load_classifier(path).state_dict()['fc.weight' if '0.mean' not in content else '1.fc.weight'],
+                           content['fc.weight' if '0.mean' not in content else '1.fc.weight'])
+        with pytest.raises(UserError, match='classifier, which makes no images'):
+            load_denoiser(path)
+
+
+@pytest.mark.parametrize('case, name', golden_cases.variants(
+    'math', 'configs_distillation*', lambda c: c.json['architectures']), ids=golden_cases.ids)
+def test_all_published_architectures_are_recognised(case, name):
+    wanted = dict(case.json['architectures'][name], learn_sigma=True)
+    with torch.device('meta'):
+        state = build_network('ADMUNet', **wanted).state_dict()
+    found = architecture.infer(state)
+    untold = ('dropout', 'use_checkpoint', 'use_fp16', 'channel_mult')
+    rebuilt = {key: found.kwargs.get(key) for key in wanted if key not in untold}
+    assert rebuilt == {key: wanted[key] for key in rebuilt}
+    assert found.diffusion == dict(schedule='cosine', steps=1000, variance='learned_range')
+
+
+def test_weights_of_a_checkpoint_can_be_chosen_and_arguments_set(tmp_path):
+    net = build_network('DDPMUNet', T=10, ch=32, ch_mult=[1], attn=[], num_res_blocks=1, dropout=0, cond=False, augm=False,
+                        num_class=1)
+    state = net.state_dict()
+    other = {name: value + 1 for name, value in state.items()}
+    path = str(tmp_path / 'ckpt_1.pt')
+    torch.save({'net_model': other, 'ema_model': state, 'step': 1}, path)
+    for key, wanted in ((None, state), ('ema_model', state), ('net_model', other)):
+        loaded = load_snapshot(path, weights=key, options=dict(img_resolution=16)).net
+        assert loaded.img_resolution == 16 and torch.equal(loaded.model.head.weight, wanted['head.weight'])
+    for options, message in ((dict(weights='optim'), 'no weights called'),
+                             (dict(options=dict(heads=3)), 'heads is no argument')):
+        with pytest.raises(UserError, match=message):
+            load_snapshot(path, **options)
+    save_snapshot(str(tmp_path / 'x.pkl'), net, encoder=encoders.RGBEncoder(), dataset={}, recipe={}, nimg=0)
+    with pytest.raises(UserError, match='describes its own network'):
+        load_snapshot(str(tmp_path / 'x.pkl'), options=dict(T=3))
+
+
+def test_incomplete_weights_are_refused(tmp_path):
+    net = build_network('WideResNet', name='wrn-10-1')
+    for drop, message in (('fc.weight', 'incomplete'), ('block2.layer.0.conv1.weight', 'it lacks block2.layer.0.conv1.weight')):
+        state = net.state_dict()
+        del state[drop]
+        torch.save(state, tmp_path / 'x.pt')
+        with pytest.raises(UserError, match=message):
+            load_snapshot(str(tmp_path / 'x.pt'))
+    torch.save({'a': torch.zeros(3)}, tmp_path / 'x.pt')
+    with pytest.raises(UserError, match='no network that is known'):
+        load_snapshot(str(tmp_path / 'x.pt'))
+
+
+# --- torch.save without torch.load -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+def test_files_of_torch_are_read_as_torch_reads_them(tmp_path, legacy):
+    base = torch.arange(24.0)
+    value = {'a': base.reshape(4, 6).t(), 'shared': base[3:9], 'empty': torch.zeros(0, 3), 'scalar': torch.tensor(2.5),
+             'half': torch.randn(5).half(), 'bf16': torch.randn(5).bfloat16(), 'int': torch.arange(3),
+             'bool': torch.tensor([True]),
+             'bytes': torch.get_rng_state(), 'nested': [1, -2**40, 2.5, None, True, 'text', (1, (2,))], 3: {'x': b'raw'},
+             'parameter': torch.nn.Parameter(torch.ones(2)), 'size': torch.Size([1, 2])}
+    torch.save(value, tmp_path / 'x', _use_new_zipfile_serialization=not legacy)
+    theirs, ours = torch.load(tmp_path / 'x', weights_only=True), torchfile.read(str(tmp_path / 'x'))
+    assert list(ours) == list(theirs)
+    for key in theirs:
+        if isinstance(theirs[key], torch.Tensor):
+            assert ours[key].dtype == theirs[key].dtype and torch.equal(ours[key], theirs[key])
+        else:
+            assert ours[key] == theirs[key]
+    ours['a'].zero_()                                            # changes stay in memory
+    assert torch.equal(torchfile.read(str(tmp_path / 'x'))['a'], value['a'])
+
+
+def test_plain_values():
+    assert foreign.check_plain({'a': [1, 'x', None, (2.5,)]}, 'it') == {'a': [1, 'x', None, (2.5,)]}
+    for value in ({'a': torch.zeros(1)}, {(1, 2): 3}, [10**30], 'x' * 10**8, [[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]):
+        with pytest.raises(foreign.ForeignPickleError, match='it '):
+            foreign.check_plain(value, 'it')
+
+
+# --- What a file is, by its content ----------------------------------------------------------------------------------
+
+
+def test_every_kind_is_recognised_by_content(tmp_path):
+    made = {}
+
+    def put(kind, data=None):
+        made[kind] = tmp_path / f'file-of-kind-{len(made)}'
+        if data is not None:
+            made[kind].write_bytes(data)
+        return made[kind]
+
+    stats = dict(mu=np.zeros(3), sigma=np.eye(3))
+    put('statistics', pickle.dumps({'fid': stats, 'fd_dinov2': stats}))
+    put('cifar', pickle.dumps({b'data': np.zeros([2, 3072], np.uint8), b'labels': [0, 1]}, 2))
+    with open(put('samples'), 'wb') as file:
+        np.savez(file, arr_0=np.zeros([2, 4, 4, 3], np.uint8))
+    os.rename(write_digits(str(tmp_path / 'd.zip'), 3), put('images'))
+    torch.save({'identity': {}, 'nimg': 3}, put('training-state'))
+    (tmp_path / 'folder').mkdir()
+    made['folder'] = tmp_path / 'folder'
+    net = build_network('Precond', img_resolution=8, img_channels=3, label_dim=0, model_channels=8, channel_mult=[1],
+                        num_blocks=1, attn_resolutions=[])
+    save_snapshot(str(put('snapshot')), net, encoder=encoders.RGBEncoder(), dataset={}, recipe={}, nimg=0)
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), put('torchscript'))
+    as_pickle(put('edm'), net)
+    torch.save(net.state_dict(), put('weights'))
+    for kind, path in made.items():
+        assert files.identify(str(path)).kind == kind
+        assert files.describe(files.identify(str(path)))['type'] == files.identify(str(path)).what
+    for kind in set(made) - {'snapshot', 'edm'}:                 # the door of every --net, --gnet and --transfer
+        assert str(made[kind]) in fails('generate_images.py', f'--net={made[kind]}', '--outdir', tmp_path / 'out')
+    for kind in ('cifar', 'training-state', 'edm', 'snapshot', 'weights'):
+        assert f'--ref={made[kind]}' in fails('calculate_metrics.py', 'calc', f'--images={made["images"]}',
+                                              f'--ref={made[kind]}', '--metrics=fd_pixels')
+    assert 'no network; it is' in fails('train.py', f'--transfer={made["statistics"]}', f'--data={made["images"]}',
+                                        f'--outdir={tmp_path / "runs"}', '--num-channels=4', '--num-blocks=1', '--cres=1')
+
+
+@pytest.mark.parametrize('protocol', [2, 3, 4, 5])
+def test_statistics_of_every_protocol(tmp_path, protocol):
+    mu, sigma = np.arange(3.0), np.eye(3) * 2
+    (tmp_path / 'x').write_bytes(pickle.dumps({'fid': dict(mu=mu, sigma=sigma)}, protocol))
+    gaussian = reference.load_reference(str(tmp_path / 'x')).gaussians['fid']
+    assert np.array_equal(gaussian.mu, mu) and np.array_equal(gaussian.sigma, sigma)
+
+
+def test_the_module_prints_what_is_inside(whole_files, tmp_path):
+    paths = [str(path) for name, path in whole_files.items() if name in ('edm_snapshot', 'fid.npz')]
+    text = subprocess.run([sys.executable, '-m', 'torch_utils.foreign', *paths], cwd=ROOT, text=True, capture_output=True,
+                          env=environment(), check=True).stdout
+    assert 'reference statistics' in text
+    if len(paths) == 2:
+        for part in ('EDMPrecond', '16x16', '10 classes', 'model_channels 16', '189,683 numbers in 149 tensors'):
+            assert part in text
+    (tmp_path / 'x').write_bytes(b'nothing')
+    assert files.main([str(tmp_path / 'x')]) == 1 and files.main([]) == 2

@@ -1,0 +1,155 @@
+"""snapshot_tool.py: inspection, and conversions that make the same images."""
+
+import json
+import os
+import subprocess
+import sys
+
+import click.testing
+import numpy as np
+import pytest
+import torch
+from helpers import environment, fails, script_module
+from PIL import Image
+from test_foreign import as_pickle
+
+from training import encoders
+from training.generate import generate_images
+from training.networks import build_network
+from training.snapshot import load_snapshot, save_snapshot
+
+SMALL = {
+    'edm2': ('Precond', dict(img_resolution=8, img_channels=3, label_dim=3, model_channels=8, channel_mult=[1, 2], num_blocks=1,
+                             attn_resolutions=[4], channels_per_head=8)),
+    'edm': ('VPPrecond', dict(img_resolution=8, img_channels=3, label_dim=0, model_type='SongUNet', model_channels=8,
+                              channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4])),
+    'adm': ('ADMUNet', dict(image_size=8, num_channels=32, num_res_blocks=1, channel_mult='1,2', attention_resolutions='4',
+                            num_heads=4, learn_sigma=True, class_cond=False)),
+    'ddpm': ('DDPMUNet', dict(T=50, ch=64, ch_mult=[1], attn=[0], num_res_blocks=1, dropout=0.0, cond=True, augm=False,
+                              num_class=3, img_resolution=8)),
+}
+SETTINGS = {'adm': ['--set', 'image_size=8', '--set', 'steps=100', '--set', 'num_head_channels=-1'],
+            'ddpm': ['--set', 'img_resolution=8']}
+
+
+def small(kind):
+    torch.manual_seed(0)
+    net = build_network(SMALL[kind][0], **SMALL[kind][1])
+    for p in net.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return net.eval()
+
+
+@pytest.fixture(params=list(SMALL))
+def source(request, tmp_path):
+    """(kind, path) of a network in the layout in which networks of this kind are published."""
+    net, path = small(request.param), tmp_path / 'published.bin'
+    if request.param in ('edm2', 'edm'):
+        as_pickle(path, net)
+    else:
+        state = net.state_dict()
+        torch.save(state if request.param == 'adm' else {'net_model': {}, 'ema_model': state, 'step': 1}, path)
+    return request.param, str(path)
+
+
+def sampled(snapshot):
+    batches = generate_images(snapshot.net, snapshot.encoder, range(3), batch=3, num_steps=3)
+    return torch.cat([batch.images for batch in batches])
+
+
+DIFFUSERS = """
+import sys, numpy as np
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], custom_pipeline=sys.argv[1], trust_remote_code=True)
+made = pipe(seeds=range(3), num_steps=3)
+np.save(sys.argv[2], np.stack([np.asarray(image) for image in made.images]))
+"""
+
+
+@pytest.mark.slow
+def test_all_forms_make_the_same_images(source, tmp_path):
+    kind, path = source
+    settings = SETTINGS.get(kind, [])
+    tool = script_module('snapshot_tool.py').main
+    wanted = sampled(load_snapshot(path, options=dict(map(script_module('snapshot_tool.py').parse_setting, settings[1::2]))))
+    assert wanted.float().std() > 5
+    for form in ('a.pkl', 'b.safetensors', 'folder'):
+        dest = str(tmp_path / form)
+        tool.main(['convert', path, f'--dest={dest}', *settings], standalone_mode=False)
+        assert torch.equal(sampled(load_snapshot(dest)), wanted), form
+        again = str(tmp_path / f'again-{form}.pkl')                  # and every form can be converted on
+        tool.main(['convert', dest, f'--dest={again}'], standalone_mode=False)
+        assert torch.equal(sampled(load_snapshot(again)), wanted), form
+    again = [f'again-{form}.pkl' for form in ('a.pkl', 'b.safetensors', 'folder')]
+    assert sorted(os.listdir(tmp_path)) == sorted(['published.bin', 'a.pkl', 'b.safetensors', 'b.json', 'folder', *again])
+    if kind in ('edm2', 'adm'):                                       # elsewhere, without this project
+        out = tmp_path / 'images.npy'
+        result = subprocess.run([sys.executable, '-c', DIFFUSERS, str(tmp_path / 'folder'), str(out)], cwd=tmp_path, text=True,
+                                capture_output=True, env=environment(HF_HOME=str(tmp_path / 'hf'), PYTHONPATH=''))
+        assert result.returncode == 0, result.stderr[-2000:]
+        assert np.array_equal(np.load(out), wanted.permute(0, 2, 3, 1).numpy())
+
+
+def test_the_command_line_samples_from_all_forms(tmp_path):
+    as_pickle(tmp_path / 'net', small('edm2'))
+    pictures = []
+    for form in ('net', 'a.pkl', 'b.safetensors', 'folder'):
+        net = tmp_path / form
+        if form != 'net':
+            script_module('snapshot_tool.py').main.main(
+                ['convert', str(tmp_path / 'net'), f'--dest={net}'], standalone_mode=False)
+        script_module('generate_images.py').main.main(
+            [f'--net={net}', f'--outdir={tmp_path / ("out-" + form)}', '--seeds=5', '--steps=2'], standalone_mode=False)
+        pictures.append(np.asarray(Image.open(tmp_path / f'out-{form}' / '000005.png')))
+    assert all(np.array_equal(picture, pictures[0]) for picture in pictures)
+
+
+def test_half_precision_and_overwriting(tmp_path):
+    path, dest = str(tmp_path / 'x.pkl'), str(tmp_path / 'y.safetensors')
+    net = small('edm')
+    save_snapshot(path, net, encoder=encoders.RGBEncoder(), dataset={'name': 'd', 'label_dim': 0}, recipe={'lr': 0.1}, nimg=7,
+                  ema_std=0.1, dtype=torch.float32)
+    tool = script_module('snapshot_tool.py').main
+    tool.main(['convert', path, f'--dest={dest}'], standalone_mode=False)
+    large = os.path.getsize(dest)
+    assert '--dest' in fails('snapshot_tool.py', 'convert', path, f'--dest={dest}') and os.path.getsize(dest) == large
+    tool.main(['convert', path, f'--dest={dest}', '--overwrite', '--dtype=float16'], standalone_mode=False)
+    assert os.path.getsize(dest) < 0.7 * large
+    loaded = load_snapshot(dest)
+    assert (loaded.nimg, loaded.ema_std, loaded.recipe, loaded.dataset['name']) == (7, 0.1, {'lr': 0.1}, 'd')
+    for name, value in loaded.net.named_parameters():
+        assert value.dtype == torch.float32 and torch.equal(value, net.state_dict()[name].half().float())
+    with open(tmp_path / 'y.json') as file:
+        assert json.load(file)['network']['class_name'] == 'VPPrecond'
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'letter').write_text('dear')
+    assert 'no network' in fails('snapshot_tool.py', 'convert', path, f'--dest={tmp_path / "mine"}', '--overwrite')
+    assert (tmp_path / 'mine' / 'letter').read_text() == 'dear'
+
+
+def test_inspection(source, tmp_path):
+    kind, path = source
+    command = ['inspect', path, *SETTINGS.get(kind, [])]
+    text = click.testing.CliRunner().invoke(script_module('snapshot_tool.py').main, command).stdout
+    assert {'edm2': 'Precond', 'edm': 'VPPrecond', 'adm': 'ADMUNet', 'ddpm': 'DDPMUNet'}[kind] in text and '8x8' in text
+    assert ('3 classes' if kind in ('edm2', 'ddpm') else 'unconditional') in text
+    assert ('(assumed)' in text) == (kind in ('adm', 'ddpm'))
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['inspect', 'missing.pkl'], 'no such file'), (['convert', 'missing.pkl', '--dest=x.pkl'], 'no such file'),
+    (['convert', '{net}', '--dest=x.onnx'], '--dest'),
+    (['convert', '{net}', '--dest=x.pkl', '--set', 'heads=4'], 'leave out heads'),
+    (['convert', '{net}', '--dest=x.pkl', '--set', 'heads'], 'NAME=VALUE'),
+    (['convert', '{net}', '--dest=/proc/x.pkl'], 'cannot be written'),
+    (['convert', '{net}', '--dest=x.pkl', '--sha256', '12'], '64 hexadecimal digits'),
+    (['convert', '{net}', '--dest=x.pkl', '--sha256', '0' * 64], 'instead of 000'),
+    (['convert', '{wrn}', '--dest=x'], 'classifier'), (['convert', '{text}', '--dest=x'], 'no known kind')])
+def test_bad_input(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    as_pickle(tmp_path / 'net', small('edm'))
+    torch.save(build_network('WideResNet', name='wrn-10-1').state_dict(), tmp_path / 'wrn')
+    (tmp_path / 'text').write_text('nothing')
+    places = dict(net=tmp_path / 'net', wrn=tmp_path / 'wrn', text=tmp_path / 'text')
+    assert message in fails('snapshot_tool.py', *[argument.format(**places) for argument in arguments])
+    assert sorted(os.listdir(tmp_path)) == ['net', 'text', 'wrn']

@@ -1,0 +1,197 @@
+"""What torch.save wrote, today's zips and the older format, read by our own reader of pickles.
+
+torch.load(weights_only=True) runs no code either. This reader has the limits of the one for pickles as well (steps, names,
+no strange keys, no compressed records), the same whatever the version of torch, reads both formats without copying, and
+says in one line what is wrong. Numbers stay in the file, which is mapped, until they are used.
+"""
+
+import math
+import struct
+import zipfile
+
+import torch
+
+from torch_utils import foreign
+from torch_utils.foreign import ForeignPickleError
+
+LEGACY_MAGIC = 0x1950a86a20f9469cfc6c  # first number of the older format
+_LEGACY_HEAD = b'\x80\x02\x8a\x0a' + LEGACY_MAGIC.to_bytes(10, 'little') + b'.'
+STORAGES = {
+    'DoubleStorage': torch.float64, 'FloatStorage': torch.float32, 'HalfStorage': torch.float16,
+    'BFloat16Storage': torch.bfloat16, 'LongStorage': torch.int64, 'IntStorage': torch.int32,
+    'ShortStorage': torch.int16, 'CharStorage': torch.int8, 'ByteStorage': torch.uint8, 'BoolStorage': torch.bool,
+}
+
+
+def tensor_from(data, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers in `data` (bytes or a view) as a flat tensor: over the same memory if that can be written to and is
+    aligned as the type needs."""
+    if not len(data):
+        return torch.empty(0, dtype=dtype)
+    view = memoryview(data)
+    raw = torch.frombuffer(bytearray(view) if view.readonly else view, dtype=torch.uint8)
+    return (raw.clone() if raw.data_ptr() % dtype.itemsize else raw).view(dtype)
+
+
+def rebuild_tensor(storage, offset, size, stride, *_):
+    """Stand-in for torch's: a view of a flat tensor, refused where it reaches outside or has more elements."""
+    if not isinstance(storage, torch.Tensor):
+        raise ForeignPickleError('it holds a tensor without a storage')
+    if type(size) is not tuple or type(stride) is not tuple or len(size) != len(stride) or len(size) > 16 \
+            or not all(type(n) is int and n >= 0 for n in (offset, *size, *stride)):
+        raise ForeignPickleError('it holds a tensor with a malformed shape')
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if math.prod(size) > len(storage) or (math.prod(size) and last >= len(storage)):
+        raise ForeignPickleError(f'a tensor of shape {list(size)} is larger than its storage'[:120])
+    return torch.as_strided(storage, size, stride, offset) if math.prod(size) else storage.new_empty(size)
+
+
+TENSORS = {
+    ('collections', 'OrderedDict'): lambda: {},
+    ('torch', 'Size'): lambda size: size,
+    ('torch._utils', '_rebuild_parameter'): lambda data, *_: data,
+    ('torch._utils', '_rebuild_tensor'): rebuild_tensor,
+    ('torch._utils', '_rebuild_tensor_v2'): rebuild_tensor,
+}
+
+_ALLOWED = TENSORS | foreign.NUMPY_ARRAYS
+
+
+def is_legacy(data) -> bool:
+    """True for bytes that start like a file of torch.save before version 1.6."""
+    return bytes(data[:len(_LEGACY_HEAD)]) == _LEGACY_HEAD
+
+
+class StorageUnpickler(foreign.RestrictedUnpickler):
+    """A pickle of plain values and tensors; `storage(key, dtype, count)` gives the numbers of each storage."""
+
+    def __init__(self, data, storage, allowed=_ALLOWED, **options):
+        super().__init__(data, allowed, encoding='utf-8', **options)
+        self._storage, self._storages = storage, {}
+
+    def find_class(self, module, name):
+        if module == 'torch' and name in STORAGES:
+            return STORAGES[name]
+        return super().find_class(module, name)
+
+    def persistent_load(self, pid):
+        if type(pid) is not tuple or len(pid) < 5 or pid[0] != 'storage' or not isinstance(pid[1], torch.dtype) \
+                or type(pid[4]) is not int or pid[4] < 0:
+            raise ForeignPickleError('it refers to something that is no storage')
+        dtype, key, count = pid[1], str(pid[2])[:200], pid[4]
+        if (key, dtype, count) not in self._storages:
+            self._storages[key, dtype, count] = self._storage(key, dtype, count)
+        return self._storages[key, dtype, count]
+
+
+class ZipRecords:
+    """The uncompressed records of a zip that torch wrote, as views of the mapped file `data`."""
+
+    def __init__(self, path: str, data: memoryview):
+        self.data, self.left = data, len(data)
+        with zipfile.ZipFile(path) as z:
+            infos = z.infolist()
+        roots = [info.filename.removesuffix('data.pkl') for info in infos if info.filename.endswith('/data.pkl')]
+        if len(roots) != 1:
+            raise ForeignPickleError(f'it is a zip with {len(roots)} data.pkl instead of one')
+        self.root = roots[0]
+        self.infos = {info.filename: info for info in infos}
+        order = self.infos.get(self.root + 'byteorder')
+        if order is not None and bytes(self.record('byteorder')) != b'little':
+            raise ForeignPickleError('it was written on a machine with another order of bytes')
+
+    def record(self, name: str) -> memoryview:
+        """The bytes of the record `name`."""
+        info = self.infos.get(self.root + name)
+        if info is None:
+            raise ForeignPickleError(f'its part {name[:100]} is missing')
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
+            raise ForeignPickleError(f'its part {name[:100]} is compressed, which torch never does')
+        header = self.data[info.header_offset:info.header_offset + 30]
+        if len(header) != 30 or bytes(header[:4]) != b'PK\3\4':
+            raise ForeignPickleError(f'its part {name[:100]} is not where the zip says')
+        start = info.header_offset + 30 + sum(struct.unpack_from('<HH', header, 26))
+        if start + info.file_size > len(self.data):
+            raise ForeignPickleError(f'its part {name[:100]} is cut off')
+        return self.data[start:start + info.file_size]
+
+    def storage(self, key: str, dtype: torch.dtype, count: int) -> torch.Tensor:
+        """The numbers of a storage, which must be as many as the pickle says."""
+        record = self.record(f'data/{key}')
+        if len(record) != count * dtype.itemsize:
+            raise ForeignPickleError(f'the numbers in data/{key[:100]} are not as many as it says')
+        self.left -= len(record)
+        if self.left < 0:  # records of a zip can share their bytes
+            raise ForeignPickleError('its tensors are larger than the file')
+        return tensor_from(record, dtype)
+
+
+def read(path: str, data: memoryview | None = None):
+    """The object in a file of torch.save: plain values, lists, dictionaries and tensors, whose memory is the mapped file
+    (changes stay in memory). Arrays of NumPy stay `foreign.NumpyArray`.
+
+    Raises ForeignPickleError with one line for anything else.
+    """
+    data = foreign.map_file(path) if data is None else data
+    try:
+        if is_legacy(data):
+            return _read_legacy(data)
+        if not zipfile.is_zipfile(path):
+            raise ForeignPickleError('it is no file of torch.save, or cut off')
+        records = ZipRecords(path, data)
+        return StorageUnpickler(records.record('data.pkl'), records.storage).load()
+    except ForeignPickleError:
+        raise
+    except Exception as error:  # damaged zips raise nearly anything
+        raise ForeignPickleError(f'it is damaged ({type(error).__name__}: {" ".join(str(error).split())[:100]})') from None
+
+
+def _read_legacy(data: memoryview):
+    """Magic number, version and machine, the object, the keys of its storages, and these in that order."""
+    declared = {}
+
+    def note(key, dtype, count):
+        declared[key] = dtype, count
+        if count * dtype.itemsize > len(data):
+            raise ForeignPickleError('the numbers of a tensor are not as many as it says')
+        return tensor_from(bytes(0), dtype).expand(0)
+
+    first = StorageUnpickler(data, note, _ALLOWED | dict.fromkeys(TENSORS, lambda *_: {}))
+    for _ in range(3):
+        first.load()
+    start = first.position
+    first.load()
+    keys, position, found = first.load(), first.position, {}
+    if type(keys) is not list or not all(isinstance(key, str) for key in keys) or set(keys) != set(declared):
+        raise ForeignPickleError('its list of storages is damaged')
+    for key in keys:
+        dtype, count = declared[key]
+        end = position + 8 + count * dtype.itemsize
+        if end > len(data) or int.from_bytes(data[position:position + 8], 'little') != count:
+            raise ForeignPickleError('the numbers of a tensor are not as many as it says')
+        found[key] = tensor_from(data[position + 8:end], dtype)
+        position = end
+    return StorageUnpickler(data, lambda key, dtype, count: found[key], position=start).load()
+
+
+def read_storage(data) -> torch.Tensor:
+    """The flat tensor in a little file of the older format that holds one storage (its bytes are `data`)."""
+    reader = StorageUnpickler(data, lambda key, dtype, count: (dtype, count), {})
+    magic, _, _, reference, _ = (reader.load() for _ in range(5))
+    if magic != LEGACY_MAGIC or type(reference) is not tuple:
+        raise ForeignPickleError('it holds a tensor in an unknown form')
+    dtype, count = reference
+    rest = reader.data[reader.position:]
+    if len(rest) != 8 + count * dtype.itemsize or int.from_bytes(rest[:8], 'little') != count:
+        raise ForeignPickleError('the numbers of a tensor are not as many as it says')
+    return tensor_from(rest[8:], dtype)
+
+
+def state_of(tensors: dict, file_size: int) -> dict[str, torch.Tensor]:
+    """Tensors by name with half precision as float32, unless together they are much larger than their file: several
+    may show the same numbers."""
+    total = sum(value.numel() * 4 for value in tensors.values())
+    if total > 4 * file_size + (1 << 20):
+        raise ForeignPickleError('its tensors are larger than the file')
+    half = (torch.float16, torch.bfloat16)
+    return {name: value.float() if value.dtype in half else value for name, value in tensors.items()}
