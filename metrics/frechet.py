@@ -2,6 +2,7 @@
 
 import numpy as np
 import scipy.linalg
+import torch
 from scipy.linalg.blas import dtrmm
 
 import dnnlib
@@ -74,3 +75,19 @@ def _trace_by_singular_values(lower, pivots, sigma2) -> float:
     right = np.empty_like(factor[:, :rank])
     right[pivots2] = factor[:, :rank]
     return scipy.linalg.svdvals(lower.T @ right[pivots], check_finite=False).sum() if rank else 0.0
+
+
+def frechet_distance_torch(mu1, sigma1, mu2, sigma2, device) -> float:
+    """`frechet_distance` by eigenvalues, in float64 on `device`: tr((S sigma2 S)^(1/2)) with S = sigma1^(1/2).
+
+    Exact for covariances of any rank, unlike an iteration for the square root of the product. Raises UserError if the
+    shapes differ.
+    """
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(x, dtype=torch.float64, device=device) for x in (mu1, sigma1, mu2, sigma2))
+    if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape:
+        raise dnnlib.UserError(f'Frechet distance: statistics of {len(mu1)} and {len(mu2)} dimensions do not fit')
+    values, vectors = torch.linalg.eigh(sigma1)
+    root = vectors * values.clamp_min(0).sqrt()
+    roots = torch.linalg.eigvalsh(root.T @ sigma2 @ root).clamp_min(0).sqrt()
+    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * roots.sum()
+    return max(distance.item(), 0.0)

@@ -40,6 +40,8 @@ class LoopConfig:
     seed: int = 0
     wandb: str | None = None              # project name
     resume_from: str | None = None        # checkpoint to start from if the run's folder has none
+    first_nimg: int = 0                   # what counting starts from: a fine-tuned network's earlier training
+    count_steps: bool = False             # reports, logs and files go by the number of the step just taken, from 0
 
 
 class Trainer:
@@ -55,18 +57,26 @@ class Trainer:
     identity   what a checkpoint must agree with to be resumed, by option name
     options    what `training_options.json` of the run says
     on_snapshot  called on the first process with (nimg, [averaged network, ...]) at each snapshot
+    callbacks    (every so many images, function) pairs: the function is called on every process with (number of the
+                 step or nimg, [averaged network, ...]), and the scalars that it may return {name: value} are logged
+    checkpoints  has `save_checkpoint(folder, state)` and `load_newest(folder, report)`, like training.checkpoint, and may
+                 have `read_checkpoint(path)`, `leftovers` (patterns of half-written files) and, where the batches of a
+                 process are too large to be sent to the first one, `save_share(folder, state, batches) -> what is sent`
+                 and `load_share(state, sent) -> batches`, called on every process with the state of its batches
+    loss_scale   a `training.loss_scale.DynamicLossScale` for float16 gradients, or None
     """
 
     def __init__(self, net, objective, batches, optimizer, lr: Callable, ema, config: LoopConfig, *,
                  snapshot: dict, identity: dict | None = None, options: dict | None = None,
-                 on_snapshot: Callable | None = None):
+                 on_snapshot: Callable | None = None, callbacks=(), checkpoints=checkpoint, loss_scale=None):
         self.net, self.objective, self.batches, self.optimizer = net, objective, batches, optimizer
         self.lr, self.ema, self.config = lr, ema, config
         self.snapshot_keywords, self.identity, self.on_snapshot = snapshot, identity or {}, on_snapshot
-        self.options = options or {}
+        self.options, self.callbacks, self.checkpoints = options or {}, callbacks, checkpoints
+        self.loss_scale = loss_scale
         self.device = next(net.parameters()).device
         self.means = RunningMeans(self.device)
-        self.nimg = 0
+        self.nimg = config.first_nimg
         self.stop_requested = False
         self.per_process = config.batch_size // dist.get_world_size()
         if self.per_process * dist.get_world_size() != config.batch_size:
@@ -125,46 +135,67 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group['lr'] = self.lr(self.nimg, config.batch_size)
         self.optimizer.zero_grad(set_to_none=True)
-        scale = config.loss_scaling / self.per_process         # the gradient is the mean over processes
+        scale = self._loss_scaling / self.per_process         # the gradient is the mean over processes
         micro_batches = -(-self.per_process // self.batch_gpu)
         for index in range(micro_batches):
             with self._sync_if(last=index == micro_batches - 1):
                 loss, terms = self.objective(self.model, next(steps))
                 (loss.sum() * scale).backward()
             self.means.add({f'Loss/{name}': values for name, values in terms.items()})
-        self._clean_gradients()
-        self.optimizer.step()
-        self.ema.update(self.net, self.nimg, config.batch_size)
+        if self._clean_gradients():
+            self.optimizer.step()
+            self.ema.update(self.net, self.nimg, config.batch_size)
         self.nimg += config.batch_size
 
     def _sync_if(self, last):
         """Processes exchange gradients in the last backward pass of a step only."""
         return self.model.no_sync() if not last and hasattr(self.model, 'no_sync') else contextlib.nullcontext()
 
-    def _clean_gradients(self):
-        config = self.config
+    @property
+    def _loss_scaling(self):
+        return self.config.loss_scaling if self.loss_scale is None else self.loss_scale.value
+
+    def _clean_gradients(self) -> bool:
+        """Brings the gradients to their own scale; False if they overflowed, and the step is to be skipped."""
+        config, scaling = self.config, self._loss_scaling
         grads = [p.grad for p in self.net.parameters() if p.grad is not None]
-        if config.loss_scaling != 1:
-            torch._foreach_div_(grads, config.loss_scaling)
+        if self.loss_scale is not None and not self.loss_scale.update(grads):
+            return False
+        if scaling != 1:
+            torch._foreach_div_(grads, scaling)
         if config.bad_gradients is not None:
             nan, posinf, neginf = config.bad_gradients
             for grad in grads:
                 torch.nan_to_num(grad, nan=nan, posinf=posinf, neginf=neginf, out=grad)
         if config.clip_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.net.parameters(), config.clip_grad_norm)
+        return True
 
     def _due(self, every):
-        """True if the step just taken has passed a multiple of `every`, or was the last."""
+        """True if the step just taken has passed a multiple of `every`, or was the last.
+
+        Where steps are counted, those with a number that is a multiple, but for the first of the run.
+        """
         if every is None:
             return False
-        before = self.nimg - self.config.batch_size
-        return self.nimg >= self.config.total_nimg or self.nimg // every != before // every
+        now = self.nimg - self.config.batch_size * self.config.count_steps
+        before = max(now - self.config.batch_size, self.config.first_nimg)
+        return self.nimg >= self.config.total_nimg or now // every != before // every
+
+    @property
+    def _count(self):
+        """What logs and files go by: images, or the number of the step just taken."""
+        return self.nimg // self.config.batch_size - 1 if self.config.count_steps else self.nimg
 
     def _after_step(self):
         if self._due(self.config.status_nimg):
             self._report()
         if self._due(self.config.snapshot_nimg):
             self._save_snapshots()
+        for every, function in self.callbacks:
+            if self._due(every):
+                self._log_scalars(function(self._count, [net for net, _, _ in self.ema.get(self.net)]) or {})
+                dist.barrier()
         if self._due(self.config.checkpoint_nimg):
             self._save_checkpoint()
 
@@ -201,11 +232,11 @@ class Trainer:
         run_dir, state = self.config.run_dir, None
         self._start = f'Starting at {self.nimg} images'
         if os.path.isdir(run_dir):
-            state = checkpoint.load_newest(run_dir, report=self._log)
+            state = self.checkpoints.load_newest(run_dir, report=self._log)
             path = run_dir
         if state is None and self.config.resume_from:
             path = self.config.resume_from
-            state = checkpoint.read_checkpoint(path)
+            state = getattr(self.checkpoints, 'read_checkpoint', checkpoint.read_checkpoint)(path)
         if state is None:
             return
         for key, value in self.identity.items():
@@ -214,24 +245,34 @@ class Trainer:
                                 '); choose another folder, or remove it to start anew')
         self.net.load_state_dict(state['net'])
         self.ema.load_state_dict(state['ema'])
-        self.optimizer.load_state_dict(state['optimizer'])
+        checkpoint.load_optimizer(self.optimizer, state['optimizer'])
         self.means.load_state_dict(state['means'])
         if len(state['batches']) == dist.get_world_size():
-            self.batches.load_state_dict(state['batches'][dist.get_rank()])
+            batches = state['batches'][dist.get_rank()]
+            if hasattr(self.checkpoints, 'load_share'):
+                batches = self.checkpoints.load_share(state, batches)
+            self.batches.load_state_dict(batches)
         elif any(state['batches']):
             raise UserError(f'{path} was trained by {len(state["batches"])} processes and its batches '
                             f'have a state for each: resume with as many')
+        if self.loss_scale is not None and 'loss_scale' in state:  # a run on a CPU has none
+            self.loss_scale.load_state_dict(state['loss_scale'])
         self.nimg, self.train_seconds = state['nimg'], state['train_seconds']
         self._start = f'Resuming from {self.nimg} images ({path})'
 
     def _save_checkpoint(self):
         means = self.means.state_dict()
-        batches = dist.gather_objects(self.batches.state_dict())
+        state = {'nimg': self.nimg, 'means': means, 'identity': self.identity, 'train_seconds': self._seconds()}
+        batches = self.batches.state_dict()
+        if hasattr(self.checkpoints, 'save_share'):
+            batches = self.checkpoints.save_share(self.config.run_dir, state, batches)
+        batches = dist.gather_objects(batches)
         if dist.get_rank() == 0:
-            checkpoint.save_checkpoint(self.config.run_dir, {
-                'nimg': self.nimg, 'net': self.net.state_dict(), 'ema': self.ema.state_dict(),
-                'optimizer': self.optimizer.state_dict(), 'means': means, 'batches': batches,
-                'identity': self.identity, 'train_seconds': self._seconds()})
+            if self.loss_scale is not None:
+                state['loss_scale'] = self.loss_scale.state_dict()
+            self.checkpoints.save_checkpoint(self.config.run_dir, state | {
+                'net': self.net.state_dict(), 'ema': self.ema.state_dict(), 'optimizer': self.optimizer.state_dict(),
+                'batches': batches})
         dist.barrier()
 
     def _save_snapshots(self):
@@ -254,12 +295,13 @@ class Trainer:
         self._writers = []
         if dist.get_rank() != 0:
             return
-        for pattern in ('.training-state-*', '.network-snapshot-*', '.*.png.*'):  # halves left behind by a kill -9
+        patterns = ('.training-state-*', '.ckpt_*', '.network-snapshot-*', '.*.png.*')
+        for pattern in (*patterns, *getattr(self.checkpoints, 'leftovers', ())):        # halves left behind by a kill -9
             for leftover in glob.glob(glob.escape(self.config.run_dir) + '/' + pattern):
                 os.remove(leftover)
         self._trim_stats()
         from torch.utils.tensorboard import SummaryWriter
-        self._tensorboard = SummaryWriter(self.config.run_dir, purge_step=self.nimg)
+        self._tensorboard = SummaryWriter(self.config.run_dir, purge_step=self._count + self.config.count_steps)
         self._wandb = None
         if self.config.wandb:
             try:
@@ -310,7 +352,10 @@ class Trainer:
         memory = psutil.Process().memory_info().rss / 2**30
         values = {'Progress/lr': lr, 'Timing/images_per_sec': images_per_second, 'Timing/total_sec': self._seconds(),
                   'Resources/cpu_mem_gb': memory}
-        line = (f'nimg {format_count(self.nimg):<9} {100 * self.nimg / self.config.total_nimg:5.1f}%  '
+        if self.loss_scale is not None:
+            values['Progress/lg_loss_scale'] = self.loss_scale.lg
+        count = f'step {self._count:<9}' if self.config.count_steps else f'nimg {format_count(self.nimg):<9}'
+        line = (f'{count} {100 * self.nimg / self.config.total_nimg:5.1f}%  '
                 f'time {format_time(self._seconds()):<8} {images_per_second:8.1f} img/s  lr {lr:.4g}  cpumem {memory:.2f}G')
         if self.device.type == 'cuda':
             values['Resources/peak_gpu_mem_gb'] = torch.cuda.max_memory_allocated(self.device) / 2**30
@@ -324,11 +369,14 @@ class Trainer:
         row |= {name: {'mean': value, 'std': 0.0} for name, value in values.items()} | {'timestamp': now}
         with open(self._path('stats.jsonl'), 'a') as f:
             f.write(json.dumps(row) + '\n')
-        values |= {name: mean for name, (mean, _) in means.items()}
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, global_step=self.nimg)
-        if self._wandb is not None:
-            self._wandb.log(values, step=self.nimg)
+        self._log_scalars(values | {name: mean for name, (mean, _) in means.items()})
+
+    def _log_scalars(self, values):
+        if dist.get_rank() == 0:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, global_step=self._count)
+            if values and self._wandb is not None:
+                self._wandb.log(values, step=self._count)
 
 
 def _difference(old, new) -> str:

@@ -238,8 +238,10 @@ def write_cache(path: str, shares: list, description: dict):
                     f.write(np.ascontiguousarray(share.piece(name, start, end), dtype=dtype).data)
 
 
-def load_cache(path: str, size: int, expected: dict, device='cpu', rank: int | None = None) -> Cache:
-    """This process's share of a cache file: images `rank * size .. (rank + 1) * size - 1`, held once in memory.
+def load_cache(path: str, size: int, expected: dict, device='cpu', rank: int | None = None,
+               count: int | None = None) -> Cache:
+    """This process's share of a cache file: images `rank * size .. (rank + 1) * size - 1`, held once in memory;
+    of these only the first `count`, if given.
 
     `expected` are entries that the file's description must agree with. Raises UserError saying what differs.
     """
@@ -252,10 +254,11 @@ def load_cache(path: str, size: int, expected: dict, device='cpu', rank: int | N
     if len(file) < first + size:
         raise dnnlib.UserError(f'{path} holds {len(file)} images, and process {first // size} needs those up to '
                                f'{first + size}: prepare it for as many processes, this batch size and this rho')
-    x = torch.empty([size, *file.shape[1:]], device=device)
-    for start, end in _pieces(size, 4 * math.prod(file.shape[1:])):
+    count = size if count is None else min(count, size)
+    x = torch.empty([count, *file.shape[1:]], device=device)
+    for start, end in _pieces(count, 4 * math.prod(file.shape[1:])):
         x[start:end] = torch.from_numpy(file.piece('x', first + start, first + end))
-    return Cache(x, torch.from_numpy(file.piece('levels', first, first + size)))
+    return Cache(x, torch.from_numpy(file.piece('levels', first, first + count)))
 
 
 # --- Batches ----------------------------------------------------------------------------------------------------------
@@ -334,7 +337,9 @@ class _CachedSource(_Source):
         return {'cache': self.cache.state_dict(), 'draws': self.draws.state_dict()}
 
     def load_state_dict(self, state: dict):
-        self.cache.load_state_dict(state['cache'])
+        """A state may come without a cache: the cache then stays as it is."""
+        if 'cache' in state:
+            self.cache.load_state_dict(state['cache'])
         self.draws.load_state_dict(state['draws'])
 
 

@@ -34,9 +34,9 @@ def _cosine(steps):
     return np.minimum(1 - f((i + 1) / steps) / f(i / steps), 0.999)
 
 
-def _linear_float32(steps):
-    """What CBDM uses: 1e-4 to 0.02 whatever the number of steps, spaced in float32."""
-    return torch.linspace(1e-4, 0.02, steps).double().numpy()
+def _linear_float32(steps, first=1e-4, last=0.02):
+    """What CBDM uses: from `first` to `last` whatever the number of steps, spaced in float32."""
+    return torch.linspace(first, last, steps, device='cpu').double().numpy()  # wherever networks are being built
 
 
 def _progressive_cosine(steps):
@@ -51,11 +51,14 @@ SCHEDULES = {'linear': _linear, 'cosine': _cosine, 'linear_float32': _linear_flo
              'progressive_cosine': _progressive_cosine}
 
 
-def make_betas(schedule: str, steps: int) -> np.ndarray:
-    """The noise schedule beta_0 .. beta_(T-1), float64. Raises UserError for an unknown name."""
+def make_betas(schedule: str, steps: int, beta_range=None) -> np.ndarray:
+    """The noise schedule beta_0 .. beta_(T-1), float64; `beta_range` sets the ends of 'linear_float32'.
+
+    Raises UserError for an unknown name.
+    """
     if schedule not in SCHEDULES:
         raise dnnlib.UserError(f'noise_schedule: {schedule!r} is not one of {", ".join(SCHEDULES)}')
-    return SCHEDULES[schedule](steps)
+    return SCHEDULES[schedule](steps, *(beta_range or ()))
 
 
 def spaced_steps(total: int, spec) -> list[int]:
@@ -138,24 +141,26 @@ class GaussianDiffusion:
     loss        'mse', 'rescaled_mse' (variational term times T/1000), 'kl' or 'rescaled_kl' (times T)
     predict     what the network predicts: 'epsilon' or 'start'
     rescale_timesteps  give the network times in 0..1000 whatever `steps` is
+    beta_range  the first and the last beta of the 'linear_float32' schedule (default: 1e-4 and 0.02)
     """
 
     def __init__(self, schedule='linear', steps=1000, respacing='', variance='learned_range', loss='mse',
-                 predict='epsilon', rescale_timesteps=False):
+                 predict='epsilon', rescale_timesteps=False, beta_range=None):
         for name, value, known in (('variance', variance, VARIANCES), ('loss', loss, LOSSES),
                                    ('predict', predict, ('epsilon', 'start'))):
             if value not in known:
                 raise dnnlib.UserError(f'{name}: {value!r} is not one of {", ".join(known)}')
         self.config = dict(schedule=schedule, steps=steps, respacing=respacing, variance=variance, loss=loss,
-                           predict=predict, rescale_timesteps=rescale_timesteps)
+                           predict=predict, rescale_timesteps=rescale_timesteps, beta_range=beta_range)
+        betas = make_betas(schedule, steps, beta_range)
         self.learned, self.loss, self.predict = variance == 'learned_range', loss, predict
         self.kept = np.array(spaced_steps(steps, respacing))
         if len(self.kept) < 2:
             raise dnnlib.UserError(f'timestep_respacing: {respacing!r} leaves fewer than two steps')
-        if make_betas(schedule, steps).max() >= 1:
+        if betas.max() >= 1:
             raise dnnlib.UserError(f'diffusion_steps: the {schedule} schedule needs more steps than {steps}')
         self.num_steps = len(self.kept)
-        self.betas = _betas_from_alphas_cumprod(np.cumprod(1 - make_betas(schedule, steps))[self.kept])
+        self.betas = _betas_from_alphas_cumprod(np.cumprod(1 - betas)[self.kept])
 
         abar = self.alphas_cumprod = np.cumprod(1 - self.betas)
         abar_prev = self.alphas_cumprod_prev = np.append(1.0, abar[:-1])

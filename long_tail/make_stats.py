@@ -1,0 +1,91 @@
+"""Reference statistics for main.py --eval, from the data themselves: the cache of mean and covariance, and the features."""
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from dnnlib import UserError, cli
+from long_tail.evaluation import DETECTOR_NAMES
+from metrics import classwise, compute
+from torch_utils import distributed as dist
+from training.data import arrays
+from training.data.dataset import subset
+
+
+def balanced(labels, num: int) -> np.ndarray:
+    """Indices of `num` images, the same number of each class up to one: a random choice with seed 0."""
+    order = np.random.RandomState(0).permutation(len(labels))
+    place = np.empty(len(labels), dtype=np.int64)                      # of each image among those of its class
+    for label in np.unique(labels):
+        mine = order[labels[order] == label]
+        place[mine] = np.arange(len(mine))
+    return np.sort(np.lexsort([labels, place])[:num])
+
+
+def make(data_type, dest, detector, weights=None, root='./', split='train', download=False, img_size=None, num=None,
+         features=True, batch=64):
+    """Writes the statistics of a data set to `dest`; the arguments are the options of the command."""
+    data = arrays.open_data(data_type, root, size=img_size, split=split, download=download)
+    if num is not None:
+        chosen = balanced(data.label_ids, num) if num < len(data) else subset(len(data), num, 0)
+        data = arrays.ArrayDataset(data.name, data.images(chosen), data.label_ids[chosen], data.class_names)
+    detectors = compute.Detectors({detector: weights})
+    found = classwise.extract(data, detectors, detector, batch)
+    if dist.get_rank() == 0:
+        meta = dict(detector=detector, fingerprint=detectors[detector].fingerprint, data_type=data_type, split=split,
+                    weights=detectors[detector].weights, class_names=data.class_names)
+        classwise.save_statistics(dest, found, meta, features)
+        print(f'{dest}: {len(found)} images, {found.features.shape[1]} dimensions of {detector}'
+              + (', with features' if features else ''))
+
+
+@click.command(cls=cli.Command, epilog="""\b
+Examples:
+  # The reference of the paper: 50,000 training images of CIFAR-100, Inception features (400 MB)
+  python make_stats.py --data_type cifar100 --root ./ --dest ./stats/cifar100.train.npz
+\b
+  # With pixels as features, where no network is at hand
+  python make_stats.py --data_type cifar100 --detector pixels --dest ./stats/cifar100.pixels.npz
+\b
+Under torchrun the processes share the work.
+""")
+@click.option('--data_type', '--data-type', metavar='NAME', type=click.Choice(arrays.DATA_TYPES), required=True,
+              help='Data set, as for main.py; of a long-tailed one ("lt") give the balanced original')
+@click.option('--root', metavar='PATH', default='./',
+              help='Where the CIFAR archive or its folder is; for zip, the zip or folder')
+@click.option('--download', is_flag=True, help='Fetch the CIFAR archive to --root if it is not there')
+@click.option('--split', metavar='train|test', type=click.Choice(['train', 'test']), default='train', help='Images of CIFAR')
+@click.option('--dest', metavar='NPZ', required=True, help='File to write')
+@click.option('--detector', metavar='|'.join(DETECTOR_NAMES), type=click.Choice(DETECTOR_NAMES), default='inception',
+              help='Network of the features')
+@click.option('--weights', metavar='PATH', help='Weights of the detector: file, folder or URL  [default: the published ones]')
+@click.option('--img_size', '--img-size', metavar='INT', type=click.IntRange(min=1),
+              help='Resize the images  [default: as stored]')
+@click.option('--max_images', '--max-images', '--num', 'num', metavar='INT', type=click.IntRange(min=2),
+              help='Use so many images, the same number of each class  [default: all]')
+@click.option('--features/--nofeatures', default=True,
+              help='Store the features and labels, which precision, recall, PRD and class groups need')
+@click.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64,
+              help='Images that go through the detector together')
+def main(data_type, root, download, split, dest, detector, weights, img_size, num, features, batch):
+    """Make the --fid_cache of main.py from a data set."""
+    dist.init()
+    if not dest.endswith('.npz') or os.path.isdir(dest):
+        raise UserError(f'--dest={dest}: the name must end in .npz')
+    if data_type.endswith('lt'):
+        raise UserError(f'--data_type={data_type}: the reference is the whole data set; give {data_type.removesuffix("lt")}')
+    if split == 'test' and data_type not in arrays.CIFAR:
+        raise UserError(f'--split=test: {data_type} has no such part')
+    make(data_type, dest, detector, weights, root, split, download, img_size, num, features, batch)
+    dist.barrier()
+    dist.shutdown()
+
+
+if __name__ == '__main__':
+    main()
