@@ -50,13 +50,13 @@ def save_image_grid(path: str, images, columns: int | None = None, row_labels=No
     save_png(image_grid(images, columns, row_labels), path)
 
 
-def figure(size=(6, 4)):
-    """A matplotlib figure that needs no display, and its axes."""
+def figure(size=(6, 4), shape=(1, 1)):
+    """A matplotlib figure that needs no display, and its axes (an array of them for a `shape` of rows and columns)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     fig = Figure(figsize=size, layout='constrained')
     FigureCanvasAgg(fig)
-    return fig, fig.subplots()
+    return fig, fig.subplots(*shape)
 
 
 def save_loss_curve(stats_path: str, path: str):

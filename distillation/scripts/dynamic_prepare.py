@@ -1,0 +1,122 @@
+"""Make the cache of a distillation: noisy images at mixed time steps, from the teacher's own chains."""
+
+import contextlib
+import os
+import sys
+import time
+from pathlib import Path
+
+import click
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from distillation import common, distill
+from dnnlib import UserError, cli
+from torch_utils import distributed as dist
+from training.diffusion.distillation import SOURCES, CacheFile, IterativeSource, Preparation, write_cache
+from training.snapshot import read_state, write_state
+
+
+def check_destination(path: str, description: dict) -> bool:
+    """True if `path` already is the cache that is wanted. Raises UserError if something else is there."""
+    if not os.path.exists(path):
+        return False
+    found = CacheFile(path).description
+    for key, value in description.items():
+        if found.get(key) != value:
+            raise UserError(f'{path} exists, and was made with another {key} ({found.get(key)} instead of {value}); '
+                            'remove it, or choose another teacher.tempfile')
+    return True
+
+
+def resume(preparation: Preparation, path: str, description: dict):
+    """Takes up the unfinished share of an earlier run, if there is one of the same settings."""
+    if not os.path.exists(path):
+        return
+    state = read_state(path)
+    if not isinstance(state, dict) or state.get('description') != description:
+        raise UserError(f'{path} is the unfinished cache of other settings; remove it to start anew')
+    preparation.load_state_dict(state['preparation'])
+    print(f'Going on with {path}', flush=True)
+
+
+class Saver:
+    """Saves the state of a preparation every so many seconds."""
+
+    def __init__(self, path: str, description: dict, seconds: float):
+        self.path, self.description, self.seconds, self.last = path, description, seconds, time.monotonic()
+
+    def __call__(self, preparation: Preparation):
+        if time.monotonic() - self.last >= self.seconds:
+            write_state(self.path, {'description': self.description, 'preparation': preparation.state_dict()})
+            self.last = time.monotonic()
+
+
+def merge(path: str, part: str, cache, description: dict):
+    """Writes the cache of all processes, the shares behind each other, and removes what was unfinished."""
+    shares = [cache]
+    if dist.get_world_size() > 1:
+        write_cache(part + '.share', [cache], {})
+        shares = [CacheFile(name) for name in dist.gather_objects(part + '.share')]
+    dist.barrier()
+    if dist.get_rank() == 0:
+        write_cache(path, shares, description)
+    dist.barrier()
+    for leftover in (part, part + '.share'):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(leftover)
+
+
+@click.command(cls=cli.Command, epilog="""\b
+Examples:
+  # The cache of the CIFAR-10 experiments: 51,200 images
+  python scripts/dynamic_prepare.py --config yaml/cifar10_32/exp/CIFAR10-57M-Dynamic-0.4.yaml
+\b
+  # For a distillation on four GPUs: four times as many
+  mpiexec -n 4 python scripts/dynamic_prepare.py --config yaml/cifar10_32/exp/CIFAR10-57M-Dynamic-0.4.yaml
+\b
+  # Another rho, elsewhere
+  python scripts/dynamic_prepare.py --config yaml/cifar10_32/exp/CIFAR10-57M-Dynamic-0.4.yaml \\
+      teacher.BATCH=0.1 teacher.tempfile=experiments/cache/CIFAR10-mine.cache
+\b
+The same command goes on with a preparation that was stopped. Under several processes the cache has a share for each;
+image_kd.py then needs as many, on a common file system.
+""")
+@common.config_option
+@common.seed_option
+@click.option('--save_every', metavar='SECONDS', type=click.FloatRange(0), default=600, help='Save unfinished work this often')
+@common.overrides_argument
+def main(config, seed, save_every, overrides):
+    """Make the cache of a distillation (teacher.tempfile): every image is denoised down to a random time step.
+
+    Needs teacher.model_path; of the student, only batch_size counts. teacher.batch_size images go through the teacher at
+    once. The file is in the safetensors format: x [M,C,H,W], levels [M], and what it was made with.
+    """
+    dist.init()
+    experiment = common.read_experiment(config, overrides)
+    section = experiment['teacher']
+    if SOURCES.get(section.iter_choice) is IterativeSource:
+        raise UserError(f'teacher.iter_choice: {section.iter_choice} needs no cache; start image_kd.py')
+    if not section.tempfile:
+        raise UserError('teacher.tempfile is missing; it names the cache to make')
+    teacher = distill.open_teacher(experiment, dist.get_device())
+    expected = distill.cache_description(experiment, teacher)
+    description = expected | {'processes': dist.get_world_size(), 'seed': seed}
+    if check_destination(section.tempfile, description):
+        dist.print0(f'{section.tempfile} is there already')
+        return
+    common.describe('Teacher', teacher.net)
+    size, part = distill.share_size(experiment, teacher), distill.part_path(section.tempfile)
+    dist.print0(f'Cache: {size} images for each of {dist.get_world_size()} process(es), rho {section.BATCH}')
+    preparation = Preparation(teacher, size, distill.image_shape(teacher), distill.preparation_draws(seed, dist.get_device()),
+                              section.batch_size)
+    preparation.equalize(min(dist.gather_objects(preparation.remaining)))
+    resume(preparation, part, description)
+    cache = preparation.run(Saver(part, description, save_every))
+    merge(section.tempfile, part, cache, description)
+    dist.print0(f'Done: {section.tempfile}')
+    dist.shutdown()
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,56 @@
+"""Mix real images with synthetic ones: the data-limited setting of distillation."""
+
+import sys
+from pathlib import Path
+
+import click
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tqdm import tqdm
+
+from dnnlib import UserError, cli
+from metrics.images import open_images
+from training.data.archive import ArchiveWriter
+from training.data.image_io import encode_png
+from training.data.selection import mixture
+
+
+@click.command(cls=cli.Command, epilog="""\b
+Example:
+  # As many images as the real set has, a tenth of them real
+  python scripts/mix_data.py --real datasets/cifar10.zip --synthetic experiments/samples/samples_50000x32x32x3.npz \\
+      --share 0.1 --dest datasets/mix-0.1
+""")
+@click.option('--real', metavar='DIR|ZIP|NPZ', required=True, help='Real images')
+@click.option('--synthetic', metavar='DIR|ZIP|NPZ', required=True, help="The teacher's samples")
+@click.option('--share', metavar='FLOAT', type=click.FloatRange(0, 1), required=True, help='Share of real images')
+@click.option('--count', metavar='INT', type=click.IntRange(min=1), help='Images in all  [default: as many as --real has]')
+@click.option('--seed', metavar='INT', type=click.IntRange(0, 2**32 - 1), default=0, help='Seed of the choice')
+@click.option('--dest', metavar='DIR|ZIP', required=True, help='Folder or zip to write, for image_train.py')
+def main(real, synthetic, share, count, seed, dest):
+    """Write round(count share) real images and as many synthetic ones as are left, all chosen without replacement.
+
+    The files are 000000.png, 000001.png, ..., real images first; dataset.json says where each comes from.
+    """
+    folders = [open_images(real), open_images(synthetic)]
+    shapes = [folder.images([0]).shape[1:] for folder in folders]
+    if shapes[0] != shapes[1]:
+        raise UserError(f'--real has images of {list(shapes[0])}, --synthetic of {list(shapes[1])}')
+    count = count or len(folders[0])
+    chosen = mixture(count, share, len(folders[0]), len(folders[1]), seed)
+    with ArchiveWriter(dest) as out:
+        number = 0
+        for folder, indices in zip(folders, chosen, strict=True):
+            for index in tqdm(indices, desc=folder.name, unit='img', leave=False, disable=None):
+                image = folder.images([index])[0]
+                out.add(f'{number:06d}.png', encode_png(image[0] if len(image) == 1 else image.transpose(1, 2, 0)))
+                number += 1
+        out.add_description({'labels': None, 'selection': {
+            'rule': 'mixture', 'real': real, 'synthetic': synthetic, 'share': share, 'seed': seed,
+            'real images': chosen[0].tolist(), 'synthetic images': chosen[1].tolist()}})
+    print(f'{dest}: {len(chosen[0])} real and {len(chosen[1])} synthetic images')
+
+
+if __name__ == '__main__':
+    main()

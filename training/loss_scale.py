@@ -1,0 +1,32 @@
+"""Loss scaling for float16 gradients that finds its own scale (mixed-precision training of guided diffusion)."""
+
+import torch
+
+
+class DynamicLossScale:
+    """The loss is multiplied by 2^lg: lg grows by `growth` with every good step, and falls by 1 when gradients overflow."""
+
+    def __init__(self, lg: float = 20.0, growth: float = 0.001):
+        self.lg, self.growth = float(lg), growth
+
+    @property
+    def value(self) -> float:
+        """2^lg."""
+        return 2.0 ** self.lg
+
+    def update(self, grads: list[torch.Tensor]) -> bool:
+        """Whether the scaled gradients have a finite norm; the next step's scale follows from it.
+
+        Processes whose gradients are equal (after their exchange) decide alike. Waits for the device.
+        """
+        # float64: the squares of finite gradients may overflow float32.
+        norms = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads])
+        finite = bool(torch.isfinite(norms).all())
+        self.lg += self.growth if finite else -1
+        return finite
+
+    def state_dict(self) -> dict:
+        return {'lg': self.lg}
+
+    def load_state_dict(self, state: dict):
+        self.lg = state['lg']
