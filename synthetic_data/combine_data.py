@@ -1,0 +1,43 @@
+"""All images of all classes in one .npz."""
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dnnlib import UserError, cli
+from synthetic_data import common
+from training.data.class_files import columns, open_classes
+from training.data.npz import write_npz
+
+EXAMPLES = """\b
+Examples:
+  python combine_data.py --data_dir ./out_cifar10 --output_dir ./npz_cifar10 --class_num 10 --file_name 5m
+\b
+  # What two machines have made
+  python combine_data.py --data_dir ./out_a --data_dir ./out_b --output_dir ./npz_cifar10 --class_num 10 --file_name 10m"""
+
+
+@click.command(cls=cli.Command, epilog=EXAMPLES)
+@common.class_folder_options
+@click.option('--file_name', metavar='NAME', required=True, help='The file is <output_dir>/NAME.npz')
+def main(data_dir, output_dir, class_num, file_name):
+    """Join the files of all classes into one .npz for numpy.load: `image` uint8 [N,H,W,3], `label` int64 [N].
+
+    Class by class, in the order of the files. Images are never held in memory.
+    """
+    if os.path.basename(file_name) != file_name:
+        raise UserError(f'--file_name={file_name} must be a name without folders; give the folder as --output_dir')
+    classes = open_classes(data_dir, class_num)
+    dest = os.path.join(output_dir, file_name.removesuffix('.npz') + '.npz')
+    with common.full_disk(f'--output_dir={output_dir}', 'run it again'):
+        write_npz(dest, columns(classes[0].image_shape, list(map(len, classes)),
+                                lambda label, start, out: classes[label].read_into(start, out)))
+    print(f'Wrote {dest}: {sum(map(len, classes))} images of {class_num} classes')
+
+
+if __name__ == '__main__':
+    main()

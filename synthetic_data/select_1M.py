@@ -1,0 +1,124 @@
+"""Select the generated images that a classifier is surest of."""
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+
+from dnnlib import UserError, cli, util
+from synthetic_data import common
+from torch_utils import distributed as dist
+from training import pictures, scoring
+from training.classify import open_classifier
+from training.data.class_files import columns, open_classes
+from training.data.npz import write_npz
+
+EXTREMES = 10  # best and worst images of a class in the picture
+
+
+def save_picture(path: str, classes, scores):
+    """Two rows for each class: the images with the highest confidence, and those with the lowest."""
+    tiles, titles = [], []
+    for label, (images, values) in enumerate(zip(classes, scores, strict=True)):
+        count = min(EXTREMES, len(values))
+        order = scoring.extremes(values, count)
+        found = np.concatenate([images.read(index, index + 1) for index in order]).transpose(0, 3, 1, 2)
+        blank = np.full((EXTREMES - count, *found.shape[1:]), 255, np.uint8)
+        tiles += [found[:count], blank, found[count:], blank]
+        titles += [f'{label} best {values[order[0]]:.3f}', f'{label} worst {values[order[count]]:.3f}']
+    pictures.save_image_grid(path, np.concatenate(tiles), EXTREMES, titles)
+
+
+def save_histograms(path: str, rows: list[dict]):
+    """Confidence of the images of each class, and the lowest one that was selected."""
+    across = min(len(rows), 5)
+    lines = -(-len(rows) // across)
+    fig, axes = pictures.figure((2.2 * across, 1.6 * lines + 0.4), (lines, across))
+    axes = np.ravel(axes)
+    edges = np.linspace(0, 1, scoring.BINS + 1)
+    for axis in axes[len(rows):]:
+        axis.set_visible(False)
+    for label, (axis, row) in enumerate(zip(axes, rows, strict=False)):
+        axis.stairs(row['histogram'], edges, fill=True, color='0.6')
+        axis.axvline(row['lowest_selected'], color='C0', linewidth=1)
+        axis.set_yscale('symlog')
+        axis.set_title(f'class {label}: {row["selected"]} of {row["images"]}', fontsize=8)
+        axis.tick_params(labelsize=7)
+    fig.supxlabel('confidence of the intended class (line: lowest selected)', fontsize=8)
+    fig.supylabel('images', fontsize=8)
+    with util.atomic_path(path) as temp:
+        fig.savefig(temp, format='png', dpi=120)
+
+
+def run(model, model_path, data_dir, output_dir, class_num, top_scale, batch_size, file_name):
+    """Scores, selects and writes; returns the report of each class."""
+    dist.init()
+    device = dist.get_device()
+    torch.backends.cudnn.benchmark = False  # its choice of a kernel may change the last bits of a confidence
+    classes = open_classes(data_dir, class_num)
+    net = open_classifier(model_path, model, class_num, device)
+    total = sum(map(len, classes))
+    dist.print0(f'Scoring {total} images of {class_num} classes on {dist.get_world_size()} x {device.type}')
+    scores = scoring.score(net, classes, batch_size, device)
+    chosen = [scoring.select_top(values, top_scale) for values in scores]
+    rows = [scoring.report(values, indices) for values, indices in zip(scores, chosen, strict=True)]
+
+    def take(label, start, out):
+        out[:] = classes[label].take(chosen[label][start:start + len(out)])
+
+    if dist.get_rank() == 0:
+        stem = os.path.join(output_dir, file_name.removesuffix('.npz'))
+        with common.full_disk(f'--output_dir={output_dir}', 'run it again'):
+            write_npz(stem + '.npz', columns(classes[0].image_shape, list(map(len, chosen)), take))
+            util.write_json(stem + '-report.json', {
+                'model_path': model_path, 'data_dir': list(data_dir), 'top_scale': top_scale, 'classes': rows})
+            save_histograms(stem + '-confidence.png', rows)
+            save_picture(stem + '-best-worst.png', classes, scores)
+        print(f'{"class":>5}{"images":>10}{"selected":>10}{"mean":>8}{"lowest selected":>17}')
+        for label, row in enumerate(rows):
+            print(f'{label:5}{row["images"]:10}{row["selected"]:10}{row["mean"]:8.4f}{row["lowest_selected"]:17.6f}')
+        print(f'Wrote {stem}.npz ({sum(map(len, chosen))} of {total} images), and beside it -report.json, -confidence.png, '
+              '-best-worst.png')
+    dist.barrier()
+    return rows
+
+
+EXAMPLES = """\b
+Examples:
+  python select_1M.py --model_path ./selection_model/cifar10_pseudo.pt --data_dir ./out_cifar10 --output_dir ./npz_cifar10 \\
+      --class_num 10
+\b
+  # On 4 GPUs, with a classifier of train_classifier.py, the best tenth
+  torchrun --standalone --nproc_per_node=4 select_1M.py --model_path=runs/wrn/network-snapshot-0020000.pkl \\
+      --data_dir=out --output_dir=npz --top_scale=0.1"""
+
+
+@click.command(cls=cli.Command, epilog=EXAMPLES)
+@click.option('--model', metavar='wrn-D-W', help='What the classifier must be, e.g. wrn-28-10  [default: what the file holds]')
+@click.option('--model_path', metavar='FILE', required=True,
+              help='Its weights: a published .pt, or a snapshot of train_classifier.py')
+@common.class_folder_options
+@click.option('--top_scale', metavar='SHARE', type=click.FloatRange(0, 1, min_open=True), default=0.2,
+              help='Share of each class that is taken')
+@click.option('--batch_size', metavar='INT', type=click.IntRange(min=1), default=1024, help='Images at a time on each process')
+@click.option('--file_name', metavar='NAME', default='1m', help='The file is <output_dir>/NAME.npz')
+def main(file_name, **opts):
+    """Select the images of each class of whose class a classifier is surest: NAME.npz with `image` and `label`.
+
+    The work is split over the processes of torchrun. Of images of equal confidence the first are taken; the selected ones
+    stand in the order of their files. NAME-report.json, NAME-confidence.png and NAME-best-worst.png say what was selected.
+    """
+    if os.path.basename(file_name) != file_name:
+        raise UserError(f'--file_name={file_name} must be a name without folders; give the folder as --output_dir')
+    run(file_name=file_name, **opts)
+    dist.shutdown()
+
+
+if __name__ == '__main__':
+    main()

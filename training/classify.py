@@ -1,0 +1,113 @@
+"""Classifiers: what their training minimises, how images are augmented, and how accurate they are."""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from dnnlib import UserError
+from torch_utils.random import BlockRandomGenerator
+from training.adversarial import Attack, pgd
+from training.networks.classifier import load_classifier
+from training.snapshot import FORMAT, load_snapshot, read_state
+
+
+def augment(images, random, pad: int, xflip: bool):
+    """Each image [N,C,H,W] moved by up to `pad` pixels in both directions (black comes in), and mirrored half of the time.
+
+    Draws of `random`: vertical move, horizontal move, mirror.
+    """
+    N, _, H, W = images.shape
+    device = images.device
+    rows = torch.arange(H, device=device) + random.randint(2 * pad + 1, [N]).reshape(N, 1)
+    columns = torch.arange(W, device=device) + random.randint(2 * pad + 1, [N]).reshape(N, 1)
+    if xflip:
+        columns = torch.where(random.randint(2, [N]).reshape(N, 1) == 1, columns.flip(1), columns)
+    padded = F.pad(images, [pad] * 4)
+    # Advanced indices with a slice between them put the channels last.
+    return padded[torch.arange(N, device=device).reshape(N, 1, 1), :, rows.reshape(N, H, 1),
+                  columns.reshape(N, 1, W)].movedim(-1, 1).contiguous()
+
+
+class ClassificationObjective:
+    """Cross-entropy of a classifier on augmented images, or on the worst ones near them that an attack finds.
+
+    pad, xflip  see `augment`
+    smoothing   share of the label that is spread over all classes
+    attack      adversarial training (arXiv 1706.06083): the loss at `pgd` of this attack; None: plain training
+    dtype       of convolutions and products (mixed precision): float32, float16 or bfloat16
+    """
+
+    def __init__(self, pad: int = 4, xflip: bool = True, smoothing: float = 0.0, attack: Attack | None = None,
+                 dtype=torch.float32):
+        self.pad, self.xflip, self.smoothing, self.attack, self.dtype = pad, xflip, smoothing, attack, dtype
+
+    def __call__(self, net, batch):
+        """(loss [N], {'loss', 'accuracy' on what was trained on}) for `images` [N,3,H,W] in [-1, 1] and one-hot `labels`."""
+        random = batch['random']
+        images = augment((batch['images'] + 1) / 2, random, self.pad, self.xflip)
+        labels = batch['labels'].argmax(dim=1)
+        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            if self.attack is not None:
+                # The bare network: gradients of an attack are no business of other processes.
+                images = pgd(getattr(net, 'module', net), images, labels, self.attack, random)
+            logits = net(images).float()
+        loss = F.cross_entropy(logits, labels, reduction='none', label_smoothing=self.smoothing)
+        return loss, {'loss': loss, 'accuracy': (logits.argmax(dim=1) == labels).float()}
+
+
+def cosine_lr(nimg: int, total: int, peak: float, rampup: int = 0) -> float:
+    """Half a cosine from `peak` to zero over `total` images; up to `rampup` images it grows from zero."""
+    ramp = min(nimg / rampup, 1) if rampup else 1
+    return peak / 2 * (1 + math.cos(math.pi * min(nimg / total, 1))) * ramp
+
+
+def ema_beta(decay: float):
+    """beta(nimg, batch) of the classifiers' average: min(decay, (1 + step) / (10 + step)), so that its start is forgotten."""
+    def beta(nimg, batch):
+        step = nimg / batch
+        return min(decay, (1 + step) / (10 + step))
+    return beta
+
+
+def open_classifier(path: str, model: str | None = None, num_classes: int | None = None, device='cpu'):
+    """The classifier in a file: a snapshot of train_classifier.py, or published weights.
+
+    `model` like wrn-28-10 is what it must be; None: whatever it is. It takes x [N,3,H,W] in [0, 1], and is in evaluation
+    mode, without gradients. Raises UserError that names the file if it is something else, or has other classes.
+    """
+    state = read_state(path)
+    if not isinstance(state, dict) or state.get('format') != FORMAT:
+        return load_classifier(path, model, num_classes).to(device)
+    net = load_snapshot(path, device).net
+    if state['network']['class_name'] != 'WideResNet':
+        raise UserError(f'{path} holds a network {state["network"]["class_name"]}, which is no classifier')
+    name = state['network']['kwargs'].get('name', 'wrn-28-10')
+    if model is not None and name != model:
+        raise UserError(f'{path} holds a {name}, not a {model}')
+    if num_classes is not None and net.num_classes != num_classes:
+        raise UserError(f'{path} is a classifier of {net.num_classes} classes, not of {num_classes}')
+    return net
+
+
+@torch.no_grad()
+def accuracy(net, dataset, attack: Attack | None = None, batch: int = 256, seed: int = 0, progress: bool = False) -> dict:
+    """Share of the images of a labelled data set that `net` classifies correctly: {'clean': .., 'robust': ..}.
+
+    `robust` is the share that is still correct under `attack`, and None without one; what is wrong already counts as wrong.
+    The random start of image i depends on `seed` and i alone.
+    """
+    device = next(net.parameters()).device
+    right = {'clean': 0, 'robust': 0}
+    for start in tqdm(range(0, len(dataset), batch), unit='batch', delay=2, disable=None if progress else True):
+        indices = np.arange(start, min(start + batch, len(dataset)))
+        images = torch.from_numpy(dataset.images(indices)).to(device).float() / 255
+        labels = torch.from_numpy(dataset.label_ids[indices]).to(device)
+        correct = net(images).argmax(dim=1) == labels
+        right['clean'] += int(correct.sum())
+        if attack is not None:
+            found = pgd(net, images, labels, attack, BlockRandomGenerator(device, seed, start, len(indices)))
+            right['robust'] += int((correct & (net(found).argmax(dim=1) == labels)).sum())
+    return {'clean': right['clean'] / len(dataset), 'robust': right['robust'] / len(dataset) if attack is not None else None}
