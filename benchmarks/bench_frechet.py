@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import click
 import numpy as np
 import scipy.linalg
-from timing import compare
 
+from benchmarks.timing import compare
 from dnnlib import cli
 from metrics.frechet import frechet_distance
 

@@ -28,11 +28,13 @@ NETWORKS = {
 }
 
 
-def make_step(net, model, optimizer, ema, batch, device):
-    """A function that takes one training step on random images."""
-    objective, random = EDM2Objective(), GlobalRandom(device)
+def make_step(net, model, optimizer, ema, batch, device, objective=None):
+    """A function that takes one training step on random images, with the loss of EDM2 or another `objective`."""
+    objective, random = objective or EDM2Objective(), GlobalRandom(device)
     images = torch.randn(batch, net.img_channels, net.img_resolution, net.img_resolution, device=device)
-    labels = torch.eye(net.label_dim, device=device)[torch.arange(batch, device=device) % net.label_dim]
+    labels = None
+    if net.label_dim:
+        labels = torch.eye(net.label_dim, device=device)[torch.arange(batch, device=device) % net.label_dim]
     state = {'nimg': 0}
 
     def step():

@@ -1,8 +1,11 @@
-"""Timing of two ways to do the same thing, in turn, in one process."""
+"""Timing of several ways to do the same thing, in turn, in one process."""
 
+import resource
 import statistics
+import threading
 import time
 
+import psutil
 import torch
 
 
@@ -11,8 +14,20 @@ def synchronize():
         torch.cuda.synchronize()
 
 
-def compare(candidates: dict, rounds: int = 5, warmup: int = 1) -> dict:
-    """Median seconds of each callable, `{name: seconds}`: all once a round, so that drift of the machine hits all alike."""
+def cpu_seconds() -> float:
+    """Processor time of this process and of its children that have ended: what a loaded machine disturbs least."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+CLOCKS = {'wall': time.perf_counter, 'cpu': cpu_seconds}
+
+
+def compare(candidates: dict, rounds: int = 5, warmup: int = 1, clock=time.perf_counter) -> dict:
+    """Median seconds of each callable, `{name: seconds}`: all once a round, so that drift of the machine hits all alike.
+
+    clock: one of CLOCKS. Where others use the machine, `cpu` with one thread tells more.
+    """
     for function in candidates.values():
         for _ in range(warmup):
             function()
@@ -20,11 +35,55 @@ def compare(candidates: dict, rounds: int = 5, warmup: int = 1) -> dict:
     for _ in range(rounds):
         for name, function in candidates.items():
             synchronize()
-            start = time.perf_counter()
+            start = clock()
             function()
             synchronize()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+class PeakMemory:
+    """GiB above the start, at the peak of a `with` block: of the GPU, or of this process and its children.
+
+    Of a child counts what it does not share with others.
+    """
+
+    def __init__(self, device='cpu'):
+        self.cuda = torch.device(device).type == 'cuda'
+
+    def _used(self):
+        total = self.process.memory_info().rss
+        for child in self.process.children(recursive=True):
+            try:
+                total += child.memory_full_info().uss
+            except psutil.Error:
+                pass  # it has ended
+        return total
+
+    def _watch(self):
+        while not self.done.wait(0.01):
+            self.peak = max(self.peak, self._used())
+
+    def __enter__(self):
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+            return self
+        self.process, self.done = psutil.Process(), threading.Event()
+        self.before = self.peak = self._used()
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        if self.cuda:
+            torch.cuda.synchronize()
+            self.peak = torch.cuda.max_memory_allocated()
+        else:
+            self.done.set()
+            self.thread.join()
+        self.gib = (self.peak - self.before) / 2**30
 
 
 def print_rates(title: str, seconds: dict, images: int, memory: dict | None = None):

@@ -73,6 +73,38 @@ class TraditionalEMA:
         self.ema.load_state_dict(state['ema'])
 
 
+class ConstantEMA:
+    """Exponential averages with constant factors `rates`, one for each step whatever its batch: ema = w + rate (ema - w)."""
+
+    def __init__(self, net: torch.nn.Module, rates):
+        self.rates = list(rates)
+        self.emas = [copy.deepcopy(net).eval().requires_grad_(False) for _ in self.rates]
+        self._targets = [list(ema.parameters()) for ema in self.emas]
+
+    @torch.no_grad()
+    def update(self, net: torch.nn.Module, nimg: int, batch: int):
+        """One step; neither the images before it nor its batch counts."""
+        for rate, target in zip(self.rates, self._targets, strict=True):
+            torch._foreach_lerp_(target, list(net.parameters()), 1 - rate)
+
+    def get(self, net: torch.nn.Module) -> list[tuple[torch.nn.Module, str, dict]]:
+        """As `PowerFunctionEMA.get`; the names have no suffix if there is only one rate."""
+        for ema in self.emas:
+            for target, source in zip(ema.buffers(), net.buffers(), strict=True):
+                target.copy_(source)
+        return [(ema, f'-{rate}' if len(self.rates) > 1 else '', {})
+                for rate, ema in zip(self.rates, self.emas, strict=True)]
+
+    def state_dict(self) -> dict:
+        return {'rates': self.rates, 'emas': [ema.state_dict() for ema in self.emas]}
+
+    def load_state_dict(self, state: dict):
+        if state['rates'] != self.rates:
+            raise ValueError(f'EMA rates {state["rates"]} instead of {self.rates}')
+        for ema, values in zip(self.emas, state['emas'], strict=True):
+            ema.load_state_dict(values)
+
+
 def half_life_beta(halflife_Mimg=float('inf'), rampup_ratio=0.09):
     """beta = 0.5^(batch / h), h = min(halflife, rampup_ratio * images after the step)."""
     def beta(nimg, batch):

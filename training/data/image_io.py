@@ -57,7 +57,11 @@ def encode_pngs(pixels: np.ndarray) -> np.ndarray:
     files[:, begin:begin + 6] = np.frombuffer(b'IDAT\x78\x01', np.uint8)
     files[:, end + 4:] = np.frombuffer(tail, np.uint8)
     rows = np.zeros((count, height, row), dtype=np.uint8)
-    rows[:, :, 1:] = pixels.reshape(count, height, -1)
+    if pixels.flags.c_contiguous or pixels.ndim == 3:
+        rows[:, :, 1:] = pixels.reshape(count, height, -1)
+    else:  # most often planes of colours, which numpy turns over faster one by one
+        for channel in range(3):
+            rows[:, :, 1 + channel::3] = pixels[..., channel]
     raw = rows.reshape(count, size)
     place = begin + 6
     for start in starts:

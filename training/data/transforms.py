@@ -98,7 +98,7 @@ def _products(pixels, width, height, method):
             sums += 0.5
             planes = sums.clip(0, 255, out=sums).astype(np.uint8).reshape(*planes.shape[:3], target)
         planes = planes.transpose(0, 1, 3, 2)
-    return np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
+    return planes.transpose(0, 2, 3, 1)
 
 
 _weights_of = functools.lru_cache(maxsize=64)(_weights)
@@ -120,7 +120,11 @@ def _resample(pixels, width, height, method):
     if pixels.ndim == 3:
         return _pillow(pixels, width, height, method)
     if max(pixels.shape[1:3]) <= _SMALL and _products_are_pillows(*pixels.shape[2:0:-1], width, height, method):
-        return np.concatenate([_products(pixels[i:i + 64], width, height, method) for i in range(0, len(pixels), 64)])
+        planes = np.empty((len(pixels), pixels.shape[3], height, width), dtype=np.uint8)
+        images = planes.transpose(0, 2, 3, 1)
+        for i in range(0, len(pixels), 64):  # the sums of so many stay in the cache
+            images[i:i + 64] = _products(pixels[i:i + 64], width, height, method)
+        return images
     return np.stack([_pillow(image, width, height, method) for image in pixels])
 
 

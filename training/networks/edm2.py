@@ -23,13 +23,95 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     return HALF_TYPES[precision]
 
 
-def normalize(x, dim=None, eps=1e-4):
-    """x / (eps + RMS of x over `dim`), by default over all but the first axis (Eq. 47). The RMS is in float32."""
-    if dim is None:
-        dim = list(range(1, x.ndim))
+# Every normalisation divides by (EPS + RMS): a row of zeros stays zero.
+EPS = 1e-4
+
+
+def _rms(x, dim):
+    """Root mean square of x over the axes `dim`, which stay with length 1; in float32."""
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
-    rms = norm * math.sqrt(norm.numel() / x.numel())
-    return x / (rms + eps).to(x.dtype)
+    return norm * math.sqrt(norm.numel() / x.numel())
+
+
+def _dot(a, b, dim):
+    """Sum of a b over the axes `dim`, which stay with length 1; in float32."""
+    return (a * b).sum(dim=dim, keepdim=True, dtype=torch.float32)
+
+
+# The backward passes below are written out because autograd, which sees division and norm apart, makes three times as many
+# passes over the memory. torch.compile finds the short way by itself and is given the plain formulas.
+
+class _Normalize(torch.autograd.Function):
+    """y = x / (eps + r), r = RMS of x. dx = g / (eps + r) - y <g, y> / (n r), with means over the n elements of a group."""
+
+    @staticmethod
+    def forward(ctx, x, dim, eps):
+        r = _rms(x, dim)
+        y = x / (r + eps).to(x.dtype)
+        ctx.dim, ctx.eps, ctx.n = dim, eps, x.numel() // r.numel()
+        ctx.save_for_backward(y, r)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        y, r = ctx.saved_tensors
+        share = _dot(grad, y, ctx.dim).div_(r.clamp_min(1e-30) * -ctx.n)   # y = 0 where r = 0
+        return (grad / (r + ctx.eps).to(grad.dtype)).addcmul_(y, share.to(y.dtype)), None, None
+
+
+def normalize(x, dim=None, eps=EPS):
+    """x / (eps + RMS of x over `dim`), by default over all but the first axis (Eq. 47). The RMS is in float32."""
+    dim = list(range(1, x.ndim)) if dim is None else [dim] if isinstance(dim, int) else list(dim)
+    if torch.compiler.is_compiling():
+        return x / (_rms(x, dim) + eps).to(x.dtype)
+    return _Normalize.apply(x, dim, eps)
+
+
+class _EffectiveWeight(torch.autograd.Function):
+    """w gain / (sqrt(n) (EPS + r)) in `dtype`, for rows w of n elements and RMS r (Eq. 66); `gain` may be a tensor [].
+
+    With s = 1 / (sqrt(n) (EPS + r)): dgain = s <g, w>, dw = gain s (g - w <g, w> / (n r (EPS + r))).
+    """
+
+    @staticmethod
+    def forward(ctx, weight, gain, r, dtype):
+        n = weight[0].numel()
+        s = 1 / (math.sqrt(n) * (r + EPS))
+        ctx.save_for_backward(weight, r, s, gain if torch.is_tensor(gain) else None)
+        ctx.gain, ctx.n = gain, n
+        return torch.mul(weight, s * gain, out=torch.empty_like(weight, dtype=dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        weight, r, s, gain = ctx.saved_tensors
+        learned = gain is not None
+        gain = gain if learned else ctx.gain
+        dot = _dot(grad, weight, list(range(1, weight.ndim)))
+        scale = s * gain
+        share = dot * scale / (r.clamp_min(1e-30) * (r + EPS) * -ctx.n)
+        return (grad * scale).addcmul_(weight, share), (dot * s).sum() if learned else None, None, None
+
+
+class _MPCat(torch.autograd.Function):
+    """Channels of `a` times wa, then those of `b` times wb, each written once to where it belongs."""
+
+    @staticmethod
+    def forward(ctx, a, b, wa, wb):
+        ctx.channels, ctx.weights = a.shape[1], (wa, wb)
+        last = a.is_contiguous(memory_format=torch.channels_last)
+        out = torch.empty([a.shape[0], a.shape[1] + b.shape[1], *a.shape[2:]], dtype=a.dtype, device=a.device,
+                          memory_format=torch.channels_last if last else torch.contiguous_format)
+        torch.mul(a, wa, out=out[:, :ctx.channels])
+        torch.mul(b, wb, out=out[:, ctx.channels:])
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        wa, wb = ctx.weights
+        return grad[:, :ctx.channels] * wa, grad[:, ctx.channels:] * wb, None, None
 
 
 def mp_silu(x):
@@ -37,16 +119,26 @@ def mp_silu(x):
     return F.silu(x) * SILU_GAIN
 
 
+def mp_sum_weights(t=0.5):
+    """What `mp_sum` multiplies its two arguments by."""
+    scale = math.sqrt((1 - t) ** 2 + t**2)
+    return (1 - t) / scale, t / scale
+
+
 def mp_sum(a, b, t=0.5):
     """Weighted sum of unit-magnitude tensors that keeps their magnitude (Eq. 88)."""
-    return a.lerp(b, t) / math.sqrt((1 - t) ** 2 + t**2)
+    wa, wb = mp_sum_weights(t)
+    return a * wa + b * wb
 
 
 def mp_cat(a, b, t=0.5):
     """Concatenation over channels in which `b` contributes the share `t` (Eq. 103)."""
     Na, Nb = a.shape[1], b.shape[1]
     scale = math.sqrt((Na + Nb) / ((1 - t) ** 2 + t**2))
-    return torch.cat([a * (scale * (1 - t) / math.sqrt(Na)), b * (scale * t / math.sqrt(Nb))], dim=1)
+    wa, wb = scale * (1 - t) / math.sqrt(Na), scale * t / math.sqrt(Nb)
+    if torch.compiler.is_compiling():
+        return torch.cat([a * wa, b * wb], dim=1)
+    return _MPCat.apply(a, b, wa, wb)
 
 
 class Resample(torch.nn.Module):
@@ -88,24 +180,57 @@ class MPFourier(torch.nn.Module):
 class MPConv(torch.nn.Module):
     """Convolution (`kernel=[k, k]`) or linear layer (`kernel=[]`) with normalised weights (Eq. 47, 66).
 
-    In training the stored weight is itself kept normalised: every forward pass rewrites it first.
+    In training the stored weight is itself kept normalised: every forward pass rewrites it first. Out of training, the
+    weights that the convolution uses are kept until the stored ones change.
     """
+
+    _kept = None  # (what they were computed from, weights)
 
     def __init__(self, in_channels: int, out_channels: int, kernel):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
+        weight = torch.randn(out_channels, in_channels, *kernel)
+        if kernel:  # the order in memory in which convolutions are fastest, on the CPU as on GPUs
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        self.weight = torch.nn.Parameter(weight)
 
     def forward(self, x, gain=1):
-        weight = self.weight.float()
-        if self.training:
-            with torch.no_grad():
-                self.weight.copy_(normalize(weight))  # forced weight normalisation
-            weight = self.weight.float()
-        weight = normalize(weight) * (gain / math.sqrt(weight[0].numel()))
-        weight = weight.to(x.dtype)
+        weight = self.effective_weight(gain, x.dtype)
         if weight.ndim == 2:
             return x @ weight.t()
         return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+
+    def effective_weight(self, gain, dtype):
+        """The weight times `gain` (number or tensor []), normalised to unit magnitude of the outputs, in `dtype`."""
+        weight, axes = self.weight.float(), list(range(1, self.weight.ndim))
+        if torch.compiler.is_compiling():
+            if self.training:
+                with torch.no_grad():
+                    self.weight.copy_(normalize(weight))
+                weight = self.weight.float()
+            return (normalize(weight) * (gain / math.sqrt(weight[0].numel()))).to(dtype)
+        if self.training:
+            with torch.no_grad():  # forced weight normalisation
+                r = _rms(weight, axes)
+                self.weight.div_(r + EPS)
+                r /= r + EPS  # of the normalised weight
+            return _EffectiveWeight.apply(self.weight.float(), gain, r, dtype)
+        if torch.is_grad_enabled() or self.weight.is_inference():
+            return _EffectiveWeight.apply(weight, gain, _rms(weight, axes), dtype)
+        source = [(t.data_ptr(), t._version) if torch.is_tensor(t) else t for t in (self.weight, gain)] + [dtype]
+        if self._kept is None or self._kept[0] != source:
+            self._kept = source, _EffectiveWeight.apply(weight, gain, _rms(weight, axes), dtype)
+        return self._kept[1]
+
+    def train(self, mode: bool = True):
+        self._kept = None
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs):
+        self._kept = None
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != '_kept'}
 
 
 class Block(torch.nn.Module):
@@ -134,29 +259,39 @@ class Block(torch.nn.Module):
                 x = self.conv_skip(x)
             x = normalize(x, dim=1)  # pixel norm
 
-        # The activation's 1 / 0.596 goes into the weights of the convolution, which are smaller than the activations.
+        # Constant factors of activations go into the weights of the next convolution, which are fewer: 1 / 0.596 of the
+        # SiLU, and the weights of the two sums at the end.
+        keep, add = mp_sum_weights(self.res_balance)
         y = self.conv_res0(F.silu(x), gain=SILU_GAIN)
         c = self.emb_linear(emb, gain=self.emb_gain) + 1
         y = F.silu(y * c[:, :, None, None].to(y.dtype))
         y = dropout(y, self.dropout, self.training)
-        y = self.conv_res1(y, gain=SILU_GAIN)
+        y = self.conv_res1(y, gain=SILU_GAIN * add)
 
         if self.flavor == 'dec' and self.conv_skip is not None:
-            x = self.conv_skip(x)
-        x = mp_sum(x, y, self.res_balance)
+            x = y.add_(self.conv_skip(x, gain=keep))
+        else:
+            x = y.add_(x, alpha=keep)
         if self.num_heads:
-            x = mp_sum(x, self.attn_proj(self._attention(x)), self.attn_balance)
+            keep, add = mp_sum_weights(self.attn_balance)
+            x = self.attn_proj(self._attention(x), gain=add).add_(x, alpha=keep)
         if self.clip_act is not None:
-            x = F.hardtanh(x, -self.clip_act, self.clip_act)  # clamp, with a cheaper backward pass
+            x = F.hardtanh(x, -self.clip_act, self.clip_act, inplace=True)  # clamp, with a cheaper backward pass
         return x
 
     def _attention(self, x_NCHW):
         """Cosine attention: q, k and v are normalised over the channels of a head (Eq. 82)."""
         N, C, H, W = x_NCHW.shape
-        qkv = self.attn_qkv(x_NCHW).reshape(N, self.num_heads, C // self.num_heads, 3, H * W)
-        q, k, v = normalize(qkv, dim=2).permute(3, 0, 1, 4, 2).contiguous().unbind(0)  # each [N, heads, HW, C / heads]
+        heads = self.num_heads
+        weight = self.attn_qkv.effective_weight(1, x_NCHW.dtype)
+        # Output channels are numbered (head, channel, q|k|v). With q, k and v in front, and channels last in memory, no
+        # activation has to be moved.
+        weight = weight.reshape(heads, C // heads, 3, C).permute(2, 0, 1, 3).reshape(3 * C, C)
+        qkv = x_NCHW.permute(0, 2, 3, 1).reshape(N * H * W, C) @ weight.t()
+        qkv = normalize(qkv.view(N, H * W, 3, heads, C // heads), dim=4)
+        q, k, v = qkv.transpose(1, 3).unbind(2)  # each [N, heads, HW, C / heads]
         y = F.scaled_dot_product_attention(q, k, v)
-        return y.transpose(2, 3).reshape(N, C, H, W)
+        return y.transpose(1, 2).reshape(N, H, W, C).permute(0, 3, 1, 2)
 
 
 class UNet(torch.nn.Module):
@@ -213,7 +348,8 @@ class UNet(torch.nn.Module):
             emb = mp_sum(emb, self.emb_label(scaled), self.label_balance)
         emb = mp_silu(emb).to(x.dtype)
 
-        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)  # the constant channel takes the place of biases
+        # The constant channel takes the place of biases. All that follows keeps the channels last in memory.
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1).contiguous(memory_format=torch.channels_last)
         skips = []
         for name, layer in self.enc.items():
             x = layer(x) if name.endswith('conv') else layer(x, emb)
@@ -261,7 +397,7 @@ class Precond(torch.nn.Module):
         c_in = 1 / variance.sqrt()
         c_noise = sigma.flatten().log() / 4
         F_x = self.unet((c_in * x).to(dtype), c_noise, class_labels)
-        D_x = c_skip * x + c_out * F_x.float()
+        D_x = torch.addcmul(c_skip * x, c_out, F_x.float().contiguous())
         if not return_logvar:
             return D_x
         return D_x, self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)

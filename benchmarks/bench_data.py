@@ -1,0 +1,177 @@
+"""Conversion of pictures to archives: ours against Pillow and zipfile, picture by picture.
+
+Real pictures are taken from $PICTURES (or ../shared/data beside the checkout) where they are; else made-up ones.
+"""
+
+import io
+import os
+import pickle
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import click
+import numpy as np
+import PIL.Image
+
+from benchmarks.timing import CLOCKS, PeakMemory, compare
+from dnnlib import cli
+from training.data.archive import ArchiveReader
+from training.data.convert import convert, everything
+from training.data.image_io import decode_image
+from training.data.sources import open_source
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKLOADS = {  # name: (kind of source, pictures, --resolution, --transform)
+    'cifar-png': ('png', 2000, None, None),
+    'cifar-tar': ('cifar', 50000, None, None),
+    'cifar-tar-16': ('cifar', 50000, (16, 16), None),
+    'jpeg-64': ('jpeg', 198, (64, 64), 'center-crop-dhariwal'),
+    'jpeg-256': ('jpeg', 198, (256, 256), 'center-crop-dhariwal'),
+}
+
+
+# --- The plain way ----------------------------------------------------------------------------------------------------
+
+def _plain_pictures(path):
+    """Pixels [h,w,3] of a folder of pictures or of CIFAR's archive."""
+    if os.path.isdir(path):
+        for folder, _, names in sorted(os.walk(path)):
+            for name in sorted(names):
+                yield np.array(PIL.Image.open(os.path.join(folder, name)).convert('RGB'))
+        return
+    for image in open_source(str(path)).images:  # both ways share the reader of CIFAR's format
+        yield image.transpose(1, 2, 0)
+
+
+def _plain_transform(pixels, resolution, transform):
+    if resolution is None:
+        return pixels
+    side = resolution[0]
+    if transform is None:
+        return np.array(PIL.Image.fromarray(pixels).resize(resolution, PIL.Image.Resampling.LANCZOS))
+    image = PIL.Image.fromarray(pixels)
+    while min(image.size) >= 2 * side:
+        image = image.resize(tuple(x // 2 for x in image.size), resample=PIL.Image.Resampling.BOX)
+    scale = side / min(image.size)
+    image = image.resize(tuple(round(x * scale) for x in image.size), resample=PIL.Image.Resampling.BICUBIC)
+    pixels = np.array(image)
+    top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
+    return pixels[top:top + side, left:left + side]
+
+
+def plain_convert(path, dest, resolution, transform):
+    """An archive of PNG files without compression, in one process."""
+    with zipfile.ZipFile(dest, 'w', compression=zipfile.ZIP_STORED) as out:
+        for i, pixels in enumerate(_plain_pictures(path)):
+            pixels = np.ascontiguousarray(_plain_transform(pixels, resolution, transform))
+            png = io.BytesIO()
+            PIL.Image.fromarray(pixels).save(png, format='png', compress_level=0, optimize=False)
+            out.writestr(f'{i // 1000:05d}/img{i:08d}.png', png.getvalue())
+
+
+# --- Sources ----------------------------------------------------------------------------------------------------------
+
+def pictures_folder() -> Path:
+    return Path(os.environ.get('PICTURES', ROOT.parent / 'shared' / 'data'))
+
+
+def _smooth(random, count, height, width):
+    """Pictures with the smoothness of photographs, uint8 [count,h,w,3]."""
+    coarse = random.randint(0, 256, (count, height // 4 + 2, width // 4 + 2, 3), dtype=np.uint8)
+    images = [np.asarray(PIL.Image.fromarray(x).resize((width, height), PIL.Image.Resampling.BICUBIC)) for x in coarse]
+    return np.stack(images)
+
+
+def make_source(kind: str, count: int, folder: Path) -> Path:
+    """A folder of `count` PNG or JPEG pictures, or CIFAR's archive of as many, in `folder`."""
+    random, real = np.random.RandomState(0), pictures_folder()
+    small = real / 'cifar10-small' / 'cifar-10-python.tar.gz'
+    path = folder / kind
+    if kind == 'jpeg':
+        path.mkdir()
+        if (real / 'imagenet-mini.tar').is_file():
+            with tarfile.open(real / 'imagenet-mini.tar') as tar:
+                tar.extractall(path, members=[m for m in tar.getmembers() if m.isfile()][:count], filter='data')
+        else:
+            for i in range(count):
+                PIL.Image.fromarray(_smooth(random, 1, 375, 500)[0]).save(path / f'{i:05d}.jpg', quality=90)
+        return path
+    if small.is_file():
+        images = open_source(str(small)).images.transpose(0, 2, 3, 1)
+        images = images[np.arange(count) % len(images)]
+    else:
+        images = _smooth(random, count, 32, 32)
+    if kind == 'png':
+        path.mkdir()
+        for i, image in enumerate(images):
+            PIL.Image.fromarray(image).save(path / f'{i:05d}.png')
+        return path
+    path = folder / 'cifar-10-python.tar.gz'
+    names = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
+    batches = {'batches.meta': {'label_names': names}, 'test_batch': {'data': images[:10], 'labels': [0] * 10}}
+    batches |= {f'data_batch_{i + 1}': {'data': part, 'labels': [k % 10 for k in range(len(part))]}
+                for i, part in enumerate(np.array_split(images, 5))}
+    with tarfile.open(path, 'w:gz', compresslevel=1) as tar:
+        for name, batch in batches.items():
+            if 'data' in batch:
+                batch['data'] = np.ascontiguousarray(batch['data'].transpose(0, 3, 1, 2)).reshape(len(batch['data']), 3072)
+            data = pickle.dumps(batch, protocol=2)
+            info = tarfile.TarInfo(f'cifar-10-batches-py/{name}')
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+# --- The comparison ---------------------------------------------------------------------------------------------------
+
+def _same_pixels(one, other) -> bool:
+    readers = [ArchiveReader(str(path)) for path in (one, other)]
+    names = [[name for name in reader.names if name.endswith('.png')] for reader in readers]
+    return len(names[0]) == len(names[1]) and all(
+        np.array_equal(decode_image(readers[0].read(readers[0].find(a))), decode_image(readers[1].read(readers[1].find(b))))
+        for a, b in zip(*names, strict=True))
+
+
+def run(name: str, count: int | None = None, workers: int | None = None, rounds: int = 3,
+        clock: str = 'wall') -> dict:
+    """Times a workload both ways: {'images', 'plain': s, 'optimised': s, 'memory': GiB, 'same': equal pixels}."""
+    kind, number, resolution, transform = WORKLOADS[name]
+    count = count or number
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        source = make_source(kind, count, folder)
+        plain, ours = folder / 'plain.zip', folder / 'ours.zip'
+
+        def optimised():
+            opened = open_source(str(source))
+            convert(opened, everything(opened), str(ours), resolution=resolution, transform=transform, workers=workers,
+                    overwrite=True)
+
+        with PeakMemory() as memory:
+            optimised()
+        seconds = compare({'plain': lambda: plain_convert(source, plain, resolution, transform), 'optimised': optimised},
+                          rounds, warmup=0, clock=CLOCKS[clock])
+        return {'images': count, **seconds, 'memory': memory.gib, 'same': _same_pixels(plain, ours)}
+
+
+@click.command(cls=cli.Command)
+@click.option('--only', metavar='NAME', type=click.Choice(list(WORKLOADS)), multiple=True, help='|'.join(WORKLOADS))
+@click.option('--images', metavar='INT', type=click.IntRange(min=5), help='Pictures of each  [default: of the workload]')
+@click.option('--workers', metavar='INT', type=click.IntRange(min=1), help='Processes  [default: one for each core]')
+@click.option('--rounds', metavar='INT', type=click.IntRange(min=1), default=3, help='Measurements of each')
+@click.option('--clock', type=click.Choice(list(CLOCKS)), default='wall', help='Real time, or processor time of all processes')
+def main(only, images, workers, rounds, clock):
+    """Times conversions to archives and compares the pixels."""
+    for name in only or WORKLOADS:
+        row = run(name, images, workers, rounds, clock)
+        print(f'{name:14} plain {row["images"] / row["plain"]:8.0f} images/s, ours {row["images"] / row["optimised"]:8.0f}, '
+              f'ratio {row["plain"] / row["optimised"]:5.1f}, {row["memory"]:.2f} GiB, same pixels: {row["same"]}')
+
+
+if __name__ == '__main__':
+    main()

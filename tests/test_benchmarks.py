@@ -1,0 +1,310 @@
+"""What was made fast gives the results of the plain way, and the benchmarks run."""
+
+import copy
+import io
+import json
+import pathlib
+import pickle
+import zipfile
+
+import click.testing
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from helpers import fails, run, script_module, write_digits
+
+from benchmarks import gpu
+from benchmarks.bench_training import NETWORKS
+from benchmarks.loop_profile import profile_loop
+from benchmarks.plain_edm2 import PlainConv, plain_network
+from training import checkpoint
+from training.data import archive, convert, image_io, sources, transforms
+from training.networks import build_network, edm2
+
+# --- EDM2 network -----------------------------------------------------------------------------------------------------
+
+def _network(**options):
+    torch.manual_seed(0)
+    net = build_network('Precond', **(NETWORKS['digits'] | dict(precision='fp32', attn_resolutions=[8, 4]) | options))
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if name.endswith('gain'):
+                parameter.fill_(0.6)
+    return net
+
+
+def _call(net):
+    torch.manual_seed(1)
+    x, sigma, labels = torch.randn(3, 3, 8, 8), torch.tensor([0.1, 1.0, 7.0]), torch.eye(10)[:3]
+    return net(x, sigma, labels, return_logvar=True)
+
+
+@pytest.mark.parametrize('options', [
+    {}, {'resample_filter': [1, 3, 3, 1], 'clip_act': 1.5}, {'num_blocks': 2, 'label_balance': 0.3}], ids=str)
+@pytest.mark.parametrize('training', [True, False])
+def test_plain_edm2_has_the_same_outputs_gradients_and_weights(options, training):
+    ours = _network(**options).train(training)
+    plain = plain_network(ours)
+    assert sum(isinstance(module, PlainConv) for module in plain.modules()) > 20
+    assert not any(type(module) is edm2.MPConv for module in plain.modules())
+    assert list(plain.state_dict()) == list(ours.state_dict())
+    results = []
+    for net in (ours, plain):
+        D, u = _call(net)
+        (D.square().sum() + u.sum()).backward()
+        results.append((D.detach(), {name: p.grad for name, p in net.named_parameters()}, net.state_dict()))
+    (D, gradients, weights), (D_plain, gradients_plain, weights_plain) = results
+    torch.testing.assert_close(D, D_plain, rtol=1e-4, atol=1e-5)
+    for name, gradient in gradients.items():
+        expected = gradients_plain[name]
+        assert (gradient - expected).norm() <= 1e-4 * expected.norm() + 1e-5, name
+        torch.testing.assert_close(weights[name], weights_plain[name], rtol=1e-6, atol=1e-7)
+
+
+def test_rows_of_zeros_have_finite_gradients():
+    conv = edm2.MPConv(4, 3, [3, 3])
+    with torch.no_grad():
+        conv.weight[1] = 0
+    x = torch.zeros(2, 4, 5, 5, requires_grad=True)
+    (conv(edm2.normalize(x, dim=1)) + 1).square().sum().backward()
+    assert conv.weight.grad.isfinite().all() and x.grad.isfinite().all()
+
+
+def test_weights_that_are_kept_for_sampling_follow_the_stored_ones():
+    net, other = _network().eval(), _network(dropout=0.5)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5).add_(0.1 * torch.randn_like(parameter))
+        kept = [module for module in net.modules() if isinstance(module, edm2.MPConv)]
+        before = _call(net)[0]
+        assert all(torch.equal(a, b) for a, b in zip(before, _call(net)[0], strict=True))
+        assert sum(module._kept is not None for module in kept) > 20
+        assert all(module._kept is None for module in copy.deepcopy(net).modules() if isinstance(module, edm2.MPConv))
+        assert len(pickle.dumps(net)) < 1.1 * len(pickle.dumps(_network()))
+        net.unet.dec['8x8_block0'].emb_gain.add_(1)                      # a gain
+        assert not torch.allclose(before, _call(net)[0])
+        net.load_state_dict(other.state_dict())                         # all weights
+        torch.testing.assert_close(_call(net)[0], _call(plain_network(other.eval()))[0], rtol=1e-4, atol=1e-5)
+        torch._foreach_lerp_(list(net.parameters()), list(_network().parameters()), 1.0)    # as the averages do
+        torch.testing.assert_close(_call(net)[0], before, rtol=1e-4, atol=1e-5)
+    net.train()
+    assert all(module._kept is None for module in kept)
+
+
+def test_optimizer_state_takes_the_memory_order_of_the_weights():
+    """Fused Adam on the CPU goes by memory: states of runs whose weights lay otherwise must be turned."""
+    def adam(weight):
+        return torch.optim.Adam([weight], lr=0.1, fused=True)
+
+    torch.manual_seed(0)
+    gradients = [torch.randn(6, 4, 3, 3) for _ in range(2)]
+    flat = torch.nn.Parameter(torch.randn(6, 4, 3, 3))
+    turned = torch.nn.Parameter(flat.detach().clone(memory_format=torch.channels_last))
+    optimizers = [adam(flat), adam(turned)]
+    flat.grad = gradients[0]
+    optimizers[0].step()
+    with torch.no_grad():
+        turned.copy_(flat)
+    checkpoint.load_optimizer(optimizers[1], copy.deepcopy(optimizers[0].state_dict()))
+    flat.grad, turned.grad = gradients[1], gradients[1].contiguous(memory_format=torch.channels_last)
+    for optimizer in optimizers:
+        optimizer.step()
+    torch.testing.assert_close(turned, flat, rtol=0, atol=1e-7)
+
+
+# --- Data -------------------------------------------------------------------------------------------------------------
+
+def _noise(*shape):
+    return np.random.RandomState(0).randint(0, 256, shape, dtype=np.uint8)
+
+
+def _png(pixels, **options):
+    file = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(file, 'PNG', **options)
+    return file.getvalue()
+
+
+def _photograph(side=32):
+    """Pixels for which PNG writers choose filters of all kinds."""
+    return np.asarray(PIL.Image.fromarray(_noise(6, 6, 3)).resize((side, side), PIL.Image.Resampling.BICUBIC))
+
+
+@pytest.mark.parametrize('shape', [(3, 8, 8, 3), (2, 8, 8), (2, 1, 1, 3), (1, 147, 149, 3), (2, 256, 256, 3)], ids=str)
+def test_pngs_of_many_images_are_those_of_each(shape):
+    images = _noise(*shape)
+    for image, file in zip(images, image_io.encode_pngs(images), strict=True):
+        assert file.tobytes() == image_io.encode_png(image)
+        with PIL.Image.open(io.BytesIO(file.tobytes())) as opened:
+            opened.verify()
+        np.testing.assert_array_equal(PIL.Image.open(io.BytesIO(file.tobytes())), image)
+
+
+@pytest.mark.parametrize('gray', [False, True])
+@pytest.mark.parametrize('options', [{}, {'compress_level': 0}, {'optimize': True}], ids=str)
+def test_small_pngs_are_read_together(gray, options):
+    pictures = [_photograph(), _noise(32, 32, 3), np.zeros((32, 32, 3), np.uint8), _photograph()[::-1]]
+    pictures = [np.ascontiguousarray(x[:, :, 0] if gray else x) for x in pictures]
+    files = [_png(x, **options) for x in pictures]
+    assert image_io.is_small_png(files[0])
+    np.testing.assert_array_equal(image_io.decode_pngs(files), [image_io.decode_image(file) for file in files])
+
+
+def test_pngs_that_are_not_alike_are_read_one_by_one():
+    good = _png(_photograph())
+    palette = io.BytesIO()
+    PIL.Image.fromarray(_photograph()).convert('P').save(palette, 'PNG')
+    transparent = io.BytesIO()
+    PIL.Image.fromarray(_photograph()).save(transparent, 'PNG', transparency=(0, 0, 0))
+    broken = good[:60] + bytes([good[60] ^ 0x55]) + good[61:]
+    for other in (_png(_photograph(16)), palette.getvalue(), transparent.getvalue(), good[:-20], broken, b'', b'GIF89a'):
+        assert image_io.decode_pngs([good, other]) is None
+    assert not image_io.is_small_png(_png(_photograph(128))) and not image_io.is_small_png(palette.getvalue())
+
+
+@pytest.mark.parametrize('name', [None, 'center-crop', 'center-crop-wide', 'center-crop-dhariwal'])
+@pytest.mark.parametrize('shape', [(32, 32), (40, 33), (28, 64), (90, 70)], ids=str)
+@pytest.mark.parametrize('side', [8, 16, 32])
+def test_pictures_transformed_together_are_those_transformed_alone(name, shape, side):
+    pictures = np.concatenate([_noise(66, *shape, 3), _noise(2, *shape, 3) // 128 * 255])
+    function = transforms.make_transform(name, side, side)
+    alone = [function(x) for x in pictures]
+    together = function(pictures)
+    assert (together is None) == (alone[0] is None)
+    if together is not None:
+        np.testing.assert_array_equal(together, alone)
+
+
+def test_the_usual_sizes_are_resized_by_products():
+    """Else the test above would compare Pillow with itself."""
+    for source, target in ((32, 16), (32, 64), (64, 32), (28, 32)):
+        for method in (PIL.Image.Resampling.LANCZOS, PIL.Image.Resampling.BICUBIC, PIL.Image.Resampling.BOX):
+            assert transforms._products_are_pillows(source, source, target, target, method)
+
+
+def test_a_pillow_that_rounds_otherwise_is_followed(monkeypatch):
+    monkeypatch.setattr(transforms, '_pillow', lambda pixels, w, h, method: np.full((h, w, 3), 7, np.uint8))
+    transforms._products_are_pillows.cache_clear()
+    try:
+        assert (transforms.make_transform(None, 16, 16)(_noise(5, 32, 32, 3)) == 7).all()
+    finally:
+        transforms._products_are_pillows.cache_clear()
+
+
+@pytest.mark.parametrize('limit', [None, 500])
+def test_files_added_together_make_the_same_zip(tmp_path, monkeypatch, limit):
+    if limit:
+        monkeypatch.setattr(archive._StoredZip, 'limit', limit)  # from here on with the fields of zip64
+    files = image_io.encode_pngs(_noise(9, 4, 4, 3))
+    names = [archive.image_name(i) for i in range(9)]
+    for kind in ('one', 'many'):
+        with archive.ArchiveWriter(tmp_path / f'{kind}.zip') as out:
+            out.add_alike(names[:1], files[:1])
+            if kind == 'many':
+                out.add_alike(names[1:], files[1:])
+            else:
+                for name, data in zip(names[1:], files[1:], strict=True):
+                    out.add(name, data.tobytes())
+            out.add_description({'labels': None})
+    assert (tmp_path / 'one.zip').read_bytes() == (tmp_path / 'many.zip').read_bytes()
+    with zipfile.ZipFile(tmp_path / 'many.zip') as z:
+        assert z.testzip() is None and len(z.namelist()) == 10
+
+
+def _folder_of_pngs(path, count=300):
+    path.mkdir()
+    for i in range(count):
+        (path / f'{i:04d}.png').write_bytes(_png(np.roll(_photograph(), i, axis=1)))
+    return sources.open_source(str(path))
+
+
+@pytest.mark.parametrize('resolution', [None, (16, 16)], ids=str)
+@pytest.mark.parametrize('workers', [1, 2])
+def test_conversion_together_is_conversion_one_by_one(tmp_path, monkeypatch, resolution, workers):
+    source = _folder_of_pngs(tmp_path / 'png')
+    convert.convert(source, convert.everything(source), str(tmp_path / 'a.zip'), resolution=resolution, workers=workers)
+    monkeypatch.setattr(sources.FileSource, 'read_alike', lambda self, indices: None)
+    convert.convert(source, convert.everything(source), str(tmp_path / 'b.zip'), resolution=resolution, workers=1)
+    assert (tmp_path / 'a.zip').read_bytes() == (tmp_path / 'b.zip').read_bytes()
+
+
+def test_damaged_pictures_among_many_are_named_and_left_out(tmp_path):
+    source = _folder_of_pngs(tmp_path / 'png', 40)
+    (tmp_path / 'png' / '0017.png').write_bytes((tmp_path / 'png' / '0017.png').read_bytes()[:300])
+    with pytest.raises(Exception, match='0017.png'):
+        convert.convert(source, convert.everything(source), str(tmp_path / 'a.zip'), workers=1)
+    done = convert.convert(source, convert.everything(source), str(tmp_path / 'a.zip'), workers=1, skip_corrupt=True)
+    assert done.count == 39 and '0017.png' in done.skipped[0]
+
+
+# --- Scripts ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('script, options', [
+    ('train_edm2.py', ['--preset=digits', '--channels=8', '--batch=16', '--duration=32', '--snapshot=0', '--checkpoint=0']),
+    ('train.py', ['--duration=0.0002', '--duration-rule=fixed', '--batch=100', '--num-channels=8', '--num-blocks=1',
+                  '--cres=1,2', '--tick=0.1', '--snap=0', '--dump=0', '--ema_mode=mode1', '--rampup=0.0005'])])
+@pytest.mark.parametrize('compile', [True, False])
+def test_compile_is_an_option_of_both_trainers(tmp_path, monkeypatch, script, options, compile):
+    compiled = []
+    monkeypatch.setattr(torch, 'compile', lambda net: compiled.append(type(net).__name__) or net)
+    data = write_digits(tmp_path / 'digits.zip', 100)
+    arguments = [f'--outdir={tmp_path}/runs', f'--data={data}', *options, f'--compile={compile}']
+    result = click.testing.CliRunner().invoke(script_module(script).main, arguments)
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    assert len(compiled) == compile
+
+
+def test_the_table_on_a_cpu(tmp_path):
+    names = ['cifar-png', 'cifar-tar-16', 'jpeg-64', 'gaussian', 'frechet', 'training', 'sampling', 'knn', 'precision-recall']
+    out = run('benchmarks/run.py', '--tiny', '--compile=False', '--threads=1', '--clock=cpu', f'--dest={tmp_path}/table.json',
+              *[f'--only={name}' for name in names]).stdout
+    result = json.loads((tmp_path / 'table.json').read_text())
+    assert len(result['rows']) == len(names) and result['clock'] == 'cpu' and result['tiny']
+    for row in result['rows']:
+        assert row['plain'] >= 0 and row['optimised'] >= 0 and row['workload'] in out and row['memory'] >= 0
+    assert all('same pixels' in row['note'] for row in result['rows'][:3])
+
+
+def test_everything_for_a_gpu_runs_on_a_cpu_at_tiny_size(tmp_path):
+    dest = tmp_path / 'gpu.json'
+    rows = gpu.measure('cpu', tiny=True, compile=False, seconds=100, only=['adm-57m'], dest=dest)
+    kinds = [(row['workload'], row['kind'], row['precision']) for row in rows]
+    assert kinds == [('train adm-57m', kind, precision) for precision in ('fp32', 'bf16') for kind in ('plain', 'optimised')]
+    assert all(min(row['images_per_second'], row['share_of_matrix_rate'], row['tflops']) > 0 for row in rows)
+    assert json.loads(dest.read_text())['rows'] == rows
+    assert len(gpu.table(rows).splitlines()) == 1 + len(rows)
+
+
+def test_a_part_that_takes_too_long_is_ended_and_named(tmp_path):
+    rows = gpu.measure('cpu', tiny=True, compile=False, seconds=1, only=['fid'], dest=tmp_path / 'gpu.json')
+    assert rows == [{'workload': 'fid', 'error': rows[0]['error']}] and 'share of the time' in rows[0]['error']
+    assert 'share of the time' in gpu.table(rows)
+
+
+@pytest.mark.parametrize('name', ['edm2-xs', 'ddpmpp'])
+def test_plain_and_optimised_steps_of_the_gpu_list_train(name, tmp_path):
+    part = gpu.Part('cpu', True, False, tmp_path / 'rows.jsonl')
+    net, batch = part.network(name, 'fp32')
+    for model in (net.train(), gpu.plain_of(net)):
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        gpu.step_of(name, model, model, model is net, batch, 'cpu')()
+        assert any(not torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_the_loop_is_profiled():
+    result = profile_loop(_network(img_channels=4).train(), batch=4, steps=2)
+    assert result['steps'] == 2 and result['seconds_of_a_step'] > 0 and 0 <= result['share_waited_for_data'] < 1
+    assert result['waits'] is None and result['synchronisations'] is None  # a CPU has no other device to wait for
+
+
+def test_bad_input_is_refused():
+    assert '--only=nix is unknown' in fails('benchmarks/run.py', '--only=nix')
+    if not torch.cuda.is_available():
+        assert '--device=cuda' in fails('benchmarks/run.py', '--device=cuda', '--only=fid')
+        assert '--tiny' in fails('benchmarks/gpu.py')
+
+
+def test_the_page_names_what_can_be_run():
+    page = (pathlib.Path(__file__).resolve().parents[1] / 'docs' / 'performance.md').read_text()
+    for command in ('benchmarks/run.py', 'benchmarks/gpu.py', 'benchmarks/bench_processes.py'):
+        assert command in page
