@@ -203,8 +203,9 @@ def main(only, device, dest, clock, threads, rounds, compile, tiny):
     torch.set_num_threads(settings.threads)
     start = time.time()
     for name in only or WORKLOADS:
-        rows += WORKLOADS[name](settings)
-        print(table(rows[-1:]).splitlines()[1], flush=True)
+        new = WORKLOADS[name](settings)
+        rows += new
+        print('\n'.join(table(new).splitlines()[1:]), flush=True)
         write_json(dest, {'device': platform.processor() or platform.machine(), 'cores': os.cpu_count(), 'clock': clock,
                           'threads': settings.threads, 'load': os.getloadavg(), 'torch': torch.__version__, 'tiny': tiny,
                           'seconds': time.time() - start, 'rows': rows})
