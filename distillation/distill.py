@@ -55,19 +55,20 @@ def cache_description(experiment: dict, teacher: Teacher) -> dict:
 
 
 def align(experiment: dict):
-    """Gives the student its teacher's time steps, with a warning where it had others. Raises UserError for other images."""
+    """Gives the student its teacher's time steps, with a warning where it had others.
+
+    Raises UserError for other images or classes.
+    """
     teacher, student = experiment['teacher'], experiment['student']
     for name in ('diffusion_steps', 'timestep_respacing'):
         wanted, found = getattr(teacher.diffusion, name), getattr(student.diffusion, name)
         if wanted != found:
             dist.print0(f"Warning: student.diffusion.{name}={found} differs from the teacher's; {wanted} is used")
             setattr(student.diffusion, name, wanted)
-    for name in ('image_size', 'img_channels'):
+    for name in ('image_size', 'img_channels', 'class_cond', *['num_classes'] * teacher.model.class_cond):
         wanted, found = getattr(teacher.model, name), getattr(student.model, name)
         if wanted != found:
             raise UserError(f"student.model.{name}: {found} differs from the teacher's {wanted}")
-    if student.model.class_cond:
-        raise UserError('student.model.class_cond: distillation of class-conditional networks is not supported')
     if student.diffusion.use_kl:
         raise UserError('student.diffusion.use_kl: distillation has no pure KL loss; write false')
 

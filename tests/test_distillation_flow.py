@@ -44,10 +44,10 @@ class _GoldenTeacher:
 
     def __init__(self, num_steps, clip):
         self.diffusion = GaussianDiffusion('cosine', num_steps)
-        self.num_steps, self.clip = num_steps, clip
+        self.num_steps, self.num_classes, self.clip = num_steps, 0, clip
         self.c = 0.1 * torch.from_numpy(fill.array('m6.tscale', [6])).reshape(1, 6, 1, 1)
 
-    def output(self, x, t):
+    def output(self, x, t, labels=None):
         share = (t.float() / self.num_steps).reshape(-1, 1, 1, 1)
         return torch.cat([x.tanh() * (0.5 + share) + self.c[:, :3],
                           0.5 * x.flip(1).tanh() - share + self.c[:, 3:]], dim=1)
@@ -113,10 +113,11 @@ def test_trace(case, variant):
 # --- Rules ------------------------------------------------------------------------------------------------------------
 
 
-def _teacher(T=10, dropout=0.0, clip=True):
+def _teacher(T=10, dropout=0.0, clip=True, num_classes=0):
     torch.manual_seed(0)
     network = dict(class_name='ADMUNet', image_size=4, num_channels=32, num_res_blocks=1, channel_mult='1',
-                   attention_resolutions='2', learn_sigma=True, dropout=dropout)
+                   attention_resolutions='2', learn_sigma=True, dropout=dropout,
+                   class_cond=num_classes > 0, num_classes=num_classes)
     net = build_network('DiscreteDenoiser', network=network, diffusion=dict(schedule='cosine', steps=T))
     for parameter in net.parameters():                                  # a new network's output is zero
         parameter.data += 0.05 * torch.randn_like(parameter)
@@ -175,9 +176,10 @@ def test_processes_work_equally_long():
         assert (run.targets >= targets).all() and run.targets.max() <= 9
 
 
+@pytest.mark.parametrize('num_classes', [0, 5])
 @pytest.mark.parametrize('kind', ['dynamic', 'shuffled', 'iterative'])
-def test_resumes_exactly(kind, tmp_path):
-    teacher = _teacher()
+def test_resumes_exactly(kind, num_classes, tmp_path):
+    teacher = _teacher(num_classes=num_classes)
 
     def source(seed):
         if kind == 'iterative':
@@ -194,6 +196,38 @@ def test_resumes_exactly(kind, tmp_path):
     for _ in range(15):
         x, y = next(a), next(b)
         assert torch.equal(x['images'], y['images']) and torch.equal(x['t'], y['t'])
+        assert x['labels'] is y['labels'] is None if num_classes == 0 else torch.equal(x['labels'], y['labels'])
+
+
+def test_every_image_has_a_class_that_teacher_and_student_see():
+    """All classes are drawn, a chain stays with its own, and outputs are those of these labels."""
+    teacher = _teacher(clip=False, num_classes=5)
+    assert len(set(_prepared(teacher, size=200).classes.tolist())) == 5
+    cache = _prepared(teacher)
+    classes, drawn = cache.classes.clone(), set()
+    source = DynamicSource(teacher, cache, 4, Draws(1))
+    objective = DistillationObjective(teacher.diffusion, teacher)
+    seen = []
+
+    def student(x, step, class_labels):
+        seen.append(class_labels)
+        return teacher.net(x, step=step, class_labels=class_labels)
+    for _ in range(40):
+        batch = next(source)
+        found, new = batch['labels'].argmax(1), batch['t'] == 9
+        assert (batch['labels'].sum(1) == 1).all() and torch.equal(found, cache.classes[batch['positions']])
+        assert torch.equal(found[~new], classes[batch['positions']][~new])
+        drawn |= set(found[new].tolist())
+        classes = cache.classes.clone()
+        assert torch.equal(batch['teacher'], teacher.net(batch['images'], step=teacher.diffusion.model_steps(batch['t']),
+                                                         class_labels=batch['labels']))
+    assert drawn == set(range(5))
+    loss, _ = objective(student, batch | {'random': Draws(0)})
+    assert loss.abs().max() < 1e-5 and torch.equal(seen[0], batch['labels'])
+    iterative = IterativeSource(teacher, [3, 4, 4], 4, Draws(0))
+    chains = [[next(iterative)['labels'] for _ in range(10)] for _ in range(2)]
+    assert all(torch.equal(labels, chain[0]) for chain in chains for labels in chain)
+    assert not torch.equal(chains[0][0], chains[1][0])
 
 
 def test_preparation_resumes_exactly(tmp_path):
@@ -225,15 +259,18 @@ def test_the_loop_gets_parts_of_batches():
 # --- Files ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_cache_file_holds_the_shares_of_all_processes(tmp_path, monkeypatch):
+@pytest.mark.parametrize('classes', [None, True])
+def test_a_cache_file_holds_the_shares_of_all_processes(classes, tmp_path, monkeypatch):
     monkeypatch.setattr(distillation, '_PIECE', 1000)                   # many pieces
     path, part = str(tmp_path / 'x.cache'), str(tmp_path / 'part')
-    shares = [Cache(torch.randn([7, 3, 4, 4]), torch.arange(7) + 10 * rank) for rank in range(3)]
+    shares = [Cache(torch.randn([7, 3, 4, 4]), torch.arange(7) + 10 * rank, classes and torch.arange(7) + rank)
+              for rank in range(3)]
     write_cache(part, [shares[1]], {})
     write_cache(path, [shares[0], CacheFile(part), shares[2]], {'rho': 0.4, 'teacher': {'class_name': 'ADMUNet'}})
     for rank, share in enumerate(shares):
         cache = load_cache(path, 7, {'rho': 0.4, 'teacher': {'class_name': 'ADMUNet'}}, rank=rank)
         assert torch.equal(cache.x, share.x) and torch.equal(cache.levels, share.levels)
+        assert cache.classes is None if classes is None else torch.equal(cache.classes, share.classes)
     with pytest.raises(UserError, match='another rho: 0.4 instead of 0.3'):
         load_cache(path, 7, {'rho': 0.3}, rank=0)
     with pytest.raises(UserError, match='holds 21 images, and process 2 needs those up to 24'):
@@ -279,7 +316,7 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 class Zero:
     diffusion = GaussianDiffusion('cosine', 10)
-    def step(self, x, t, draws):
+    def step(self, x, t, draws, labels):
         return torch.zeros_like(x), x
 size = 8533
 path, state = {str(tmp_path / 'x.cache')!r}, {str(tmp_path / 'state.pt')!r}
@@ -330,7 +367,7 @@ def test_input_perturbation_reaches_the_student_only():
     seen = []
 
     class Student(torch.nn.Module):
-        def forward(self, x, step):
+        def forward(self, x, step, class_labels):
             seen.append(x)
             return torch.zeros([4, 6, 4, 4])
 
@@ -349,9 +386,9 @@ def test_what_cannot_be_distilled_is_refused():
         DynamicSource(teacher, _prepared(teacher), 13, Draws(0))
     with pytest.raises(UserError, match='prob'):
         IterativeSource(teacher, [3, 4, 4], 4, Draws(0), prob=0.0)
-    teacher.net.label_dim = 10
-    with pytest.raises(UserError, match='class-conditional'):
-        Teacher(teacher.net)
+    with pytest.raises(UserError, match='one of them has classes and the other not'):
+        Cache(torch.zeros([4, 3, 4, 4]), torch.zeros([4]).long()).load_state_dict(
+            _prepared(_teacher(num_classes=5), size=4).state_dict())
 
 
 def test_the_training_loop_distils_and_resumes_exactly(tmp_path):

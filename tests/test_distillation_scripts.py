@@ -164,7 +164,7 @@ BAD_CONFIGS = {
     'noise_schedule': ['teacher.diffusion.noise_schedule=wavy'],
     'prob: 0': ['teacher.prob=0'],
     "student.model.image_size: 16 differs from the teacher's 8": ['student.model.image_size=16'],
-    'class-conditional networks is not supported': ['student.model.class_cond=true'],
+    "student.model.class_cond: True differs from the teacher's False": ['student.model.class_cond=true'],
     'no pure KL loss': ['student.diffusion.use_kl=true'],
     'teacher.model_path: there is no file none.pt': ['teacher.model_path=none.pt'],
     'model_path: there is no file none.pt': ['student.model_path=none.pt'],
@@ -496,6 +496,25 @@ def test_classes_go_through_training_and_sampling(world, tmp_path):
     assert made.label_ids.shape == (6,) and made.label_ids.min() >= 0 and made.label_ids.max() < 10
     assert 'has 10 classes, but the network 1000' in helpers.fails(
         TRAIN, '--data_dir', world.data, '--config', BASELINE, '--outdir', tmp_path / 'y', *TINY, 'model.class_cond=true')
+
+
+def test_a_class_conditional_teacher_is_distilled(world, tmp_path):
+    """The classes are in the cache and its checkpoints; a run in two sessions is that in one; the student needs them too."""
+    classes = ['model.class_cond=true', 'model.num_classes=10']
+    train(world.data, tmp_path / 'teacher', *classes)
+    experiment = [*world.experiment, *(f'{section}.{item}' for section in ('teacher', 'student') for item in classes),
+                  f'teacher.model_path={tmp_path}/teacher/model000002.pt', f'teacher.tempfile={tmp_path}/x.cache']
+    call(PREPARE, *experiment)
+    found = CacheFile(str(tmp_path / 'x.cache'))
+    assert set(found.piece('classes', 0, len(found))) == set(range(10))
+    for name, totals in (('whole', [4]), ('parts', [2, 4])):
+        for total in totals:
+            call(KD, *experiment, '--outdir', tmp_path / name, f'student.total_steps={total}', 'student.save_interval=2')
+    assert same(*(weights(tmp_path / name, 'model000004.pt') for name in ('whole', 'parts')))
+    cache = 'teacher-state-000004.cache'
+    assert (tmp_path / 'whole' / cache).read_bytes() == (tmp_path / 'parts' / cache).read_bytes()
+    assert "student.model.num_classes: 7 differs from the teacher's 10" in helpers.fails(
+        KD, *experiment, 'student.model.num_classes=7', '--outdir', tmp_path / 'y')
 
 
 def test_data_that_does_not_fit_is_refused(world, tmp_path):

@@ -65,7 +65,7 @@ class GuidedCheckpoints:
         if cache is None or (self.cache_interval > 0 and step % self.cache_interval):
             return rest
         path = _cache_path(folder, step, dist.get_rank())
-        write_cache(path, [Cache(cache['x'], cache['levels'])], {'step': step, 'rank': dist.get_rank()})
+        write_cache(path, [Cache(**cache)], {'step': step, 'rank': dist.get_rank()})
         for old in self._caches(folder)[:-_KEPT_CACHES]:
             os.remove(old)
         return rest | {'cache': os.path.basename(path)}
@@ -85,7 +85,8 @@ class GuidedCheckpoints:
             return batches
         file = CacheFile(os.path.join(state['folder'], os.path.basename(batches['cache'])))
         x = np.memmap(file.path, '<f4', 'c', file.offsets['x'], tuple(file.shape))       # 'c': torch wants it writable
-        return batches | {'cache': {'x': torch.from_numpy(x), 'levels': torch.from_numpy(file.piece('levels', 0, len(file)))}}
+        others = {name: torch.from_numpy(file.piece(name, 0, len(file))) for name in file.names if name != 'x'}
+        return batches | {'cache': {'x': torch.from_numpy(x)} | others}
 
     # The first process: all else.
 

@@ -90,7 +90,8 @@ def main(config, seed, save_every, overrides):
     """Make the cache of a distillation (teacher.tempfile): every image is denoised down to a random time step.
 
     Needs teacher.model_path; of the student, only batch_size counts. teacher.batch_size images go through the teacher at
-    once. The file is in the safetensors format: x [M,C,H,W], levels [M], and what it was made with.
+    once. The file is in the safetensors format: x [M,C,H,W], levels [M], classes [M] if the teacher
+    has them, and what it was made with.
     """
     dist.init()
     experiment = common.read_experiment(config, overrides)

@@ -3,6 +3,9 @@
 A cache holds M noisy images with a level t in 0..T: "denoised down to level t". T is pure noise and 0 is finished; the
 next use of an image evaluates step t - 1 of the teacher. Batches advance some images by one step each, and the student
 learns that step. Everything here belongs to one process and its own share of the cache.
+
+With a class-conditional teacher every chain also has a class, drawn at random as its noise is. This goes beyond the paper,
+whose networks have no classes.
 """
 
 import json
@@ -36,6 +39,10 @@ class Draws:
     def randn(self, shape):
         return torch.randn(list(shape), generator=self.generator, device=self.generator.device)
 
+    def classes(self, count: int, num_classes: int) -> torch.Tensor | None:
+        """Classes int64 [count], evenly distributed; None, without a draw, if there are no classes."""
+        return torch.tensor(self.python.choices(range(num_classes), k=count)) if num_classes else None
+
     def state_dict(self) -> dict:
         version, state, gauss = self.python.getstate()
         return {'torch': self.generator.get_state(), 'python': [version, list(state), gauss]}
@@ -50,20 +57,24 @@ class Teacher:
     """A DiscreteDenoiser that advances images by one step of its chain, in evaluation mode and without gradients."""
 
     def __init__(self, net, clip=True):
-        if net.label_dim:
-            raise dnnlib.UserError('the teacher is class-conditional; distillation needs one without labels')
         self.net, self.clip, self.diffusion = net.eval().requires_grad_(False), clip, net.diffusion
+        self.num_classes = net.label_dim
 
     @torch.no_grad()
-    def output(self, x, t):
+    def output(self, x, t, labels=None):
         """The network's output for x [N,C,H,W] at steps t [N]."""
-        return self.net(x, step=self.diffusion.model_steps(t)).float()
+        return self.net(x, step=self.diffusion.model_steps(t), class_labels=labels).float()
 
     @torch.no_grad()
-    def step(self, x, t, draws: Draws):
+    def step(self, x, t, draws: Draws, labels=None):
         """(output, x_(t-1)): the network's output, and an ancestral sample from it."""
-        output = self.output(x, t)
+        output = self.output(x, t, labels)
         return output, self.diffusion.ancestral_step(output, x, t, draws.randn(x.shape), self.clip)
+
+
+def _one_hot(classes, teacher: Teacher, device):
+    """Labels float32 [N, num_classes] of classes int64 [N]; None for None."""
+    return None if classes is None else torch.nn.functional.one_hot(classes, teacher.num_classes).float().to(device)
 
 
 # --- The cache --------------------------------------------------------------------------------------------------------
@@ -75,28 +86,46 @@ def cache_size(rho: float, num_steps: int, batch: int) -> int:
 
 
 class Cache:
-    """Noisy images x [M,C,H,W] float32 and their levels int64 [M]. There is never a second copy of x."""
+    """Noisy images x [M,C,H,W] float32, their levels int64 [M], and, if there are classes, these int64 [M].
 
-    def __init__(self, x: torch.Tensor, levels: torch.Tensor):
-        self.x, self.levels = x, levels
+    There is never a second copy of x.
+    """
+
+    def __init__(self, x: torch.Tensor, levels: torch.Tensor, classes: torch.Tensor | None = None):
+        self.x, self.levels, self.classes = x, levels, classes
 
     def __len__(self):
         return len(self.levels)
 
+    @property
+    def image_shape(self) -> list[int]:
+        """[C,H,W]."""
+        return [*self.x.shape[1:]]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the tensors that there are."""
+        return [name for name in _TYPES if getattr(self, name) is not None]
+
     def piece(self, name: str, start: int, end: int) -> np.ndarray:
-        """Rows `start .. end - 1` of 'x' or 'levels'."""
+        """Rows `start .. end - 1` of a tensor."""
         return getattr(self, name)[start:end].cpu().numpy()
+
+    def first(self, count: int) -> 'Cache':
+        """A copy of the first `count` images alone."""
+        return Cache(*(getattr(self, name)[:count].clone() for name in self.names))
 
     def state_dict(self) -> dict:
         """References, not copies."""
-        return {'x': self.x, 'levels': self.levels}
+        return {name: getattr(self, name) for name in self.names}
 
     def load_state_dict(self, state: dict):
         """Copies in place, also from a memory-mapped checkpoint. Raises UserError for another size."""
-        if state['x'].shape != self.x.shape:
-            raise dnnlib.UserError(f'the checkpoint has a cache of {list(state["x"].shape)}, not {list(self.x.shape)}')
-        self.x.copy_(state['x'])
-        self.levels.copy_(state['levels'])
+        if state['x'].shape != self.x.shape or ('classes' in state) != (self.classes is not None):
+            raise dnnlib.UserError(f'the checkpoint has a cache of {list(state["x"].shape)}, not {list(self.x.shape)}, or '
+                                   'one of them has classes and the other not')
+        for name in self.names:
+            getattr(self, name).copy_(state[name])
 
 
 class Preparation:
@@ -110,7 +139,8 @@ class Preparation:
         self.teacher, self.draws, self.batch = teacher, draws, teacher_batch
         self.num_steps = teacher.diffusion.num_steps
         self.cache = Cache(draws.randn([size, *image_shape]).to(device),
-                           torch.full([size], self.num_steps, dtype=torch.int64))
+                           torch.full([size], self.num_steps, dtype=torch.int64),
+                           draws.classes(size, teacher.num_classes))
         self.targets = torch.tensor(draws.python.choices(range(1, self.num_steps), k=size))
 
     @property
@@ -140,7 +170,8 @@ class Preparation:
         device = self.draws.generator.device
         cache.levels[chosen] -= 1
         x = cache.x[chosen.to(cache.x.device)].to(device)
-        _, x = self.teacher.step(x, cache.levels[chosen].to(device), self.draws)
+        labels = _one_hot(None if cache.classes is None else cache.classes[chosen], self.teacher, device)
+        _, x = self.teacher.step(x, cache.levels[chosen].to(device), self.draws, labels)
         cache.x[chosen.to(cache.x.device)] = x.to(cache.x.device)
         return len(chosen)
 
@@ -166,10 +197,10 @@ class Preparation:
 # --- Files ------------------------------------------------------------------------------------------------------------
 #
 # The safetensors format, written and read in pieces: eight bytes of header length, a JSON header with the place of each
-# tensor, the raw bytes. A cache holds `x`, `levels` and, as metadata, the description of what it was made with.
+# tensor, the raw bytes. A cache holds `x`, `levels`, perhaps `classes` and, as metadata, what it was made with.
 
 _PIECE = 1 << 24
-_TYPES = {'x': ('F32', np.dtype('<f4')), 'levels': ('I64', np.dtype('<i8'))}
+_TYPES = {'x': ('F32', np.dtype('<f4')), 'levels': ('I64', np.dtype('<i8')), 'classes': ('I64', np.dtype('<i8'))}
 
 
 class CacheFile:
@@ -187,8 +218,10 @@ class CacheFile:
                 header = json.loads(f.read(length))
             self.description = {name: json.loads(value) for name, value in header['__metadata__'].items()}
             self.shape = [int(n) for n in header['x']['shape']]
+            self.names = [name for name in _TYPES if name in header or name != 'classes']
             self.offsets, end = {}, 0
-            for name, shape in (('x', self.shape), ('levels', self.shape[:1])):
+            for name in self.names:
+                shape = self.shape if name == 'x' else self.shape[:1]
                 kind, dtype = _TYPES[name]
                 start, end = end, end + math.prod(shape) * dtype.itemsize
                 if header[name] != {'dtype': kind, 'shape': shape, 'data_offsets': [start, end]}:
@@ -202,8 +235,13 @@ class CacheFile:
     def __len__(self):
         return self.shape[0]
 
+    @property
+    def image_shape(self) -> list[int]:
+        """[C,H,W]."""
+        return self.shape[1:]
+
     def piece(self, name: str, start: int, end: int) -> np.ndarray:
-        """Rows `start .. end - 1` of 'x' or 'levels'."""
+        """Rows `start .. end - 1` of a tensor."""
         row, dtype = (self.shape[1:] if name == 'x' else []), _TYPES[name][1]
         count = math.prod(row)
         with open(self.path, 'rb') as f:
@@ -223,19 +261,20 @@ def write_cache(path: str, shares: list, description: dict):
     `description` (plain values) is kept with it. No share is copied as a whole.
     """
     count = sum(len(share) for share in shares)
-    image_shape = [*(shares[0].x if isinstance(shares[0], Cache) else shares[0]).shape[1:]]
+    names, image_shape = shares[0].names, shares[0].image_shape
     header, end = {'__metadata__': {name: json.dumps(value) for name, value in description.items()}}, 0
-    for name, shape in (('x', [count, *image_shape]), ('levels', [count])):
+    for name in names:
+        shape = [count, *image_shape] if name == 'x' else [count]
         start, end = end, end + math.prod(shape) * _TYPES[name][1].itemsize
         header[name] = {'dtype': _TYPES[name][0], 'shape': shape, 'data_offsets': [start, end]}
     header = json.dumps(header).encode()
     header += b' ' * (-len(header) % 8)
     with atomic_path(path) as temp, open(temp, 'wb') as f:
         f.write(struct.pack('<Q', len(header)) + header)
-        for name, (_, dtype) in _TYPES.items():
+        for name in names:
             for share in shares:
                 for start, end in _pieces(len(share), 4 * math.prod(image_shape)):
-                    f.write(np.ascontiguousarray(share.piece(name, start, end), dtype=dtype).data)
+                    f.write(np.ascontiguousarray(share.piece(name, start, end), dtype=_TYPES[name][1]).data)
 
 
 def load_cache(path: str, size: int, expected: dict, device='cpu', rank: int | None = None,
@@ -255,19 +294,19 @@ def load_cache(path: str, size: int, expected: dict, device='cpu', rank: int | N
         raise dnnlib.UserError(f'{path} holds {len(file)} images, and process {first // size} needs those up to '
                                f'{first + size}: prepare it for as many processes, this batch size and this rho')
     count = size if count is None else min(count, size)
-    x = torch.empty([count, *file.shape[1:]], device=device)
-    for start, end in _pieces(count, 4 * math.prod(file.shape[1:])):
+    x = torch.empty([count, *file.image_shape], device=device)
+    for start, end in _pieces(count, 4 * math.prod(file.image_shape)):
         x[start:end] = torch.from_numpy(file.piece('x', first + start, first + end))
-    return Cache(x, torch.from_numpy(file.piece('levels', first, first + count)))
+    return Cache(x, *(torch.from_numpy(file.piece(name, first, first + count)) for name in file.names if name != 'x'))
 
 
 # --- Batches ----------------------------------------------------------------------------------------------------------
 
 
 class _Source:
-    """Endless batches of teacher steps: {'images': x_t, 't', 'teacher': its output, 'previous': x_(t-1)}.
+    """Endless batches of teacher steps: {'images': x_t, 't', 'teacher': its output, 'previous': x_(t-1), 'labels'}.
 
-    A batch is used with probability `prob`, else its images are denoised on until one is.
+    Labels are one-hot, or None. A batch is used with probability `prob`, else its images are denoised on until one is.
     """
 
     def __init__(self, teacher: Teacher, batch: int, draws: Draws, prob=1.0):
@@ -283,29 +322,31 @@ class _Source:
     def iterate(self, plan):
         """Batches for the training loop: pairs (first image, count) ask for a batch or for consecutive parts of it.
 
-        Further keys: `labels` (None), `random` for the student's dropout, `start`.
+        Further keys: `random` for the student's dropout, `start`.
         """
         used = self.batch
         for start, count in plan:
             if used == self.batch:
                 whole, used = next(self), 0
-            part = {name: values[used:used + count] for name, values in whole.items()}
+            part = {name: None if values is None else values[used:used + count] for name, values in whole.items()}
             if len(part['t']) != count:
                 raise ValueError(f'batches of {self.batch} do not split into parts of {count}')
             random = BlockRandomGenerator(self.device, tuple_seed(self.draws.seed, 1), start, count)
-            yield part | {'labels': None, 'random': random, 'start': start}
+            yield part | {'random': random, 'start': start}
             used += count
 
-    def _advance(self, x, levels):
-        """Images one level lower, as a batch; None if the batch is discarded. Finished images start anew."""
+    def _advance(self, x, levels, classes):
+        """(batch, its images' new levels, whether to use it); `x`, `levels`, `classes` change where images start anew."""
         finished = (levels == 0).nonzero().flatten()
         if len(finished):
             x[finished.to(x.device)] = self.draws.randn([len(finished), *x.shape[1:]])
             levels[finished] = self.num_steps
-        t = (levels - 1).to(self.device)
-        output, previous = self.teacher.step(x, t, self.draws)
+            if classes is not None:
+                classes[finished] = self.draws.classes(len(finished), self.teacher.num_classes)
+        t, labels = (levels - 1).to(self.device), _one_hot(classes, self.teacher, self.device)
+        output, previous = self.teacher.step(x, t, self.draws, labels)
         keep = self.draws.python.random() < self.prob
-        return {'images': x, 't': t, 'teacher': output, 'previous': previous}, levels - 1, keep
+        return {'images': x, 't': t, 'teacher': output, 'previous': previous, 'labels': labels}, levels - 1, keep
 
 
 class _CachedSource(_Source):
@@ -324,13 +365,16 @@ class _CachedSource(_Source):
         cache, positions = self.cache, self._positions()
         places = positions.to(cache.x.device)
         x, levels = cache.x[places].to(self.device), cache.levels[positions]
+        classes = None if cache.classes is None else cache.classes[positions]
         while True:
-            batch, levels, keep = self._advance(x, levels)
+            batch, levels, keep = self._advance(x, levels, classes)
             if keep:
                 break
             x = batch['previous']
         cache.x[places] = batch['previous'].to(cache.x.device)
         cache.levels[positions] = levels
+        if classes is not None:
+            cache.classes[positions] = classes
         return batch | {'positions': positions}
 
     def state_dict(self) -> dict:
@@ -354,7 +398,7 @@ class ShuffledSource(_CachedSource):
     """Shuffled iterative distillation: every batch takes the first `batch` images of the cache, of mixed levels."""
 
     def __init__(self, teacher, cache, batch, draws, prob=1.0):
-        super().__init__(teacher, Cache(cache.x[:batch].clone(), cache.levels[:batch].clone()), batch, draws, prob)
+        super().__init__(teacher, cache.first(batch), batch, draws, prob)
 
     def _positions(self):
         return torch.arange(self.batch)
@@ -367,20 +411,23 @@ class IterativeSource(_Source):
         super().__init__(teacher, batch, draws, prob)
         self.x = torch.empty([batch, *image_shape], device=self.device)
         self.levels = torch.zeros([batch], dtype=torch.int64)
+        self.classes = torch.zeros_like(self.levels) if teacher.num_classes else None
 
     def __next__(self) -> dict:
         while True:
-            batch, self.levels, keep = self._advance(self.x.clone(), self.levels)
+            batch, self.levels, keep = self._advance(self.x.clone(), self.levels, self.classes)
             self.x = batch['previous']
             if keep:
                 return batch
 
     def state_dict(self) -> dict:
-        return {'x': self.x, 'levels': self.levels, 'draws': self.draws.state_dict()}
+        return {'x': self.x, 'levels': self.levels, 'classes': self.classes, 'draws': self.draws.state_dict()}
 
     def load_state_dict(self, state: dict):
         self.x.copy_(state['x'])
         self.levels.copy_(state['levels'])
+        if self.classes is not None:
+            self.classes.copy_(state['classes'])
         self.draws.load_state_dict(state['draws'])
 
 
@@ -414,6 +461,6 @@ class DistillationObjective:
             noise = batch['random'].randn(x_t.shape, device=x_t.device)
             seen = x_t + diffusion.q_sample(torch.zeros_like(x_t), t, self.input_perturb * noise)
         with drawing_from(batch['random']):
-            output = net(seen, step=diffusion.model_steps(t))
+            output = net(seen, step=diffusion.model_steps(t), class_labels=batch.get('labels'))
         terms = diffusion.distillation_losses(output, target, x_t, t)
         return terms['loss'], {name: value.detach() for name, value in terms.items()}
