@@ -337,8 +337,8 @@ Examples:
 The same command goes on with a study that was stopped; what is finished is not made again.
 """)
 @click.option('--outdir', metavar='DIR', default=str(ROOT / 'training-runs' / 'study-distillation'), help='Where results go')
-@click.option('--teacher-steps', metavar='INT', type=click.IntRange(min=1), default=3000, help='Steps of the teacher')
-@click.option('--student-steps', metavar='INT', type=click.IntRange(min=1), default=1500, help='Steps of each student')
+@click.option('--teacher-steps', metavar='INT', type=click.IntRange(min=1), default=2400, help='Steps of the teacher')
+@click.option('--student-steps', metavar='INT', type=click.IntRange(min=1), default=1200, help='Steps of each student')
 @click.option('--rhos', metavar='LIST', type=cli.Parsed('list', parse_rhos), default='0.4,0.02',
               help='Sizes of the cache, as shares of the 50 time steps')
 @click.option('--batch', metavar='INT', type=click.IntRange(min=1), default=32, help='Images of a step')
