@@ -52,9 +52,9 @@ def save_snapshot(path, net, *, encoder, dataset, recipe, nimg, ema_std=None, dt
 
 
 def write_state(path, state: dict):
-    """torch.save to a file that appears only when complete."""
-    with atomic_path(path) as temp:
-        torch.save(state, temp)
+    """torch.save to a file that appears only when complete. Equal states give equal bytes."""
+    with atomic_path(path) as temp, open(temp, 'wb') as file:
+        torch.save(state, file)  # given a path, it would write the temporary name into the file
 
 
 def read_state(path: str) -> dict:
