@@ -1,6 +1,11 @@
-"""combine_data.py and select_1M.py on 200,000 images of 32x32: speed against cp, and peak memory of both."""
+"""combine_data.py and select_1M.py on 200,000 images of 32x32: speed against cp, and peak memory of both.
+
+Class files are written by `ClassWriter`, as generate.py does, so that their checksums are known; "other files" are the same
+without. All processes are timed whole, in turn, with files in the cache of the system.
+"""
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,9 +20,23 @@ import numpy as np
 import torch
 
 from dnnlib import cli
+from training.data.class_files import ArrayFile
+from training.data.class_writer import ClassWriter
 from training.networks.classifier import WideResNet
 
 CLASSES = 10
+
+
+def write_classes(folder: str, images: int, side: int):
+    """Random images of ten classes, by what generate.py writes with."""
+    os.makedirs(folder)
+    rng = np.random.default_rng(0)
+    for label in range(CLASSES):
+        writer = ClassWriter(folder, label)
+        writer.prepare(np.arange(images // CLASSES), {'network': 'random'}, (side, side, 3))
+        for start, stop in writer.open().missing(2048):
+            writer.write(start, rng.integers(0, 256, [stop - start, side, side, 3], np.uint8))
+        writer.finish()
 
 
 def timed(*command) -> float:
@@ -25,6 +44,22 @@ def timed(*command) -> float:
     before = time.perf_counter()
     subprocess.run([str(part) for part in command], stdout=subprocess.DEVNULL, check=True)
     return time.perf_counter() - before
+
+
+def compare(scripts: dict, whole: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each command that writes `whole`, and of cp of it; all write a file that is not there, in turn."""
+    kept, found = whole + '.kept', {name: [] for name in ('cp', *scripts)}
+    for script in scripts.values():                            # everything is in the cache, and compiled
+        timed(*script)
+    os.replace(whole, kept)
+    os.sync()                                                  # what was written for the comparison disturbs it no longer
+    for _ in range(rounds):
+        for name, command in {'cp': ('cp', kept, whole), **scripts}.items():
+            found[name].append(timed(*command))
+            if os.path.exists(whole):
+                os.remove(whole)
+    os.replace(kept, whole)
+    return found
 
 
 def peak_memory(*command) -> float:
@@ -51,32 +86,30 @@ def main(images, side, rounds, model, select, folder):
       python benchmarks/bench_combine.py --images=5000000 --no-select --folder=/data
     """
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        data = os.path.join(work, 'out')
-        os.makedirs(data)
-        rng = np.random.default_rng(0)
+        os.environ.pop('PYTHONDONTWRITEBYTECODE', None)        # as for all users, scripts are compiled once
+        os.environ['PYTHONPYCACHEPREFIX'] = os.path.join(work, 'compiled')
+        data, others = os.path.join(work, 'out'), os.path.join(work, 'others')
+        write_classes(data, images, side)
+        os.makedirs(others)
         for label in range(CLASSES):
-            np.save(os.path.join(data, f'{label}.npy'), rng.integers(0, 256, [images // CLASSES, side, side, 3], np.uint8))
-        script = [sys.executable, ROOT / 'synthetic_data' / 'combine_data.py', '--data_dir', data, '--output_dir', work,
-                  '--class_num', CLASSES, '--file_name', 'all']
-        start = [*script[:2], '--help']
-        timed(*script)
-        whole, copy = os.path.join(work, 'all.npz'), os.path.join(work, 'copy.npz')
-        found = {'cp': [], 'combine': [], 'start': []}
-        for _ in range(rounds):
-            found['cp'].append(timed('cp', whole, copy))
-            os.remove(copy)
-            os.replace(whole, copy)                            # both write a file that is not there
-            found['combine'].append(timed(*script))
-            os.remove(copy)
-            found['start'].append(timed(*start))
+            shutil.copyfile(os.path.join(data, f'{label}.npy'), os.path.join(others, f'{label}.npy'))
+        combine = [sys.executable, ROOT / 'synthetic_data' / 'combine_data.py', '--output_dir', work, '--class_num', CLASSES,
+                   '--file_name', 'all', '--data_dir']
+        scripts = {'generated files': [*combine, data], 'other files': [*combine, others], 'start': [*combine[:2], '--help']}
+        whole = os.path.join(work, 'all.npz')
+        found = compare(scripts, whole, rounds)
         size = os.path.getsize(whole)
-        medians = {name: float(np.median(values)) for name, values in found.items()}
-        print(f'{images} images, {size / 2**20:.0f} MiB, {os.cpu_count()} cores; medians of {rounds}')
-        print(f'cp                {medians["cp"]:7.3f} s   {size / medians["cp"] / 1e9:.2f} GB/s')
-        print(f'combine_data.py   {medians["combine"]:7.3f} s   {medians["combine"] / medians["cp"]:.2f} times cp   peak '
-              f'{peak_memory(*script):.0f} MiB')
-        work_time = medians['combine'] - medians['start']
-        print(f'  of which Python starts for {medians["start"]:.3f} s; without it {work_time / medians["cp"]:.2f} times cp')
+        median = {name: float(np.median(values)) for name, values in found.items()}
+        known = ArrayFile.open(os.path.join(data, '0.npy')).known_checksum() is not None
+        print(f'{images} images, {size / 2**20:.0f} MiB, {os.cpu_count()} cores; medians of {rounds}; checksums of generated '
+              f'files are {"known" if known else "not known: the file system keeps no extended attributes"}')
+        print(f'cp                              {median["cp"]:7.3f} s   {size / median["cp"] / 1e9:.2f} GB/s')
+        for name in ('generated files', 'other files'):
+            ratio = np.median(np.divide(found[name], found['cp']))
+            ratio_of_work = np.median(np.subtract(found[name], found['start']) / found['cp'])
+            print(f'combine_data.py {name:16}{median[name]:7.3f} s   {ratio:.2f} times cp, without the start of Python '
+                  f'{ratio_of_work:.2f}   peak {peak_memory(*scripts[name]):.0f} MiB')
+        print(f'  start of Python               {median["start"]:7.3f} s')
         if select:
             weights = os.path.join(work, 'classifier.pt')
             torch.save(WideResNet(model, CLASSES).state_dict(), weights)
@@ -84,7 +117,8 @@ def main(images, side, rounds, model, select, folder):
             memory = peak_memory(sys.executable, ROOT / 'synthetic_data' / 'select_1M.py', '--model_path', weights,
                                  '--data_dir', data, '--output_dir', work, '--class_num', CLASSES)
             seconds = time.perf_counter() - before
-            print(f'select_1M.py      {seconds:7.1f} s   {images / seconds:.0f} images/s with {model}   peak {memory:.0f} MiB')
+            print(f'select_1M.py                    {seconds:7.1f} s   {images / seconds:.0f} images/s with {model}   peak '
+                  f'{memory:.0f} MiB')
 
 
 if __name__ == '__main__':

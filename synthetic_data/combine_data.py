@@ -2,16 +2,15 @@
 
 import os
 import sys
-from pathlib import Path
 
 import click
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 from dnnlib import UserError, cli
 from synthetic_data import common
-from training.data.class_files import columns, open_classes
-from training.data.npz import write_npz
+from training.data.class_files import open_classes, stored
+from training.data.stored_zip import write_zip
 
 EXAMPLES = """\b
 Examples:
@@ -34,8 +33,7 @@ def main(data_dir, output_dir, class_num, file_name):
     classes = open_classes(data_dir, class_num)
     dest = os.path.join(output_dir, file_name.removesuffix('.npz') + '.npz')
     with common.full_disk(f'--output_dir={output_dir}', 'run it again'):
-        write_npz(dest, columns(classes[0].image_shape, list(map(len, classes)),
-                                lambda label, start, out: classes[label].read_into(start, out)))
+        write_zip(dest, stored(classes))
     print(f'Wrote {dest}: {sum(map(len, classes))} images of {class_num} classes')
 
 

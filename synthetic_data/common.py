@@ -1,7 +1,6 @@
 """What the commands of this study share: options, and what a full disk says."""
 
 import contextlib
-import fractions
 
 import click
 
@@ -9,6 +8,7 @@ from dnnlib import UserError, cli
 
 
 def _parse_fraction(text: str) -> float:
+    import fractions  # here: combine_data.py does without
     try:
         value = float(fractions.Fraction(text.strip()))
     except (ValueError, ZeroDivisionError):

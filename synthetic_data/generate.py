@@ -17,7 +17,7 @@ from dnnlib import UserError, cli
 from synthetic_data import common
 from torch_utils import distributed as dist
 from training import fixed_batch, runs
-from training.data.class_files import ClassWriter
+from training.data.class_writer import ClassWriter
 from training.diffusion.samplers import ablation_sampler, edm_sampler
 from training.generate import generate_images
 from training.snapshot import load_denoiser

@@ -16,8 +16,8 @@ from synthetic_data import common
 from torch_utils import distributed as dist
 from training import pictures, scoring
 from training.classify import open_classifier
-from training.data.class_files import columns, open_classes
-from training.data.npz import write_npz
+from training.data.class_files import open_classes
+from training.data.npz import columns, write_npz
 
 EXTREMES = 10  # best and worst images of a class in the picture
 

@@ -6,9 +6,11 @@ import json
 import os
 import pickle
 import re
+import struct
 import subprocess
 import threading
 import zipfile
+import zlib
 
 import numpy as np
 import PIL.Image
@@ -19,10 +21,10 @@ from helpers import ROOT, write_digits
 from dnnlib import UserError
 from torch_utils import foreign
 from torch_utils.random import tuple_seed
-from training.data import archive, imagenet, report
+from training.data import archive, image_io, imagenet, report
 from training.data.archive import ArchiveReader, ArchiveWriter, image_name, latent_name
 from training.data.dataset import ImageDataset, class_index, subset
-from training.data.image_io import BadImage, decode_image, encode_png
+from training.data.image_io import BadImage, checksums, decode_image, decode_pngs, encode_png, encode_pngs
 from training.data.sampler import EpochShuffle, WindowShuffle
 from training.data.transforms import make_transform
 
@@ -152,6 +154,28 @@ def test_own_png_is_png(shape):
     np.testing.assert_array_equal(decode_image(gray), image[:, :, :1].repeat(3, axis=2))
     for level in (0, 9):  # other writers filter rows, which the short path leaves to Pillow
         np.testing.assert_array_equal(decode_image(saved(PIL.Image.fromarray(image), compress_level=level)), image)
+
+
+@pytest.mark.parametrize('shape', [(1, 1, 1, 3), (9, 8, 8, 3), (3, 5, 7), (2, 200, 300, 3)], ids=str)
+def test_checksums_of_own_pngs(shape):
+    files = encode_pngs(np.random.RandomState(0).randint(256, size=shape, dtype=np.uint8))
+    assert checksums(files).tolist() == [zlib.crc32(file) for file in files]
+
+
+@pytest.mark.parametrize('values', [range(256), [0, 1, 127, 128, 255]], ids=['all', 'ties'])
+@pytest.mark.parametrize('filters', [[0], [1], [2], [3], [4], [0, 1, 2, 4], range(5)], ids=str)
+@pytest.mark.parametrize('height, width, channels', [(32, 32, 3), (7, 5, 1), (1, 9, 3), (9, 1, 3), (1, 1, 1)])
+def test_png_filters_are_undone_as_pillow_does(height, width, channels, filters, values):
+    """Rows of any bytes after any filter are a PNG: the pixels of many together are those that Pillow finds in each."""
+    random = np.random.RandomState(height)
+    header = struct.pack('>IIBBBBB', width, height, 8, 2 if channels == 3 else 0, 0, 0, 0)
+    files = []
+    for _ in range(20):
+        rows = np.concatenate([random.choice(filters, (height, 1)), random.choice(values, (height, width * channels))], axis=1)
+        chunks = [(b'IHDR', header), (b'IDAT', zlib.compress(rows.astype(np.uint8).tobytes())), (b'IEND', b'')]
+        files.append(image_io._SIGNATURE + b''.join(image_io._chunk(*chunk) for chunk in chunks))
+    expected = [np.asarray(PIL.Image.open(io.BytesIO(file)).convert('RGB')) for file in files]
+    np.testing.assert_array_equal(decode_pngs(files), expected)
 
 
 def test_every_mode_becomes_rgb():

@@ -515,6 +515,50 @@ def test_errors_of_workers_reach_the_user(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize('side, chunks', [(8, 8), (64, 29)])
+def test_all_workers_have_work_to_the_end(side, chunks):
+    """Also where one chunk could hold nearly all pictures: four chunks for each, and sixteen where pictures are larger."""
+    parts = []
+
+    class Job:
+        source = types.SimpleNamespace(in_memory=True)
+
+        def convert(self, indices):
+            parts.append(len(indices))
+            return [convert._Alike.of(np.zeros([len(indices), side, side, 3], np.uint8))]
+
+    assert len(list(convert._convert_all(Job(), np.arange(200), workers=2))) == len(parts) - 1 == chunks  # one tells the size
+    assert max(parts) == -(-200 // chunks) and list(convert._convert_all(Job(), np.arange(0), workers=2)) == []
+
+
+def test_a_conversion_has_one_thread_for_products_in_each_worker(tmp_path, monkeypatch):
+    """BLAS threads of several workers wait for each other; after the conversion they are as before."""
+    import threadpoolctl
+    np.ones([2, 2]) @ np.ones([2, 2])
+    seen = []
+
+    def look(*args):
+        seen.append({pool['num_threads'] for pool in threadpoolctl.threadpool_info()})
+        return lambda pixels: pixels
+
+    monkeypatch.setattr(convert, 'make_transform', look)
+    with threadpoolctl.threadpool_limits(2):
+        before = threadpoolctl.threadpool_info()
+        source = sources.open_digits()
+        convert.convert(source, convert.everything(source).first(50), str(tmp_path / 'a.zip'), workers=2)
+        assert threadpoolctl.threadpool_info() == before
+    assert len(seen) > 3 and all(threads == {1} for threads in seen[1:])
+
+
+@pytest.mark.parametrize('transform', [None, 'center-crop', 'center-crop-wide', 'center-crop-dhariwal'])
+def test_pictures_as_pillow_decodes_them_are_transformed_as_arrays(transform, tmp_path):
+    picture(3, (70, 50)).save(tmp_path / 'x.webp', lossless=True)
+    source = sources.open_source(str(tmp_path))
+    function = make_transform(transform, 16, 8 if transform == 'center-crop-wide' else 16)
+    assert isinstance(source.picture(0), PIL.Image.Image) and source.read(0).shape == (50, 70, 3)
+    np.testing.assert_array_equal(function(source.picture(0)), function(source.read(0)))
+
+
 def test_inspect(tmp_path):
     write_digits(tmp_path / 'a.zip', 100)
     out = tool('inspect', f'--source={tmp_path}/a.zip', f'--json={tmp_path}/a.json')

@@ -224,6 +224,7 @@ def _handlers() -> dict:
         'LONG': lambda r: r._stack.append(int(r._line().removesuffix('L'))),
         'FLOAT': lambda r: r._stack.append(float(r._line())),
         'BINFLOAT': lambda r: r._stack.append(struct.unpack('>d', r._take(8))[0]),
+        'BININT1': lambda r: r._stack.append(r._take(1)[0]),
         'LONG1': lambda r: r._integer(r._number('B')), 'LONG4': lambda r: r._integer(r._number('I')),
         'EMPTY_LIST': lambda r: r._stack.append([]), 'LIST': lambda r: r._stack.append(r._pop_mark()),
         'EMPTY_SET': lambda r: r._stack.append([]), 'FROZENSET': lambda r: r._stack.append(r._pop_mark()),
@@ -242,7 +243,7 @@ def _handlers() -> dict:
         'PUT': lambda r: r._memo.__setitem__(int(r._line()), r._stack[-1]),
         'GET': lambda r: r._stack.append(r._memo[int(r._line())]),
     }
-    for name, form in {'BININT': 'i', 'BININT1': 'B', 'BININT2': 'H'}.items():
+    for name, form in {'BININT': 'i', 'BININT2': 'H'}.items():
         table[name] = lambda r, form=form: r._stack.append(r._number(form))
     for name, form in {'SHORT_BINBYTES': 'B', 'BINBYTES': 'I', 'BINBYTES8': 'Q', 'BYTEARRAY8': 'Q'}.items():
         table[name] = lambda r, form=form: r._bytes(form)

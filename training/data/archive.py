@@ -7,6 +7,7 @@ first five digits. `dataset.json` is {"labels": [[name, label], ...] or null, ..
 import bisect
 import contextlib
 import errno
+import functools
 import json
 import os
 import stat
@@ -28,7 +29,8 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 def image_name(index: int) -> str:
     """12 -> '00000/img00000012.png'."""
-    return f'{index:08d}'[:5] + f'/img{index:08d}.png'
+    digits = str(index).zfill(8)
+    return f'{digits[:5]}/img{digits}.png'
 
 
 def latent_name(index: int) -> str:
@@ -108,8 +110,12 @@ class ArchiveReader:
         """Bytes of file `names[index]`. Raises UserError that names it if it cannot be read or is damaged."""
         try:
             if not self.is_zip:
-                with open(os.path.join(self.path, self.names[index]), 'rb', buffering=0) as file:
-                    return file.read()
+                # Without a file object, which takes as long as the reading of a small file.
+                handle = os.open(f'{self.path}/{self.names[index]}', os.O_RDONLY | getattr(os, 'O_BINARY', 0))
+                try:
+                    return b''.join(iter(functools.partial(os.read, handle, 1 << 16), b''))
+                finally:
+                    os.close(handle)
             if self._file is None:
                 self._file = open(self.path, 'rb')
             return self._read_entry(index)
@@ -228,7 +234,7 @@ class _StoredZip:
         self.offset += len(header) + size
         self.count += 1
 
-    def add_alike(self, names: list[str], files: np.ndarray):
+    def add_alike(self, names: list[str], files: np.ndarray, sums: np.ndarray | None = None):
         """Adds the rows of `files`, uint8 [n,bytes], under names of one length: the same bytes as `add` for each."""
         count, size = files.shape
         raw = [name.encode() for name in names]
@@ -243,7 +249,8 @@ class _StoredZip:
         local[:, :30] = np.frombuffer(header, np.uint8)
         local[:, 30:30 + len(raw[0])] = np.frombuffer(b''.join(raw), np.uint8).reshape(count, -1)
         local[:, 30 + len(raw[0]):] = files
-        crc = np.fromiter(map(zlib.crc32, local[:, 30 + len(raw[0]):]), '<u4', count).view(np.uint8).reshape(count, 4)
+        sums = np.fromiter(map(zlib.crc32, files), np.uint32, count) if sums is None else sums
+        crc = sums.astype('<u4').view(np.uint8).reshape(count, 4)
         local[:, 14:18] = crc
         directory = np.tile(np.frombuffer(self.directory[central:], np.uint8), (count, 1))
         directory[:, 16:20] = crc
@@ -274,17 +281,18 @@ class ArchiveWriter:
             out.add_description({'labels': None})
 
     Raises UserError at once if `dest` exists (an empty folder is fine). With `overwrite=True` it is replaced when
-    the new archive is complete; a folder only if it is an archive, i.e. holds dataset.json.
+    the new archive is complete; a folder only if it is an archive, i.e. holds dataset.json. `sync=False` does not wait
+    until a zip is on the disk: for what can be made again soon if the power fails.
     """
 
-    def __init__(self, dest: str, overwrite: bool = False):
-        self.dest = os.fspath(dest).rstrip('/')
+    def __init__(self, dest: str, overwrite: bool = False, sync: bool = True):
+        self.dest, self.sync = os.fspath(dest).rstrip('/'), sync
         self.is_zip = self.dest.lower().endswith('.zip')
         check_destination(self.dest, overwrite)
 
     def __enter__(self):
         self._stack = contextlib.ExitStack()
-        self._temp = self._stack.enter_context(dnnlib.util.atomic_path(self.dest))
+        self._temp = self._stack.enter_context(dnnlib.util.atomic_path(self.dest, sync=self.sync))
         self._made = set()
         if self.is_zip:
             self._zip = _StoredZip(self._temp)
@@ -306,10 +314,10 @@ class ArchiveWriter:
         with open(os.path.join(self._temp, name), 'wb') as file:
             file.write(data)
 
-    def add_alike(self, names: list[str], files: np.ndarray):
-        """Adds files of one size, the rows of uint8 [n,bytes], at once."""
+    def add_alike(self, names: list[str], files: np.ndarray, sums: np.ndarray | None = None):
+        """Adds files of one size, the rows of uint8 [n,bytes], at once. sums: their CRC-32, uint32 [n], if known."""
         if self.is_zip:
-            self._zip.add_alike(names, files)
+            self._zip.add_alike(names, files, sums)
             return
         for name, data in zip(names, files, strict=True):
             self.add(name, data.tobytes())

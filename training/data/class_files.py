@@ -1,26 +1,29 @@
 """Folders of labelled images as one array file for each class: `<class>.npy`, uint8 [N,H,W,3].
 
 `<class>.json` beside it says which seeds the images were made from, in order, and how. While images are made there are
-also `<class>.npy.part`, `<class>.npy.done` and `<class>.part.json`: see `ClassWriter`.
+also `<class>.npy.part`, `<class>.npy.done` and `<class>.part.json`: see `class_writer`.
+
+NumPy is imported where it is needed only: `combine_data.py` does without, because the import would take a third of its time.
 """
 
 import contextlib
 import dataclasses
-import json
+import math
 import os
 import re
+import struct
 from collections.abc import Sequence
 
-import numpy as np
-
 from dnnlib import UserError
-from dnnlib.util import parse_int_list, write_json
-from training.data.npz import Column, npy_header, pieces, read_npy_header
+from training.data.stored_zip import PIECE_BYTES, Bytes, Computed, FilePart, checksum, npy_header, read_all
 
-COPY_BYTES = 8 << 20
+# As written here and by numpy.save; all others are left to NumPy.
+HEADER = re.compile(rb"\x93NUMPY\x01\x00v\x00"
+                    rb"\{'descr': '\|u1', 'fortran_order': False, 'shape': \((\d+), (\d+), (\d+), 3\),? ?\} *\n")
 
-
-# --- Reading ----------------------------------------------------------------------------------------------------------
+# An extended attribute of finished files: CRC-32 of the images, size of the file, time of its last change in ns. It is no
+# part of the contents, so that these depend on seeds and network alone.
+CHECKSUM = 'user.images_crc32'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,36 +41,56 @@ class ArrayFile:
             raise UserError(f'{path}: no such file; generate.py makes one for each class')
         try:
             with open(path, 'rb') as file:
-                shape, fortran, dtype = read_npy_header(file)
+                match = HEADER.fullmatch(file.read(128))
+                if match is None:
+                    from training.data.npz import read_npy_header
+                    file.seek(0)
+                    shape, fortran, dtype = read_npy_header(file)
+                else:
+                    shape, fortran, dtype = (*map(int, match.groups()), 3), False, 'uint8'
                 offset = file.tell()
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f'{path} is no .npy file of images ({" ".join(str(error).split())[:100]})') from None
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or not shape[0]:
+        if dtype != 'uint8' or len(shape) != 4 or shape[3] != 3 or fortran or not all(shape):
             raise UserError(f'{path} holds {dtype} {list(shape)} instead of images uint8 [N, H, W, 3]')
-        if os.path.getsize(path) != offset + int(np.prod(shape)):
+        if os.path.getsize(path) != offset + math.prod(shape):
             raise UserError(f'{path} is cut short or too long for {list(shape)}; make it again')
         return cls(path, tuple(shape), offset)
 
     def __len__(self):
         return self.shape[0]
 
-    def read_into(self, start: int, out: np.ndarray):
-        """Images from `start` on into uint8 `out` [n,H,W,3]. Read, not mapped: mapped pages count as memory of the process.
+    def read_into(self, start: int, out):
+        """Images from `start` on into the uint8 array `out` [n,H,W,3]. Read, not mapped: mapped pages count as memory of the
+        process.
 
         Raises UserError if the file ends before.
         """
         with open(self.path, 'rb', buffering=0) as file:
-            file.seek(self.offset + start * int(np.prod(self.shape[1:])))
-            view = memoryview(out).cast('B')
-            while len(view):
-                count = file.readinto(view)
-                if not count:
-                    raise UserError(f'{self.path} is cut short; make it again')
-                view = view[count:]
+            read_all(file.fileno(), memoryview(out).cast('B'), self.offset + start * math.prod(self.shape[1:]), self.path)
 
-    def map(self) -> np.ndarray:
+    def map(self):
         """All images as a read-only memory map."""
+        import numpy as np
         return np.memmap(self.path, np.uint8, 'r', self.offset, self.shape)
+
+    def remember_checksum(self):
+        """Computes the CRC-32 of the images and keeps it with the file, if the file system can, for `known_checksum`."""
+        with open(self.path, 'rb') as file:
+            before = os.fstat(file.fileno())
+            crc = checksum(file.fileno(), self.offset, math.prod(self.shape))
+            if hasattr(os, 'setxattr'):
+                with contextlib.suppress(OSError):
+                    os.setxattr(file.fileno(), CHECKSUM, b'%d %d %d' % (crc, before.st_size, before.st_mtime_ns))
+
+    def known_checksum(self) -> int | None:
+        """CRC-32 of the images if it was computed when the file was made, and the file has not been changed since."""
+        try:
+            crc, *state = map(int, os.getxattr(self.path, CHECKSUM).split())
+            now = os.stat(self.path)
+        except (OSError, AttributeError, ValueError):  # none; no such thing on this system; damaged
+            return None
+        return crc if state == [now.st_size, now.st_mtime_ns] and crc >> 32 == 0 else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +107,8 @@ class ClassImages:
         """(H, W, 3)."""
         return self.files[0].shape[1:]
 
-    def read_into(self, start: int, out: np.ndarray):
-        """Images from `start` on into uint8 `out` [n,H,W,3], C order."""
+    def read_into(self, start: int, out):
+        """Images from `start` on into the uint8 array `out` [n,H,W,3], C order."""
         first, stop = 0, start + len(out)
         for file in self.files:
             low, high = max(start - first, 0), min(stop - first, len(file))
@@ -93,14 +116,16 @@ class ClassImages:
                 file.read_into(low, out[first + low - start:first + high - start])
             first += len(file)
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Images start .. stop - 1, uint8 [n,H,W,3]."""
+    def read(self, start: int, stop: int):
+        """Images start .. stop - 1, uint8 array [n,H,W,3]."""
+        import numpy as np
         out = np.empty((stop - start, *self.image_shape), np.uint8)
         self.read_into(start, out)
         return out
 
-    def take(self, indices: np.ndarray) -> np.ndarray:
-        """The images at ascending `indices`, uint8 [n,H,W,3]; one file at a time, through memory maps."""
+    def take(self, indices):
+        """The images at ascending `indices`, an array, uint8 [n,H,W,3]; one file at a time, through memory maps."""
+        import numpy as np
         parts, first = [np.empty((0, *self.image_shape), np.uint8)], 0
         for file in self.files:
             mine = indices[(indices >= first) & (indices < first + len(file))] - first
@@ -131,219 +156,28 @@ def open_classes(folders: str | Sequence[str], class_num: int) -> list[ClassImag
         if file.shape[1:] != shape:
             raise UserError(f'{file.path} has images of {list(file.shape[1:])}, but those of {classes[0].files[0].path} are '
                             f'{list(shape)}')
-    for label in range(class_num):
-        _check_overlap([read_record(folder, label) for folder in folders], folders, label)
+    if len(folders) > 1:
+        from training.data.class_writer import check_overlap
+        for label in range(class_num):
+            check_overlap(folders, label)
     return classes
 
 
-def columns(image_shape: tuple, counts: Sequence[int], read) -> dict[str, Column]:
-    """`image` uint8 [N,H,W,3] and `label` int64 [N] of an .npz (see `npz.write_npz`), class by class.
-
-    `counts` images of each class; `read(label, start, out)` puts images of a class, from `start` on, into `out`.
-    """
-    bounds = np.cumsum([0, *counts]).tolist()
-
-    def class_of(rows):
-        return np.searchsorted(bounds, rows, side='right') - 1
-
-    def labels(start, stop, out):
-        out[:] = class_of(np.arange(start, stop))
-
-    def images(start, stop, out):
-        label = int(class_of(start))
-        read(label, start - bounds[label], out)
-
-    of_classes = [(first + start, first + stop) for first, count in zip(bounds, counts, strict=False)
-                  for start, stop in pieces(count, int(np.prod(image_shape)))]
-    return {'image': Column((bounds[-1], *image_shape), np.uint8, of_classes, images),
-            'label': Column((bounds[-1],), np.int64, pieces(bounds[-1], 8), labels)}
+def stored(classes: Sequence[ClassImages]) -> dict[str, list]:
+    """All images of all classes as arrays of an .npz for `write_zip`: `image` uint8 [N,H,W,3] and `label` int64 [N]."""
+    images, labels = [], []
+    for label, of_class in enumerate(classes):
+        for file in of_class.files:
+            images += FilePart(file.path, file.offset, math.prod(file.shape), file.known_checksum()).split()
+        labels += _repeated(struct.pack('<q', label), len(of_class))
+    total = sum(map(len, classes))
+    return {'image.npy': [Bytes(npy_header((total, *classes[0].image_shape), '|u1')), *images],
+            'label.npy': [Bytes(npy_header((total,), '<i8')), *labels]}
 
 
-def _check_overlap(records, folders, label):
-    known = [(folder, record) for folder, record in zip(folders, records, strict=True) if record]
-    for i, (folder, record) in enumerate(known):
-        for other, theirs in known[:i]:
-            common = np.intersect1d(record.seeds, theirs.seeds)
-            if record.made_by == theirs.made_by and len(common):
-                raise UserError(f'{folder} and {other} both hold class {label} of the seeds {format_ranges(common)[:60]}; '
-                                'make one of them with other --seeds')
+def _repeated(number: bytes, count: int) -> list[Computed]:
+    def fill(view):
+        view[:] = number * (len(view) // len(number))
 
-
-# --- Records ----------------------------------------------------------------------------------------------------------
-
-
-def format_ranges(numbers) -> str:
-    """[0, 1, 2, 7] -> '0-2,7'; the order stays, and `parse_int_list` reads it."""
-    numbers = np.asarray(numbers, dtype=np.int64)
-    cuts = np.flatnonzero(np.diff(numbers) != 1) + 1
-    return ','.join(f'{part[0]}-{part[-1]}' if len(part) > 1 else str(part[0])
-                    for part in np.split(numbers, cuts) if len(part))
-
-
-@dataclasses.dataclass
-class Record:
-    """What a class file holds: the seed of each image (int64 [N]), and what else they depend on (plain values)."""
-
-    seeds: np.ndarray
-    made_by: dict
-
-    def save(self, path: str):
-        write_json(path, {'images': len(self.seeds), 'seeds': format_ranges(self.seeds), 'made_by': self.made_by})
-
-    @classmethod
-    def load(cls, path: str) -> 'Record | None':
-        """None if there is no such file. Raises UserError for one that is damaged."""
-        if not os.path.isfile(path):
-            return None
-        try:
-            with open(path) as file:
-                value = json.load(file)
-            return cls(np.array(parse_int_list(value['seeds']), dtype=np.int64), dict(value['made_by']))
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f'{path} is damaged; remove it and the images beside it') from None
-
-
-def read_record(folder: str, label: int) -> Record | None:
-    """The record of a finished class, or None."""
-    return Record.load(os.path.join(folder, f'{label}.json'))
-
-
-# --- Writing ----------------------------------------------------------------------------------------------------------
-
-
-class ClassWriter:
-    """The file of one class while it is made, by any number of processes and in any number of runs.
-
-    Images stand in the order in which their seeds were first asked for: seeds that a later run asks for in addition come
-    after those that are there, and seeds that are there are not made again. What a stopped run has not finished is made
-    first. The whole space is reserved before the first image, so a full disk is noticed then, and never in a mapped page.
-
-    `<class>.npy.part` has the final size and is mapped into memory a block at a time; a byte of `<class>.npy.done` is set
-    after the image has been written; `<class>.part.json` is the record to be. The part takes the final name when it is
-    whole; `<class>.npy` of an earlier run stays until then.
-    """
-
-    def __init__(self, folder: str, label: int):
-        self.label, self.folder = label, folder
-        self.npy, self.json = os.path.join(folder, f'{label}.npy'), os.path.join(folder, f'{label}.json')
-        self.part, self.done = self.npy + '.part', self.npy + '.done'
-        self.part_json = os.path.join(folder, f'{label}.part.json')
-        self.seeds, self.shape, self.offset = None, None, 0
-
-    def prepare(self, seeds: np.ndarray, made_by: dict, image_shape: tuple):
-        """Makes the files of what is missing of these seeds (one process does it). Raises UserError if the class is of
-        another network or other options, OSError if the disk is too small.
-        """
-        self._recover()
-        finished, begun = read_record(self.folder, self.label), Record.load(self.part_json)
-        for record in (finished, begun):
-            if record is not None and record.made_by != made_by:
-                changed = [key for key in made_by | record.made_by if made_by.get(key) != record.made_by.get(key)]
-                raise UserError(f'--outdir={self.folder} holds images of class {self.label} made with another '
-                                f'{", ".join(changed)}; choose another folder, or remove it')
-        if finished is None and os.path.exists(self.npy):
-            raise UserError(f'{self.npy} is there without its record {self.label}.json; choose another --outdir')
-        known = (begun or finished or Record(np.empty(0, np.int64), made_by)).seeds
-        new = seeds[~np.isin(seeds, known)]
-        target = np.concatenate([known, new])
-        if begun is None and not len(new):
-            return
-        shape = (len(target), *image_shape)
-        if begun is None:
-            self._begin(shape, 0 if finished is None else len(finished.seeds))
-        else:
-            self._reserve(shape, keep=True)  # also undoes an extension that was stopped before its record was written
-        Record(target, made_by).save(self.part_json)
-
-    def _begin(self, shape, kept: int):
-        """New files in which the first `kept` images are those of the finished file."""
-        try:
-            self._reserve(shape)
-            if kept:
-                old = ArrayFile.open(self.npy)
-                if old.shape != (kept, *shape[1:]):
-                    raise UserError(f'{self.npy} has shape {list(old.shape)}, but its record says {kept} images')
-                step = max(COPY_BYTES // int(np.prod(shape[1:])), 1)
-                for start in range(0, kept, step):
-                    images = np.empty((min(step, kept - start), *shape[1:]), np.uint8)
-                    old.read_into(start, images)
-                    self._write(len(npy_header(shape, np.uint8)), start, images)
-        except BaseException:
-            for path in (self.part, self.done):
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(path)
-            raise
-
-    def _reserve(self, shape, keep: bool = False):
-        """Room for so many images; the header has the same length whatever their number."""
-        header = npy_header(shape, np.uint8)
-        for path, size in ((self.done, shape[0]), (self.part, len(header) + int(np.prod(shape)))):
-            with open(path, 'r+b' if keep else 'wb') as file:
-                file.truncate(size)
-                if hasattr(os, 'posix_fallocate'):
-                    os.posix_fallocate(file.fileno(), 0, size)
-                if path == self.part:
-                    file.write(header)
-
-    def _recover(self):
-        """Ends what a stop within `finish` has left, and removes files of a beginning that came to nothing."""
-        if os.path.exists(self.part_json) and not os.path.exists(self.part):
-            if len(ArrayFile.open(self.npy)) != len(Record.load(self.part_json).seeds):
-                raise UserError(f'{self.part} is gone; remove {self.label}.part.json too')
-            os.replace(self.part_json, self.json)
-        if not os.path.exists(self.part_json):
-            for path in (self.part, self.done):
-                if os.path.exists(path):
-                    os.remove(path)
-
-    def open(self):
-        """Reads the state after `prepare`, on every process."""
-        record = Record.load(self.part_json)
-        if record is not None:
-            with open(self.part, 'rb') as file:
-                self.shape, _, _ = read_npy_header(file)
-                self.offset = file.tell()
-            self.seeds = record.seeds
-            if self.shape[0] != len(self.seeds) or os.path.getsize(self.done) != len(self.seeds):
-                raise UserError(f'{self.part} is too short for its record; remove {self.label}.part.json')
-        return self
-
-    @property
-    def active(self) -> bool:
-        """Something is left to do, if only to finish."""
-        return self.seeds is not None
-
-    def is_done(self) -> np.ndarray:
-        """bool [N]: which images are written."""
-        return np.fromfile(self.done, np.uint8, len(self.seeds)) != 0
-
-    def missing(self, block: int) -> list[tuple[int, int]]:
-        """(start, stop) of the blocks of which an image is missing. They are the same in every run: a multiple of
-        `block` images from the first one, so that the images of a stopped run are computed together as in any other."""
-        done = self.is_done()
-        return [(start, min(start + block, len(done))) for start in range(0, len(done), block)
-                if not done[start:start + block].all()]
-
-    def write(self, start: int, images: np.ndarray):
-        """Images uint8 [n,H,W,3] from place `start` on; they count as made once they are in the file."""
-        self._write(self.offset, start, images)
-
-    def _write(self, offset, start, images):
-        row = int(np.prod(images.shape[1:]))
-        window = np.memmap(self.part, np.uint8, 'r+', offset + start * row, images.shape)
-        window[:] = images
-        window.flush()
-        del window
-        with open(self.done, 'r+b') as file:
-            file.seek(start)
-            file.write(b'\1' * len(images))
-
-    def finish(self) -> bool:
-        """Gives the file its final name if all images are in it (one process does it); True if it did."""
-        if not self.active or not self.is_done().all():
-            return False
-        os.replace(self.part, self.npy)
-        os.replace(self.part_json, self.json)
-        os.remove(self.done)
-        self.seeds = None
-        return True
+    step = PIECE_BYTES // len(number)
+    return [Computed(min(step, count - first) * len(number), fill) for first in range(0, count, step)]

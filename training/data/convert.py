@@ -11,11 +11,12 @@ import sys
 from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
+import threadpoolctl
 import tqdm
 
 from dnnlib.util import UserError
 from training.data.archive import ArchiveWriter, image_name
-from training.data.image_io import BadImage, encode_pngs
+from training.data.image_io import BadImage, checksums, encode_pngs
 from training.data.sources import Source
 from training.data.transforms import make_transform
 
@@ -113,7 +114,8 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
     """Writes the selected images of a source as an archive at `dest`.
 
     Image i of the selection becomes `image_name(i)`; pictures that the transform rejects and, with `skip_corrupt`,
-    damaged ones leave gaps. The result does not depend on `workers` (processes; default: one for each core).
+    damaged ones leave gaps. The result does not depend on `workers` (processes, or threads where the source is in memory;
+    default: one for each core).
 
     resolution: (width, height) or None. transform: see `make_transform`. notes: further keys for dataset.json.
     Raises UserError that names the file: damaged pictures, results that are not square, equal and a power of two.
@@ -125,7 +127,8 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
     kept, skipped, shape, rejected = [], [], None, 0
     results = _convert_all(_Job(source, (transform, width, height)), selection.indices, _worker_count(workers))
     with contextlib.ExitStack() as stack:
-        out = stack.enter_context(ArchiveWriter(dest, overwrite))
+        stack.enter_context(threadpoolctl.threadpool_limits(1))  # else each worker has threads of its own for small products
+        out = stack.enter_context(ArchiveWriter(dest, overwrite, sync=False))  # the source is still there if the power fails
         stack.enter_context(contextlib.closing(results))
         progress = stack.enter_context(tqdm.tqdm(total=len(selection), unit='image', delay=2, disable=None))
         position = 0
@@ -149,7 +152,7 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
             if result.shape != shape:
                 raise UserError(f'{where} gives {result.shape[1]}x{result.shape[0]} pixels, but images before it '
                                 f'{shape[1]}x{shape[0]}; give --resolution=WxH (and a --transform)')
-            out.add_alike([image_name(i) for i in positions], result.files)
+            out.add_alike([image_name(i) for i in positions], result.files, result.sums)
             kept.extend(positions)
         if shape is None:
             raise UserError(f'--source={source.name}: none of {len(selection)} images is left '
@@ -195,10 +198,16 @@ class _Rejected:
 
 @dataclasses.dataclass
 class _Alike:
-    """Converted pictures: PNG files of one size, uint8 [n,bytes], and their (height, width)."""
+    """Converted pictures: PNG files of one size, uint8 [n,bytes], their CRC-32, uint32 [n], and their (height, width)."""
 
     files: np.ndarray
+    sums: np.ndarray
     shape: tuple
+
+    @classmethod
+    def of(cls, pixels):
+        files = encode_pngs(pixels)
+        return cls(files, checksums(files), pixels.shape[1:3])
 
     @property
     def count(self):
@@ -220,12 +229,12 @@ class _Job:
             pictures = None
         if pictures is not None:
             pixels = function(pictures)
-            return [_Rejected(len(indices)) if pixels is None else _Alike(encode_pngs(pixels), pixels.shape[1:3])]
+            return [_Rejected(len(indices)) if pixels is None else _Alike.of(pixels)]
         out = []
         for index in indices:
             try:
-                pixels = function(self.source.read(int(index)))
-                out.append(_Rejected() if pixels is None else _Alike(encode_pngs(pixels[None]), pixels.shape[:2]))
+                pixels = function(self.source.picture(int(index)))
+                out.append(_Rejected() if pixels is None else _Alike.of(pixels[None]))
             except (BadImage, UserError) as error:
                 out.append(_Damaged(str(error)))
         return out
@@ -237,6 +246,8 @@ _job = None
 def _start_worker(job):
     global _job
     _job = job
+    if sys.platform != 'linux':  # there it has the limit of the parent
+        threadpoolctl.threadpool_limits(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C for all
 
 
@@ -251,21 +262,24 @@ def _worker_count(workers: int | None) -> int:
 
 
 def _convert_all(job, indices, workers):
-    """Results of all images in order, computed by `workers` processes with a bounded number under way."""
-    chunk = _chunk_size(job, indices)
+    """Results of all images in order, computed by `workers` processes or threads with a bounded number of chunks under way."""
+    chunk = _chunk_size(job, indices, max(workers, 1))
     chunks = [indices[i:i + chunk] for i in range(0, len(indices), chunk)]
     workers = min(workers, len(chunks))
     if workers <= 1:
         for part in chunks:
             yield from job.convert(part)
         return
-    # Forked workers share the parent's data; elsewhere than on Linux system libraries do not survive a fork.
-    context = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (job,))
+    if job.source.in_memory:  # NumPy and zlib do all the work, most of it beside other threads
+        pool, work = concurrent.futures.ThreadPoolExecutor(workers), job.convert
+    else:
+        # Forked workers share the parent's data; elsewhere than on Linux system libraries do not survive a fork.
+        context = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
+        pool, work = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (job,)), _work
     try:
         pending = collections.deque()
         for part in chunks:
-            pending.append(pool.submit(_work, part))
+            pending.append(pool.submit(work, part))
             if len(pending) > 2 * workers:
                 yield from pending.popleft().result()
         while pending:
@@ -276,11 +290,13 @@ def _convert_all(job, indices, workers):
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _chunk_size(job, indices) -> int:
-    """Images of a chunk: as many as the first readable one fits into CHUNK_BYTES, from 1 to 256."""
+def _chunk_size(job, indices, workers) -> int:
+    """Images of a chunk: as many as the first readable one fits into CHUNK_BYTES, from 1 to 256, and so few that all workers
+    are busy to the end. The smallest are done fastest in large chunks; of the others, one can take longer than another."""
     for index in indices[:8]:
         result = job.convert([index])[0]
         if isinstance(result, _Alike):
             height, width = result.shape
-            return int(np.clip(CHUNK_BYTES // (3 * height * width), 1, 256))
+            most = int(np.clip(CHUNK_BYTES // (3 * height * width), 1, 256))
+            return min(most, -(-len(indices) // ((4 if most == 256 else 16) * workers)))
     return 16

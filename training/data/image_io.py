@@ -1,5 +1,6 @@
 """Pictures as bytes: decoding what people have, and encoding PNG that needs no compression."""
 
+import functools
 import io
 import struct
 import warnings
@@ -8,6 +9,8 @@ import zlib
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
+
+from training.data.stored_zip import crc32_combine
 
 EXTENSIONS = frozenset(
     '.png .jpg .jpeg .jpe .jfif .bmp .dib .gif .tif .tiff .webp .ppm .pgm .pbm .pnm .tga .jp2 .j2k .avif .qoi'.split())
@@ -56,25 +59,46 @@ def encode_pngs(pixels: np.ndarray) -> np.ndarray:
     files[:, :begin] = np.frombuffer(head, np.uint8)
     files[:, begin:begin + 6] = np.frombuffer(b'IDAT\x78\x01', np.uint8)
     files[:, end + 4:] = np.frombuffer(tail, np.uint8)
-    rows = np.zeros((count, height, row), dtype=np.uint8)
+    place = begin + 6
+    raw = files[:, place + 5:place + 5 + size] if len(starts) == 1 else np.empty((count, size), dtype=np.uint8)
+    rows = raw.reshape(count, height, row)  # a view: of one block, pixels are written in place
+    rows[:, :, 0] = 0
     if pixels.flags.c_contiguous or pixels.ndim == 3:
         rows[:, :, 1:] = pixels.reshape(count, height, -1)
     else:  # most often planes of colours, which numpy turns over faster one by one
         for channel in range(3):
             rows[:, :, 1 + channel::3] = pixels[..., channel]
-    raw = rows.reshape(count, size)
-    place = begin + 6
     for start in starts:
         length = min(_STORED, size - start)
         block = struct.pack('<BHH', start + length == size, length, length ^ 0xFFFF)
         files[:, place:place + 5] = np.frombuffer(block, np.uint8)
-        files[:, place + 5:place + 5 + length] = raw[:, start:start + length]
+        if len(starts) > 1:
+            files[:, place + 5:place + 5 + length] = raw[:, start:start + length]
         place += 5 + length
     sums = np.fromiter(map(zlib.adler32, raw), dtype='>u4', count=count)
     files[:, end - 4:end] = sums.view(np.uint8).reshape(count, 4)
     sums = np.fromiter(map(zlib.crc32, files[:, begin:end]), dtype='>u4', count=count)
     files[:, end:end + 4] = sums.view(np.uint8).reshape(count, 4)
     return files
+
+
+def checksums(files: np.ndarray) -> np.ndarray:
+    """CRC-32 of each of the files of `encode_pngs`, uint32 [n], without reading the pixels again.
+
+    It follows from the CRC-32 of the IDAT chunk, which the file holds, and is an affine function of its bits.
+    """
+    begin, end = 37, files.shape[1] - 16  # of what the chunk's checksum covers
+    zero, bits = _crc_of_file(files[0, :begin].tobytes(), end - begin, files[0, end + 4:].tobytes())
+    inner = files[:, end:end + 4].copy().view('>u4').astype(np.uint32)
+    return np.bitwise_xor.reduce((inner >> np.arange(32, dtype=np.uint32) & 1) * bits, axis=1) ^ zero
+
+
+@functools.lru_cache(maxsize=8)
+def _crc_of_file(head: bytes, length: int, tail: bytes):
+    """CRC-32 of head + x + its CRC-32 + tail, `length` being that of x: for the CRC-32 0, and what each bit of it changes."""
+    def whole(crc):
+        return zlib.crc32(crc.to_bytes(4, 'big') + tail, crc32_combine(zlib.crc32(head), crc, length))
+    return np.uint32(whole(0)), np.array([whole(1 << bit) ^ whole(0) for bit in range(32)], dtype=np.uint32)
 
 
 def _header(data: bytes) -> tuple | None:
@@ -118,7 +142,7 @@ def decode_pngs(files: list[bytes]) -> np.ndarray | None:
         return None
     width, height, channels = header
     row = 1 + width * channels
-    rows = np.zeros((len(files), height + 1, row), dtype=np.uint8)
+    rows = np.empty((len(files), height, row), dtype=np.uint8)
     for image, data in zip(rows, files, strict=True):
         stream = _compressed(data) if data[:33] == files[0][:33] else None
         if stream is None:
@@ -129,17 +153,74 @@ def decode_pngs(files: list[bytes]) -> np.ndarray | None:
             return None
         if len(raw) != height * row:
             return None
-        image[1:] = np.frombuffer(raw, np.uint8).reshape(height, row)
-    if rows[:, :, 0].any():  # filtered: decoded as one tall picture, with a row of zeros above each, as PNG supposes
-        mode = 'RGB' if channels == 3 else 'L'
-        try:
-            tall = PIL.Image.frombytes(mode, (width, len(files) * (height + 1)), zlib.compress(rows, 0), 'zip', mode, 0)
-        except (OSError, ValueError):
+        image[:] = np.frombuffer(raw, np.uint8).reshape(height, row)
+    if rows[:, :, 0].any():
+        if rows[:, :, 0].max() > _PAETH:
             return None
-        rows = np.asarray(tall).reshape(len(files), height + 1, width, channels)
+        pixels = _unfilter(rows, channels)
     else:
-        rows = rows[:, :, 1:].reshape(len(files), height + 1, width, channels)
-    return rows[:, 1:] if channels == 3 else rows[:, 1:].repeat(3, axis=3)
+        pixels = rows[:, :, 1:].reshape(len(files), height, width, channels)
+    return pixels if channels == 3 else pixels.repeat(3, axis=3)
+
+
+_SUB, _UP, _AVERAGE, _PAETH = 1, 2, 3, 4  # filters of PNG: what a byte has less than its neighbours promise
+
+
+def _unfilter(rows: np.ndarray, channels: int) -> np.ndarray:
+    """Pixels uint8 [n,H,W,C] of the filtered rows of n PNG pictures, uint8 [n,H,1+W*C].
+
+    A byte depends on a (left of it), b (above) and c (above left), so that all bytes on a diagonal of all pictures can be
+    undone together. Everything is modulo 256 in uint8.
+    """
+    count, height, row = rows.shape
+    width = (row - 1) // channels
+    filters, *values = np.ascontiguousarray(rows.transpose(2, 1, 0))  # [H,n] each
+    # Diagonal by diagonal, with zeros around the pictures: the byte at (y, x) is at [x + y + 2, y + 1].
+    lattice = np.zeros((width + height + 1, height + 1, channels, count), dtype=np.uint8)
+    of_column = np.array(values).reshape(width, channels, height, count)
+    for y in range(height):
+        lattice[y + 2:y + 2 + width, y + 1] = of_column[:, :, y]
+    # a, b, c count where the filter knows them; Paeth of a alone is a, and of b alone b.
+    filters = filters[:, None].repeat(channels, axis=1)
+    average, knows_c = filters == _AVERAGE, filters == _PAETH
+    knows_a, knows_b = (np.where(knows_c | average | (filters == kind), 255, 0).astype(np.uint8) for kind in (_SUB, _UP))
+    knows_c, averages = np.where(knows_c, 255, 0).astype(np.uint8), average.any()
+    space = np.empty((5, height, channels, count), dtype=np.uint8)
+    for diagonal in range(height + width - 1):
+        first, last = max(0, diagonal - width + 1), min(height, diagonal + 1)
+        a, b, c, low, high = space[:, :last - first]
+        np.bitwise_and(lattice[diagonal + 1, first + 1:last + 1], knows_a[first:last], out=a)
+        np.bitwise_and(lattice[diagonal + 1, first:last], knows_b[first:last], out=b)
+        np.bitwise_and(lattice[diagonal, first:last], knows_c[first:last], out=c)
+        here = lattice[diagonal + 2, first + 1:last + 1]
+        if averages:
+            chosen = average[first:last]
+            here += ((a >> 1) + (b >> 1) + (a & b & 1)) * chosen
+            a *= ~chosen
+            b *= ~chosen
+        here += _paeth(a, b, c, low, high)
+    pixels = np.empty((height, width, channels, count), dtype=np.uint8)
+    for y in range(height):
+        pixels[y] = lattice[y + 2:y + 2 + width, y + 1]
+    return np.ascontiguousarray(pixels.reshape(-1, count).T).reshape(count, height, width, channels)
+
+
+def _paeth(a, b, c, low, high):
+    """The one of a, b, c that is nearest to a + b - c (ties: a, b, c), in place of c; `low` and `high` are scratch.
+
+    If c is not between a and b, that is the farther of these from c. So c may be moved between them first; then a + b - c is as
+    far above the lower one as c is below the higher one.
+    """
+    np.minimum(a, b, out=low)
+    np.maximum(a, b, out=high)
+    np.maximum(c, low, out=c)
+    np.minimum(c, high, out=c)
+    to_high, to_low = np.subtract(high, c, out=high), np.subtract(c, low, out=low)
+    is_low = np.greater_equal(np.right_shift(to_low, 1, out=a), to_high, out=a.view(bool))
+    is_high = np.greater_equal(np.right_shift(to_high, 1, out=b), to_low, out=b.view(bool))
+    c -= np.multiply(to_low, is_low.view(np.uint8), out=to_low)
+    c += np.multiply(to_high, is_high.view(np.uint8), out=to_high)
+    return c
 
 
 def _decode_plain_png(data: bytes) -> np.ndarray | None:
@@ -185,6 +266,11 @@ def decode_image(data: bytes) -> np.ndarray:
 
     Palette, CMYK, gray, 16-bit and transparent pictures become RGB. Raises BadImage for what is no whole picture.
     """
+    return np.asarray(decode_picture(data))
+
+
+def decode_picture(data: bytes) -> np.ndarray | PIL.Image.Image:
+    """The same, but left in Pillow's memory if Pillow has decoded it: what resamples it saves two copies."""
     pixels = _decode_plain_png(data)
     if pixels is not None:
         return pixels
@@ -197,7 +283,7 @@ def decode_image(data: bytes) -> np.ndarray:
             with PIL.Image.open(io.BytesIO(data), formats=_formats) as image:
                 image.load()
                 PIL.ImageOps.exif_transpose(image, in_place=True)
-                return np.asarray(_to_rgb(image))
+                return _to_rgb(image)
     except BadImage:
         raise
     except PIL.UnidentifiedImageError:

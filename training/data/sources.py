@@ -7,6 +7,7 @@ name for messages), and
     classes     original index of each label, or None: ImageNet's for wnid folders, else its place in the sorted list
     class_names, wnids   the same as text, or None
     implied     True if labels are folder names, which count only if there are several
+    in_memory   True if pictures are decoded already: workers are then threads, not processes
 
 Sources travel to worker processes: they can be pickled and forked.
 """
@@ -25,7 +26,7 @@ from dnnlib.util import UserError
 from torch_utils import foreign
 from training.data import imagenet
 from training.data.archive import ArchiveReader, labels_of
-from training.data.image_io import BadImage, decode_image, decode_pngs, is_image_name, is_small_png
+from training.data.image_io import BadImage, decode_picture, decode_pngs, is_image_name, is_small_png
 
 KINDS = ('a folder or .zip of images, cifar-10-python.tar.gz, cifar-100-python.tar.gz (or their unpacked folders), '
          'MNIST *-images-idx3-ubyte.gz, an LSUN *_lmdb folder, a .txt list of image paths, or the word digits')
@@ -35,10 +36,17 @@ class Source:
     """Base of all sources (see the module)."""
 
     labels = classes = class_names = wnids = None
-    implied = coarse = False
+    implied = coarse = in_memory = False
 
     def __init__(self, name: str):
         self.name = name
+
+    def read(self, index) -> np.ndarray:
+        return np.asarray(self.picture(index))
+
+    def picture(self, index):
+        """The same as `read`, or Pillow's picture of mode RGB where Pillow has decoded it."""
+        return self.read(index)
 
     def read_alike(self, indices) -> np.ndarray | None:
         """Pictures uint8 [n,h,w,3] at `indices` if they are small, of one size, and quicker read together; else None."""
@@ -105,8 +113,8 @@ class FileSource(Source):
     def __len__(self):
         return len(self.files)
 
-    def read(self, index):
-        return decode_image(self.reader.read(self.files[index]))
+    def picture(self, index):
+        return decode_picture(self.reader.read(self.files[index]))
 
     def read_alike(self, indices):
         first = self.reader.read(self.files[indices[0]])
@@ -154,10 +162,10 @@ class ListSource(Source):
     def __len__(self):
         return len(self.paths)
 
-    def read(self, index):
+    def picture(self, index):
         try:
             with open(self.paths[index], 'rb') as file:
-                return decode_image(file.read())
+                return decode_picture(file.read())
         except OSError as error:
             raise BadImage(f'cannot be read ({error.strerror})') from None
 
@@ -167,6 +175,8 @@ class ListSource(Source):
 
 class ArraySource(Source):
     """Images that are already decoded: uint8 [n,3,H,W] or gray [n,H,W]."""
+
+    in_memory = True
 
     def __init__(self, name, images, labels, names):
         super().__init__(name)
@@ -220,9 +230,9 @@ class LmdbSource(Source):
     def __len__(self):
         return len(self.keys)
 
-    def read(self, index):
+    def picture(self, index):
         with self._begin() as transaction:
-            return decode_image(transaction.get(self.keys[index]) or b'')
+            return decode_picture(transaction.get(self.keys[index]) or b'')
 
     def where(self, index):
         return f'{self.name}: {self.keys[index].decode("latin1")}'
@@ -240,6 +250,7 @@ class JoinedSource(Source):
         self.sources = sources
         self.starts = np.cumsum([0] + [len(source) for source in sources])
         self.implied = all(source.implied for source in sources)
+        self.in_memory = all(source.in_memory for source in sources)
         unlabelled = [source.name for source in sources if source.labels is None]
         if unlabelled and len(unlabelled) < len(sources):
             raise UserError(f'--source: {unlabelled[0]} has no labels, but others have; join sources of one kind')
@@ -277,9 +288,9 @@ class JoinedSource(Source):
     def __len__(self):
         return int(self.starts[-1])
 
-    def read(self, index):
+    def picture(self, index):
         source, inner = self._find(index)
-        return source.read(inner)
+        return source.picture(inner)
 
     def read_alike(self, indices):
         first, start = self._find(indices[0])
@@ -298,9 +309,9 @@ class JoinedSource(Source):
 _CIFAR10_TRAIN = tuple(f'data_batch_{i}' for i in range(1, 6))
 
 
-def _cifar_files(path: str) -> dict[str, bytes] | None:
-    """{base name: content} of a CIFAR archive or folder, None if it is something else."""
-    wanted = {*_CIFAR10_TRAIN, 'test_batch', 'batches.meta', 'train', 'test', 'meta'}
+def _cifar_files(path: str, split: str) -> dict[str, bytes] | None:
+    """{base name: content} of what a CIFAR archive or folder has of a split, None if it is something else."""
+    wanted = {'batches.meta', 'meta', *({*_CIFAR10_TRAIN, 'train'} if split == 'train' else {'test_batch', 'test'})}
     if os.path.isdir(path):
         for folder in (path, os.path.join(path, 'cifar-10-batches-py'), os.path.join(path, 'cifar-100-python')):
             marks = {'data_batch_1', 'batches.meta'}, {'train', 'meta'}
@@ -313,7 +324,7 @@ def _cifar_files(path: str) -> dict[str, bytes] | None:
         return None
     found = {}
     try:
-        with tarfile.open(path, 'r|*') as tar:
+        with tarfile.open(path, 'r|*', bufsize=1 << 17) as tar:
             for count, member in enumerate(tar):
                 name = os.path.basename(member.name)
                 if member.isfile() and name in wanted and member.size < 1 << 29:
@@ -330,7 +341,7 @@ def open_cifar(path: str, coarse: bool = False, split: str = 'train', files: dic
 
     `coarse` takes CIFAR-100's 20 coarse labels. Raises UserError that names the file for any other layout.
     """
-    files = _cifar_files(path) if files is None else files
+    files = _cifar_files(path, split) if files is None else files
     if files is None:
         raise UserError(f'--source={path} holds no CIFAR batches; for another archive, unpack it and give the folder')
     is10 = 'batches.meta' in files
@@ -346,6 +357,7 @@ def open_cifar(path: str, coarse: bool = False, split: str = 'train', files: dic
     images, labels = [], []
     for name in batches:
         batch = _cifar_batch(path, name, files)
+        files.pop(name)
         try:
             data, ids = batch['data'].array(), np.array(batch[kind], dtype=np.int64)
         except (KeyError, AttributeError, TypeError, ValueError, foreign.ForeignPickleError) as error:
@@ -356,7 +368,13 @@ def open_cifar(path: str, coarse: bool = False, split: str = 'train', files: dic
                             f'{list(data.shape)} with {len(ids)} labels')
         images.append(data.reshape(-1, 3, 32, 32))
         labels.append(ids)
-    source = ArraySource(path, np.concatenate(images), np.concatenate(labels), names)
+    whole = np.empty((sum(map(len, images)), 3, 32, 32), dtype=np.uint8)
+    rest = whole
+    while images:  # memory for one batch is taken while that of another is given back
+        part = images.pop(0)
+        rest[:len(part)] = part
+        rest = rest[len(part):]
+    source = ArraySource(path, whole, np.concatenate(labels), names)
     source.coarse = coarse
     return source
 
@@ -451,7 +469,7 @@ def _open_one(path: str, coarse: bool) -> Source:
 
 
 def _open_folder(path: str, coarse: bool) -> Source:
-    files = _cifar_files(path)
+    files = _cifar_files(path, 'train')
     if files is not None:
         return open_cifar(path, coarse, files=files)
     if os.path.isfile(os.path.join(path, 'data.mdb')):

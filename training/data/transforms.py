@@ -14,7 +14,8 @@ NAMES = ('center-crop', 'center-crop-wide', 'center-crop-dhariwal')
 def make_transform(name: str | None, width: int | None = None, height: int | None = None):
     """Function from pixels uint8 [h,w,3] to pixels uint8 [H,W,3], or to None for a picture that the rule rejects.
 
-    It takes many pictures of one size too, [n,h,w,3], which is faster for small ones; the pixels are the same.
+    It takes many pictures of one size too, [n,h,w,3], which is faster for small ones; the pixels are the same. A picture
+    may also be one of Pillow's, of mode RGB.
 
     name:   None          Lanczos to width x height, aspect ratio not kept; a side that is None keeps its length.
             'center-crop' the largest centred square, Lanczos to width x height.
@@ -26,18 +27,18 @@ def make_transform(name: str | None, width: int | None = None, height: int | Non
     Raises UserError for an unknown name or a size that the rule cannot make.
     """
     if name is None:
-        return lambda pixels: _resize(pixels, width or pixels.shape[-2], height or pixels.shape[-3])
+        return lambda pixels: _resize(np.asarray(pixels), width, height)
     if name not in NAMES:
         raise UserError(f'--transform={name} is unknown; there are {", ".join(NAMES)}')
     if not width or not height:
         raise UserError(f'--transform={name} needs --resolution=WIDTHxHEIGHT')
     if name == 'center-crop':
-        return lambda pixels: _resize(_square(pixels), width, height)
+        return lambda pixels: _resize(_square(np.asarray(pixels)), width, height)
     if name == 'center-crop-wide':
         if height > width:
             raise UserError(f'--transform={name} makes bands that are not higher than wide; '
                             f'--resolution={width}x{height} is')
-        return lambda pixels: _wide(pixels, width, height)
+        return lambda pixels: _wide(np.asarray(pixels), width, height)
     if width != height:
         raise UserError(f'--transform={name} makes squares; --resolution={width}x{height} is none')
     return lambda pixels: _dhariwal(pixels, width)
@@ -91,14 +92,18 @@ def _weights(length, target, method):
 def _products(pixels, width, height, method):
     """`pixels` [n,h,w,3] resampled by matrix products. All sums are exact in double precision."""
     n, h, w, channels = pixels.shape
-    planes = pixels.transpose(0, 3, 1, 2)
-    for length, target in ((w, width), (h, height)):  # rows, then, turned over, columns
-        if length != target:
-            sums = planes.reshape(-1, length).astype(np.float64) @ _weights_of(length, target, method)
-            sums += 0.5
-            planes = sums.clip(0, 255, out=sums).astype(np.uint8).reshape(*planes.shape[:3], target)
-        planes = planes.transpose(0, 1, 3, 2)
-    return planes.transpose(0, 2, 3, 1)
+    planes = pixels.transpose(0, 3, 1, 2).astype(np.float64, order='C')
+    if w != width:
+        planes = _rounded(planes.reshape(-1, w) @ _weights_of(w, width, method)).reshape(n, channels, h, width)
+    if h != height:
+        planes = _rounded(_weights_of(h, height, method).T @ planes)
+    return planes.astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def _rounded(sums):
+    sums += 0.5
+    np.floor(sums, out=sums)
+    return sums.clip(0, 255, out=sums)
 
 
 _weights_of = functools.lru_cache(maxsize=64)(_weights)
@@ -122,8 +127,8 @@ def _resample(pixels, width, height, method):
     if max(pixels.shape[1:3]) <= _SMALL and _products_are_pillows(*pixels.shape[2:0:-1], width, height, method):
         planes = np.empty((len(pixels), pixels.shape[3], height, width), dtype=np.uint8)
         images = planes.transpose(0, 2, 3, 1)
-        for i in range(0, len(pixels), 64):  # the sums of so many stay in the cache
-            images[i:i + 64] = _products(pixels[i:i + 64], width, height, method)
+        for i in range(0, len(pixels), 16):  # the sums of so many stay in the cache
+            images[i:i + 16] = _products(pixels[i:i + 16], width, height, method)
         return images
     return np.stack([_pillow(image, width, height, method) for image in pixels])
 
@@ -132,6 +137,7 @@ def _resample(pixels, width, height, method):
 # The rules.
 
 def _resize(pixels, width, height):
+    width, height = width or pixels.shape[-2], height or pixels.shape[-3]
     if pixels.shape[-3:-1] == (height, width):
         return pixels
     return _resample(pixels, width, height, _LANCZOS)
@@ -158,9 +164,9 @@ def _wide(pixels, width, height):
 
 
 def _dhariwal(pixels, side):
-    if pixels.ndim == 4:
+    if isinstance(pixels, np.ndarray) and pixels.ndim == 4:
         return _dhariwal_many(pixels, side)
-    image = PIL.Image.fromarray(pixels)
+    image = PIL.Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
     while min(image.size) >= 2 * side:
         image = image.resize((image.width // 2, image.height // 2), PIL.Image.Resampling.BOX)
     scale = side / min(image.size)
