@@ -1,4 +1,5 @@
-"""Conversion of pictures to archives: ours against Pillow and zipfile, picture by picture.
+"""Conversion of pictures to archives: ours against Pillow and zipfile, picture by picture. In a process without torch, as
+dataset_tool.py is: worker processes are forked from it, and a large one takes longer.
 
 Real pictures are taken from $PICTURES (or ../shared/data beside the checkout) where they are; else made-up ones.
 """
@@ -20,6 +21,7 @@ import PIL.Image
 
 from benchmarks.timing import CLOCKS, PeakMemory, compare
 from dnnlib import cli
+from dnnlib.util import write_json
 from torch_utils import foreign
 from training.data.archive import ArchiveReader
 from training.data.convert import convert, everything
@@ -173,13 +175,17 @@ def run(name: str, count: int | None = None, workers: int | None = None, rounds:
 @click.option('--images', metavar='INT', type=click.IntRange(min=5), help='Pictures of each  [default: of the workload]')
 @click.option('--workers', metavar='INT', type=click.IntRange(min=1), help='Processes  [default: one for each core]')
 @click.option('--rounds', metavar='INT', type=click.IntRange(min=1), default=3, help='Measurements of each')
+@click.option('--dest', metavar='FILE.json', help='Write the figures as JSON too')
 @click.option('--clock', type=click.Choice(list(CLOCKS)), default='wall', help='Real time, or processor time of all processes')
-def main(only, images, workers, rounds, clock):
+def main(only, images, workers, rounds, dest, clock):
     """Times conversions to archives and compares the pixels."""
+    rows = {}
     for name in only or WORKLOADS:
-        row = run(name, images, workers, rounds, clock)
+        row = rows[name] = run(name, images, workers, rounds, clock)
         print(f'{name:14} plain {row["images"] / row["plain"]:8.0f} images/s, ours {row["images"] / row["optimised"]:8.0f}, '
               f'ratio {row["plain"] / row["optimised"]:5.1f}, {row["memory"]:.2f} GiB, same pixels: {row["same"]}')
+    if dest:
+        write_json(dest, rows)
 
 
 if __name__ == '__main__':

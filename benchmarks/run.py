@@ -2,9 +2,12 @@
 
 import copy
 import functools
+import json
 import os
 import platform
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -61,7 +64,14 @@ def row(workload, plain, optimised, memory, images=None, note='') -> dict:
 # --- Workloads --------------------------------------------------------------------------------------------------------
 
 def data(settings, name):
-    result = bench_data.run(name, settings.size(None, 20), settings.threads, settings.rounds or 3, settings.clock)
+    with tempfile.TemporaryDirectory() as folder:
+        dest = os.path.join(folder, 'rows.json')
+        images = ['--images=20'] if settings.tiny else []
+        subprocess.run([sys.executable, bench_data.__file__, f'--only={name}', f'--workers={settings.threads}',
+                        f'--rounds={settings.rounds or 5}', f'--clock={settings.clock}', f'--dest={dest}', *images],
+                       check=True, stdout=subprocess.DEVNULL)
+        with open(dest) as file:
+            result = json.load(file)[name]
     if not result['same']:
         raise AssertionError(f'{name}: other pixels than the plain way')
     return [row(f'convert {name}', result['plain'], result['optimised'], result['memory'], result['images'],

@@ -3,16 +3,17 @@
 import os
 import resource
 import statistics
+import sys
 import threading
 import time
 
 import psutil
-import torch
 
 
 def synchronize():
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    """Waits for the GPU, if torch is in use: programs that do without are measured without."""
+    if 'torch' in sys.modules and (cuda := sys.modules['torch'].cuda).is_available():
+        cuda.synchronize()
 
 
 def cpu_seconds() -> float:
@@ -51,7 +52,7 @@ class PeakMemory:
     """
 
     def __init__(self, device='cpu'):
-        self.cuda = torch.device(device).type == 'cuda'
+        self.cuda = str(device).startswith('cuda') and sys.modules['torch'].cuda
 
     def _used(self):
         total = self.process.memory_info().rss
@@ -68,9 +69,9 @@ class PeakMemory:
 
     def __enter__(self):
         if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
+            self.cuda.synchronize()
+            self.cuda.reset_peak_memory_stats()
+            self.before = self.cuda.memory_allocated()
             return self
         self.process, self.done = psutil.Process(), threading.Event()
         self.before = self.peak = self._used()
@@ -80,8 +81,8 @@ class PeakMemory:
 
     def __exit__(self, *_):
         if self.cuda:
-            torch.cuda.synchronize()
-            self.peak = torch.cuda.max_memory_allocated()
+            self.cuda.synchronize()
+            self.peak = self.cuda.max_memory_allocated()
         else:
             self.done.set()
             self.thread.join()
