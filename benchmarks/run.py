@@ -210,9 +210,9 @@ def main(only, device, dest, clock, threads, rounds, compile, tiny):
         print(gpu.table(rows))
         return
     settings, rows = Settings(tiny, clock, rounds, compile, threads), []
-    torch.set_num_threads(settings.threads)
     start = time.time()
     for name in only or WORKLOADS:
+        torch.set_num_threads(settings.threads)  # some workloads set it for themselves
         new = WORKLOADS[name](settings)
         rows += new
         print('\n'.join(table(new).splitlines()[1:]), flush=True)
