@@ -22,7 +22,7 @@ from benchmarks.bench_training import NETWORKS, make_step
 from benchmarks.plain_edm2 import PlainEMA, plain_network
 from benchmarks.timing import CLOCKS, PeakMemory, compare
 from dnnlib import UserError, cli
-from dnnlib.util import write_json
+from dnnlib.util import core_count, write_json
 from metrics.frechet import frechet_distance
 from metrics.memorization import image_blocks, nearest_neighbors
 from metrics.precision_recall import precision_recall
@@ -36,7 +36,7 @@ class Settings:
 
     def __init__(self, tiny=False, clock='wall', rounds=None, compile=True, threads=None):
         self.tiny, self.clock, self.rounds, self.compile = tiny, clock, rounds, compile
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or core_count()
 
     def size(self, full, tiny):
         return tiny if self.tiny else full

@@ -83,19 +83,7 @@ class Study:
 
     def claim(self):
         """Writes the settings to the folder, or raises UserError if it holds a study with others."""
-        mine = {key: value for key, value in dataclasses.asdict(self).items() if key != 'outdir'}
-        path = self.path('study.json')
-        try:
-            if not os.path.exists(path):
-                util.write_json(path, mine)
-            with open(path) as file:
-                theirs = json.load(file)
-        except (OSError, ValueError) as error:
-            raise UserError(f'--outdir: {path} cannot be written and read ({error})') from None
-        for key, value in mine.items():
-            if theirs.get(key) != value:
-                raise UserError(f'--outdir={self.outdir} holds a study with another --{key} ({theirs.get(key)} instead of '
-                                f'{value}); choose another folder, or remove it')
+        util.claim_folder(self.outdir, {key: value for key, value in dataclasses.asdict(self).items() if key != 'outdir'})
 
 
 def make_data(study: Study, models: list[Model]):

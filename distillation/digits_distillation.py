@@ -25,13 +25,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
-import torch
 
 from distillation import common
 from dnnlib import UserError, cli, util
 from metrics import compute, frechet, images
 from metrics.recognition import Recognizer
-from torch_utils import distributed
+from torch_utils import distributed, parallel
 from training import pictures
 
 SCRIPTS = ROOT / 'distillation' / 'scripts'
@@ -40,6 +39,7 @@ DISTILLED, BASELINE = YAML / 'exp' / 'Digits-Dynamic-0.4.yaml', YAML / 'exp' / '
 TEACHER = YAML / 'teacher.yaml'
 GRID_COLUMNS = 16
 SPACE = 'fd_pixels'
+MOST_JOBS = 4        # by default
 SHARE = 0.95         # of real digits, unseen by the classifier, that count as clear
 COLUMNS = ['model', 'learned from', 'rho', 'parameters', 'steps', 'seconds', 'recognised %', 'clear %', 'fd']
 
@@ -80,20 +80,8 @@ class Study:
 
     def claim(self):
         """Writes the settings to the folder, or raises UserError if it holds a study with others."""
-        mine = {key: value for key, value in dataclasses.asdict(self).items() if key not in ('outdir', 'jobs')}
-        mine = json.loads(json.dumps(mine))
-        path = self.path('study.json')
-        try:
-            if not os.path.exists(path):
-                util.write_json(path, mine)
-            with open(path) as file:
-                theirs = json.load(file)
-        except (OSError, ValueError) as error:
-            raise UserError(f'--outdir: {path} cannot be written and read ({error})') from None
-        for key, value in mine.items():
-            if theirs.get(key) != value:
-                raise UserError(f'--outdir={self.outdir} holds a study with another --{key.replace("_", "-")} '
-                                f'({theirs.get(key)} instead of {value}); choose another folder, or remove it')
+        settings = {key: value for key, value in dataclasses.asdict(self).items() if key not in ('outdir', 'jobs')}
+        util.claim_folder(self.outdir, settings)
 
 
 # Stages: command lines, and the file that each is to make.
@@ -309,12 +297,6 @@ def make_data(study: Study):
                        check=True, stdout=subprocess.DEVNULL)
 
 
-def default_jobs() -> int:
-    """A job for each core that the process may use, up to 4; one on a GPU."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return 1 if torch.cuda.is_available() else min(cores, 4)
-
-
 def parse_rhos(text: str) -> tuple[float, ...]:
     """'0.4,0.02' -> (0.4, 0.02)."""
     try:
@@ -357,7 +339,7 @@ def main(outdir, jobs, **settings):
     distributed.init()
     if distributed.get_world_size() > 1:
         raise UserError('this study runs as one command, without torchrun; --jobs sets how many processes work at a time')
-    study = Study(os.path.abspath(outdir), jobs=jobs or default_jobs(), **settings)
+    study = Study(os.path.abspath(outdir), jobs=jobs or min(parallel.default_jobs(), MOST_JOBS), **settings)
     study.claim()
     runner = Runner(study)
 

@@ -29,7 +29,7 @@ from dnnlib import UserError, cli, util
 from long_tail import main, make_stats
 from metrics import images
 from simulations import plotting
-from torch_utils import distributed
+from torch_utils import distributed, parallel
 from training import pictures, step_checkpoints
 from training.data import arrays
 from training.encoders import RGBEncoder
@@ -98,20 +98,8 @@ class Study:
 
     def claim(self):
         """Writes the settings to the folder, or raises UserError if it holds a study with others."""
-        mine = {key: value for key, value in dataclasses.asdict(self).items() if key != 'outdir'}
-        mine['recipe'] = [*NETWORK, *DATA, *RECIPE]
-        path = self.path('study.json')
-        try:
-            if not os.path.exists(path):
-                util.write_json(path, mine)
-            with open(path) as file:
-                theirs = json.load(file)
-        except (OSError, ValueError) as error:
-            raise UserError(f'--outdir: {path} cannot be written and read ({error})') from None
-        for key, value in mine.items():
-            if theirs.get(key) != value:
-                raise UserError(f'--outdir={self.outdir} holds a study with another --{key.replace("_", "-")} '
-                                f'({theirs.get(key)} instead of {value}); choose another folder, or remove it')
+        settings = {key: value for key, value in dataclasses.asdict(self).items() if key != 'outdir'}
+        util.claim_folder(self.outdir, settings | {'recipe': [*NETWORK, *DATA, *RECIPE]})
 
 
 # --- One model --------------------------------------------------------------------------------------------------------
@@ -402,8 +390,7 @@ def command(outdir, seeds, methods, omegas, jobs, **shared):
     if not os.path.exists(study.reference):
         make_stats.make('digits', study.reference, 'pixels')
     print(f'{len(models)} models of {study.steps} steps, in {study.outdir}', flush=True)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    jobs = jobs or (1 if torch.cuda.is_available() else min(cores, 8))
+    jobs = jobs or parallel.default_jobs()
     try:
         for _ in tqdm.tqdm(run_models(study, models, omegas, jobs), total=len(models), unit='model'):
             pass

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import io
 import itertools
-import json
 import os
 import sys
 from pathlib import Path
@@ -98,21 +97,8 @@ class Study:
 
     def claim(self):
         """Writes the settings to the folder, or raises UserError if it holds a study with others."""
-        mine = {key: value for key, value in dataclasses.asdict(self).items() if key != 'outdir'}
-        path = self.path('study.json')
-        try:
-            if not os.path.exists(path):
-                util.write_json(path, mine)
-            with open(path) as file:
-                theirs = json.load(file)
-        except (OSError, ValueError) as error:
-            raise UserError(f'--outdir: {path} cannot be written and read ({error})') from None
-        options = {'most': 'largest of --nums'}
-        for key, value in mine.items():
-            if theirs.get(key) != value:
-                option = options.get(key, '--' + key.replace('_', '-'))
-                raise UserError(f'--outdir={self.outdir} holds a study with another {option} ({theirs.get(key)} instead '
-                                f'of {value}); choose another folder, or remove it')
+        settings = {key: value for key, value in dataclasses.asdict(self).items() if key != 'outdir'}
+        util.claim_folder(self.outdir, settings, {'most': 'largest of --nums'})
 
 
 # Data

@@ -11,10 +11,11 @@ import contextlib
 import dataclasses
 import math
 import multiprocessing
-import os
 
 import torch
 import tqdm
+
+from dnnlib.util import core_count
 
 SIMULATIONS_PER_WORKER = 10_000  # as many as are worth the two seconds in which a process imports torch
 BATCH_NUMBERS = 200_000  # random numbers in one batch of seeds: they stay in the cache of a core
@@ -129,8 +130,7 @@ def simulate_many(settings: list[Setting], seeds: list[int], test_points: int = 
         tasks += [(setting, seeds[i:i + size], test_points) for i in range(0, len(seeds), size)]
     total = len(settings) * len(seeds)
     if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-        workers = min(cores, 1 + total // SIMULATIONS_PER_WORKER)
+        workers = min(core_count(), 1 + total // SIMULATIONS_PER_WORKER)
     errors = []
     with contextlib.ExitStack() as stack:
         if workers > 1:

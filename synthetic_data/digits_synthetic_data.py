@@ -8,7 +8,6 @@ compared, trained plainly and against attacks.
 import contextlib
 import dataclasses
 import io
-import json
 import os
 import sys
 from pathlib import Path
@@ -25,8 +24,8 @@ import tqdm
 import train_edm2
 from dnnlib import UserError, cli, util
 from simulations import plotting
-from synthetic_data import evaluate_data, generate, jobs, select_1M
-from torch_utils import distributed
+from synthetic_data import evaluate_data, generate, select_1M
+from torch_utils import distributed, parallel
 from training import pictures
 from training.data import convert, sources
 from training.data.class_files import open_classes
@@ -79,19 +78,7 @@ class Study:
 
     def claim(self):
         """Writes the settings to the folder, or raises UserError if it holds a study with others."""
-        mine = {key: value for key, value in dataclasses.asdict(self).items() if key != 'outdir'}
-        path = os.path.join(self.outdir, 'study.json')
-        try:
-            if not os.path.exists(path):
-                util.write_json(path, mine)
-            with open(path) as file:
-                theirs = json.load(file)
-        except (OSError, ValueError) as error:
-            raise UserError(f'--outdir: {path} cannot be written and read ({error})') from None
-        for key, value in mine.items():
-            if theirs.get(key) != value:
-                raise UserError(f'--outdir={self.outdir} holds a study with another --{key.replace("_", "-")} '
-                                f'({theirs.get(key)} instead of {value}); choose another folder, or remove it')
+        util.claim_folder(self.outdir, {key: value for key, value in dataclasses.asdict(self).items() if key != 'outdir'})
 
     def runs(self, seed: int) -> list[evaluate_data.Run]:
         """The six classifiers of a seed."""
@@ -214,7 +201,7 @@ def run(study: Study, seeds: list[int], workers: int) -> pd.DataFrame:
     runs = {seed: study.runs(seed) for seed in seeds}
     print(f'1/3 A diffusion model of {study.real} digits of each class, and {study.generated} images of each class from it',
           flush=True)
-    for _, seed in jobs.run_jobs(make_images, [(study, seed) for seed in seeds], workers):
+    for _, seed in parallel.run_side_by_side(make_images, [(study, seed) for seed in seeds], workers):
         tqdm.tqdm.write(f'    seed {seed}: done')
     print('2/3 A classifier of the real digits selects', flush=True)
     first = [one for seed in seeds for one in runs[seed] if (one.data, one.training) == ('real', 'plain')]
@@ -271,7 +258,7 @@ def main(outdir, seeds, workers, **shared):
     study = Study(os.path.realpath(outdir), **shared)
     study.claim()
     try:
-        results = run(study, seeds, workers or jobs.default_jobs())
+        results = run(study, seeds, workers or parallel.default_jobs())
     except KeyboardInterrupt:
         raise UserError('stopped; the same command goes on from here') from None
     summary = evaluate_data.summarise(results)

@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 
 from dnnlib import UserError, cli, util
-from synthetic_data import jobs as side_by_side
 from synthetic_data import train_classifier
 from torch_utils import distributed as dist
+from torch_utils import parallel
 from training import runs
 from training.data.mixture import GeneratedImages
 
@@ -80,7 +80,7 @@ def train_all(planned: list[Run], jobs: int):
     waiting = [run for run in planned if run.accuracy is None]
     if len(waiting) < len(planned):
         dist.print0(f'{len(planned) - len(waiting)} of {len(planned)} classifiers are trained already')
-    for run in side_by_side.run_jobs(Run.train, waiting, jobs):
+    for run in parallel.run_side_by_side(Run.train, waiting, jobs):
         found = dist.broadcast_object(run.accuracy)
         dist.print0(f'{run.training}, {DATA[run.data]}, seed {run.seed}: clean {100 * found["clean"]:.2f}%, '
                     f'under attack {100 * found["robust"]:.2f}%')
@@ -179,7 +179,7 @@ def main(outdir, data, test, generated, selected, training, seeds, jobs, **optio
     if several and jobs not in (None, 1):
         raise UserError(f'--jobs={jobs}: under torchrun classifiers train one after the other')
     try:
-        train_all(planned, 1 if several else jobs or side_by_side.default_jobs())
+        train_all(planned, 1 if several else jobs or parallel.default_jobs())
     except KeyboardInterrupt:
         raise UserError('stopped; the same command goes on from here') from None
     if dist.get_rank() == 0:

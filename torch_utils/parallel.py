@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
+from dnnlib.util import core_count
+
 
 def default_jobs() -> int:
     """One for each core that this process may use, up to 8; one on a GPU."""
     if torch.cuda.is_available():
         return 1
-    return min(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1, 8)
+    return min(core_count(), 8)
 
 
 def run_side_by_side(function: Callable, items: Iterable, jobs: int) -> Iterator:

@@ -5,7 +5,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import multiprocessing
-import os
 import signal
 import sys
 from concurrent.futures.process import BrokenProcessPool
@@ -14,7 +13,7 @@ import numpy as np
 import threadpoolctl
 import tqdm
 
-from dnnlib.util import UserError
+from dnnlib.util import UserError, core_count
 from training.data.archive import ArchiveWriter, image_name
 from training.data.image_io import BadImage, checksums, encode_pngs
 from training.data.sources import Source
@@ -258,7 +257,7 @@ def _work(indices):
 def _worker_count(workers: int | None) -> int:
     if workers is not None:
         return workers
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return core_count()
 
 
 def _convert_all(job, indices, workers):

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from dnnlib import UserError
-from dnnlib.util import atomic_path
+from dnnlib.util import atomic_path, core_count
 
 PIECE_BYTES = 1 << 20  # that a thread reads and writes at a time: they stay in the cache of a core
 PART_BYTES = 8 << 20   # of a file, that a thread copies and checks at a time: less costs time for each
@@ -198,7 +198,7 @@ def write_zip(dest: str, members: dict[str, Sequence[Piece]], workers: int | Non
 @contextlib.contextmanager
 def _mapper(members, workers):
     """`map`, by threads if they have enough to do."""
-    workers = workers or min(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(), 8)
+    workers = workers or min(core_count(), 8)
     if sum(piece.size for pieces in members.values() for piece in pieces if piece.computes) <= 4 * PIECE_BYTES:
         yield map
         return
