@@ -16,6 +16,14 @@ def _rank() -> int:
     return int(os.environ.get('RANK', 0))
 
 
+def _option_of(ctx, field: str | None) -> str | None:
+    """The option of the command for a field of the library, e.g. '--batch-gpu' for batch_gpu."""
+    for param in ctx.command.params:
+        if param.name == field and isinstance(param, click.Option):
+            return max(param.opts, key=len)
+    return None
+
+
 class _OneLineErrors:
     def __init__(self, *args, **kwargs):
         settings = dict(show_default=True, max_content_width=110, help_option_names=['-h', '--help'])
@@ -27,7 +35,8 @@ class _OneLineErrors:
             return super().invoke(ctx)
         except util.UserError as error:
             where = f'[rank {_rank()}] ' if _rank() else ''
-            print(f'{where}Error: {error}', file=sys.stderr, flush=True)
+            line = error.line(_option_of(ctx, error.field))
+            print(f'{where}Error: {line}', file=sys.stderr, flush=True)
             # Not sys.exit: the other ranks may be waiting in a collective that would never end.
             ctx.exit(1)
 

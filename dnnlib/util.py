@@ -9,10 +9,36 @@ import tempfile
 
 
 class UserError(Exception):
-    """An error that the user can mend: one line that names the option or the file and says what to do.
+    """An error that the user can mend: one line that names the field or the file and says what to do.
 
-    Scripts print it without a traceback (see `dnnlib.cli`).
+    The library knows no command lines: it names the `field` that is wrong, and its `value`. A script
+    prints the line without a traceback, with its own option in place of the field (`dnnlib.cli`).
     """
+
+    def __init__(self, text: str, field: str | None = None, value=None):
+        super().__init__(text)
+        self.text = text
+        self.field = field
+        self.value = value
+
+    def line(self, option: str | None) -> str:
+        """The message with `option` for the field; None: the value alone, where there is one."""
+        if self.value is None:
+            return f'{option}: {self.text}' if option else self.text
+        return f'{option}={self.value} {self.text}' if option else f'{self.value} {self.text}'
+
+    def __str__(self):
+        return self.line(self.field)
+
+
+@contextlib.contextmanager
+def renamed_fields(**names):
+    """Errors of the block whose field is a key of `names` are about the field in its value."""
+    try:
+        yield
+    except UserError as error:
+        error.field = names.get(error.field, error.field)
+        raise
 
 
 @contextlib.contextmanager
