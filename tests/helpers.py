@@ -17,6 +17,17 @@ from training.data.image_io import encode_png
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
+def project_files(root=ROOT) -> list[pathlib.Path]:
+    """The project's Python files without tests and benchmarks, and without what is installed beside them."""
+    paths = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(
+            name for name in subfolders if name[0] != '.' and name not in ('tests', 'benchmarks')
+            and not os.path.exists(os.path.join(folder, name, 'pyvenv.cfg')))
+        paths += [pathlib.Path(folder, name) for name in sorted(names) if name.endswith('.py')]
+    return paths
+
+
 def command(script, *args, processes=None):
     """The command line of a script of the repository, under torchrun if `processes` is given."""
     launcher = [sys.executable]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import test_networks
 import torch
-from helpers import ROOT, environment, fails, run, write_digits
+from helpers import ROOT, environment, fails, project_files, run, write_digits
 
 from dnnlib import UserError
 from metrics import reference
@@ -92,10 +92,19 @@ def test_the_fuzzer_finds_nothing():
 
 
 def test_nothing_in_the_project_opens_pickles_by_the_usual_ways():
-    for path in ROOT.rglob('*.py'):
-        if path.parent.name not in ('tests', 'benchmarks'):
-            lines = [line for line in path.read_text().splitlines() if re.search(r'torch\.load\(\w|pickle\.loads?\(', line)]
-            assert all('weights_only=True' in line for line in lines), path
+    for path in project_files():
+        lines = [line for line in path.read_text().splitlines()
+                 if re.search(r'torch\.load\(\w|pickle\.loads?\(', line)]
+        assert all('weights_only=True' in line for line in lines), path
+
+
+def test_the_files_of_the_project_are_no_installed_packages(tmp_path):
+    for name in ('.venv/lib/a.py', 'env/lib/b.py', 'env/pyvenv.cfg', 'tests/c.py', 'training/d.py', 'e.py'):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert [path.name for path in project_files(tmp_path)] == ['e.py', 'd.py']
+    assert len(project_files()) > 50
 
 
 # --- Pickles of EDM and EDM2 -----------------------------------------------------------------------------------------
