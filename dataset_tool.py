@@ -157,7 +157,7 @@ def inspect(source, dest, max_images, json_path):
     \b
     python dataset_tool.py inspect --source=datasets/digits.zip
     """
-    from training import pictures
+    from dnnlib import pictures
     from training.data import archive, report
     from training.data.dataset import ImageDataset
     dataset = ImageDataset(source)

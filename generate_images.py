@@ -7,11 +7,10 @@ import click
 import numpy as np
 
 import dnnlib
-from dnnlib import UserError, cli
+from dnnlib import UserError, cli, pictures
+from dnnlib.image_io import encode_png
 from torch_utils import distributed as dist
-from training import pictures
 from training.data.dataset import class_index
-from training.data.image_io import encode_png
 from training.encoders import make_encoder
 from training.generate import draw_inputs, generate_images
 from training.snapshot import load_denoiser

@@ -7,12 +7,12 @@ import re
 import click
 
 from calculate_metrics import open_training_set
-from dnnlib import UserError, cli, util
+from dnnlib import UserError, cli, pictures, util
 from generate_images import OutputFolder
 from generate_images import main as generate_images_command
 from metrics.copies import find_copies
 from torch_utils import distributed as dist
-from training import pictures, runs
+from training import runs
 from training.data.archive import check_parent
 from training.generate import generate_images
 from training.snapshot import load_denoiser

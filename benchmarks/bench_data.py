@@ -21,11 +21,11 @@ import PIL.Image
 
 from benchmarks.timing import CLOCKS, PeakMemory, compare
 from dnnlib import cli
+from dnnlib.image_io import decode_image
 from dnnlib.util import write_json
 from torch_utils import foreign
 from training.data.archive import ArchiveReader
 from training.data.convert import convert, everything
-from training.data.image_io import decode_image
 from training.data.sources import open_source
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from dnnlib.image_io import encode_pngs
 from training.data.archive import ArchiveWriter, image_name
 from training.data.batches import DatasetBatches
 from training.data.dataset import ImageDataset
-from training.data.image_io import encode_pngs
 from training.diffusion.objectives import EDM2Objective
 from training.ema import PowerFunctionEMA
 from training.encoders import make_encoder

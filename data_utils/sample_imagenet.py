@@ -10,9 +10,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dnnlib import UserError, cli, util
+from dnnlib.image_io import is_image_name
 from training.data import selection
 from training.data.archive import check_parent
-from training.data.image_io import is_image_name
 
 SOURCES = ('downloads/imagenet/train', 'datasets/imagenet/train')
 

@@ -27,11 +27,10 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 
 from distillation import common
-from dnnlib import UserError, cli, util
+from dnnlib import UserError, cli, pictures, util
 from metrics import compute, frechet, images
 from metrics.recognition import Recognizer
 from torch_utils import distributed, parallel
-from training import pictures
 
 SCRIPTS = ROOT / 'distillation' / 'scripts'
 YAML = ROOT / 'distillation' / 'yaml' / 'digits_8'

@@ -25,12 +25,12 @@ import pandas as pd
 import torch
 import tqdm
 
-from dnnlib import UserError, cli, util
+from dnnlib import UserError, cli, pictures, util
 from long_tail import main, make_stats
 from metrics import images
 from simulations import plotting
 from torch_utils import distributed, parallel
-from training import pictures, step_checkpoints
+from training import step_checkpoints
 from training.data import arrays
 from training.encoders import RGBEncoder
 from training.snapshot import load_snapshot

@@ -6,12 +6,11 @@ import os
 import numpy as np
 import torch
 
-from dnnlib import UserError, util
+from dnnlib import UserError, pictures, util
 from metrics import classwise, compute
 from metrics.images import NpzImages
 from metrics.recognition import Recognizer
 from torch_utils import distributed as dist
-from training import pictures
 from training.diffusion.class_balancing import cbdm_sampler
 from training.encoders import RGBEncoder
 from training.generate import generate_images

@@ -6,10 +6,9 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from dnnlib import UserError
+from dnnlib import UserError, pictures
 from metrics.memorization import Memorization, image_blocks, nearest_neighbors
 from torch_utils import distributed
-from training import pictures
 
 
 @dataclasses.dataclass

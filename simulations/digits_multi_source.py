@@ -23,11 +23,11 @@ import pandas as pd
 import tqdm
 
 import train_edm2
-from dnnlib import UserError, cli, util
+from dnnlib import UserError, cli, pictures, util
 from metrics import compute, frechet, images, statistics
 from simulations import plotting, tables
 from torch_utils import distributed, parallel
-from training import pictures, snapshot
+from training import snapshot
 from training.data import convert, sources
 from training.generate import generate_images
 

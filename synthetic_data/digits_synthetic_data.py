@@ -22,11 +22,10 @@ import pandas as pd
 import tqdm
 
 import train_edm2
-from dnnlib import UserError, cli, util
+from dnnlib import UserError, cli, pictures, util
 from simulations import plotting
 from synthetic_data import evaluate_data, generate, select_1M
 from torch_utils import distributed, parallel
-from training import pictures
 from training.data import convert, sources
 from training.data.class_files import open_classes
 from training.data.dataset import ImageDataset

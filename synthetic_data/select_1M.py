@@ -11,10 +11,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from dnnlib import UserError, cli, util
+from dnnlib import UserError, cli, pictures, util
 from synthetic_data import common
 from torch_utils import distributed as dist
-from training import pictures, scoring
+from training import scoring
 from training.classify import open_classifier
 from training.data.class_files import open_classes
 from training.data.npz import columns, write_npz

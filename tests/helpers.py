@@ -11,8 +11,8 @@ import click.testing
 import numpy as np
 from sklearn.datasets import load_digits
 
+from dnnlib.image_io import encode_png
 from training.data.archive import ArchiveWriter
-from training.data.image_io import encode_png
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

@@ -597,7 +597,7 @@ def dataset_labels(path):
 def small_png():
     import numpy as np
 
-    from training.data.image_io import encode_png
+    from dnnlib.image_io import encode_png
     return encode_png(np.zeros([8, 8, 3], np.uint8))
 
 

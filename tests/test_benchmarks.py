@@ -18,8 +18,9 @@ from benchmarks import gpu
 from benchmarks.bench_training import NETWORKS
 from benchmarks.loop_profile import profile_loop
 from benchmarks.plain_edm2 import PlainConv, plain_network
+from dnnlib import image_io
 from training import checkpoint
-from training.data import archive, convert, image_io, sources, transforms
+from training.data import archive, convert, sources, transforms
 from training.networks import build_network, edm2
 
 # --- EDM2 network -----------------------------------------------------------------------------------------------------

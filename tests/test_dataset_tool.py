@@ -20,10 +20,10 @@ import PIL.Image
 import pytest
 from helpers import ROOT, fails, script_module, write_digits
 
+from dnnlib.image_io import BadImage, decode_image, encode_png
 from training.data import convert, imagenet, sources
 from training.data.archive import ArchiveReader, ArchiveWriter, image_name
 from training.data.dataset import ImageDataset
-from training.data.image_io import BadImage, decode_image, encode_png
 from training.data.transforms import make_transform
 
 SCRIPT = 'dataset_tool.py'

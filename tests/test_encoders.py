@@ -15,12 +15,12 @@ from golden_cases import cases, ids
 from helpers import ROOT, fails, script_module, write_digits
 
 from dnnlib import UserError
+from dnnlib.image_io import encode_png
 from torch_utils import distributed as dist
 from torch_utils.random import StackedRandomGenerator
 from training.data import latents
 from training.data.archive import ArchiveReader
 from training.data.dataset import ImageDataset
-from training.data.image_io import encode_png
 from training.data.imagenet import SIMILARITY_LEVELS, classes
 from training.encoders import RGBEncoder, SimpleVAEEncoder, StabilityVAEEncoder, encoder_for, make_encoder
 

@@ -9,10 +9,10 @@ import PIL.Image
 import pytest
 from helpers import fails, run, script_module, write_digits
 
+from dnnlib.image_io import encode_png
 from metrics.copies import find_copies
 from training.data.archive import ArchiveWriter, image_name
 from training.data.dataset import ImageDataset
-from training.data.image_io import encode_png
 from training.encoders import RGBEncoder
 from training.networks import build_network
 from training.snapshot import save_snapshot

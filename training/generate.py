@@ -7,10 +7,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dnnlib import UserError
+from dnnlib import UserError, pictures
 from torch_utils import distributed as dist
 from torch_utils.random import StackedRandomGenerator
-from training import pictures
 from training.diffusion.samplers import edm2_sampler
 
 

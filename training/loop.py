@@ -14,11 +14,11 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from dnnlib import UserError
+from dnnlib import UserError, pictures
 from dnnlib.util import format_count, format_time, write_bytes, write_json
 from torch_utils import distributed as dist
 from torch_utils.stats import RunningMeans
-from training import checkpoint, pictures, runs
+from training import checkpoint, runs
 from training.snapshot import save_snapshot
 
 

@@ -10,9 +10,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tqdm import tqdm
 
 from dnnlib import UserError, cli
+from dnnlib.image_io import encode_png
 from metrics.images import open_images
 from training.data.archive import ArchiveWriter
-from training.data.image_io import encode_png
 from training.data.selection import mixture
 
 

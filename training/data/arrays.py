@@ -8,11 +8,11 @@ import zlib
 
 import numpy as np
 
+from dnnlib.image_io import BadImage
 from dnnlib.url import download as download_url
 from dnnlib.util import UserError, atomic_path
 from torch_utils import distributed
 from training.data import long_tail, sources
-from training.data.image_io import BadImage
 from training.data.transforms import make_transform
 
 # data_type -> name of the archive, of its unpacked folder, MD5, number of classes and of training images.

@@ -13,9 +13,9 @@ import numpy as np
 import threadpoolctl
 import tqdm
 
+from dnnlib.image_io import BadImage, encode_pngs
 from dnnlib.util import UserError, core_count
 from training.data.archive import ArchiveWriter, image_name
-from training.data.image_io import BadImage, checksums, encode_pngs
 from training.data.sources import Source
 from training.data.transforms import make_transform
 
@@ -151,7 +151,7 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
             if result.shape != shape:
                 raise UserError(f'{where} gives {result.shape[1]}x{result.shape[0]} pixels, but images before it '
                                 f'{shape[1]}x{shape[0]}; give --resolution=WxH (and a --transform)')
-            out.add_alike([image_name(i) for i in positions], result.files, result.sums)
+            out.add_alike([image_name(i) for i in positions], result.files)
             kept.extend(positions)
         if shape is None:
             raise UserError(f'--source={source.name}: none of {len(selection)} images is left '
@@ -197,16 +197,14 @@ class _Rejected:
 
 @dataclasses.dataclass
 class _Alike:
-    """Converted pictures: PNG files of one size, uint8 [n,bytes], their CRC-32, uint32 [n], and their (height, width)."""
+    """Converted pictures: PNG files of one size, uint8 [n,bytes], and their (height, width)."""
 
     files: np.ndarray
-    sums: np.ndarray
     shape: tuple
 
     @classmethod
     def of(cls, pixels):
-        files = encode_pngs(pixels)
-        return cls(files, checksums(files), pixels.shape[1:3])
+        return cls(encode_pngs(pixels), pixels.shape[1:3])
 
     @property
     def count(self):

@@ -5,9 +5,9 @@ import os
 
 import numpy as np
 
+from dnnlib.image_io import BadImage, decode_image, is_image_name
 from dnnlib.util import UserError
 from training.data.archive import ArchiveReader, labels_of
-from training.data.image_io import BadImage, decode_image, is_image_name
 
 CACHE_BYTES = 2 << 30
 

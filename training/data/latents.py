@@ -9,11 +9,11 @@ import numpy as np
 import torch
 import tqdm
 
+from dnnlib.image_io import encode_png
 from dnnlib.util import UserError
 from torch_utils import distributed as dist
 from training.data.archive import ArchiveWriter, check_destination, image_name, latent_name
 from training.data.dataset import ImageDataset
-from training.data.image_io import encode_png
 from training.encoders import StabilityVAEEncoder, encoder_for, make_encoder
 
 

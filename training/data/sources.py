@@ -22,11 +22,11 @@ import zlib
 
 import numpy as np
 
+from dnnlib.image_io import BadImage, decode_picture, decode_pngs, is_image_name, is_small_png
 from dnnlib.util import UserError
 from torch_utils import foreign
 from training.data import imagenet
 from training.data.archive import ArchiveReader, labels_of
-from training.data.image_io import BadImage, decode_picture, decode_pngs, is_image_name, is_small_png
 
 KINDS = ('a folder or .zip of images, cifar-10-python.tar.gz, cifar-100-python.tar.gz (or their unpacked folders), '
          'MNIST *-images-idx3-ubyte.gz, an LSUN *_lmdb folder, a .txt list of image paths, or the word digits')

@@ -1,6 +1,5 @@
 """Pictures as bytes: decoding what people have, and encoding PNG that needs no compression."""
 
-import functools
 import io
 import struct
 import warnings
@@ -9,8 +8,6 @@ import zlib
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
-
-from training.data.stored_zip import crc32_combine
 
 EXTENSIONS = frozenset(
     '.png .jpg .jpeg .jpe .jfif .bmp .dib .gif .tif .tiff .webp .ppm .pgm .pbm .pnm .tga .jp2 .j2k .avif .qoi'.split())
@@ -80,25 +77,6 @@ def encode_pngs(pixels: np.ndarray) -> np.ndarray:
     sums = np.fromiter(map(zlib.crc32, files[:, begin:end]), dtype='>u4', count=count)
     files[:, end:end + 4] = sums.view(np.uint8).reshape(count, 4)
     return files
-
-
-def checksums(files: np.ndarray) -> np.ndarray:
-    """CRC-32 of each of the files of `encode_pngs`, uint32 [n], without reading the pixels again.
-
-    It follows from the CRC-32 of the IDAT chunk, which the file holds, and is an affine function of its bits.
-    """
-    begin, end = 37, files.shape[1] - 16  # of what the chunk's checksum covers
-    zero, bits = _crc_of_file(files[0, :begin].tobytes(), end - begin, files[0, end + 4:].tobytes())
-    inner = files[:, end:end + 4].copy().view('>u4').astype(np.uint32)
-    return np.bitwise_xor.reduce((inner >> np.arange(32, dtype=np.uint32) & 1) * bits, axis=1) ^ zero
-
-
-@functools.lru_cache(maxsize=8)
-def _crc_of_file(head: bytes, length: int, tail: bytes):
-    """CRC-32 of head + x + its CRC-32 + tail, `length` being that of x: for the CRC-32 0, and what each bit of it changes."""
-    def whole(crc):
-        return zlib.crc32(crc.to_bytes(4, 'big') + tail, crc32_combine(zlib.crc32(head), crc, length))
-    return np.uint32(whole(0)), np.array([whole(1 << bit) ^ whole(0) for bit in range(32)], dtype=np.uint32)
 
 
 def _header(data: bytes) -> tuple | None:
