@@ -14,7 +14,7 @@ from training import checkpoint, loop, runs
 from training.data.batches import DatasetBatches
 from training.data.sampler import WindowShuffle
 from training.diffusion.augment import EDM_MULTIPLIERS, AugmentPipe
-from training.diffusion.objectives import EDMObjective, VEObjective, VPObjective
+from training.diffusion.losses import EDMLoss, VELoss, VPLoss
 from training.diffusion.samplers import edm_sampler
 from training.ema import TraditionalEMA
 from training.networks import build_network
@@ -35,7 +35,7 @@ ARCHITECTURES = {
                 attn_resolutions=[32, 16, 8]),
 }
 PRECONDITIONINGS = {
-    'vp': ('VPPrecond', VPObjective), 've': ('VEPrecond', VEObjective), 'edm': ('EDMPrecond', EDMObjective)}
+    'vp': ('VPPrecond', VPLoss), 've': ('VEPrecond', VELoss), 'edm': ('EDMPrecond', EDMLoss)}
 PLACES = ('outdir', 'desc', 'nosubdir', 'dry_run', 'wandb')  # options that do not change what is trained
 # Options that count only together with another: (option, default, other option, its values). Elsewhere they are refused.
 DEPENDENT = [('momentum', 0.9, 'optimizer', ['SGD']), ('final_ema', 0.99929, 'ema_mode', ['mode4']),

@@ -10,7 +10,7 @@ from dnnlib import UserError, cli
 from torch_utils import distributed as dist
 from training import loop
 from training.data.batches import DatasetBatches
-from training.diffusion.objectives import EDM2Objective
+from training.diffusion.losses import EDM2Loss
 from training.ema import PowerFunctionEMA
 from training.networks import build_network
 from training.schedules import LR_SCHEDULES
@@ -81,7 +81,7 @@ def train(config: dict, outdir: str, wandb: str | None):
     dataset, encoder, network = prepare(config)
     torch.manual_seed(config['seed'])
     net = build_network(**network).train().to(device)
-    objective = EDM2Objective(P_mean=config['P_mean'], P_std=config['P_std'], sigma_data=net.sigma_data)
+    objective = EDM2Loss(P_mean=config['P_mean'], P_std=config['P_std'], sigma_data=net.sigma_data)
     optimizer = torch.optim.Adam(net.parameters(), lr=config['lr'], betas=(0.9, 0.99), eps=1e-8, fused=True)
 
     def lr(nimg, batch):

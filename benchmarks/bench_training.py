@@ -13,7 +13,7 @@ from benchmarks.plain_edm2 import PlainEMA, plain_network
 from benchmarks.timing import compare, print_rates
 from dnnlib import cli
 from torch_utils.random import GlobalRandom
-from training.diffusion.objectives import EDM2Objective
+from training.diffusion.losses import EDM2Loss
 from training.ema import PowerFunctionEMA
 from training.networks import build_network
 
@@ -30,7 +30,7 @@ NETWORKS = {
 
 def make_step(net, model, optimizer, ema, batch, device, objective=None):
     """A function that takes one training step on random images, with the loss of EDM2 or another `objective`."""
-    objective, random = objective or EDM2Objective(), GlobalRandom(device)
+    objective, random = objective or EDM2Loss(), GlobalRandom(device)
     images = torch.randn(batch, net.img_channels, net.img_resolution, net.img_resolution, device=device)
     labels = None
     if net.label_dim:

@@ -33,8 +33,7 @@ from benchmarks.plain_edm2 import PlainEMA, plain_network
 from benchmarks.timing import PeakMemory, compare, synchronize
 from dnnlib import UserError, cli
 from dnnlib.util import write_json
-from training.diffusion.gaussian import DiscreteObjective
-from training.diffusion.objectives import EDM2Objective, EDMObjective
+from training.diffusion.losses import DDPMLoss, EDM2Loss, EDMLoss
 from training.diffusion.samplers import edm2_sampler
 from training.ema import PowerFunctionEMA
 from training.encoders import make_encoder
@@ -92,8 +91,8 @@ class Part:
 
 def objective_of(name, net):
     if name.startswith('edm2'):
-        return EDM2Objective()
-    return EDMObjective() if name == 'ddpmpp' else DiscreteObjective(net.diffusion)
+        return EDM2Loss()
+    return EDMLoss() if name == 'ddpmpp' else DDPMLoss(net.diffusion)
 
 
 def plain_of(net):

@@ -12,7 +12,7 @@ from dnnlib.image_io import encode_pngs
 from training.data.archive import ArchiveWriter, image_name
 from training.data.batches import DatasetBatches
 from training.data.dataset import ImageDataset
-from training.diffusion.objectives import EDM2Objective
+from training.diffusion.losses import EDM2Loss
 from training.ema import PowerFunctionEMA
 from training.encoders import make_encoder
 from training.loop import LoopConfig, Trainer
@@ -65,7 +65,7 @@ def profile_loop(net, batch: int, steps: int) -> dict:
         data = _Images(ImageDataset(f'{folder}/images.zip'), net.img_channels, net.label_dim)
         batches = DatasetBatches(data, make_encoder({'name': 'rgb'}), device)
         optimizer = torch.optim.Adam(net.parameters(), lr=1e-4, betas=(0.9, 0.99), fused=True)
-        trainer = Trainer(net, EDM2Objective(), batches, optimizer, lambda nimg, batch: 1e-4, PowerFunctionEMA(net),
+        trainer = Trainer(net, EDM2Loss(), batches, optimizer, lambda nimg, batch: 1e-4, PowerFunctionEMA(net),
                           LoopConfig(run_dir=folder, total_nimg=batch * (2 * steps + 4), batch_size=batch), snapshot={})
         trainer.model = trainer._wrap()
         feed = _Timed(batches.iterate(trainer._plan()))

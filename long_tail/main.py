@@ -18,7 +18,8 @@ from training import loop, step_checkpoints
 from training.data import arrays
 from training.data.batches import DatasetBatches
 from training.diffusion.augment_ada import ADAAugment
-from training.diffusion.class_balancing import SAMPLE_METHODS, ClassBalancingObjective
+from training.diffusion.class_balancing import SAMPLE_METHODS
+from training.diffusion.losses import CBDMLoss
 from training.ema import TraditionalEMA
 from training.encoders import RGBEncoder
 from training.networks import build_network
@@ -166,7 +167,7 @@ def train(flags):
     if source:
         step_checkpoints.load_average(source, net)
     net = net.train().to(device)
-    objective = ClassBalancingObjective(
+    objective = CBDMLoss(
         net.diffusion, dataset.label_dim, cb=flags['cb'], cfg=flags['cfg'], tau=flags['tau'],
         class_counts=None if flags['finetune'] else dataset.class_counts, augment=ADAAugment() if flags['augm'] else None,
         batch_size=batch, seed=flags['seed'])

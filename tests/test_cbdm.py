@@ -11,8 +11,9 @@ import torch
 from dnnlib import UserError
 from torch_utils.random import BlockRandomGenerator, GlobalRandom, StackedRandomGenerator
 from training.diffusion.augment_ada import ADAAugment, warp
-from training.diffusion.class_balancing import ClassBalancingObjective, cbdm_sampler
+from training.diffusion.class_balancing import cbdm_sampler
 from training.diffusion.gaussian import GaussianDiffusion, guided_output
+from training.diffusion.losses import CBDMLoss
 from training.networks import build_network
 
 # --- Objective --------------------------------------------------------------------------------------------------------
@@ -50,7 +51,7 @@ def test_objective(case, name):
     variant, arguments = case.json['variants'][name], case.json['arguments']
     classes = arguments['num_class']
     diffusion = _diffusion(case, arguments['T'])
-    objective = ClassBalancingObjective(
+    objective = CBDMLoss(
         diffusion, classes, cb=variant['cb'], cfg=variant['cfg'], tau=variant['tau'],
         class_counts=None if variant['finetune'] else case.arrays['class_counts'])
     p = None if variant['finetune'] else objective.probabilities
@@ -90,24 +91,24 @@ def test_objective(case, name):
 
 def test_other_labels_follow_the_target_distribution():
     counts = [70, 20, 9, 1]
-    objective = ClassBalancingObjective(GaussianDiffusion(), 4, cb=True, class_counts=counts)
+    objective = CBDMLoss(GaussianDiffusion(), 4, cb=True, class_counts=counts)
     torch.manual_seed(0)
     drawn = np.bincount(objective.other_labels(20000, GlobalRandom()), minlength=4) / 20000
     np.testing.assert_allclose(drawn, np.array(counts) / 100, atol=0.01)
-    uniform = ClassBalancingObjective(GaussianDiffusion(), 4, cb=True)
+    uniform = CBDMLoss(GaussianDiffusion(), 4, cb=True)
     drawn = np.bincount(uniform.other_labels(20000, GlobalRandom()), minlength=4) / 20000
     np.testing.assert_allclose(drawn, 0.25, atol=0.01)
 
 
 def test_a_class_without_images_is_refused():
     with pytest.raises(UserError, match='each of the 3 classes'):
-        ClassBalancingObjective(GaussianDiffusion(), 3, cb=True, class_counts=[5, 0, 2])
+        CBDMLoss(GaussianDiffusion(), 3, cb=True, class_counts=[5, 0, 2])
 
 
 def test_the_step_does_not_depend_on_how_it_is_split():
     """Labels are dropped for a whole step, and every number drawn belongs to its image."""
     diffusion = GaussianDiffusion('linear_float32', 1000, variance='fixed_large')
-    objective = ClassBalancingObjective(diffusion, 10, cb=True, cfg=True, batch_size=8, seed=3)
+    objective = CBDMLoss(diffusion, 10, cb=True, cfg=True, batch_size=8, seed=3)
     net = _Toy(0.3 * torch.randn([11, 3], generator=torch.Generator().manual_seed(0)), 0.25, diffusion)
     images = torch.randn([8, 3, 4, 4])
     labels = torch.eye(10)[:8]
@@ -236,7 +237,7 @@ def test_training_the_unet_reaches_every_weight():
     """Also when the labels of a step are dropped: data-parallel training waits for every gradient."""
     net = _unet().train()
     for label_drop in (0.0, 1.0):
-        objective = ClassBalancingObjective(net.diffusion, 4, cb=True, cfg=True, label_drop=label_drop,
+        objective = CBDMLoss(net.diffusion, 4, cb=True, cfg=True, label_drop=label_drop,
                                             augment=ADAAugment(), class_counts=[4, 3, 2, 1])
         batch = {'images': torch.rand([4, 3, 8, 8]) * 2 - 1, 'labels': torch.eye(4), 'random': GlobalRandom()}
         loss, terms = objective(net, batch)

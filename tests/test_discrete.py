@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from dnnlib import UserError
-from torch_utils.random import GlobalRandom, StackedRandomGenerator
+from torch_utils.random import GlobalRandom, StackedRandomGenerator, drawing_from
 from training.diffusion import gaussian
-from training.diffusion.gaussian import DiscreteObjective, GaussianDiffusion, make_betas, spaced_steps
+from training.diffusion.gaussian import GaussianDiffusion, make_betas, spaced_steps
+from training.diffusion.losses import DDPMLoss
 from training.diffusion.samplers import edm2_sampler
 from training.networks import build_network
 
@@ -316,7 +317,7 @@ def test_ddim_backwards_and_forwards_returns():
 
 def test_training_lowers_the_loss():
     net = _tiny(schedule='cosine', steps=1000).train()
-    objective = DiscreteObjective(net.diffusion)
+    objective = DDPMLoss(net.diffusion)
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
     losses = []
     for _ in range(25):
@@ -338,7 +339,7 @@ def test_a_checkpointed_block_gives_the_same_gradients():
                             attention_resolutions='4', use_checkpoint=use_checkpoint, dropout=0.5, resblock_updown=True)
         for parameter in net.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
-        with gaussian.drawing_from(StackedRandomGenerator('cpu', [7, 8])):
+        with drawing_from(StackedRandomGenerator('cpu', [7, 8])):
             loss = net(torch.ones([2, 3, 8, 8]), torch.tensor([1, 5])).square().sum()
         loss.backward()
         return torch.cat([p.grad.flatten() for p in net.parameters()])

@@ -18,7 +18,6 @@ from training.diffusion.distillation import (
     SOURCES,
     Cache,
     CacheFile,
-    DistillationObjective,
     Draws,
     DynamicSource,
     IterativeSource,
@@ -30,6 +29,7 @@ from training.diffusion.distillation import (
     write_cache,
 )
 from training.diffusion.gaussian import GaussianDiffusion, discrete_sampler
+from training.diffusion.losses import DKDMLoss
 from training.ema import TraditionalEMA
 from training.encoders import RGBEncoder
 from training.loop import LoopConfig, Trainer
@@ -206,7 +206,7 @@ def test_every_image_has_a_class_that_teacher_and_student_see():
     cache = _prepared(teacher)
     classes, drawn = cache.classes.clone(), set()
     source = DynamicSource(teacher, cache, 4, Draws(1))
-    objective = DistillationObjective(teacher.diffusion, teacher)
+    objective = DKDMLoss(teacher.diffusion, teacher)
     seen = []
 
     def student(x, step, class_labels):
@@ -312,6 +312,7 @@ import resource, sys, torch
 sys.path.insert(0, {str(conftest.ROOT)!r})
 from training.diffusion.distillation import *
 from training.diffusion.distillation import _PIECE
+from training.diffusion.gaussian import GaussianDiffusion
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 class Zero:
@@ -343,7 +344,7 @@ def test_a_student_like_its_teacher_has_no_loss_and_another_one_learns():
     source = DynamicSource(teacher, _prepared(teacher), 4, Draws(1))
     batch = next(iter(source.iterate([(0, 4)])))
     student = _teacher(dropout=0.1).net.requires_grad_(True)
-    objective = DistillationObjective(student.diffusion, teacher)
+    objective = DKDMLoss(student.diffusion, teacher)
     loss, _ = objective(student.eval(), batch)
     assert loss.abs().max() < 1e-5
     torch.manual_seed(5)
@@ -373,7 +374,7 @@ def test_input_perturbation_reaches_the_student_only():
 
     images = batch['images'].clone()
     for p in (0.0, 0.5):
-        DistillationObjective(teacher.diffusion, teacher, input_perturb=p)(Student(), batch)
+        DKDMLoss(teacher.diffusion, teacher, input_perturb=p)(Student(), batch)
     assert torch.equal(seen[0], images) and not torch.equal(seen[1], images)
     assert torch.equal(batch['images'], images)
 
@@ -381,7 +382,7 @@ def test_input_perturbation_reaches_the_student_only():
 def test_what_cannot_be_distilled_is_refused():
     teacher = _teacher()
     with pytest.raises(UserError, match='noise schedule and time steps'):
-        DistillationObjective(GaussianDiffusion('cosine', 20), teacher)
+        DKDMLoss(GaussianDiffusion('cosine', 20), teacher)
     with pytest.raises(UserError, match='cache of 12 images cannot give batches of 13'):
         DynamicSource(teacher, _prepared(teacher), 13, Draws(0))
     with pytest.raises(UserError, match='prob'):
@@ -401,7 +402,7 @@ def test_the_training_loop_distils_and_resumes_exactly(tmp_path):
             source = DynamicSource(teacher, _prepared(teacher), 4, Draws(1))
             config = LoopConfig(run_dir=str(tmp_path / folder), total_nimg=total, batch_size=4, batch_gpu=2,
                                 checkpoint_nimg=12, snapshot_nimg=24)
-            Trainer(student, DistillationObjective(student.diffusion, teacher), source,
+            Trainer(student, DKDMLoss(student.diffusion, teacher), source,
                     torch.optim.AdamW(student.parameters(), weight_decay=0), lambda nimg, batch: 1e-3,
                     TraditionalEMA(student, lambda nimg, batch: 0.9), config,
                     snapshot=dict(encoder=RGBEncoder(), dataset={}, recipe={})).run()

@@ -1,4 +1,4 @@
-"""The EDM room: objectives, samplers and augmentation against the golden numbers, and what they promise beyond."""
+"""The EDM room: losses, samplers and augmentation against the golden numbers, and what they promise beyond."""
 
 import math
 
@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from dnnlib import UserError
-from torch_utils.random import BlockRandomGenerator, GlobalRandom, StackedRandomGenerator
-from training.diffusion import objectives, samplers
+from torch_utils.random import BlockRandomGenerator, GlobalRandom, StackedRandomGenerator, drawing_from
+from training.diffusion import samplers
 from training.diffusion.augment import EDM_MULTIPLIERS, AugmentPipe, resample, scaling, translation
+from training.diffusion.losses import LOSSES, EDMLoss, VELoss, VPLoss
 from training.networks import build_network
-from training.networks.dropout import drawing_from, drop_labels, dropout
+from training.networks.dropout import drop_labels, dropout
 
-# --- Objectives -------------------------------------------------------------------------------------------------------
+# --- Losses -----------------------------------------------------------------------------------------------------------
 
-OBJECTIVES = {'EDM2Loss': objectives.EDM2Objective, 'EDMLoss': objectives.EDMObjective,
-              'VPLoss': objectives.VPObjective, 'VELoss': objectives.VEObjective}
+GOLDEN_LOSSES = {cls.__name__: cls for cls in LOSSES.values()}
 
 
 def _analytic_network(seen):
@@ -31,11 +31,11 @@ def _analytic_network(seen):
 
 
 def _loss(case, name, **options):
-    """(unreduced loss, what the network saw) of the objective of a variant such as 'EDMLoss.0.seed3'."""
-    objective, _, seed = name.replace('.augmented', '').split('.')
+    """(unreduced loss, what the network saw) of a variant such as 'EDMLoss.0.seed3'."""
+    name, _, seed = name.replace('.augmented', '').split('.')
     seen = {}
     torch.manual_seed(int(seed.removeprefix('seed')))
-    loss = OBJECTIVES[objective](**options).elementwise(
+    loss = GOLDEN_LOSSES[name](**options).elementwise(
         _analytic_network(seen), case.tensor('images'), case.tensor('labels_onehot'), GlobalRandom())
     return loss, seen
 
@@ -86,7 +86,7 @@ def _filled(**kwargs):
 def test_training_does_not_depend_on_how_the_batch_is_split(model, parts):
     """Noise levels, augmentation, noise, dropout and dropped labels of an image follow its position in the stream."""
     net = _filled(**model).train()
-    objective = objectives.EDMObjective(augment=AugmentPipe(0.5, **EDM_MULTIPLIERS))
+    objective = EDMLoss(augment=AugmentPipe(0.5, **EDM_MULTIPLIERS))
     images = torch.rand([24, 3, 8, 8], generator=torch.Generator().manual_seed(1)) * 2 - 1
     labels = torch.eye(4)[torch.arange(24) % 4]
 
@@ -334,9 +334,9 @@ def test_positional_and_fourier_networks_train():
     """One optimizer step of each architecture lowers the loss on its batch."""
     batch = dict(images=torch.rand([8, 3, 8, 8]) * 2 - 1, labels=torch.eye(4)[torch.arange(8) % 4])
     ncsnpp = dict(embedding_type='fourier', encoder_type='residual', resample_filter=[1, 3, 3, 1], channel_mult_noise=2)
-    for precond, objective, extra in [('VPPrecond', objectives.VPObjective(), {}),
-                                      ('VEPrecond', objectives.VEObjective(), ncsnpp),
-                                      ('EDMPrecond', objectives.EDMObjective(), dict(model_type='DhariwalUNet'))]:
+    for precond, objective, extra in [('VPPrecond', VPLoss(), {}),
+                                      ('VEPrecond', VELoss(), ncsnpp),
+                                      ('EDMPrecond', EDMLoss(), dict(model_type='DhariwalUNet'))]:
         torch.manual_seed(0)
         net = build_network(precond, **(TINY | dict(dropout=0.0) | extra)).train()
         optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)

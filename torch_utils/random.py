@@ -1,8 +1,11 @@
 """Random numbers that depend on what they are for, never on how the work is split.
 
 Both classes draw `[N, ...]` arrays whose row i depends on its own seed alone, and both know
-`randn`, `rand`, `randint` and `randn_like`, so samplers and objectives take either.
+`randn`, `rand`, `randint` and `randn_like`, so samplers and losses take either.
 """
+
+import contextlib
+import contextvars
 
 import torch
 
@@ -89,3 +92,24 @@ class GlobalRandom:
 
     def randn_like(self, x):
         return self.randn(x.shape, device=x.device, dtype=x.dtype)
+
+
+_network_random = contextvars.ContextVar('network_random', default=None)
+
+
+@contextlib.contextmanager
+def drawing_from(random):
+    """Within the block, networks draw their masks from `random`, whose batch is theirs.
+
+    So dropout depends on the training image and not on how the batch is split over processes.
+    """
+    token = _network_random.set(random)
+    try:
+        yield
+    finally:
+        _network_random.reset(token)
+
+
+def network_random():
+    """The random numbers of the surrounding `drawing_from`; None outside of it."""
+    return _network_random.get()

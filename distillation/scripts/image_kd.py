@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from distillation import common, distill, fitting
 from dnnlib import cli
 from torch_utils import distributed as dist
-from training.diffusion.distillation import DistillationObjective
+from training.diffusion.losses import DKDMLoss
 
 
 @click.command(cls=cli.Command, epilog="""\b
@@ -43,7 +43,7 @@ def main(config, outdir, seed, overrides):
     teacher = distill.open_teacher(experiment, device)
     section = experiment['student']
     student = fitting.new_network(section, seed, device)
-    objective = DistillationObjective(student.diffusion, teacher, experiment['teacher'].input_perturb)
+    objective = DKDMLoss(student.diffusion, teacher, experiment['teacher'].input_perturb)
     source = distill.open_source(experiment, teacher, seed)
     common.describe('Teacher', teacher.net)
     common.describe('Student', student)

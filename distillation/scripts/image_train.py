@@ -15,7 +15,7 @@ from metrics.images import NpzImages, is_npz_of_images
 from torch_utils import distributed as dist
 from training.data.batches import DatasetBatches
 from training.data.dataset import ImageDataset
-from training.diffusion.gaussian import DiscreteObjective
+from training.diffusion.losses import DDPMLoss
 from training.encoders import make_encoder
 
 
@@ -88,7 +88,7 @@ def main(data_dir, config, outdir, seed, overrides):
     dist.print0(f'Data: {dataset.name}, {len(dataset)} images')
     batches = DatasetBatches(dataset, make_encoder({'name': 'rgb'}), device, seed)
     steps = fitting.fit(
-        net, DiscreteObjective(net.diffusion), batches, section, outdir or common.default_outdir(config),
+        net, DDPMLoss(net.diffusion), batches, section, outdir or common.default_outdir(config),
         identity={'data set': [dataset.name, len(dataset)], '--seed': seed},
         options=fitting.plain(section) | dict(config=config, data_dir=data_dir, seed=seed),
         dataset=fitting.description(net, dataset.name) | {'size': len(dataset)})

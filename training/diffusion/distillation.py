@@ -22,8 +22,6 @@ import dnnlib
 from dnnlib.util import atomic_path
 from torch_utils import distributed as dist
 from torch_utils.random import BlockRandomGenerator, tuple_seed
-from training.diffusion.gaussian import GaussianDiffusion
-from training.networks.dropout import drawing_from
 
 # --- Random numbers and teacher ---------------------------------------------------------------------------------------
 
@@ -438,29 +436,3 @@ SOURCES = {
     'shuffled_iterative_distillation': ShuffledSource,
     'iterative_distillation': IterativeSource,
 }
-
-
-class DistillationObjective:
-    """A student learns the teacher's step at (x_t, t) (see `GaussianDiffusion.distillation_losses`).
-
-    `diffusion` is the student's process, with the teacher's steps. `input_perturb` p shows the student
-    x_t + sqrt(1 - abar_t) p z in place of x_t.
-    """
-
-    def __init__(self, diffusion: GaussianDiffusion, teacher: Teacher, input_perturb=0.0):
-        if list(diffusion.kept) != list(teacher.diffusion.kept) or not np.allclose(
-                diffusion.betas, teacher.diffusion.betas):
-            raise dnnlib.UserError('diffusion: the student needs the noise schedule and time steps of its teacher')
-        self.diffusion, self.teacher, self.input_perturb = diffusion, teacher, input_perturb
-
-    def __call__(self, net, batch):
-        x_t, t, diffusion = batch['images'], batch['t'], self.diffusion
-        target = self.teacher.diffusion.prediction(batch['teacher'], x_t, t, self.teacher.clip)
-        seen = x_t
-        if self.input_perturb:
-            noise = batch['random'].randn(x_t.shape, device=x_t.device)
-            seen = x_t + diffusion.q_sample(torch.zeros_like(x_t), t, self.input_perturb * noise)
-        with drawing_from(batch['random']):
-            output = net(seen, step=diffusion.model_steps(t), class_labels=batch.get('labels'))
-        terms = diffusion.distillation_losses(output, target, x_t, t)
-        return terms['loss'], {name: value.detach() for name, value in terms.items()}

@@ -13,7 +13,6 @@ import torch
 
 import dnnlib
 from torch_utils.random import GlobalRandom
-from training.networks.dropout import drawing_from
 
 # --- Schedules --------------------------------------------------------------------------------------------------------
 
@@ -302,29 +301,6 @@ class GaussianDiffusion:
 
     def _rescaled(self, vb):
         return vb * (self.num_steps / 1000) if self.loss == 'rescaled_mse' else vb
-
-
-# --- Training ---------------------------------------------------------------------------------------------------------
-
-
-class DiscreteObjective:
-    """DDPM's training loss for a DiscreteDenoiser, with uniform time steps (see `GaussianDiffusion.training_losses`).
-
-    Draws, in order: t, noise.
-    """
-
-    def __init__(self, diffusion: GaussianDiffusion):
-        self.diffusion = diffusion
-
-    def __call__(self, net, batch):
-        x_0, random, diffusion = batch['images'], batch['random'], self.diffusion
-        t = random.randint(diffusion.num_steps, [len(x_0)], device=x_0.device)
-        noise = random.randn(x_0.shape, device=x_0.device)
-        x_t = diffusion.q_sample(x_0, t, noise)
-        with drawing_from(random):
-            output = net(x_t, step=diffusion.model_steps(t), class_labels=batch['labels'])
-        terms = diffusion.training_losses(output, x_0, x_t, t, noise)
-        return terms['loss'], {name: value.detach() for name, value in terms.items()}
 
 
 # --- Sampling ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,246 @@
+"""Losses of all studies: a network and a batch in, the loss of each sample out.
+
+A batch is a dictionary with `images` [N,C,H,W] (what the network models, already encoded), `labels` [N, label_dim] or
+None, and `random`, from which all random numbers are drawn (see torch_utils.random), in the order of the reference
+implementations. Objectives return `(loss [N], terms)`: the loss that is summed and divided by the batch size, and
+named per-sample terms for the log.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import dnnlib
+from torch_utils.random import StackedRandomGenerator, drawing_from, tuple_seed
+from training.diffusion.gaussian import GaussianDiffusion, mean_flat
+
+
+def _per_sample(loss_NCHW, log_name='loss'):
+    """Summed over all elements for training, averaged over them for the log."""
+    return loss_NCHW.flatten(1).sum(1), {log_name: loss_NCHW.detach().flatten(1).mean(1)}
+
+
+class EDM2Loss:
+    """EDM2's loss: EDM noise levels and weights, and a learned uncertainty u(sigma) (arXiv 2312.02696, Eq. 14-15).
+
+    ln(sigma) ~ N(P_mean, P_std^2); loss = weight / exp(u) * (D(y + n; sigma) - y)^2 + u,
+    weight = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2.
+    """
+
+    def __init__(self, P_mean=-0.4, P_std=1.0, sigma_data=0.5):
+        self.P_mean, self.P_std, self.sigma_data = P_mean, P_std, sigma_data
+
+    def elementwise(self, net, images, labels, random):
+        """The unreduced loss [N,C,H,W]."""
+        sigma = (random.randn([len(images), 1, 1, 1]) * self.P_std + self.P_mean).exp()
+        weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
+        noise = random.randn(images.shape) * sigma
+        with drawing_from(random):
+            denoised, logvar = net(images + noise, sigma, labels, return_logvar=True)
+        return weight / logvar.exp() * (denoised - images) ** 2 + logvar
+
+    def __call__(self, net, batch):
+        return _per_sample(self.elementwise(net, batch['images'], batch['labels'], batch['random']))
+
+
+class _NoisyImageLoss:
+    """Weighted squared error of denoised images: weight(sigma) (D(y + n; sigma, labels) - y)^2, n ~ N(0, sigma^2 I).
+
+    `augment` (see training.diffusion.augment) transforms y first; its labels go to the network. Subclasses define
+    `noise_levels(random, n)`, which draws sigma [n,1,1,1], and `weight(sigma)`.
+    """
+
+    def __init__(self, augment=None):
+        self.augment = augment
+
+    def elementwise(self, net, images, labels, random):
+        """The unreduced loss [N,C,H,W]."""
+        sigma = self.noise_levels(random, len(images))
+        conditions = {}
+        if self.augment is not None:
+            images, conditions['augment_labels'] = self.augment(images, random)
+        noise = random.randn(images.shape) * sigma
+        with drawing_from(random):
+            denoised = net(images + noise, sigma, labels, **conditions)
+        return self.weight(sigma) * (denoised - images) ** 2
+
+    def __call__(self, net, batch):
+        return _per_sample(self.elementwise(net, batch['images'], batch['labels'], batch['random']))
+
+
+class EDMLoss(_NoisyImageLoss):
+    """EDM's loss (arXiv 2206.00364, Table 1): ln(sigma) ~ N(P_mean, P_std^2),
+    weight = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2.
+    """
+
+    def __init__(self, P_mean=-1.2, P_std=1.2, sigma_data=0.5, augment=None):
+        super().__init__(augment)
+        self.P_mean, self.P_std, self.sigma_data = P_mean, P_std, sigma_data
+
+    def noise_levels(self, random, n):
+        return (random.randn([n, 1, 1, 1]) * self.P_std + self.P_mean).exp()
+
+    def weight(self, sigma):
+        return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
+
+
+class VPLoss(_NoisyImageLoss):
+    """The variance-preserving loss of Song et al. in the terms of EDM (Table 1): t ~ U(epsilon_t, 1),
+    sigma = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1), weight = 1 / sigma^2.
+    """
+
+    def __init__(self, beta_d=19.9, beta_min=0.1, epsilon_t=1e-5, augment=None):
+        super().__init__(augment)
+        self.beta_d, self.beta_min, self.epsilon_t = beta_d, beta_min, epsilon_t
+
+    def noise_levels(self, random, n):
+        t = 1 + random.rand([n, 1, 1, 1]) * (self.epsilon_t - 1)
+        return ((self.beta_d * t**2 / 2 + self.beta_min * t).exp() - 1).sqrt()
+
+    def weight(self, sigma):
+        return 1 / sigma**2
+
+
+class VELoss(_NoisyImageLoss):
+    """The variance-exploding loss of Song et al. in the terms of EDM (Table 1): ln(sigma) uniform between
+    ln(sigma_min) and ln(sigma_max), weight = 1 / sigma^2.
+    """
+
+    def __init__(self, sigma_min=0.02, sigma_max=100, augment=None):
+        super().__init__(augment)
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+
+    def noise_levels(self, random, n):
+        return self.sigma_min * (self.sigma_max / self.sigma_min) ** random.rand([n, 1, 1, 1])
+
+    def weight(self, sigma):
+        return 1 / sigma**2
+
+
+class DDPMLoss:
+    """DDPM's training loss for a DiscreteDenoiser, with uniform time steps (see `GaussianDiffusion.training_losses`).
+
+    Draws, in order: t, noise.
+    """
+
+    def __init__(self, diffusion: GaussianDiffusion):
+        self.diffusion = diffusion
+
+    def __call__(self, net, batch):
+        x_0, random, diffusion = batch['images'], batch['random'], self.diffusion
+        t = random.randint(diffusion.num_steps, [len(x_0)], device=x_0.device)
+        noise = random.randn(x_0.shape, device=x_0.device)
+        x_t = diffusion.q_sample(x_0, t, noise)
+        with drawing_from(random):
+            output = net(x_t, step=diffusion.model_steps(t), class_labels=batch['labels'])
+        terms = diffusion.training_losses(output, x_0, x_t, t, noise)
+        return terms['loss'], {name: value.detach() for name, value in terms.items()}
+
+
+def balancing_terms(h, h_other, weight):
+    """(regularisation, commitment) [N,C,H,W] of the noises predicted for the true label and for another one.
+
+    w (h - sg[h'])^2 and (w/4) (sg[h] - h')^2, where sg stops the gradient (the paper's Eq. 8).
+    """
+    return weight * (h - h_other.detach()) ** 2, 0.25 * weight * (h.detach() - h_other) ** 2
+
+
+class CBDMLoss:
+    """DDPM's loss, with the class-balancing term (`cb`) and dropped labels (`cb` or `cfg`).
+
+    loss = (h - z)^2 + w (h - sg[h'])^2 + (w/4) (sg[h] - h')^2 with w = tau t/T, h = eps(x_t, t, y) and
+    h' = eps(x_t, t, y'), averaged over the elements of an image. y' follows `class_counts` when training from scratch
+    and is uniform when they are None, as for fine-tuning. The labels of a whole step are dropped with probability
+    `label_drop`, and then there is no class-balancing term.
+
+    Whether labels are dropped is one draw for all processes and micro-batches of a step: with `batch_size` it comes
+    from `seed` and the step, otherwise (as in the reference) from the batch's random numbers. Draws, in order: the
+    augmentation's, t, noise, label drop, y'. `augment` takes (images, random) to (images, vectors [N,9]).
+    """
+
+    def __init__(self, diffusion: GaussianDiffusion, num_classes: int, cb=False, cfg=False, tau=1.0, class_counts=None,
+                 label_drop=0.1, augment=None, batch_size=None, seed=0):
+        if cb and class_counts is not None and not (len(class_counts) == num_classes and min(class_counts) > 0):
+            raise dnnlib.UserError(f'class-balancing training needs images of each of the {num_classes} classes; their '
+                                   f'numbers are {[int(n) for n in class_counts]}')
+        self.diffusion, self.num_classes, self.cb, self.cfg, self.tau = diffusion, num_classes, cb, cfg, tau
+        self.label_drop, self.augment, self.batch_size, self.seed = label_drop, augment, batch_size, seed
+        counts = np.ones(num_classes) if class_counts is None else np.asarray(class_counts)
+        self.probabilities = np.float32(counts) / np.float32(counts.sum())
+
+    def other_labels(self, n, random):
+        """y' [n] int64, drawn from `probabilities`."""
+        cumulative = torch.from_numpy(self.probabilities.astype(np.float64)).cumsum(0)
+        u = random.rand([n], dtype=torch.float64)
+        cumulative = (cumulative / cumulative[-1]).to(u.device)
+        return torch.searchsorted(cumulative, u, right=True)
+
+    def _labels_dropped(self, batch):
+        if self.batch_size is None:
+            return batch['random'].rand([1], device='cpu').item() < self.label_drop
+        shared = StackedRandomGenerator('cpu', [tuple_seed(self.seed, batch['start'] // self.batch_size)])
+        return shared.rand([1]).item() < self.label_drop
+
+    def elementwise(self, net, batch) -> dict:
+        """What was drawn and the unreduced losses: `t`, `noise`, `ddpm` [N,C,H,W]; with a class-balancing term also
+        `other` (y'), `reg` and `com` [N,C,H,W].
+        """
+        images, y, random = batch['images'], batch['labels'], batch['random']
+        extra = {}
+        if self.augment is not None:
+            images, extra['augm'] = self.augment(images, random)
+        t = random.randint(self.diffusion.num_steps, [len(images)], device=images.device)
+        noise = random.randn(images.shape, device=images.device)
+        x_t, step = self.diffusion.q_sample(images, t, noise), self.diffusion.model_steps(t)
+        dropped = (self.cb or self.cfg) and self._labels_dropped(batch)
+        with drawing_from(random):
+            h = net(x_t, step=step, class_labels=torch.zeros_like(y) if dropped else y, **extra)
+        values = {'t': t, 'noise': noise, 'ddpm': (h - noise) ** 2}
+        if self.cb and not dropped:
+            other = self.other_labels(len(images), random).to(images.device)
+            with drawing_from(random):
+                h_other = net(x_t, step=step, class_labels=F.one_hot(other, self.num_classes).to(y), **extra)
+            weight = (self.tau * t / self.diffusion.num_steps).reshape(-1, 1, 1, 1)
+            reg, com = balancing_terms(h, h_other, weight)
+            values |= {'other': other, 'reg': reg, 'com': com}
+        return values
+
+    def __call__(self, net, batch):
+        values = self.elementwise(net, batch)
+        terms = {'ddpm': mean_flat(values['ddpm'])}
+        if self.cb:
+            for name in ('reg', 'com'):
+                terms[name] = mean_flat(values[name]) if name in values else torch.zeros_like(terms['ddpm'])
+        loss = sum(terms.values())
+        return loss, {name: value.detach() for name, value in ({'loss': loss} | terms).items()}
+
+
+class DKDMLoss:
+    """A student learns the teacher's step at (x_t, t) (see `GaussianDiffusion.distillation_losses`).
+
+    `diffusion` is the student's process, with the teacher's steps. `input_perturb` p shows the student
+    x_t + sqrt(1 - abar_t) p z in place of x_t.
+    """
+
+    def __init__(self, diffusion: GaussianDiffusion, teacher, input_perturb=0.0):
+        if list(diffusion.kept) != list(teacher.diffusion.kept) or not np.allclose(
+                diffusion.betas, teacher.diffusion.betas):
+            raise dnnlib.UserError('diffusion: the student needs the noise schedule and time steps of its teacher')
+        self.diffusion, self.teacher, self.input_perturb = diffusion, teacher, input_perturb
+
+    def __call__(self, net, batch):
+        x_t, t, diffusion = batch['images'], batch['t'], self.diffusion
+        target = self.teacher.diffusion.prediction(batch['teacher'], x_t, t, self.teacher.clip)
+        seen = x_t
+        if self.input_perturb:
+            noise = batch['random'].randn(x_t.shape, device=x_t.device)
+            seen = x_t + diffusion.q_sample(torch.zeros_like(x_t), t, self.input_perturb * noise)
+        with drawing_from(batch['random']):
+            output = net(seen, step=diffusion.model_steps(t), class_labels=batch.get('labels'))
+        terms = diffusion.distillation_losses(output, target, x_t, t)
+        return terms['loss'], {name: value.detach() for name, value in terms.items()}
+
+
+# The losses by name.
+LOSSES = {'edm2': EDM2Loss, 'edm': EDMLoss, 'vp': VPLoss, 've': VELoss, 'ddpm': DDPMLoss, 'cbdm': CBDMLoss,
+          'dkdm': DKDMLoss}
