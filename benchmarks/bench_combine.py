@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from dnnlib import cli
-from training.data.class_files import ArrayFile
-from training.data.class_writer import ClassWriter
+from synthetic_data.class_files import ArrayFile
+from synthetic_data.class_writer import ClassWriter
 from training.networks.classifier import WideResNet
 
 CLASSES = 10

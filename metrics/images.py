@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from dnnlib import UserError
+from dnnlib.npz import map_array
 from torch_utils import distributed
 from training.data.dataset import ImageDataset, class_index, subset
-from training.data.npz import map_array
 
 
 class NpzImages:

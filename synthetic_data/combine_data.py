@@ -9,8 +9,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 from dnnlib import UserError, cli
 from synthetic_data import common
-from training.data.class_files import open_classes, stored
-from training.data.stored_zip import write_zip
+from synthetic_data.class_files import open_classes, stored
+from synthetic_data.stored_zip import write_zip
 
 EXAMPLES = """\b
 Examples:

@@ -25,9 +25,9 @@ import train_edm2
 from dnnlib import UserError, cli, pictures, util
 from simulations import plotting
 from synthetic_data import evaluate_data, generate, select_1M
+from synthetic_data.class_files import open_classes
 from torch_utils import distributed, parallel
 from training.data import convert, sources
-from training.data.class_files import open_classes
 from training.data.dataset import ImageDataset
 
 CLASSES = 10

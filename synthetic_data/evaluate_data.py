@@ -16,10 +16,10 @@ import pandas as pd
 
 from dnnlib import UserError, cli, util
 from synthetic_data import train_classifier
+from synthetic_data.mixture import GeneratedImages
 from torch_utils import distributed as dist
 from torch_utils import parallel
 from training import runs
-from training.data.mixture import GeneratedImages
 
 DATA = {'real': 'real', 'generated': 'real + generated', 'selected': 'real + selected'}
 TRAINING = ('plain', 'adversarial')

@@ -14,10 +14,10 @@ import numpy as np
 from tqdm import tqdm
 
 from dnnlib import UserError, cli
-from synthetic_data import common
+from synthetic_data import common, fixed_batch
+from synthetic_data.class_writer import ClassWriter
 from torch_utils import distributed as dist
-from training import fixed_batch, runs
-from training.data.class_writer import ClassWriter
+from training import runs
 from training.diffusion.samplers import ablation_sampler, edm_sampler
 from training.generate import generate_images
 from training.snapshot import load_denoiser

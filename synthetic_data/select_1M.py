@@ -12,12 +12,11 @@ import numpy as np
 import torch
 
 from dnnlib import UserError, cli, pictures, util
-from synthetic_data import common
+from synthetic_data import common, scoring
+from synthetic_data.class_files import open_classes
+from synthetic_data.classify import open_classifier
+from synthetic_data.npz import columns, write_npz
 from torch_utils import distributed as dist
-from training import scoring
-from training.classify import open_classifier
-from training.data.class_files import open_classes
-from training.data.npz import columns, write_npz
 
 EXTREMES = 10  # best and worst images of a class in the picture
 

@@ -12,13 +12,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_common
 from dnnlib import UserError, cli, util
-from synthetic_data import common
+from synthetic_data import classify, common
+from synthetic_data.adversarial import Attack
+from synthetic_data.mixture import GeneratedImages, Mixture, MixtureOrder
 from torch_utils import distributed as dist
-from training import classify, loop
-from training.adversarial import Attack
+from training import loop
 from training.data.batches import DatasetBatches
 from training.data.dataset import ImageDataset
-from training.data.mixture import GeneratedImages, Mixture, MixtureOrder
 from training.data.sampler import EpochShuffle
 from training.ema import TraditionalEMA
 from training.encoders import RGBEncoder

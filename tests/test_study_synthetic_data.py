@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from synthetic_data import digits_synthetic_data as study_module
 from synthetic_data import evaluate_data
-from training.classify import open_classifier
+from synthetic_data.classify import open_classifier
 from training.data.dataset import ImageDataset
 
 SCRIPT = 'synthetic_data/digits_synthetic_data.py'

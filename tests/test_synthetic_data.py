@@ -21,16 +21,17 @@ import torch
 from helpers import ROOT, command, environment, fails, run, script_module, write_digits
 
 from dnnlib import UserError
+from dnnlib.npz import map_array
+from synthetic_data import class_files, class_writer, classify, npz, scoring, stored_zip
+from synthetic_data.adversarial import Attack, pgd
+from synthetic_data.class_files import ArrayFile
+from synthetic_data.fixed_batch import FixedBatch
+from synthetic_data.mixture import GeneratedImages, Mixture, MixtureOrder
 from torch_utils.random import BlockRandomGenerator, GlobalRandom
-from training import checkpoint, classify, scoring
-from training.adversarial import Attack, pgd
-from training.data import class_files, class_writer, npz, stored_zip
-from training.data.class_files import ArrayFile
+from training import checkpoint
 from training.data.dataset import ImageDataset
-from training.data.mixture import GeneratedImages, Mixture, MixtureOrder
 from training.diffusion.samplers import ablation_sampler, edm_sampler
 from training.encoders import RGBEncoder
-from training.fixed_batch import FixedBatch
 from training.generate import generate_images
 from training.networks import build_network
 from training.networks.classifier import WideResNet
@@ -409,8 +410,8 @@ def test_an_npz_of_many_pieces_is_a_correct_zip(tmp_path, monkeypatch):
     subprocess.run([sys.executable, '-m', 'zipfile', '-t', tmp_path / 'a.npz'], check=True, capture_output=True)
     with np.load(tmp_path / 'a.npz') as z:
         np.testing.assert_array_equal(z['image'], images)
-    np.testing.assert_array_equal(npz.map_array(str(tmp_path / 'a.npz'), 'image'), images)
-    assert npz.map_array(str(tmp_path / 'a.npz'), 'label').tolist() == [0] * 20 + [1] * 30
+    np.testing.assert_array_equal(map_array(str(tmp_path / 'a.npz'), 'image'), images)
+    assert map_array(str(tmp_path / 'a.npz'), 'label').tolist() == [0] * 20 + [1] * 30
 
 
 def test_checksums_of_parts_make_that_of_the_whole():

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from dnnlib import UserError
+from dnnlib.npz import read_npy_header
 from dnnlib.util import parse_int_list, write_json
-from training.data.class_files import ArrayFile
-from training.data.npz import read_npy_header
-from training.data.stored_zip import npy_header
+from synthetic_data.class_files import ArrayFile
+from synthetic_data.stored_zip import npy_header
 
 COPY_BYTES = 8 << 20
 

@@ -6,9 +6,9 @@ import zipfile
 import numpy as np
 
 from dnnlib import UserError
+from dnnlib.npz import map_array
+from synthetic_data.class_files import open_classes
 from torch_utils.random import tuple_seed
-from training.data.class_files import open_classes
-from training.data.npz import map_array
 from training.data.sampler import EpochShuffle
 
 

@@ -15,7 +15,7 @@ import struct
 from collections.abc import Sequence
 
 from dnnlib import UserError
-from training.data.stored_zip import PIECE_BYTES, Bytes, Computed, FilePart, checksum, npy_header, read_all
+from synthetic_data.stored_zip import PIECE_BYTES, Bytes, Computed, FilePart, checksum, npy_header, read_all
 
 # As written here and by numpy.save; all others are left to NumPy.
 HEADER = re.compile(rb"\x93NUMPY\x01\x00v\x00"
@@ -43,7 +43,7 @@ class ArrayFile:
             with open(path, 'rb') as file:
                 match = HEADER.fullmatch(file.read(128))
                 if match is None:
-                    from training.data.npz import read_npy_header
+                    from dnnlib.npz import read_npy_header
                     file.seek(0)
                     shape, fortran, dtype = read_npy_header(file)
                 else:
@@ -157,7 +157,7 @@ def open_classes(folders: str | Sequence[str], class_num: int) -> list[ClassImag
             raise UserError(f'{file.path} has images of {list(file.shape[1:])}, but those of {classes[0].files[0].path} are '
                             f'{list(shape)}')
     if len(folders) > 1:
-        from training.data.class_writer import check_overlap
+        from synthetic_data.class_writer import check_overlap
         for label in range(class_num):
             check_overlap(folders, label)
     return classes

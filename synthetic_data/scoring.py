@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from synthetic_data import fixed_batch
 from torch_utils import distributed as dist
-from training import fixed_batch
 
 BINS = 50  # of the histogram of confidences
 

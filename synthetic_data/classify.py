@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from dnnlib import UserError
+from synthetic_data.adversarial import Attack, pgd
 from torch_utils.random import BlockRandomGenerator
-from training.adversarial import Attack, pgd
 from training.networks.classifier import load_classifier
 from training.snapshot import FORMAT, load_snapshot, read_state
 
