@@ -3,18 +3,11 @@
 import os
 
 from distillation import common
+from distillation.cache import cache_size, load_cache
+from distillation.dkdm import SOURCES, Draws, IterativeSource, ShuffledSource, Teacher
 from dnnlib import UserError
 from torch_utils import distributed as dist
 from torch_utils.random import tuple_seed
-from training.diffusion.distillation import (
-    SOURCES,
-    Draws,
-    IterativeSource,
-    ShuffledSource,
-    Teacher,
-    cache_size,
-    load_cache,
-)
 
 _PREPARING, _TRAINING = 0, 1  # what random numbers are for
 

@@ -6,12 +6,12 @@ import os
 import torch
 
 from distillation import common
+from distillation.guided_checkpoints import GuidedCheckpoints
 from dnnlib import UserError
 from torch_utils import distributed as dist
 from training import loop
 from training.ema import ConstantEMA
 from training.encoders import make_encoder
-from training.guided_checkpoints import GuidedCheckpoints
 from training.loss_scale import DynamicLossScale
 from training.schedules import anneal_lr
 

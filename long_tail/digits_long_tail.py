@@ -26,12 +26,11 @@ import torch
 import tqdm
 
 from dnnlib import UserError, cli, pictures, util
-from long_tail import main, make_stats
+from long_tail import datasets, main, make_stats
 from metrics import images
 from simulations import plotting
 from torch_utils import distributed, parallel
 from training import step_checkpoints
-from training.data import arrays
 from training.encoders import RGBEncoder
 from training.snapshot import load_snapshot
 
@@ -243,7 +242,7 @@ def label_effect(study: Study, models: list[Model], images_each: int = 200) -> p
     RMS over noised digits of eps(x_t, t, y) - eps(x_t, t, no label), mean over seeds. The minimum of the class-balancing
     loss over all functions, where other labels are as likely in x_t as they are drawn, has the share 1 / (1 + 5/4 tau t/T).
     """
-    data = arrays.open_data('digits', '')
+    data = datasets.open_data('digits', '')
     chosen = np.random.RandomState(0).permutation(len(data))[:images_each]
     x_0 = RGBEncoder().encode_latents(torch.from_numpy(data.images(chosen)))
     labels, effects = torch.from_numpy(data.labels(chosen)), {}
@@ -313,7 +312,7 @@ def draw_trade(axis, results: pd.DataFrame, group: str = 'few'):
 
 def sample_grid(study: Study, seed: int, omegas) -> dict:
     """{title: picture}: training images, and samples of each method, a row for each digit."""
-    data = arrays.open_data('digitslt', '', imb_factor=0.05)
+    data = datasets.open_data('digitslt', '', imb_factor=0.05)
     shown = {'training images': (data.images(np.arange(len(data))), data.label_ids)}
     for method, omega in omegas.items():
         made = images.NpzImages(study.result(Model(method, seed), omega, '.npz'))

@@ -11,11 +11,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from dnnlib import UserError, cli, util
-from long_tail import evaluation
+from long_tail import datasets, evaluation
 from long_tail.flags import FlagCommand, to_text
 from torch_utils import distributed as dist
 from training import loop, step_checkpoints
-from training.data import arrays
 from training.data.batches import DatasetBatches
 from training.diffusion.augment_ada import ADAAugment
 from training.diffusion.class_balancing import SAMPLE_METHODS
@@ -60,13 +59,13 @@ def num_classes(flags) -> int:
 
 def class_counts(flags):
     """Training images of each class, int64."""
-    counts = arrays.nominal_counts(flags['data_type'], flags['imb_type'], flags['imb_factor'])
+    counts = datasets.nominal_counts(flags['data_type'], flags['imb_type'], flags['imb_factor'])
     return open_data(flags).class_counts if counts is None else counts
 
 
 def open_data(flags):
     """The training data."""
-    return arrays.open_data(flags['data_type'], flags['root'], size=flags['img_size'], imb_type=flags['imb_type'],
+    return datasets.open_data(flags['data_type'], flags['root'], size=flags['img_size'], imb_type=flags['imb_type'],
                             imb_factor=flags['imb_factor'], download=flags['download'], xflip=flags['xflip'])
 
 
@@ -267,7 +266,7 @@ OPTIONS = [
     _value('ckpt_step', 0, _STEPS, 'Checkpoint to fine-tune or to evaluate; 0 = the newest'),
     _switch('parallel', 'One process for each visible GPU'),
     # Data
-    _value('data_type', 'cifar100', click.Choice(arrays.DATA_TYPES), 'Data set; "lt" makes it long-tailed', metavar='NAME'),
+    _value('data_type', 'cifar100', click.Choice(datasets.DATA_TYPES), 'Data set; "lt" makes it long-tailed', metavar='NAME'),
     _value('root', './', str, 'Where the CIFAR archive or its folder is; for zip, the zip or folder', metavar='PATH'),
     _switch('download', 'Fetch the CIFAR archive to --root if it is not there, and insist on its published checksum'),
     _value('imb_type', 'exp', click.Choice(['exp', 'step']), 'Shape of the long tail', metavar='exp|step'),

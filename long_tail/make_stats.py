@@ -11,10 +11,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from dnnlib import UserError, cli
+from long_tail import datasets
 from long_tail.evaluation import DETECTOR_NAMES
 from metrics import classwise, compute
 from torch_utils import distributed as dist
-from training.data import arrays
 from training.data.dataset import subset
 
 
@@ -31,10 +31,10 @@ def balanced(labels, num: int) -> np.ndarray:
 def make(data_type, dest, detector, weights=None, root='./', split='train', download=False, img_size=None, num=None,
          features=True, batch=64):
     """Writes the statistics of a data set to `dest`; the arguments are the options of the command."""
-    data = arrays.open_data(data_type, root, size=img_size, split=split, download=download)
+    data = datasets.open_data(data_type, root, size=img_size, split=split, download=download)
     if num is not None:
         chosen = balanced(data.label_ids, num) if num < len(data) else subset(len(data), num, 0)
-        data = arrays.ArrayDataset(data.name, data.images(chosen), data.label_ids[chosen], data.class_names)
+        data = datasets.ArrayDataset(data.name, data.images(chosen), data.label_ids[chosen], data.class_names)
     detectors = compute.Detectors({detector: weights})
     found = classwise.extract(data, detectors, detector, batch)
     if dist.get_rank() == 0:
@@ -55,7 +55,7 @@ Examples:
 \b
 Under torchrun the processes share the work.
 """)
-@click.option('--data_type', '--data-type', metavar='NAME', type=click.Choice(arrays.DATA_TYPES), required=True,
+@click.option('--data_type', '--data-type', metavar='NAME', type=click.Choice(datasets.DATA_TYPES), required=True,
               help='Data set, as for main.py; of a long-tailed one ("lt") give the balanced original')
 @click.option('--root', metavar='PATH', default='./',
               help='Where the CIFAR archive or its folder is; for zip, the zip or folder')
@@ -80,7 +80,7 @@ def main(data_type, root, download, split, dest, detector, weights, img_size, nu
         raise UserError(f'--dest={dest}: the name must end in .npz')
     if data_type.endswith('lt'):
         raise UserError(f'--data_type={data_type}: the reference is the whole data set; give {data_type.removesuffix("lt")}')
-    if split == 'test' and data_type not in arrays.CIFAR:
+    if split == 'test' and data_type not in datasets.CIFAR:
         raise UserError(f'--split=test: {data_type} has no such part')
     make(data_type, dest, detector, weights, root, split, download, img_size, num, features, batch)
     dist.barrier()

@@ -12,22 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-from dnnlib import UserError
-from training.diffusion import distillation
-from training.diffusion.distillation import (
+from distillation import cache as cache_file
+from distillation.cache import Cache, CacheFile, cache_size, load_cache, write_cache
+from distillation.dkdm import (
     SOURCES,
-    Cache,
-    CacheFile,
     Draws,
     DynamicSource,
     IterativeSource,
     Preparation,
     ShuffledSource,
     Teacher,
-    cache_size,
-    load_cache,
-    write_cache,
 )
+from dnnlib import UserError
 from training.diffusion.gaussian import GaussianDiffusion, discrete_sampler
 from training.diffusion.losses import DKDMLoss
 from training.ema import TraditionalEMA
@@ -261,7 +257,7 @@ def test_the_loop_gets_parts_of_batches():
 
 @pytest.mark.parametrize('classes', [None, True])
 def test_a_cache_file_holds_the_shares_of_all_processes(classes, tmp_path, monkeypatch):
-    monkeypatch.setattr(distillation, '_PIECE', 1000)                   # many pieces
+    monkeypatch.setattr(cache_file, '_PIECE', 1000)                   # many pieces
     path, part = str(tmp_path / 'x.cache'), str(tmp_path / 'part')
     shares = [Cache(torch.randn([7, 3, 4, 4]), torch.arange(7) + 10 * rank, classes and torch.arange(7) + rank)
               for rank in range(3)]
@@ -310,8 +306,9 @@ def test_a_cache_is_in_memory_once(tmp_path):
     script = f"""
 import resource, sys, torch
 sys.path.insert(0, {str(conftest.ROOT)!r})
-from training.diffusion.distillation import *
-from training.diffusion.distillation import _PIECE
+from distillation.dkdm import *
+from distillation.cache import *
+from distillation.cache import _PIECE
 from training.diffusion.gaussian import GaussianDiffusion
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -19,15 +19,16 @@ import yaml
 from click.testing import CliRunner
 
 from distillation import common, distill, fitting
+from distillation.cache import CacheFile
+from distillation.dkdm import SOURCES, Preparation
+from distillation.sample_shards import SampleShards
 from dnnlib import UserError
 from metrics.images import NpzImages
 from training import loop
 from training.data.selection import mixture
-from training.diffusion.distillation import SOURCES, CacheFile, Preparation
 from training.ema import ConstantEMA
 from training.loss_scale import DynamicLossScale
 from training.networks import build_network
-from training.sample_shards import SampleShards
 from training.snapshot import load_snapshot
 
 YAML = helpers.ROOT / 'distillation' / 'yaml'

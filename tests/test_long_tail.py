@@ -18,12 +18,12 @@ import torch
 from helpers import ROOT, command, environment, fails, run, script_module, write_digits
 
 from dnnlib import UserError
+from long_tail import datasets, imbalance
 from metrics import classwise
 from metrics.frechet import frechet_distance, frechet_distance_torch
 from metrics.images import NpzImages
 from torch_utils import distributed
 from training import step_checkpoints
-from training.data import arrays, long_tail
 from training.snapshot import load_snapshot, read_state
 
 MAIN = 'long_tail/main.py'
@@ -47,7 +47,7 @@ def options(*args) -> dict:
 
 def write_cifar(folder, base='cifar100', per_class=4, packed=True):
     """A CIFAR archive (or its unpacked folder) of small random pictures, in the original layout."""
-    archive, name, _, classes, _ = arrays.CIFAR[base]
+    archive, name, _, classes, _ = datasets.CIFAR[base]
     rng = np.random.RandomState(0)
     ids = np.tile(np.arange(classes), per_class).tolist()
     data = rng.randint(0, 256, [len(ids), 3072]).astype(np.uint8)
@@ -167,23 +167,23 @@ def test_bad_options(args, message):
 
 
 def test_long_tails_of_archives_folders_and_zips(cifar, tmp_path):
-    whole = arrays.open_data('cifar100', cifar)
+    whole = datasets.open_data('cifar100', cifar)
     assert whole.image_shape == (3, 32, 32) and len(whole) == 400 and whole.class_counts.tolist() == [4] * 100
-    tail = arrays.open_data('cifar100lt', cifar, imb_factor=0.5)
-    chosen = long_tail.long_tailed(whole.label_ids, 100, 'exp', 0.5)
+    tail = datasets.open_data('cifar100lt', cifar, imb_factor=0.5)
+    chosen = imbalance.long_tailed(whole.label_ids, 100, 'exp', 0.5)
     assert np.array_equal(tail.images(range(len(tail))), whole.images(chosen.indices))
     assert np.array_equal(tail.label_ids, whole.label_ids[chosen.indices]) and tail.class_counts[[0, -1]].tolist() == [4, 2]
-    step = arrays.open_data('cifar100lt', os.path.join(cifar, 'cifar-100-python'), imb_type='step', imb_factor=0.25)
+    step = datasets.open_data('cifar100lt', os.path.join(cifar, 'cifar-100-python'), imb_type='step', imb_factor=0.25)
     assert step.class_counts.tolist() == [4] * 50 + [1] * 50
-    ten = arrays.open_data('cifar10', write_cifar(tmp_path / 'ten', 'cifar10', 5, packed=False), xflip=True)
+    ten = datasets.open_data('cifar10', write_cifar(tmp_path / 'ten', 'cifar10', 5, packed=False), xflip=True)
     assert len(ten) == 100 and np.array_equal(ten.images([50])[0], ten.images([0])[0][:, :, ::-1])
-    zipped = arrays.open_data('ziplt', write_digits(tmp_path / 'd.zip'), imb_factor=0.5, size=16)
+    zipped = datasets.open_data('ziplt', write_digits(tmp_path / 'd.zip'), imb_factor=0.5, size=16)
     assert zipped.image_shape == (3, 16, 16) and zipped.class_counts[0] > zipped.class_counts[9]
-    np.testing.assert_array_equal(arrays.nominal_counts('cifar100lt', 'exp', 0.01)[[0, 99]], [500, 5])
+    np.testing.assert_array_equal(datasets.nominal_counts('cifar100lt', 'exp', 0.01)[[0, 99]], [500, 5])
 
 
 def test_real_pictures(real_data):
-    data = arrays.open_data('cifar10lt', str(real_data / 'cifar10-small'), imb_factor=0.1)
+    data = datasets.open_data('cifar10lt', str(real_data / 'cifar10-small'), imb_factor=0.1)
     assert data.class_names[0] == 'airplane' and data.class_counts[[0, 9]].tolist() == [200, 20]
 
 
@@ -208,7 +208,7 @@ def test_bad_data(cifar, tmp_path):
     for name in 'ab':
         PIL.Image.new('RGB', [8, 8]).save(tmp_path / 'gap' / f'{name}.png')
     with pytest.raises(UserError, match='class 1 .*has no images'):
-        arrays.open_data('zip', str(tmp_path / 'gap'))
+        datasets.open_data('zip', str(tmp_path / 'gap'))
     assert not os.path.exists(tmp_path / 'run')
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from dnnlib import UserError
+from long_tail.imbalance import class_counts, long_tailed
 from training.data import selection
-from training.data.long_tail import class_counts, long_tailed
 
 # --- Long tail --------------------------------------------------------------------------------------------------------
 

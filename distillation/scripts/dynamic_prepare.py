@@ -11,9 +11,10 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from distillation import common, distill
+from distillation.cache import CacheFile, write_cache
+from distillation.dkdm import SOURCES, IterativeSource, Preparation
 from dnnlib import UserError, cli
 from torch_utils import distributed as dist
-from training.diffusion.distillation import SOURCES, CacheFile, IterativeSource, Preparation, write_cache
 from training.snapshot import read_state, write_state
 
 

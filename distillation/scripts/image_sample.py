@@ -11,12 +11,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tqdm import tqdm
 
 from distillation import common
+from distillation.sample_shards import SampleShards
 from dnnlib import UserError, cli
 from torch_utils import distributed as dist
 from training.diffusion.gaussian import discrete_sampler
 from training.encoders import make_encoder
 from training.generate import generate_images
-from training.sample_shards import SampleShards
 
 
 def default_dest(config: str, model_path: str, num_samples: int, net, chain: str) -> str:

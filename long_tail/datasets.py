@@ -11,8 +11,9 @@ import numpy as np
 from dnnlib.image_io import BadImage
 from dnnlib.url import download as download_url
 from dnnlib.util import UserError, atomic_path
+from long_tail import imbalance
 from torch_utils import distributed
-from training.data import long_tail, sources
+from training.data import sources
 from training.data.transforms import make_transform
 
 # data_type -> name of the archive, of its unpacked folder, MD5, number of classes and of training images.
@@ -65,7 +66,7 @@ def nominal_counts(data_type: str, imb_type: str, imb_factor: float) -> np.ndarr
     """Training images of each class of CIFAR or digits, which need not be read for it; None for other data."""
     base, kind = _parse(data_type, imb_type)
     if base in CIFAR:
-        return long_tail.class_counts(CIFAR[base][4], CIFAR[base][3], kind, imb_factor if kind != 'none' else 1.0)
+        return imbalance.class_counts(CIFAR[base][4], CIFAR[base][3], kind, imb_factor if kind != 'none' else 1.0)
     return open_data(data_type, '', imb_type=imb_type, imb_factor=imb_factor).class_counts if base == 'digits' else None
 
 
@@ -87,7 +88,7 @@ def open_data(data_type: str, root: str, *, size: int | None = None, imb_type='e
     names = source.class_names or [str(c) for c in source.classes or range(int(source.labels.max()) + 1)]
     indices = np.arange(len(source), dtype=np.int64)
     if kind != 'none':
-        indices = long_tail.long_tailed(source.labels, len(names), kind, imb_factor).indices
+        indices = imbalance.long_tailed(source.labels, len(names), kind, imb_factor).indices
     labels = source.labels[indices]
     missing = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
     if use_labels and len(missing):

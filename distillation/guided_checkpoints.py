@@ -3,7 +3,7 @@
     modelNNNNNN.pt              weights of the U-Net after NNNNNN steps; the last file of a checkpoint to appear
     ema_RATE_NNNNNN.pt          averages of the weights
     optNNNNNN.pt                optimizer, and the rest of what the loop needs to go on
-    teacher-state-NNNNNN.cache  the cache of distillation (see `training.diffusion.distillation.CacheFile`); processes
+    teacher-state-NNNNNN.cache  the cache of distillation (see `distillation.cache.CacheFile`); processes
                                 after the first have files of their own, teacher-state-NNNNNN-RANK.cache
 """
 
@@ -13,9 +13,9 @@ import re
 import numpy as np
 import torch
 
+from distillation.cache import Cache, CacheFile, write_cache
 from dnnlib import UserError
 from torch_utils import distributed as dist
-from training.diffusion.distillation import Cache, CacheFile, write_cache
 from training.snapshot import read_state, write_state
 
 _MODEL = re.compile(r'model(\d{6,})\.pt')
