@@ -5,7 +5,7 @@ import os
 import click
 
 from dnnlib import UserError, cli, url
-from torch_utils import files
+from torch_utils.files.identify import describe, identify
 from training import export
 from training.data.archive import check_parent
 from training.snapshot import load_denoiser, load_snapshot
@@ -59,8 +59,8 @@ def inspect(file, sha256, weights, settings):
 
     Arguments marked "assumed" do not follow from the weights; convert can set them.
     """
-    found = files.identify(url.download(file, sha256=sha256), weights)
-    for key, value in files.describe(found, dict(settings)).items():
+    found = identify(url.download(file, sha256=sha256), weights)
+    for key, value in describe(found, dict(settings)).items():
         print(f'{key:24} {value}')
 
 
@@ -97,7 +97,7 @@ def convert(file, dest, dtype, overwrite, sha256, weights, settings):
         print(f'Assumed: {name}={value}')
     export.EXPORTS[form](dest.rstrip('/'), snapshot, export.DTYPES[dtype])
     numbers = sum(p.numel() for p in snapshot.net.parameters())
-    print(f'{dest}: {files.identify(dest.rstrip("/")).what}, {numbers:,} parameters')
+    print(f'{dest}: {identify(dest.rstrip("/")).what}, {numbers:,} parameters')
 
 
 if __name__ == '__main__':

@@ -23,7 +23,7 @@ from benchmarks.timing import CLOCKS, PeakMemory, compare
 from dnnlib import cli
 from dnnlib.image_io import decode_image
 from dnnlib.util import write_json
-from torch_utils import foreign
+from torch_utils.files import pickles
 from training.data.archive import ArchiveReader
 from training.data.convert import convert, everything
 from training.data.sources import open_source
@@ -49,7 +49,7 @@ def _plain_pictures(path):
         return
     with tarfile.open(path, 'r:gz') as tar:
         for name in [f'cifar-10-batches-py/data_batch_{i}' for i in range(1, 6)]:
-            batch = foreign.load(tar.extractfile(name).read(), foreign.NUMPY_ARRAYS)  # pickles are read safely both ways
+            batch = pickles.load(tar.extractfile(name).read(), pickles.NUMPY_ARRAYS)  # pickles are read safely both ways
             for image in batch['data'].array().reshape(-1, 3, 32, 32):
                 yield image.transpose(1, 2, 0)
 

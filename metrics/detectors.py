@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from dnnlib import UserError
 from dnnlib.url import download
 from metrics.inception import InceptionV3
-from torch_utils import distributed, files
+from torch_utils import distributed
+from torch_utils.files.identify import identify
 
 INCEPTION_URL = ('https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/'
                  'pt_inception-2015-12-05-6726825d.pth')
@@ -156,7 +157,7 @@ def read_tensors(path: str, option: str) -> dict[str, torch.Tensor]:
     if not os.path.isfile(path):
         raise UserError(f'{option}={path}: no such file')
     try:
-        found = files.identify(path)
+        found = identify(path)
     except UserError as error:
         raise UserError(f'{option}={path}: neither a state dictionary (torch, safetensors) nor a TorchScript archive, or '
                         f'damaged ({str(error).removeprefix(path + ": ")})') from None

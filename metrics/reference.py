@@ -21,9 +21,9 @@ from dnnlib import UserError
 from dnnlib.url import download
 from dnnlib.util import atomic_path
 from metrics.statistics import Gaussian
-from torch_utils import files
+from torch_utils.files.identify import STATISTICS_FORMAT, NpzArrays, identify
 
-FORMAT = files.STATISTICS_FORMAT
+FORMAT = STATISTICS_FORMAT
 
 # EDM's and guided diffusion's names of mean and covariance.
 _FLAT = {'fid': ('mu', 'sigma'), 'sfid': ('mu_s', 'sigma_s')}
@@ -79,10 +79,10 @@ def load_reference(path: str, sha256: str | None = None) -> Reference:
     if not os.path.exists(local):
         raise UserError(f'--ref={path}: no such file; make it with calculate_metrics.py ref')
     try:
-        found = files.identify(local)
+        found = identify(local)
         if found.kind in ('images', 'folder'):
             return Reference(path, images=local)
-        if isinstance(found.content, files.NpzArrays):
+        if isinstance(found.content, NpzArrays):
             return _read_npz(path, found.content)
         if found.kind == 'statistics':
             return _from_nested(path, found.content)

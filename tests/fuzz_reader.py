@@ -18,7 +18,8 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from dnnlib import UserError  # noqa: E402
-from torch_utils import files, foreign  # noqa: E402
+from torch_utils.files import pickles  # noqa: E402
+from torch_utils.files.identify import describe, identify  # noqa: E402
 from training import encoders  # noqa: E402
 from training.networks import build_network  # noqa: E402
 from training.snapshot import load_snapshot, save_snapshot  # noqa: E402
@@ -91,12 +92,12 @@ def main(seconds, seed):
         while time.monotonic() - start < seconds or not read + refused:
             path.write_bytes(mutate(rng.choice(good), rng))
             try:
-                found = files.identify(str(path))
-                files.describe(found)
+                found = identify(str(path))
+                describe(found)
                 if found.kind in ('snapshot', 'edm'):
                     load_snapshot(str(path))
                 read += 1
-            except (UserError, foreign.ForeignPickleError) as error:
+            except (UserError, pickles.ForeignPickleError) as error:
                 if '\n' in str(error):
                     raise AssertionError(f'more than one line: {error}') from error
                 refused += 1

@@ -20,7 +20,7 @@ from helpers import ROOT, write_digits
 
 from dnnlib import UserError, image_io
 from dnnlib.image_io import BadImage, decode_image, decode_pngs, encode_png
-from torch_utils import foreign
+from torch_utils.files import pickles
 from torch_utils.random import tuple_seed
 from training.data import archive, imagenet, report
 from training.data.archive import ArchiveReader, ArchiveWriter, image_name, latent_name
@@ -532,24 +532,24 @@ class _Evil:
                          ids=['bare', 'array', 'nested'])
 def test_foreign_pickles_run_nothing(value):
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-        with pytest.raises(foreign.ForeignPickleError, match='not allowed'):
-            foreign.load(pickle.dumps(value, protocol), foreign.NUMPY_ARRAYS)
+        with pytest.raises(pickles.ForeignPickleError, match='not allowed'):
+            pickles.load(pickle.dumps(value, protocol), pickles.NUMPY_ARRAYS)
     assert not os.path.exists('/tmp/evil_pickle_ran')
 
 
 def test_foreign_pickles_cannot_change_the_reader():
     state = b'\x80\x02cnumpy.core.multiarray\n_reconstruct\n}U\x01xU\x01ysb.'  # sets an attribute of an allowed function
-    with pytest.raises(foreign.ForeignPickleError, match='tries to change'):
-        foreign.load(state, foreign.NUMPY_ARRAYS)
+    with pytest.raises(pickles.ForeignPickleError, match='tries to change'):
+        pickles.load(state, pickles.NUMPY_ARRAYS)
     for damaged in (b'', b'\x80\x02', b'nonsense', pickle.dumps({'a': 1})[:-3]):
-        with pytest.raises(foreign.ForeignPickleError):
-            foreign.load(damaged, foreign.NUMPY_ARRAYS)
+        with pytest.raises(pickles.ForeignPickleError):
+            pickles.load(damaged, pickles.NUMPY_ARRAYS)
 
 
 @pytest.mark.parametrize('array', [np.arange(6, dtype=np.uint8).reshape(2, 3), np.arange(6, dtype='>f4').reshape(2, 3).T,
                                    np.zeros(3, bool), np.array(5.0)], ids=str)
 def test_foreign_arrays(array):
     for protocol in range(2, 5):
-        out = foreign.load(pickle.dumps({'x': array}, protocol), foreign.NUMPY_ARRAYS)['x'].array()
+        out = pickles.load(pickle.dumps({'x': array}, protocol), pickles.NUMPY_ARRAYS)['x'].array()
         assert out.dtype == array.dtype
         np.testing.assert_array_equal(out, array)

@@ -19,7 +19,8 @@ from helpers import ROOT, environment, fails, project_files, run, write_digits
 
 from dnnlib import UserError
 from metrics import reference
-from torch_utils import architecture, files, foreign, torchfile
+from torch_utils.files import architecture, pickles, torchfile
+from torch_utils.files.identify import KINDS, describe, identify
 from training import encoders
 from training.networks import build_network
 from training.networks.classifier import load_classifier
@@ -77,12 +78,12 @@ def test_a_file_cut_anywhere_ends_in_one_line(whole_files, tmp_path, name):
     if name not in whole_files:
         pytest.skip('no golden pickles')
     data = whole_files[name].read_bytes()
-    assert files.identify(str(whole_files[name])).kind in files.KINDS
+    assert identify(str(whole_files[name])).kind in KINDS
     places = random.Random(1).sample(range(len(data)), 20)
     for place in places:
         (tmp_path / 'cut').write_bytes(data[:place])
         with pytest.raises(UserError, match='cut: ') as error:
-            files.identify(str(tmp_path / 'cut'))
+            identify(str(tmp_path / 'cut'))
         assert '\n' not in str(error.value)
 
 
@@ -175,7 +176,7 @@ def test_the_encoder_of_latents_is_rebuilt(tmp_path):
 # --- State dicts -----------------------------------------------------------------------------------------------------
 
 
-KINDS = {'create_model': 'ADMUNet', 'UNet': 'DDPMUNet', 'get_model': 'WideResNet'}
+CLASSES = {'create_model': 'ADMUNet', 'UNet': 'DDPMUNet', 'get_model': 'WideResNet'}
 
 
 def published(net, kind):
@@ -203,7 +204,7 @@ def left_open(case):
 @pytest.mark.parametrize('case', golden_cases.cases('networks', 'adm_unet*') + golden_cases.cases('networks', 'cbdm*')
                          + golden_cases.cases('networks', 'wrn*'), ids=str)
 def test_a_published_state_dict_says_its_architecture(tmp_path, case, legacy):
-    net, kind = test_networks._filled(case), KINDS[case.json['reference']['class'].split()[0]]
+    net, kind = test_networks._filled(case), CLASSES[case.json['reference']['class'].split()[0]]
     for name, content in published(net, kind).items():
         path = str(tmp_path / f'{name}.bin')                    # the name says nothing
         torch.save(content, path, _use_new_zipfile_serialization=not legacy)
@@ -287,10 +288,10 @@ def test_files_of_torch_are_read_as_torch_reads_them(tmp_path, legacy):
 
 
 def test_plain_values():
-    assert foreign.check_plain({'a': [1, 'x', None, (2.5,)]}, 'it') == {'a': [1, 'x', None, (2.5,)]}
+    assert pickles.check_plain({'a': [1, 'x', None, (2.5,)]}, 'it') == {'a': [1, 'x', None, (2.5,)]}
     for value in ({'a': torch.zeros(1)}, {(1, 2): 3}, [10**30], 'x' * 10**8, [[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]):
-        with pytest.raises(foreign.ForeignPickleError, match='it '):
-            foreign.check_plain(value, 'it')
+        with pytest.raises(pickles.ForeignPickleError, match='it '):
+            pickles.check_plain(value, 'it')
 
 
 # --- What a file is, by its content ----------------------------------------------------------------------------------
@@ -321,8 +322,8 @@ def test_every_kind_is_recognised_by_content(tmp_path):
     as_pickle(put('edm'), net)
     torch.save(net.state_dict(), put('weights'))
     for kind, path in made.items():
-        assert files.identify(str(path)).kind == kind
-        assert files.describe(files.identify(str(path)))['type'] == files.identify(str(path)).what
+        assert identify(str(path)).kind == kind
+        assert describe(identify(str(path)))['type'] == identify(str(path)).what
     for kind in set(made) - {'snapshot', 'edm'}:                 # the door of every --net, --gnet and --transfer
         assert str(made[kind]) in fails('generate_images.py', f'--net={made[kind]}', '--outdir', tmp_path / 'out')
     for kind in ('cifar', 'training-state', 'edm', 'snapshot', 'weights'):
@@ -338,15 +339,3 @@ def test_statistics_of_every_protocol(tmp_path, protocol):
     (tmp_path / 'x').write_bytes(pickle.dumps({'fid': dict(mu=mu, sigma=sigma)}, protocol))
     gaussian = reference.load_reference(str(tmp_path / 'x')).gaussians['fid']
     assert np.array_equal(gaussian.mu, mu) and np.array_equal(gaussian.sigma, sigma)
-
-
-def test_the_module_prints_what_is_inside(whole_files, tmp_path):
-    paths = [str(path) for name, path in whole_files.items() if name in ('edm_snapshot', 'fid.npz')]
-    text = subprocess.run([sys.executable, '-m', 'torch_utils.foreign', *paths], cwd=ROOT, text=True, capture_output=True,
-                          env=environment(), check=True).stdout
-    assert 'reference statistics' in text
-    if len(paths) == 2:
-        for part in ('EDMPrecond', '16x16', '10 classes', 'model_channels 16', '189,683 numbers in 149 tensors'):
-            assert part in text
-    (tmp_path / 'x').write_bytes(b'nothing')
-    assert files.main([str(tmp_path / 'x')]) == 1 and files.main([]) == 2

@@ -13,7 +13,7 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.util import write_bytes, write_json
-from torch_utils import files
+from torch_utils.files.identify import DESCRIPTION, FOLDER_WEIGHTS
 from training.networks import NETWORKS
 from training.snapshot import FORMAT, Snapshot, save_snapshot
 
@@ -41,7 +41,7 @@ def check_destination(dest: str, form: str, overwrite: bool):
     for place in filter(os.path.lexists, places):
         if not overwrite:
             raise UserError(f'--dest={place} exists; remove it, choose another name or give --overwrite')
-        if os.path.isdir(place) and (form or not os.path.isfile(os.path.join(place, files.DESCRIPTION))):
+        if os.path.isdir(place) and (form or not os.path.isfile(os.path.join(place, DESCRIPTION))):
             raise UserError(f'--dest={place} is a folder that is no network, which --overwrite does not remove')
 
 
@@ -87,12 +87,12 @@ def save_folder(dest: str, snapshot: Snapshot, dtype=torch.float32):
         write_json(os.path.join(temp, 'model_index.json'), {
             '_class_name': ['pipeline', 'SnapshotPipeline'], '_diffusers_version': diffusers.__version__,
             'unet': ['network', 'SnapshotNetwork'], 'encoder': description['encoder']})
-        write_json(os.path.join(temp, files.DESCRIPTION), description)
+        write_json(os.path.join(temp, DESCRIPTION), description)
         write_bytes(os.path.join(temp, 'README.md'), README.replace('FOLDER', os.path.basename(dest)).encode())
         write_json(os.path.join(unet, 'config.json'), dict(
             _class_name='SnapshotNetwork', _diffusers_version=diffusers.__version__, class_name=network['class_name'],
             arguments=network['kwargs']))
-        write_bytes(os.path.join(temp, files.FOLDER_WEIGHTS), _weights(snapshot, dtype, 'net.'))
+        write_bytes(os.path.join(temp, FOLDER_WEIGHTS), _weights(snapshot, dtype, 'net.'))
         _write_code(temp, 'pipeline', {})
         _write_code(unet, 'network', dict(
             architecture=network['class_name'], inner=network['kwargs'].get('network', {}).get('class_name')))

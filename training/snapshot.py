@@ -14,12 +14,13 @@ import torch
 
 from dnnlib import UserError, url
 from dnnlib.util import atomic_path
-from torch_utils import architecture, files, persistence, torchfile
-from torch_utils.foreign import ForeignPickleError
+from torch_utils.files import architecture, persistence, torchfile
+from torch_utils.files.identify import SNAPSHOT_FORMAT, Found, identify
+from torch_utils.files.pickles import ForeignPickleError
 from training import encoders
 from training.networks import check_arguments, rebuild_network
 
-FORMAT = files.SNAPSHOT_FORMAT
+FORMAT = SNAPSHOT_FORMAT
 _VAE_SETTINGS = ('vae_name', 'raw_mean', 'raw_std', 'final_mean', 'final_std')
 
 
@@ -70,7 +71,7 @@ def read_state(path: str) -> dict:
 
 def read_snapshot(path: str) -> dict:
     """The dictionary of a snapshot file, as `save_snapshot` wrote it."""
-    found = files.identify(path)
+    found = identify(path)
     if found.kind not in ('snapshot', 'safetensors'):
         raise UserError(f'{path}: not a network snapshot (format {FORMAT}) but {found.what}')
     return found.content
@@ -88,7 +89,7 @@ def restore(state: dict, path: str, device='cpu') -> Snapshot:
                     state['nimg'], state['ema_std'])
 
 
-def restore_foreign(found: files.Found, device='cpu') -> Snapshot:
+def restore_foreign(found: Found, device='cpu') -> Snapshot:
     """The network of a pickle of EDM or EDM2, built with this project's classes; the file's source is never run."""
     path, ema, encoder = found.path, found.content['ema'], found.content.get('encoder')
     try:
@@ -108,10 +109,10 @@ def restore_foreign(found: files.Found, device='cpu') -> Snapshot:
     return Snapshot(net.to(device), encoders.make_encoder(config), {'name': name, 'label_dim': net.label_dim})
 
 
-def restore_weights(found: files.Found, options: dict | None = None, device='cpu') -> Snapshot:
+def restore_weights(found: Found, options: dict | None = None, device='cpu') -> Snapshot:
     """The network of a state dict of guided diffusion, class-balancing diffusion or a wide residual network.
 
-    Its arguments follow from names and shapes (see torch_utils.architecture); `options` sets those that do not. The
+    Its arguments follow from names and shapes (see torch_utils.files.architecture); `options` sets those that do not. The
     first two become denoisers (training.networks.discrete). What was assumed is in `recipe['assumed']`.
     """
     path = found.path
@@ -137,14 +138,14 @@ def load_snapshot(path: str, device='cpu', sha256: str | None = None, options: d
     Snapshots of this project (.pkl, safetensors with JSON, diffusers folder), pickles of EDM and EDM2, state dicts of
     guided diffusion, checkpoints of class-balancing diffusion, wide residual networks; or `optimal:DATASET`, the
     closed-form denoiser of a data set. `sha256` is what a download must have; `options` and `weights` are for state
-    dicts (see `restore_weights` and `files.identify`). Raises UserError with one line that names the file.
+    dicts (see `restore_weights` and `identify`). Raises UserError with one line that names the file.
     """
     if path.startswith('optimal:'):
         from training.data.dataset import ImageDataset
         from training.networks.optimal import optimal_denoiser
         dataset = ImageDataset(path.removeprefix('optimal:'))
         return Snapshot(optimal_denoiser(dataset, device), encoders.make_encoder({'name': 'rgb'}), dataset.description())
-    found = files.identify(url.download(path, sha256=sha256), weights)
+    found = identify(url.download(path, sha256=sha256), weights)
     if options and found.kind != 'weights':
         raise UserError(f'{path} describes its own network; leave out {", ".join(options)}')
     if found.kind in ('snapshot', 'safetensors'):

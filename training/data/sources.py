@@ -24,7 +24,7 @@ import numpy as np
 
 from dnnlib.image_io import BadImage, decode_picture, decode_pngs, is_image_name, is_small_png
 from dnnlib.util import UserError
-from torch_utils import foreign
+from torch_utils.files import pickles
 from training.data import imagenet
 from training.data.archive import ArchiveReader, labels_of
 
@@ -360,7 +360,7 @@ def open_cifar(path: str, coarse: bool = False, split: str = 'train', files: dic
         files.pop(name)
         try:
             data, ids = batch['data'].array(), np.array(batch[kind], dtype=np.int64)
-        except (KeyError, AttributeError, TypeError, ValueError, foreign.ForeignPickleError) as error:
+        except (KeyError, AttributeError, TypeError, ValueError, pickles.ForeignPickleError) as error:
             raise UserError(f'--source={path}: {name} is not the original CIFAR layout ({error})') from None
         if data.dtype != np.uint8 or data.shape != (len(ids), 3072) or not len(ids) \
                 or ids.min() < 0 or ids.max() >= len(names):
@@ -383,8 +383,8 @@ def _cifar_batch(path, name, files) -> dict:
     if name not in files:
         raise UserError(f'--source={path}: {name} is missing; download the archive again')
     try:
-        batch = foreign.load(files[name], foreign.NUMPY_ARRAYS)
-    except foreign.ForeignPickleError as error:
+        batch = pickles.load(files[name], pickles.NUMPY_ARRAYS)
+    except pickles.ForeignPickleError as error:
         raise UserError(f'--source={path}: {name} is refused: {error}') from None
     if not isinstance(batch, dict):
         raise UserError(f'--source={path}: {name} is not the original CIFAR layout')

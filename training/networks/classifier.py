@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import dnnlib
-from torch_utils import architecture, foreign
+from torch_utils.files import architecture
+from torch_utils.files.pickles import ForeignPickleError
 from training.networks.weights import load_weights, read_state_dict
 
 
@@ -122,6 +123,6 @@ def load_classifier(path: str, name: str | None = None, num_classes: int | None 
     if name is None:
         try:
             name = architecture.infer(state).kwargs['name']
-        except foreign.ForeignPickleError as error:
+        except ForeignPickleError as error:
             raise dnnlib.UserError(f'{path}: {error}') from None
     return load_weights(WideResNet(name, len(bias), normalized), state, path).eval().requires_grad_(False)

@@ -5,19 +5,19 @@ import os
 import torch
 
 import dnnlib
-from torch_utils import files
+from torch_utils.files.identify import identify
 
 
 def read_state_dict(path: str) -> dict:
     """The name -> tensor dictionary in a checkpoint file, without a data-parallel prefix `module.`; half precision
     becomes float32.
 
-    Takes a plain state dict, or one that a checkpoint holds under one of `files.WEIGHT_KEYS` (averaged weights first); in
+    Takes a plain state dict, or one that a checkpoint holds under one of `identify.WEIGHT_KEYS` (averaged weights first); in
     files of torch or safetensors. Nothing in the file is executed. Raises UserError naming the file.
     """
     if not os.path.isfile(path):
         raise dnnlib.UserError(f'{path}: no such file')
-    found = files.identify(path)
+    found = identify(path)
     if found.kind != 'weights':
         raise dnnlib.UserError(f'{path} does not hold the weights of a network alone; it is a {found.what}')
     return found.state

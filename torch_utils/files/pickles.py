@@ -4,8 +4,6 @@ A pickle is a program for a small stack machine, and it names functions to call.
 no way to import anything: names are looked up in an allow-list whose entries are inert stand-ins written for the
 purpose, and any other name, and any other instruction, ends the reading. What a file can make it do is bounded: steps
 are counted, lengths are compared with the file before anything is read, and large strings of bytes are not copied.
-
-    python -m torch_utils.foreign FILE     prints what is in a file of any kind (see torch_utils.files)
 """
 
 import math
@@ -14,7 +12,6 @@ import os
 import pickletools
 import stat
 import struct
-import sys
 
 import numpy as np
 
@@ -377,8 +374,3 @@ NUMPY_ARRAYS = {
 } | {(module, name): function for module in ('numpy.core', 'numpy._core') for module, name, function in (
     (f'{module}.multiarray', '_reconstruct', _new_array), (f'{module}.multiarray', 'scalar', scalar),
     (f'{module}.numeric', '_frombuffer', _from_buffer))}
-
-
-if __name__ == '__main__':
-    from torch_utils.files import main
-    sys.exit(main())

@@ -4,12 +4,12 @@ import zipfile
 
 import torch
 
-from torch_utils import foreign, torchfile
+from torch_utils.files import pickles, torchfile
 
 MAX_MODULES = 100_000
 
 
-class _Record(foreign.StandIn):
+class _Record(pickles.StandIn):
     """Stand-in for every module and object of the archive's program: its attributes, nothing else."""
 
     attributes = {}
@@ -43,18 +43,18 @@ def read_tensors(path: str) -> dict[str, torch.Tensor]:
     Raises ForeignPickleError if the archive is damaged or holds anything unexpected.
     """
     try:
-        records = torchfile.ZipRecords(path, foreign.map_file(path))
+        records = torchfile.ZipRecords(path, pickles.map_file(path))
         return dict(_walk(_Unpickler(records.record('data.pkl'), records.storage, _ALLOWED).load(), '', [0]))
-    except foreign.ForeignPickleError:
+    except pickles.ForeignPickleError:
         raise
     except Exception as error:  # damaged zips, pickles and tensors raise nearly anything
-        raise foreign.ForeignPickleError(f'it is damaged ({type(error).__name__}: {str(error)[:100]})') from None
+        raise pickles.ForeignPickleError(f'it is damaged ({type(error).__name__}: {str(error)[:100]})') from None
 
 
 def _walk(record, prefix, count):
     count[0] += 1
     if count[0] > MAX_MODULES:
-        raise foreign.ForeignPickleError('its modules are nested without end')
+        raise pickles.ForeignPickleError('its modules are nested without end')
     if isinstance(record, _Record):
         for name, value in record.attributes.items():
             if isinstance(value, torch.Tensor):

@@ -11,8 +11,8 @@ import zipfile
 
 import torch
 
-from torch_utils import foreign
-from torch_utils.foreign import ForeignPickleError
+from torch_utils.files import pickles
+from torch_utils.files.pickles import ForeignPickleError
 
 LEGACY_MAGIC = 0x1950a86a20f9469cfc6c  # first number of the older format
 _LEGACY_HEAD = b'\x80\x02\x8a\x0a' + LEGACY_MAGIC.to_bytes(10, 'little') + b'.'
@@ -54,7 +54,7 @@ TENSORS = {
     ('torch._utils', '_rebuild_tensor_v2'): rebuild_tensor,
 }
 
-_ALLOWED = TENSORS | foreign.NUMPY_ARRAYS
+_ALLOWED = TENSORS | pickles.NUMPY_ARRAYS
 
 
 def is_legacy(data) -> bool:
@@ -62,7 +62,7 @@ def is_legacy(data) -> bool:
     return bytes(data[:len(_LEGACY_HEAD)]) == _LEGACY_HEAD
 
 
-class StorageUnpickler(foreign.RestrictedUnpickler):
+class StorageUnpickler(pickles.RestrictedUnpickler):
     """A pickle of plain values and tensors; `storage(key, dtype, count)` gives the numbers of each storage."""
 
     def __init__(self, data, storage, allowed=_ALLOWED, **options):
@@ -128,11 +128,11 @@ class ZipRecords:
 
 def read(path: str, data: memoryview | None = None):
     """The object in a file of torch.save: plain values, lists, dictionaries and tensors, whose memory is the mapped file
-    (changes stay in memory). Arrays of NumPy stay `foreign.NumpyArray`.
+    (changes stay in memory). Arrays of NumPy stay `pickles.NumpyArray`.
 
     Raises ForeignPickleError with one line for anything else.
     """
-    data = foreign.map_file(path) if data is None else data
+    data = pickles.map_file(path) if data is None else data
     try:
         if is_legacy(data):
             return _read_legacy(data)

@@ -9,7 +9,6 @@ import gzip
 import json
 import math
 import os
-import sys
 import tarfile
 import zipfile
 import zlib
@@ -18,8 +17,8 @@ import numpy as np
 import torch
 
 from dnnlib import UserError
-from torch_utils import architecture, foreign, persistence, torchfile, torchscript
-from torch_utils.foreign import ForeignPickleError
+from torch_utils.files import architecture, persistence, pickles, torchfile, torchscript
+from torch_utils.files.pickles import ForeignPickleError
 
 SNAPSHOT_FORMAT = 'diffusion-snapshot-1'
 STATISTICS_FORMAT = 'feature-statistics-1'
@@ -92,7 +91,7 @@ def _folder(path) -> Found:
 
 
 def _file(path, weights) -> Found:
-    data = foreign.map_file(path)
+    data = pickles.map_file(path)
     head = bytes(data[:512])
     if head[:4] in (b'PK\3\4', b'PK\5\6'):
         return _zip(path, data, weights)
@@ -185,8 +184,8 @@ def _snapshot(path, kind, content) -> Found:
     for key in ('encoder', 'dataset', 'recipe'):
         if not isinstance(content.get(key), dict):
             raise ForeignPickleError(f'it is a network snapshot without its part {key}')
-        foreign.check_plain(content[key], f'its part {key}')
-    foreign.check_plain(network, 'its part network')
+        pickles.check_plain(content[key], f'its part {key}')
+    pickles.check_plain(network, 'its part network')
     nimg, std = content.get('nimg', 0), content.get('ema_std')
     if type(nimg) is not int or not isinstance(std, int | float | None):
         raise ForeignPickleError('it is a network snapshot with a malformed nimg or ema_std')
@@ -197,7 +196,7 @@ def _snapshot(path, kind, content) -> Found:
 def _safetensors(path, weights, description) -> Found:
     """Weights in safetensors; with a description in JSON beside them they are a network of this project."""
     import safetensors.torch
-    if int.from_bytes(foreign.map_file(weights)[:8], 'little') > MAX_JSON:
+    if int.from_bytes(pickles.map_file(weights)[:8], 'little') > MAX_JSON:
         raise ForeignPickleError('its header is too large')
     try:
         state = safetensors.torch.load_file(weights)
@@ -205,7 +204,7 @@ def _safetensors(path, weights, description) -> Found:
         raise ForeignPickleError(f'its weights are damaged ({" ".join(str(error).split())[:100]})') from None
     if not os.path.isfile(description):
         return _weights(path, state, None, {})
-    data = foreign.map_file(description)
+    data = pickles.map_file(description)
     if len(data) > MAX_JSON:
         raise ForeignPickleError(f'its description {os.path.basename(description)} is too large')
     try:
@@ -229,7 +228,7 @@ def _pickle(path, data) -> Found:
     if persistence.is_network(content):
         ema = content['ema']
         return Found(path, 'edm', content, persistence.state_dict(ema, len(data)))
-    if isinstance(content, dict) and isinstance(content.get('data'), foreign.NumpyArray) \
+    if isinstance(content, dict) and isinstance(content.get('data'), pickles.NumpyArray) \
             and ({'labels', 'fine_labels'} & content.keys()):
         array = content['data'].array()
         return Found(path, 'cifar', content, facts=dict(images=len(array), array=f'{array.dtype} {list(array.shape)}'))
@@ -242,10 +241,10 @@ def _pickle(path, data) -> Found:
 
 def _arrays(value):
     """Arrays of a pickle (or of the dictionary that it is) as NumPy arrays."""
-    if isinstance(value, foreign.NumpyArray):
+    if isinstance(value, pickles.NumpyArray):
         return value.array()
     if isinstance(value, dict):
-        return {key: item.array() if isinstance(item, foreign.NumpyArray) else item for key, item in value.items()}
+        return {key: item.array() if isinstance(item, pickles.NumpyArray) else item for key, item in value.items()}
     return value
 
 
@@ -358,24 +357,3 @@ def network_of(found: Found, options: dict | None = None):
         made = architecture.infer(found.state, options)
         return made.class_name, made.kwargs | (made.diffusion or {}), made.assumed
     return None
-
-
-def main(arguments=None) -> int:
-    """Prints what is in the files that the command line names; 1 if one of them is refused."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ('-h', '--help'):
-        print('Usage: python -m torch_utils.foreign FILE ...\n\nPrints what is in files of networks, weights, statistics and '
-              'images. Nothing from them is run.')
-        return 0 if arguments else 2
-    for path in arguments:
-        try:
-            lines = describe(identify(path))
-        except (UserError, ForeignPickleError) as error:
-            message = str(error) if isinstance(error, UserError) else f'{path}: {error}'
-            print(f'Error: {message}', file=sys.stderr)
-            return 1
-        print(path)
-        for key, value in lines.items():
-            print(f'  {key:14} {value}')
-    return 0
-

@@ -6,7 +6,7 @@ the published models have it, and reported, so that users can say otherwise.
 
 import dataclasses
 
-from torch_utils.foreign import ForeignPickleError
+from torch_utils.files.pickles import ForeignPickleError
 
 # Widths of the levels of guided diffusion in base widths -> image size.
 _SIZE_OF_MULT = {(1, 2, 2, 2): 32, (1, 2, 3, 4): 64, (1, 1, 2, 3, 4): 128, (1, 1, 2, 2, 4, 4): 256,

@@ -8,7 +8,7 @@ import dataclasses
 
 import torch
 
-from torch_utils import foreign, torchfile
+from torch_utils.files import pickles, torchfile
 
 MAX_PARTS, MAX_DEPTH = 100_000, 32  # of a network
 
@@ -23,10 +23,10 @@ class Persistent:
     @property
     def kwargs(self) -> dict:
         """Keyword arguments that it was constructed with. Raises ForeignPickleError unless they are plain values."""
-        return foreign.check_plain(plain(self.state.get('_init_kwargs') or {}), 'its list of arguments')
+        return pickles.check_plain(plain(self.state.get('_init_kwargs') or {}), 'its list of arguments')
 
 
-class _Module(foreign.StandIn):
+class _Module(pickles.StandIn):
     """Stand-in for a plain torch module: its attributes."""
 
     state = None
@@ -37,7 +37,7 @@ class _Module(foreign.StandIn):
 
 def _reconstruct(meta):
     if not isinstance(meta, dict) or meta.get('type') != 'class' or not isinstance(meta.get('state'), dict):
-        raise foreign.ForeignPickleError('it holds a malformed persistent object')
+        raise pickles.ForeignPickleError('it holds a malformed persistent object')
     return Persistent(str(meta.get('class_name'))[:100], meta['state'])
 
 
@@ -45,16 +45,16 @@ def plain(value):
     """Values of a dictionary with those that are arrays as lists."""
     if not isinstance(value, dict):
         return value
-    return {key: item.array().tolist() if isinstance(item, foreign.NumpyArray) else item for key, item in value.items()}
+    return {key: item.array().tolist() if isinstance(item, pickles.NumpyArray) else item for key, item in value.items()}
 
 
-_ALLOWED = foreign.NUMPY_ARRAYS | torchfile.TENSORS | {
+_ALLOWED = pickles.NUMPY_ARRAYS | torchfile.TENSORS | {
     ('torch_utils.persistence', '_reconstruct_persistent_obj'): _reconstruct,
     ('dnnlib.util', 'EasyDict'): lambda: {},
 } | {('torch.nn.modules.container', name): _Module for name in ('ModuleDict', 'ModuleList', 'Sequential')}
 
 
-class _Unpickler(foreign.RestrictedUnpickler):
+class _Unpickler(pickles.RestrictedUnpickler):
     """Reads storages as well, which together must not be larger than the file: one can be opened again and again."""
 
     stored = 0
@@ -65,12 +65,12 @@ class _Unpickler(foreign.RestrictedUnpickler):
     def _storage(self, data):
         self.stored += len(data)
         if self.stored > len(self.data):
-            raise foreign.ForeignPickleError('its tensors are larger than the file')
+            raise pickles.ForeignPickleError('its tensors are larger than the file')
         return torchfile.read_storage(data)
 
 
 def load(data, encoding='utf-8'):
-    """The object in a pickle that may hold networks of EDM and EDM2, or arrays; `encoding` as for `foreign.load`."""
+    """The object in a pickle that may hold networks of EDM and EDM2, or arrays; `encoding` as for `pickles.load`."""
     return _Unpickler(data, _ALLOWED, encoding).load()
 
 
@@ -87,10 +87,10 @@ def state_dict(obj, file_size: int) -> dict[str, torch.Tensor]:
 def _walk(obj, prefix, depth, count):
     state = getattr(obj, 'state', None)
     if not isinstance(state, dict):
-        raise foreign.ForeignPickleError(f'its part {prefix[:100] or "ema"!r} is no module')
+        raise pickles.ForeignPickleError(f'its part {prefix[:100] or "ema"!r} is no module')
     count[0] += 1
     if depth > MAX_DEPTH or count[0] > MAX_PARTS:
-        raise foreign.ForeignPickleError('its modules are nested without end')
+        raise pickles.ForeignPickleError('its modules are nested without end')
     for kind in ('_parameters', '_buffers'):
         for name, value in _items(state, kind):
             if isinstance(value, torch.Tensor):
@@ -103,5 +103,5 @@ def _walk(obj, prefix, depth, count):
 def _items(state, kind):
     table = state.get(kind) or {}
     if not isinstance(table, dict) or not all(isinstance(name, str) for name in table):
-        raise foreign.ForeignPickleError(f'its {kind} are malformed')
+        raise pickles.ForeignPickleError(f'its {kind} are malformed')
     return table.items()

@@ -1,0 +1,1 @@
+"""Files: what they are, and reading them without running anything that they hold."""
