@@ -14,10 +14,11 @@ from generate_images import main as generate_images_command
 from generate_images import preset_options
 from metrics import compute, reference
 from metrics import images as image_files
-from metrics.copies import find_copies
+from metrics.memorization import find_copies
 from torch_utils import distributed as dist
 from training.data.archive import check_parent
 from training.data.dataset import ImageDataset, class_index
+from training.data.images import open_images
 from training.encoders import make_encoder
 from training.generate import generate_images
 from training.snapshot import load_denoiser
@@ -134,7 +135,7 @@ def ref(data, dest, metrics, inception, dinov2, num, features, class_, seed, bat
     reference.check_destination(dest)
     if metrics and not any(compute.needs(metrics).values()):
         raise UserError(f'--metrics={",".join(metrics)} needs no reference; give some of {",".join(compute.SPACES)}')
-    images = image_files.open_images(data)
+    images = open_images(data)
     metrics, detectors = make_detectors(metrics, inception, dinov2)
     # Precision and recall of a space come with its Gaussian: the same pass finds it, and it says what the features are.
     wanted = compute.needs(metrics)
@@ -165,7 +166,7 @@ def calc(images, num, class_, seed, **opts):
     python calculate_metrics.py calc --images=out --class=171 --ref=heldout.zip --ref-class=171 --metrics=fd_pixels
     """
     dist.init()
-    opened = image_files.open_images(images)
+    opened = open_images(images)
     indices = image_files.select(opened, 50000 if num is None else num, seed, class_)
     if num and len(indices) < num:
         raise UserError(f'--num={num}: {images} has only {len(indices)} images{f" of class {class_}" if class_ else ""}')
@@ -235,7 +236,7 @@ def memorization(preset, net, gnet, sha256, gnet_sha256, guidance, model_url, cl
                                          batch, sampler, progress=True)
         batches = ((part.seeds, part.images) for part in made)
     else:
-        opened = image_files.open_images(images)
+        opened = open_images(images)
         indices = image_files.select(opened, num, seed, class_)
         what = dict(images=images, class_name=class_, seed=seed)
         batches = ((indices[part[0].numpy()], part[1]) for part in image_files.read_batches(opened, indices, batch, workers))
@@ -325,8 +326,8 @@ def measure_and_report(batches, count, what, *, metrics, inception, dinov2, ref,
         known = reference.Reference(ref, images=known.images)  # its statistics are those of all classes
     metrics, detectors = make_detectors(metrics, inception, dinov2, known)
     rules = compute.PROTOCOLS[protocol]
-    known = compute.complete_reference(known, metrics, detectors, class_name=ref_class, batch=batch, workers=workers,
-                                       keep_num=50000, seed=seed)
+    known = compute.complete_reference(known, metrics, detectors, open_images, class_name=ref_class, batch=batch,
+                                       workers=workers, keep_num=50000, seed=seed)
     measured = compute.measure(batches, count, detectors, **compute.needs(metrics),
                                protocol=rules if 'is' in metrics else None)
     if dist.get_rank() == 0:

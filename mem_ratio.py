@@ -10,7 +10,7 @@ from calculate_metrics import open_training_set
 from dnnlib import UserError, cli, pictures, util
 from generate_images import OutputFolder
 from generate_images import main as generate_images_command
-from metrics.copies import find_copies
+from metrics.memorization import find_copies
 from torch_utils import distributed as dist
 from training import runs
 from training.data.archive import check_parent

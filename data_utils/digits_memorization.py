@@ -25,7 +25,7 @@ import tqdm
 import train
 from data_utils import common
 from dnnlib import UserError, cli, util
-from metrics.copies import find_copies
+from metrics.memorization import find_copies
 from simulations import plotting
 from torch_utils import distributed, parallel
 from training import snapshot

@@ -28,9 +28,10 @@ import numpy as np
 
 from distillation import common
 from dnnlib import UserError, cli, pictures, util
-from metrics import compute, frechet, images
+from metrics import compute, frechet
 from metrics.recognition import Recognizer
 from torch_utils import distributed, parallel
+from training.data.images import open_images
 
 SCRIPTS = ROOT / 'distillation' / 'scripts'
 YAML = ROOT / 'distillation' / 'yaml' / 'digits_8'
@@ -230,14 +231,14 @@ def controls(pixels, labels, seed: int) -> dict:
 
 def measure(study: Study) -> list[dict]:
     """A row for each model, in the order of the table."""
-    real = images.open_images(study.path('digits.zip'))
+    real = open_images(study.path('digits.zip'))
     pixels, reference = real.images(np.arange(len(real))), gaussian(real)
     recognizer, times = Recognizer(pixels, real.label_ids), read_times(study)
     rows = []
     origins = ['real digits', *["teacher's steps"] * len(study.rhos), "teacher's samples", 'real digits']
     rhos = ['', *study.rhos, '', '']
     for name, origin, rho in zip(['teacher', *study.students], origins, rhos, strict=True):
-        made = images.open_images(study.samples_of(name))
+        made = open_images(study.samples_of(name))
         found, shown = gaussian(made), made.images(np.arange(len(made)))
         network = common.build(common.read_network(str(TEACHER if name == 'teacher' else BASELINE)))
         weights = study.teacher if name == 'teacher' else study.student(name)
@@ -281,7 +282,7 @@ def save_grid(study: Study, path: str):
     """A row of real digits, and one of each model's first samples."""
     files = {'real digits': study.path('digits.zip')}
     files |= {name: study.samples_of(name) for name in ['teacher', *study.students]}
-    tiles = [images.open_images(file).images(np.arange(GRID_COLUMNS)) for file in files.values()]
+    tiles = [open_images(file).images(np.arange(GRID_COLUMNS)) for file in files.values()]
     pictures.save_image_grid(path, np.concatenate(tiles), GRID_COLUMNS, list(files))
 
 

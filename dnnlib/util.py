@@ -7,6 +7,8 @@ import re
 import shutil
 import tempfile
 
+import numpy as np
+
 
 class UserError(Exception):
     """An error that the user can mend: one line that names the field or the file and says what to do.
@@ -131,6 +133,15 @@ def format_time(seconds: float) -> str:
     if s < 86400:
         return f'{s // 3600}h {s // 60 % 60:02d}m'
     return f'{s // 86400}d {s // 3600 % 24:02d}h'
+
+
+def subset(n: int, max_size: int, seed: int) -> np.ndarray:
+    """Sorted random choice of `max_size` of 0..n-1 (int64): the rule that EDM and EDM2 use for size limits."""
+    order = np.arange(n, dtype=np.int64)
+    if n > max_size:
+        np.random.RandomState(seed % (1 << 31)).shuffle(order)
+        order = np.sort(order[:max_size])
+    return order
 
 
 def core_count() -> int:

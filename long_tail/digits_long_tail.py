@@ -27,10 +27,10 @@ import tqdm
 
 from dnnlib import UserError, cli, pictures, util
 from long_tail import datasets, main, make_stats
-from metrics import images
 from simulations import plotting
 from torch_utils import distributed, parallel
 from training import step_checkpoints
+from training.data.images import NpzImages
 from training.encoders import RGBEncoder
 from training.snapshot import load_snapshot
 
@@ -315,7 +315,7 @@ def sample_grid(study: Study, seed: int, omegas) -> dict:
     data = datasets.open_data('digitslt', '', imb_factor=0.05)
     shown = {'training images': (data.images(np.arange(len(data))), data.label_ids)}
     for method, omega in omegas.items():
-        made = images.NpzImages(study.result(Model(method, seed), omega, '.npz'))
+        made = NpzImages(study.result(Model(method, seed), omega, '.npz'))
         shown[METHODS[method]] = made.images(np.arange(len(made))), made.label_ids
     grids = {}
     for title, (pixels, labels) in shown.items():

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 
 from dnnlib import UserError, pictures, util
-from metrics import classwise, compute
-from metrics.images import NpzImages
+from long_tail import classwise
+from metrics import compute
 from metrics.recognition import Recognizer
 from torch_utils import distributed as dist
+from training.data.images import NpzImages
 from training.diffusion.class_balancing import cbdm_sampler
 from training.encoders import RGBEncoder
 from training.generate import generate_images
@@ -104,7 +105,7 @@ class Evaluator:
         return os.path.join(self.folder, '_'.join(parts) + suffix)
 
     def __call__(self, net, step: int) -> dict:
-        """Results as of `metrics.classwise.evaluate` (empty but on the first process), which are printed and saved too."""
+        """Results as of `classwise.evaluate` (empty but on the first process), which are printed and saved too."""
         images = self._samples(net, step)
         made = classwise.extract(images, self.detectors, self.flags['detector'], self.flags['batch_size'],
                                  probs=self.flags['detector'] == 'inception')

@@ -11,11 +11,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from dnnlib import UserError, cli
-from long_tail import datasets
+from dnnlib.util import subset
+from long_tail import classwise, datasets
 from long_tail.evaluation import DETECTOR_NAMES
-from metrics import classwise, compute
+from metrics import compute
 from torch_utils import distributed as dist
-from training.data.dataset import subset
 
 
 def balanced(labels, num: int) -> np.ndarray:

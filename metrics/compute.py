@@ -10,6 +10,7 @@ import torch
 import tqdm
 
 from dnnlib import UserError
+from dnnlib.util import subset
 from metrics import images as image_files
 from metrics.detectors import DETECTORS
 from metrics.frechet import frechet_distance
@@ -169,7 +170,7 @@ def measure_images(images, detectors: Detectors, *, num=None, seed=0, class_name
                    keep_num=None, **what) -> Measured:
     """`measure` for `images` (see `metrics.images`): those of a class, a random `num` of them, features of `keep_num`."""
     indices = image_files.select(images, num, seed, class_name)
-    keep = image_files.subset(len(indices), keep_num, seed) if keep_num is not None else None
+    keep = subset(len(indices), keep_num, seed) if keep_num is not None else None
     batches = image_files.read_batches(images, indices, batch, workers)
     return measure(batches, len(indices), detectors, keep=keep, **what)
 
@@ -196,15 +197,17 @@ def missing_in(reference: Reference, metrics) -> dict:
     return missing
 
 
-def complete_reference(reference: Reference, metrics, detectors: Detectors, **options) -> Reference:
+def complete_reference(reference: Reference, metrics, detectors: Detectors, open_images, **options) -> Reference:
     """The reference with all that the metrics need, measured from its images where its statistics lack it.
 
-    `options` go to `measure_images`. Raises UserError if something is missing and there are no images.
+    `open_images(path)` opens them; `options` go to `measure_images`.
+
+    Raises UserError if something is missing and there are no images.
     """
     missing = missing_in(reference, metrics)
     if not any(missing.values()):
         return reference
-    measured = measure_images(image_files.open_images(reference.images), detectors, **missing, **options)
+    measured = measure_images(open_images(reference.images), detectors, **missing, **options)
     return dataclasses.replace(reference, gaussians=reference.gaussians | measured.gaussians,
                                features=reference.features | measured.features, labels=measured.labels)
 

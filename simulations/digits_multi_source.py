@@ -29,6 +29,7 @@ from simulations import plotting, tables
 from torch_utils import distributed, parallel
 from training import snapshot
 from training.data import convert, sources
+from training.data.images import open_images
 from training.generate import generate_images
 
 # Similar classes first: the three whose mean images are the closest, then always the one closest to those before it
@@ -186,7 +187,7 @@ def gaussian_of(opened, digit: int) -> statistics.Gaussian:
 
 def distance(path: str, digit: int, reference: statistics.Gaussian) -> float:
     """Frechet distance of the images of one digit in a file to a reference."""
-    found = gaussian_of(images.open_images(path), digit)
+    found = gaussian_of(open_images(path), digit)
     return frechet.frechet_distance(found.mu, found.sigma, reference.mu, reference.sigma)
 
 
@@ -195,7 +196,7 @@ def measure(study: Study, model: Model) -> list[dict]:
     held-out digits."""
     rows = []
     for digit in model.measured:
-        reference = gaussian_of(images.open_images(study.held_out(model.seed)), digit)
+        reference = gaussian_of(open_images(study.held_out(model.seed)), digit)
         rows.append({
             'seed': model.seed, 'n': model.n, 'sources': len(model.classes), 'class': digit,
             'fd': distance(study.samples_file(model), digit, reference),
@@ -293,7 +294,7 @@ def save_sample_grid(study: Study, models: list[Model], n: int, path: str):
         files = [('data', study.data(mine[0]))]
         files += [(len(model.classes), study.samples_file(model)) for model in mine]
         for title, file in files:
-            opened = images.open_images(file)
+            opened = open_images(file)
             row = opened.images(images.select(opened, class_name=digit)[:GRID_COLUMNS])
             blank = np.full((GRID_COLUMNS - len(row), *row.shape[1:]), 255, np.uint8)
             tiles += [row, blank]

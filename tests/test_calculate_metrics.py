@@ -9,10 +9,11 @@ import pytest
 import torch
 from helpers import fails, run, script_module, write_digits
 
+from dnnlib.util import subset
 from metrics.frechet import frechet_distance
 from metrics.inception import InceptionV3
 from metrics.reference import load_reference
-from training.data.dataset import ImageDataset, subset
+from training.data.dataset import ImageDataset
 from training.encoders import RGBEncoder
 from training.generate import generate_images
 from training.networks import build_network

@@ -20,11 +20,12 @@ from helpers import ROOT, write_digits
 
 from dnnlib import UserError, image_io
 from dnnlib.image_io import BadImage, decode_image, decode_pngs, encode_png
+from dnnlib.util import subset
 from torch_utils.files import pickles
 from torch_utils.random import tuple_seed
 from training.data import archive, imagenet, report
 from training.data.archive import ArchiveReader, ArchiveWriter, image_name, latent_name
-from training.data.dataset import ImageDataset, class_index, subset
+from training.data.dataset import ImageDataset, class_index
 from training.data.sampler import EpochShuffle, WindowShuffle
 from training.data.transforms import make_transform
 

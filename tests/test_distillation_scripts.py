@@ -23,8 +23,8 @@ from distillation.cache import CacheFile
 from distillation.dkdm import SOURCES, Preparation
 from distillation.sample_shards import SampleShards
 from dnnlib import UserError
-from metrics.images import NpzImages
 from training import loop
+from training.data.images import NpzImages
 from training.data.selection import mixture
 from training.ema import ConstantEMA
 from training.loss_scale import DynamicLossScale

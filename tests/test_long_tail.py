@@ -18,12 +18,11 @@ import torch
 from helpers import ROOT, command, environment, fails, run, script_module, write_digits
 
 from dnnlib import UserError
-from long_tail import datasets, imbalance
-from metrics import classwise
+from long_tail import classwise, datasets, imbalance
 from metrics.frechet import frechet_distance, frechet_distance_torch
-from metrics.images import NpzImages
 from torch_utils import distributed
 from training import step_checkpoints
+from training.data.images import NpzImages
 from training.snapshot import load_snapshot, read_state
 
 MAIN = 'long_tail/main.py'

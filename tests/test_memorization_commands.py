@@ -10,7 +10,7 @@ import pytest
 from helpers import fails, run, script_module, write_digits
 
 from dnnlib.image_io import encode_png
-from metrics.copies import find_copies
+from metrics.memorization import find_copies
 from training.data.archive import ArchiveWriter, image_name
 from training.data.dataset import ImageDataset
 from training.encoders import RGBEncoder

@@ -16,12 +16,14 @@ import torch
 from torch.nn import functional as F
 
 from dnnlib import UserError, url
+from dnnlib.util import subset
 from metrics import compute, detectors, inception_score, neighbors, precision_recall, reference
 from metrics import images as image_files
 from metrics.frechet import frechet_distance
 from metrics.inception import InceptionV3
 from metrics.reference import Reference
 from metrics.statistics import FeatureSums, Gaussian
+from training.data.images import open_images
 
 
 def one_line(error) -> str:
@@ -331,7 +333,7 @@ def test_npz_images(save, tmp_path):
     pixels = np.random.RandomState(0).randint(256, size=(9, 5, 5, 3), dtype=np.uint8)
     path = str(tmp_path / 'samples.npz')
     save(path, pixels, np.array([0, 1, 2] * 3))
-    images = image_files.open_images(path)
+    images = open_images(path)
     np.testing.assert_array_equal(images.images([7, 2]), pixels[[7, 2]].transpose(0, 3, 1, 2))
     assert image_files.select(images, class_name='1').tolist() == [1, 4, 7]
     parts = list(image_files.read_batches(images, np.array([1, 4, 7, 8, 0]), batch=2))
@@ -346,7 +348,7 @@ def test_npz_images(save, tmp_path):
 def test_npz_that_holds_no_images_is_refused(arrays, message, tmp_path):
     np.savez(tmp_path / 'x.npz', **arrays)
     with pytest.raises(UserError, match=message) as error:
-        image_files.open_images(str(tmp_path / 'x.npz'))
+        open_images(str(tmp_path / 'x.npz'))
     one_line(error)
 
 
@@ -436,8 +438,8 @@ def test_every_metric_is_computed_from_what_it_names(tmp_path, weights):
     features = [net(x, ('pool3', 'spatial', 'softmax')) for x in (pixels[7:], pixels[:7])]
 
     rules = compute.PROTOCOLS['cbdm']
-    ref = compute.complete_reference(reference.load_reference(str(tmp_path / 'ref.npz')), metrics, found, batch=7)
-    images = image_files.open_images(str(tmp_path / 'gen.npz'))
+    ref = compute.complete_reference(reference.load_reference(str(tmp_path / 'ref.npz')), metrics, found, open_images, batch=7)
+    images = open_images(str(tmp_path / 'gen.npz'))
     measured = compute.measure_images(images, found, batch=5, protocol=rules, **compute.needs(metrics))
     results = compute.evaluate(metrics, measured, ref, rules)
 
@@ -460,10 +462,10 @@ def test_every_metric_is_computed_from_what_it_names(tmp_path, weights):
 def test_features_are_kept_in_order_and_no_more_than_asked(tmp_path):
     pixels = np.random.RandomState(0).randint(256, size=(20, 2, 2, 3), dtype=np.uint8)
     np.savez(tmp_path / 'x.npz', pixels)
-    images = image_files.open_images(str(tmp_path / 'x.npz'))
+    images = open_images(str(tmp_path / 'x.npz'))
     measured = compute.measure_images(images, compute.Detectors(device='cpu'), batch=3, keep_num=6, spaces=['fd_pixels'],
                                       features=['fd_pixels'])
-    kept = image_files.subset(20, 6, 0)
+    kept = subset(20, 6, 0)
     np.testing.assert_array_equal(measured.features['fd_pixels'], pixels[kept].transpose(0, 3, 1, 2).reshape(6, 12))
     np.testing.assert_allclose(measured.gaussians['fd_pixels'].mu, pixels.transpose(0, 3, 1, 2).reshape(20, 12).mean(0))
 

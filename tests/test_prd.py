@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dnnlib import UserError
-from metrics.prd import prd_from_features, prd_from_histograms
+from long_tail.prd import prd_from_features, prd_from_histograms
 
 
 @pytest.mark.parametrize('case', golden_cases.cases('math', 'prd_histogram*'), ids=str)

@@ -18,8 +18,8 @@ from sklearn.datasets import load_digits
 from distillation import digits_distillation as study_module
 from distillation.cache import CacheFile
 from distillation.common import read_experiment, read_network
-from metrics.images import open_images
 from metrics.recognition import Recognizer
+from training.data.images import open_images
 
 SCRIPT = 'distillation/digits_distillation.py'
 TINY = ['--teacher-steps=3', '--student-steps=2', '--teacher-samples=16', '--samples=16', '--batch=4', '--jobs=1']

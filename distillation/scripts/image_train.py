@@ -11,10 +11,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from distillation import common, fitting
 from dnnlib import UserError, cli
-from metrics.images import NpzImages, is_npz_of_images
 from torch_utils import distributed as dist
 from training.data.batches import DatasetBatches
 from training.data.dataset import ImageDataset
+from training.data.images import NpzImages, is_npz_of_images
 from training.diffusion.losses import DDPMLoss
 from training.encoders import make_encoder
 

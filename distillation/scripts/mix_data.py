@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from dnnlib import UserError, cli
 from dnnlib.image_io import encode_png
-from metrics.images import open_images
 from training.data.archive import ArchiveWriter
+from training.data.images import open_images
 from training.data.selection import mixture
 
 

@@ -6,7 +6,7 @@ import os
 import numpy as np
 
 from dnnlib.image_io import BadImage, decode_image, is_image_name
-from dnnlib.util import UserError
+from dnnlib.util import UserError, subset
 from training.data.archive import ArchiveReader, labels_of
 
 CACHE_BYTES = 2 << 30
@@ -256,15 +256,6 @@ def _decode_npy(data: bytes) -> np.ndarray:
     if array.ndim != 3 or array.dtype.kind != 'f':
         raise BadImage(f'{array.dtype} array of shape {list(array.shape)} instead of float32 [C,H,W]')
     return array.astype(np.float32)
-
-
-def subset(n: int, max_size: int, seed: int) -> np.ndarray:
-    """Sorted random choice of `max_size` of 0..n-1 (int64): EDM's and EDM2's rule for size limits."""
-    order = np.arange(n, dtype=np.int64)
-    if n > max_size:
-        np.random.RandomState(seed % (1 << 31)).shuffle(order)
-        order = np.sort(order[:max_size])
-    return order
 
 
 def class_index(description: dict, text) -> int:

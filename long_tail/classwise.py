@@ -11,9 +11,9 @@ import torch
 import tqdm
 
 from dnnlib import UserError
-from dnnlib.util import atomic_path
+from dnnlib.util import atomic_path, subset
+from long_tail import prd
 from metrics import images as image_files
-from metrics import prd
 from metrics.compute import PROTOCOLS, SPACES, Detectors
 from metrics.frechet import frechet_distance, frechet_distance_torch
 from metrics.inception_score import inception_score
@@ -194,7 +194,7 @@ class Evaluation:
     def _prd(made, real, clusters):
         """F_8 (recall) and F_1/8 (precision) of equal numbers of images; clusters are not more than these."""
         num = min(len(made), len(real))
-        made, real = (x.features[image_files.subset(len(x), num, seed=0)].numpy() for x in (made, real))
+        made, real = (x.features[subset(len(x), num, seed=0)].numpy() for x in (made, real))
         f8, f1_8 = prd.prd_from_features(made, real, min(clusters, num)).max_f(8)
         return {'prd_f8': f8, 'prd_f1_8': f1_8}
 
