@@ -1,8 +1,10 @@
 """Small models trained side by side, each on one core."""
 
-import concurrent.futures
+import collections
+import contextlib
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.pool
 import os
 import signal
 import threading
@@ -10,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
+from dnnlib import UserError
 from dnnlib.util import core_count
 
 
@@ -20,40 +23,108 @@ def default_jobs() -> int:
     return min(core_count(), 8)
 
 
+@contextlib.contextmanager
+def sigterm_interrupts():
+    """In the block SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run_side_by_side(function: Callable, items: Iterable, jobs: int) -> Iterator:
     """Calls function(item) for all items, `jobs` at a time, and yields each item when it is done.
 
-    Networks that are too small for threads train faster like this: in processes of one thread. `function` and the items must
-    be picklable. With one job, or one item, everything happens in this process.
+    Networks that are too small for threads train faster like this: in processes of one thread.
+    `function` and the items must be picklable. With one job, or one item, everything happens in
+    this process.
 
-    SIGTERM raises KeyboardInterrupt here. However this process ends, the others get SIGTERM, upon which training saves a
-    checkpoint and stops.
+    SIGTERM raises KeyboardInterrupt here and in `function`. When an item fails or this process is
+    stopped, the others get SIGTERM, upon which training saves a checkpoint and stops; no item is
+    begun any more, and this function returns when all processes have ended. They also end if this
+    process is killed. Raises what `function` raised, and UserError if a process was killed.
     """
     items = list(items)
-    if jobs == 1 or len(items) <= 1:
-        for item in items:
-            function(item)
-            yield item
-        return
-    pool = concurrent.futures.ProcessPoolExecutor(min(jobs, len(items)), multiprocessing.get_context('spawn'), _start)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with sigterm_interrupts():
+        if jobs == 1 or len(items) <= 1:
+            for item in items:
+                function(item)
+                yield item
+        else:
+            yield from _run_in_processes(function, items, jobs)
+
+
+def _run_in_processes(function, items, jobs):
+    # A pipe for each process: a queue has locks, and a process that is stopped may hold one.
+    processes = {}                                             # connection: process
+    running = {}                                               # connection: item
+    waiting = collections.deque(items)
+
+    def begin(connection):
+        running[connection] = waiting.popleft()
+        connection.send(running[connection])
+
     try:
-        running = {pool.submit(function, item): item for item in items}
-        for future in concurrent.futures.as_completed(running):
-            future.result()
-            yield running[future]
+        for _ in range(min(jobs, len(items))):
+            begin(_start(function, processes))
+        while running:
+            connection = multiprocessing.connection.wait(list(running))[0]
+            _check(connection, processes[connection])
+            item = running.pop(connection)
+            if waiting:
+                begin(connection)
+            yield item
     except BaseException:
-        for process in multiprocessing.active_children():
+        for process in processes.values():
             process.terminate()
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
-        pool.shutdown(wait=True, cancel_futures=True)
+        for connection, process in processes.items():
+            connection.close()                                 # ends a process that waits for an item
+            process.join()
 
 
-def _start():
+def _start(function, processes):
+    context = multiprocessing.get_context('spawn')
+    connection, other = context.Pipe()
+    processes[connection] = context.Process(target=_work, args=(function, other))
+    # Ctrl-C reaches all processes of a terminal. This one alone takes it, and stops the others.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    processes[connection].start()
+    signal.signal(signal.SIGINT, before)
+    other.close()
+    return connection
+
+
+def _check(connection, process):
+    """Raises what an item raised; UserError if its process has died."""
+    try:
+        error = connection.recv()
+    except EOFError:
+        process.join()
+        raise UserError(f'a worker process was killed (exit code {process.exitcode}); is there '
+                        'enough memory? The same command goes on from here') from None
+    if error is not None:
+        raise error
+
+
+def _work(function, connection):
+    """What a process does: item after item, until the other end of the connection is closed."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     torch.set_num_threads(1)
     threading.Thread(target=_follow_parent, daemon=True).start()
+    with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
+        while True:
+            item = connection.recv()
+            try:
+                function(item)
+                error = None
+            except BaseException as raised:
+                error = multiprocessing.pool.ExceptionWithTraceback(raised, raised.__traceback__)
+            connection.send(error)
+            if error is not None:
+                return
 
 
 def _follow_parent():
