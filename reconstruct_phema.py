@@ -47,7 +47,8 @@ def reconstruct(indir, inprefix, outdir, outprefix, outstd, outkimg, batch):
             template.net.load_state_dict(state)
             paths.append(os.path.join(outdir or indir, f'{outprefix}-{last // 1000:07d}-{std:.3f}.pkl'))
             snapshot.save_snapshot(paths[-1], template.net, encoder=template.encoder, dataset=template.dataset,
-                                   recipe=template.recipe, nimg=last, ema_std=std)
+                                   recipe=template.recipe, nimg=last, ema_std=std,
+                                   sampler=template.sampler)
     return paths
 
 

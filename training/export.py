@@ -49,7 +49,7 @@ def _description(snapshot: Snapshot) -> dict:
     net = snapshot.net
     return dict(format=FORMAT, network=dict(class_name=net.class_name, kwargs=net.init_kwargs),
                 encoder=snapshot.encoder.config(), dataset=snapshot.dataset, recipe=snapshot.recipe,
-                nimg=int(snapshot.nimg), ema_std=snapshot.ema_std)
+                nimg=int(snapshot.nimg), ema_std=snapshot.ema_std, sampler=snapshot.sampler)
 
 
 def _weights(snapshot: Snapshot, dtype, prefix='') -> bytes:
@@ -63,7 +63,7 @@ def _weights(snapshot: Snapshot, dtype, prefix='') -> bytes:
 def save_pickle(dest: str, snapshot: Snapshot, dtype=torch.float32):
     """Writes a snapshot of this project."""
     save_snapshot(dest, snapshot.net, encoder=snapshot.encoder, dataset=snapshot.dataset, recipe=snapshot.recipe,
-                  nimg=snapshot.nimg, ema_std=snapshot.ema_std, dtype=dtype)
+                  nimg=snapshot.nimg, ema_std=snapshot.ema_std, sampler=snapshot.sampler, dtype=dtype)
 
 
 def save_safetensors(dest: str, snapshot: Snapshot, dtype=torch.float32):

@@ -2,8 +2,8 @@
 
 A snapshot is a dictionary of plain values written by `torch.save` and read with `weights_only=True`, so opening one
 never runs code from the file. Keys: `format`, `network` (class name and keyword arguments), `state` (parameters in half
-precision by default, buffers as they are), `encoder`, `dataset` (description of the training set), `recipe`, `nimg` and
-`ema_std`.
+precision by default, buffers as they are), `encoder`, `dataset` (description of the training set), `recipe`, `nimg`,
+`ema_std` and `sampler` (how it is sampled: name and options of a sampler, see training.diffusion.samplers).
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from torch_utils.files import architecture, persistence, torchfile
 from torch_utils.files.identify import SNAPSHOT_FORMAT, Found, identify
 from torch_utils.files.pickles import ForeignPickleError
 from training import encoders
+from training.diffusion.samplers import family_sampler
 from training.networks import check_arguments, rebuild_network
 
 FORMAT = SNAPSHOT_FORMAT
@@ -26,7 +27,10 @@ _VAE_SETTINGS = ('vae_name', 'raw_mean', 'raw_std', 'final_mean', 'final_std')
 
 @dataclasses.dataclass
 class Snapshot:
-    """A network ready to sample: `net` in eval mode, float32, gradients off; what it was trained on and how."""
+    """A network ready to sample: `net` in eval mode, float32, gradients off; what it was trained on and how.
+
+    `sampler` is a name with options; where none was stored, that of the network's family. None for classifiers.
+    """
 
     net: torch.nn.Module
     encoder: object
@@ -34,12 +38,19 @@ class Snapshot:
     recipe: dict = dataclasses.field(default_factory=dict)
     nimg: int = 0
     ema_std: float | None = None
+    sampler: dict | None = None
+
+    def __post_init__(self):
+        if self.sampler is None and hasattr(self.net, 'img_channels'):
+            self.sampler = family_sampler(self.net)
 
 
-def save_snapshot(path, net, *, encoder, dataset, recipe, nimg, ema_std=None, dtype=torch.float16):
+def save_snapshot(path, net, *, encoder, dataset, recipe, nimg, ema_std=None, sampler=None,
+                  dtype=torch.float16):
     """Writes a snapshot; `path` appears only when complete. `net` must come from `build_network`.
 
-    Parameters are stored as `dtype`, buffers (frequencies, filters, statistics) as they are.
+    Parameters are stored as `dtype`, buffers (frequencies, filters, statistics) as they are. `sampler` is the
+    recipe's (`{'name': 'edm', 'num_steps': 18, ...}`); None means that of the network's family.
     """
     parameters = {name for name, _ in net.named_parameters()}
     state = {name: (value.to(dtype) if name in parameters and value.is_floating_point() else value).detach().cpu()
@@ -48,7 +59,7 @@ def save_snapshot(path, net, *, encoder, dataset, recipe, nimg, ema_std=None, dt
         'format': FORMAT,
         'network': {'class_name': net.class_name, 'kwargs': net.init_kwargs},
         'state': state, 'encoder': encoder.config(), 'dataset': dataset, 'recipe': recipe,
-        'nimg': int(nimg), 'ema_std': ema_std,
+        'nimg': int(nimg), 'ema_std': ema_std, 'sampler': sampler,
     })
 
 
@@ -81,12 +92,16 @@ def restore(state: dict, path: str, device='cpu') -> Snapshot:
     """Builds the network and the encoder that a snapshot's dictionary describes."""
     weights = torchfile.state_of(state['state'], sys.maxsize)
     net = rebuild_network(state['network']['class_name'], state['network']['kwargs'], weights, path).to(device)
-    try:
-        check_arguments(state['encoder'])
-    except ValueError as error:
-        raise UserError(f'{path}: its encoder is malformed ({error})') from None
+    sampler = state.get('sampler')
+    for part, value in (('encoder', state['encoder']), ('sampler', sampler)):
+        try:
+            check_arguments(value)
+        except ValueError as error:
+            raise UserError(f'{path}: its {part} is malformed ({error})') from None
+    if not isinstance(sampler, dict | None) or sampler is not None and not isinstance(sampler.get('name'), str):
+        raise UserError(f'{path}: its sampler is malformed')
     return Snapshot(net, encoders.make_encoder(state['encoder']), state['dataset'], state['recipe'],
-                    state['nimg'], state['ema_std'])
+                    state['nimg'], state['ema_std'], sampler)
 
 
 def restore_foreign(found: Found, device='cpu') -> Snapshot:

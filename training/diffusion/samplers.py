@@ -12,6 +12,15 @@ from torch_utils.random import GlobalRandom
 from training.networks.edm import iddpm_levels
 
 
+# Class of network -> the sampler that it was published with; every other network is sampled as EDM's are.
+FAMILIES = {'Precond': 'edm2', 'DiscreteDenoiser': 'ddpm'}
+
+
+def family_sampler(net) -> dict:
+    """The sampler of a network whose snapshot names none."""
+    return {'name': FAMILIES.get(type(net).__name__, 'edm')}
+
+
 def edm_sigmas(num_steps, sigma_min, sigma_max, rho, dtype=torch.float32, device='cpu'):
     """Noise levels t_0 = sigma_max ... t_(N-1) = sigma_min without the final zero (arXiv 2206.00364, Eq. 5)."""
     i = torch.arange(num_steps, dtype=dtype, device=device)
