@@ -10,6 +10,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from training.diffusion.augment import rotation, scaling, translation
+
 # a0, a1: flips; a2: scale; a3: angle; a4, a5: direction and amount of the stretching; a6, a7: translation.
 _FLIP_X, _FLIP_Y, _SCALE, _ANGLE, _DIRECTION, _STRETCH, _MOVE_X, _MOVE_Y = range(8)
 
@@ -73,10 +75,12 @@ class ADAAugment:
         stretch = self.aniso ** a[:, _STRETCH]
         zoom = self.scale ** a[:, _SCALE]
         return functools.reduce(torch.matmul, [
-            _translation(torch.full_like(zoom, cx), torch.full_like(zoom, cy)),
-            _scaling((1 - 2 * a[:, _FLIP_X]) * zoom, (1 - 2 * a[:, _FLIP_Y]) * zoom),
-            _rotation(a[:, _DIRECTION] - a[:, _ANGLE]), _scaling(stretch, 1 / stretch), _rotation(-a[:, _DIRECTION]),
-            _translation(a[:, _MOVE_X] * width * self.trans - cx, a[:, _MOVE_Y] * height * self.trans - cy)])
+            translation(torch.full_like(zoom, cx), cy),
+            scaling((1 - 2 * a[:, _FLIP_X]) * zoom, (1 - 2 * a[:, _FLIP_Y]) * zoom),
+            rotation(a[:, _DIRECTION] - a[:, _ANGLE]),
+            scaling(stretch, 1 / stretch),
+            rotation(-a[:, _DIRECTION]),
+            translation(a[:, _MOVE_X] * width * self.trans - cx, a[:, _MOVE_Y] * height * self.trans - cy)])
 
     @staticmethod
     def conditions(a) -> torch.Tensor:
@@ -85,26 +89,6 @@ class ADAAugment:
         return torch.stack([
             a[:, _FLIP_X], a[:, _FLIP_Y], a[:, _SCALE], angle.cos() - 1, angle.sin(), stretch * direction.cos(),
             stretch * direction.sin(), a[:, _MOVE_X], a[:, _MOVE_Y]], dim=1)
-
-
-def _rows(xx, xy, x1, yx, yy, y1):
-    zero, one = torch.zeros_like(xx), torch.ones_like(xx)
-    return torch.stack([xx, xy, x1, yx, yy, y1, zero, zero, one], dim=1).reshape(-1, 3, 3)
-
-
-def _translation(x, y):
-    zero, one = torch.zeros_like(x), torch.ones_like(x)
-    return _rows(one, zero, x, zero, one, y)
-
-
-def _scaling(x, y):
-    zero = torch.zeros_like(x)
-    return _rows(x, zero, zero, zero, y, zero)
-
-
-def _rotation(angle):
-    zero, cos, sin = torch.zeros_like(angle), angle.cos(), angle.sin()
-    return _rows(cos, -sin, zero, sin, cos, zero)
 
 
 def _axis(q, size: int):

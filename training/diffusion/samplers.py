@@ -11,7 +11,6 @@ import torch
 from torch_utils.random import GlobalRandom
 from training.networks.edm import iddpm_levels
 
-
 # Class of network -> the sampler that it was published with; every other network is sampled as EDM's are.
 FAMILIES = {'Precond': 'edm2', 'DiscreteDenoiser': 'ddpm'}
 
