@@ -21,7 +21,8 @@ from dnnlib import UserError
 from dnnlib.url import download
 from dnnlib.util import atomic_path
 from metrics.statistics import Gaussian
-from torch_utils.files.identify import STATISTICS_FORMAT, NpzArrays, identify
+from torch_utils.files.identify import NpzArrays, identify
+from torch_utils.files.own import STATISTICS_FORMAT
 
 FORMAT = STATISTICS_FORMAT
 

@@ -9,9 +9,10 @@ from tqdm import tqdm
 
 from dnnlib import UserError
 from synthetic_data.adversarial import Attack, pgd
+from torch_utils.files.identify import identify
 from torch_utils.random import BlockRandomGenerator
 from training.networks.classifier import load_classifier
-from training.snapshot import FORMAT, load_snapshot, read_state
+from training.snapshot import load_snapshot
 
 
 def augment(images, random, pad: int, xflip: bool):
@@ -78,13 +79,12 @@ def open_classifier(path: str, model: str | None = None, num_classes: int | None
     `model` like wrn-28-10 is what it must be; None: whatever it is. It takes x [N,3,H,W] in [0, 1], and is in evaluation
     mode, without gradients. Raises UserError that names the file if it is something else, or has other classes.
     """
-    state = read_state(path)
-    if not isinstance(state, dict) or state.get('format') != FORMAT:
+    if identify(path).kind != 'snapshot':
         return load_classifier(path, model, num_classes).to(device)
     net = load_snapshot(path, device).net
-    if state['network']['class_name'] != 'WideResNet':
-        raise UserError(f'{path} holds a network {state["network"]["class_name"]}, which is no classifier')
-    name = state['network']['kwargs'].get('name', 'wrn-28-10')
+    if net.class_name != 'WideResNet':
+        raise UserError(f'{path} holds a network {net.class_name}, which is no classifier')
+    name = net.init_kwargs.get('name', 'wrn-28-10')
     if model is not None and name != model:
         raise UserError(f'{path} holds a {name}, not a {model}')
     if num_classes is not None and net.num_classes != num_classes:

@@ -540,6 +540,60 @@ def snapshot_network(path):
     torch.save(_snapshot(network={'class_name': 'os.system', 'kwargs': {}}), path)
 
 
+def _own(path, value, records=()):
+    """A zip that says that it is a snapshot of this project; `value` is the pickled state."""
+    torch_zip(path, b'\x80\x02' + dictionary(format=text('diffusion-snapshot-1'), state=value) + b'.', records)
+
+
+def old_name(module, attribute):
+    return f'c{module}\n{attribute}\n'.encode()
+
+
+def _own_tensor(count, size, stride):
+    return zip_tensor(count, size, stride).replace(name('torch._utils', '_rebuild_tensor_v2'),
+                                                   old_name('torch._utils', '_rebuild_tensor_v2'))
+
+
+@case('a snapshot with a bytearray of 2^40 bytes', NET)
+def snapshot_bytearray(path):
+    _own(path, old_name('__builtin__', 'bytearray') + b'(' + number(1 << 40) + b'tR')
+
+
+@case('a snapshot with a tensor of 10^10 numbers made by its class', NET)
+def snapshot_tensor_class(path):
+    _own(path, old_name('torch', 'FloatTensor') + b'(' + number(10**10) + b'tR')
+
+
+@case('a snapshot whose pickle calls os.system', NET)
+def snapshot_os_system(path):
+    _own(path, old_name('os', 'system') + b'(' + text(PWNED) + b'tR')
+
+
+@case('a snapshot with a shape of 10^12 numbers over a storage of four', NET)
+def snapshot_shape(path):
+    _own(path, dictionary(w=_own_tensor(4, [10**6, 10**6], [10**6, 1])), {'data/0': bytes(16)})
+
+
+@case('a snapshot whose storage is longer than its record', NET)
+def snapshot_storage(path):
+    _own(path, dictionary(w=_own_tensor(1 << 28, [1 << 28], [1])), {'data/0': bytes(16)})
+
+
+@case('a snapshot with a weight that expands 1000 times', NET)
+def snapshot_bomb(path):
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as z:
+        z.writestr('archive/data.pkl', b'\x80\x02' + dictionary(
+            format=text('diffusion-snapshot-1'), state=dictionary(w=_own_tensor(1 << 28, [1 << 28], [1]))) + b'.')
+        with z.open('archive/data/0', 'w', force_zip64=True) as file:
+            for _ in range(256):
+                file.write(bytes(1 << 22))
+
+
+@case('a snapshot with 100,000 tuples in each other in a set', NET)
+def snapshot_nested(path):
+    _own(path, old_name('__builtin__', 'set') + b'](' + b')' + b'\x85' * 100_000 + b'e\x85R')
+
+
 @case('a snapshot with a recipe of 2^40 entries (lists that hold each other)', CONVERT)
 def snapshot_recipe(path):
     import torch

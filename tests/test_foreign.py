@@ -21,6 +21,7 @@ from dnnlib import UserError
 from metrics import reference
 from torch_utils.files import architecture, pickles, torchfile
 from torch_utils.files.identify import KINDS, describe, identify
+from torch_utils.files.own import read_own
 from training import encoders
 from training.networks import build_network
 from training.networks.classifier import load_classifier
@@ -285,6 +286,57 @@ def test_files_of_torch_are_read_as_torch_reads_them(tmp_path, legacy):
             assert ours[key] == theirs[key]
     ours['a'].zero_()                                            # changes stay in memory
     assert torch.equal(torchfile.read(str(tmp_path / 'x'))['a'], value['a'])
+
+
+def test_own_files_are_read_as_torch_reads_them(tmp_path):
+    state = {'complex': torch.randn(3, dtype=torch.complex64), 'labels': torch.arange(4).to(torch.uint16),
+             'float8': torch.ones(4).to(torch.float8_e4m3fn), 'empty': torch.zeros(0, 2), 'half': torch.ones(2, 3).half().t(),
+             'rng': torch.get_rng_state(), 'set': {1, 2}, 'number': 1 + 2j, 'nested': [1, -2**40, None, (1, (2,))],
+             'bytes': b'raw', 'names': torch.nn.Linear(2, 2).state_dict()}
+    path = str(tmp_path / 'training-state-0000001.pt')
+    torch.save(state, path)
+    theirs, ours = torch.load(path, weights_only=True), read_own(path)
+    assert repr(ours) == repr(theirs) and list(ours) == list(state)
+    assert [getattr(value, 'dtype', None) for value in ours.values()] == [
+        getattr(value, 'dtype', None) for value in state.values()]
+    ours['complex'].zero_()                                      # changes stay in memory
+    assert torch.equal(read_own(path)['complex'], state['complex'])
+    for name in ('set', 'number'):                               # the reader of foreign files knows fewer containers
+        del state[name]
+    torch.save({'identity': {}, 'nimg': 1} | state, path)
+    assert identify(path).content['labels'].dtype == torch.uint16
+
+
+@pytest.mark.parametrize('write, read', [
+    (lambda path, net: save_snapshot(path, net, encoder=encoders.RGBEncoder(), dataset={}, recipe={}, nimg=0), load_snapshot),
+    (lambda path, net: torch.save({'net': net.state_dict()}, path), read_own)], ids=['snapshot', 'checkpoint'])
+def test_one_flipped_bit_of_a_weight_is_refused(tmp_path, write, read):
+    net = build_network('WideResNet', name='wrn-10-1')
+    path, weight = tmp_path / 'own.pkl', net.state_dict()['block1.layer.0.conv1.weight']
+    write(str(path), net)
+    data = bytearray(path.read_bytes())
+    for dtype in (torch.float16, torch.float32):
+        raw = weight.to(dtype).numpy().tobytes()
+        if raw in data:
+            data[data.index(raw) + 100] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r'own.pkl: .*data/\d+ has changed since it was written') as error:
+        read(str(path))
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('value, message', [
+    (bytearray(3), 'asks for __builtin__.bytearray'), ({(1, 2): 3}, 'strange keys'), ({((1,),)}, 'strange values'),
+    (hostile.Call(os.system, hostile.PWNED), 'asks for posix.system'), (torch.zeros(2).to_sparse(), 'not allowed')])
+def test_what_own_files_never_hold_is_refused(tmp_path, value, message):
+    torch.save({'format': 'diffusion-snapshot-1', 'x': value}, tmp_path / 'own')
+    for read in (read_own, identify):
+        with pytest.raises(UserError, match=f'own: .*{message}') as error:
+            read(str(tmp_path / 'own'))
+        assert '\n' not in str(error.value)
+    torch.save(torch.zeros(2), tmp_path / 'own', _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match='own: not a file that this project wrote'):
+        read_own(str(tmp_path / 'own'))
 
 
 def test_plain_values():

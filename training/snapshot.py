@@ -15,13 +15,15 @@ import torch
 from dnnlib import UserError, url
 from dnnlib.util import atomic_path
 from torch_utils.files import architecture, persistence, torchfile
-from torch_utils.files.identify import SNAPSHOT_FORMAT, Found, identify
+from torch_utils.files.identify import Found, identify
+from torch_utils.files.own import SNAPSHOT_FORMAT, read_own
 from torch_utils.files.pickles import ForeignPickleError
 from training import encoders
 from training.diffusion.samplers import family_sampler
 from training.networks import check_arguments, rebuild_network
 
 FORMAT = SNAPSHOT_FORMAT
+read_state = read_own
 _VAE_SETTINGS = ('vae_name', 'raw_mean', 'raw_std', 'final_mean', 'final_std')
 
 
@@ -67,17 +69,6 @@ def write_state(path, state: dict):
     """torch.save to a file that appears only when complete. Equal states give equal bytes."""
     with atomic_path(path) as temp, open(temp, 'wb') as file:
         torch.save(state, file)  # given a path, it would write the temporary name into the file
-
-
-def read_state(path: str) -> dict:
-    """A dictionary of plain tensors and containers from a file of `torch.save`; raises UserError for anything else."""
-    if not os.path.isfile(path):
-        raise UserError(f'{path}: no such file')
-    try:
-        # Weights are read when they are used.
-        return torchfile.read(path)
-    except ForeignPickleError as error:
-        raise UserError(f'{path}: not a file of plain tensors written by this project, or damaged ({error})') from None
 
 
 def read_snapshot(path: str) -> dict:

@@ -11,6 +11,7 @@ import re
 import torch
 
 from dnnlib import UserError
+from torch_utils.files.identify import identify
 from training.snapshot import FORMAT, read_state, write_state
 
 _NAME = re.compile(r'ckpt_(\d+)\.pt')
@@ -44,10 +45,10 @@ def load_average(path: str, net: torch.nn.Module):
 
     Raises UserError that names the file and the first tensor that does not fit.
     """
-    weights = read_state(path).get('ema_model')
-    if not isinstance(weights, dict) or not weights:
+    found = identify(path)
+    if found.weights != 'ema_model':
         raise UserError(f'{path} has no averaged weights (ema_model); give a ckpt_<step>.pt of the long-tail study')
-    weights = {name.removeprefix('module.'): value for name, value in weights.items()}
+    weights = found.state
     own = net.model.state_dict()
     wrong = ([f'{name} is missing' for name in own if name not in weights]
              + [f'{name} is not part of the network' for name in weights if name not in own]

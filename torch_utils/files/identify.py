@@ -16,12 +16,10 @@ import zlib
 import numpy as np
 import torch
 
-from dnnlib import UserError
-from torch_utils.files import architecture, persistence, pickles, torchfile, torchscript
+from torch_utils.files import architecture, own, persistence, pickles, torchfile, torchscript
+from torch_utils.files.own import SNAPSHOT_FORMAT, STATISTICS_FORMAT
 from torch_utils.files.pickles import ForeignPickleError
 
-SNAPSHOT_FORMAT = 'diffusion-snapshot-1'
-STATISTICS_FORMAT = 'feature-statistics-1'
 DESCRIPTION = 'snapshot.json'               # of a network in a folder; a .safetensors file has its own name with .json
 FOLDER_WEIGHTS = 'unet/diffusion_pytorch_model.safetensors'
 MAX_JSON = 16 << 20                         # bytes of a description
@@ -69,19 +67,12 @@ def identify(path: str, weights: str | None = None) -> Found:
     Nothing from it is run, and no part of it is written anywhere. Raises UserError with one line that names the file if it
     is damaged, hostile or of no known kind.
     """
-    try:
+    with pickles.errors_of(path):
         if not os.path.exists(path):
             raise ForeignPickleError('no such file')
         if os.path.isdir(path):
             return _folder(path)
         return _file(path, weights)
-    except ForeignPickleError as error:
-        raise UserError(f'{path}: {error}') from None
-    except UserError:
-        raise
-    except Exception as error:  # damaged files raise nearly anything, in zipfile, tarfile, NumPy and torch
-        reason = ' '.join(str(error).split())[:120]
-        raise UserError(f'{path}: it is damaged ({type(error).__name__}: {reason})') from None
 
 
 def _folder(path) -> Found:
@@ -124,7 +115,7 @@ def _zip(path, data, weights) -> Found:
     if torchscript.is_torchscript(path):
         return Found(path, 'torchscript', state=torchscript.read_tensors(path))
     if any(name.endswith('/data.pkl') for name in names):
-        return _torch(path, torchfile.read(path, data), weights)
+        return _torch(path, own.read_own(path) if own.is_own(path, data) else torchfile.read(path, data), weights)
     if names and all(name.endswith('.npy') for name in names):
         arrays = NpzArrays(path)
         facts = {name: ' '.join(map(str, description)) for name, description in arrays.descriptions.items()}

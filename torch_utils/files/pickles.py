@@ -6,6 +6,7 @@ purpose, and any other name, and any other instruction, ends the reading. What a
 are counted, lengths are compared with the file before anything is read, and large strings of bytes are not copied.
 """
 
+import contextlib
 import math
 import mmap
 import os
@@ -15,6 +16,8 @@ import struct
 
 import numpy as np
 
+from dnnlib import UserError
+
 MAX_STEPS = 3_000_000       # of one pickle; the largest published files take a tenth of it
 _LARGE = 4096               # strings of bytes from this length on stay where they are
 _NAMES = {ord(op.code): op.name for op in pickletools.opcodes}
@@ -22,6 +25,20 @@ _NAMES = {ord(op.code): op.name for op in pickletools.opcodes}
 
 class ForeignPickleError(Exception):
     """A file that is damaged or asks for something that is not on the allow-list."""
+
+
+@contextlib.contextmanager
+def errors_of(path: str, prefix: str = ''):
+    """Whatever goes wrong within while the file `path` is read ends in a UserError of one line that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ForeignPickleError as error:
+        raise UserError(f'{path}: {prefix}{error}') from None
+    except Exception as error:  # damaged files raise nearly anything, in zipfile, tarfile, NumPy and torch
+        reason = ' '.join(str(error).split())[:120]
+        raise UserError(f'{path}: {prefix}it is damaged ({type(error).__name__}: {reason})') from None
 
 
 class StandIn:
@@ -348,7 +365,7 @@ def _from_buffer(data, dtype, shape, order):
     return array
 
 
-def _encode(text, encoding=None):
+def encode(text, encoding=None):
     """Stand-in for _codecs.encode, which Python 3 uses to write bytes at protocol 2."""
     return text.encode('latin1')
 
@@ -370,7 +387,7 @@ def _only_named(*_):
 NUMPY_ARRAYS = {
     ('numpy', 'ndarray'): _only_named,
     ('numpy', 'dtype'): NumpyDtype,
-    ('_codecs', 'encode'): _encode,
+    ('_codecs', 'encode'): encode,
 } | {(module, name): function for module in ('numpy.core', 'numpy._core') for module, name, function in (
     (f'{module}.multiarray', '_reconstruct', _new_array), (f'{module}.multiarray', 'scalar', scalar),
     (f'{module}.numeric', '_frombuffer', _from_buffer))}

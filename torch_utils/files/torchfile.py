@@ -8,6 +8,7 @@ says in one line what is wrong. Numbers stay in the file, which is mapped, until
 import math
 import struct
 import zipfile
+import zlib
 
 import torch
 
@@ -17,6 +18,7 @@ from torch_utils.files.pickles import ForeignPickleError
 LEGACY_MAGIC = 0x1950a86a20f9469cfc6c  # first number of the older format
 _LEGACY_HEAD = b'\x80\x02\x8a\x0a' + LEGACY_MAGIC.to_bytes(10, 'little') + b'.'
 STORAGES = {
+    'UntypedStorage': torch.uint8, 'ComplexFloatStorage': torch.complex64, 'ComplexDoubleStorage': torch.complex128,
     'DoubleStorage': torch.float64, 'FloatStorage': torch.float32, 'HalfStorage': torch.float16,
     'BFloat16Storage': torch.bfloat16, 'LongStorage': torch.int64, 'IntStorage': torch.int32,
     'ShortStorage': torch.int16, 'CharStorage': torch.int8, 'ByteStorage': torch.uint8, 'BoolStorage': torch.bool,
@@ -46,12 +48,20 @@ def rebuild_tensor(storage, offset, size, stride, *_):
     return torch.as_strided(storage, size, stride, offset) if math.prod(size) else storage.new_empty(size)
 
 
+def _rebuild_untyped(storage, offset, size, stride, requires_grad, hooks, dtype, *_):
+    """Stand-in for torch's rebuilding of tensors whose storage has no type (uint16, float8, ...)."""
+    if not isinstance(storage, torch.Tensor) or not isinstance(dtype, torch.dtype):
+        raise ForeignPickleError('it holds a tensor without a storage')
+    return rebuild_tensor(storage.view(dtype), offset, size, stride)
+
+
 TENSORS = {
     ('collections', 'OrderedDict'): lambda: {},
     ('torch', 'Size'): lambda size: size,
     ('torch._utils', '_rebuild_parameter'): lambda data, *_: data,
     ('torch._utils', '_rebuild_tensor'): rebuild_tensor,
     ('torch._utils', '_rebuild_tensor_v2'): rebuild_tensor,
+    ('torch._utils', '_rebuild_tensor_v3'): _rebuild_untyped,
 }
 
 _ALLOWED = TENSORS | pickles.NUMPY_ARRAYS
@@ -70,8 +80,10 @@ class StorageUnpickler(pickles.RestrictedUnpickler):
         self._storage, self._storages = storage, {}
 
     def find_class(self, module, name):
-        if module == 'torch' and name in STORAGES:
+        if module in ('torch', 'torch.storage') and name in STORAGES:
             return STORAGES[name]
+        if module == 'torch' and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
         return super().find_class(module, name)
 
     def persistent_load(self, pid):
@@ -105,6 +117,18 @@ class ZipRecords:
         info = self.infos.get(self.root + name)
         if info is None:
             raise ForeignPickleError(f'its part {name[:100]} is missing')
+        return self._view(info)
+
+    def verify(self):
+        """Reads every record once and compares its CRC with that of the directory."""
+        if sum(info.file_size for info in self.infos.values()) > len(self.data):
+            raise ForeignPickleError('its parts are larger than the file')
+        for name, info in self.infos.items():
+            if zlib.crc32(self._view(info)) != info.CRC:
+                raise ForeignPickleError(f'its part {name[:100]} has changed since it was written (wrong CRC)')
+
+    def _view(self, info) -> memoryview:
+        name = info.filename
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
             raise ForeignPickleError(f'its part {name[:100]} is compressed, which torch never does')
         header = self.data[info.header_offset:info.header_offset + 30]
@@ -115,11 +139,16 @@ class ZipRecords:
             raise ForeignPickleError(f'its part {name[:100]} is cut off')
         return self.data[start:start + info.file_size]
 
-    def storage(self, key: str, dtype: torch.dtype, count: int) -> torch.Tensor:
-        """The numbers of a storage, which must be as many as the pickle says."""
+    def checked(self, key: str, dtype: torch.dtype, count: int) -> memoryview:
+        """The bytes of a storage, which must be as many as the pickle says."""
         record = self.record(f'data/{key}')
         if len(record) != count * dtype.itemsize:
             raise ForeignPickleError(f'the numbers in data/{key[:100]} are not as many as it says')
+        return record
+
+    def storage(self, key: str, dtype: torch.dtype, count: int) -> torch.Tensor:
+        """The numbers of a storage."""
+        record = self.checked(key, dtype, count)
         self.left -= len(record)
         if self.left < 0:  # records of a zip can share their bytes
             raise ForeignPickleError('its tensors are larger than the file')
