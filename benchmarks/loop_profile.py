@@ -60,7 +60,8 @@ def profile_loop(net, batch: int, steps: int) -> dict:
         count, side = max(4 * batch, 64), net.img_resolution
         with ArchiveWriter(f'{folder}/images.zip') as out:
             files = encode_pngs(np.random.RandomState(0).randint(0, 256, (count, side, side, 3), dtype=np.uint8))
-            out.add_alike([image_name(i) for i in range(count)], files)
+            for i, file in enumerate(files):
+                out.add(image_name(i), file.tobytes())
             out.add_description({'labels': None})
         data = _Images(ImageDataset(f'{folder}/images.zip'), net.img_channels, net.label_dim)
         batches = DatasetBatches(data, make_encoder({'name': 'rgb'}), device)

@@ -110,17 +110,14 @@ def _parse(data_type, imb_type):
 
 def _open_source(base, root, split, download):
     if base == 'digits':
-        return sources.open_digits()
-    try:
-        if base in CIFAR:
-            path = find_cifar(base, root, download)
-            source = sources.open_cifar(path, split=split)
-            if len(source.class_names) != CIFAR[base][3]:
-                raise UserError(f'--root={path} has {len(source.class_names)} classes; is it another data set than {base}?')
-            return source
-        source = sources.open_source(root)
-    except UserError as error:
-        raise UserError(str(error).replace('--source', '--root')) from None
+        return sources.DigitsSource()
+    if base in CIFAR:
+        path = find_cifar(base, root, download)
+        source = sources.CifarSource(path, split=split)
+        if len(source.class_names) != CIFAR[base][3]:
+            raise UserError(f'{path} has {len(source.class_names)} classes; is it another data set than {base}?')
+        return source
+    source = sources.open_source(root)
     if source.labels is None or source.labels.ndim != 1 or len(source.classes) < 2:
         raise UserError(f'--root={root} has no class labels, and the study is about classes')
     return source

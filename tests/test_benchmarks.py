@@ -5,7 +5,6 @@ import io
 import json
 import pathlib
 import pickle
-import zipfile
 
 import click.testing
 import numpy as np
@@ -20,7 +19,7 @@ from benchmarks.loop_profile import profile_loop
 from benchmarks.plain_edm2 import PlainConv, plain_network
 from dnnlib import image_io
 from training import checkpoint
-from training.data import archive, convert, sources, transforms
+from training.data import convert, sources
 from training.networks import build_network, edm2
 
 # --- EDM2 network -----------------------------------------------------------------------------------------------------
@@ -141,92 +140,11 @@ def test_pngs_of_many_images_are_those_of_each(shape):
         np.testing.assert_array_equal(PIL.Image.open(io.BytesIO(file.tobytes())), image)
 
 
-@pytest.mark.parametrize('gray', [False, True])
-@pytest.mark.parametrize('options', [{}, {'compress_level': 0}, {'optimize': True}], ids=str)
-def test_small_pngs_are_read_together(gray, options):
-    pictures = [_photograph(), _noise(32, 32, 3), np.zeros((32, 32, 3), np.uint8), _photograph()[::-1]]
-    pictures = [np.ascontiguousarray(x[:, :, 0] if gray else x) for x in pictures]
-    files = [_png(x, **options) for x in pictures]
-    assert image_io.is_small_png(files[0])
-    np.testing.assert_array_equal(image_io.decode_pngs(files), [image_io.decode_image(file) for file in files])
-
-
-def test_pngs_that_are_not_alike_are_read_one_by_one():
-    good = _png(_photograph())
-    palette = io.BytesIO()
-    PIL.Image.fromarray(_photograph()).convert('P').save(palette, 'PNG')
-    transparent = io.BytesIO()
-    PIL.Image.fromarray(_photograph()).save(transparent, 'PNG', transparency=(0, 0, 0))
-    broken = good[:60] + bytes([good[60] ^ 0x55]) + good[61:]
-    for other in (_png(_photograph(16)), palette.getvalue(), transparent.getvalue(), good[:-20], broken, b'', b'GIF89a'):
-        assert image_io.decode_pngs([good, other]) is None
-    assert not image_io.is_small_png(_png(_photograph(128))) and not image_io.is_small_png(palette.getvalue())
-
-
-@pytest.mark.parametrize('name', [None, 'center-crop', 'center-crop-wide', 'center-crop-dhariwal'])
-@pytest.mark.parametrize('shape', [(32, 32), (40, 33), (28, 64), (90, 70)], ids=str)
-@pytest.mark.parametrize('side', [8, 16, 32])
-def test_pictures_transformed_together_are_those_transformed_alone(name, shape, side):
-    pictures = np.concatenate([_noise(66, *shape, 3), _noise(2, *shape, 3) // 128 * 255])
-    function = transforms.make_transform(name, side, side)
-    alone = [function(x) for x in pictures]
-    together = function(pictures)
-    assert (together is None) == (alone[0] is None)
-    if together is not None:
-        np.testing.assert_array_equal(together, alone)
-
-
-def test_the_usual_sizes_are_resized_by_products():
-    """Else the test above would compare Pillow with itself."""
-    for source, target in ((32, 16), (32, 64), (64, 32), (28, 32)):
-        for method in (PIL.Image.Resampling.LANCZOS, PIL.Image.Resampling.BICUBIC, PIL.Image.Resampling.BOX):
-            assert transforms._products_are_pillows(source, source, target, target, method)
-
-
-def test_a_pillow_that_rounds_otherwise_is_followed(monkeypatch):
-    monkeypatch.setattr(transforms, '_pillow', lambda pixels, w, h, method: np.full((h, w, 3), 7, np.uint8))
-    transforms._products_are_pillows.cache_clear()
-    try:
-        assert (transforms.make_transform(None, 16, 16)(_noise(5, 32, 32, 3)) == 7).all()
-    finally:
-        transforms._products_are_pillows.cache_clear()
-
-
-@pytest.mark.parametrize('limit', [None, 500])
-def test_files_added_together_make_the_same_zip(tmp_path, monkeypatch, limit):
-    if limit:
-        monkeypatch.setattr(archive._StoredZip, 'limit', limit)  # from here on with the fields of zip64
-    files = image_io.encode_pngs(_noise(9, 4, 4, 3))
-    names = [archive.image_name(i) for i in range(9)]
-    for kind in ('one', 'many'):
-        with archive.ArchiveWriter(tmp_path / f'{kind}.zip') as out:
-            out.add_alike(names[:1], files[:1])
-            if kind == 'many':
-                out.add_alike(names[1:], files[1:])
-            else:
-                for name, data in zip(names[1:], files[1:], strict=True):
-                    out.add(name, data.tobytes())
-            out.add_description({'labels': None})
-    assert (tmp_path / 'one.zip').read_bytes() == (tmp_path / 'many.zip').read_bytes()
-    with zipfile.ZipFile(tmp_path / 'many.zip') as z:
-        assert z.testzip() is None and len(z.namelist()) == 10
-
-
 def _folder_of_pngs(path, count=300):
     path.mkdir()
     for i in range(count):
         (path / f'{i:04d}.png').write_bytes(_png(np.roll(_photograph(), i, axis=1)))
     return sources.open_source(str(path))
-
-
-@pytest.mark.parametrize('resolution', [None, (16, 16)], ids=str)
-@pytest.mark.parametrize('workers', [1, 2])
-def test_conversion_together_is_conversion_one_by_one(tmp_path, monkeypatch, resolution, workers):
-    source = _folder_of_pngs(tmp_path / 'png')
-    convert.convert(source, convert.everything(source), str(tmp_path / 'a.zip'), resolution=resolution, workers=workers)
-    monkeypatch.setattr(sources.FileSource, 'read_alike', lambda self, indices: None)
-    convert.convert(source, convert.everything(source), str(tmp_path / 'b.zip'), resolution=resolution, workers=1)
-    assert (tmp_path / 'a.zip').read_bytes() == (tmp_path / 'b.zip').read_bytes()
 
 
 def test_damaged_pictures_among_many_are_named_and_left_out(tmp_path):

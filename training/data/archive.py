@@ -18,19 +18,22 @@ import zlib
 
 import numpy as np
 
-import dnnlib
-from dnnlib.util import UserError
+from dnnlib.npz import LOCAL_HEADER, entry_start
+from dnnlib.util import UserError, atomic_path
 
 JSON_NAME = 'dataset.json'
-JSON_BYTES, JSON_BYTES_PER_FILE = 16 << 20, 64 << 10  # what dataset.json may have, so that none fills the memory
+# What it may say of classes: original index, name and ImageNet folder of each label.
+CLASS_TABLES = ('classes', 'class_names', 'wnids')
+# What dataset.json may have, so that none fills the memory.
+JSON_BYTES = 16 << 20
+JSON_BYTES_PER_FILE = 64 << 10
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 def image_name(index: int) -> str:
     """12 -> '00000/img00000012.png'."""
-    digits = str(index).zfill(8)
-    return f'{digits[:5]}/img{digits}.png'
+    return f'{index:08d}'[:5] + f'/img{index:08d}.png'
 
 
 def latent_name(index: int) -> str:
@@ -43,10 +46,10 @@ def _hidden(name: str) -> bool:
 
 
 class ArchiveReader:
-    """Files of a folder or a zip by name, sorted. Safe to use from several threads and after fork or pickling.
+    """Files of a folder or a zip by name, sorted.
 
-    Raises UserError for a path that does not exist, a damaged or encrypted zip, and names in a zip that point
-    outside it.
+    Safe to use from several threads and after fork or pickling. Raises UserError for a path that does
+    not exist, a damaged or encrypted zip, and names in a zip that point outside it.
     """
 
     def __init__(self, path: str):
@@ -72,17 +75,22 @@ class ArchiveReader:
         for info in infos:
             name = info.filename
             if name.startswith('/') or '..' in name.split('/') or stat.S_ISLNK(info.external_attr >> 16):
-                raise UserError(f'{self.path}: {name!r} points outside the zip; make the zip without such names and links')
-        infos = sorted((info for info in infos if not _hidden(info.filename)), key=lambda info: info.filename)
+                raise UserError(f'{self.path}: {name!r} points outside the zip; '
+                                'make the zip without such names and links')
+        infos = [info for info in infos if not _hidden(info.filename)]
+        infos.sort(key=lambda info: info.filename)
         self.names = [info.filename for info in infos]
-        for info, following in zip(infos, self.names[1:] + [None], strict=False):
+        for info, following in zip(infos, self.names[1:] + [None], strict=True):
             name = info.filename
             if name == following:
                 raise UserError(f'{self.path}: {name!r} is in the zip twice')
-            if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise UserError(f'{self.path}: {name!r} is encrypted or compressed in an unusual way; use a plain zip')
+            plain = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+            if info.flag_bits & 1 or not plain:
+                raise UserError(f'{self.path}: {name!r} is encrypted or compressed in an unusual way; '
+                                'use a plain zip')
         # Numbers instead of ZipInfo objects: a tenth of the memory, and millions of files are usual.
-        columns = [(i.header_offset, i.compress_size, i.file_size, i.CRC, i.compress_type) for i in infos]
+        columns = [(info.header_offset, info.compress_size, info.file_size, info.CRC, info.compress_type)
+                   for info in infos]
         self._entries = np.array(columns, dtype=np.int64).reshape(-1, 5)
 
     def __getstate__(self):
@@ -104,30 +112,32 @@ class ArchiveReader:
 
     def where(self, index: int) -> str:
         """The file's name for a message."""
-        return f'{self.path}: {self.names[index]}' if self.is_zip else os.path.join(self.path, self.names[index])
+        if self.is_zip:
+            return f'{self.path}: {self.names[index]}'
+        return os.path.join(self.path, self.names[index])
 
     def read(self, index: int) -> bytes:
-        """Bytes of file `names[index]`. Raises UserError that names it if it cannot be read or is damaged."""
+        """Bytes of file `names[index]`; UserError that names it if it cannot be read or is damaged."""
         try:
-            if not self.is_zip:
-                # Without a file object, which takes as long as the reading of a small file.
-                handle = os.open(f'{self.path}/{self.names[index]}', os.O_RDONLY | getattr(os, 'O_BINARY', 0))
-                try:
-                    return b''.join(iter(functools.partial(os.read, handle, 1 << 16), b''))
-                finally:
-                    os.close(handle)
-            if self._file is None:
-                self._file = open(self.path, 'rb')
-            return self._read_entry(index)
-        except (OSError, struct.error, zlib.error) as error:
+            if self.is_zip:
+                return self._read_entry(index)
+            # Without a file object, which takes as long as the reading of a small file.
+            handle = os.open(f'{self.path}/{self.names[index]}', os.O_RDONLY)
+            try:
+                return b''.join(iter(functools.partial(os.read, handle, 1 << 16), b''))
+            finally:
+                os.close(handle)
+        except (OSError, ValueError, zlib.error) as error:
             raise UserError(f'{self.where(index)} cannot be read ({error})') from None
 
     def _read_entry(self, index: int) -> bytes:
+        if self._file is None:
+            self._file = open(self.path, 'rb')
         offset, packed, size, crc, method = self._entries[index].tolist()
         # pread leaves the file position alone, so threads and forked processes share one descriptor.
         descriptor = self._file.fileno()
-        name_length, extra_length = struct.unpack_from('<HH', os.pread(descriptor, 30, offset), 26)
-        data = os.pread(descriptor, packed, offset + 30 + name_length + extra_length)
+        start = entry_start(os.pread(descriptor, LOCAL_HEADER, offset), offset)
+        data = os.pread(descriptor, packed, start)
         if method == zipfile.ZIP_DEFLATED:
             data = zlib.decompressobj(-15).decompress(data, size)
         if len(data) != size or zlib.crc32(data) != crc:
@@ -140,8 +150,8 @@ class ArchiveReader:
         if index < 0:
             return {}
         if self.size(index) > JSON_BYTES + JSON_BYTES_PER_FILE * len(self.names):
-            raise UserError(f'{self.where(index)} has {self.size(index)} bytes for {len(self.names) - 1} files, which is far '
-                            'too many; make it again')
+            raise UserError(f'{self.where(index)} has {self.size(index)} bytes for '
+                            f'{len(self.names) - 1} files, which is far too many; make it again')
         try:
             value = json.loads(self.read(index))
         except (ValueError, RecursionError) as error:
@@ -171,31 +181,24 @@ def _walk(root: str):
                     yield prefix + entry.name
 
 
-def label_map(reader: ArchiveReader, description: dict) -> dict | None:
-    """{file name: label} of dataset.json, None if it has no labels. Raises UserError if they are malformed."""
+def labels_of(reader: ArchiveReader, names: list[str], description: dict) -> np.ndarray | None:
+    """Labels of the files `names`: int64 [n], or float32 [n,D] for vectors, or None without labels.
+
+    `description` is what dataset.json holds. Raises UserError if its labels are malformed, negative or
+    of mixed kinds, or some file has none.
+    """
     labels = description.get('labels')
     if labels is None:
         return None
     where = reader.where(reader.find(JSON_NAME))
     try:
-        return {str(name).replace('\\', '/'): label for name, label in labels}
+        labels = {str(name).replace('\\', '/'): label for name, label in labels}
     except (TypeError, ValueError):
         raise UserError(f'{where}: "labels" must be a list of [file name, label]') from None
-
-
-def labels_of(reader: ArchiveReader, names: list[str], description: dict) -> np.ndarray | None:
-    """Labels of the files `names`: int64 [n], or float32 [n,D] for vectors, or None without labels.
-
-    Raises UserError if some file has no label, or labels are negative or of mixed kinds.
-    """
-    labels = label_map(reader, description)
-    if labels is None:
-        return None
-    where = reader.where(reader.find(JSON_NAME))
     missing = [name for name in names if name not in labels]
     if missing:
-        raise UserError(f'{where} has no label for {len(missing)} of {len(names)} images, e.g. {missing[0]}; '
-                        'give every image a label, or set "labels" to null')
+        raise UserError(f'{where} has no label for {len(missing)} of {len(names)} images, '
+                        f'e.g. {missing[0]}; give every image a label, or set "labels" to null')
     values = [labels[name] for name in names]
     if all(type(value) is int and value >= 0 for value in values):
         return np.array(values, dtype=np.int64)
@@ -204,72 +207,51 @@ def labels_of(reader: ArchiveReader, names: list[str], description: dict) -> np.
     except (TypeError, ValueError):
         vectors = np.zeros([0])
     if vectors.ndim != 2:
-        raise UserError(f'{where}: labels must all be whole numbers from 0, or all vectors of one length')
+        raise UserError(f'{where}: labels must all be whole numbers from 0, '
+                        'or all vectors of one length')
     return vectors
 
 
 class _StoredZip:
     """Writes a zip of uncompressed files, without time stamps: the same files give the same bytes.
 
-    Python's zipfile keeps an object for every file, hundreds of megabytes for millions of images, and takes several times
-    as long for each.
+    Python's zipfile keeps an object for every file, hundreds of megabytes for millions of images, and
+    takes several times as long for each.
     """
 
     limit = 0xFFFFFFFF  # offsets from here on need the zip64 fields
 
     def __init__(self, path: str):
         self.file = open(path, 'wb', buffering=1 << 20)
-        self.offset, self.count, self.directory = 0, 0, bytearray()
+        self.offset = 0
+        self.count = 0
+        self.directory = bytearray()
 
     def add(self, name: str, data: bytes):
-        raw, crc, size = name.encode(), zlib.crc32(data), len(data)
-        flags, day = 0x800, 0x21  # names are UTF-8; 1 January 1980, the first day that a zip can name
-        header = struct.pack('<4s5H3I2H', b'PK\3\4', 20, flags, 0, 0, day, crc, size, size, len(raw), 0) + raw
-        extra = struct.pack('<2HQ', 1, 8, self.offset) if self.offset >= self.limit else b''
-        self.directory += struct.pack(
-            '<4s6H3I5H2I', b'PK\1\2', 3 << 8 | 45, 45 if extra else 20, flags, 0, 0, day, crc, size, size, len(raw),
-            len(extra), 0, 0, 0, 0o100644 << 16, 0xFFFFFFFF if extra else self.offset) + raw + extra
+        raw = name.encode()
+        # Flag: names are UTF-8. Date: 1 January 1980, the first day that a zip can name.
+        common = struct.pack('<4H3IH', 0x800, 0, 0, 0x21, zlib.crc32(data), len(data), len(data), len(raw))
+        is_far = self.offset >= self.limit
+        extra = struct.pack('<2HQ', 1, 8, self.offset) if is_far else b''
+        place = struct.pack('<4H2I', len(extra), 0, 0, 0, 0o100644 << 16, 0xFFFFFFFF if is_far else self.offset)
+        self.directory += struct.pack('<4s2H', b'PK\1\2', 3 << 8 | 45, 45 if is_far else 20)
+        self.directory += common + place + raw + extra
+        header = struct.pack('<4sH', b'PK\3\4', 20) + common + struct.pack('<H', 0) + raw
         self.file.write(header)
         self.file.write(data)
-        self.offset += len(header) + size
+        self.offset += len(header) + len(data)
         self.count += 1
 
-    def add_alike(self, names: list[str], files: np.ndarray, sums: np.ndarray | None = None):
-        """Adds the rows of `files`, uint8 [n,bytes], under names of one length: the same bytes as `add` for each."""
-        count, size = files.shape
-        raw = [name.encode() for name in names]
-        length = 30 + len(raw[0]) + size
-        if self.offset + count * length >= self.limit or len({*map(len, raw)}) > 1 or count < 2:
-            for name, data in zip(names, files, strict=True):
-                self.add(name, data.tobytes())
-            return
-        start, local, central = self.offset, np.empty((count, length), np.uint8), len(self.directory)
-        self.add(names[0], files[0].tobytes())  # what the headers of all have in common
-        header = struct.pack('<4s5H3I2H', b'PK\3\4', 20, 0x800, 0, 0, 0x21, 0, size, size, len(raw[0]), 0)
-        local[:, :30] = np.frombuffer(header, np.uint8)
-        local[:, 30:30 + len(raw[0])] = np.frombuffer(b''.join(raw), np.uint8).reshape(count, -1)
-        local[:, 30 + len(raw[0]):] = files
-        sums = np.fromiter(map(zlib.crc32, files), np.uint32, count) if sums is None else sums
-        crc = sums.astype('<u4').view(np.uint8).reshape(count, 4)
-        local[:, 14:18] = crc
-        directory = np.tile(np.frombuffer(self.directory[central:], np.uint8), (count, 1))
-        directory[:, 16:20] = crc
-        offsets = np.arange(start, start + count * length, length, dtype=np.int64).astype('<u4')
-        directory[:, 42:46] = offsets.view(np.uint8).reshape(count, 4)
-        directory[:, 46:] = local[:, 30:30 + len(raw[0])]
-        self.directory += directory[1:].tobytes()
-        self.file.write(local[1:])
-        self.offset += (count - 1) * length
-        self.count += count - 1
-
     def close(self):
-        size, start, end = len(self.directory), self.offset, b''
-        if self.count >= 0xFFFF or start >= self.limit or size >= self.limit:
-            end = struct.pack('<4sQ2H2I4Q', b'PK\6\6', 44, 45, 45, 0, 0, self.count, self.count, size, start)
-            end += struct.pack('<4sIQI', b'PK\6\7', 0, start + size, 1)
-        self.file.write(self.directory + end + struct.pack(
-            '<4s4H2IH', b'PK\5\6', 0, 0, *[min(self.count, 0xFFFF)] * 2, min(size, 0xFFFFFFFF),
-            0xFFFFFFFF if start >= self.limit else start, 0))
+        size = len(self.directory)
+        start = self.offset
+        self.file.write(self.directory)
+        if self.count >= 0xFFFF or max(start, size) >= self.limit:
+            self.file.write(struct.pack('<4sQ2H2I4Q', b'PK\6\6', 44, 45, 45, 0, 0, self.count, self.count, size, start))
+            self.file.write(struct.pack('<4sIQI', b'PK\6\7', 0, start + size, 1))
+        count = min(self.count, 0xFFFF)
+        start = 0xFFFFFFFF if start >= self.limit else start
+        self.file.write(struct.pack('<4s4H2IH', b'PK\5\6', 0, 0, count, count, min(size, 0xFFFFFFFF), start, 0))
         self.file.close()
 
 
@@ -280,20 +262,21 @@ class ArchiveWriter:
             out.add(image_name(0), png)
             out.add_description({'labels': None})
 
-    Raises UserError at once if `dest` exists (an empty folder is fine). With `overwrite=True` it is replaced when
-    the new archive is complete; a folder only if it is an archive, i.e. holds dataset.json. `sync=False` does not wait
-    until a zip is on the disk: for what can be made again soon if the power fails.
+    Raises UserError at once if `dest` exists (an empty folder is fine). With `overwrite=True` it is
+    replaced when the new archive is complete; a folder only if it is an archive, i.e. holds
+    dataset.json. `sync=False` does not wait until a zip is on the disk: for what can be made again.
     """
 
     def __init__(self, dest: str, overwrite: bool = False, sync: bool = True):
-        self.dest, self.sync = os.fspath(dest).rstrip('/'), sync
+        self.dest = os.fspath(dest).rstrip('/')
+        self.sync = sync
         self.is_zip = self.dest.lower().endswith('.zip')
         check_destination(self.dest, overwrite)
 
     def __enter__(self):
         self._stack = contextlib.ExitStack()
-        self._temp = self._stack.enter_context(dnnlib.util.atomic_path(self.dest, sync=self.sync))
-        self._made = set()
+        self._temp = self._stack.enter_context(atomic_path(self.dest, sync=self.sync))
+        self._folders = set()
         if self.is_zip:
             self._zip = _StoredZip(self._temp)
             self._stack.callback(self._zip.close)  # before it is renamed
@@ -308,19 +291,11 @@ class ArchiveWriter:
             self._zip.add(name, data)
             return
         folder, _, _ = name.rpartition('/')
-        if folder not in self._made:
+        if folder not in self._folders:
             os.makedirs(os.path.join(self._temp, folder), exist_ok=True)
-            self._made.add(folder)
+            self._folders.add(folder)
         with open(os.path.join(self._temp, name), 'wb') as file:
             file.write(data)
-
-    def add_alike(self, names: list[str], files: np.ndarray, sums: np.ndarray | None = None):
-        """Adds files of one size, the rows of uint8 [n,bytes], at once. sums: their CRC-32, uint32 [n], if known."""
-        if self.is_zip:
-            self._zip.add_alike(names, files, sums)
-            return
-        for name, data in zip(names, files, strict=True):
-            self.add(name, data.tobytes())
 
     def add_description(self, description: dict):
         """Adds dataset.json; `description['labels']` is a list of [name, label] or None."""
@@ -334,24 +309,31 @@ class ArchiveWriter:
             if error.errno not in _DISK_ERRORS:
                 raise
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-            raise UserError(f'--dest={self.dest} cannot be written ({error.strerror}); choose another place') from None
+            raise _dest_error(self.dest, f'cannot be written ({error.strerror}); choose another place') from None
+
+
+def _dest_error(dest, text) -> UserError:
+    return UserError(text, field='dest', value=dest)
 
 
 def check_destination(dest: str, overwrite: bool = False):
     """Raises UserError if an archive cannot be written to `dest` (see ArchiveWriter)."""
-    if not os.path.lexists(dest):
-        check_parent(dest)
-    elif os.path.isdir(dest):
+    if os.path.isdir(dest):
         if dest.lower().endswith('.zip'):
-            raise UserError(f'--dest={dest} is a folder; remove it or choose another name')
+            raise _dest_error(dest, 'is a folder; remove it or choose another name')
         if not os.listdir(dest):
             return
-        if not overwrite:
-            raise UserError(f'--dest={dest} exists; remove it, choose another name or give --overwrite')
-        if not os.path.isfile(os.path.join(dest, JSON_NAME)):
-            raise UserError(f'--dest={dest} is a folder that is no data set, which --overwrite does not remove')
+        if overwrite and not os.path.isfile(os.path.join(dest, JSON_NAME)):
+            raise _dest_error(dest, 'is a folder that is no data set, which is never overwritten')
+    check_new(dest, overwrite)
+
+
+def check_new(dest: str, overwrite: bool = False):
+    """Raises UserError if `dest` exists and must not be overwritten, or no file can be made there."""
+    if not os.path.lexists(dest):
+        check_parent(dest)
     elif not overwrite:
-        raise UserError(f'--dest={dest} exists; remove it, choose another name or give --overwrite')
+        raise _dest_error(dest, 'exists; remove it, choose another name or overwrite it')
 
 
 def check_parent(dest: str):
@@ -364,4 +346,4 @@ def check_parent(dest: str):
             raise NotADirectoryError(f'{parent} is no folder')
         tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:
-        raise UserError(f'--dest={dest} cannot be written ({error.strerror or error})') from None
+        raise _dest_error(dest, f'cannot be written ({error.strerror or error})') from None

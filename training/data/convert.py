@@ -1,4 +1,4 @@
-"""From a source to an archive: pictures chosen, read, made equal in size, and stored as uncompressed PNG."""
+"""From a source to an archive: images chosen, read, made equal in size, and stored as plain PNG."""
 
 import collections
 import concurrent.futures
@@ -10,12 +10,11 @@ import sys
 from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
-import threadpoolctl
 import tqdm
 
 from dnnlib.image_io import BadImage, encode_pngs
 from dnnlib.util import UserError, core_count
-from training.data.archive import ArchiveWriter, image_name
+from training.data.archive import CLASS_TABLES, ArchiveWriter, image_name
 from training.data.sources import Source
 from training.data.transforms import make_transform
 
@@ -26,8 +25,9 @@ CHUNK_BYTES = 1 << 21  # pixels of the images that a worker converts before it h
 class Selection:
     """Positions in a source in output order, with their new labels.
 
-    indices: int64 [n]. labels: int64 [n] in 0..C-1, float32 [n,D] vectors, or None. classes, class_names, wnids:
-    original index, name and ImageNet folder of each new label, or None. rule: how it was chosen, for dataset.json.
+    indices: int64 [n]. labels: int64 [n] in 0..C-1, float32 [n,D] vectors, or None. classes,
+    class_names, wnids: original index, name and ImageNet folder of each new label, or None.
+    rule: how it was chosen, for dataset.json.
     """
 
     indices: np.ndarray
@@ -45,62 +45,70 @@ class Selection:
         if count is None or count >= len(self):
             return self
         labels = None if self.labels is None else self.labels[:count]
-        return dataclasses.replace(self, indices=self.indices[:count], labels=labels,
-                                   rule=self.rule | {'max_images': count})
+        rule = self.rule | {'max_images': count}
+        return dataclasses.replace(self, indices=self.indices[:count], labels=labels, rule=rule)
+
+
+def class_tables(source, labels=None) -> dict:
+    """What a source or selection knows of the classes `labels` (None: of all), by CLASS_TABLES."""
+    tables = {key: getattr(source, key) for key in CLASS_TABLES}
+    if labels is None:
+        return tables
+    return {key: table and [table[label] for label in labels] for key, table in tables.items()}
 
 
 def everything(source) -> Selection:
-    """All images with the labels that the source gives them. One class folder alone gives no labels."""
+    """All images with the source's labels. One class folder alone gives no labels."""
     indices = np.arange(len(source), dtype=np.int64)
     if source.labels is None or (source.implied and len(source.classes) == 1):
         return Selection(indices)
-    return Selection(indices, source.labels, source.classes, source.class_names, source.wnids)
+    return Selection(indices, source.labels, **class_tables(source))
 
 
-def by_class(source, classes: list[int] | None = None, nums: int | None = None, seed: int = 0) -> Selection:
-    """`nums` images of each of the classes, drawn without replacement; labels 0..C-1 in the order given.
+def by_class(source, classes: list[int] | None = None, nums: int | None = None,
+             seed: int = 0) -> Selection:
+    """`nums` images of each class, drawn without replacement; labels 0..C-1 in the order given.
 
-    classes: original indices (`source.classes`); None for all. nums: None or 0 takes all images of a class. What is
-    drawn of a class depends on `seed` and its original index alone: sets of more classes or more images contain those
-    of fewer. Within a class, images stay in the source's order.
+    classes: original indices (`source.classes`); None for all. nums: None or 0 takes all images of a
+    class. What is drawn of a class depends on `seed` and its original index alone: sets of more
+    classes or more images contain those of fewer. Within a class, images stay in the source's order.
 
-    Raises UserError for classes that do not exist or are given twice, and for classes with too few images.
+    Raises UserError for classes that do not exist or are given twice, or have too few images.
     """
     if source.labels is None or source.labels.ndim != 1:
-        raise UserError(f'--class_labels, --nums: {source.name} has no classes to choose from')
-    place = {original: label for label, original in enumerate(source.classes)}
-    classes = list(source.classes) if classes is None else list(classes)
-    for original in classes:
-        if original not in place:
-            known = ','.join(map(str, source.classes[:20])) + (',...' if len(source.classes) > 20 else '')
-            raise UserError(f'--class_labels: class {original} is not in {source.name}, which has {known}')
-        if classes.count(original) > 1:
-            raise UserError(f'--class_labels: class {original} is given twice')
-    order = np.argsort(source.labels, kind='stable')
-    bounds = np.searchsorted(source.labels[order], np.arange(len(source.classes) + 1))
+        raise UserError(f'{source.name} has no classes to choose from')
+    originals = list(source.classes)
+    classes = originals if classes is None else list(classes)
     parts = []
     for original in classes:
-        label = place[original]
-        members = order[bounds[label]:bounds[label + 1]]
+        if original not in originals:
+            choices = ','.join(map(str, originals[:20])) + ',...' * (len(originals) > 20)
+            raise UserError(f'class {original} is not in {source.name}, which has {choices}',
+                            field='class_labels')
+        if classes.count(original) > 1:
+            raise UserError(f'class {original} is given twice', field='class_labels')
+        label = originals.index(original)
+        members = np.flatnonzero(source.labels == label)
         if len(members) < max(nums or 0, 1):
             name = f' ({source.class_names[label]})' if source.class_names else ''
-            raise UserError(f'--nums={nums or "all"}: class {original}{name} of {source.name} has {len(members)} images')
+            raise UserError(f'class {original}{name} of {source.name} has only {len(members)} images',
+                            field='nums')
         if nums:
-            members = np.sort(np.random.RandomState([seed % (1 << 32), original]).permutation(members)[:nums])
+            random = np.random.RandomState([seed % (1 << 32), original])
+            members = np.sort(random.permutation(members)[:nums])
         parts.append(members)
-    places = [place[original] for original in classes]
-    return Selection(
-        np.concatenate(parts), np.repeat(np.arange(len(classes)), [len(part) for part in parts]), classes,
-        source.class_names and [source.class_names[i] for i in places], source.wnids and [source.wnids[i] for i in places],
-        {'nums': nums, 'seed': seed} if nums else {})
+    labels = np.repeat(np.arange(len(classes)), [len(part) for part in parts])
+    tables = class_tables(source, [originals.index(original) for original in classes])
+    rule = {'nums': nums, 'seed': seed} if nums else {}
+    return Selection(np.concatenate(parts), labels, **tables, rule=rule)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Conversion.
+# --- Conversion -----------------------------------------------------------------------------------
+
 
 @dataclasses.dataclass
 class Converted:
-    """What was written: number of images, their side, names of damaged files left out, number of rejected ones."""
+    """Number of images written, their side, damaged files left out, number of rejected images."""
 
     count: int
     resolution: int
@@ -108,133 +116,122 @@ class Converted:
     skipped: list[str]
 
 
-def convert(source: Source, selection: Selection, dest: str, *, resolution=None, transform=None, workers=None,
-            skip_corrupt=False, overwrite=False, notes: dict | None = None) -> Converted:
+def convert(source: Source, selection: Selection, dest: str, *, resolution=None, transform=None,
+            workers=None, skip_corrupt=False, overwrite=False, notes: dict | None = None) -> Converted:
     """Writes the selected images of a source as an archive at `dest`.
 
-    Image i of the selection becomes `image_name(i)`; pictures that the transform rejects and, with `skip_corrupt`,
-    damaged ones leave gaps. The result does not depend on `workers` (processes, or threads where the source is in memory;
-    default: one for each core).
+    Image i of the selection becomes `image_name(i)`; images that the transform rejects and, with
+    `skip_corrupt`, damaged ones leave gaps. The result does not depend on `workers` (processes, or
+    threads where the source is in memory; default: one for each core).
 
-    resolution: (width, height) or None. transform: see `make_transform`. notes: further keys for dataset.json.
-    Raises UserError that names the file: damaged pictures, results that are not square, equal and a power of two.
+    resolution: (width, height) or None. transform: see `make_transform`. notes: further keys for
+    dataset.json. Raises UserError that names the file: damaged images, results that are not square,
+    equal and a power of two.
     """
     width, height = resolution or (None, None)
-    make_transform(transform, width, height)  # refuses what cannot be made
+    job = _Job(source, (transform, width, height))
     if resolution:
-        _check_shape(f'--resolution={width}x{height}', width, width if transform == 'center-crop-wide' else height)
-    kept, skipped, shape, rejected = [], [], None, 0
-    results = _convert_all(_Job(source, (transform, width, height)), selection.indices, _worker_count(workers))
+        _check_size(width, width if transform == 'center-crop-wide' else height)
+    kept = []
+    skipped = []
+    rejected = 0
+    shape = None
     with contextlib.ExitStack() as stack:
-        stack.enter_context(threadpoolctl.threadpool_limits(1))  # else each worker has threads of its own for small products
-        out = stack.enter_context(ArchiveWriter(dest, overwrite, sync=False))  # the source is still there if the power fails
+        # No waiting for the disk: the source is still there if the power fails.
+        out = stack.enter_context(ArchiveWriter(dest, overwrite, sync=False))
+        results = _convert_all(job, selection.indices, core_count() if workers is None else workers)
         stack.enter_context(contextlib.closing(results))
-        progress = stack.enter_context(tqdm.tqdm(total=len(selection), unit='image', delay=2, disable=None))
-        position = 0
-        for result in results:
+        bar = tqdm.tqdm(results, total=len(selection), unit='image', delay=2, disable=None)
+        for position, result in enumerate(stack.enter_context(bar)):
             where = source.where(int(selection.indices[position]))
-            positions = range(position, position + (result.count if isinstance(result, (_Rejected, _Alike)) else 1))
-            position = positions.stop
-            progress.update(len(positions))
-            if isinstance(result, _Rejected):
-                rejected += result.count
-                continue
-            if isinstance(result, _Damaged):
-                message = result.message if where in result.message else f'{where}: {result.message}'
-                if not skip_corrupt:
-                    raise UserError(f'{message}; mend it, or leave such files out with --skip-corrupt')
-                skipped.append(message)
-                continue
-            if shape is None:
-                shape = result.shape
-                _check_shape(where, shape[1], shape[0])
-            if result.shape != shape:
-                raise UserError(f'{where} gives {result.shape[1]}x{result.shape[0]} pixels, but images before it '
-                                f'{shape[1]}x{shape[0]}; give --resolution=WxH (and a --transform)')
-            out.add_alike([image_name(i) for i in positions], result.files)
-            kept.extend(positions)
+            match result:
+                case None:
+                    rejected += 1
+                case _Damaged(message):
+                    message = message if where in message else f'{where}: {message}'
+                    if not skip_corrupt:
+                        raise UserError(f'{message}; mend the file, or skip corrupt files')
+                    skipped.append(message)
+                case _Png(data, image_shape):
+                    if shape is None:
+                        shape = image_shape
+                        _check_size(shape[1], shape[0], where)
+                    if image_shape != shape:
+                        raise UserError(f'{where} gives {image_shape[1]}x{image_shape[0]} pixels, but '
+                                        f'images before it {shape[1]}x{shape[0]}; '
+                                        'give a resolution (and a transform)')
+                    out.add(image_name(position), data)
+                    kept.append(position)
         if shape is None:
-            raise UserError(f'--source={source.name}: none of {len(selection)} images is left '
-                            f'({rejected} rejected by --transform={transform}, {len(skipped)} damaged)')
-        out.add_description(_description(source, selection, kept, shape, transform, skipped, notes))
-    return Converted(len(selection) - rejected - len(skipped), shape[0], rejected, skipped)
+            raise UserError(f'{source.name}: none of {len(selection)} images is left '
+                            f'({rejected} rejected by {transform}, {len(skipped)} damaged)')
+        labels = selection.labels
+        if labels is not None:
+            names = map(image_name, kept)
+            labels = [list(pair) for pair in zip(names, labels[kept].tolist(), strict=True)]
+        description = {
+            **class_tables(selection), 'source': source.name, 'resolution': shape[0],
+            'transform': transform, **selection.rule, 'skipped': skipped or None, **(notes or {})}
+        description = {key: value for key, value in description.items() if value is not None}
+        out.add_description({'labels': labels} | description)
+    return Converted(len(kept), shape[0], rejected, skipped)
 
 
-def _description(source, selection, kept, shape, transform, skipped, notes) -> dict:
-    labels = selection.labels
-    if labels is not None:
-        labels = [[image_name(position), label] for position, label in zip(kept, labels[kept].tolist(), strict=True)]
-    known = {
-        'labels': labels, 'classes': selection.classes,
-        'class_names': selection.class_names, 'wnids': selection.wnids, 'source': source.name,
-        'resolution': shape[0], 'transform': transform, **selection.rule, 'skipped': skipped or None, **(notes or {})}
-    return {key: value for key, value in known.items() if value is not None or key == 'labels'}
+def _check_size(width: int, height: int, where: str | None = None):
+    """Raises UserError unless the sides are equal and a power of two: of the image `where`, else asked for."""
+    if width == height and not width & (width - 1):
+        return
+    size = f'{width}x{height}'
+    what = 'not square' if width != height else 'no power of two'
+    text = f'pixels are {what}, which networks need; choose a resolution, e.g. 64x64, and a transform'
+    if where is None:
+        raise UserError(text, field='resolution', value=size)
+    raise UserError(f'{where}: {size} {text}')
 
 
-def _check_shape(where: str, width: int, height: int):
-    if width != height or width & (width - 1):
-        what = 'not square' if width != height else 'no power of two'
-        raise UserError(f'{where}: {width}x{height} pixels are {what}, which networks need; '
-                        'give e.g. --resolution=64x64 --transform=center-crop')
+# --- Workers --------------------------------------------------------------------------------------
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Workers.
+@dataclasses.dataclass
+class _Png:
+    """A converted image: its PNG file and (height, width)."""
+
+    data: bytes
+    shape: tuple
+
 
 @dataclasses.dataclass
 class _Damaged:
-    """A picture that cannot be used."""
+    """An image that cannot be used."""
 
     message: str
-
-
-@dataclasses.dataclass
-class _Rejected:
-    """Pictures that the transform does not want."""
-
-    count: int = 1
-
-
-@dataclasses.dataclass
-class _Alike:
-    """Converted pictures: PNG files of one size, uint8 [n,bytes], and their (height, width)."""
-
-    files: np.ndarray
-    shape: tuple
-
-    @classmethod
-    def of(cls, pixels):
-        return cls(encode_pngs(pixels), pixels.shape[1:3])
-
-    @property
-    def count(self):
-        return len(self.files)
 
 
 class _Job:
     """What a worker process needs; it is handed over once."""
 
-    def __init__(self, source, transform):
-        self.source, self.transform = source, transform  # the arguments of make_transform: functions cannot be pickled
+    def __init__(self, source, rule):
+        self.source = source
+        self.rule = rule  # the arguments of make_transform: functions cannot be pickled
+        make_transform(*rule)  # raises for what cannot be made
 
-    def convert(self, indices):
-        """What became of the pictures, in order: one result for each, or one for all where they are alike."""
-        function = make_transform(*self.transform)
-        try:
-            pictures = self.source.read_alike(indices)
-        except UserError:  # one of them cannot be read: which, the loop below tells
-            pictures = None
-        if pictures is not None:
-            pixels = function(pictures)
-            return [_Rejected(len(indices)) if pixels is None else _Alike.of(pixels)]
-        out = []
+    def convert(self, indices) -> list:
+        """What became of each image: a `_Png`, a `_Damaged`, or None if the transform rejects it."""
+        transform = make_transform(*self.rule)
+        results = []
+        by_shape = collections.defaultdict(list)
         for index in indices:
             try:
-                pixels = function(self.source.picture(int(index)))
-                out.append(_Rejected() if pixels is None else _Alike.of(pixels[None]))
+                results.append(transform(self.source.picture(int(index))))
             except (BadImage, UserError) as error:
-                out.append(_Damaged(str(error)))
-        return out
+                results.append(_Damaged(str(error)))
+            if isinstance(results[-1], np.ndarray):
+                by_shape[results[-1].shape].append(len(results) - 1)
+        for shape, places in by_shape.items():  # encoded together, which is faster for small images
+            files = encode_pngs(np.stack([results[place] for place in places]))
+            for place, file in zip(places, files, strict=True):
+                results[place] = _Png(file.tobytes(), shape[:2])
+        return results
 
 
 _job = None
@@ -243,8 +240,6 @@ _job = None
 def _start_worker(job):
     global _job
     _job = job
-    if sys.platform != 'linux':  # there it has the limit of the parent
-        threadpoolctl.threadpool_limits(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C for all
 
 
@@ -252,14 +247,8 @@ def _work(indices):
     return _job.convert(indices)
 
 
-def _worker_count(workers: int | None) -> int:
-    if workers is not None:
-        return workers
-    return core_count()
-
-
 def _convert_all(job, indices, workers):
-    """Results of all images in order, computed by `workers` processes or threads with a bounded number of chunks under way."""
+    """Results of all images in order; `workers` processes or threads have few chunks under way."""
     chunk = _chunk_size(job, indices, max(workers, 1))
     chunks = [indices[i:i + chunk] for i in range(0, len(indices), chunk)]
     workers = min(workers, len(chunks))
@@ -268,11 +257,13 @@ def _convert_all(job, indices, workers):
             yield from job.convert(part)
         return
     if job.source.in_memory:  # NumPy and zlib do all the work, most of it beside other threads
-        pool, work = concurrent.futures.ThreadPoolExecutor(workers), job.convert
+        pool = concurrent.futures.ThreadPoolExecutor(workers)
+        work = job.convert
     else:
-        # Forked workers share the parent's data; elsewhere than on Linux system libraries do not survive a fork.
+        # Forked workers share the parent's data; on other systems libraries do not survive a fork.
         context = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
-        pool, work = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (job,)), _work
+        pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (job,))
+        work = _work
     try:
         pending = collections.deque()
         for part in chunks:
@@ -282,18 +273,19 @@ def _convert_all(job, indices, workers):
         while pending:
             yield from pending.popleft().result()
     except BrokenProcessPool:
-        raise UserError('a worker process died, perhaps for lack of memory; give fewer --workers') from None
+        raise UserError('a worker process died, perhaps for lack of memory; use fewer workers') from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _chunk_size(job, indices, workers) -> int:
-    """Images of a chunk: as many as the first readable one fits into CHUNK_BYTES, from 1 to 256, and so few that all workers
-    are busy to the end. The smallest are done fastest in large chunks; of the others, one can take longer than another."""
-    for index in indices[:8]:
-        result = job.convert([index])[0]
-        if isinstance(result, _Alike):
+    """Images of a chunk: what fits into CHUNK_BYTES, 1 to 256, going by the first readable image.
+
+    And so few that all workers are busy to the end: one image can take longer than another.
+    """
+    for result in (job.convert([index])[0] for index in indices[:8]):
+        if isinstance(result, _Png):
             height, width = result.shape
             most = int(np.clip(CHUNK_BYTES // (3 * height * width), 1, 256))
-            return min(most, -(-len(indices) // ((4 if most == 256 else 16) * workers)))
+            return min(most, -(-len(indices) // (16 * workers)))
     return 16

@@ -7,13 +7,11 @@ import numpy as np
 
 from dnnlib.image_io import BadImage, decode_image, is_image_name
 from dnnlib.util import UserError, subset
-from training.data.archive import ArchiveReader, labels_of
+from training.data.archive import CLASS_TABLES, ArchiveReader, labels_of
 
 CACHE_BYTES = 2 << 30
 
-# What dataset.json may say of classes: original index, name and ImageNet folder of each label.
-CLASS_TABLES = ('classes', 'class_names', 'wnids')
-# Its further keys that travel with the data into snapshots.
+# Keys of dataset.json that travel with the data into snapshots.
 _DESCRIBING = ('sim_name', 'source', 'transform', 'encoder')
 
 

@@ -1,17 +1,20 @@
-"""What can be read: folders and zips of pictures, and the files in which the usual data sets come.
+"""What can be read: folders and zips of images, and the files in which the usual data sets come.
 
-Every source is a list of pictures with `len()`, `read(index)` -> uint8 [H,W,3] (raises BadImage), `where(index)` (its
-name for messages), and
+Every source is a list of images with `len()`, `read(index)` -> uint8 [H,W,3] (raises BadImage),
+`where(index)` (its name for messages), and
 
     labels      int64 [n], float32 [n,D], or None
-    classes     original index of each label, or None: ImageNet's for wnid folders, else its place in the sorted list
+    classes     original index of each label, or None: ImageNet's for wnid folders, else its place in
+                the sorted list
     class_names, wnids   the same as text, or None
     implied     True if labels are folder names, which count only if there are several
-    in_memory   True if pictures are decoded already: workers are then threads, not processes
+    in_memory   True if images are decoded already: workers are then threads, not processes
 
-Sources travel to worker processes: they can be pickled and forked.
+Sources travel to worker processes: they can be pickled and forked. A new kind is a class with
+`kind` and `matches`, listed in SOURCES.
 """
 
+import dataclasses
 import gzip
 import os
 import re
@@ -22,45 +25,50 @@ import zlib
 
 import numpy as np
 
-from dnnlib.image_io import BadImage, decode_picture, decode_pngs, is_image_name, is_small_png
+from dnnlib.image_io import BadImage, decode_picture, is_image_name
 from dnnlib.util import UserError
 from torch_utils.files import pickles
 from training.data import imagenet
-from training.data.archive import ArchiveReader, labels_of
-
-KINDS = ('a folder or .zip of images, cifar-10-python.tar.gz, cifar-100-python.tar.gz (or their unpacked folders), '
-         'MNIST *-images-idx3-ubyte.gz, an LSUN *_lmdb folder, a .txt list of image paths, or the word digits')
+from training.data.archive import CLASS_TABLES, ArchiveReader, labels_of
 
 
 class Source:
     """Base of all sources (see the module)."""
 
+    kind = ''  # what the user can give, for messages
     labels = classes = class_names = wnids = None
     implied = coarse = in_memory = False
 
     def __init__(self, name: str):
         self.name = name
 
+    @staticmethod
+    def matches(path: str) -> bool:
+        """Whether `path` is of this kind."""
+        return False
+
     def read(self, index) -> np.ndarray:
         return np.asarray(self.picture(index))
 
     def picture(self, index):
-        """The same as `read`, or Pillow's picture of mode RGB where Pillow has decoded it."""
-        return self.read(index)
-
-    def read_alike(self, indices) -> np.ndarray | None:
-        """Pictures uint8 [n,h,w,3] at `indices` if they are small, of one size, and quicker read together; else None."""
-        return None
+        """The same as `read`, or Pillow's image of mode RGB where Pillow has decoded it."""
+        raise NotImplementedError
 
     def name_classes(self, labels, names=None, wnids=None, classes=None):
         """Sets labels and what is known of their classes."""
         self.labels = np.asarray(labels, dtype=np.int64)
-        self.classes = list(classes) if classes is not None else list(range(len(names)))
-        self.class_names, self.wnids = names, wnids
+        self.classes = list(range(len(names)) if classes is None else classes)
+        self.class_names = names
+        self.wnids = wnids
+
+
+# --- Files of images ------------------------------------------------------------------------------
 
 
 class FileSource(Source):
-    """Images of a folder or zip. Labels are those of dataset.json, else the sorted names of the top-level folders."""
+    """Images of a folder or zip, with labels of dataset.json, else the sorted top-level folders."""
+
+    kind = 'a folder or .zip of images'
 
     def __init__(self, path: str):
         super().__init__(path)
@@ -69,24 +77,31 @@ class FileSource(Source):
         names = [self.reader.names[i] for i in self.files]
         if not names:
             latents = any(name.endswith('.npy') for name in self.reader.names)
-            raise UserError(f'--source={path} holds ' + (
-                'latents, not images; see dataset_tool.py decode' if latents else f'no images; give {KINDS}'))
+            raise UserError(f'{path} holds ' + ('latents, not images; see dataset_tool.py decode'
+                                                if latents else f'no images; give {kinds()}'))
         description = self.reader.description()
         if description:
             self._stored_labels(names, description)
         else:
             self._folder_labels(names)
 
+    @staticmethod
+    def matches(path):
+        return os.path.isdir(path) or zipfile.is_zipfile(path)
+
     def _stored_labels(self, names, description):
         self.labels = labels_of(self.reader, names, description)
         if self.labels is None or self.labels.ndim == 2:
             return
         count = int(self.labels.max()) + 1
-        tables = [description.get(key) for key in ('classes', 'class_names', 'wnids')]
+        tables = [description.get(key) for key in CLASS_TABLES]
         for table, kind in zip(tables, (int, str, str), strict=True):
-            if table is not None and not (isinstance(table, list) and len(table) >= count
-                                          and all(isinstance(value, kind) for value in table)):
-                raise UserError(f'--source={self.name}: dataset.json does not describe the {count} classes of its labels')
+            if table is None:
+                continue
+            if not isinstance(table, list) or not all(isinstance(value, kind) for value in table) \
+                    or len(table) < count:
+                raise UserError(f'{self.name}: dataset.json does not describe the {count} classes '
+                                'of its labels')
         classes, class_names, wnids = tables
         count = max([count] + [len(table) for table in tables if table is not None])
         self.name_classes(self.labels, class_names, wnids, classes or range(count))
@@ -97,18 +112,17 @@ class FileSource(Source):
         if not folders or (len(folders) == 1 and None in tops):
             return
         if None in tops:
-            outside = [name for name, top in zip(names, tops, strict=True) if top is None]
-            raise UserError(f'--source={self.name} has class folders, but {len(outside)} of {len(names)} images lie '
-                            f'outside them, e.g. {outside[0]}; move them, or add a dataset.json')
-        place = {folder: i for i, folder in enumerate(folders)}
-        known = imagenet.index_of_wnid()
+            raise UserError(f'{self.name} has class folders, but {tops.count(None)} of {len(names)} '
+                            f'images lie outside them, e.g. {names[tops.index(None)]}; move them, '
+                            'or add a dataset.json')
         self.implied = True
-        labels = [place[top] for top in tops]
-        if all(folder in known for folder in folders):
-            indices = [known[folder] for folder in folders]
-            self.name_classes(labels, [imagenet.classes()[i][1] for i in indices], folders, indices)
-        else:
+        label_of = {folder: label for label, folder in enumerate(folders)}
+        labels = [label_of[top] for top in tops]
+        indices = [imagenet.index_of_wnid().get(folder) for folder in folders]
+        if None in indices:
             self.name_classes(labels, folders)
+        else:
+            self.name_classes(labels, [imagenet.classes()[i][1] for i in indices], folders, indices)
 
     def __len__(self):
         return len(self.files)
@@ -116,48 +130,52 @@ class FileSource(Source):
     def picture(self, index):
         return decode_picture(self.reader.read(self.files[index]))
 
-    def read_alike(self, indices):
-        first = self.reader.read(self.files[indices[0]])
-        if not is_small_png(first):
-            return None
-        return decode_pngs([first, *(self.reader.read(self.files[index]) for index in indices[1:])])
-
     def where(self, index):
         return self.reader.where(self.files[index])
 
 
 class ListSource(Source):
-    """Images named in a text file: one path a line, relative to the file's folder or to the working directory.
+    """Images named in a text file: one path a line, relative to its folder or the working directory.
 
-    A tab and a whole number after every path give labels. Empty lines and lines that start with # are left out.
+    A tab and a whole number after every path give labels. Empty lines and those that start with #
+    are left out.
     """
+
+    kind = 'a .txt list of image paths'
 
     def __init__(self, path: str):
         super().__init__(path)
         try:
             with open(path, encoding='utf-8') as file:
-                lines = [(n, line.strip()) for n, line in enumerate(file, 1)]
+                lines = [(number, line.strip()) for number, line in enumerate(file, 1)]
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f'--source={path} cannot be read as a list of image paths ({error})') from None
-        lines = [(n, line) for n, line in lines if line and not line.startswith('#')]
+            raise UserError(f'{path} cannot be read as a list of image paths ({error})') from None
+        lines = [(number, line) for number, line in lines if line and not line.startswith('#')]
         if not lines:
-            raise UserError(f'--source={path} lists no images; write one path a line')
-        self.paths, labels, missing = [], [], []
+            raise UserError(f'{path} lists no images; write one path a line')
+        self.paths = []
+        labels = []
+        missing = []
         for number, line in lines:
             name, _, label = line.partition('\t')
-            found = next((p for p in (os.path.join(os.path.dirname(path), name), name) if os.path.isfile(p)), None)
-            if found is None:
-                missing.append(f'line {number}: {name}')
             if label and not label.strip().isdigit():
-                raise UserError(f'--source={path} line {number}: label {label!r} is not a whole number')
-            self.paths.append(found)
+                raise UserError(f'{path} line {number}: label {label!r} is not a whole number')
             labels.append(int(label) if label else -1)
+            beside = os.path.join(os.path.dirname(path), name)
+            self.paths.append(beside if os.path.isfile(beside) else name)
+            if not os.path.isfile(self.paths[-1]):
+                missing.append(f'line {number}: {name}')
         if missing:
-            raise UserError(f'--source={path}: {len(missing)} of {len(lines)} images do not exist, e.g. {missing[0]}')
+            raise UserError(f'{path}: {len(missing)} of {len(lines)} images do not exist, '
+                            f'e.g. {missing[0]}')
         if max(labels) >= 0:
             if min(labels) < 0:
-                raise UserError(f'--source={path}: {labels.count(-1)} of {len(lines)} images have no label')
+                raise UserError(f'{path}: {labels.count(-1)} of {len(lines)} images have no label')
             self.name_classes(labels, classes=range(max(labels) + 1))
+
+    @staticmethod
+    def matches(path):
+        return path.lower().endswith('.txt') and os.path.isfile(path)
 
     def __len__(self):
         return len(self.paths)
@@ -173,35 +191,10 @@ class ListSource(Source):
         return self.paths[index]
 
 
-class ArraySource(Source):
-    """Images that are already decoded: uint8 [n,3,H,W] or gray [n,H,W]."""
-
-    in_memory = True
-
-    def __init__(self, name, images, labels, names):
-        super().__init__(name)
-        self.images = images
-        self.name_classes(labels, names)
-
-    def __len__(self):
-        return len(self.images)
-
-    def read(self, index):
-        image = self.images[index]
-        if image.ndim == 2:
-            return np.repeat(image[:, :, None], 3, axis=2)
-        return np.ascontiguousarray(image.transpose(1, 2, 0))
-
-    def read_alike(self, indices):
-        images = self.images[indices]
-        return images[..., None].repeat(3, axis=3) if images.ndim == 3 else images.transpose(0, 2, 3, 1)
-
-    def where(self, index):
-        return f'{self.name}: image {index}'
-
-
 class LmdbSource(Source):
     """Images of an LSUN database, in the order of its keys; no labels."""
+
+    kind = 'an LSUN *_lmdb folder'
 
     def __init__(self, path: str):
         super().__init__(path)
@@ -210,18 +203,25 @@ class LmdbSource(Source):
             self.keys = [bytes(key) for key in transaction.cursor().iternext(keys=True, values=False)]
         self._environment = None
         if not self.keys:
-            raise UserError(f'--source={path} is an empty database')
+            raise UserError(f'{path} is an empty database')
+
+    @staticmethod
+    def matches(path):
+        return os.path.isfile(os.path.join(path, 'data.mdb'))
 
     def _begin(self):
         try:
             import lmdb
         except ImportError:
-            raise UserError(f'--source={self.name} is an LMDB database; install its reader: pip install lmdb') from None
-        if self._environment is None or self._environment[0] != os.getpid():  # not to be used across a fork
+            raise UserError(f'{self.name} is an LMDB database; install its reader: '
+                            'pip install lmdb') from None
+        process = os.getpid()  # an environment is not to be used across a fork
+        if self._environment is None or self._environment[0] != process:
             try:
-                self._environment = os.getpid(), lmdb.open(self.name, readonly=True, lock=False, readahead=False)
+                environment = lmdb.open(self.name, readonly=True, lock=False, readahead=False)
             except lmdb.Error as error:
-                raise UserError(f'--source={self.name} is no readable LMDB database ({error})') from None
+                raise UserError(f'{self.name} is no readable LMDB database ({error})') from None
+            self._environment = process, environment
         return self._environment[1].begin(buffers=False)
 
     def __getstate__(self):
@@ -238,11 +238,212 @@ class LmdbSource(Source):
         return f'{self.name}: {self.keys[index].decode("latin1")}'
 
 
+# --- Data sets in files of their own --------------------------------------------------------------
+
+
+class ArraySource(Source):
+    """Images that are already decoded: uint8 [n,3,H,W] or gray [n,H,W]."""
+
+    in_memory = True
+
+    def __init__(self, name, images, labels, names):
+        super().__init__(name)
+        self.images = images
+        self.name_classes(labels, names)
+
+    def __len__(self):
+        return len(self.images)
+
+    def picture(self, index):
+        image = self.images[index]
+        if image.ndim == 2:
+            return np.repeat(image[:, :, None], 3, axis=2)
+        return image.transpose(1, 2, 0)
+
+    def where(self, index):
+        return f'{self.name}: image {index}'
+
+
+class DigitsSource(ArraySource):
+    """scikit-learn's 1,797 handwritten digits, installed with it: 8x8, 0..16 scaled to 0..255."""
+
+    kind = 'the word digits'
+
+    def __init__(self, path: str = 'digits'):
+        import sklearn.datasets
+        digits = sklearn.datasets.load_digits()
+        images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+        super().__init__('digits', images, digits.target, [str(digit) for digit in range(10)])
+
+    @staticmethod
+    def matches(path):
+        return path == 'digits'
+
+
+class MnistSource(ArraySource):
+    """MNIST, or what has its format: `*-images-idx3-ubyte.gz` with the labels file beside it.
+
+    28x28 images get a black border of two pixels, so that their size is a power of two.
+    """
+
+    kind = 'MNIST *-images-idx3-ubyte.gz'
+
+    def __init__(self, path: str):
+        folder, base = os.path.split(path)
+        images = _read_idx(path, 3)
+        base = base.replace('images', 'labels').replace('idx3', 'idx1')
+        labels = _read_idx(os.path.join(folder, base), 1)
+        if len(labels) != len(images) or not len(images):
+            raise UserError(f'{path}: {len(images)} images but {len(labels)} labels')
+        if images.shape[1:] == (28, 28):
+            images = np.pad(images, [(0, 0), (2, 2), (2, 2)])
+        super().__init__(path, images, labels, [str(label) for label in range(labels.max() + 1)])
+
+    @staticmethod
+    def matches(path):
+        return re.search(r'images[.-]idx3-ubyte(\.gz)?$', path) is not None
+
+
+def _read_idx(path: str, dimensions: int) -> np.ndarray:
+    """The uint8 array of an idx file (optionally gzipped) with so many dimensions."""
+    expected = 0x0800 + dimensions
+    try:
+        with open(path, 'rb') as file:
+            packed = file.read(2) == b'\x1f\x8b'
+        with gzip.open(path, 'rb') if packed else open(path, 'rb') as file:
+            magic, *shape = struct.unpack(f'>{1 + dimensions}I', file.read(4 + 4 * dimensions))
+            if magic != expected:
+                raise ValueError(f'it starts with {magic:#x} instead of {expected:#x}')
+            size = int(np.prod(shape, dtype=object))
+            data = file.read(min(size, 1 << 34) + 1)
+    except FileNotFoundError:
+        raise UserError(f'{path} does not exist; it belongs beside the other file of the data set') from None
+    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
+        raise UserError(f'{path} is no readable idx file ({error})') from None
+    if len(data) != size:
+        raise UserError(f'{path} is damaged: {len(data)} bytes of data instead of {size}')
+    return np.frombuffer(data, dtype=np.uint8).reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class _CifarLayout:
+    """Names of files, and keys of the dictionaries in them."""
+
+    meta: str
+    names_key: str
+    labels_key: str
+    train: tuple
+    test: tuple
+
+
+_CIFAR10 = _CifarLayout('batches.meta', 'label_names', 'labels',
+                        tuple(f'data_batch_{i}' for i in range(1, 6)), ('test_batch',))
+_CIFAR100 = _CifarLayout('meta', 'fine_label_names', 'fine_labels', ('train',), ('test',))
+_COARSE = dataclasses.replace(_CIFAR100, names_key='coarse_label_names', labels_key='coarse_labels')
+
+
+class CifarSource(ArraySource):
+    """CIFAR-10 or CIFAR-100 from its `-python.tar.gz` or the unpacked folder.
+
+    `split` is 'train' or 'test'; `coarse` takes CIFAR-100's 20 coarse labels. Raises UserError that
+    names the file for any other layout.
+    """
+
+    kind = 'cifar-10-python.tar.gz, cifar-100-python.tar.gz (or their unpacked folders)'
+
+    def __init__(self, path: str, coarse: bool = False, split: str = 'train'):
+        files = _cifar_files(path, split)
+        layout = _CIFAR10 if _CIFAR10.meta in files else _COARSE if coarse else _CIFAR100
+        if layout.meta not in files:
+            raise UserError(f'{path} holds no CIFAR batches; for another archive, unpack it and give the folder')
+        self.coarse = layout is _COARSE
+        names = _cifar_batch(path, layout.meta, files).get(layout.names_key)
+        if not isinstance(names, list) or not names:
+            raise UserError(f'{path}: the meta file has no class names; it is not the original CIFAR layout')
+        names = [_text(name) for name in names]
+        batches = [self._read_batch(path, name, files, layout.labels_key, len(names))
+                   for name in getattr(layout, split)]
+        images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+        super().__init__(path, images, labels, names)
+
+    @staticmethod
+    def matches(path):
+        return re.search(r'\.(tar|tgz|tar\.\w+)$', path.lower()) is not None or _cifar_folder(path) is not None
+
+    @staticmethod
+    def _read_batch(path, name, files, labels_key, num_classes):
+        """Images uint8 [n,3,32,32] and labels int64 [n] of a file of the data set."""
+        batch = _cifar_batch(path, name, files)
+        del files[name]
+        try:
+            data = batch['data'].array()
+            labels = np.array(batch[labels_key], dtype=np.int64)
+        except (KeyError, AttributeError, TypeError, ValueError, pickles.ForeignPickleError) as error:
+            raise UserError(f'{path}: {name} is not the original CIFAR layout ({error})') from None
+        if data.dtype != np.uint8 or data.shape != (len(labels), 3072) or not len(labels) \
+                or labels.min() < 0 or labels.max() >= num_classes:
+            raise UserError(f'{path}: {name} is not the original CIFAR layout: {data.dtype} data '
+                            f'{list(data.shape)} with {len(labels)} labels')
+        return data.reshape(-1, 3, 32, 32), labels
+
+
+def _cifar_folder(path: str) -> str | None:
+    """The folder of CIFAR's files at `path` or below it."""
+    for below in ('', 'cifar-10-batches-py', 'cifar-100-python'):
+        folder = os.path.join(path, below)
+        for layout in (_CIFAR10, _CIFAR100):
+            if all(os.path.isfile(os.path.join(folder, name)) for name in (layout.meta, layout.train[0])):
+                return folder
+    return None
+
+
+def _cifar_files(path: str, split: str) -> dict[str, bytes]:
+    """{base name: content} of what a CIFAR archive or folder has of a split."""
+    wanted = {name for layout in (_CIFAR10, _CIFAR100) for name in (layout.meta, *getattr(layout, split))}
+    files = {}
+    if os.path.isdir(path):
+        folder = _cifar_folder(path) or path
+        for name in wanted & set(os.listdir(folder)):
+            with open(os.path.join(folder, name), 'rb') as file:
+                files[name] = file.read()
+        return files
+    try:
+        with tarfile.open(path, 'r|*', bufsize=1 << 17) as tar:
+            for count, member in enumerate(tar):
+                name = os.path.basename(member.name)
+                if member.isfile() and name in wanted and member.size < 1 << 29:
+                    files[name] = tar.extractfile(member).read()
+                if count > 50 and not files:
+                    break  # some other archive, perhaps a large one
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise UserError(f'{path} is damaged or no tar archive ({error}); download it again') from None
+    return files
+
+
+def _cifar_batch(path, name, files) -> dict:
+    if name not in files:
+        raise UserError(f'{path}: {name} is missing; download the archive again')
+    try:
+        batch = pickles.load(files[name], pickles.NUMPY_ARRAYS)
+    except pickles.ForeignPickleError as error:
+        raise UserError(f'{path}: {name} is refused: {error}') from None
+    if not isinstance(batch, dict):
+        raise UserError(f'{path}: {name} is not the original CIFAR layout')
+    return {_text(key): value for key, value in batch.items()}
+
+
+def _text(value) -> str:
+    return value.decode('latin1') if isinstance(value, bytes) else str(value)
+
+
+# --- Several sources, and opening -----------------------------------------------------------------
+
+
 class JoinedSource(Source):
     """Several sources one after the other. Classes of the same name (or wnid) are one class.
 
-    If all are ImageNet's, its indices stay and order the classes; else the classes of the first source keep theirs and
-    new names follow.
+    If all are ImageNet's, its indices stay and order the classes; else the classes of the first
+    source keep theirs and new names follow.
     """
 
     def __init__(self, sources: list[Source]):
@@ -252,34 +453,33 @@ class JoinedSource(Source):
         self.implied = all(source.implied for source in sources)
         self.in_memory = all(source.in_memory for source in sources)
         unlabelled = [source.name for source in sources if source.labels is None]
-        if unlabelled and len(unlabelled) < len(sources):
-            raise UserError(f'--source: {unlabelled[0]} has no labels, but others have; join sources of one kind')
         if not unlabelled:
             self._join_labels()
+        elif len(unlabelled) < len(sources):
+            raise UserError(f'{unlabelled[0]} has no labels, but others have; join sources of one kind')
 
     def _join_labels(self):
         if any(source.labels.ndim == 2 for source in self.sources):
             if len({source.labels.shape[1:] for source in self.sources}) > 1:
-                raise UserError(f'--source={self.name}: label vectors of different lengths')
+                raise UserError(f'{self.name}: label vectors of different lengths')
             self.labels = np.concatenate([source.labels for source in self.sources])
             return
-        all_wnids = all(source.wnids for source in self.sources)
-        merged = {}  # name -> (original index, name to show)
+        by_wnid = all(source.wnids for source in self.sources)
+        merged = {}  # key -> (original index, name)
+        taken = set()
         for source in self.sources:
-            names = source.class_names or [str(c) for c in source.classes]
-            for key, index, name in zip(source.wnids if all_wnids else names, source.classes, names, strict=True):
+            for key, index, name in _class_table(source, by_wnid):
                 if key not in merged:
-                    taken = {i for i, _ in merged.values()}
                     merged[key] = (max(taken) + 1 if index in taken else index, name)
-        keys = sorted(merged, key=lambda key: merged[key][0]) if all_wnids else list(merged)
-        place = {key: i for i, key in enumerate(keys)}
-        labels = []
-        for source in self.sources:
-            names = source.wnids if all_wnids else source.class_names or [str(c) for c in source.classes]
-            labels.append(np.array([place[name] for name in names])[source.labels])
+                    taken.add(merged[key][0])
+        keys = sorted(merged, key=merged.get) if by_wnid else list(merged)
+        place = {key: label for label, key in enumerate(keys)}
+        labels = [np.array([place[key] for key, _, _ in _class_table(source, by_wnid)])[source.labels]
+                  for source in self.sources]
+        classes, names = zip(*(merged[key] for key in keys), strict=True)
         named = any(source.class_names for source in self.sources)
-        self.name_classes(np.concatenate(labels), [merged[key][1] for key in keys] if named else None,
-                          keys if all_wnids else None, [merged[key][0] for key in keys])
+        self.name_classes(np.concatenate(labels), list(names) if named else None,
+                          keys if by_wnid else None, classes)
 
     def _find(self, index):
         part = int(np.searchsorted(self.starts, index, side='right')) - 1
@@ -292,186 +492,46 @@ class JoinedSource(Source):
         source, inner = self._find(index)
         return source.picture(inner)
 
-    def read_alike(self, indices):
-        first, start = self._find(indices[0])
-        last, _ = self._find(indices[-1])
-        inside = np.asarray(indices) - (indices[0] - start)
-        return first.read_alike(inside) if first is last and inside.min() >= 0 and inside.max() < len(first) else None
-
     def where(self, index):
         source, inner = self._find(index)
         return source.where(inner)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data sets in files of their own.
-
-_CIFAR10_TRAIN = tuple(f'data_batch_{i}' for i in range(1, 6))
-
-
-def _cifar_files(path: str, split: str) -> dict[str, bytes] | None:
-    """{base name: content} of what a CIFAR archive or folder has of a split, None if it is something else."""
-    wanted = {'batches.meta', 'meta', *({*_CIFAR10_TRAIN, 'train'} if split == 'train' else {'test_batch', 'test'})}
-    if os.path.isdir(path):
-        for folder in (path, os.path.join(path, 'cifar-10-batches-py'), os.path.join(path, 'cifar-100-python')):
-            marks = {'data_batch_1', 'batches.meta'}, {'train', 'meta'}
-            if any(all(os.path.isfile(os.path.join(folder, name)) for name in mark) for mark in marks):
-                found = {}
-                for name in wanted & set(os.listdir(folder)):
-                    with open(os.path.join(folder, name), 'rb') as file:
-                        found[name] = file.read()
-                return found
-        return None
-    found = {}
-    try:
-        with tarfile.open(path, 'r|*', bufsize=1 << 17) as tar:
-            for count, member in enumerate(tar):
-                name = os.path.basename(member.name)
-                if member.isfile() and name in wanted and member.size < 1 << 29:
-                    found[name] = tar.extractfile(member).read()
-                if count > 50 and not found:
-                    break  # some other archive, perhaps a large one
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise UserError(f'--source={path} is damaged or no tar archive ({error}); download it again') from None
-    return found if 'meta' in found or 'batches.meta' in found else None
+def _class_table(source: Source, by_wnid: bool) -> list[tuple]:
+    """(key, original index, name) of each class: what is equal in two sources is one class."""
+    names = source.class_names or [str(index) for index in source.classes]
+    return list(zip(source.wnids if by_wnid else names, source.classes, names, strict=True))
 
 
-def open_cifar(path: str, coarse: bool = False, split: str = 'train', files: dict | None = None) -> ArraySource:
-    """CIFAR-10 or CIFAR-100 from its `-python.tar.gz` or the unpacked folder; `split` 'train' or 'test'.
-
-    `coarse` takes CIFAR-100's 20 coarse labels. Raises UserError that names the file for any other layout.
-    """
-    files = _cifar_files(path, split) if files is None else files
-    if files is None:
-        raise UserError(f'--source={path} holds no CIFAR batches; for another archive, unpack it and give the folder')
-    is10 = 'batches.meta' in files
-    if coarse and is10:
-        raise UserError(f'--coarse: {path} is CIFAR-10; CIFAR-100 alone has coarse labels')
-    batches = (_CIFAR10_TRAIN if split == 'train' else ('test_batch',)) if is10 else (split,)
-    kind = 'labels' if is10 else 'coarse_labels' if coarse else 'fine_labels'
-    meta = _cifar_batch(path, 'batches.meta' if is10 else 'meta', files)
-    names = meta.get('label_names' if is10 else 'coarse_label_names' if coarse else 'fine_label_names')
-    if not isinstance(names, list) or not names:
-        raise UserError(f'--source={path}: the meta file has no class names; it is not the original CIFAR layout')
-    names = [name.decode('latin1') if isinstance(name, bytes) else str(name) for name in names]
-    images, labels = [], []
-    for name in batches:
-        batch = _cifar_batch(path, name, files)
-        files.pop(name)
-        try:
-            data, ids = batch['data'].array(), np.array(batch[kind], dtype=np.int64)
-        except (KeyError, AttributeError, TypeError, ValueError, pickles.ForeignPickleError) as error:
-            raise UserError(f'--source={path}: {name} is not the original CIFAR layout ({error})') from None
-        if data.dtype != np.uint8 or data.shape != (len(ids), 3072) or not len(ids) \
-                or ids.min() < 0 or ids.max() >= len(names):
-            raise UserError(f'--source={path}: {name} is not the original CIFAR layout: {data.dtype} data '
-                            f'{list(data.shape)} with {len(ids)} labels')
-        images.append(data.reshape(-1, 3, 32, 32))
-        labels.append(ids)
-    whole = np.empty((sum(map(len, images)), 3, 32, 32), dtype=np.uint8)
-    rest = whole
-    while images:  # memory for one batch is taken while that of another is given back
-        part = images.pop(0)
-        rest[:len(part)] = part
-        rest = rest[len(part):]
-    source = ArraySource(path, whole, np.concatenate(labels), names)
-    source.coarse = coarse
-    return source
+# In the order in which they are tried.
+SOURCES = (DigitsSource, CifarSource, LmdbSource, ListSource, MnistSource, FileSource)
 
 
-def _cifar_batch(path, name, files) -> dict:
-    if name not in files:
-        raise UserError(f'--source={path}: {name} is missing; download the archive again')
-    try:
-        batch = pickles.load(files[name], pickles.NUMPY_ARRAYS)
-    except pickles.ForeignPickleError as error:
-        raise UserError(f'--source={path}: {name} is refused: {error}') from None
-    if not isinstance(batch, dict):
-        raise UserError(f'--source={path}: {name} is not the original CIFAR layout')
-    return {key.decode('latin1') if isinstance(key, bytes) else key: value for key, value in batch.items()}
-
-
-def _read_idx(path: str, dimensions: int) -> np.ndarray:
-    """The uint8 array of an idx file (optionally gzipped) with so many dimensions."""
-    try:
-        with open(path, 'rb') as file:
-            packed = file.read(2) == b'\x1f\x8b'
-        with gzip.open(path, 'rb') if packed else open(path, 'rb') as file:
-            magic, *shape = struct.unpack(f'>{1 + dimensions}I', file.read(4 + 4 * dimensions))
-            if magic != 0x0800 + dimensions:
-                raise ValueError(f'it starts with {magic:#x} instead of {0x0800 + dimensions:#x}')
-            size = int(np.prod(shape, dtype=object))
-            data = file.read(min(size, 1 << 34) + 1)
-    except FileNotFoundError:
-        raise UserError(f'--source: {path} does not exist; it belongs beside the other file of the data set') from None
-    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
-        raise UserError(f'--source: {path} is no readable idx file ({error})') from None
-    if len(data) != size:
-        raise UserError(f'--source: {path} is damaged: {len(data)} bytes of data instead of {size}')
-    return np.frombuffer(data, dtype=np.uint8).reshape(shape)
-
-
-def open_mnist(path: str) -> ArraySource:
-    """MNIST, or what has its format, from `*-images-idx3-ubyte.gz` with the labels file beside it.
-
-    28x28 images get a black border of two pixels, so that their size is a power of two.
-    """
-    folder, base = os.path.split(path)
-    images = _read_idx(path, 3)
-    labels = _read_idx(os.path.join(folder, base.replace('images', 'labels').replace('idx3', 'idx1')), 1)
-    if len(labels) != len(images) or not len(images):
-        raise UserError(f'--source={path}: {len(images)} images but {len(labels)} labels')
-    if images.shape[1:] == (28, 28):
-        images = np.pad(images, [(0, 0), (2, 2), (2, 2)])
-    return ArraySource(path, images, labels, [str(i) for i in range(int(labels.max()) + 1)])
-
-
-def open_digits() -> ArraySource:
-    """scikit-learn's 1,797 handwritten digits: 8x8, values 0..16 scaled to 0..255. Installed with it, no download."""
-    import sklearn.datasets
-    digits = sklearn.datasets.load_digits()
-    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    return ArraySource('digits', images, digits.target, [str(i) for i in range(10)])
+def kinds() -> str:
+    """What the user can give, as text."""
+    return ', '.join(source.kind for source in SOURCES)
 
 
 def open_source(text: str, coarse: bool = False) -> Source:
-    """The source that `--source` names: a path of one of `KINDS`, or several joined by commas.
+    """The source that the user names: a path of one of `kinds()`, or several joined by commas.
 
-    `coarse` asks for CIFAR-100's coarse labels. Raises UserError in one line for anything that cannot be read.
+    `coarse` asks for CIFAR-100's coarse labels. Raises UserError in one line for anything that
+    cannot be read.
     """
     parts = [text] if os.path.exists(text) else [part for part in text.split(',') if part]
     if not parts:
-        raise UserError(f'--source={text!r} names nothing; give {KINDS}')
+        raise UserError(f'names nothing; give {kinds()}', field='source', value=repr(text))
     sources = [_open_one(part, coarse) for part in parts]
     return sources[0] if len(sources) == 1 else JoinedSource(sources)
 
 
 def _open_one(path: str, coarse: bool) -> Source:
-    if path == 'digits':
-        source = open_digits()
-    elif not os.path.exists(path):
-        raise UserError(f'--source={path} does not exist; give {KINDS}')
-    elif os.path.isdir(path):
-        source = _open_folder(path, coarse)
-    elif path.lower().endswith('.txt'):
-        source = ListSource(path)
-    elif zipfile.is_zipfile(path):
-        source = FileSource(path)
-    elif re.search(r'images[.-]idx3-ubyte(\.gz)?$', path):
-        source = open_mnist(path)
-    elif re.search(r'\.(tar|tgz|tar\.\w+)$', path.lower()):
-        source = open_cifar(path, coarse)
-    else:
-        raise UserError(f'--source={path} is of no known kind, or damaged; give {KINDS}')
+    kind = next((kind for kind in SOURCES if kind.matches(path)), None)
+    if kind is not DigitsSource and not os.path.exists(path):
+        raise UserError(f'{path} does not exist; give {kinds()}')
+    if kind is None:
+        raise UserError(f'{path} is of no known kind, or damaged; give {kinds()}')
+    source = CifarSource(path, coarse) if kind is CifarSource else kind(path)
     if coarse and not source.coarse:
-        raise UserError(f'--coarse: {path} is not CIFAR-100, which alone has coarse labels')
+        raise UserError(f'{path} is not CIFAR-100, which alone has coarse labels', field='coarse')
     return source
-
-
-def _open_folder(path: str, coarse: bool) -> Source:
-    files = _cifar_files(path, 'train')
-    if files is not None:
-        return open_cifar(path, coarse, files=files)
-    if os.path.isfile(os.path.join(path, 'data.mdb')):
-        return LmdbSource(path)
-    return FileSource(path)
