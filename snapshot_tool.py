@@ -5,9 +5,11 @@ import os
 import click
 
 from dnnlib import UserError, cli, url
-from torch_utils.files.identify import describe, identify
+from torch_utils.files.identify import Found, family, identify
+from torch_utils.files.persistence import Persistent
 from training import export
 from training.data.archive import check_parent
+from training.networks.infer import infer
 from training.snapshot import load_denoiser, load_snapshot
 
 
@@ -98,6 +100,51 @@ def convert(file, dest, dtype, overwrite, sha256, weights, settings):
     export.EXPORTS[form](dest.rstrip('/'), snapshot, export.DTYPES[dtype])
     numbers = sum(p.numel() for p in snapshot.net.parameters())
     print(f'{dest}: {identify(dest.rstrip("/")).what}, {numbers:,} parameters')
+
+
+def describe(found: Found, options: dict | None = None) -> dict:
+    """What there is to say about a file, {name: text}; `options` sets arguments that a state dict leaves open."""
+    lines = {'type': found.what} | {key: value for key, value in found.facts.items() if key != 'what'}
+    network = network_of(found, options)
+    if network is not None:
+        class_name, kwargs, assumed = network
+        lines['architecture'] = class_name
+        lines |= {f'  {key}': f'{value}{"   (assumed)" if key in assumed else ""}' for key, value in kwargs.items()}
+        inner = kwargs.get('network', kwargs)
+        resolution = inner.get('img_resolution', inner.get('image_size'))
+        lines['resolution'] = f'{resolution}x{resolution}' if resolution else 'any'
+        labels = inner.get('label_dim', inner.get('num_classes', inner.get('num_class')))
+        conditional = inner.get('class_cond', inner.get('cond', bool(labels)))
+        lines['labels'] = f'{labels or "1000"} classes' if conditional else 'none (unconditional)'
+    if found.state is not None:
+        numbers = sum(value.numel() for value in found.state.values())
+        lines['parameters'] = f'{numbers:,} numbers in {len(found.state)} tensors (buffers included)'
+    content = found.content if isinstance(found.content, dict) else {}
+    if found.kind in ('snapshot', 'safetensors'):
+        dataset = content['dataset']
+        names = dataset.get('class_names') or dataset.get('classes') or []
+        lines['encoder'] = content['encoder'].get('name')
+        lines['data set'] = f'{dataset.get("name")}, {dataset.get("size", "?")} images'
+        lines['classes'] = ', '.join(map(str, names[:10])) + (f', ... ({len(names)})' if len(names) > 10 else '') or 'none'
+        lines['trained on'] = f'{content["nimg"]} images'
+        lines['EMA width'] = content['ema_std']
+    if found.kind == 'edm':
+        encoder = content.get('encoder')
+        lines['encoder'] = encoder.class_name if isinstance(encoder, Persistent) else 'none'
+    return {key: ' '.join(str(value)[:300].split()) for key, value in lines.items()}
+
+
+def network_of(found: Found, options: dict | None = None):
+    """(class name, arguments, assumed arguments) of the network in a file, None if there is none that is known."""
+    if found.kind in ('snapshot', 'safetensors'):
+        network = found.content['network']
+        return network['class_name'], network['kwargs'], {}
+    if found.kind == 'edm':
+        return found.content['ema'].class_name, found.content['ema'].kwargs, {}
+    if found.kind == 'weights' and family(found.state) in ('adm', 'ddpm', 'wrn'):
+        made = infer(found.state, options)
+        return made.class_name, made.kwargs | (made.diffusion or {}), made.assumed
+    return None
 
 
 if __name__ == '__main__':

@@ -20,8 +20,8 @@ from omegaconf import MISSING, OmegaConf
 
 from dnnlib import UserError
 from torch_utils import distributed as dist
+from torch_utils.files.weights import load_weights, read_state_dict
 from training.networks import build_network
-from training.networks.weights import load_weights, read_state_dict
 
 FOLDER = Path(__file__).resolve().parent
 

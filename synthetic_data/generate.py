@@ -1,7 +1,6 @@
 """Generate labelled images by the million: one array file for each class."""
 
 import contextlib
-import hashlib
 import os
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from dnnlib import UserError, cli
 from synthetic_data import common, fixed_batch
 from synthetic_data.class_writer import ClassWriter
 from torch_utils import distributed as dist
+from torch_utils.files.weights import fingerprint
 from training import runs
 from training.diffusion.samplers import ablation_sampler, edm_sampler
 from training.generate import generate_images
@@ -24,14 +24,6 @@ from training.snapshot import load_denoiser
 
 # Options that belong to the ablation sampler alone; any of them chooses it. Command line -> argument.
 ABLATION = {'solver': 'solver', 'disc': 'discretization', 'schedule': 'schedule', 'scaling': 'scaling'}
-
-
-def fingerprint(net) -> str:
-    """SHA-256 (its first 16 digits) of the weights of a network, wherever its file lies."""
-    digest = hashlib.sha256(type(net).__name__.encode())
-    for name, value in net.state_dict().items():
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def choose_sampler(options: dict):
@@ -100,7 +92,8 @@ def run(outdir, seeds, batch, class_num, classes, network, **options):
     if max(classes) >= class_num:
         raise UserError(f'--class={max(classes)}: there are the classes 0 to {class_num - 1}')
     sampler, options = choose_sampler(options)
-    made_by = dict(network=fingerprint(snapshot.net), sampler=sampler.__name__, **options)
+    network = fingerprint(snapshot.net.state_dict().items(), type(snapshot.net).__name__)
+    made_by = dict(network=network, sampler=sampler.__name__, **options)
     with contextlib.ExitStack() as stack:
         stack.enter_context(common.full_disk(f'--outdir={outdir}', 'the same command goes on'))
         if dist.get_rank() == 0:

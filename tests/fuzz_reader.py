@@ -18,8 +18,9 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from dnnlib import UserError  # noqa: E402
+from snapshot_tool import describe  # noqa: E402
 from torch_utils.files import pickles  # noqa: E402
-from torch_utils.files.identify import describe, identify  # noqa: E402
+from torch_utils.files.identify import identify  # noqa: E402
 from training import encoders  # noqa: E402
 from training.networks import build_network  # noqa: E402
 from training.snapshot import load_snapshot, save_snapshot  # noqa: E402

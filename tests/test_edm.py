@@ -13,7 +13,7 @@ from training.diffusion import samplers
 from training.diffusion.augment import EDM_MULTIPLIERS, AugmentPipe, resample, scaling, translation
 from training.diffusion.losses import LOSSES, EDMLoss, VELoss, VPLoss
 from training.networks import build_network
-from training.networks.dropout import drop_labels, dropout
+from training.networks.layers import drop_labels, dropout
 
 # --- Losses -----------------------------------------------------------------------------------------------------------
 

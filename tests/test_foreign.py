@@ -19,12 +19,14 @@ from helpers import ROOT, environment, fails, project_files, run, write_digits
 
 from dnnlib import UserError
 from metrics import reference
-from torch_utils.files import architecture, pickles, torchfile
-from torch_utils.files.identify import KINDS, describe, identify
+from snapshot_tool import describe
+from torch_utils.files import pickles, torchfile
+from torch_utils.files.identify import KINDS, identify
 from torch_utils.files.own import read_own
 from training import encoders
 from training.networks import build_network
 from training.networks.classifier import load_classifier
+from training.networks.infer import infer
 from training.snapshot import load_denoiser, load_snapshot, save_snapshot
 
 # --- Hostile files ---------------------------------------------------------------------------------------------------
@@ -226,7 +228,7 @@ def test_all_published_architectures_are_recognised(case, name):
     wanted = dict(case.json['architectures'][name], learn_sigma=True)
     with torch.device('meta'):
         state = build_network('ADMUNet', **wanted).state_dict()
-    found = architecture.infer(state)
+    found = infer(state)
     untold = ('dropout', 'use_checkpoint', 'use_fp16', 'channel_mult')
     rebuilt = {key: found.kwargs.get(key) for key in wanted if key not in untold}
     assert rebuilt == {key: wanted[key] for key in rebuilt}

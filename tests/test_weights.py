@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from dnnlib import UserError
+from torch_utils.files.weights import load_weights, read_state_dict
 from training import encoders
 from training.networks import build_network
 from training.networks.classifier import WideResNet, load_classifier
-from training.networks.weights import load_weights, read_state_dict
 from training.snapshot import load_snapshot, save_snapshot
 
 

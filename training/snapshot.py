@@ -14,13 +14,14 @@ import torch
 
 from dnnlib import UserError, url
 from dnnlib.util import atomic_path
-from torch_utils.files import architecture, persistence, torchfile
+from torch_utils.files import persistence, torchfile
 from torch_utils.files.identify import Found, identify
 from torch_utils.files.own import SNAPSHOT_FORMAT, read_own
 from torch_utils.files.pickles import ForeignPickleError
 from training import encoders
 from training.diffusion.samplers import family_sampler
 from training.networks import check_arguments, rebuild_network
+from training.networks.infer import infer
 
 FORMAT = SNAPSHOT_FORMAT
 read_state = read_own
@@ -118,12 +119,12 @@ def restore_foreign(found: Found, device='cpu') -> Snapshot:
 def restore_weights(found: Found, options: dict | None = None, device='cpu') -> Snapshot:
     """The network of a state dict of guided diffusion, class-balancing diffusion or a wide residual network.
 
-    Its arguments follow from names and shapes (see torch_utils.files.architecture); `options` sets those that do not. The
+    Its arguments follow from names and shapes (see training.networks.infer); `options` sets those that do not. The
     first two become denoisers (training.networks.discrete). What was assumed is in `recipe['assumed']`.
     """
     path = found.path
     try:
-        made = architecture.infer(found.state, options)
+        made = infer(found.state, options)
     except ForeignPickleError as error:
         raise UserError(f'{path}: {error}') from None
     name, kwargs, state = made.class_name, made.kwargs, found.state

@@ -16,7 +16,7 @@ import zlib
 import numpy as np
 import torch
 
-from torch_utils.files import architecture, own, persistence, pickles, torchfile, torchscript
+from torch_utils.files import own, persistence, pickles, torchfile, torchscript
 from torch_utils.files.own import SNAPSHOT_FORMAT, STATISTICS_FORMAT
 from torch_utils.files.pickles import ForeignPickleError
 
@@ -42,6 +42,11 @@ KINDS = {
 }
 # Where checkpoints of other projects keep the weights, the averaged ones first.
 WEIGHT_KEYS = ('ema_model', 'model_state_dict', 'state_dict', 'model', 'net_model')
+
+
+# Kind of network -> a layer that no other has.
+LAYERS = {'adm': 'input_blocks.0.0.weight', 'ddpm': 'time_embedding.timembedding.0.weight',
+          'wrn': 'block1.layer.0.bn1.weight', 'inception': 'Mixed_5b.branch1x1.conv.weight'}
 
 
 @dataclasses.dataclass
@@ -155,11 +160,17 @@ def _is_state(value) -> bool:
         and all(isinstance(tensor, torch.Tensor) for tensor in value.values())
 
 
+def family(names) -> str | None:
+    """'adm', 'ddpm', 'wrn' or 'inception' for state-dict names without prefixes, else None."""
+    names = {name.removeprefix('1.') for name in names} if '0.mean' in names else set(names)
+    return next((kind for kind, layer in LAYERS.items() if layer in names), None)
+
+
 def _weights(path, state, key, facts) -> Found:
     if all(name.startswith('module.') for name in state):
         facts, state = facts | dict(prefix='module. (data parallel)'), {
             name.removeprefix('module.'): value for name, value in state.items()}
-    kind = architecture.family(state)
+    kind = family(state)
     names = {'adm': 'weights of a guided-diffusion U-Net', 'ddpm': 'weights of a DDPM U-Net (class-balancing diffusion)',
              'wrn': 'weights of a wide residual network (classifier)', 'inception': 'weights of the FID Inception network'}
     facts = dict(what=names.get(kind, 'weights of a network of unknown kind')) | facts
@@ -300,51 +311,3 @@ def _tar(path) -> Found:
     except (tarfile.TarError, EOFError, OSError, zlib.error, gzip.BadGzipFile) as error:
         raise ForeignPickleError(f'it is no archive, or damaged ({error})') from None
     raise ForeignPickleError('it is an archive without CIFAR batches')
-
-
-# --- For people ------------------------------------------------------------------------------------------------------
-
-
-def describe(found: Found, options: dict | None = None) -> dict:
-    """What there is to say about a file, {name: text}; `options` sets arguments that a state dict leaves open."""
-    lines = {'type': found.what} | {key: value for key, value in found.facts.items() if key != 'what'}
-    network = network_of(found, options)
-    if network is not None:
-        class_name, kwargs, assumed = network
-        lines['architecture'] = class_name
-        lines |= {f'  {key}': f'{value}{"   (assumed)" if key in assumed else ""}' for key, value in kwargs.items()}
-        inner = kwargs.get('network', kwargs)
-        resolution = inner.get('img_resolution', inner.get('image_size'))
-        lines['resolution'] = f'{resolution}x{resolution}' if resolution else 'any'
-        labels = inner.get('label_dim', inner.get('num_classes', inner.get('num_class')))
-        conditional = inner.get('class_cond', inner.get('cond', bool(labels)))
-        lines['labels'] = f'{labels or "1000"} classes' if conditional else 'none (unconditional)'
-    if found.state is not None:
-        numbers = sum(value.numel() for value in found.state.values())
-        lines['parameters'] = f'{numbers:,} numbers in {len(found.state)} tensors (buffers included)'
-    content = found.content if isinstance(found.content, dict) else {}
-    if found.kind in ('snapshot', 'safetensors'):
-        dataset = content['dataset']
-        names = dataset.get('class_names') or dataset.get('classes') or []
-        lines['encoder'] = content['encoder'].get('name')
-        lines['data set'] = f'{dataset.get("name")}, {dataset.get("size", "?")} images'
-        lines['classes'] = ', '.join(map(str, names[:10])) + (f', ... ({len(names)})' if len(names) > 10 else '') or 'none'
-        lines['trained on'] = f'{content["nimg"]} images'
-        lines['EMA width'] = content['ema_std']
-    if found.kind == 'edm':
-        encoder = content.get('encoder')
-        lines['encoder'] = encoder.class_name if isinstance(encoder, persistence.Persistent) else 'none'
-    return {key: ' '.join(str(value)[:300].split()) for key, value in lines.items()}
-
-
-def network_of(found: Found, options: dict | None = None):
-    """(class name, arguments, assumed arguments) of the network in a file, None if there is none that is known."""
-    if found.kind in ('snapshot', 'safetensors'):
-        network = found.content['network']
-        return network['class_name'], network['kwargs'], {}
-    if found.kind == 'edm':
-        return found.content['ema'].class_name, found.content['ema'].kwargs, {}
-    if found.kind == 'weights' and architecture.family(found.state) in ('adm', 'ddpm', 'wrn'):
-        made = architecture.infer(found.state, options)
-        return made.class_name, made.kwargs | (made.diffusion or {}), made.assumed
-    return None

@@ -8,6 +8,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from dnnlib import UserError
+from torch_utils.files.weights import load_weights
 
 # Class name -> module of this package. A snapshot stores the name and the keyword arguments.
 NETWORKS = {
@@ -108,5 +109,4 @@ def rebuild_network(class_name: str, kwargs: dict, state: dict, path: str):
         raise UserError(f'{path}: it describes no possible network ({class_name}: {reason})') from None
     finally:
         hook.remove()
-    from training.networks.weights import load_weights
     return load_weights(net, state, path).eval().requires_grad_(False)

@@ -12,8 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dnnlib
-from training.networks.dropout import dropout
-from training.networks.edm2 import compute_dtype
+from training.networks.layers import compute_dtype, dropout
 
 # Widths of the levels relative to the base width, where the configuration leaves them open.
 _CHANNEL_MULT = {512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4),
@@ -91,7 +90,7 @@ class Upsample(nn.Module):
 
 
 class Dropout(nn.Dropout):
-    """Dropout whose masks follow the training image (see training.networks.dropout)."""
+    """Dropout whose masks follow the training image (see training.networks.layers)."""
 
     def forward(self, x):
         return dropout(x, self.p, self.training)

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import dnnlib
-from torch_utils.files import architecture
 from torch_utils.files.pickles import ForeignPickleError
-from training.networks.weights import load_weights, read_state_dict
+from torch_utils.files.weights import load_weights, read_state_dict
+from training.networks.infer import infer
 
 
 class BasicBlock(nn.Module):
@@ -122,7 +122,7 @@ def load_classifier(path: str, name: str | None = None, num_classes: int | None 
         raise dnnlib.UserError(f'{path} is a classifier of {len(bias)} classes, not of {num_classes}')
     if name is None:
         try:
-            name = architecture.infer(state).kwargs['name']
+            name = infer(state).kwargs['name']
         except ForeignPickleError as error:
             raise dnnlib.UserError(f'{path}: {error}') from None
     return load_weights(WideResNet(name, len(bias), normalized), state, path).eval().requires_grad_(False)

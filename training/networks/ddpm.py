@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from training.networks.adm import Conv2d, Dropout, GroupNorm, embed_labels
-from training.networks.edm2 import compute_dtype
+from training.networks.layers import compute_dtype
 
 
 class TimestepTable(nn.Module):

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dnnlib import UserError
-from training.networks.dropout import drop_labels, dropout
-from training.networks.edm2 import compute_dtype
+from training.networks.layers import compute_dtype, drop_labels, dropout
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Layers

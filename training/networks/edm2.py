@@ -10,18 +10,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from training.networks.dropout import dropout
+from training.networks.layers import compute_dtype, dropout
 
 SILU_GAIN = 1 / 0.596  # 0.596 is the RMS of SiLU of a standard normal
-HALF_TYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
-
-
-def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Type of the activations on `device`: float16 is for GPUs only, the CPU computes such networks in float32."""
-    if precision == 'fp16' and device.type != 'cuda':
-        return torch.float32
-    return HALF_TYPES[precision]
-
 
 # Every normalisation divides by (EPS + RMS): a row of zeros stays zero.
 EPS = 1e-4

@@ -6,13 +6,12 @@ the published models have it, and reported, so that users can say otherwise.
 
 import dataclasses
 
+from torch_utils.files.identify import family
 from torch_utils.files.pickles import ForeignPickleError
 
 # Widths of the levels of guided diffusion in base widths -> image size.
 _SIZE_OF_MULT = {(1, 2, 2, 2): 32, (1, 2, 3, 4): 64, (1, 1, 2, 3, 4): 128, (1, 1, 2, 2, 4, 4): 256,
                  (0.5, 1, 1, 2, 2, 4, 4): 512}
-_LAYER = {'adm': 'input_blocks.0.0.weight', 'ddpm': 'time_embedding.timembedding.0.weight', 'wrn': 'block1.layer.0.bn1.weight',
-          'inception': 'Mixed_5b.branch1x1.conv.weight'}
 
 
 @dataclasses.dataclass
@@ -24,12 +23,6 @@ class Architecture:
     kwargs: dict
     diffusion: dict | None = None
     assumed: dict = dataclasses.field(default_factory=dict)
-
-
-def family(names) -> str | None:
-    """'adm', 'ddpm', 'wrn' or 'inception' for state-dict names without prefixes, else None."""
-    names = {name.removeprefix('1.') for name in names} if '0.mean' in names else set(names)
-    return next((kind for kind, layer in _LAYER.items() if layer in names), None)
 
 
 def infer(state: dict, options: dict | None = None) -> Architecture:

@@ -1,5 +1,6 @@
-"""Weights of other projects: what a checkpoint file holds, and whether it fits a network."""
+"""Weights: what a file of them holds, whether they fit a network, and what tells them apart."""
 
+import hashlib
 import os
 
 import torch
@@ -40,3 +41,12 @@ def load_weights(net: torch.nn.Module, state: dict, source: str) -> torch.nn.Mod
             raise dnnlib.UserError(f'{source} does not fit the network: it {what} {shown}{more}')
     net.load_state_dict(state)
     return net
+
+
+def fingerprint(state, head: str = '') -> str:
+    """16 hexadecimal digits that depend on `head` and on the (name, tensor) pairs `state` alone, not on their file."""
+    digest = hashlib.sha256(head.encode())
+    for name, value in state:
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
