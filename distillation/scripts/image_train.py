@@ -1,6 +1,5 @@
 """Train a diffusion model on images: the baselines of distillation, and teachers."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -13,38 +12,14 @@ from distillation import common, fitting
 from dnnlib import UserError, cli
 from torch_utils import distributed as dist
 from training.data.batches import DatasetBatches
-from training.data.dataset import ImageDataset
-from training.data.images import NpzImages, is_npz_of_images
+from training.data.images import open_dataset
 from training.diffusion.losses import DDPMLoss
 from training.encoders import make_encoder
 
 
-class NpzDataset(NpzImages):
-    """The samples of image_sample.py as a data set for training."""
-
-    dtype, class_names, wnids = np.dtype(np.uint8), None, None
-
-    def __init__(self, path: str):
-        super().__init__(path)
-        self.name = os.path.splitext(os.path.basename(path))[0]
-        self.image_shape = self.images([0]).shape[1:]
-        self.label_dim = int(self.label_ids.max()) + 1 if self.has_labels else 0
-
-    def labels(self, indices) -> np.ndarray:
-        """One-hot float32 [n, label_dim]; zero-width without labels."""
-        if not self.has_labels:
-            return np.zeros((len(indices), 0), np.float32)
-        return np.eye(self.label_dim, dtype=np.float32)[self.label_ids[indices]]
-
-
 def open_data(path: str, net):
     """The images, as they suit the network. Raises UserError where they do not."""
-    if os.path.isfile(path) and is_npz_of_images(path):
-        dataset = NpzDataset(path)
-    elif not os.path.exists(path):
-        raise UserError(f'--data_dir: {path} does not exist; give a folder or zip of images, or an .npz of image_sample.py')
-    else:
-        dataset = ImageDataset(path, use_labels=net.label_dim > 0)
+    dataset = open_dataset(path, use_labels=net.label_dim > 0)
     wanted = (net.img_channels, net.img_resolution, net.img_resolution)
     if dataset.dtype != np.uint8 or tuple(dataset.image_shape) != wanted:
         raise UserError(f'--data_dir: {path} holds {dataset.dtype} {list(dataset.image_shape)}, but the network takes images '
