@@ -1,5 +1,6 @@
-"""Measure images: FID, FD-DINOv2, sFID, Inception Score, precision and recall, against a reference; memorization."""
+"""Measure images: FID, FD-DINOv2, sFID, Inception Score, precision and recall; memorization."""
 
+import dataclasses
 import math
 import sys
 
@@ -8,13 +9,15 @@ import numpy as np
 import torch
 from click.core import ParameterSource
 
-import dnnlib
 from dnnlib import UserError, cli
+from dnnlib.util import renamed_fields, subset, write_json
 from generate_images import main as generate_images_command
 from generate_images import preset_options
-from metrics import compute, reference
-from metrics import images as image_files
+from metrics import compute
+from metrics.features import Detectors, measure
+from metrics.images import class_ids, read_batches, select
 from metrics.memorization import find_copies
+from metrics.statistics import Statistics, check_destination, load_statistics, save_statistics
 from torch_utils import distributed as dist
 from training.data.archive import check_parent
 from training.data.dataset import ImageDataset, class_index
@@ -25,6 +28,8 @@ from training.snapshot import load_denoiser
 
 METRIC_LIST = cli.Parsed('list', compute.parse_metrics)
 DEFAULT = 'fid,fd_dinov2'
+POSITIVE = click.IntRange(min=1)
+SEED = click.IntRange(min=0)
 
 
 @click.group(cls=cli.Group)
@@ -53,64 +58,89 @@ def main():
     """
 
 
-def common_options(function):
-    """Options of all commands: which metrics, which detectors, how the work is done."""
-    for option in reversed([
-        click.option('--metrics', metavar='LIST', type=METRIC_LIST, help=f'What to calculate, see above  [default: {DEFAULT}]'),
-        click.option('--inception', metavar='FILE|URL', envvar='INCEPTION_WEIGHTS', show_envvar=True,
-                     help='Weights of the FID network: pt_inception-2015-12-05 as torch, safetensors or TorchScript file'),
-        click.option('--dinov2', metavar='DIR|NAME', envvar='DINOV2_WEIGHTS', show_envvar=True,
-                     help='DINOv2 ViT-L/14: folder of transformers, or hub name'),
-    ]):
-        function = option(function)
-    return function
+def options(*decorators):
+    """A decorator of commands that adds these options."""
+    def add(function):
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+    return add
 
 
-def reading_options(function):
-    """Options of commands that read images from files."""
-    for option in reversed([
-        click.option('--class', 'class_', metavar='CLASS', help='Only images of this class: original index, name or wnid'),
-        click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0, help='Which images --num takes'),
-        click.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64, help='Images at a time on each process'),
-        click.option('--workers', metavar='INT', type=click.IntRange(min=1), default=2, help='Threads that read ahead'),
-    ]):
-        function = option(function)
-    return function
+# Options of all commands but memorization: which metrics, which detectors.
+common_options = options(
+    click.option('--metrics', metavar='LIST', type=METRIC_LIST,
+                 help=f'What to calculate, see above  [default: {DEFAULT}]'),
+    click.option('--inception', metavar='FILE|URL', envvar='INCEPTION_WEIGHTS', show_envvar=True,
+                 help='Weights of the FID network: pt_inception-2015-12-05 as torch, safetensors or '
+                      'TorchScript file'),
+    click.option('--dinov2', metavar='DIR|NAME', envvar='DINOV2_WEIGHTS', show_envvar=True,
+                 help='DINOv2 ViT-L/14: folder of transformers, or hub name'),
+)
+# Options of commands that read images from files.
+reading_options = options(
+    click.option('--class', 'class_', metavar='CLASS',
+                 help='Only images of this class: original index, name or wnid'),
+    click.option('--seed', metavar='INT', type=SEED, default=0, help='Which images --num takes'),
+    click.option('--batch', metavar='INT', type=POSITIVE, default=64,
+                 help='Images at a time on each process'),
+    click.option('--workers', metavar='INT', type=POSITIVE, default=2, help='Threads that read ahead'),
+)
+# Options of commands that compare with a reference.
+result_options = options(
+    click.option('--ref', metavar='FILE|URL',
+                 help='Statistics (.pkl, .npz), or reference images (folder, .zip, .npz)'),
+    click.option('--ref-sha256', metavar='HEX', help='SHA-256 that the file of --ref must have'),
+    click.option('--ref-class', metavar='CLASS',
+                 help='Only this class of the reference, if it is images'),
+    click.option('--protocol', type=click.Choice(list(compute.PROTOCOLS)), default='adm',
+                 help='Rules of is, precision and recall: chunks of 5000, k=3; or 10 parts, k=5 '
+                      '(long-tail study)'),
+    click.option('--dest', metavar='JSON',
+                 help='Write results and all that is needed to repeat them'),
+)
 
 
-def result_options(function):
-    """Options of commands that compare with a reference."""
-    for option in reversed([
-        click.option('--ref', metavar='FILE|URL', help='Statistics (.pkl, .npz), or reference images (folder, .zip, .npz)'),
-        click.option('--ref-sha256', metavar='HEX', help='SHA-256 that the file of --ref must have'),
-        click.option('--ref-class', metavar='CLASS', help='Only this class of the reference, if it is images'),
-        click.option('--protocol', type=click.Choice(list(compute.PROTOCOLS)), default='adm',
-                     help='Rules of is, precision and recall: chunks of 5000, k=3; or 10 parts, k=5 (long-tail study)'),
-        click.option('--dest', metavar='JSON', help='Write results and all that is needed to repeat them'),
-    ]):
-        function = option(function)
-    return function
+@dataclasses.dataclass
+class Comparison:
+    """What the options of `calc` and `gen` say about the comparison."""
+
+    metrics: list | None
+    inception: str | None
+    dinov2: str | None
+    ref: str | None
+    ref_sha256: str | None
+    ref_class: str | None
+    protocol: str
+    dest: str | None
+    num: int | None
+    batch: int
+    workers: int
+    seed: int = 0
 
 
-def make_detectors(metrics, inception, dinov2, known=None):
-    """The metrics to calculate, and their detectors; `known` is the reference that has to serve them, if any.
+def make_detectors(metrics, inception, dinov2, reference=None):
+    """The metrics to calculate, and their detectors; `reference` has to serve them, if any.
 
-    Of the default metrics, what cannot be had is left out, aloud; what the user asked for must be there.
+    Of the default metrics, what cannot be had is left out, with a warning; what the user asked for
+    must be there.
     """
-    detectors = compute.Detectors({'inception': inception, 'dinov2': dinov2})
-    chosen, problems = [], []
+    detectors = Detectors({'inception': inception, 'dinov2': dinov2})
+    chosen = []
+    problems = []
     for metric in metrics or compute.parse_metrics(DEFAULT):
         try:
-            if known is not None:
-                compute.missing_in(known, [metric])
-            detectors[compute.detector_of(metric)]
+            if reference is not None:
+                compute.missing_in(reference, [metric])
+            detectors[compute.METRICS[metric].detector]
             chosen.append(metric)
         except UserError as error:
             if metrics:
                 raise
-            problems.append(f'{metric} is left out: {error}')
+            problems.append(f'{metric} is left out: {error.text}')
     if not chosen:
-        raise UserError('; '.join(problems) + f'; or choose other --metrics ({",".join(compute.METRICS)})')
+        raise UserError('; '.join(problems) + '; or choose other --metrics '
+                        f'({",".join(compute.METRICS)})')
     for problem in problems:
         dist.print0(f'Warning: {problem}')
     return chosen, detectors
@@ -120,9 +150,10 @@ def make_detectors(metrics, inception, dinov2, known=None):
 @click.option('--data', metavar='ZIP|DIR|NPZ', required=True, help='Reference images')
 @click.option('--dest', metavar='FILE', required=True, help='Statistics to write: .pkl or .npz')
 @common_options
-@click.option('--num', '--num-images', metavar='INT', type=cli.COUNT, help='Use a random subset of this size  [default: all]')
+@click.option('--num', '--num-images', metavar='INT', type=cli.COUNT,
+              help='Use a random subset of this size  [default: all]')
 @click.option('--features', metavar='INT', type=cli.COUNT, default=10000,
-              help='Keep the features of at most this many images, if the metrics have precision or recall')
+              help='Keep the features of at most this many images, if the metrics need features')
 @reading_options
 def ref(data, dest, metrics, inception, dinov2, num, features, class_, seed, batch, workers):
     """Make reference statistics of a data set, for the metrics that are to use them.
@@ -132,21 +163,25 @@ def ref(data, dest, metrics, inception, dinov2, num, features, class_, seed, bat
     python calculate_metrics.py ref --data=datasets/digits.zip --dest=digits.pkl --metrics=fd_pixels,precision_pixels
     """
     dist.init()
-    reference.check_destination(dest)
+    check_destination(dest)
     if metrics and not any(compute.needs(metrics).values()):
-        raise UserError(f'--metrics={",".join(metrics)} needs no reference; give some of {",".join(compute.SPACES)}')
+        raise UserError(f'--metrics={",".join(metrics)} needs no reference; '
+                        f'give some of {",".join(compute.FRECHET)}')
     images = open_images(data)
     metrics, detectors = make_detectors(metrics, inception, dinov2)
-    # Precision and recall of a space come with its Gaussian: the same pass finds it, and it says what the features are.
+    # The features of a space come with its Gaussian: the same pass finds it, and it says what the
+    # features are.
     wanted = compute.needs(metrics)
     wanted['spaces'] = list(dict.fromkeys([*wanted['spaces'], *wanted['features']]))
-    measured = compute.measure_images(images, detectors, num=num, seed=seed, class_name=class_, batch=batch, workers=workers,
-                                      keep_num=features, **wanted)
-    meta = dict(data=data, class_name=class_, seed=seed, num=measured.num, detectors=detectors.description())
+    indices = select(images, num, seed, class_)
+    statistics = measure(read_batches(images, indices, batch, workers), len(indices), detectors,
+                         keep=subset(len(indices), features, seed), **wanted)
+    statistics.meta = dict(data=data, class_name=class_, seed=seed, num=len(indices),
+                           detectors=detectors.description())
     if dist.get_rank() == 0:
-        reference.save_reference(dest, reference.Reference(dest, measured.gaussians, measured.features, meta=meta))
-    kept = ''.join(f', {len(x)} features of {space}' for space, x in measured.features.items())
-    dist.print0(f'{dest}: {",".join(measured.gaussians)} of {measured.num} images{kept}')
+        save_statistics(dest, statistics)
+    kept = [f', {len(values)} features of {space}' for space, values in statistics.features.items()]
+    dist.print0(f'{dest}: {",".join(statistics.gaussians)} of {len(indices)} images' + ''.join(kept))
     dist.shutdown()
 
 
@@ -154,9 +189,10 @@ def ref(data, dest, metrics, inception, dinov2, num, features, class_, seed, bat
 @click.option('--images', metavar='ZIP|DIR|NPZ', required=True, help='Images to measure')
 @common_options
 @result_options
-@click.option('--num', '--num-images', metavar='INT', type=cli.COUNT, help='Images to use, a random subset  [default: 50000]')
+@click.option('--num', '--num-images', metavar='INT', type=cli.COUNT,
+              help='Images to use, a random subset  [default: 50000]')
 @reading_options
-def calc(images, num, class_, seed, **opts):
+def calc(images, class_, **comparison):
     """Measure images in files.
 
     \b
@@ -166,22 +202,27 @@ def calc(images, num, class_, seed, **opts):
     python calculate_metrics.py calc --images=out --class=171 --ref=heldout.zip --ref-class=171 --metrics=fd_pixels
     """
     dist.init()
-    opened = open_images(images)
-    indices = image_files.select(opened, 50000 if num is None else num, seed, class_)
+    comparison = Comparison(**comparison)
+    num = comparison.num
+    data = open_images(images)
+    indices = select(data, 50000 if num is None else num, comparison.seed, class_)
     if num and len(indices) < num:
-        raise UserError(f'--num={num}: {images} has only {len(indices)} images{f" of class {class_}" if class_ else ""}')
-    batches = image_files.read_batches(opened, indices, opts['batch'], opts['workers'])
-    measure_and_report(batches, len(indices), dict(images=images, class_name=class_), num=num, seed=seed, **opts)
+        raise UserError(f'--num={num}: {images} has only {len(indices)} images'
+                        + (f' of class {class_}' if class_ else ''))
+    batches = read_batches(data, indices, comparison.batch, comparison.workers)
+    measure_and_report(batches, len(indices), dict(images=images, class_name=class_), comparison)
 
 
 @main.command()
 @common_options
 @result_options
-@click.option('--seeds', metavar='LIST', type=cli.INT_LIST, default='0-49999', help='One image for each seed')
-@click.option('--num', '--num-images', metavar='INT', type=cli.COUNT, help='Only the first ones of --seeds')
-@click.option('--workers', metavar='INT', type=click.IntRange(min=1), default=2, help='Threads that read reference images')
-def gen(preset, net, gnet, sha256, gnet_sha256, guidance, model_url, class_, seeds, num, batch, workers, metrics, inception,
-        dinov2, ref, ref_sha256, ref_class, protocol, dest, **sampler):
+@click.option('--seeds', metavar='LIST', type=cli.INT_LIST, default='0-49999',
+              help='One image for each seed')
+@click.option('--num', '--num-images', metavar='INT', type=cli.COUNT,
+              help='Only the first ones of --seeds')
+@click.option('--workers', metavar='INT', type=POSITIVE, default=2,
+              help='Threads that read reference images')
+def gen(preset, net, gnet, sha256, gnet_sha256, guidance, model_url, class_, seeds, **values):
     """Generate images and measure them, without writing them to files.
 
     The images are those of generate_images.py with the same options.
@@ -191,27 +232,32 @@ def gen(preset, net, gnet, sha256, gnet_sha256, guidance, model_url, class_, see
     python calculate_metrics.py gen --net=NET.pkl --seeds=0-999 --ref=datasets/digits.zip --metrics=fd_pixels
     """
     dist.init()
-    made, snapshot, seeds, what = generator(preset, net, gnet, (sha256, gnet_sha256), guidance, model_url, class_, seeds, num,
-                                            batch, sampler)
+    names = {field.name for field in dataclasses.fields(Comparison)} - {'seed'}
+    comparison = Comparison(**{name: values.pop(name) for name in names})
+    made, snapshot, seeds, what = generator(
+        preset, net, gnet, (sha256, gnet_sha256), guidance, model_url, class_, seeds,
+        comparison.num, comparison.batch, values)
     batches = by_position(made, seeds, snapshot.dataset.get('classes'))
-    measure_and_report(batches, len(seeds), what, metrics=metrics, inception=inception, dinov2=dinov2, ref=ref,
-                       ref_sha256=ref_sha256, ref_class=ref_class, protocol=protocol, dest=dest, num=num, seed=0, batch=batch,
-                       workers=workers)
+    measure_and_report(batches, len(seeds), what, comparison)
 
 
 @main.command()
 @click.option('--images', metavar='ZIP|DIR|NPZ', help='Images to measure, instead of those of --net')
 @click.option('--data', metavar='ZIP|DIR', required=True, help='Training set')
-@click.option('--xflip', metavar='BOOL', type=bool, default=False, help='Compare with mirrored training images too')
-@click.option('--seeds', metavar='LIST', type=cli.INT_LIST, default='0-9999', help='One image of --net for each seed')
+@click.option('--xflip', metavar='BOOL', type=bool, default=False,
+              help='Compare with mirrored training images too')
+@click.option('--seeds', metavar='LIST', type=cli.INT_LIST, default='0-9999',
+              help='One image of --net for each seed')
 @click.option('--num', '--num-images', metavar='INT', type=cli.COUNT,
               help='Only the first ones of --seeds; of --images a random subset')
-@click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0, help='Which of --images --num takes')
-@click.option('--dest', metavar='JSON', help='Write ratio, distances and indices of the nearest training images')
-@click.option('--grid', metavar='PNG', help='Write a picture of the most memorized images above their training images')
-@click.option('--workers', metavar='INT', type=click.IntRange(min=1), default=2, help='Threads that read --images')
-def memorization(preset, net, gnet, sha256, gnet_sha256, guidance, model_url, class_, images, data, xflip, seeds, num, seed,
-                 dest, grid, batch, workers, **sampler):
+@click.option('--seed', metavar='INT', type=SEED, default=0, help='Which of --images --num takes')
+@click.option('--dest', metavar='JSON',
+              help='Write ratio, distances and indices of the nearest training images')
+@click.option('--grid', metavar='PNG',
+              help='Write a picture of the most memorized images above their training images')
+@click.option('--workers', metavar='INT', type=POSITIVE, default=2, help='Threads that read --images')
+def memorization(preset, net, gnet, sha256, gnet_sha256, guidance, model_url, class_, images, data,
+                 xflip, seeds, num, seed, dest, grid, batch, workers, **sampler):
     """Measure how many images are copies of training images.
 
     Memorized is what is less than a third as far from its nearest training image as from the second nearest
@@ -227,19 +273,25 @@ def memorization(preset, net, gnet, sha256, gnet_sha256, guidance, model_url, cl
     if (images is None) == (net is None and preset is None):
         raise UserError('give either --net (or --preset) or --images')
     of_net = {*sampler, 'gnet', 'sha256', 'gnet_sha256', 'guidance', 'model_url', 'seeds'}
-    refuse_unused({'seed', 'workers'} if images is None else of_net, '--net' if images is None else '--images')
-    for path in filter(None, (dest, grid)):
-        check_parent(path)
+    if images is None:
+        refuse_unused({'seed', 'workers'}, '--net')
+    else:
+        refuse_unused(of_net, '--images')
+    for option, path in (('dest', dest), ('grid', grid)):
+        if path:
+            with renamed_fields(dest=option):
+                check_parent(path)
     training = open_training_set(data, xflip)
     if images is None:
-        made, _, seeds, what = generator(preset, net, gnet, (sha256, gnet_sha256), guidance, model_url, class_, seeds, num,
-                                         batch, sampler, progress=True)
+        made, _, seeds, what = generator(preset, net, gnet, (sha256, gnet_sha256), guidance,
+                                         model_url, class_, seeds, num, batch, sampler, progress=True)
         batches = ((part.seeds, part.images) for part in made)
     else:
         opened = open_images(images)
-        indices = image_files.select(opened, num, seed, class_)
+        indices = select(opened, num, seed, class_)
         what = dict(images=images, class_name=class_, seed=seed)
-        batches = ((indices[part[0].numpy()], part[1]) for part in image_files.read_batches(opened, indices, batch, workers))
+        batches = ((indices[positions.numpy()], pixels)
+                   for positions, pixels, _ in read_batches(opened, indices, batch, workers))
     copies = find_copies(batches, training, progress=True)
     if dist.get_rank() == 0:
         results = copies.results()
@@ -247,19 +299,21 @@ def memorization(preset, net, gnet, sha256, gnet_sha256, guidance, model_url, cl
         print(f'  memorization_ratio  {results["memorization_ratio"]:.4f}')
         print(f'  mean_distance       {results["mean_distance"]:.4f}')
         if dest:
-            dnnlib.util.write_json(dest, dict(
-                results=results, **what, data=data, xflip=xflip, num_training=len(training), num=num, batch=batch,
-                command=sys.argv, **compute.environment(), samples=copies.table()), indent=None)
+            write_json(dest, dict(
+                results=results, **what, data=data, xflip=xflip, num_training=len(training),
+                num=num, batch=batch, command=sys.argv, **compute.environment(),
+                samples=copies.table()), indent=None)
         if grid:
             copies.save_picture(grid, training)
     dist.shutdown()
 
 
 def refuse_unused(names, where: str):
-    """Raises UserError if the user gave one of the options `names`, which have no meaning with `where`."""
+    """Raises UserError if the user gave one of the options, which have no meaning with `where`."""
     context = click.get_current_context()
     for param in context.command.params:
-        if param.name in names and context.get_parameter_source(param.name) == ParameterSource.COMMANDLINE:
+        source = context.get_parameter_source(param.name)
+        if param.name in names and source == ParameterSource.COMMANDLINE:
             raise UserError(f'{param.opts[0]} has no meaning with {where}; leave it out')
 
 
@@ -267,7 +321,8 @@ def open_training_set(path: str, xflip: bool = False) -> ImageDataset:
     """A data set of pixels to compare with."""
     training = ImageDataset(path, use_labels=False, xflip=xflip)
     if training.dtype != np.uint8:
-        raise UserError(f'--data={path} holds latents; memorization is measured in pixels: give the data set that was encoded')
+        raise UserError(f'--data={path} holds latents; memorization is measured in pixels: '
+                        'give the data set that was encoded')
     return training
 
 
@@ -307,44 +362,55 @@ def generator(preset, net, gnet, hashes, guidance, model_url, class_, seeds, num
 
 
 def by_position(made, seeds, classes):
-    """Generated batches as `compute.measure` takes them: an image's position is that of its seed."""
+    """Generated batches as `measure` takes them: an image's position is that of its seed."""
     place = {seed: i for i, seed in enumerate(seeds)}
     for batch in made:
-        ids = None if batch.labels is None else torch.from_numpy(image_files.class_ids(batch.labels, classes))
+        ids = None if batch.labels is None else torch.from_numpy(class_ids(batch.labels, classes))
         yield torch.tensor([place[seed] for seed in batch.seeds]), batch.images, ids
 
 
-def measure_and_report(batches, count, what, *, metrics, inception, dinov2, ref, ref_class, protocol, dest, num, seed, batch,
-                       workers, ref_sha256=None):
+def open_reference(comparison: Comparison) -> Statistics:
+    """What --ref names; empty without it."""
+    path = comparison.ref
+    if path is None and comparison.metrics != ['is']:
+        raise UserError('--ref is missing: statistics or images to compare with '
+                        '(only --metrics=is needs none)')
+    reference = load_statistics(path, comparison.ref_sha256) if path else Statistics()
+    if comparison.ref_class is None:
+        return reference
+    if reference.images is None:
+        raise UserError(f'--ref-class={comparison.ref_class} needs images as --ref, '
+                        f'and {path} holds statistics')
+    return Statistics(path, images=reference.images)  # its statistics are those of all classes
+
+
+def measure_and_report(batches, count: int, what: dict, comparison: Comparison):
     """Measures images, compares them with the reference, prints a table and writes JSON."""
-    if ref is None and metrics != ['is']:
-        raise UserError('--ref is missing: statistics or images to compare with (only --metrics=is needs none)')
-    known = reference.load_reference(ref, ref_sha256) if ref else reference.Reference('')
-    if ref_class is not None:
-        if known.images is None:
-            raise UserError(f'--ref-class={ref_class} needs images as --ref, and {ref} holds statistics')
-        known = reference.Reference(ref, images=known.images)  # its statistics are those of all classes
-    metrics, detectors = make_detectors(metrics, inception, dinov2, known)
-    rules = compute.PROTOCOLS[protocol]
-    known = compute.complete_reference(known, metrics, detectors, open_images, class_name=ref_class, batch=batch,
-                                       workers=workers, keep_num=50000, seed=seed)
-    measured = compute.measure(batches, count, detectors, **compute.needs(metrics),
-                               protocol=rules if 'is' in metrics else None)
+    reference = open_reference(comparison)
+    metrics, detectors = make_detectors(comparison.metrics, comparison.inception, comparison.dinov2,
+                                        reference)
+    rules = compute.PROTOCOLS[comparison.protocol]
+    reference = compute.complete(
+        reference, metrics, detectors, open_images, class_name=comparison.ref_class,
+        batch=comparison.batch, workers=comparison.workers, keep_num=50000, seed=comparison.seed)
+    generated = measure(batches, count, detectors, **compute.needs(metrics, rules))
     if dist.get_rank() == 0:
-        results = compute.evaluate(metrics, measured, known, rules, detectors.device)
-        notes = compute.notes(measured, known, detectors)
+        results = compute.evaluate(metrics, generated, reference, rules, detectors.device)
+        notes = compute.notes(generated, reference, detectors)
         width = max(map(len, results))
-        print(f'\n{count} images' + (f' against {ref}' if ref else ''))
+        print(f'\n{count} images' + (f' against {comparison.ref}' if comparison.ref else ''))
         for name, value in results.items():
             print(f'  {name:{width}}  {value:.6g}')
         for note in notes:
             print(f'Note: {note}')
-        if dest:
-            ref_images = {space: gaussian.num for space, gaussian in known.gaussians.items()}
-            dnnlib.util.write_json(dest, dict(
-                results=results, num_images=count, **what, num=num, seed=seed, ref=ref, ref_class=ref_class,
-                ref_images=ref_images, ref_meta=known.meta, protocol=protocol, batch=batch,
-                detectors=detectors.description(), notes=notes, command=sys.argv, **compute.environment()))
+        if comparison.dest:
+            settings = {key: getattr(comparison, key)
+                        for key in ('num', 'seed', 'ref', 'ref_class', 'protocol', 'batch')}
+            write_json(comparison.dest, dict(
+                results=results, num_images=count, **what, **settings,
+                ref_images={space: part.num for space, part in reference.gaussians.items()},
+                ref_meta=reference.meta, detectors=detectors.description(), notes=notes,
+                command=sys.argv, **compute.environment()))
     dist.shutdown()
 
 

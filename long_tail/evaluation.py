@@ -1,4 +1,4 @@
-"""Samples of the long-tail study: grids by class, arrays for evaluation, and what is measured of them."""
+"""Samples of the long-tail study: grids by class, arrays for evaluation, and their measures."""
 
 import math
 import os
@@ -9,15 +9,19 @@ import torch
 from dnnlib import UserError, pictures, util
 from long_tail import classwise
 from metrics import compute
+from metrics.features import Detectors, measure_images
 from metrics.recognition import Recognizer
+from metrics.statistics import USUAL, Statistics, load_statistics
 from torch_utils import distributed as dist
 from training.data.images import NpzImages
 from training.diffusion.class_balancing import cbdm_sampler
 from training.encoders import RGBEncoder
 from training.generate import generate_images
 
-DETECTOR_NAMES = ('inception', 'dinov2', 'pixels')
+DETECTOR_NAMES = tuple(USUAL)
 MOST_RECOGNISED = 5000  # reference images that the classifier is trained on in reasonable time
+SETTINGS = ('sample_method', 'omega', 'ddim_steps', 'num_images', 'seed', 'detector', 'fid_cache',
+            'group_sizes')
 
 
 def dimensions(detector: str, size: int) -> int:
@@ -29,109 +33,147 @@ def sampler_of(flags):
     """CBDM's sampler with the options of the command line, for `generate_images`."""
     def sampler(net, noise, labels, guide, random):
         method = flags['sample_method'] if net.label_dim else 'uncond'
-        return cbdm_sampler(net, noise, labels, method, flags['omega'], random, flags['ddim_steps'] or None)
+        return cbdm_sampler(net, noise, labels, method, flags['omega'], random,
+                            flags['ddim_steps'] or None)
     return sampler
 
 
 def save_grid(path: str, net, flags, class_names: list):
-    """A picture of --sample_size images: a row for each class, or for some classes from the first to the last."""
-    size, rows = flags['sample_size'], [None] * math.isqrt(flags['sample_size'])
+    """A picture of --sample_size images: a row for each class, or for some from first to last."""
+    size = flags['sample_size']
+    rows = math.isqrt(size)
+    labels = names = None
     if net.label_dim and flags['sample_method'] != 'uncond':
-        count = net.label_dim if 4 * net.label_dim <= size else min(math.isqrt(size), net.label_dim)
-        rows = np.linspace(0, net.label_dim - 1, count).round().astype(int).tolist()
-    columns = size // len(rows)
-    labels = None if rows[0] is None else [row for row in rows for _ in range(columns)]
-    batches = generate_images(net, RGBEncoder(), range(len(rows) * columns), labels=labels, batch=flags['batch_size'],
-                              sampler=sampler_of(flags), split=False)
+        rows = net.label_dim if 4 * net.label_dim <= size else min(rows, net.label_dim)
+        shown = np.linspace(0, net.label_dim - 1, rows).round().astype(int)
+        labels = shown.repeat(size // rows).tolist()
+        names = [class_names[label] for label in shown]
+    columns = size // rows
+    batches = generate_images(net, RGBEncoder(), range(rows * columns), labels=labels,
+                              batch=flags['batch_size'], sampler=sampler_of(flags), split=False)
     images = torch.cat([batch.images.cpu() for batch in batches])
-    pictures.save_image_grid(path, images, columns, None if labels is None else [class_names[row] for row in rows])
+    pictures.save_image_grid(path, images, columns, names)
 
 
 def sample(net, flags) -> tuple[np.ndarray, np.ndarray | None]:
-    """--num_images images uint8 [N,H,W,3] and their labels int64 [N], or None without labels; on every process.
+    """--num_images images uint8 [N,H,W,3] and labels int64 [N] (or None); on every process.
 
     Image i depends on seed --seed * num_images + i alone, and its label is drawn from it, uniformly.
     """
     first = flags['seed'] * flags['num_images']
     seeds = range(first, first + flags['num_images'])
-    found = [(batch.seeds, batch.images.cpu().numpy(), batch.labels) for batch in generate_images(
-        net, RGBEncoder(), seeds, batch=flags['batch_size'], sampler=sampler_of(flags), progress=True)]
-    parts = [part for process in dist.gather_objects(found) for part in process]
-    order = np.argsort(np.concatenate([np.asarray(part[0]) for part in parts]))
-    images = np.concatenate([part[1] for part in parts])[order].transpose(0, 2, 3, 1)
+    batches = generate_images(net, RGBEncoder(), seeds, batch=flags['batch_size'],
+                              sampler=sampler_of(flags), progress=True)
+    parts = [(batch.seeds, batch.images.cpu().numpy(), batch.labels) for batch in batches]
+    parts = [part for process in dist.gather_objects(parts) for part in process]
+    seeds, images, labels = zip(*parts, strict=True)
+    order = np.argsort(np.concatenate(seeds))
+    images = np.concatenate(images)[order].transpose(0, 2, 3, 1)
     if not net.label_dim or flags['sample_method'] == 'uncond':
         return images, None
-    return images, np.concatenate([part[2] for part in parts])[order]
+    return images, np.concatenate(labels)[order]
 
 
 class Evaluator:
     """Samples from networks of a run and measures them, by the options of the command line.
 
-    `counts`: training images of each class. Raises UserError for a missing detector or unfit reference statistics, before
-    anything is sampled.
+    `counts`: training images of each class. Raises UserError for a missing detector or unfit
+    reference statistics, before anything is sampled.
     """
 
     def __init__(self, flags, folder: str, counts):
-        self.flags, self.folder, self.counts = flags, folder, counts
-        self.detectors = compute.Detectors({flags['detector']: flags['weights']})
-        reference = classwise.load_statistics(flags['fid_cache'])
-        self.evaluation = classwise.Evaluation(reference, self.detectors.device, flags['prd'], flags['improved_prd'],
-                                               on_device=flags['fid_use_torch'])
-        self.evaluation.check(dimensions(flags['detector'], flags['img_size']), flags['detector'])
-        detector = self.detectors[flags['detector']]
-        theirs = reference.meta.get('fingerprint', detector.fingerprint)
-        if theirs != detector.fingerprint:
-            raise UserError(f'--fid_cache={reference.path} was made with other weights of {flags["detector"]}; make it again')
+        self.flags = flags
+        self.folder = folder
+        self.counts = counts
+        detector = flags['detector']
+        self.space = USUAL[detector]
+        self.detectors = Detectors({detector: flags['weights']})
+        reference = self._reference(flags['fid_cache'], detector)
+        self.evaluation = classwise.Evaluation(
+            reference, self.space, self.detectors.device, prd=flags['prd'],
+            manifold=flags['improved_prd'], on_device=flags['fid_use_torch'])
         if flags['recognition']:
             self.evaluation.recognizer = self._recognizer(reference)
-        if reference.features is None and (flags['prd'] or flags['improved_prd']):
-            dist.print0(f'Note: {reference.path} has no features: no PRD, precision, recall and class groups '
-                        '(make_stats.py stores them)')
+        if self.space not in reference.features and (flags['prd'] or flags['improved_prd']):
+            dist.print0(f'Note: {reference.path} has no features: no PRD, precision, recall and '
+                        'class groups (make_stats.py stores them)')
 
-    def _recognizer(self, reference):
-        if self.flags['detector'] != 'pixels' or reference.features is None:
+    def _reference(self, path: str, detector: str) -> Statistics:
+        """--fid_cache, which must be of the detector's features for images of this size."""
+        if not os.path.isfile(path):
+            raise UserError(f'--fid_cache={path}: no such file; make it with make_stats.py')
+        reference = load_statistics(path, space=self.space)
+        dim = dimensions(detector, self.flags['img_size'])
+        stored = {space: gaussian.dim for space, gaussian in reference.gaussians.items()}
+        if stored.get(self.space) != dim:
+            stored = ', '.join(f'{num} dimensions of {space}' for space, num in stored.items())
+            raise UserError(f'--fid_cache={path} has {stored or "no statistics"}, the features of '
+                            f'{detector} have {dim}; make it with make_stats.py '
+                            f'--detector={detector} from images of this size')
+        weights = self.detectors[detector].fingerprint
+        made_with = reference.meta.get('detectors', {}).get(detector, {})
+        if made_with.get('fingerprint', weights) != weights:
+            raise UserError(f'--fid_cache={path} was made with other weights of {detector}; '
+                            'make it again')
+        return reference
+
+    def _recognizer(self, reference: Statistics) -> Recognizer:
+        features = reference.features.get('fd_pixels')
+        if self.space != 'fd_pixels' or features is None or reference.labels is None:
             raise UserError('--recognition needs --detector=pixels, and a --fid_cache with features')
-        if len(reference.features) > MOST_RECOGNISED:
-            raise UserError(f'--recognition: {len(reference.features)} reference images are too many for its classifier '
-                            f'(at most {MOST_RECOGNISED}); make the --fid_cache with --num={MOST_RECOGNISED}')
-        return Recognizer(reference.features.features.numpy(), reference.features.labels)
+        if len(features) > MOST_RECOGNISED:
+            raise UserError(f'--recognition: {len(features)} reference images are too many for its '
+                            f'classifier (at most {MOST_RECOGNISED}); make the --fid_cache with '
+                            f'--num={MOST_RECOGNISED}')
+        return Recognizer(features.numpy(), reference.labels)
 
     def file(self, step: int, suffix: str) -> str:
         """Name of the samples of a checkpoint (.npz), or of their results (.json)."""
         flags = self.flags
         parts = [flags['sample_name'], str(step), flags['sample_method']]
-        parts += [f'omega{flags["omega"]:g}'] * (flags['sample_method'] == 'cfg')
-        parts += [f'ddim{flags["ddim_steps"]}'] * bool(flags['ddim_steps'])
+        if flags['sample_method'] == 'cfg':
+            parts.append(f'omega{flags["omega"]:g}')
+        if flags['ddim_steps']:
+            parts.append(f'ddim{flags["ddim_steps"]}')
         return os.path.join(self.folder, '_'.join(parts) + suffix)
 
     def __call__(self, net, step: int) -> dict:
-        """Results as of `classwise.evaluate` (empty but on the first process), which are printed and saved too."""
+        """Results as of `classwise.evaluate`, which are printed and saved too.
+
+        Without values except on the first process.
+        """
+        flags = self.flags
         images = self._samples(net, step)
-        made = classwise.extract(images, self.detectors, self.flags['detector'], self.flags['batch_size'],
-                                 probs=self.flags['detector'] == 'inception')
+        features = [self.space]
+        if flags['detector'] == 'inception':
+            features.append(classwise.PROTOCOL.probs)
+        generated = measure_images(images, self.detectors, batch=flags['batch_size'],
+                                           spaces=[self.space], features=features)
         if dist.get_rank() != 0:
             return {'all': {}}
-        results = classwise.evaluate(made, self.evaluation, self.counts, self.flags['group_sizes'])
+        results = classwise.evaluate(generated, self.evaluation, self.counts, flags['group_sizes'])
         util.write_json(self.file(step, '.json'), results | {
-            'step': step, 'settings': {key: self.flags[key] for key in (
-                'sample_method', 'omega', 'ddim_steps', 'num_images', 'seed', 'detector', 'fid_cache', 'group_sizes')},
+            'step': step, 'settings': {key: flags[key] for key in SETTINGS},
             'environment': compute.environment()})
-        print(f'{len(made)} images of step {step}, {self.flags["detector"]} features:\n{classwise.table(results)}\n'
-              f'By class in {self.file(step, ".json")}', flush=True)
+        print(f'{len(images)} images of step {step}, {flags["detector"]} features:\n'
+              f'{classwise.table(results)}\nBy class in {self.file(step, ".json")}', flush=True)
         return results
 
     def _samples(self, net, step) -> NpzImages:
-        path, num = self.file(step, '.npz'), self.flags['num_images']
+        path = self.file(step, '.npz')
+        num = self.flags['num_images']
         if self.flags['sampled']:
             if not os.path.isfile(path):
                 raise UserError(f'--sampled: {path} does not exist; sample first, without --sampled')
             images = NpzImages(path)
             if len(images) != num:
-                raise UserError(f'--sampled: {path} has {len(images)} images instead of --num_images={num}')
+                raise UserError(f'--sampled: {path} has {len(images)} images instead of '
+                                f'--num_images={num}')
             return images
-        arrays, labels = sample(net, self.flags)
+        images, labels = sample(net, self.flags)
         if dist.get_rank() == 0:
+            arrays = {'arr_0': images} if labels is None else {'arr_0': images, 'arr_1': labels}
             with util.atomic_path(path) as temp, open(temp, 'wb') as file:
-                np.savez(file, arr_0=arrays, **({} if labels is None else {'arr_1': labels}))
+                np.savez(file, **arrays)
         dist.barrier()
         return NpzImages(path)

@@ -1,6 +1,5 @@
-"""Reference statistics for main.py --eval, from the data themselves: the cache of mean and covariance, and the features."""
+"""Reference statistics for main.py --eval, from a data set: mean, covariance, and the features."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -11,38 +10,40 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from dnnlib import UserError, cli
-from dnnlib.util import subset
-from long_tail import classwise, datasets
-from long_tail.evaluation import DETECTOR_NAMES
-from metrics import compute
+from long_tail import datasets
+from metrics.features import Detectors, measure
+from metrics.images import read_batches
+from metrics.statistics import USUAL, check_destination, save_statistics
 from torch_utils import distributed as dist
 
 
 def balanced(labels, num: int) -> np.ndarray:
-    """Indices of `num` images, the same number of each class up to one: a random choice with seed 0."""
+    """Indices of `num` images, as many of each class up to one: a random choice with seed 0."""
     order = np.random.RandomState(0).permutation(len(labels))
-    place = np.empty(len(labels), dtype=np.int64)                      # of each image among those of its class
+    place = np.empty(len(labels), dtype=np.int64)  # of each image among those of its class
     for label in np.unique(labels):
-        mine = order[labels[order] == label]
-        place[mine] = np.arange(len(mine))
+        of_class = order[labels[order] == label]
+        place[of_class] = np.arange(len(of_class))
     return np.sort(np.lexsort([labels, place])[:num])
 
 
-def make(data_type, dest, detector, weights=None, root='./', split='train', download=False, img_size=None, num=None,
-         features=True, batch=64):
+def make(data_type, dest, detector, weights=None, root='./', split='train', download=False,
+         img_size=None, num=None, features=True, batch=64):
     """Writes the statistics of a data set to `dest`; the arguments are the options of the command."""
+    check_destination(dest, ['.npz'])
     data = datasets.open_data(data_type, root, size=img_size, split=split, download=download)
-    if num is not None:
-        chosen = balanced(data.label_ids, num) if num < len(data) else subset(len(data), num, 0)
-        data = datasets.ArrayDataset(data.name, data.images(chosen), data.label_ids[chosen], data.class_names)
-    detectors = compute.Detectors({detector: weights})
-    found = classwise.extract(data, detectors, detector, batch)
+    indices = np.arange(len(data)) if num is None else balanced(data.label_ids, num)
+    space = USUAL[detector]
+    detectors = Detectors({detector: weights})
+    batches = read_batches(data, indices, batch)
+    statistics = measure(batches, len(indices), detectors, spaces=[space],
+                                 features=[space] if features else [])
     if dist.get_rank() == 0:
-        meta = dict(detector=detector, fingerprint=detectors[detector].fingerprint, data_type=data_type, split=split,
-                    weights=detectors[detector].weights, class_names=data.class_names)
-        classwise.save_statistics(dest, found, meta, features)
-        print(f'{dest}: {len(found)} images, {found.features.shape[1]} dimensions of {detector}'
-              + (', with features' if features else ''))
+        statistics.meta = dict(data_type=data_type, split=split, class_names=data.class_names,
+                               detectors=detectors.description())
+        save_statistics(dest, statistics)
+        print(f'{dest}: {len(indices)} images, {statistics.gaussians[space].dim} dimensions of '
+              f'{detector}' + (', with features' if features else ''))
 
 
 @click.command(cls=cli.Command, epilog="""\b
@@ -55,34 +56,37 @@ Examples:
 \b
 Under torchrun the processes share the work.
 """)
-@click.option('--data_type', '--data-type', metavar='NAME', type=click.Choice(datasets.DATA_TYPES), required=True,
+@click.option('--data_type', '--data-type', metavar='NAME', required=True,
+              type=click.Choice(datasets.DATA_TYPES),
               help='Data set, as for main.py; of a long-tailed one ("lt") give the balanced original')
 @click.option('--root', metavar='PATH', default='./',
               help='Where the CIFAR archive or its folder is; for zip, the zip or folder')
 @click.option('--download', is_flag=True, help='Fetch the CIFAR archive to --root if it is not there')
-@click.option('--split', metavar='train|test', type=click.Choice(['train', 'test']), default='train', help='Images of CIFAR')
+@click.option('--split', metavar='train|test', type=click.Choice(['train', 'test']),
+              default='train', help='Images of CIFAR')
 @click.option('--dest', metavar='NPZ', required=True, help='File to write')
-@click.option('--detector', metavar='|'.join(DETECTOR_NAMES), type=click.Choice(DETECTOR_NAMES), default='inception',
-              help='Network of the features')
-@click.option('--weights', metavar='PATH', help='Weights of the detector: file, folder or URL  [default: the published ones]')
+@click.option('--detector', metavar='|'.join(USUAL), type=click.Choice(list(USUAL)),
+              default='inception', help='Network of the features')
+@click.option('--weights', metavar='PATH',
+              help='Weights of the detector: file, folder or URL  [default: the published ones]')
 @click.option('--img_size', '--img-size', metavar='INT', type=click.IntRange(min=1),
               help='Resize the images  [default: as stored]')
-@click.option('--max_images', '--max-images', '--num', 'num', metavar='INT', type=click.IntRange(min=2),
+@click.option('--max_images', '--max-images', '--num', 'num', metavar='INT',
+              type=click.IntRange(min=2),
               help='Use so many images, the same number of each class  [default: all]')
 @click.option('--features/--nofeatures', default=True,
-              help='Store the features and labels, which precision, recall, PRD and class groups need')
+              help='Store features and labels, which precision, recall, PRD and class groups need')
 @click.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64,
               help='Images that go through the detector together')
-def main(data_type, root, download, split, dest, detector, weights, img_size, num, features, batch):
+def main(data_type, split, **options):
     """Make the --fid_cache of main.py from a data set."""
     dist.init()
-    if not dest.endswith('.npz') or os.path.isdir(dest):
-        raise UserError(f'--dest={dest}: the name must end in .npz')
     if data_type.endswith('lt'):
-        raise UserError(f'--data_type={data_type}: the reference is the whole data set; give {data_type.removesuffix("lt")}')
+        raise UserError(f'--data_type={data_type}: the reference is the whole data set; '
+                        f'give {data_type.removesuffix("lt")}')
     if split == 'test' and data_type not in datasets.CIFAR:
         raise UserError(f'--split=test: {data_type} has no such part')
-    make(data_type, dest, detector, weights, root, split, download, img_size, num, features, batch)
+    make(data_type, split=split, **options)
     dist.barrier()
     dist.shutdown()
 

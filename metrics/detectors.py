@@ -3,7 +3,6 @@
 A detector takes images uint8 [N, C, H, W] and the names of outputs, and gives {name: float32 [N, D]}.
 """
 
-import hashlib
 import os
 
 import requests
@@ -15,6 +14,7 @@ from dnnlib.url import download
 from metrics.inception import InceptionV3
 from torch_utils import distributed
 from torch_utils.files.identify import identify
+from torch_utils.files.weights import fingerprint, load_weights
 
 INCEPTION_URL = ('https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/'
                  'pt_inception-2015-12-05-6726825d.pth')
@@ -44,7 +44,7 @@ class _Network:
     def __init__(self, net: torch.nn.Module, weights: str, device):
         self.device, self.weights = torch.device(device), weights
         self.net = net.eval().requires_grad_(False).to(self.device)
-        self.fingerprint = fingerprint(net)
+        self.fingerprint = fingerprint(sorted(net.state_dict().items()))
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor, outputs=('features',)) -> dict[str, torch.Tensor]:
@@ -70,9 +70,13 @@ class Inception(_Network):
     def __init__(self, weights: str | None = None, device='cpu'):
         weights = weights or INCEPTION_URL
         with distributed.rank0_first():
-            path = download(weights, hint='give a local copy with --inception=PATH')
+            path = download(weights, hint='give a local copy of the weights')
         net = InceptionV3()
-        load_state(net, read_tensors(path, '--inception'), path)
+        state = read_tensors(path)
+        for name, value in net.state_dict().items():
+            if name.endswith('num_batches_tracked'):  # some files leave these counters out
+                state.setdefault(name, value)
+        load_weights(net, state, path)
         # channels_last is the faster layout of convolutions on CPUs as on GPUs.
         super().__init__(net.to(memory_format=torch.channels_last), weights, device)
 
@@ -99,7 +103,7 @@ class DINOv2(_Network):
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             reason = ' '.join(str(error).split())[:120]
             raise UserError(f'DINOv2 cannot be loaded from {weights} ({reason}); '
-                            f'give a local folder of {DINOV2_NAME} with --dinov2=PATH') from None
+                            f'give a local folder of {DINOV2_NAME}', field='dinov2') from None
         self._fit_positions(net)
         super().__init__(net, weights, device)
         self.mean, self.std = (torch.tensor(x, device=self.device).reshape(3, 1, 1) for x in (self.MEAN, self.STD))
@@ -149,43 +153,13 @@ class DINOv2(_Network):
 DETECTORS = {'inception': Inception, 'dinov2': DINOv2, 'pixels': Pixels}
 
 
-def read_tensors(path: str, option: str) -> dict[str, torch.Tensor]:
+def read_tensors(path: str) -> dict[str, torch.Tensor]:
     """Weights by name from a state dictionary of torch, a safetensors file, or a TorchScript archive.
 
-    Nothing in the file is run. Raises UserError, naming the file and `option`, for anything else.
+    Nothing in the file is run. Raises UserError, naming the file, for anything else.
     """
-    if not os.path.isfile(path):
-        raise UserError(f'{option}={path}: no such file')
-    try:
-        found = identify(path)
-    except UserError as error:
-        raise UserError(f'{option}={path}: neither a state dictionary (torch, safetensors) nor a TorchScript archive, or '
-                        f'damaged ({str(error).removeprefix(path + ": ")})') from None
+    found = identify(path)
     if found.kind not in ('weights', 'torchscript'):
-        raise UserError(f'{option}={path}: neither a state dictionary (torch, safetensors) nor a TorchScript archive, but '
-                        f'{found.what}')
+        raise UserError(f'{path}: neither a state dictionary (torch, safetensors) nor a TorchScript '
+                        f'archive, but {found.what}')
     return dict(found.state)
-
-
-def load_state(net: torch.nn.Module, state: dict, path: str):
-    """Loads weights by name; counters of batch norm may be missing. Raises UserError that says what does not fit."""
-    for name, value in net.state_dict().items():
-        if name.endswith('num_batches_tracked'):
-            state.setdefault(name, value)
-    own = net.state_dict()
-    wrong = ([f'{name} is missing' for name in own if name not in state]
-             + [f'{name} is not known' for name in state if name not in own]
-             + [f'{name} has shape {list(state[name].shape)} instead of {list(own[name].shape)}'
-                for name in own if name in state and state[name].shape != own[name].shape])
-    if wrong:
-        raise UserError(f'{path}: not the weights of {type(net).__name__}: {wrong[0]}, and {len(wrong) - 1} more like this')
-    net.load_state_dict(state)
-
-
-def fingerprint(net: torch.nn.Module) -> str:
-    """16 hexadecimal digits that depend on the weights alone, not on the file that they came in."""
-    digest = hashlib.sha256()
-    for name, value in sorted(net.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]

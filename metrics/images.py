@@ -1,7 +1,7 @@
 """Images to be measured, read ahead in threads.
 
-They come as a data set with `images(indices)`, `label_ids`, `has_labels`, `classes`, `class_index(name)` and a length, as
-`training.data.images.open_images` opens them.
+They come as a data set with `images(indices)`, `label_ids`, `has_labels`, `classes`,
+`class_index(name)` and a length, as `training.data.images.open_images` opens them.
 """
 
 import collections
@@ -17,7 +17,7 @@ from torch_utils import distributed
 
 
 def select(images, num: int | None = None, seed: int = 0, class_name=None) -> np.ndarray:
-    """Indices (int64, sorted) of the images of a class (None: of all), a random `num` of them if there are more.
+    """Indices (int64, sorted) of the images of a class (None: of all), a random `num` of them.
 
     The choice is that of `ImageDataset(max_size=num, seed=seed)`.
     """
@@ -32,7 +32,10 @@ def select(images, num: int | None = None, seed: int = 0, class_name=None) -> np
 
 
 def class_ids(labels, classes: list | None) -> np.ndarray:
-    """The original class index (int64) of each label: what labels of differently numbered data sets have in common."""
+    """The original class index (int64) of each label.
+
+    That is what labels of differently numbered data sets have in common.
+    """
     labels = np.asarray(labels, dtype=np.int64)
     if classes and all(isinstance(number, int) for number in classes):
         return np.array(classes, dtype=np.int64)[labels]
@@ -40,25 +43,25 @@ def class_ids(labels, classes: list | None) -> np.ndarray:
 
 
 def read_batches(images, indices, batch: int = 64, workers: int = 2) -> Iterator[tuple]:
-    """(positions int64 [n], images uint8 [n, C, H, W], class ids int64 [n] or None) as tensors: this process's share of
-    the batches of images[indices].
+    """This process's share of the batches of images[indices], as tensors.
 
-    A position is the place within `indices`. `workers` threads read ahead.
+    Yields (positions int64 [n], images uint8 [n, C, H, W], class ids int64 [n] or None). A
+    position is the place within `indices`. `workers` threads read ahead.
     """
-    positions = np.arange(len(indices))
     ids = class_ids(images.label_ids[indices], images.classes) if images.has_labels else None
+
+    def read(start):
+        positions = np.arange(start, min(start + batch, len(indices)))
+        pixels = torch.from_numpy(images.images(indices[positions]))
+        labels = None if ids is None else torch.from_numpy(ids[positions])
+        return torch.from_numpy(positions), pixels, labels
+
     starts = range(0, len(indices), batch)[distributed.get_rank()::distributed.get_world_size()]
     with ThreadPoolExecutor(workers, thread_name_prefix='images') as pool:
         ahead = collections.deque()
         for start in starts:
-            mine = positions[start:start + batch]
-            ahead.append((mine, pool.submit(images.images, indices[mine])))
+            ahead.append(pool.submit(read, start))
             if len(ahead) > workers:
-                yield _finish(*ahead.popleft(), ids)
+                yield ahead.popleft().result()
         while ahead:
-            yield _finish(*ahead.popleft(), ids)
-
-
-def _finish(positions, future, ids):
-    return (torch.from_numpy(positions), torch.from_numpy(future.result()),
-            None if ids is None else torch.from_numpy(ids[positions]))
+            yield ahead.popleft().result()

@@ -1,17 +1,51 @@
-"""Mean and covariance of features, accumulated in one pass."""
+"""Statistics of features, and the one file that keeps them, in this project's layout and in published ones.
+
+A file holds {space: {'mu': [D], 'sigma': [D, D], 'num': images, 'features': [n, D] or missing}},
+`labels` [n] of the images whose features it has, and `meta`. The spaces are those of `SPACES`.
+
+- `.pkl`, `.pt`: written by torch.save as plain tensors and containers;
+- `.npz`: the same under `fid/mu`, `fid/sigma`, ..., and `meta` as JSON. Where there is one space
+  only, its name is under `space` and the keys are `mu`, `sigma`, `num`, `features`, so that other
+  programs find what they know.
+
+Read as well: EDM2's `.pkl` ({'fid': {'mu', 'sigma'}, 'fd_dinov2': ...} of NumPy arrays), EDM's and
+CBDM's `.npz` (`mu`, `sigma`), guided diffusion's (`arr_0`, with or without `mu`, `sigma`, `mu_s`,
+`sigma_s`), and what earlier versions wrote (`fid/mu` for one space too; `meta` with the detector).
+"""
 
 import dataclasses
+import json
+import os
 
 import numpy as np
 import torch
 
-import dnnlib
+from dnnlib import UserError
+from dnnlib.url import download
+from dnnlib.util import atomic_path
 from torch_utils import distributed
+from torch_utils.files.identify import NpzArrays, identify
+from torch_utils.files.own import STATISTICS_FORMAT
+
+# Space -> (detector, its output): the kinds of features, named like the distance that uses them.
+SPACES = {
+    'fid': ('inception', 'pool3'),
+    'sfid': ('inception', 'spatial'),
+    'fd_dinov2': ('dinov2', 'features'),
+    'fd_pixels': ('pixels', 'features'),
+    'softmax': ('inception', 'softmax'),
+    'softmax_nobias': ('inception', 'softmax_nobias'),
+}
+# Detector -> the space of its usual features.
+USUAL = {'inception': 'fid', 'dinov2': 'fd_dinov2', 'pixels': 'fd_pixels'}
+# Guided diffusion's names.
+_SPATIAL = {'mu_s': 'sfid/mu', 'sigma_s': 'sfid/sigma'}
+_KEYS = ('mu', 'sigma', 'num', 'features')
 
 
 @dataclasses.dataclass
 class Gaussian:
-    """Mean [D] and covariance [D, D] of the features of `num` images (None if the file does not say), float64."""
+    """Mean [D] and covariance [D, D], float64, of features of `num` images (None: not known)."""
 
     mu: np.ndarray
     sigma: np.ndarray
@@ -23,39 +57,204 @@ class Gaussian:
 
 
 class FeatureSums:
-    """Streaming sums of x and x x^T in float64 on the device of the features.
+    """Streaming sums of x and x x^T in float64 on `device`.
 
     `gaussian()` is mu = sum/N and Sigma = (sum x x^T - N mu mu^T)/(N - 1).
     """
 
-    def __init__(self):
+    def __init__(self, device='cpu'):
+        self.device = device
         self.num = 0
-        self.sum = self.outer = None
+        self.sum = None
+        self.outer = None
 
     def add(self, features: torch.Tensor):
         """Adds features [N, D]."""
-        x = features.to(torch.float64)
+        x = features.to(self.device, torch.float64)
         if self.sum is None:
-            self.sum, self.outer = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1], x.shape[1])
+            self.sum = x.new_zeros(x.shape[1])
+            self.outer = x.new_zeros(x.shape[1], x.shape[1])
         self.num += len(x)
         self.sum += x.sum(dim=0)
         self.outer.addmm_(x.T, x)
 
-    def all_reduce(self, dim: int, device: torch.device):
-        """Adds up the sums of all processes; `dim` and `device` are for one that has seen no image."""
-        if self.sum is None:
-            self.add(torch.zeros(0, dim, device=device))
-        num = distributed.all_reduce_sum(torch.tensor(self.num, device=device))
-        self.num = int(num)
+    def all_reduce(self):
+        """Adds up the sums of all processes, of which some may have seen no image."""
+        parts = distributed.gather_objects((self.num, 0 if self.sum is None else len(self.sum)))
+        self.add(torch.zeros(0, max(dim for _, dim in parts)))
+        self.num = sum(num for num, _ in parts)
         distributed.all_reduce_sum(self.sum)
         distributed.all_reduce_sum(self.outer)
 
     def gaussian(self) -> Gaussian:
-        """Mean and covariance. Raises UserError for fewer than two images and for features that are not finite."""
+        """Raises UserError for fewer than two images and for features that are not finite."""
         if self.num < 2:
-            raise dnnlib.UserError(f'a covariance needs at least 2 images, and there is only {self.num}')
+            raise UserError(f'a covariance needs at least 2 images, and there is only {self.num}')
         mu = self.sum / self.num
         sigma = (self.outer - torch.outer(self.sum, mu)) / (self.num - 1)
         if not (torch.isfinite(mu).all() and torch.isfinite(sigma).all()):
-            raise dnnlib.UserError('the features hold NaN or infinite numbers; are the weights of the detector whole?')
+            raise UserError('the features hold NaN or infinite numbers; '
+                            'are the weights of the detector damaged?')
         return Gaussian(mu.cpu().numpy(), sigma.cpu().numpy(), self.num)
+
+
+@dataclasses.dataclass
+class Statistics:
+    """What is known of a set of images, by space.
+
+    path       where they come from, for messages
+    gaussians  of all images
+    features   float32 [n, D] on the CPU, of all images or of some
+    labels     int64 [n], class ids of the images whose features are here, or None
+    images     path of the images, from which what is missing can be measured; or None
+    meta       plain values: data set, detectors and the fingerprints of their weights
+    """
+
+    path: str = ''
+    gaussians: dict[str, Gaussian] = dataclasses.field(default_factory=dict)
+    features: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    labels: torch.Tensor | None = None
+    images: str | None = None
+    meta: dict = dataclasses.field(default_factory=dict)
+
+    def of_classes(self, classes, device='cpu') -> 'Statistics':
+        """Those of the images of some classes, from their features."""
+        rows = torch.isin(self.labels, torch.as_tensor(classes))
+        features = {space: values[rows] for space, values in self.features.items()}
+        gaussians = {}
+        for space in self.gaussians.keys() & features.keys():
+            sums = FeatureSums(device)
+            for part in features[space].split(4096):
+                sums.add(part)
+            gaussians[space] = sums.gaussian()
+        return dataclasses.replace(self, gaussians=gaussians, features=features,
+                                   labels=self.labels[rows], images=None)
+
+
+# --- Files --------------------------------------------------------------------------------------
+
+
+def check_destination(dest: str, endings=('.pkl', '.pt', '.npz')):
+    """Raises UserError unless `save_statistics` can write a file of this name."""
+    if os.path.splitext(dest)[1].lower() not in endings:
+        raise UserError(f'{dest}: the name must end in {" or ".join(endings)}')
+    if os.path.isdir(dest):
+        raise UserError(f'{dest} is a folder; give the name of a file')
+
+
+def save_statistics(dest: str, statistics: Statistics):
+    """Writes a .pkl or .npz file that appears only when complete (not the path of images)."""
+    check_destination(dest)
+    content = {}
+    for space, gaussian in statistics.gaussians.items():
+        content[space] = {key: value for key, value in vars(gaussian).items() if value is not None}
+        if space in statistics.features:
+            content[space]['features'] = statistics.features[space].numpy()
+    labels = {}
+    if statistics.features and statistics.labels is not None:
+        labels['labels'] = statistics.labels.numpy()
+    with atomic_path(dest) as temp, open(temp, 'wb') as file:
+        if dest.lower().endswith('.npz'):
+            arrays = {f'{space}/{key}': value for space, values in content.items()
+                      for key, value in values.items()}
+            if len(content) == 1:
+                [(space, values)] = content.items()
+                arrays = values | {'space': np.array(space)}
+            np.savez(file, meta=np.array(json.dumps(statistics.meta)), **labels, **arrays)
+        else:
+            torch.save(_tensors(content | labels) | {
+                'format': STATISTICS_FORMAT, 'meta': statistics.meta}, file)
+
+
+def _tensors(value):
+    if isinstance(value, dict):
+        return {key: _tensors(item) for key, item in value.items()}
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+
+def load_statistics(path: str, sha256: str | None = None, space: str = 'fid') -> Statistics:
+    """Statistics of a file or URL; or a folder, zip or .npz of images, yet to be measured.
+
+    What a file is, its content decides. No code from it is run. `sha256` is what a download must
+    have, `space` that of `mu` and `sigma` in a file that does not say. Raises UserError that names
+    the file.
+    """
+    local = download(path, sha256=sha256)
+    found = identify(local)
+    if found.kind in ('images', 'folder'):
+        return Statistics(path, images=local)
+    content = found.content
+    images = None
+    try:
+        if isinstance(content, NpzArrays):
+            images = local if 'arr_0' in content else None
+            content = _nested(content, space)
+        elif found.kind != 'statistics':
+            raise UserError(f'{path}: it is a {found.what}, neither reference statistics '
+                            '(.pkl, .npz) nor images (folder, .zip, .npz)')
+        return _parse(Statistics(path, images=images), content, space)
+    except UserError:
+        raise
+    except Exception as error:  # NumPy and zip have errors of their own for damaged arrays
+        reason = ' '.join(str(error).split())[:120]
+        raise UserError(f'{path}: damaged ({reason})') from None
+
+
+def _nested(arrays: NpzArrays, sole: str) -> dict:
+    """The content of an .npz in the layout of a .pkl."""
+    meta = json.loads(str(arrays['meta'])) if 'meta' in arrays else {}
+    if 'space' in arrays:
+        sole = str(arrays['space'])
+    elif 'detector' in meta:  # make_stats.py, up to November 2026
+        sole = USUAL[meta['detector']]
+        meta['detectors'] = {meta['detector']: {key: meta.get(key)
+                                                for key in ('weights', 'fingerprint')}}
+    content = {'meta': meta}
+    for name in arrays.descriptions:
+        space, _, key = _SPATIAL.get(name, name).rpartition('/')
+        if key in _KEYS:
+            content.setdefault(space or sole, {})[key] = arrays[name]
+    if 'labels' in arrays:
+        content['labels'] = arrays['labels']
+    return content
+
+
+def _parse(statistics: Statistics, content: dict, sole: str) -> Statistics:
+    path = statistics.path
+    if 'mu' in content:
+        content = {sole: content}
+    for space, values in content.items():
+        if isinstance(values, dict) and ('mu' in values or 'sigma' in values):
+            _add(statistics, space, values)
+    if isinstance(content.get('meta'), dict):
+        statistics.meta = content['meta']
+    if content.get('labels') is not None:
+        statistics.labels = torch.as_tensor(content['labels']).to(torch.int64)
+        for space, features in statistics.features.items():
+            if len(features) != len(statistics.labels):
+                raise UserError(f'{path}: {len(features)} features of {space} '
+                                f'for {len(statistics.labels)} labels')
+    if not statistics.gaussians and statistics.images is None:
+        raise UserError(f'{path}: no statistics (mu and sigma) in this file')
+    return statistics
+
+
+def _add(statistics: Statistics, space: str, values: dict):
+    where = f'{statistics.path}: {space}'
+    try:
+        mu = np.asarray(values['mu'], dtype=np.float64)
+        sigma = np.asarray(values['sigma'], dtype=np.float64)
+    except KeyError as error:
+        raise UserError(f'{where} has no {error.args[0]}') from None
+    except (TypeError, ValueError):
+        raise UserError(f'{where}: mu and sigma are no arrays of numbers') from None
+    if mu.ndim != 1 or sigma.shape != mu.shape * 2:
+        raise UserError(f'{where} has mu {list(mu.shape)} and sigma {list(sigma.shape)} '
+                        'instead of [D] and [D, D]')
+    num = values.get('num')
+    statistics.gaussians[space] = Gaussian(mu, sigma, None if num is None else int(num))
+    if values.get('features') is not None:
+        features = torch.as_tensor(values['features']).float()
+        if features.ndim != 2 or features.shape[1] != len(mu):
+            raise UserError(f'{where} has features {list(features.shape)} instead of [n, {len(mu)}]')
+        statistics.features[space] = features

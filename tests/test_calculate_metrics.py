@@ -12,7 +12,7 @@ from helpers import fails, run, script_module, write_digits
 from dnnlib.util import subset
 from metrics.frechet import frechet_distance
 from metrics.inception import InceptionV3
-from metrics.reference import load_reference
+from metrics.statistics import load_statistics
 from training.data.dataset import ImageDataset
 from training.encoders import RGBEncoder
 from training.generate import generate_images
@@ -93,7 +93,7 @@ def test_images_as_reference_and_all_forms_of_images(data, capsys, tmp_path):
 
 def test_num_takes_the_subset_of_the_seed(data, capsys, tmp_path):
     calculate(capsys, 'ref', f'--data={data}/a.zip', f'--dest={tmp_path}/r.npz', '--metrics=fd_pixels', '--num=220', '--seed=3')
-    found = load_reference(str(tmp_path / 'r.npz'))
+    found = load_statistics(str(tmp_path / 'r.npz'))
     mu, sigma = pixel_statistics(ImageDataset(data / 'a.zip').images(subset(300, 220, 3)))
     np.testing.assert_allclose(found.gaussians['fd_pixels'].mu, mu)
     np.testing.assert_allclose(found.gaussians['fd_pixels'].sigma, sigma, atol=1e-8)
@@ -150,10 +150,10 @@ def test_the_default_metrics_with_local_weights(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv('DINOV2_WEIGHTS', str(tmp_path / 'none'))
     refused = 'fd_dinov2 is left out: DINOv2 cannot be loaded from'
     assert refused in calculate(capsys, 'ref', f'--data={tmp_path}/few.zip', f'--dest={tmp_path}/refs/few.pkl')
-    assert load_reference(f'{tmp_path}/refs/few.pkl').gaussians.keys() == {'fid'}
+    assert load_statistics(f'{tmp_path}/refs/few.pkl').gaussians.keys() == {'fid'}
     monkeypatch.setenv('DINOV2_WEIGHTS', str(tmp_path / 'dino'))
     assert 'left out' not in calculate(capsys, 'ref', f'--data={tmp_path}/few.zip', f'--dest={tmp_path}/refs/few.pkl')
-    found = load_reference(f'{tmp_path}/refs/few.pkl')
+    found = load_statistics(f'{tmp_path}/refs/few.pkl')
     assert {space: g.dim for space, g in found.gaussians.items()} == {'fid': 2048, 'fd_dinov2': 16}
     calculate(capsys, 'calc', f'--images={tmp_path}/few.zip', f'--ref={tmp_path}/refs/few.pkl', f'--dest={tmp_path}/out.json')
     found = results(tmp_path / 'out.json')
@@ -179,6 +179,11 @@ def test_recognition_is_that_of_the_classifier(data, capsys, tmp_path):
         calculate(capsys, 'calc', f'--images={images}', f'--ref={data}/b.zip', '--metrics=recognition',
                   f'--dest={tmp_path}/out.json')
         assert results(tmp_path / 'out.json')['results']['recognition'] == pytest.approx(share, abs=0.05)
+    # Statistics with features of labelled images serve as well.
+    calculate(capsys, 'ref', f'--data={data}/b.zip', f'--dest={tmp_path}/b.npz', '--metrics=recognition')
+    calculate(capsys, 'calc', f'--images={data}/a.zip', f'--ref={tmp_path}/b.npz', '--metrics=recognition',
+              f'--dest={tmp_path}/out.json')
+    assert results(tmp_path / 'out.json')['results']['recognition'] == pytest.approx(expected, abs=0.05)
 
 
 def test_bad_input_is_one_line(data, snapshot, tmp_path):
@@ -189,6 +194,8 @@ def test_bad_input_is_one_line(data, snapshot, tmp_path):
     np.savez(tmp_path / 'one.npz', np.zeros((1, 8, 8, 3), np.uint8))
     (tmp_path / 'evil.pkl').write_bytes(pickle.dumps({'fid': print}))
     fd = '--metrics=fd_pixels'
+    script_module(SCRIPT).main(['ref', f'--data={tmp_path}/unlabelled.npz', f'--dest={tmp_path}/unlabelled.pkl',
+                                f'--metrics={PIXELS}'], standalone_mode=False)
     for expected, args in {
         '--ref is missing': ['calc', images, fd],
         'no such file': ['calc', images, '--ref=none.pkl', fd],
@@ -198,18 +205,18 @@ def test_bad_input_is_one_line(data, snapshot, tmp_path):
         'has only 300 images': ['calc', images, ref, fd, '--num=301'],
         'too few to measure': ['calc', images, ref, fd, '--num=0'],
         "class '12' is not in": ['calc', images, ref, fd, '--class=12'],
-        'needs labelled images as --ref': ['calc', images, ref, '--metrics=recognition'],
+        'needs labelled images': ['calc', images, f'--ref={tmp_path}/unlabelled.pkl', '--metrics=recognition'],
         'the images have no labels': ['calc', f'--images={tmp_path}/unlabelled.npz', f'--ref={data}/b.zip',
                                       '--metrics=recognition'],
         'needs images as --ref': ['calc', images, ref, fd, '--ref-class=1'],
-        'have 48 dimensions': ['calc', f'--images={tmp_path}/small.npz', ref, fd],
+        'of 48 and 192 dimensions': ['calc', f'--images={tmp_path}/small.npz', ref, fd],
         'at least 2 images': ['calc', f'--images={tmp_path}/one.npz', ref, fd],
         'more than 3 images': ['calc', images, '--num=3', ref, '--metrics=precision_pixels'],
         'too many for the pixel metrics': ['calc', f'--images={tmp_path}/large.npz', ref, fd],
         "no metric 'fidd'": ['calc', images, ref, '--metrics=fidd'],
-        '--inception=none.pth: no such file': ['ref', f'--data={data}/a.zip', f'--dest={tmp_path}/x.pkl', '--metrics=fid',
+        'none.pth: no such file': ['ref', f'--data={data}/a.zip', f'--dest={tmp_path}/x.pkl', '--metrics=fid',
                                                '--inception=none.pth'],
-        'must end in .pkl or .npz': ['ref', f'--data={data}/a.zip', f'--dest={tmp_path}/x.txt', fd],
+        'must end in .pkl': ['ref', f'--data={data}/a.zip', f'--dest={tmp_path}/x.txt', fd],
         'needs no reference': ['ref', f'--data={data}/a.zip', f'--dest={tmp_path}/x.pkl', '--metrics=is'],
         'no metrics given': ['ref', f'--data={data}/a.zip', f'--dest={tmp_path}/x.pkl', '--metrics=,'],
         'give --net or --preset': ['gen', ref, fd],

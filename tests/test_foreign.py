@@ -18,7 +18,7 @@ import torch
 from helpers import ROOT, environment, fails, project_files, run, write_digits
 
 from dnnlib import UserError
-from metrics import reference
+from metrics.statistics import load_statistics
 from snapshot_tool import describe
 from torch_utils.files import pickles, torchfile
 from torch_utils.files.identify import KINDS, identify
@@ -391,5 +391,5 @@ def test_every_kind_is_recognised_by_content(tmp_path):
 def test_statistics_of_every_protocol(tmp_path, protocol):
     mu, sigma = np.arange(3.0), np.eye(3) * 2
     (tmp_path / 'x').write_bytes(pickle.dumps({'fid': dict(mu=mu, sigma=sigma)}, protocol))
-    gaussian = reference.load_reference(str(tmp_path / 'x')).gaussians['fid']
+    gaussian = load_statistics(str(tmp_path / 'x')).gaussians['fid']
     assert np.array_equal(gaussian.mu, mu) and np.array_equal(gaussian.sigma, sigma)

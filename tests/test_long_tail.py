@@ -19,7 +19,8 @@ from helpers import ROOT, command, environment, fails, run, script_module, write
 
 from dnnlib import UserError
 from long_tail import classwise, datasets, imbalance
-from metrics.frechet import frechet_distance, frechet_distance_torch
+from metrics.frechet import frechet_distance
+from metrics.statistics import Gaussian, Statistics, load_statistics
 from torch_utils import distributed
 from training import step_checkpoints
 from training.data.images import NpzImages
@@ -383,7 +384,7 @@ def test_evaluation_end_to_end(trained, digits_stats):
     images = NpzImages(str(trained / f'{name}.npz'))
     assert len(images) == 40 and images.label_ids.max() == 9
     # The numbers are those of the features themselves.
-    stats = classwise.load_statistics(str(digits_stats))
+    stats = load_statistics(str(digits_stats)).gaussians['fd_pixels']
     made = torch.from_numpy(images.images(np.arange(40))).flatten(1).double()
     mu, sigma = made.mean(0), torch.cov(made.T)
     assert results['all']['fid'] == pytest.approx(frechet_distance(mu, sigma, stats.mu, stats.sigma), rel=1e-6)
@@ -466,10 +467,10 @@ def test_statistics(tmp_path, cifar, digits_stats):
         assert len(z['labels']) == 1797
     make = ['long_tail/make_stats.py', '--data_type=cifar100', f'--root={cifar}', '--detector=pixels', '--img_size=8']
     invoke(*make, f'--dest={tmp_path}/part.npz', '--num=150')
-    found = classwise.load_statistics(str(tmp_path / 'part.npz'))
-    assert set(np.bincount(found.features.labels)) == {1, 2} and len(found.mu) == 192
+    found = load_statistics(str(tmp_path / 'part.npz'))
+    assert set(np.bincount(found.labels)) == {1, 2} and found.gaussians['fd_pixels'].dim == 192
     invoke(*make, f'--dest={tmp_path}/small.npz', '--nofeatures', '--split=test')
-    assert classwise.load_statistics(str(tmp_path / 'small.npz')).features is None
+    assert not load_statistics(str(tmp_path / 'small.npz')).features
     assert '.npz' in fails(*make, f'--dest={tmp_path}/x.pkl')
     assert '--data_type=cifar100lt' in fails(*make, '--data_type=cifar100lt', f'--dest={tmp_path}/x.npz')
     assert '--split' in fails('long_tail/make_stats.py', '--data_type=digits', '--split=test', f'--dest={tmp_path}/x.npz')
@@ -484,6 +485,11 @@ def test_groups_of_classes():
     assert classwise.class_groups([5, 5]) == {'few': [0, 1]}
 
 
+def statistics_of(features, labels, **more) -> Statistics:
+    gaussian = Gaussian(features.double().mean(0).numpy(), np.cov(features.T), len(features))
+    return Statistics('x', {'fid': gaussian}, {'fid': features} | more, torch.as_tensor(labels))
+
+
 def test_recall_of_a_class_is_its_own(tmp_path):
     """Two classes: of one all is covered, of the other half is missing."""
     rng = np.random.RandomState(0)
@@ -492,16 +498,15 @@ def test_recall_of_a_class_is_its_own(tmp_path):
     real[labels == 1] += 100
     real[150:] += 100                                                   # the second class has two modes
     made = torch.cat([real[:100], real[100:150], real[100:150] + 0.01])
-    statistics = classwise.Statistics('x', real.double().mean(0).numpy(), np.cov(real.T), classwise.Features(real, labels))
-    evaluation = classwise.Evaluation(statistics)
-    found = classwise.evaluate(classwise.Features(made, labels), evaluation, [500, 5])
+    evaluation = classwise.Evaluation(statistics_of(real, labels))
+    found = classwise.evaluate(statistics_of(made, labels), evaluation, [500, 5])
     recall = [row['recall'] for row in found['classes']]
     assert recall[0] > 0.95 and recall[1] == 0.5 and found['groups']['few']['recall'] == 0.5
     assert found['groups']['many']['fid'] == pytest.approx(0, abs=1e-6) and found['groups']['few']['prd_f8'] < 0.9
     assert found['all']['recall'] == pytest.approx(np.mean(recall), abs=0.02)
     # The golden rule: the same as the whole matrix of distances.
     with pytest.raises(UserError, match='class 2'):
-        classwise.evaluate(classwise.Features(made, labels + 1), evaluation, [500, 5, 5])
+        classwise.evaluate(statistics_of(made, labels + 1), evaluation, [500, 5, 5])
 
 
 def test_inception_scores_by_group(tmp_path):
@@ -513,9 +518,10 @@ def test_inception_scores_by_group(tmp_path):
     probs = probs[torch.tensor([*range(20), *[i for pair in zip(range(20, 30), range(30, 40), strict=True) for i in pair]])]
     features = torch.from_numpy(np.random.RandomState(0).randn(40, 3)).float()
     labels = np.repeat([0, 1], 20)
-    reference = classwise.Statistics('x', np.zeros(3), np.eye(3), classwise.Features(features, labels))
+    reference = statistics_of(features, labels)
+    reference.gaussians['fid'] = Gaussian(np.zeros(3), np.eye(3))
     evaluation = classwise.Evaluation(reference, prd=False)
-    found = classwise.evaluate(classwise.Features(features, labels, probs), evaluation, [500, 5])
+    found = classwise.evaluate(statistics_of(features, labels, softmax=probs), evaluation, [500, 5])
     assert found['groups']['many']['is'] == pytest.approx(1) and found['groups']['few']['is'] == pytest.approx(2)
     assert found['all']['fid'] > 0 and 'is' not in found['classes'][0]
 
@@ -524,9 +530,9 @@ def test_frechet_distance_by_torch():
     rng = np.random.RandomState(0)
     a, b = rng.randn(20, 30), rng.randn(100, 30) + 0.1                  # the first is of low rank
     statistics = [value for x in (a, b) for value in (x.mean(0), np.cov(x.T))]
-    assert frechet_distance_torch(*statistics, 'cpu') == pytest.approx(frechet_distance(*statistics), rel=1e-6)
+    assert frechet_distance(*statistics, device='cpu') == pytest.approx(frechet_distance(*statistics), rel=1e-6)
     with pytest.raises(UserError, match='30 and 3'):
-        frechet_distance_torch(a.mean(0), np.cov(a.T), np.zeros(3), np.eye(3), 'cpu')
+        frechet_distance(a.mean(0), np.cov(a.T), np.zeros(3), np.eye(3), device='cpu')
 
 
 def test_help_shows_examples_and_defaults():

@@ -6,23 +6,27 @@ import pytest
 import torch
 
 from dnnlib import UserError
-from metrics import memorization
-from metrics.memorization import Memorization, image_blocks, nearest_neighbors
+from metrics.memorization import Copies, image_blocks, nearest_neighbors
 from training.diffusion.samplers import ablation_sampler, edm2_sampler, edm_sampler
 from training.networks.optimal import OptimalDenoiser, optimal_denoiser
+
+
+def compared(generated, training, block=8192) -> Copies:
+    distances, indices = nearest_neighbors(generated, image_blocks(training, block))
+    return Copies(np.arange(len(generated)), distances, indices, None, None)
 
 
 @pytest.mark.parametrize('case', golden_cases.cases('math', 'knn_memorization*'), ids=str)
 def test_golden_distances_and_ratio(case):
     a, results = case.arrays, case.json['results']
     for block in (7, 60, 8192):
-        found = memorization.memorization(a['generated'], a['train'], block=block)
+        found = compared(a['generated'], a['train'], block)
         np.testing.assert_allclose(found.distances, a['knn_distance_f64'], rtol=1e-9)
         np.testing.assert_allclose(found.distances, a['knn_distance'], rtol=1e-3)
         np.testing.assert_array_equal(found.indices, a['knn_index'])
         np.testing.assert_array_equal(found.memorized, a['memorized'])
-        assert found.ratio == results['memorized_fraction']
-        assert found.mean_distance == pytest.approx(results['mean_nearest_distance'], rel=1e-3)
+        assert found.results()['memorization_ratio'] == results['memorized_fraction']
+        assert found.results()['mean_distance'] == pytest.approx(results['mean_nearest_distance'], rel=1e-3)
 
 
 def _brute_force(queries, images, k):
@@ -54,26 +58,26 @@ def test_near_copies_have_their_exact_distance():
     images = np.random.RandomState(0).randint(200, 256, size=[500, 3, 32, 32]).astype(np.uint8)
     queries = images[:64].copy()
     queries[np.arange(64), 0, 0, 0] ^= 1
-    found = memorization.memorization(queries, images)
+    found = compared(queries, images)
     assert (found.distances[:, 0] == np.sqrt(1 / 3072)).all()
-    assert (found.indices[:, 0] == np.arange(64)).all() and found.ratio == 1
+    assert (found.indices[:, 0] == np.arange(64)).all() and found.memorized.all()
 
 
 def test_rule_of_a_third():
     distances = np.array([[0, 0], [0, 1], [1, 3], [0.999, 3], [2, 3]], dtype=np.float64)
-    found = Memorization(distances, np.zeros([5, 2], dtype=np.int64))
+    found = Copies(np.arange(5), distances, np.zeros([5, 2], dtype=np.int64), None, None)
     assert found.memorized.tolist() == [False, True, False, True, False]
-    assert found.ratio == 0.4 and found.mean_distance == pytest.approx(3.999 / 5)
+    assert found.results() == {'memorization_ratio': 0.4, 'mean_distance': pytest.approx(3.999 / 5), 'num_images': 5}
 
 
 def test_wrong_inputs_are_refused():
     images = np.zeros([3, 3, 4, 4], dtype=np.uint8)
     with pytest.raises(ValueError, match='uint8'):
-        memorization.memorization(images.astype(np.float32), images)
+        compared(images.astype(np.float32), images)
     with pytest.raises(ValueError, match='48 values'):
-        memorization.memorization(np.zeros([1, 3, 2, 2], dtype=np.uint8), images)
+        compared(np.zeros([1, 3, 2, 2], dtype=np.uint8), images)
     with pytest.raises(ValueError, match='2 nearest'):
-        memorization.memorization(images, images[:1])
+        compared(images, images[:1])
 
 
 # --- Optimal denoiser -------------------------------------------------------------------------------------------------
@@ -128,8 +132,8 @@ def test_samples_of_the_optimal_denoiser_are_the_training_images(sampler):
     labels = torch.eye(4)[torch.arange(24) % 4]
     samples = sampler(net, torch.randn([24, 3, 8, 8], generator=torch.Generator().manual_seed(0)), labels=labels)
     pixels = (samples * 127.5 + 128).clip(0, 255).to(torch.uint8).numpy()
-    found = memorization.memorization(pixels, images)
-    assert found.ratio == 1 and found.mean_distance < 1
+    found = compared(pixels, images)
+    assert found.memorized.all() and found.results()['mean_distance'] < 1
     assert (ids[found.indices[:, 0]] == np.arange(24) % 4).all()
     assert len(set(found.indices[:, 0])) > 5
 

@@ -71,7 +71,7 @@ def test_a_copy_stands_above_its_training_image(digits, half_copied):
     found = find_copies(parts, training, keep=3)
     assert found.ids.tolist() == list(range(8)) and set(found.ids[found.closest]) < set(range(4))
     np.testing.assert_array_equal(found.images, made.images(found.ids[found.closest]))
-    assert [found.found.indices[i, 0] for i in found.closest] == [[7, 5, 3, 1][i] for i in found.closest]
+    assert [found.indices[i, 0] for i in found.closest] == [[7, 5, 3, 1][i] for i in found.closest]
 
 
 def test_mirrored_training_images_count_if_asked_for(digits, tmp_path):

@@ -17,12 +17,12 @@ from torch.nn import functional as F
 
 from dnnlib import UserError, url
 from dnnlib.util import subset
-from metrics import compute, detectors, inception_score, neighbors, precision_recall, reference
+from metrics import compute, detectors, inception_score, neighbors, precision_recall
 from metrics import images as image_files
+from metrics.features import Detectors, measure_images
 from metrics.frechet import frechet_distance
 from metrics.inception import InceptionV3
-from metrics.reference import Reference
-from metrics.statistics import FeatureSums, Gaussian
+from metrics.statistics import FeatureSums, Gaussian, Statistics, load_statistics, save_statistics
 from training.data.images import open_images
 
 
@@ -231,8 +231,8 @@ def test_foreign_weights_are_refused_in_one_line(tmp_path):
     (tmp_path / 'text.pth').write_text('weights')
     with open(tmp_path / 'evil.pth', 'wb') as f:
         pickle.dump({'a': os.system}, f)
-    for name, message in (('other.pth', 'is missing'), ('list.pth', 'dictionary of weights'), ('text.pth', 'neither'),
-                          ('evil.pth', 'neither'), ('none.pth', 'no such file')):
+    for name, message in (('other.pth', 'lacks'), ('list.pth', 'dictionary of weights'), ('text.pth', 'no known kind'),
+                          ('evil.pth', 'system'), ('none.pth', 'no such file')):
         with pytest.raises(UserError, match=message) as error:
             detectors.Inception(str(tmp_path / name))
         assert name in one_line(error)
@@ -260,7 +260,7 @@ def rewritten(source, dest, change):
 def test_torchscript_tensors_and_hostile_torchscript(tmp_path):
     net = Small()
     torch.jit.script(net).save(tmp_path / 'good.pt')
-    found = detectors.read_tensors(str(tmp_path / 'good.pt'), '--inception')
+    found = detectors.read_tensors(str(tmp_path / 'good.pt'))
     assert found.keys() == net.state_dict().keys()
     assert all(torch.equal(found[name], value) for name, value in net.state_dict().items())
 
@@ -278,9 +278,9 @@ def test_torchscript_tensors_and_hostile_torchscript(tmp_path):
     large = rewritten(tmp_path / 'good.pt', tmp_path / 'large.pt',
                       lambda name, data: data.replace(b'K\x04K\x03K\x03K\x03', b'K\xffK\xffK\xffK\x03', 1)
                       if name.endswith('data.pkl') else data)
-    for path, message in ((evil, 'mkdir'), (short, 'numbers'), (cut, 'damaged'), (large, 'larger than its storage')):
+    for path, message in ((evil, 'mkdir'), (short, 'numbers'), (cut, 'cut off'), (large, 'larger than its storage')):
         with pytest.raises(UserError, match=message) as error:
-            detectors.read_tensors(path, '--inception')
+            detectors.read_tensors(path)
         assert path in one_line(error)
     assert not (tmp_path / 'ran').exists()
 
@@ -312,7 +312,7 @@ def test_dinov2_features(tmp_path):
 def test_dinov2_that_is_not_there_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')
     for name in (str(tmp_path), 'nobody/nothing', str(tmp_path / 'none')):
-        with pytest.raises(UserError, match='--dinov2=PATH') as error:
+        with pytest.raises(UserError, match='give a local folder') as error:
             detectors.DINOv2(name)
         one_line(error)
 
@@ -364,15 +364,16 @@ def assert_same(a: Gaussian, b: Gaussian):
 
 @pytest.mark.parametrize('name', ['ref.pkl', 'ref.npz', 'ref.pt'])
 def test_our_reference_files(name, tmp_path):
-    made = Reference('', {'fid': gaussian(6, 0, 50), 'fd_dinov2': gaussian(4, 1, 50)}, {'fid': random(5, 6)},
-                     meta={'data': 'x.zip', 'detectors': {}})
+    made = Statistics('', {'fid': gaussian(6, 0, 50), 'fd_dinov2': gaussian(4, 1, 50)}, {'fid': random(5, 6)},
+                      torch.arange(5), meta={'data': 'x.zip', 'detectors': {}})
     path = str(tmp_path / 'sub' / name)
-    reference.save_reference(path, made)
-    found = reference.load_reference(path)
+    save_statistics(path, made)
+    found = load_statistics(path)
     assert found.gaussians.keys() == made.gaussians.keys() and found.meta == made.meta and found.images is None
     for space in made.gaussians:
         assert_same(found.gaussians[space], made.gaussians[space])
     assert torch.equal(found.features['fid'], made.features['fid']) and found.features.keys() == {'fid'}
+    assert torch.equal(found.labels, made.labels)
 
 
 @pytest.mark.parametrize('protocol', range(2, 6))
@@ -381,7 +382,7 @@ def test_published_pickles(protocol, tmp_path):
     path = tmp_path / 'img512.pkl'
     path.write_bytes(pickle.dumps({'num_images': 50, 'fid': dict(mu=a.mu, sigma=a.sigma),
                                    'fd_dinov2': dict(mu=b.mu, sigma=np.asfortranarray(b.sigma))}, protocol))
-    found = reference.load_reference(str(path))
+    found = load_statistics(str(path))
     assert_same(found.gaussians['fid'], a)
     assert_same(found.gaussians['fd_dinov2'], b)
 
@@ -389,16 +390,16 @@ def test_published_pickles(protocol, tmp_path):
 def test_published_npz(tmp_path):
     a, b = gaussian(6, 0), gaussian(4, 1)
     np.savez(tmp_path / 'edm.npz', mu=a.mu, sigma=a.sigma)
-    found = reference.load_reference(str(tmp_path / 'edm.npz'))
+    found = load_statistics(str(tmp_path / 'edm.npz'))
     assert found.gaussians.keys() == {'fid'} and found.images is None
     assert_same(found.gaussians['fid'], a)
     pixels = np.zeros((3, 4, 4, 3), np.uint8)
     np.savez(tmp_path / 'adm.npz', arr_0=pixels, mu=a.mu, sigma=a.sigma, mu_s=b.mu, sigma_s=b.sigma)
-    found = reference.load_reference(str(tmp_path / 'adm.npz'))
+    found = load_statistics(str(tmp_path / 'adm.npz'))
     assert found.gaussians.keys() == {'fid', 'sfid'} and found.images
     assert_same(found.gaussians['sfid'], b)
     np.savez(tmp_path / 'batch.npz', arr_0=pixels)
-    found = reference.load_reference(str(tmp_path / 'batch.npz'))
+    found = load_statistics(str(tmp_path / 'batch.npz'))
     assert not found.gaussians and found.images
 
 
@@ -419,7 +420,7 @@ def test_bad_references_end_in_one_line(tmp_path):
         (tmp_path / name).write_bytes(data)
     for name in [*contents, 'shapes.npz', 'other.npz', 'objects.npz', 'shapes.pkl', 'missing.pkl']:
         with pytest.raises(UserError) as error:
-            reference.load_reference(str(tmp_path / name))
+            load_statistics(str(tmp_path / name))
         assert name in one_line(error)
     assert not (tmp_path / 'ran').exists()
 
@@ -432,15 +433,15 @@ def test_every_metric_is_computed_from_what_it_names(tmp_path, weights):
     pixels = (random(16, 3, 8, 8) * 50 + 128).clamp(0, 255).to(torch.uint8)
     np.savez(tmp_path / 'gen.npz', pixels[:7].permute(0, 2, 3, 1).numpy())
     np.savez(tmp_path / 'ref.npz', pixels[7:].permute(0, 2, 3, 1).numpy())
-    found = compute.Detectors({'inception': str(weights / 'state.pth')}, 'cpu')
+    found = Detectors({'inception': str(weights / 'state.pth')}, 'cpu')
     metrics = ['fid', 'sfid', 'is', 'precision', 'recall', 'fd_pixels', 'recall_pixels']
     net = found['inception']
     features = [net(x, ('pool3', 'spatial', 'softmax')) for x in (pixels[7:], pixels[:7])]
 
     rules = compute.PROTOCOLS['cbdm']
-    ref = compute.complete_reference(reference.load_reference(str(tmp_path / 'ref.npz')), metrics, found, open_images, batch=7)
+    ref = compute.complete(load_statistics(str(tmp_path / 'ref.npz')), metrics, found, open_images, batch=7)
     images = open_images(str(tmp_path / 'gen.npz'))
-    measured = compute.measure_images(images, found, batch=5, protocol=rules, **compute.needs(metrics))
+    measured = measure_images(images, found, batch=5, **compute.needs(metrics, rules))
     results = compute.evaluate(metrics, measured, ref, rules)
 
     def distance(output):
@@ -463,7 +464,7 @@ def test_features_are_kept_in_order_and_no_more_than_asked(tmp_path):
     pixels = np.random.RandomState(0).randint(256, size=(20, 2, 2, 3), dtype=np.uint8)
     np.savez(tmp_path / 'x.npz', pixels)
     images = open_images(str(tmp_path / 'x.npz'))
-    measured = compute.measure_images(images, compute.Detectors(device='cpu'), batch=3, keep_num=6, spaces=['fd_pixels'],
+    measured = measure_images(images, Detectors(device='cpu'), batch=3, keep_num=6, spaces=['fd_pixels'],
                                       features=['fd_pixels'])
     kept = subset(20, 6, 0)
     np.testing.assert_array_equal(measured.features['fd_pixels'], pixels[kept].transpose(0, 3, 1, 2).reshape(6, 12))

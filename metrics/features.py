@@ -1,0 +1,86 @@
+"""From images to features, in one pass over them and over all processes."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+import tqdm
+
+from dnnlib.util import subset
+from metrics import images as image_files
+from metrics.detectors import DETECTORS
+from metrics.statistics import SPACES, FeatureSums, Statistics
+from torch_utils import distributed
+
+
+class Detectors:
+    """The detectors, made when they are first needed. `weights`: paths or URLs by name."""
+
+    def __init__(self, weights: dict | None = None, device=None):
+        self.weights = {name: path for name, path in (weights or {}).items() if path}
+        self.device = torch.device(device) if device is not None else distributed.get_device()
+        self.loaded = {}
+
+    def __getitem__(self, name: str):
+        if name not in self.loaded:
+            self.loaded[name] = DETECTORS[name](self.weights.get(name), self.device)
+        return self.loaded[name]
+
+    def description(self) -> dict:
+        """{name: {'weights', 'fingerprint'}} of the detectors that were used."""
+        return {name: {'weights': detector.weights, 'fingerprint': detector.fingerprint}
+                for name, detector in self.loaded.items() if detector.weights}
+
+
+@torch.inference_mode()
+def measure(batches: Iterable, num: int, detectors: Detectors, *, spaces=(), features=(),
+            keep: np.ndarray | None = None) -> Statistics:
+    """One pass over `num` images: Gaussians of `spaces`, the features themselves of `features`.
+
+    batches  yields (positions int64 [n], images uint8 [n, C, H, W], class ids int64 [n] or None);
+             under several processes each has its share, and all get the whole result
+    keep     positions of the images whose features and labels are kept (default: all)
+
+    Raises UserError for fewer than two images, and for features that are not finite.
+    """
+    outputs = {}
+    for detector, output in {SPACES[space] for space in (*spaces, *features)}:
+        outputs.setdefault(detector, []).append(output)
+    kept = torch.full([num], keep is None)
+    if keep is not None:
+        kept[torch.from_numpy(keep)] = True
+    sums = {space: FeatureSums(detectors.device) for space in spaces}
+    parts = []
+    with tqdm.tqdm(total=num, unit='image', desc='Measuring', delay=2,
+                   disable=distributed.get_rank() != 0) as bar:
+        for positions, images, ids in batches:
+            values = {(name, output): value for name, wanted in outputs.items()
+                      for output, value in detectors[name](images, wanted).items()}
+            for space in spaces:
+                sums[space].add(values[SPACES[space]])
+            rows = kept[positions]
+            parts.append((positions[rows], None if ids is None else ids[rows],
+                          [values[SPACES[space]].cpu()[rows] for space in features]))
+            bar.update(min(len(images) * distributed.get_world_size(), num - bar.n))
+    for feature_sums in sums.values():
+        feature_sums.all_reduce()
+    parts = [part for process in distributed.gather_objects(parts) for part in process]
+    positions, ids, values = zip(*parts, strict=True)
+    order = torch.cat(positions).argsort()
+    return Statistics(
+        gaussians={space: feature_sums.gaussian() for space, feature_sums in sums.items()},
+        features={space: torch.cat(column)[order]
+                  for space, column in zip(features, zip(*values, strict=True), strict=True)},
+        labels=None if any(part is None for part in ids) else torch.cat(ids)[order])
+
+
+def measure_images(images, detectors: Detectors, *, num=None, seed=0, class_name=None, batch=64,
+                   workers=2, keep_num=None, **what) -> Statistics:
+    """`measure` for a data set (see `metrics.images`): a random `num` of the images of a class.
+
+    `keep_num`: of how many of them the features are kept.
+    """
+    indices = image_files.select(images, num, seed, class_name)
+    keep = subset(len(indices), keep_num, seed) if keep_num is not None else None
+    batches = image_files.read_batches(images, indices, batch, workers)
+    return measure(batches, len(indices), detectors, keep=keep, **what)
