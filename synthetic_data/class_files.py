@@ -1,183 +1,149 @@
 """Folders of labelled images as one array file for each class: `<class>.npy`, uint8 [N,H,W,3].
 
-`<class>.json` beside it says which seeds the images were made from, in order, and how. While images are made there are
-also `<class>.npy.part`, `<class>.npy.done` and `<class>.part.json`: see `class_writer`.
-
-NumPy is imported where it is needed only: `combine_data.py` does without, because the import would take a third of its time.
+`<class>.json` beside it is its `Record`. While images are made there are also `<class>.npy.part`, `<class>.npy.done` and
+`<class>.part.json`: see `class_writer`. Nothing here but `ClassFile.map` needs NumPy, so that `combine_data.py` starts fast.
 """
 
-import contextlib
 import dataclasses
+import itertools
+import json
 import math
 import os
 import re
-import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from dnnlib import UserError
-from synthetic_data.stored_zip import PIECE_BYTES, Bytes, Computed, FilePart, checksum, npy_header, read_all
+from dnnlib.npz import read_npy_header
+from dnnlib.util import parse_int_list, write_json
 
-# As written here and by numpy.save; all others are left to NumPy.
-HEADER = re.compile(rb"\x93NUMPY\x01\x00v\x00"
-                    rb"\{'descr': '\|u1', 'fortran_order': False, 'shape': \((\d+), (\d+), (\d+), 3\),? ?\} *\n")
-
-# An extended attribute of finished files: CRC-32 of the images, size of the file, time of its last change in ns. It is no
-# part of the contents, so that these depend on seeds and network alone.
-CHECKSUM = 'user.images_crc32'
+CHUNK_BYTES = 1 << 20  # that are read at a time: they stay in the cache of a core
 
 
 @dataclasses.dataclass(frozen=True)
-class ArrayFile:
+class ClassFile:
     """uint8 images [N,H,W,3] in an .npy file, of which nothing is kept in memory."""
 
     path: str
     shape: tuple
-    offset: int
+    offset: int  # of the first image in the file
 
     @classmethod
-    def open(cls, path: str) -> 'ArrayFile':
-        """Raises UserError that names the file if it is missing, damaged, or not of this type and shape."""
+    def open(cls, path: str) -> 'ClassFile':
+        """Raises UserError that names the file if it is missing, damaged, or of another type or shape."""
         if not os.path.isfile(path):
             raise UserError(f'{path}: no such file; generate.py makes one for each class')
         try:
             with open(path, 'rb') as file:
-                match = HEADER.fullmatch(file.read(128))
-                if match is None:
-                    from dnnlib.npz import read_npy_header
-                    file.seek(0)
-                    shape, fortran, dtype = read_npy_header(file)
-                else:
-                    shape, fortran, dtype = (*map(int, match.groups()), 3), False, 'uint8'
+                shape, fortran, descr = read_npy_header(file)
                 offset = file.tell()
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f'{path} is no .npy file of images ({" ".join(str(error).split())[:100]})') from None
-        if dtype != 'uint8' or len(shape) != 4 or shape[3] != 3 or fortran or not all(shape):
-            raise UserError(f'{path} holds {dtype} {list(shape)} instead of images uint8 [N, H, W, 3]')
+        except (OSError, ValueError) as error:
+            raise UserError(f'{path} is no .npy file of images ({error})') from None
+        if descr != '|u1' or len(shape) != 4 or shape[3] != 3 or fortran or min(shape) < 1:
+            raise UserError(f'{path} holds {descr} {list(shape)} instead of images |u1 (uint8) [N, H, W, 3]')
         if os.path.getsize(path) != offset + math.prod(shape):
             raise UserError(f'{path} is cut short or too long for {list(shape)}; make it again')
-        return cls(path, tuple(shape), offset)
+        return cls(path, shape, offset)
 
     def __len__(self):
         return self.shape[0]
 
-    def read_into(self, start: int, out):
-        """Images from `start` on into the uint8 array `out` [n,H,W,3]. Read, not mapped: mapped pages count as memory of the
-        process.
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all images."""
+        return math.prod(self.shape)
 
-        Raises UserError if the file ends before.
-        """
-        with open(self.path, 'rb', buffering=0) as file:
-            read_all(file.fileno(), memoryview(out).cast('B'), self.offset + start * math.prod(self.shape[1:]), self.path)
+    def chunks(self) -> Iterator[bytes]:
+        """The bytes of all images."""
+        with open(self.path, 'rb') as file:
+            file.seek(self.offset)
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk
 
     def map(self):
-        """All images as a read-only memory map."""
+        """All images as a read-only memory map. Its pages count as memory of the process as long as it exists."""
         import numpy as np
         return np.memmap(self.path, np.uint8, 'r', self.offset, self.shape)
 
-    def remember_checksum(self):
-        """Computes the CRC-32 of the images and keeps it with the file, if the file system can, for `known_checksum`."""
-        with open(self.path, 'rb') as file:
-            before = os.fstat(file.fileno())
-            crc = checksum(file.fileno(), self.offset, math.prod(self.shape))
-            if hasattr(os, 'setxattr'):
-                with contextlib.suppress(OSError):
-                    os.setxattr(file.fileno(), CHECKSUM, b'%d %d %d' % (crc, before.st_size, before.st_mtime_ns))
-
-    def known_checksum(self) -> int | None:
-        """CRC-32 of the images if it was computed when the file was made, and the file has not been changed since."""
+    def recorded_crc32(self) -> int | None:
+        """CRC-32 of the images as the record has it; None if it has none, or the images were changed after it."""
+        path = self.path.removesuffix('.npy') + '.json'
         try:
-            crc, *state = map(int, os.getxattr(self.path, CHECKSUM).split())
-            now = os.stat(self.path)
-        except (OSError, AttributeError, ValueError):  # none; no such thing on this system; damaged
+            with open(path) as file:
+                record = json.load(file)
+            if record['images'] == len(self) and os.path.getmtime(self.path) <= os.path.getmtime(path):
+                return int(record['crc32'])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        return None
+
+
+@dataclasses.dataclass
+class Record:
+    """What a class file holds, as its .json says."""
+
+    seeds: list              # of each image
+    made_by: dict            # what else they depend on, plain values
+    crc32: int | None = None  # of the images' bytes; earlier versions did not keep it
+
+    def save(self, path: str):
+        crc = {} if self.crc32 is None else {'crc32': self.crc32}
+        write_json(path, {'images': len(self.seeds), 'seeds': format_ranges(self.seeds), 'made_by': self.made_by} | crc)
+
+    @classmethod
+    def load(cls, path: str) -> 'Record | None':
+        """None if there is no such file. Raises UserError for one that is damaged."""
+        if not os.path.isfile(path):
             return None
-        return crc if state == [now.st_size, now.st_mtime_ns] and crc >> 32 == 0 else None
+        try:
+            with open(path) as file:
+                value = json.load(file)
+            return cls(parse_int_list(value['seeds']), dict(value['made_by']), value.get('crc32'))
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f'{path} is damaged; remove it and the images beside it') from None
 
 
-@dataclasses.dataclass(frozen=True)
-class ClassImages:
-    """The images of one class, which may lie in several files, one after the other."""
-
-    files: tuple[ArrayFile, ...]
-
-    def __len__(self):
-        return sum(map(len, self.files))
-
-    @property
-    def image_shape(self) -> tuple:
-        """(H, W, 3)."""
-        return self.files[0].shape[1:]
-
-    def read_into(self, start: int, out):
-        """Images from `start` on into the uint8 array `out` [n,H,W,3], C order."""
-        first, stop = 0, start + len(out)
-        for file in self.files:
-            low, high = max(start - first, 0), min(stop - first, len(file))
-            if low < high:
-                file.read_into(low, out[first + low - start:first + high - start])
-            first += len(file)
-
-    def read(self, start: int, stop: int):
-        """Images start .. stop - 1, uint8 array [n,H,W,3]."""
-        import numpy as np
-        out = np.empty((stop - start, *self.image_shape), np.uint8)
-        self.read_into(start, out)
-        return out
-
-    def take(self, indices):
-        """The images at ascending `indices`, an array, uint8 [n,H,W,3]; one file at a time, through memory maps."""
-        import numpy as np
-        parts, first = [np.empty((0, *self.image_shape), np.uint8)], 0
-        for file in self.files:
-            mine = indices[(indices >= first) & (indices < first + len(file))] - first
-            if len(mine):
-                parts.append(file.map()[mine])  # a copy; the map ends here
-            first += len(file)
-        return np.concatenate(parts)
+def format_ranges(numbers: Iterable[int]) -> str:
+    """[0, 1, 2, 7] -> '0-2,7'; the order stays, and `parse_int_list` reads it."""
+    ranges = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ','.join(str(first) if first == last else f'{first}-{last}' for first, last in ranges)
 
 
-def open_classes(folders: str | Sequence[str], class_num: int) -> list[ClassImages]:
-    """The images of classes 0 .. class_num - 1; those of several folders are joined.
+def open_classes(folders: Sequence[str], class_num: int) -> list[list[ClassFile]]:
+    """The files of each class 0 .. class_num - 1: one of every folder.
 
-    Raises UserError that names the file: one that is missing or damaged, images of another shape, a class too many, and
-    folders that hold the same seeds of one network.
+    Raises UserError that names the file: one that is missing or damaged, images of another shape, a class too many,
+    and folders that hold the same seeds of one network.
     """
-    folders = [folders] if isinstance(folders, str) else list(folders)
     for folder in folders:
         if not os.path.isdir(folder):
-            raise UserError(f'--data_dir={folder}: no such folder')
-        beyond = [int(match[1]) for name in os.listdir(folder) if (match := re.fullmatch(r'(\d+)\.npy', name))]
-        if max(beyond, default=0) >= class_num:
-            raise UserError(f'{os.path.join(folder, str(max(beyond)))}.npy is of class {max(beyond)}, but --class_num is '
+            raise UserError(f'{folder}: no such folder')
+        last = max((int(name[:-4]) for name in os.listdir(folder) if re.fullmatch(r'\d+\.npy', name)), default=0)
+        if last >= class_num:
+            raise UserError(f'{os.path.join(folder, str(last))}.npy is of class {last}, but the number of classes is '
                             f'{class_num}')
-    classes = [ClassImages(tuple(ArrayFile.open(os.path.join(folder, f'{label}.npy')) for folder in folders))
-               for label in range(class_num)]
-    shape = classes[0].image_shape
-    for file in (file for images in classes for file in images.files):
-        if file.shape[1:] != shape:
-            raise UserError(f'{file.path} has images of {list(file.shape[1:])}, but those of {classes[0].files[0].path} are '
-                            f'{list(shape)}')
-    if len(folders) > 1:
-        from synthetic_data.class_writer import check_overlap
+    classes = [[ClassFile.open(os.path.join(folder, f'{label}.npy')) for folder in folders] for label in range(class_num)]
+    first = classes[0][0]
+    for file in itertools.chain(*classes):
+        if file.shape[1:] != first.shape[1:]:
+            raise UserError(f'{file.path} has images of {list(file.shape[1:])}, but those of {first.path} are '
+                            f'{list(first.shape[1:])}')
+    for a, b in itertools.combinations(folders, 2):
         for label in range(class_num):
-            check_overlap(folders, label)
+            check_overlap(a, b, label)
     return classes
 
 
-def stored(classes: Sequence[ClassImages]) -> dict[str, list]:
-    """All images of all classes as arrays of an .npz for `write_zip`: `image` uint8 [N,H,W,3] and `label` int64 [N]."""
-    images, labels = [], []
-    for label, of_class in enumerate(classes):
-        for file in of_class.files:
-            images += FilePart(file.path, file.offset, math.prod(file.shape), file.known_checksum()).split()
-        labels += _repeated(struct.pack('<q', label), len(of_class))
-    total = sum(map(len, classes))
-    return {'image.npy': [Bytes(npy_header((total, *classes[0].image_shape), '|u1')), *images],
-            'label.npy': [Bytes(npy_header((total,), '<i8')), *labels]}
-
-
-def _repeated(number: bytes, count: int) -> list[Computed]:
-    def fill(view):
-        view[:] = number * (len(view) // len(number))
-
-    step = PIECE_BYTES // len(number)
-    return [Computed(min(step, count - first) * len(number), fill) for first in range(0, count, step)]
+def check_overlap(a: str, b: str, label: int):
+    """Raises UserError if two folders hold the same seeds of one network."""
+    records = [Record.load(os.path.join(folder, f'{label}.json')) for folder in (a, b)]
+    if None in records or records[0].made_by != records[1].made_by:
+        return
+    common = sorted(set(records[0].seeds) & set(records[1].seeds))
+    if common:
+        raise UserError(f'{a} and {b} both hold class {label} of the seeds {format_ranges(common)[:60]}; '
+                        'make one of them with other --seeds')

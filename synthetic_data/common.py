@@ -1,6 +1,7 @@
 """What the commands of this study share: options, and what a full disk says."""
 
 import contextlib
+import os
 
 import click
 
@@ -18,7 +19,14 @@ def _parse_fraction(text: str) -> float:
     return value
 
 
+def _parse_name(text: str) -> str:
+    if os.path.basename(text) != text:
+        raise ValueError(f'{text!r} is not a name without folders; give the folder as --output_dir')
+    return text.removesuffix('.npz')
+
+
 FRACTION = cli.Parsed('fraction', _parse_fraction)   # 8/255 -> 0.0314
+NPZ_NAME = cli.Parsed('name', _parse_name)           # 5m or 5m.npz -> 5m
 
 
 @contextlib.contextmanager
@@ -31,13 +39,22 @@ def full_disk(option: str, then: str):
                         f'{then}') from None
 
 
-def class_folder_options(function):
-    """Decorator: --data_dir (which may be given several times), --output_dir, --class_num."""
-    for option in reversed([
+def add_options(options: list):
+    """Decorator: these click options, in this order."""
+    def decorate(function):
+        for option in reversed(options):
+            function = option(function)
+        return function
+    return decorate
+
+
+def class_folder_options(file_name: str | None = None):
+    """Decorator: --data_dir (which may be given several times), --output_dir, --class_num, --file_name."""
+    return add_options([
         click.option('--data_dir', metavar='DIR', multiple=True, required=True,
                      help='Folder with <class>.npy of generate.py; several are joined, one after the other'),
         click.option('--output_dir', metavar='DIR', required=True, help='Where results go'),
         click.option('--class_num', metavar='INT', type=click.IntRange(min=1), default=10, help='Number of classes'),
-    ]):
-        function = option(function)
-    return function
+        click.option('--file_name', metavar='NAME', type=NPZ_NAME, default=file_name, required=file_name is None,
+                     help='The file is <output_dir>/NAME.npz'),
+    ])

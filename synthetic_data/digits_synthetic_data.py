@@ -25,7 +25,7 @@ import train_edm2
 from dnnlib import UserError, cli, pictures, util
 from simulations import plotting
 from synthetic_data import evaluate_data, generate, select_1M
-from synthetic_data.class_files import open_classes
+from synthetic_data.mixture import GeneratedImages
 from torch_utils import distributed, parallel
 from training.data import convert, sources
 from training.data.dataset import ImageDataset
@@ -139,7 +139,7 @@ def select(study: Study, seed: int, classifier: evaluate_data.Run):
     folder, name = os.path.split(study.selected(seed))
     with contextlib.redirect_stdout(io.StringIO()):
         select_1M.run(None, os.path.join(classifier.folder, f'network-snapshot-{study.duration // 1000:07d}.pkl'),
-                      [study.images(seed)], folder, CLASSES, study.top_scale, 256, name)
+                      [study.images(seed)], folder, CLASSES, study.top_scale, 256, name.removesuffix('.npz'))
 
 
 # --- Results ----------------------------------------------------------------------------------------------------------
@@ -179,15 +179,12 @@ def draw(results: pd.DataFrame, eps: float):
 def save_samples(study: Study, seed: int, path: str):
     """For each digit a row of real, of generated and of selected images."""
     columns = 12
-    real, tiles, titles = ImageDataset(study.real_data(seed)), [], []
-    classes = open_classes(study.images(seed), CLASSES)
-    with np.load(study.selected(seed)) as best:
-        image, label = best['image'], best['label']
+    data = {'real': ImageDataset(study.real_data(seed)), 'generated': GeneratedImages(study.images(seed), CLASSES),
+            'selected': GeneratedImages(study.selected(seed), CLASSES)}
+    tiles, titles = [], []
     for digit in range(CLASSES):
-        rows = {'real': real.images(np.flatnonzero(real.label_ids == digit)[:columns]),
-                'generated': classes[digit].read(0, min(columns, len(classes[digit]))).transpose(0, 3, 1, 2),
-                'selected': image[label == digit][:columns].transpose(0, 3, 1, 2)}
-        for name, found in rows.items():
+        for name, images in data.items():
+            found = images.images(np.flatnonzero(images.label_ids == digit)[:columns])
             tiles += [found, np.full((columns - len(found), *found.shape[1:]), 255, np.uint8)]
             titles.append(f'{digit} {name}')
     pictures.save_png(pictures.image_grid(np.concatenate(tiles), columns, titles, min_side=24), path)

@@ -1,4 +1,4 @@
-"""Which generated images a classifier is surest of: confidences as a stream, the best share of each class, a report."""
+"""Which generated images a classifier is surest of: confidences, the best share of each class, a report."""
 
 import math
 
@@ -12,33 +12,22 @@ from torch_utils import distributed as dist
 BINS = 50  # of the histogram of confidences
 
 
-def score(net, classes, batch: int, device) -> list[np.ndarray]:
-    """Softmax confidence of its own class for every image: float32 [N] for each of `classes` (see `class_files`).
+@torch.inference_mode()
+def score(net, data, batch: int, device) -> np.ndarray:
+    """softmax(net(x))[label] of every image of a labelled data set, float32 [len].
 
     Images are read `batch` at a time; the processes share them, and all get the result. On a CPU a confidence depends on
     neither.
     """
-    fixed = fixed_batch.for_device(net, device, classes[0].image_shape[0])
-    blocks = [(label, start, min(start + batch, len(images))) for label, images in enumerate(classes)
-              for start in range(0, len(images), batch)]
-    mine = {}
-    with tqdm(total=sum(map(len, classes)), unit='img', delay=2, disable=None if dist.get_rank() == 0 else True) as bar:
-        for number, (label, start, stop) in enumerate(blocks):
-            bar.update(stop - start)
-            if number % dist.get_world_size() == dist.get_rank():
-                mine[label, start] = confidence(fixed, classes[label].read(start, stop), label, device)
-    scores = [np.empty(len(images), np.float32) for images in classes]
-    for part in dist.gather_objects(mine):
-        for (label, start), values in part.items():
-            scores[label][start:start + len(values)] = values
-    return scores
-
-
-@torch.inference_mode()
-def confidence(net, images: np.ndarray, label: int, device) -> np.ndarray:
-    """softmax(net(x))[label] float32 [n] of images uint8 [n,H,W,3]."""
-    x = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255
-    return net(x).float().softmax(dim=1)[:, label].cpu().numpy()
+    net = fixed_batch.for_device(net, device, data.resolution)
+    scores = np.zeros(len(data), np.float32)
+    starts = range(dist.get_rank() * batch, len(data), dist.get_world_size() * batch)
+    for start in tqdm(starts, unit='batch', delay=2, disable=None if dist.get_rank() == 0 else True):
+        indices = np.arange(start, min(start + batch, len(data)))
+        images = torch.from_numpy(data.images(indices)).to(device, memory_format=torch.channels_last).float() / 255
+        labels = torch.from_numpy(data.label_ids[indices, None]).to(device)
+        scores[indices] = net(images).float().softmax(dim=1).gather(1, labels)[:, 0].cpu().numpy()
+    return sum(dist.gather_objects(scores))  # each process has zeros for the images of others
 
 
 def select_top(scores: np.ndarray, share: float) -> np.ndarray:
@@ -47,12 +36,16 @@ def select_top(scores: np.ndarray, share: float) -> np.ndarray:
     return np.sort(np.argsort(-scores, kind='stable')[:count])
 
 
-def report(scores: np.ndarray, chosen: np.ndarray) -> dict:
-    """What a class's selection was like: counts, the lowest confidence taken, means, a histogram over [0, 1] of all."""
+def report(scores: np.ndarray, selected: np.ndarray) -> dict:
+    """What the selection of a class was like, from all scores and the selected ones: counts, the lowest confidence taken,
+    means, a histogram over [0, 1] of all."""
     return {
-        'images': len(scores), 'selected': len(chosen), 'lowest_selected': float(scores[chosen].min()),
-        'mean': float(scores.mean(dtype=np.float64)), 'mean_selected': float(scores[chosen].mean(dtype=np.float64)),
-        'ties_at_lowest': int((scores == scores[chosen].min()).sum()),
+        'images': len(scores),
+        'selected': len(selected),
+        'lowest_selected': float(selected.min()),
+        'mean': float(scores.mean(dtype=np.float64)),
+        'mean_selected': float(selected.mean(dtype=np.float64)),
+        'ties_at_lowest': int((scores == selected.min()).sum()),
         'histogram': np.histogram(scores, BINS, (0, 1))[0].tolist()}
 
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import zlib
 from pathlib import Path
 
 import click
@@ -11,26 +12,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from dnnlib import UserError, cli, pictures, util
+from dnnlib import cli, pictures, util
 from synthetic_data import common, scoring
-from synthetic_data.class_files import open_classes
 from synthetic_data.classify import open_classifier
-from synthetic_data.npz import columns, write_npz
+from synthetic_data.mixture import GeneratedImages
+from synthetic_data.npz import write_npz
 from torch_utils import distributed as dist
 
-EXTREMES = 10  # best and worst images of a class in the picture
+EXTREMES = 10      # best and worst images of a class in the picture
+WRITE_IMAGES = 4096  # at a time
 
 
-def save_picture(path: str, classes, scores):
+def save_picture(path: str, data, scores: np.ndarray):
     """Two rows for each class: the images with the highest confidence, and those with the lowest."""
-    tiles, titles = [], []
-    for label, (images, values) in enumerate(zip(classes, scores, strict=True)):
-        count = min(EXTREMES, len(values))
-        order = scoring.extremes(values, count)
-        found = np.concatenate([images.read(index, index + 1) for index in order]).transpose(0, 3, 1, 2)
-        blank = np.full((EXTREMES - count, *found.shape[1:]), 255, np.uint8)
-        tiles += [found[:count], blank, found[count:], blank]
-        titles += [f'{label} best {values[order[0]]:.3f}', f'{label} worst {values[order[count]]:.3f}']
+    tiles = []
+    titles = []
+    for label in range(data.label_dim):
+        indices = np.flatnonzero(data.label_ids == label)
+        count = min(EXTREMES, len(indices))
+        order = indices[scoring.extremes(scores[indices], count)]
+        blank = np.full((EXTREMES - count, *data.image_shape), 255, np.uint8)
+        for name, row in (('best', order[:count]), ('worst', order[count:])):
+            tiles += [data.images(row), blank]
+            titles.append(f'{label} {name} {scores[row[0]]:.3f}')
     pictures.save_image_grid(path, np.concatenate(tiles), EXTREMES, titles)
 
 
@@ -55,35 +59,48 @@ def save_histograms(path: str, rows: list[dict]):
         fig.savefig(temp, format='png', dpi=120)
 
 
+def write_selected(dest: str, data, selected: list[np.ndarray]):
+    """The .npz of these images, indices for each class."""
+    def append(file, crc):
+        for indices in selected:
+            for start in range(0, len(indices), WRITE_IMAGES):
+                images = data.images(indices[start:start + WRITE_IMAGES]).transpose(0, 2, 3, 1).tobytes()
+                file.write(images)
+                crc = zlib.crc32(images, crc)
+        return crc
+
+    channels, height, width = data.image_shape
+    write_npz(dest, (height, width, channels), list(map(len, selected)), append)
+
+
 def run(model, model_path, data_dir, output_dir, class_num, top_scale, batch_size, file_name):
     """Scores, selects and writes; returns the report of each class."""
     dist.init()
     device = dist.get_device()
     torch.backends.cudnn.benchmark = False  # its choice of a kernel may change the last bits of a confidence
-    classes = open_classes(data_dir, class_num)
+    data = GeneratedImages(data_dir, class_num)
     net = open_classifier(model_path, model, class_num, device)
-    total = sum(map(len, classes))
-    dist.print0(f'Scoring {total} images of {class_num} classes on {dist.get_world_size()} x {device.type}')
-    scores = scoring.score(net, classes, batch_size, device)
-    chosen = [scoring.select_top(values, top_scale) for values in scores]
-    rows = [scoring.report(values, indices) for values, indices in zip(scores, chosen, strict=True)]
-
-    def take(label, start, out):
-        out[:] = classes[label].take(chosen[label][start:start + len(out)])
-
+    dist.print0(f'Scoring {len(data)} images of {class_num} classes on {dist.get_world_size()} x {device.type}')
+    scores = scoring.score(net, data, batch_size, device)
+    selected = []
+    rows = []
+    for label in range(class_num):
+        indices = np.flatnonzero(data.label_ids == label)
+        selected.append(indices[scoring.select_top(scores[indices], top_scale)])
+        rows.append(scoring.report(scores[indices], scores[selected[-1]]))
     if dist.get_rank() == 0:
-        stem = os.path.join(output_dir, file_name.removesuffix('.npz'))
+        stem = os.path.join(output_dir, file_name)
         with common.full_disk(f'--output_dir={output_dir}', 'run it again'):
-            write_npz(stem + '.npz', columns(classes[0].image_shape, list(map(len, chosen)), take))
+            write_selected(stem + '.npz', data, selected)
             util.write_json(stem + '-report.json', {
                 'model_path': model_path, 'data_dir': list(data_dir), 'top_scale': top_scale, 'classes': rows})
             save_histograms(stem + '-confidence.png', rows)
-            save_picture(stem + '-best-worst.png', classes, scores)
+            save_picture(stem + '-best-worst.png', data, scores)
         print(f'{"class":>5}{"images":>10}{"selected":>10}{"mean":>8}{"lowest selected":>17}')
         for label, row in enumerate(rows):
             print(f'{label:5}{row["images"]:10}{row["selected"]:10}{row["mean"]:8.4f}{row["lowest_selected"]:17.6f}')
-        print(f'Wrote {stem}.npz ({sum(map(len, chosen))} of {total} images), and beside it -report.json, -confidence.png, '
-              '-best-worst.png')
+        print(f'Wrote {stem}.npz ({sum(map(len, selected))} of {len(data)} images), and beside it -report.json, '
+              '-confidence.png, -best-worst.png')
     dist.barrier()
     return rows
 
@@ -102,20 +119,17 @@ Examples:
 @click.option('--model', metavar='wrn-D-W', help='What the classifier must be, e.g. wrn-28-10  [default: what the file holds]')
 @click.option('--model_path', metavar='FILE', required=True,
               help='Its weights: a published .pt, or a snapshot of train_classifier.py')
-@common.class_folder_options
+@common.class_folder_options('1m')
 @click.option('--top_scale', metavar='SHARE', type=click.FloatRange(0, 1, min_open=True), default=0.2,
               help='Share of each class that is taken')
 @click.option('--batch_size', metavar='INT', type=click.IntRange(min=1), default=1024, help='Images at a time on each process')
-@click.option('--file_name', metavar='NAME', default='1m', help='The file is <output_dir>/NAME.npz')
-def main(file_name, **opts):
+def main(**opts):
     """Select the images of each class of whose class a classifier is surest: NAME.npz with `image` and `label`.
 
     The work is split over the processes of torchrun. Of images of equal confidence the first are taken; the selected ones
     stand in the order of their files. NAME-report.json, NAME-confidence.png and NAME-best-worst.png say what was selected.
     """
-    if os.path.basename(file_name) != file_name:
-        raise UserError(f'--file_name={file_name} must be a name without folders; give the folder as --output_dir')
-    run(file_name=file_name, **opts)
+    run(**opts)
     dist.shutdown()
 
 

@@ -6,6 +6,8 @@ import pathlib
 import pytest
 import torch
 
+pytest_plugins = ['synthetic']  # fixtures of the synthetic-data study
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 

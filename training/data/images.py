@@ -6,31 +6,35 @@ import zipfile
 import numpy as np
 
 from dnnlib import UserError
-from dnnlib.npz import map_array
+from dnnlib.npz import open_array
 from training.data.dataset import Dataset, ImageDataset
 
 
 class NpzImages(Dataset):
-    """uint8 images [N,H,W,C] under the key `arr_0` of an .npz file, with classes [N] under `arr_1`, if any.
+    """uint8 images [N,H,W,C] (RGB or gray) of an .npz file, with their classes, int [N], if any.
 
-    An uncompressed array stays on the disk; a compressed one is read whole.
+    An uncompressed array stays on the disk; a compressed one is read whole. Raises UserError that
+    names the file.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, image_key: str = 'arr_0', label_key: str = 'arr_1'):
         try:
-            array = map_array(path, 'arr_0')
-            with np.load(path, allow_pickle=False) as z:
-                self._array = z['arr_0'] if array is None else array
-                labels = z['arr_1'].astype(np.int64) if 'arr_1' in z.files else None
+            self._array = open_array(path, image_key)
+            with zipfile.ZipFile(path) as z:
+                has_labels = f'{label_key}.npy' in z.namelist()
+            labels = open_array(path, label_key) if has_labels else None
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f'{path}: damaged .npz file ({error})') from None
+            reason = ' '.join(str(error).split())[:100]
+            raise UserError(f'{path}: no .npz file with the array {image_key} ({reason})') from None
         shape = self._array.shape
         if self._array.dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or not shape[0]:
-            raise UserError(f'{path}: arr_0 is {self._array.dtype} {list(shape)} '
+            raise UserError(f'{path}: {image_key} is {self._array.dtype} {list(shape)} '
                             'instead of uint8 images [N, H, W, 3]')
-        if labels is not None and labels.shape != shape[:1]:
-            raise UserError(f'{path}: arr_1 has shape {list(labels.shape)}, '
-                            f'but there are {shape[0]} images')
+        if has_labels:
+            if labels.shape != shape[:1] or labels.dtype.kind not in 'iu':
+                raise UserError(f'{path}: {label_key} is {labels.dtype} {list(labels.shape)} '
+                                f'instead of whole numbers [{shape[0]}]')
+            labels = np.asarray(labels, dtype=np.int64)
         super().__init__(path, (shape[3], *shape[1:3]), labels=labels)
 
     def __len__(self):
