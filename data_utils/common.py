@@ -1,53 +1,62 @@
 """What the scripts of this folder share: options, and writing what was selected."""
 
+import functools
+
 import click
 import numpy as np
 
 import dataset_tool
+from data_utils import selection
 from dnnlib import UserError, cli
-from training.data import archive, convert, selection, sources
+from training.data import archive, convert, sources
 
 OPTIONS = ('source', 'dest', 'overwrite', 'resolution', 'transform', 'coarse', 'skip_corrupt', 'workers')
 
-
-def command(function):
-    """Decorator: a command that has the options `OPTIONS` of `dataset_tool.py convert`, word for word, and its own."""
-    made = click.command(cls=cli.Command)(function)
-    shared = [param for param in dataset_tool.convert.params if param.name in OPTIONS]
-    made.params = shared + made.params
-    return made
+max_images_option = click.option(
+    '--max-images', metavar='INT', type=click.IntRange(min=1),
+    help='Size: as many of each class, the first ones  [default: all images]')
 
 
-max_images_option = click.option('--max-images', metavar='INT', type=click.IntRange(min=1),
-                                 help='Size: as many of each class, the first ones  [default: all images]')
+def command(choose):
+    """Decorator: a command that writes the data set which `choose` chooses.
 
+    `choose(source, **options) -> (source, Selection)` gets the opened source and the options of its
+    own; the others are `OPTIONS`, word for word those of `dataset_tool.py convert`.
+    """
+    @functools.wraps(choose)
+    def main(source, dest, coarse, overwrite, transform, resolution, skip_corrupt, workers, **options):
+        archive.check_destination(dest, overwrite)
+        source, chosen = choose(sources.open_source(source, coarse), **options)
+        converted = convert.convert(source, chosen, dest, resolution=resolution, transform=transform,
+                                    workers=workers, skip_corrupt=skip_corrupt, overwrite=overwrite)
+        dataset_tool.print_converted(dest, converted, chosen, transform)
 
-def open_source(source: str, dest: str, coarse: bool = False, overwrite: bool = False) -> sources.Source:
-    """The source, once it is sure that the destination can be written."""
-    archive.check_destination(dest, overwrite)
-    return sources.open_source(source, coarse)
+    main = click.command(cls=cli.Command)(main)
+    main.params = [param for param in dataset_tool.convert.params if param.name in OPTIONS] + main.params
+    return main
 
 
 def class_labels(source) -> np.ndarray:
     """Labels int64 [n] of a source. Raises UserError if it has none."""
     if source.labels is None or source.labels.ndim != 1:
-        raise UserError(f'--source={source.name} has no classes to choose from')
+        raise UserError(f'{source.name} has no classes to choose from')
     return source.labels
 
 
-def choose(source, indices, rule: str, labels=None, num_classes: int | None = None, **details) -> convert.Selection:
-    """The images `indices` with the source's labels, or with others; dataset.json gets the rule and its details.
+def choose(source, indices, rule: str, labels=None, num_classes: int | None = None,
+           **details) -> convert.Selection:
+    """The images `indices` with the source's labels, or with others; dataset.json gets the rule.
 
-    num_classes: how many of the source's classes are left, the first ones; with other labels how many there are.
+    num_classes: how many of the source's classes are left, the first ones; with other labels how
+    many there are.
     """
     indices = np.asarray(indices, dtype=np.int64)
-    known = {'selection': {'rule': rule, **details, 'images': indices.tolist()}}
+    record = {'selection': {'rule': rule, **details, 'images': indices.tolist()}}
     if labels is not None:
-        return convert.Selection(indices, np.asarray(labels, dtype=np.int64), list(range(num_classes)), rule=known)
-    if source.labels is None:
-        return convert.Selection(indices, rule=known)
-    labels, tables = source.labels[indices], (source.classes, source.class_names, source.wnids)
-    return convert.Selection(indices, labels, *(table and table[:num_classes] for table in tables), rule=known)
+        return convert.Selection(indices, np.asarray(labels), list(range(num_classes)), rule=record)
+    tables = convert.class_tables(source, num_classes and range(num_classes))
+    labels = None if source.labels is None else source.labels[indices]
+    return convert.Selection(indices, labels, **tables, rule=record)
 
 
 def by_size(source, max_images: int | None) -> np.ndarray:
@@ -55,9 +64,3 @@ def by_size(source, max_images: int | None) -> np.ndarray:
     if max_images is None:
         return np.arange(len(source))
     return selection.balanced_subset(class_labels(source), max_images, len(source.classes))
-
-
-def write(source, chosen: convert.Selection, dest: str, transform=None, **options):
-    """Converts the selection and says what came out; `options` are those of `training.data.convert.convert`."""
-    done = convert.convert(source, chosen, dest, transform=transform, **options)
-    dataset_tool.print_converted(dest, done, chosen, transform)

@@ -9,31 +9,31 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from data_utils import common
-from training.data import selection
+from data_utils import common, selection
 
 
 @common.command
-@click.option('--max-images', metavar='INT', type=click.IntRange(min=1), required=True, help='Images in all')
-@click.option('--num-classes', metavar='INT', type=int, required=True, help='The first so many classes, in equal shares')
-def main(source, dest, coarse, overwrite, max_images, num_classes, **options):
+@click.option('--max-images', metavar='INT', type=click.IntRange(min=1), required=True,
+              help='Images in all')
+@click.option('--num-classes', metavar='INT', type=int, required=True,
+              help='The first so many classes, in equal shares')
+def main(source, max_images, num_classes):
     """Make a data set of a given size with a given number of classes.
 
-    It has the first images of each class, class after class; what does not divide evenly comes from the last class.
-    A class that is too small gives what it has, and the script says so.
+    It has the first images of each class, class after class; what does not divide evenly comes from
+    the last class. A class that is too small gives what it has, and the script says so.
 
     \b
     python data_utils/dataset_diversity.py --source=datasets/cifar10/cifar-10-python.tar.gz \\
         --dest=datasets/cifar10/data_diversity/cifar10-2-2000.zip --max-images=2000 --num-classes=2
     """
-    opened = common.open_source(source, dest, coarse, overwrite)
-    labels = common.class_labels(opened)
+    labels = common.class_labels(source)
     indices = selection.diversity_subset(labels, max_images, num_classes)
     if len(indices) < max_images:
         counts = np.bincount(labels[indices], minlength=num_classes).tolist()
-        click.echo(f'Note: {source} has only {len(indices)} such images, of each class {counts}', err=True)
-    chosen = common.choose(opened, indices, 'diversity', num_classes=num_classes, max_images=max_images)
-    common.write(opened, chosen, dest, overwrite=overwrite, **options)
+        click.echo(f'Note: {source.name} has only {len(indices)} such images, of each class {counts}',
+                   err=True)
+    return source, common.choose(source, indices, 'diversity', num_classes=num_classes, max_images=max_images)
 
 
 if __name__ == '__main__':

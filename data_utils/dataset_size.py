@@ -13,10 +13,11 @@ from data_utils import common
 @common.command
 @click.option('--max-images', metavar='INT', type=click.IntRange(min=1), required=True,
               help='Size: as many of each class, the first ones')
-def main(source, dest, coarse, overwrite, max_images, **options):
+def main(source, max_images):
     """Make a class-balanced data set of a given size.
 
-    It has the first images of each class, class after class, so that larger sets contain the smaller ones.
+    It has the first images of each class, class after class, so that larger sets contain the smaller
+    ones.
 
     \b
     for n in 1000 2000 5000 10000; do
@@ -24,9 +25,8 @@ def main(source, dest, coarse, overwrite, max_images, **options):
             --dest=datasets/cifar10/data_size/cifar10-$n.zip --max-images=$n
     done
     """
-    opened = common.open_source(source, dest, coarse, overwrite)
-    chosen = common.choose(opened, common.by_size(opened, max_images), 'size', max_images=max_images)
-    common.write(opened, chosen, dest, overwrite=overwrite, **options)
+    indices = common.by_size(source, max_images)
+    return source, common.choose(source, indices, 'size', max_images=max_images)
 
 
 if __name__ == '__main__':

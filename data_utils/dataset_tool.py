@@ -10,20 +10,18 @@ from data_utils import common
 
 @common.command
 @common.max_images_option
-def main(source, dest, coarse, overwrite, max_images, **options):
+def main(source, max_images):
     """Make a data set of pictures, of a given resolution and, class-balanced, of a given size.
 
-    --source is all that dataset_tool.py convert reads. Without --max-images it takes every image; with it, the first
-    ones of each class, class after class.
+    --source is all that dataset_tool.py convert reads. Without --max-images it takes every image;
+    with it, the first ones of each class, class after class.
 
     \b
     python data_utils/dataset_tool.py --source=datasets/cifar10/cifar-10-python.tar.gz \\
         --dest=datasets/cifar10/data_dimension/cifar10-16x16-2000.zip --resolution=16x16 --max-images=2000
     """
-    opened = common.open_source(source, dest, coarse, overwrite)
-    rule = 'size' if max_images else 'all'
-    chosen = common.choose(opened, common.by_size(opened, max_images), rule, max_images=max_images)
-    common.write(opened, chosen, dest, overwrite=overwrite, **options)
+    indices = common.by_size(source, max_images)
+    return source, common.choose(source, indices, 'size' if max_images else 'all', max_images=max_images)
 
 
 if __name__ == '__main__':

@@ -23,13 +23,13 @@ import pandas as pd
 import tqdm
 
 import train
-from data_utils import common
+from data_utils import common, selection
 from dnnlib import UserError, cli, util
 from metrics.memorization import find_copies
 from simulations import plotting
 from torch_utils import distributed, parallel
 from training import snapshot
-from training.data import convert, selection, sources
+from training.data import convert, sources
 from training.data.dataset import ImageDataset
 from training.diffusion.samplers import edm_sampler
 from training.generate import generate_images

@@ -9,10 +9,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_utils import common
+from data_utils import common, selection
 from dnnlib import UserError
-from training.data import selection, sources
-from training.data.sources import JoinedSource
+from training.data import sources
 
 
 @common.command
@@ -22,7 +21,7 @@ from training.data.sources import JoinedSource
               help='Make a mixture: so much of it from --inter-source, the rest from --source')
 @click.option('--inter-source', metavar='PATH',
               help='The other source of a mixture  [default: --source with imagenet in place of cifar10]')
-def main(source, dest, coarse, overwrite, max_images, class_num, inter_rate, inter_source, **options):
+def main(source, max_images, class_num, inter_rate, inter_source):
     """Make a data set of one class: of CIFAR, of a list of ImageNet pictures, or a mixture of the two.
 
     \b
@@ -36,24 +35,19 @@ def main(source, dest, coarse, overwrite, max_images, class_num, inter_rate, int
     python data_utils/intra_diversity.py --source=datasets/cifar10/cifar10_dog_2000-32x32.zip \\
         --dest=datasets/cifar10/intra_diversity/mixture_0.2_2000.zip --max-images=2000 --inter-rate=0.2
     """
-    opened = common.open_source(source, dest, coarse, overwrite)
     if inter_rate is not None:
         if class_num is not None:
             raise UserError('--class-num and --inter-rate are two steps: give one of them')
-        opened, chosen = mixture(opened, inter_source or other_source(source), max_images, inter_rate)
-    elif inter_source is not None:
+        return mixture(source, inter_source or other_source(source.name), max_images, inter_rate)
+    if inter_source is not None:
         raise UserError('--inter-source makes a mixture: give --inter-rate too')
-    elif class_num is not None:
-        labels = common.class_labels(opened)
-        count = max_images or int((labels == class_num).sum())
-        indices = selection.one_class_subset(labels, class_num, count)
-        chosen = common.choose(opened, indices, 'one class', class_num=class_num, max_images=max_images)
-    else:
-        if opened.labels is not None and len(np.unique(opened.labels)) > 1:
-            raise UserError(f'--source={source} has several classes: choose one with --class-num')
-        indices = selection.first_images(len(opened), max_images or len(opened))
-        chosen = common.choose(opened, indices, 'first images', max_images=max_images)
-    common.write(opened, chosen, dest, overwrite=overwrite, **options)
+    if class_num is not None:
+        indices = selection.one_class_subset(common.class_labels(source), class_num, max_images)
+        return source, common.choose(source, indices, 'one class', class_num=class_num, max_images=max_images)
+    if source.labels is not None and len(np.unique(source.labels)) > 1:
+        raise UserError(f'{source.name} has several classes: choose one with --class-num')
+    indices = selection.first_images(np.arange(len(source)), max_images)
+    return source, common.choose(source, indices, 'first images', max_images=max_images)
 
 
 def other_source(source: str) -> str:
@@ -66,30 +60,34 @@ def other_source(source: str) -> str:
     return os.path.join(folder, 'imagenet' + name.removeprefix('cifar10'))
 
 
+class JoinedByNumber(sources.JoinedSource):
+    """Classes of the same number are one class, whatever they are called; no labels if one has none."""
+
+    def join_labels(self):
+        if any(source.labels is None or source.labels.ndim != 1 for source in self.sources):
+            return
+        labels = np.concatenate([source.labels for source in self.sources])
+        first = self.sources[0]
+        if labels.max() < len(first.classes):
+            self.name_classes(labels, first.class_names, first.wnids, first.classes)
+        else:
+            self.name_classes(labels, classes=range(labels.max() + 1))
+
+
 def mixture(first, path: str, max_images: int | None, rate: float):
-    """(joined source, selection): the first images of both, (1 - rate) of them from `first`; labels as they are."""
+    """(joined source, selection): the first images of both, (1 - rate) of them from `first`."""
     if not os.path.exists(path):
         raise UserError(f'--inter-source={path} does not exist; make it from a list of sample_imagenet.py')
     second = sources.open_source(path)
     counts = selection.interpolation_counts(max_images or len(first), rate)
     for source, count in zip((first, second), counts, strict=True):
         if count > len(source):
-            raise UserError(f'--inter-rate={rate}: {count} images of {source.name} are wanted, but it has {len(source)}; '
-                            'choose a smaller --max-images')
+            raise UserError(f'--inter-rate={rate}: {count} images of {source.name} are wanted, but it has '
+                            f'{len(source)}; choose a smaller --max-images')
     indices = [*range(counts[0]), *range(len(first), len(first) + counts[1])]
-    labels = None
-    if all(source.labels is not None and source.labels.ndim == 1 for source in (first, second)):
-        labels = np.concatenate([first.labels, second.labels])[indices]
-    tables = first.classes, first.class_names, first.wnids
-    if labels is not None and labels.max() >= len(first.classes):
-        tables = list(range(int(labels.max()) + 1)), None, None
-    first.labels = second.labels = None  # their classes are the same by number, not by name
-    joined = JoinedSource([first, second])
-    chosen = common.choose(joined, indices, 'mixture', inter_rate=rate, max_images=max_images,
-                           counts={first.name: counts[0], second.name: counts[1]})
-    if labels is not None:
-        chosen.labels, (chosen.classes, chosen.class_names, chosen.wnids) = labels, tables
-    return joined, chosen
+    joined = JoinedByNumber([first, second])
+    return joined, common.choose(joined, indices, 'mixture', inter_rate=rate, max_images=max_images,
+                                 counts={first.name: counts[0], second.name: counts[1]})
 
 
 if __name__ == '__main__':

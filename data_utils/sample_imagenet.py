@@ -9,10 +9,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data_utils import selection
 from dnnlib import UserError, cli, util
 from dnnlib.image_io import is_image_name
-from training.data import selection
-from training.data.archive import check_parent
+from training.data.archive import check_new
 
 SOURCES = ('downloads/imagenet/train', 'datasets/imagenet/train')
 
@@ -20,7 +20,8 @@ SOURCES = ('downloads/imagenet/train', 'datasets/imagenet/train')
 @click.command(cls=cli.Command)
 @click.option('--source', metavar='DIR', help='Folder of the ImageNet classes n01440764, n01443537, ...  '
                                               f'[default: {SOURCES[0]}, else {SOURCES[1]}]')
-@click.option('--class', 'animal', metavar='dog|cat|bird', default='dog', help='Animal, of which all ImageNet classes are used')
+@click.option('--class', 'animal', metavar='dog|cat|bird', default='dog',
+              help='Animal, of which all ImageNet classes are used')
 @click.option('--num', metavar='INT', type=click.IntRange(min=1), default=2000, help='Images in all')
 @click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0, help='Of the order in the list')
 @click.option('--dest', metavar='TXT', help='List to write  [default: datasets/imagenet/CLASS_NUM.txt]')
@@ -28,41 +29,41 @@ SOURCES = ('downloads/imagenet/train', 'datasets/imagenet/train')
 def main(source, animal, num, seed, dest, overwrite):
     """Choose pictures of dogs, cats or birds from ImageNet: a list of files for intra_diversity.py.
 
-    Every class (wnid) of the animal gives as many, or one more, the first ones by name; then their order is shuffled.
-    Lines are a path, relative to the list, a tab, and the animal's class in CIFAR-10. A class that is too small gives what
-    it has, and the script says so.
+    Every class (wnid) of the animal gives as many, or one more, the first ones by name; then their
+    order is shuffled. Lines are a path, relative to the list, a tab, and the animal's class in
+    CIFAR-10. A class that is too small gives what it has, and the script says so.
 
     \b
     python data_utils/sample_imagenet.py
     python data_utils/sample_imagenet.py --source=/data/imagenet/train --class=cat --num=500 --dest=cat_500.txt
     """
-    wanted = selection.animal_counts(animal, num)
+    counts = selection.animal_counts(animal, num)
     dest = dest or f'datasets/imagenet/{animal}_{num}.txt'
-    if os.path.exists(dest) and not overwrite:
-        raise UserError(f'--dest={dest} exists; remove it, choose another name or give --overwrite')
-    check_parent(dest)
+    check_new(dest, overwrite)
     source = source or next((path for path in SOURCES if os.path.isdir(path)), SOURCES[0])
     if not os.path.isdir(source):
-        raise UserError(f'--source={source} is no folder; give the one that holds the ImageNet classes n01440764, ...')
-    chosen, short = [], []
-    for wnid, count in wanted.items():
+        raise UserError(f'--source={source} is no folder; give the one that holds the ImageNet classes '
+                        'n01440764, ...')
+    paths = []
+    short = []
+    for wnid, count in counts.items():
         folder = os.path.join(source, wnid)
         names = sorted(filter(is_image_name, os.listdir(folder))) if os.path.isdir(folder) else []
+        paths += [os.path.join(folder, name) for name in names[:count]]
         if len(names) < count:
             short.append(wnid)
-        chosen += [os.path.join(folder, name) for name in names[:count]]
-    if not chosen:
-        raise UserError(f'--source={source} has no pictures of the {len(wanted)} classes of --class={animal}')
+    if not paths:
+        raise UserError(f'--source={source} has no images of the {len(counts)} classes of --class={animal}')
     if short:
-        click.echo(f'Note: {len(short)} of {len(wanted)} classes have too few pictures in {source}; the list has '
-                   f'{len(chosen)} instead of {num}', err=True)
-    np.random.RandomState(seed).shuffle(chosen)
+        click.echo(f'Note: {len(short)} of {len(counts)} classes have too few images in {source}; '
+                   f'the list has {len(paths)} instead of {num}', err=True)
+    np.random.RandomState(seed).shuffle(paths)
     label = selection.animal_classes()[animal]['label']
-    lines = [f'# {len(chosen)} images of {animal}, {num} wanted, seed {seed}, by data_utils/sample_imagenet.py']
-    lines += [f'{os.path.relpath(path, os.path.dirname(dest) or ".")}\t{label}' for path in chosen]
+    lines = [f'# {len(paths)} images of {animal}, {num} wanted, seed {seed}, by data_utils/sample_imagenet.py']
+    lines += [f'{os.path.relpath(path, os.path.dirname(dest) or ".")}\t{label}' for path in paths]
     util.write_bytes(dest, ('\n'.join(lines) + '\n').encode())
-    print(f'{dest}: {len(chosen)} images of {len(wanted) - sum(not os.path.isdir(os.path.join(source, w)) for w in wanted)} '
-          f'classes, label {label}')
+    classes = {os.path.dirname(path) for path in paths}
+    print(f'{dest}: {len(paths)} images of {len(classes)} classes, label {label}')
 
 
 if __name__ == '__main__':

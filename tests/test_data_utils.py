@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 from helpers import fails, run, script_module, write_digits
 
-from training.data import selection
+from data_utils import selection
 from training.data.dataset import ImageDataset
 
 PER_CLASS = 12
@@ -218,7 +218,7 @@ def test_sources_without_classes_or_pictures(tmp_path, imagenet):
     arguments = [f'--dest={tmp_path}/out/x.txt']
     assert '--source=' in fails('data_utils/sample_imagenet.py', '--source=nowhere', *arguments)
     assert 'horse' in fails('data_utils/sample_imagenet.py', f'--source={imagenet}', '--class=horse', *arguments)
-    assert 'no pictures' in fails('data_utils/sample_imagenet.py', f'--source={tmp_path}', *arguments)
+    assert 'no images' in fails('data_utils/sample_imagenet.py', f'--source={tmp_path}', *arguments)
     assert not (tmp_path / 'out').exists()
     assert 'exists' in fails('data_utils/sample_imagenet.py', f'--source={imagenet}', f'--dest={plain}')
 

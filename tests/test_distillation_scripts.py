@@ -25,7 +25,6 @@ from distillation.sample_shards import SampleShards
 from dnnlib import UserError
 from training import loop
 from training.data.images import NpzImages
-from training.data.selection import mixture
 from training.ema import ConstantEMA
 from training.loss_scale import DynamicLossScale
 from training.networks import build_network
@@ -532,7 +531,7 @@ def test_mixtures_take_the_published_choice(world, tmp_path):
                 '--dest', tmp_path / 'mix')
     assert '10 real and 30 synthetic' in text
     mixed, real = (helpers.script_module(MIX).open_images(str(path)) for path in (tmp_path / 'mix', world.data))
-    expected = mixture(40, 0.25, 60, 50, 5)[0]
+    expected = helpers.script_module(MIX).mixture(40, 0.25, 60, 50, 5)[0]
     assert np.array_equal(mixed.images(np.arange(10)), real.images(expected))
     assert (mixed.images(np.arange(10, 40)) == 7).all()
     assert sorted(os.listdir(tmp_path / 'mix'))[:2] == ['000000.png', '000001.png']

@@ -5,10 +5,13 @@ import re
 import golden_cases
 import numpy as np
 import pytest
+from helpers import script_module
 
+from data_utils import selection
 from dnnlib import UserError
 from long_tail.imbalance import class_counts, long_tailed
-from training.data import selection
+
+mixture = script_module('distillation/scripts/mix_data.py').mixture
 
 # --- Long tail --------------------------------------------------------------------------------------------------------
 
@@ -62,7 +65,7 @@ def _chosen(case, key):
         return selection.random_labels(len(case.arrays[key]), int(numbers['c']))
     if rule == 'mix':
         n = int(numbers['n'])
-        return selection.mixture(n, numbers['r'], n, n)[key.endswith('.synthetic')]
+        return mixture(n, numbers['r'], n, n)[key.endswith('.synthetic')]
     if rule == 'diversity':
         indices = selection.diversity_subset(labels, int(numbers['max']), int(numbers['c']))
     else:
@@ -84,8 +87,7 @@ def test_interpolation_counts(case):
             assert selection.interpolation_counts(int(max_images), float(rate)) == tuple(counts), key
 
 
-def test_unique_labels_and_one_class():
-    assert selection.unique_labels(4) == [0, 1, 2, 3]
+def test_one_class():
     labels = np.array([1, 0, 1, 1])
     assert selection.one_class_subset(labels, 1, 2).tolist() == [0, 2]
 
@@ -97,8 +99,8 @@ def test_unique_labels_and_one_class():
     lambda labels: selection.one_class_subset(labels, 12, 5),
     lambda labels: selection.one_class_subset(labels, 1, 11),
     lambda labels: selection.interpolation_counts(100, 1.5),
-    lambda labels: selection.mixture(100, 0.5, 40, 100),
-    lambda labels: selection.mixture(100, 1.5, 400, 100),
+    lambda labels: mixture(100, 0.5, 40, 100),
+    lambda labels: mixture(100, 1.5, 400, 100),
     lambda labels: selection.animal_counts('fish', 10)])
 def test_impossible_selections_are_refused(call):
     with pytest.raises(UserError):

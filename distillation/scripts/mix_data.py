@@ -7,13 +7,28 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import numpy as np
 from tqdm import tqdm
 
 from dnnlib import UserError, cli
 from dnnlib.image_io import encode_png
 from training.data.archive import ArchiveWriter
 from training.data.images import open_images
-from training.data.selection import mixture
+
+
+def mixture(total: int, share: float, num_real: int, num_synthetic: int, seed: int = 0):
+    """(real, synthetic) indices of round(total share) real images and synthetic ones for the rest.
+
+    All are chosen without replacement.
+    """
+    real = round(total * share)
+    for name, count, available in (('real', real, num_real), ('synthetic', total - real, num_synthetic)):
+        if not 0 <= count <= available:
+            raise UserError(f'a mixture of {total} with a share of {share} takes {count} of '
+                            f'{available} {name} images')
+    generator = np.random.RandomState(seed)
+    return (generator.choice(num_real, real, replace=False),
+            generator.choice(num_synthetic, total - real, replace=False))
 
 
 @click.command(cls=cli.Command, epilog="""\b

@@ -440,11 +440,7 @@ def _text(value) -> str:
 
 
 class JoinedSource(Source):
-    """Several sources one after the other. Classes of the same name (or wnid) are one class.
-
-    If all are ImageNet's, its indices stay and order the classes; else the classes of the first
-    source keep theirs and new names follow.
-    """
+    """Several sources one after the other."""
 
     def __init__(self, sources: list[Source]):
         super().__init__(','.join(source.name for source in sources))
@@ -452,13 +448,19 @@ class JoinedSource(Source):
         self.starts = np.cumsum([0] + [len(source) for source in sources])
         self.implied = all(source.implied for source in sources)
         self.in_memory = all(source.in_memory for source in sources)
-        unlabelled = [source.name for source in sources if source.labels is None]
-        if not unlabelled:
-            self._join_labels()
-        elif len(unlabelled) < len(sources):
-            raise UserError(f'{unlabelled[0]} has no labels, but others have; join sources of one kind')
+        self.join_labels()
 
-    def _join_labels(self):
+    def join_labels(self):
+        """Classes of the same name (or wnid) are one class.
+
+        If all are ImageNet's, its indices stay and order the classes; else the classes of the first
+        source keep theirs and new names follow.
+        """
+        unlabelled = [source.name for source in self.sources if source.labels is None]
+        if len(unlabelled) == len(self.sources):
+            return
+        if unlabelled:
+            raise UserError(f'{unlabelled[0]} has no labels, but others have; join sources of one kind')
         if any(source.labels.ndim == 2 for source in self.sources):
             if len({source.labels.shape[1:] for source in self.sources}) > 1:
                 raise UserError(f'{self.name}: label vectors of different lengths')
