@@ -4,7 +4,7 @@ import os
 
 from distillation import common
 from distillation.cache import cache_size, load_cache
-from distillation.dkdm import SOURCES, Draws, IterativeSource, ShuffledSource, Teacher
+from distillation.dkdm import SOURCES, IterativeSource, ProcessRandom, ShuffledSource, Teacher
 from dnnlib import UserError
 from torch_utils import distributed as dist
 from torch_utils.random import tuple_seed
@@ -12,9 +12,9 @@ from torch_utils.random import tuple_seed
 _PREPARING, _TRAINING = 0, 1  # what random numbers are for
 
 
-def draws(seed: int, purpose: int, device) -> Draws:
+def draws(seed: int, purpose: int, device) -> ProcessRandom:
     """The random numbers of this process."""
-    return Draws(tuple_seed(seed, dist.get_rank(), purpose), device)
+    return ProcessRandom(tuple_seed(seed, dist.get_rank(), purpose), device)
 
 
 def open_teacher(experiment: dict, device) -> Teacher:
@@ -86,6 +86,6 @@ def part_path(tempfile: str) -> str:
     return f'{os.path.abspath(tempfile)}.part-{dist.get_rank()}-of-{dist.get_world_size()}'
 
 
-def preparation_draws(seed: int, device) -> Draws:
+def preparation_draws(seed: int, device) -> ProcessRandom:
     """Random numbers of this process for making the cache."""
     return draws(seed, _PREPARING, device)

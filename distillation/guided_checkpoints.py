@@ -10,9 +10,6 @@
 import os
 import re
 
-import numpy as np
-import torch
-
 from distillation.cache import Cache, CacheFile, write_cache
 from dnnlib import UserError
 from torch_utils import distributed as dist
@@ -83,10 +80,8 @@ class GuidedCheckpoints:
         """The state of this process's batches, with the cache mapped from its file."""
         if not isinstance(batches.get('cache'), str):
             return batches
-        file = CacheFile(os.path.join(state['folder'], os.path.basename(batches['cache'])))
-        x = np.memmap(file.path, '<f4', 'c', file.offsets['x'], tuple(file.shape))       # 'c': torch wants it writable
-        others = {name: torch.from_numpy(file.piece(name, 0, len(file))) for name in file.names if name != 'x'}
-        return batches | {'cache': {'x': torch.from_numpy(x)} | others}
+        path = os.path.join(state['folder'], os.path.basename(batches['cache']))
+        return batches | {'cache': CacheFile(path).mapped()}
 
     # The first process: all else.
 

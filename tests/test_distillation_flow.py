@@ -16,10 +16,10 @@ from distillation import cache as cache_file
 from distillation.cache import Cache, CacheFile, cache_size, load_cache, write_cache
 from distillation.dkdm import (
     SOURCES,
-    Draws,
     DynamicSource,
     IterativeSource,
     Preparation,
+    ProcessRandom,
     ShuffledSource,
     Teacher,
 )
@@ -62,7 +62,7 @@ def _golden(case):
 def test_preparation(case):
     arguments, teacher = _golden(case)
     seed = int(case.json['seeds']['prepare'].split('(')[1].split(')')[0])
-    run = Preparation(teacher, arguments['cache_size'], arguments['image'], Draws(seed), arguments['teacher_batch'])
+    run = Preparation(teacher, arguments['cache_size'], arguments['image'], ProcessRandom(seed), arguments['teacher_batch'])
     np.testing.assert_array_equal(run.targets, case.arrays['prepare.t_end'])
     cache = run.run()
     assert run.remaining == 0
@@ -72,7 +72,7 @@ def test_preparation(case):
 
 def _golden_source(case, variant):
     arguments, teacher = _golden(case)
-    draws = Draws(int(case.json['seeds']['each variant'].split('(')[1].split(')')[0]))
+    draws = ProcessRandom(int(case.json['seeds']['each variant'].split('(')[1].split(')')[0]))
     cls = SOURCES[f'{variant}_distillation' if variant == 'iterative' else f'{variant}_iterative_distillation']
     if cls is IterativeSource:
         return cls(teacher, arguments['image'], arguments['batch'], draws, arguments['prob'])
@@ -121,7 +121,7 @@ def _teacher(T=10, dropout=0.0, clip=True, num_classes=0):
 
 
 def _prepared(teacher, size=12, seed=0):
-    return Preparation(teacher, size, [3, 4, 4], Draws(seed), teacher_batch=5).run()
+    return Preparation(teacher, size, [3, 4, 4], ProcessRandom(seed), teacher_batch=5).run()
 
 
 def test_sizes_of_the_paper():
@@ -134,7 +134,7 @@ def test_dynamic_invariants(prob):
     teacher = _teacher()
     cache = _prepared(teacher)
     assert cache.levels.min() >= 1 and cache.levels.max() <= 9
-    source = DynamicSource(teacher, cache, 4, Draws(1), prob)
+    source = DynamicSource(teacher, cache, 4, ProcessRandom(1), prob)
     seen = cache.levels.clone()
     for _ in range(80):
         before = cache.x.clone()
@@ -155,7 +155,7 @@ def test_dynamic_invariants(prob):
 def test_shuffled_advances_the_first_images_of_the_cache():
     teacher = _teacher()
     cache = _prepared(teacher)
-    source = ShuffledSource(teacher, cache, 4, Draws(1))
+    source = ShuffledSource(teacher, cache, 4, ProcessRandom(1))
     first = next(source)
     assert torch.equal(first['t'], cache.levels[:4] - 1)
     assert torch.equal(next(source)['images'][first['t'] > 0], first['previous'][first['t'] > 0])
@@ -163,7 +163,7 @@ def test_shuffled_advances_the_first_images_of_the_cache():
 
 def test_processes_work_equally_long():
     teacher = _teacher()
-    runs = [Preparation(teacher, 12, [3, 4, 4], Draws(seed), 5) for seed in range(3)]
+    runs = [Preparation(teacher, 12, [3, 4, 4], ProcessRandom(seed), 5) for seed in range(3)]
     before = [run.targets.clone() for run in runs]
     least = min(run.remaining for run in runs)
     for run, targets in zip(runs, before, strict=True):
@@ -179,9 +179,9 @@ def test_resumes_exactly(kind, num_classes, tmp_path):
 
     def source(seed):
         if kind == 'iterative':
-            return IterativeSource(teacher, [3, 4, 4], 4, Draws(seed), 0.7)
+            return IterativeSource(teacher, [3, 4, 4], 4, ProcessRandom(seed), 0.7)
         cls = DynamicSource if kind == 'dynamic' else ShuffledSource
-        return cls(teacher, _prepared(teacher, seed=seed), 4, Draws(seed), 0.7)
+        return cls(teacher, _prepared(teacher, seed=seed), 4, ProcessRandom(seed), 0.7)
 
     a = source(1)
     for _ in range(7):
@@ -201,7 +201,7 @@ def test_every_image_has_a_class_that_teacher_and_student_see():
     assert len(set(_prepared(teacher, size=200).classes.tolist())) == 5
     cache = _prepared(teacher)
     classes, drawn = cache.classes.clone(), set()
-    source = DynamicSource(teacher, cache, 4, Draws(1))
+    source = DynamicSource(teacher, cache, 4, ProcessRandom(1))
     objective = DKDMLoss(teacher.diffusion, teacher)
     seen = []
 
@@ -218,9 +218,9 @@ def test_every_image_has_a_class_that_teacher_and_student_see():
         assert torch.equal(batch['teacher'], teacher.net(batch['images'], step=teacher.diffusion.model_steps(batch['t']),
                                                          class_labels=batch['labels']))
     assert drawn == set(range(5))
-    loss, _ = objective(student, batch | {'random': Draws(0)})
+    loss, _ = objective(student, batch | {'random': ProcessRandom(0)})
     assert loss.abs().max() < 1e-5 and torch.equal(seen[0], batch['labels'])
-    iterative = IterativeSource(teacher, [3, 4, 4], 4, Draws(0))
+    iterative = IterativeSource(teacher, [3, 4, 4], 4, ProcessRandom(0))
     chains = [[next(iterative)['labels'] for _ in range(10)] for _ in range(2)]
     assert all(torch.equal(labels, chain[0]) for chain in chains for labels in chain)
     assert not torch.equal(chains[0][0], chains[1][0])
@@ -229,11 +229,11 @@ def test_every_image_has_a_class_that_teacher_and_student_see():
 def test_preparation_resumes_exactly(tmp_path):
     teacher = _teacher()
     whole = _prepared(teacher)
-    run = Preparation(teacher, 12, [3, 4, 4], Draws(0), 5)
+    run = Preparation(teacher, 12, [3, 4, 4], ProcessRandom(0), 5)
     for _ in range(6):
         run.advance()
     torch.save(run.state_dict(), tmp_path / 'state.pt')
-    other = Preparation(teacher, 12, [3, 4, 4], Draws(9), 5)
+    other = Preparation(teacher, 12, [3, 4, 4], ProcessRandom(9), 5)
     other.load_state_dict(torch.load(tmp_path / 'state.pt', weights_only=True))
     cache = other.run()
     assert torch.equal(cache.x, whole.x) and torch.equal(cache.levels, whole.levels)
@@ -241,15 +241,15 @@ def test_preparation_resumes_exactly(tmp_path):
 
 def test_the_loop_gets_parts_of_batches():
     teacher = _teacher()
-    wholes = DynamicSource(teacher, _prepared(teacher), 4, Draws(1))
-    parts = DynamicSource(teacher, _prepared(teacher), 4, Draws(1)).iterate([(0, 3), (3, 1), (8, 3), (11, 1)])
+    wholes = DynamicSource(teacher, _prepared(teacher), 4, ProcessRandom(1))
+    parts = DynamicSource(teacher, _prepared(teacher), 4, ProcessRandom(1)).iterate([(0, 3), (3, 1), (8, 3), (11, 1)])
     for _ in range(2):
         whole, first, second = next(wholes), next(parts), next(parts)
         assert torch.equal(whole['images'], torch.cat([first['images'], second['images']]))
         assert torch.equal(whole['t'], torch.cat([first['t'], second['t']]))
     assert second['random'].count == 1
     with pytest.raises(ValueError, match='parts of 3'):
-        list(DynamicSource(teacher, _prepared(teacher), 4, Draws(1)).iterate([(0, 3), (3, 3)]))
+        list(DynamicSource(teacher, _prepared(teacher), 4, ProcessRandom(1)).iterate([(0, 3), (3, 3)]))
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def test_the_loop_gets_parts_of_batches():
 
 @pytest.mark.parametrize('classes', [None, True])
 def test_a_cache_file_holds_the_shares_of_all_processes(classes, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_file, '_PIECE', 1000)                   # many pieces
+    monkeypatch.setattr(cache_file, 'PIECE_BYTES', 1000)                   # many pieces
     path, part = str(tmp_path / 'x.cache'), str(tmp_path / 'part')
     shares = [Cache(torch.randn([7, 3, 4, 4]), torch.arange(7) + 10 * rank, classes and torch.arange(7) + rank)
               for rank in range(3)]
@@ -267,7 +267,7 @@ def test_a_cache_file_holds_the_shares_of_all_processes(classes, tmp_path, monke
         cache = load_cache(path, 7, {'rho': 0.4, 'teacher': {'class_name': 'ADMUNet'}}, rank=rank)
         assert torch.equal(cache.x, share.x) and torch.equal(cache.levels, share.levels)
         assert cache.classes is None if classes is None else torch.equal(cache.classes, share.classes)
-    with pytest.raises(UserError, match='another rho: 0.4 instead of 0.3'):
+    with pytest.raises(UserError, match='another rho .0.4 instead of 0.3'):
         load_cache(path, 7, {'rho': 0.3}, rank=0)
     with pytest.raises(UserError, match='holds 21 images, and process 2 needs those up to 24'):
         load_cache(path, 8, {}, rank=2)
@@ -308,7 +308,7 @@ import resource, sys, torch
 sys.path.insert(0, {str(conftest.ROOT)!r})
 from distillation.dkdm import *
 from distillation.cache import *
-from distillation.cache import _PIECE
+from distillation.cache import PIECE_BYTES
 from training.diffusion.gaussian import GaussianDiffusion
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -323,7 +323,7 @@ cache = Cache(torch.zeros([size, 3, 32, 32]), torch.ones([size], dtype=torch.int
 write_cache(path, [cache], {{}})
 del cache
 cache = load_cache(path, size, {{}}, rank=0)
-source = DynamicSource(Zero(), cache, 8, Draws(0))
+source = DynamicSource(Zero(), cache, 8, ProcessRandom(0))
 next(source)
 torch.save(source.state_dict(), state)
 print(peak() - base)
@@ -338,7 +338,7 @@ print(peak() - base)
 
 def test_a_student_like_its_teacher_has_no_loss_and_another_one_learns():
     teacher = _teacher(clip=False)
-    source = DynamicSource(teacher, _prepared(teacher), 4, Draws(1))
+    source = DynamicSource(teacher, _prepared(teacher), 4, ProcessRandom(1))
     batch = next(iter(source.iterate([(0, 4)])))
     student = _teacher(dropout=0.1).net.requires_grad_(True)
     objective = DKDMLoss(student.diffusion, teacher)
@@ -361,7 +361,7 @@ def test_a_student_like_its_teacher_has_no_loss_and_another_one_learns():
 
 def test_input_perturbation_reaches_the_student_only():
     teacher = _teacher()
-    batch = next(iter(DynamicSource(teacher, _prepared(teacher), 4, Draws(1)).iterate([(0, 4)])))
+    batch = next(iter(DynamicSource(teacher, _prepared(teacher), 4, ProcessRandom(1)).iterate([(0, 4)])))
     seen = []
 
     class Student(torch.nn.Module):
@@ -381,9 +381,7 @@ def test_what_cannot_be_distilled_is_refused():
     with pytest.raises(UserError, match='noise schedule and time steps'):
         DKDMLoss(GaussianDiffusion('cosine', 20), teacher)
     with pytest.raises(UserError, match='cache of 12 images cannot give batches of 13'):
-        DynamicSource(teacher, _prepared(teacher), 13, Draws(0))
-    with pytest.raises(UserError, match='prob'):
-        IterativeSource(teacher, [3, 4, 4], 4, Draws(0), prob=0.0)
+        DynamicSource(teacher, _prepared(teacher), 13, ProcessRandom(0))
     with pytest.raises(UserError, match='one of them has classes and the other not'):
         Cache(torch.zeros([4, 3, 4, 4]), torch.zeros([4]).long()).load_state_dict(
             _prepared(_teacher(num_classes=5), size=4).state_dict())
@@ -396,7 +394,7 @@ def test_the_training_loop_distils_and_resumes_exactly(tmp_path):
     def trained(folder, *totals):
         for total in totals:                                            # each a new process, as far as it can tell
             student = _teacher(dropout=0.1).net.requires_grad_(True)
-            source = DynamicSource(teacher, _prepared(teacher), 4, Draws(1))
+            source = DynamicSource(teacher, _prepared(teacher), 4, ProcessRandom(1))
             config = LoopConfig(run_dir=str(tmp_path / folder), total_nimg=total, batch_size=4, batch_gpu=2,
                                 checkpoint_nimg=12, snapshot_nimg=24)
             Trainer(student, DKDMLoss(student.diffusion, teacher), source,

@@ -171,8 +171,8 @@ BAD_CONFIGS = {
     'resume_checkpoint: there is no file': ['student.resume_checkpoint=model000002.pt'],
     'there is no such cache; make it with dynamic_prepare.py': ['teacher.tempfile=none.cache'],
     'tempfile is missing': ['teacher.tempfile='],
-    'rho: 0.4 instead of 0.2': ['teacher.BATCH=0.2'],
-    'batch_size: 8 instead of 4': ['student.batch_size=4'],
+    'another rho (0.4 instead of 0.2)': ['teacher.BATCH=0.2'],
+    'another batch_size (8 instead of 4)': ['student.batch_size=4'],
     'the student needs the noise schedule': ['student.diffusion.noise_schedule=progressive_cosine'],
 }
 
@@ -209,7 +209,7 @@ def test_a_foreign_teacher_is_told_by_its_keys(world, tmp_path):
     assert not (tmp_path / 'y.cache').exists()
     call(PREPARE, *world.experiment, f'teacher.model_path={tmp_path}/parallel.pt', f'teacher.tempfile={tmp_path}/y.cache')
     torch.save({key: value * 1.5 for key, value in state.items()}, tmp_path / 'other.pt')
-    assert 'made for another teacher' in helpers.fails(KD, *world.experiment, f'teacher.model_path={tmp_path}/other.pt',
+    assert 'made with another teacher' in helpers.fails(KD, *world.experiment, f'teacher.model_path={tmp_path}/other.pt',
                                                        '--outdir', tmp_path / 'run')
 
 

@@ -11,7 +11,7 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from distillation import common, distill
-from distillation.cache import CacheFile, write_cache
+from distillation.cache import CacheFile, require_same, write_cache
 from distillation.dkdm import SOURCES, IterativeSource, Preparation
 from dnnlib import UserError, cli
 from torch_utils import distributed as dist
@@ -22,11 +22,7 @@ def check_destination(path: str, description: dict) -> bool:
     """True if `path` already is the cache that is wanted. Raises UserError if something else is there."""
     if not os.path.exists(path):
         return False
-    found = CacheFile(path).description
-    for key, value in description.items():
-        if found.get(key) != value:
-            raise UserError(f'{path} exists, and was made with another {key} ({found.get(key)} instead of {value}); '
-                            'remove it, or choose another teacher.tempfile')
+    require_same(path, CacheFile(path).description, description, 'remove it, or choose another teacher.tempfile')
     return True
 
 
