@@ -18,7 +18,6 @@ from training.diffusion.losses import EDMLoss, VELoss, VPLoss
 from training.diffusion.samplers import edm_sampler
 from training.ema import TraditionalEMA
 from training.networks import build_network
-from training.networks.edm import GroupNorm
 from training.schedules import EMA_MODES, edm_lr, memorization_beta, memorization_scaling
 from training.snapshot import copy_weights, load_snapshot
 
@@ -91,10 +90,6 @@ def prepare(config: dict):
     if network['model_channels'] % 2:
         raise UserError(f'--num-channels={network["model_channels"]} must be even')
     net = build_network(**network)
-    for layer in net.modules():
-        if isinstance(layer, GroupNorm) and (not layer.num_groups or len(layer.weight) % layer.num_groups):
-            raise UserError(f'--num-channels={network["model_channels"]} makes layers of {len(layer.weight)} channels, which '
-                            f'cannot be normalised in {layer.num_groups} groups; choose a multiple of 32 (or of 4, below 32)')
     num_images = len(dataset) // (2 if config['xflip'] else 1)  # mirror images are no further data
     return dataset, encoder, net, network, schedule(config, num_images)
 

@@ -4,57 +4,28 @@ State names and shapes are those of the published weights (`ADM_cifar10_baseline
 these load by name. Shapes: images x_NCHW, time steps [N] (fractions allowed), embedding emb_NE.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import dnnlib
-from training.networks.layers import compute_dtype, dropout
+from dnnlib import UserError
+from training.networks.layers import (
+    Conv1d,
+    Conv2d,
+    Dropout,
+    GroupNorm,
+    attention,
+    compute_dtype,
+    decoder_layers,
+    embed_labels,
+    encoder_layers,
+    time_features,
+)
 
 # Widths of the levels relative to the base width, where the configuration leaves them open.
-_CHANNEL_MULT = {512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4),
+CHANNEL_MULT = {512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4),
                  32: (1, 2, 2, 2)}
-
-
-def embed_labels(embedding: nn.Embedding, labels: torch.Tensor) -> torch.Tensor:
-    """Embedding of class numbers [N], or of label vectors [N, classes] where zeros mean "no label"; [N, width]."""
-    return labels @ embedding.weight if labels.is_floating_point() else embedding(labels)
-
-
-def timestep_features(t: torch.Tensor, width: int) -> torch.Tensor:
-    """[cos(t f_i), sin(t f_i)] with f_i = 10000^(-i / (width/2)), in float32; [N] -> [N, width]."""
-    i = torch.arange(width // 2, dtype=torch.float32, device=t.device)
-    angles = t.float().outer(torch.exp(-math.log(10000) * i / (width // 2)))
-    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), [0, width % 2])
-
-
-class Conv2d(nn.Conv2d):
-    """Convolution whose weights stay in float32 and are cast to the type of the activations."""
-
-    def forward(self, x):
-        return self._conv_forward(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
-
-
-class Conv1d(nn.Conv1d):
-    """The same in one dimension (the pointwise layers of the attention)."""
-
-    def forward(self, x):
-        return self._conv_forward(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
-
-
-class GroupNorm(nn.GroupNorm):
-    """Normalisation over 32 groups, computed in float32 whatever the type of the activations."""
-
-    def __init__(self, num_channels: int):
-        if num_channels % 32:
-            raise dnnlib.UserError(f'num_channels: every level needs a multiple of 32 channels, not {num_channels}')
-        super().__init__(32, num_channels)
-
-    def forward(self, x):
-        return super().forward(x.float()).to(x.dtype)
 
 
 def _zeroed(layer):
@@ -63,8 +34,8 @@ def _zeroed(layer):
     return layer
 
 
-def _double(x):
-    return F.interpolate(x, scale_factor=2, mode='nearest')
+def _double(x_NCHW):
+    return F.interpolate(x_NCHW, scale_factor=2, mode='nearest')
 
 
 class Downsample(nn.Module):
@@ -74,8 +45,8 @@ class Downsample(nn.Module):
         super().__init__()
         self.op = Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x):
-        return self.op(x)
+    def forward(self, x_NCHW):
+        return self.op(x_NCHW)
 
 
 class Upsample(nn.Module):
@@ -85,15 +56,8 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x):
-        return self.conv(_double(x))
-
-
-class Dropout(nn.Dropout):
-    """Dropout whose masks follow the training image (see training.networks.layers)."""
-
-    def forward(self, x):
-        return dropout(x, self.p, self.training)
+    def forward(self, x_NCHW):
+        return self.conv(_double(x_NCHW))
 
 
 class ResBlock(nn.Module):
@@ -152,16 +116,11 @@ class AttentionBlock(nn.Module):
             return checkpoint(self._forward, x_NCHW, use_reentrant=False)
         return self._forward(x_NCHW)
 
-    def _forward(self, x):
-        N, C, H, W = x.shape
-        heads, width = self.num_heads, C // self.num_heads
-        qkv = self.qkv(self.norm(x).reshape(N, C, H * W))
-        if self.new_order:
-            qkv = qkv.reshape(N, 3, heads, width, H * W).permute(1, 0, 2, 4, 3)
-        else:
-            qkv = qkv.reshape(N, heads, 3, width, H * W).permute(2, 0, 1, 4, 3)
-        y = F.scaled_dot_product_attention(*qkv.unbind(0))              # [N, heads, HW, width]
-        return x + self.proj_out(y.transpose(2, 3).reshape(N, C, H * W)).reshape(N, C, H, W)
+    def _forward(self, x_NCHW):
+        size = x_NCHW.shape[2:]
+        qkv = self.qkv(self.norm(x_NCHW).flatten(2)).unflatten(2, size)
+        y = attention(qkv, self.num_heads, 'qhc' if self.new_order else 'hqc')
+        return x_NCHW + self.proj_out(y.flatten(2)).unflatten(2, size)
 
 
 class _Layers(nn.Sequential):
@@ -182,7 +141,7 @@ class ADMUNet(nn.Module):
     an empty `channel_mult` stands for the published widths at `image_size`. `num_head_channels=-1` means `num_heads`
     heads (`num_heads_upsample` in the decoder, -1 = the same), otherwise heads of that width.
     `precision` is 'fp32', 'fp16' (on GPUs) or 'bf16'; `use_fp16` is the published name for the first two. Weights
-    stay float32; in half precision everything but embeddings, norms and the output layers is computed in it.
+    stay float32; in half precision everything but embeddings and the output layers is computed in it.
     Raises UserError for sizes that do not fit.
     """
 
@@ -199,54 +158,48 @@ class ADMUNet(nn.Module):
         self.precision = precision or ('fp16' if use_fp16 else 'fp32')
         emb_channels = num_channels * 4
 
-        def block(cin, cout, resample='keep'):
-            return ResBlock(cin, cout, emb_channels, dropout, use_scale_shift_norm, resample, use_checkpoint)
+        def block(c_in, c_out, resample='keep'):
+            return ResBlock(c_in, c_out, emb_channels, dropout, use_scale_shift_norm, resample, use_checkpoint)
 
-        def attention(channels, heads=num_heads):
+        def attention_block(channels, heads):
             heads = heads if num_head_channels == -1 else channels // num_head_channels
             if heads < 1 or channels % heads:
-                raise dnnlib.UserError(
-                    f'num_heads/num_head_channels: {channels} channels do not split into {heads} heads')
+                raise UserError(f'num_heads/num_head_channels: {channels} channels do not split into {heads} heads')
             return AttentionBlock(channels, heads, use_new_attention_order, use_checkpoint)
+
+        def layers(level, c_in, c_out, heads):
+            attention = [attention_block(c_out, heads)] if 2**level in attention_at else []
+            return _Layers(block(c_in, c_out), *attention)
 
         self.time_embed = nn.Sequential(
             nn.Linear(num_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels))
         if class_cond:
             self.label_emb = nn.Embedding(num_classes, emb_channels)
 
-        channels = widths[0]
-        skips = [channels]
-        self.input_blocks = nn.ModuleList([_Layers(Conv2d(img_channels, channels, 3, padding=1))])
-        for level, width in enumerate(widths):
-            for _ in range(num_res_blocks):
-                layers = [block(channels, width)] + ([attention(width)] if 2**level in attention_at else [])
-                self.input_blocks.append(_Layers(*layers))
-                channels = width
-                skips.append(channels)
-            if level < len(widths) - 1:
-                down = block(channels, channels, 'down') if resblock_updown else Downsample(channels)
-                self.input_blocks.append(_Layers(down))
-                skips.append(channels)
-        self.middle_block = _Layers(block(channels, channels), attention(channels), block(channels, channels))
+        self.input_blocks, skips = nn.ModuleList(), []
+        for kind, level, c_in, c_out in encoder_layers(widths[0], widths, num_res_blocks, skips):
+            if kind == 'conv':
+                self.input_blocks.append(_Layers(Conv2d(img_channels, c_out, 3, padding=1)))
+            elif kind == 'down':
+                self.input_blocks.append(_Layers(block(c_in, c_out, 'down') if resblock_updown else Downsample(c_in)))
+            else:
+                self.input_blocks.append(layers(level, c_in, c_out, num_heads))
+        c_mid = skips[-1]
+        self.middle_block = _Layers(block(c_mid, c_mid), attention_block(c_mid, num_heads), block(c_mid, c_mid))
         self.output_blocks = nn.ModuleList()
         heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
-        for level, width in reversed(list(enumerate(widths))):
-            for index in range(num_res_blocks + 1):
-                layers = [block(channels + skips.pop(), width)]
-                channels = width
-                if 2**level in attention_at:
-                    layers.append(attention(channels, heads_up))
-                if level and index == num_res_blocks:
-                    layers.append(block(channels, channels, 'up') if resblock_updown else Upsample(channels))
-                self.output_blocks.append(_Layers(*layers))
+        for kind, level, c_in, c_out in decoder_layers(skips, widths, num_res_blocks):
+            if kind == 'up':
+                self.output_blocks[-1].append(block(c_in, c_out, 'up') if resblock_updown else Upsample(c_in))
+            elif 'block' in kind:
+                self.output_blocks.append(layers(level, c_in, c_out, heads_up))
         self.out = nn.Sequential(
-            GroupNorm(channels), nn.SiLU(),
-            _zeroed(Conv2d(channels, img_channels * (2 if learn_sigma else 1), 3, padding=1)))
+            GroupNorm(c_out), nn.SiLU(), _zeroed(Conv2d(c_out, img_channels * (2 if learn_sigma else 1), 3, padding=1)))
 
     def forward(self, x, t, labels=None):
         if (labels is not None) != bool(self.label_dim):
             raise ValueError('labels are given if and only if the network is class-conditional')
-        emb = self.time_embed(timestep_features(t, self.num_channels))
+        emb = self.time_embed(time_features(t, self.num_channels))
         if labels is not None:
             emb = emb + embed_labels(self.label_emb, labels)
         h = x.to(compute_dtype(self.precision, x.device))
@@ -262,9 +215,9 @@ class ADMUNet(nn.Module):
 
 def _parse_channel_mult(text, image_size):
     if text in ('', None):
-        if image_size not in _CHANNEL_MULT:
-            raise dnnlib.UserError(f'channel_mult: none is known for images of {image_size} pixels; write e.g. 1,2,2')
-        return _CHANNEL_MULT[image_size]
+        if image_size not in CHANNEL_MULT:
+            raise UserError(f'channel_mult: none is known for images of {image_size} pixels; write e.g. 1,2,2')
+        return CHANNEL_MULT[image_size]
     return _numbers(text, 'channel_mult')
 
 
@@ -279,5 +232,5 @@ def _numbers(text, name):
     except ValueError:
         numbers = [0]
     if min(numbers) < 1:
-        raise dnnlib.UserError(f'{name}: {text!r} is not a list of numbers with commas, e.g. 16,8')
+        raise UserError(f'{name}: {text!r} is not a list of numbers with commas, e.g. 16,8')
     return numbers

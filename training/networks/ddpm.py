@@ -10,8 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from training.networks.adm import Conv2d, Dropout, GroupNorm, embed_labels
-from training.networks.layers import compute_dtype
+from training.networks.layers import (
+    Conv2d,
+    Dropout,
+    GroupNorm,
+    attention,
+    compute_dtype,
+    decoder_layers,
+    embed_labels,
+    encoder_layers,
+)
 
 
 class TimestepTable(nn.Module):
@@ -70,12 +78,10 @@ class AttnBlock(nn.Module):
         self.proj_v = Conv2d(channels, channels, 1)
         self.proj = Conv2d(channels, channels, 1)
 
-    def forward(self, x):
-        N, C, H, W = x.shape
-        h = self.group_norm(x)
-        q, k, v = (p(h).reshape(N, 1, C, H * W).transpose(2, 3) for p in (self.proj_q, self.proj_k, self.proj_v))
-        y = F.scaled_dot_product_attention(q, k, v)                     # [N, 1, HW, C]
-        return x + self.proj(y.transpose(2, 3).reshape(N, C, H, W))
+    def forward(self, x_NCHW):
+        h = self.group_norm(x_NCHW)
+        qkv = torch.cat([self.proj_q(h), self.proj_k(h), self.proj_v(h)], dim=1)
+        return x_NCHW + self.proj(attention(qkv, 1, 'qhc'))
 
 
 class ResBlock(nn.Module):
@@ -118,27 +124,23 @@ class DDPMUNet(nn.Module):
         if augm:
             self.augm_embedding = nn.Linear(9, tdim, bias=False)
 
+        def block(level, c_in, c_out):
+            return ResBlock(c_in, c_out, tdim, dropout, level in attn)
+
         self.head = Conv2d(img_channels, ch, 3, padding=1)
-        self.downblocks = nn.ModuleList()
-        channels, skips = ch, [ch]
-        for level, mult in enumerate(ch_mult):
-            for _ in range(num_res_blocks):
-                self.downblocks.append(ResBlock(channels, ch * mult, tdim, dropout, level in attn))
-                channels = ch * mult
-                skips.append(channels)
-            if level < len(ch_mult) - 1:
-                self.downblocks.append(DownSample(channels))
-                skips.append(channels)
+        self.downblocks, skips = nn.ModuleList(), []
+        widths = [ch * mult for mult in ch_mult]
+        for kind, level, c_in, c_out in encoder_layers(ch, widths, num_res_blocks, skips):
+            if kind != 'conv':
+                self.downblocks.append(DownSample(c_in) if kind == 'down' else block(level, c_in, c_out))
+        c_mid = skips[-1]
         self.middleblocks = nn.ModuleList([
-            ResBlock(channels, channels, tdim, dropout, attn=True), ResBlock(channels, channels, tdim, dropout)])
+            ResBlock(c_mid, c_mid, tdim, dropout, attn=True), ResBlock(c_mid, c_mid, tdim, dropout)])
         self.upblocks = nn.ModuleList()
-        for level, mult in reversed(list(enumerate(ch_mult))):
-            for _ in range(num_res_blocks + 1):
-                self.upblocks.append(ResBlock(channels + skips.pop(), ch * mult, tdim, dropout, level in attn))
-                channels = ch * mult
-            if level:
-                self.upblocks.append(UpSample(channels))
-        self.tail = nn.Sequential(GroupNorm(channels), nn.SiLU(), Conv2d(channels, img_channels, 3, padding=1))
+        for kind, level, c_in, c_out in decoder_layers(skips, widths, num_res_blocks):
+            if 'in' not in kind:
+                self.upblocks.append(UpSample(c_in) if kind == 'up' else block(level, c_in, c_out))
+        self.tail = nn.Sequential(GroupNorm(c_out), nn.SiLU(), Conv2d(c_out, img_channels, 3, padding=1))
         self._initialize()
 
     def _initialize(self):

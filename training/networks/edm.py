@@ -4,6 +4,7 @@ VP, VE, iDDPM and EDM (Karras et al., "Elucidating the Design Space of Diffusion
 Names and shapes of the state dict are those of the published weights. Shapes: N images, C channels, H x W pixels.
 """
 
+import dataclasses
 import math
 
 import torch
@@ -11,48 +12,52 @@ import torch.nn.functional as F
 from torch import nn
 
 from dnnlib import UserError
-from training.networks.layers import compute_dtype, drop_labels, dropout
+from training.networks.layers import (
+    GroupNorm,
+    attention,
+    compute_dtype,
+    decoder_layers,
+    drop_labels,
+    dropout,
+    encoder_layers,
+    is_box,
+    low_pass,
+    resample,
+    time_features,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Layers
 
 
+INITIAL = {
+    'xavier_uniform': lambda shape, inputs, outputs: math.sqrt(6 / (inputs + outputs)) * (2 * torch.rand(shape) - 1),
+    'kaiming_uniform': lambda shape, inputs, outputs: math.sqrt(3 / inputs) * (2 * torch.rand(shape) - 1),
+    'kaiming_normal': lambda shape, inputs, outputs: torch.randn(shape) / math.sqrt(inputs),
+}
+
+
+@dataclasses.dataclass(frozen=True)
 class Init:
-    """Initial values of a layer: distribution, and the factors of weight and bias.
+    """Initial values of a layer: a distribution of INITIAL, and the factors of weight and bias."""
 
-    xavier_uniform: sqrt(6 / (fan_in + fan_out)) U(-1, 1); kaiming_uniform: sqrt(3 / fan_in) U(-1, 1);
-    kaiming_normal: N(0, 1) / sqrt(fan_in).
-    """
-
-    def __init__(self, mode: str, weight: float = 1.0, bias: float = 0.0):
-        self.mode, self.weight, self.bias = mode, weight, bias
-
-    def scaled(self, weight: float, bias: float = 1.0) -> 'Init':
-        """The same distribution with both factors multiplied."""
-        return Init(self.mode, self.weight * weight, self.bias * bias)
-
-    def draw(self, shape, fan_in: int, fan_out: int) -> torch.Tensor:
-        if self.mode == 'xavier_uniform':
-            return math.sqrt(6 / (fan_in + fan_out)) * (2 * torch.rand(shape) - 1)
-        if self.mode == 'kaiming_uniform':
-            return math.sqrt(3 / fan_in) * (2 * torch.rand(shape) - 1)
-        if self.mode == 'kaiming_normal':
-            return torch.randn(shape) / math.sqrt(fan_in)
-        raise ValueError(f'unknown initialisation {self.mode!r}')
+    mode: str = 'kaiming_normal'
+    weight: float = 1.0
+    bias: float = 0.0
 
     def parameters(self, weight_shape, fan_in: int, fan_out: int, bias: bool):
         """(weight, bias or None) of a layer whose bias has `weight_shape[0]` entries and the same fans."""
-        weight = nn.Parameter(self.draw(weight_shape, fan_in, fan_out) * self.weight)
-        return weight, nn.Parameter(self.draw(weight_shape[:1], fan_in, fan_out) * self.bias) if bias else None
+        draw = INITIAL[self.mode]
+        weight = nn.Parameter(draw(weight_shape, fan_in, fan_out) * self.weight)
+        return weight, nn.Parameter(draw(weight_shape[:1], fan_in, fan_out) * self.bias) if bias else None
 
 
 class Linear(nn.Module):
     """x W^T + b with weights cast to the precision of x."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, init: Init = None):
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, init: Init = Init()):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        init = init or Init('kaiming_normal')
         self.weight, self.bias = init.parameters([out_features, in_features], in_features, out_features, bias)
 
     def forward(self, x):
@@ -67,66 +72,35 @@ class Conv2d(nn.Module):
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, up: bool = False, down: bool = False,
-                 resample_filter=(1, 1), fused_resample: bool = False, init: Init = None):
+                 resample_filter=(1, 1), fused_resample: bool = False, init: Init = Init()):
         super().__init__()
-        self.kernel, self.up, self.down, self.fused = kernel, up, down, fused_resample
+        self.kernel = kernel
+        self.up = up
+        self.fused = fused_resample and down
         self.weight = self.bias = None
         if kernel:
-            init = init or Init('kaiming_normal')
             shape = [out_channels, in_channels, kernel, kernel]
             self.weight, self.bias = init.parameters(shape, in_channels * kernel**2, out_channels * kernel**2, True)
-        f = torch.as_tensor(resample_filter, dtype=torch.float32)
-        self.is_box = f.tolist() == [1, 1]
-        self.register_buffer('resample_filter', (f.outer(f) / f.sum().square())[None, None] if up or down else None)
+        low = low_pass(resample_filter)
+        self.is_box = is_box(low)
+        self.pad = (low.shape[-1] - 1) // 2 if up or down else 0
+        self.register_buffer('resample_filter', torch.from_numpy(low) if up or down else None)
 
-    def resample(self, x, pad: int):
-        """`x` filtered and resampled by 2; depthwise."""
-        if self.is_box and pad == 0:  # the two-tap box is what pooling and repetition do
-            return F.interpolate(x, scale_factor=2) if self.up else F.avg_pool2d(x, 2)
-        f = self.resample_filter.to(x.dtype).expand(x.shape[1], -1, -1, -1)
-        if self.up:
-            return F.conv_transpose2d(x, 4 * f, groups=x.shape[1], stride=2, padding=pad)
-        return F.conv2d(x, f, groups=x.shape[1], stride=2, padding=pad)
-
-    def forward(self, x):
-        filter_pad = (self.resample_filter.shape[-1] - 1) // 2 if self.resample_filter is not None else 0
-        fused = self.fused and self.down
-        if self.resample_filter is not None and not fused:
-            x = self.resample(x, filter_pad)
+    def forward(self, x_NCHW):
+        if self.resample_filter is not None and not self.fused:
+            x_NCHW = resample(x_NCHW, self.resample_filter, self.up, self.pad, self.is_box)
         if self.weight is None:
-            return x
-        bias = self.bias.to(x.dtype)
-        if not fused:
-            return F.conv2d(x, self.weight.to(x.dtype), bias, padding=self.kernel // 2)
-        x = F.conv2d(x, self.weight.to(x.dtype), padding=self.kernel // 2 + filter_pad)
-        return self.resample(x, 0) + bias[:, None, None]
+            return x_NCHW
+        weight, bias = self.weight.to(x_NCHW.dtype), self.bias.to(x_NCHW.dtype)
+        if not self.fused:
+            return F.conv2d(x_NCHW, weight, bias, padding=self.kernel // 2)
+        x_NCHW = F.conv2d(x_NCHW, weight, padding=self.kernel // 2 + self.pad)
+        return resample(x_NCHW, self.resample_filter, self.up, 0, self.is_box) + bias[:, None, None]
 
 
-class GroupNorm(nn.Module):
-    """Group normalisation with min(32, C / 4) groups."""
-
-    def __init__(self, num_channels: int, eps: float = 1e-5):
-        super().__init__()
-        self.num_groups, self.eps = min(32, num_channels // 4), eps
-        self.weight = nn.Parameter(torch.ones(num_channels))
-        self.bias = nn.Parameter(torch.zeros(num_channels))
-
-    def forward(self, x):
-        return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
-
-
-class PositionalEmbedding(nn.Module):
-    """[cos(x f), sin(x f)] with f_i = 10000^(-i / (n/2)), i = 0 .. n/2 - 1; `endpoint` ends at 1/10000 exactly."""
-
-    def __init__(self, num_channels: int, endpoint: bool = False):
-        super().__init__()
-        self.num_channels, self.endpoint = num_channels, endpoint
-
-    def forward(self, x):
-        half = self.num_channels // 2
-        i = torch.arange(half, dtype=torch.float32, device=x.device)
-        x = x.outer((1 / 10000) ** (i / (half - self.endpoint)))
-        return torch.cat([x.cos(), x.sin()], dim=1)
+def norm(num_channels: int, eps: float = 1e-5) -> GroupNorm:
+    """Normalisation in min(32, C / 4) groups."""
+    return GroupNorm(num_channels, min(32, num_channels // 4), eps)
 
 
 class FourierEmbedding(nn.Module):
@@ -141,17 +115,6 @@ class FourierEmbedding(nn.Module):
         return torch.cat([x.cos(), x.sin()], dim=1)
 
 
-def attention(qkv, num_heads: int):
-    """Self-attention over the pixels: [N, 3C, H, W] -> [N, C, H, W].
-
-    Along the 3C channels the q/k/v index runs fastest, then the channel within a head, then the head.
-    """
-    n, c, h, w = qkv.shape
-    # [N, heads, pixels, channels of a head] each
-    q, k, v = qkv.reshape(n, num_heads, c // 3 // num_heads, 3, h * w).permute(3, 0, 1, 4, 2).contiguous().unbind(0)
-    return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(n, c // 3, h, w)
-
-
 class UNetBlock(nn.Module):
     """Residual block with optional resampling and self-attention, for all U-Nets of this file.
 
@@ -163,23 +126,23 @@ class UNetBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, emb_channels: int, up: bool = False, down: bool = False,
                  num_heads: int = 0, dropout: float = 0.0, skip_scale: float = 1.0, eps: float = 1e-5,
                  resample_filter=(1, 1), resample_proj: bool = False, adaptive_scale: bool = True,
-                 init: Init = None, init_zero: Init = None, init_attn: Init = None):
+                 init: Init = Init(), init_zero: Init = Init(), init_attn: Init = None):
         super().__init__()
         self.in_channels, self.out_channels, self.num_heads = in_channels, out_channels, num_heads
         self.dropout, self.skip_scale, self.adaptive_scale = dropout, skip_scale, adaptive_scale
         resampling = dict(up=up, down=down, resample_filter=resample_filter)
 
-        self.norm0 = GroupNorm(in_channels, eps)
+        self.norm0 = norm(in_channels, eps)
         self.conv0 = Conv2d(in_channels, out_channels, 3, init=init, **resampling)
         self.affine = Linear(emb_channels, out_channels * (2 if adaptive_scale else 1), init=init)
-        self.norm1 = GroupNorm(out_channels, eps)
+        self.norm1 = norm(out_channels, eps)
         self.conv1 = Conv2d(out_channels, out_channels, 3, init=init_zero)
         self.skip = None
         if in_channels != out_channels or up or down:
             kernel = 1 if resample_proj or in_channels != out_channels else 0
             self.skip = Conv2d(in_channels, out_channels, kernel, init=init, **resampling)
         if num_heads:
-            self.norm2 = GroupNorm(out_channels, eps)
+            self.norm2 = norm(out_channels, eps)
             self.qkv = Conv2d(out_channels, out_channels * 3, 1, init=init_attn or init)
             self.proj = Conv2d(out_channels, out_channels, 1, init=init_zero)
 
@@ -194,7 +157,7 @@ class UNetBlock(nn.Module):
         h = self.conv1(dropout(h, self.dropout, self.training))
         x = (h + (x if self.skip is None else self.skip(x))) * self.skip_scale
         if self.num_heads:
-            x = (self.proj(attention(self.qkv(self.norm2(x)), self.num_heads)) + x) * self.skip_scale
+            x = (self.proj(attention(self.qkv(self.norm2(x)), self.num_heads, 'hcq')) + x) * self.skip_scale
         return x
 
 
@@ -214,104 +177,21 @@ def check_skip_connections(skip_connections, count: int) -> list[bool]:
     return [bool(value) for value in skip_connections]
 
 
-class SongUNet(nn.Module):
-    """DDPM++ (positional embedding, standard encoder, box filter) and NCSN++ (Fourier embedding, residual encoder,
-    [1,3,3,1] filter) of Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations".
+class _UNet(nn.Module):
+    """The way through a U-Net of this file; subclasses make `enc`, `dec` and the layers of `embed`.
 
     `skip_connections`: one 0 or 1 for each encoder layer (first convolution, blocks of level 0, down of level 1,
     blocks of level 1, ...); where 0 the decoder gets zeros instead of the activation.
     """
 
-    def __init__(self, img_resolution: int, in_channels: int, out_channels: int, label_dim: int = 0,
-                 augment_dim: int = 0, model_channels: int = 128, channel_mult=(1, 2, 2, 2), channel_mult_emb: int = 4,
-                 num_blocks: int = 4, attn_resolutions=(16,), dropout: float = 0.10, label_dropout: float = 0.0,
-                 embedding_type: str = 'positional', channel_mult_noise: int = 1, encoder_type: str = 'standard',
-                 decoder_type: str = 'standard', resample_filter=(1, 1), skip_connections=None):
+    def __init__(self, skip_connections, num_layers: int, label_dropout: float):
         super().__init__()
-        for name, value, known in [('embedding_type', embedding_type, ['positional', 'fourier']),
-                                   ('encoder_type', encoder_type, ['standard', 'skip', 'residual']),
-                                   ('decoder_type', decoder_type, ['standard', 'skip'])]:
-            if value not in known:
-                raise ValueError(f'{name} {value!r} is unknown; choose {" or ".join(known)}')
-        self.label_dropout, self.encoder_type, self.decoder_type = label_dropout, encoder_type, decoder_type
-        self.keep_skip = check_skip_connections(skip_connections, (num_blocks + 1) * len(channel_mult))
-        emb_channels, noise_channels = model_channels * channel_mult_emb, model_channels * channel_mult_noise
-        init = Init('xavier_uniform')
-        block_kwargs = dict(
-            emb_channels=emb_channels, dropout=dropout, skip_scale=math.sqrt(0.5), eps=1e-6,
-            resample_filter=resample_filter, resample_proj=True, adaptive_scale=False,
-            init=init, init_zero=init.scaled(1e-5), init_attn=init.scaled(math.sqrt(0.2)))
-
-        # Embedding of noise level, class and augmentation.
-        if embedding_type == 'positional':
-            self.map_noise = PositionalEmbedding(noise_channels, endpoint=True)
-        else:
-            self.map_noise = FourierEmbedding(noise_channels)
-        self.map_label = Linear(label_dim, noise_channels, init=init) if label_dim else None
-        self.map_augment = Linear(augment_dim, noise_channels, bias=False, init=init) if augment_dim else None
-        self.map_layer0 = Linear(noise_channels, emb_channels, init=init)
-        self.map_layer1 = Linear(emb_channels, emb_channels, init=init)
-
-        widths = [(img_resolution >> level, model_channels * mult) for level, mult in enumerate(channel_mult)]
-        skips = self._build_encoder(widths, in_channels, model_channels, num_blocks, attn_resolutions, block_kwargs)
-        self._build_decoder(widths, out_channels, skips, num_blocks, attn_resolutions, block_kwargs)
-
-    def _build_encoder(self, widths, in_channels, model_channels, num_blocks, attn_resolutions, kwargs) -> list[int]:
-        """Makes `self.enc`; returns the channels of the stored activations."""
-        resampling = dict(resample_filter=kwargs['resample_filter'], init=kwargs['init'])
-        self.enc = nn.ModuleDict()
-        skips = []
-        c, aux = model_channels, in_channels
-        for level, (res, width) in enumerate(widths):
-            if level == 0:
-                self.enc[f'{res}x{res}_conv'] = Conv2d(in_channels, c, 3, init=kwargs['init'])
-            else:
-                self.enc[f'{res}x{res}_down'] = UNetBlock(c, c, down=True, **kwargs)
-                if self.encoder_type == 'skip':
-                    self.enc[f'{res}x{res}_aux_down'] = Conv2d(aux, aux, 0, down=True, **resampling)
-                    self.enc[f'{res}x{res}_aux_skip'] = Conv2d(aux, c, 1, init=kwargs['init'])
-                if self.encoder_type == 'residual':
-                    self.enc[f'{res}x{res}_aux_residual'] = Conv2d(
-                        aux, c, 3, down=True, fused_resample=True, **resampling)
-                    aux = c
-            skips.append(c)
-            for index in range(num_blocks):
-                heads = int(res in attn_resolutions)
-                self.enc[f'{res}x{res}_block{index}'] = UNetBlock(c, width, num_heads=heads, **kwargs)
-                c = width
-                skips.append(c)
-        return skips
-
-    def _build_decoder(self, widths, out_channels, skips, num_blocks, attn_resolutions, kwargs):
-        self.dec = nn.ModuleDict()
-        c = skips[-1]
-        for level, (res, width) in reversed(list(enumerate(widths))):
-            if level == len(widths) - 1:
-                self.dec[f'{res}x{res}_in0'] = UNetBlock(c, c, num_heads=1, **kwargs)
-                self.dec[f'{res}x{res}_in1'] = UNetBlock(c, c, **kwargs)
-            else:
-                self.dec[f'{res}x{res}_up'] = UNetBlock(c, c, up=True, **kwargs)
-            for index in range(num_blocks + 1):
-                heads = int(index == num_blocks and res in attn_resolutions)
-                self.dec[f'{res}x{res}_block{index}'] = UNetBlock(
-                    c + skips.pop(), width, num_heads=heads, **kwargs)
-                c = width
-            if self.decoder_type == 'skip' or level == 0:
-                if self.decoder_type == 'skip' and level < len(widths) - 1:
-                    self.dec[f'{res}x{res}_aux_up'] = Conv2d(
-                        out_channels, out_channels, 0, up=True, resample_filter=kwargs['resample_filter'])
-                self.dec[f'{res}x{res}_aux_norm'] = GroupNorm(c, eps=1e-6)
-                self.dec[f'{res}x{res}_aux_conv'] = Conv2d(c, out_channels, 3, init=kwargs['init_zero'])
+        self.keep_skip = check_skip_connections(skip_connections, num_layers)
+        self.label_dropout = label_dropout
 
     def embed(self, noise_labels, class_labels, augment_labels):
         """Embedding [N or 1, emb_channels] of the conditions."""
-        emb = torch.cat(self.map_noise(noise_labels).chunk(2, dim=1)[::-1], dim=1)  # [sin, cos]
-        if self.map_label is not None:
-            class_labels = drop_labels(class_labels, self.label_dropout, self.training)
-            emb = emb + self.map_label(class_labels * math.sqrt(self.map_label.in_features))
-        if self.map_augment is not None and augment_labels is not None:
-            emb = emb + self.map_augment(augment_labels)
-        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+        raise NotImplementedError
 
     def encode(self, x, emb) -> list[torch.Tensor]:
         """Activations for the decoder, in order, zeros where a skip connection is off; last the encoder's output."""
@@ -345,65 +225,126 @@ class SongUNet(nn.Module):
                 if x.shape[1] != block.in_channels:
                     x = torch.cat([x, skips.pop()], dim=1)
                 x = block(x, emb)
-        return out
+        return x if out is None else out
 
 
-class DhariwalUNet(nn.Module):
-    """ADM of Dhariwal and Nichol, "Diffusion Models Beat GANs on Image Synthesis", with 64 channels per head.
-
-    `skip_connections` as in SongUNet.
+class SongUNet(_UNet):
+    """DDPM++ (positional embedding, standard encoder, box filter) and NCSN++ (Fourier embedding, residual encoder,
+    [1,3,3,1] filter) of Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations".
     """
+
+    def __init__(self, img_resolution: int, in_channels: int, out_channels: int, label_dim: int = 0,
+                 augment_dim: int = 0, model_channels: int = 128, channel_mult=(1, 2, 2, 2), channel_mult_emb: int = 4,
+                 num_blocks: int = 4, attn_resolutions=(16,), dropout: float = 0.10, label_dropout: float = 0.0,
+                 embedding_type: str = 'positional', channel_mult_noise: int = 1, encoder_type: str = 'standard',
+                 decoder_type: str = 'standard', resample_filter=(1, 1), skip_connections=None):
+        super().__init__(skip_connections, (num_blocks + 1) * len(channel_mult), label_dropout)
+        for name, value, choices in [('embedding_type', embedding_type, ['positional', 'fourier']),
+                                     ('encoder_type', encoder_type, ['standard', 'skip', 'residual']),
+                                     ('decoder_type', decoder_type, ['standard', 'skip'])]:
+            if value not in choices:
+                raise ValueError(f'{name} {value!r} is unknown; choose {" or ".join(choices)}')
+        emb_channels = model_channels * channel_mult_emb
+        noise_channels = model_channels * channel_mult_noise
+        xavier = 'xavier_uniform'
+        init, zero, attn = Init(xavier), Init(xavier, 1e-5), Init(xavier, math.sqrt(0.2))
+        resampling = dict(resample_filter=resample_filter, init=init)
+
+        # Embedding of noise level, class and augmentation.
+        self.noise_channels = noise_channels
+        self.map_noise = FourierEmbedding(noise_channels) if embedding_type == 'fourier' else None
+        self.map_label = Linear(label_dim, noise_channels, init=init) if label_dim else None
+        self.map_augment = Linear(augment_dim, noise_channels, bias=False, init=init) if augment_dim else None
+        self.map_layer0 = Linear(noise_channels, emb_channels, init=init)
+        self.map_layer1 = Linear(emb_channels, emb_channels, init=init)
+
+        def block(c_in, c_out, attention, up=False, down=False):
+            return UNetBlock(c_in, c_out, emb_channels, up, down, int(attention), dropout, math.sqrt(0.5), eps=1e-6,
+                             resample_proj=True, adaptive_scale=False, init_zero=zero, init_attn=attn, **resampling)
+
+        self.enc = nn.ModuleDict()
+        self.dec = nn.ModuleDict()
+        widths = [model_channels * mult for mult in channel_mult]
+        skips, aux = [], in_channels
+        for kind, level, c_in, c_out in encoder_layers(model_channels, widths, num_blocks, skips):
+            res = img_resolution >> level
+            if kind == 'conv':
+                self.enc[f'{res}x{res}_conv'] = Conv2d(in_channels, c_out, 3, init=init)
+                continue
+            attention = kind != 'down' and res in attn_resolutions
+            self.enc[f'{res}x{res}_{kind}'] = block(c_in, c_out, attention, down=kind == 'down')
+            if kind == 'down' and encoder_type == 'skip':
+                self.enc[f'{res}x{res}_aux_down'] = Conv2d(aux, aux, 0, down=True, **resampling)
+                self.enc[f'{res}x{res}_aux_skip'] = Conv2d(aux, c_out, 1, init=init)
+            if kind == 'down' and encoder_type == 'residual':
+                self.enc[f'{res}x{res}_aux_residual'] = Conv2d(aux, c_out, 3, down=True, fused_resample=True, **resampling)
+                aux = c_out
+        for kind, level, c_in, c_out in decoder_layers(skips, widths, num_blocks):
+            res = img_resolution >> level
+            last = kind == f'block{num_blocks}'
+            attention = kind == 'in0' or (last and res in attn_resolutions)
+            self.dec[f'{res}x{res}_{kind}'] = block(c_in, c_out, attention, up=kind == 'up')
+            if last and (decoder_type == 'skip' or level == 0):
+                if decoder_type == 'skip' and level < len(widths) - 1:
+                    self.dec[f'{res}x{res}_aux_up'] = Conv2d(out_channels, out_channels, 0, up=True, **resampling)
+                self.dec[f'{res}x{res}_aux_norm'] = norm(c_out, eps=1e-6)
+                self.dec[f'{res}x{res}_aux_conv'] = Conv2d(c_out, out_channels, 3, init=zero)
+
+    def embed(self, noise_labels, class_labels, augment_labels):
+        if self.map_noise is None:
+            emb = time_features(noise_labels, self.noise_channels, endpoint=True)
+        else:
+            emb = self.map_noise(noise_labels)
+        emb = torch.cat(emb.chunk(2, dim=1)[::-1], dim=1)  # [sin, cos]
+        if self.map_label is not None:
+            class_labels = drop_labels(class_labels, self.label_dropout, self.training)
+            emb = emb + self.map_label(class_labels * math.sqrt(self.map_label.in_features))
+        if self.map_augment is not None and augment_labels is not None:
+            emb = emb + self.map_augment(augment_labels)
+        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+
+
+class DhariwalUNet(_UNet):
+    """ADM of Dhariwal and Nichol, "Diffusion Models Beat GANs on Image Synthesis", with 64 channels per head."""
 
     def __init__(self, img_resolution: int, in_channels: int, out_channels: int, label_dim: int = 0,
                  augment_dim: int = 0, model_channels: int = 192, channel_mult=(1, 2, 3, 4), channel_mult_emb: int = 4,
                  num_blocks: int = 3, attn_resolutions=(32, 16, 8), dropout: float = 0.10, label_dropout: float = 0.0,
                  skip_connections=None):
-        super().__init__()
-        self.label_dropout = label_dropout
-        self.keep_skip = check_skip_connections(skip_connections, (num_blocks + 1) * len(channel_mult))
+        super().__init__(skip_connections, (num_blocks + 1) * len(channel_mult), label_dropout)
         emb_channels = model_channels * channel_mult_emb
         init = Init('kaiming_uniform', math.sqrt(1 / 3), math.sqrt(1 / 3))
-        zero = init.scaled(0, 0)
-        kwargs = dict(emb_channels=emb_channels, dropout=dropout, init=init, init_zero=zero)
+        zero = Init('kaiming_uniform', 0, 0)
 
-        def block(c_in, c_out, attn=False, **extra):
-            return UNetBlock(c_in, c_out, num_heads=c_out // 64 if attn else 0, **extra, **kwargs)
+        def block(c_in, c_out, attention, **resampling):
+            heads = c_out // 64 if attention else 0
+            return UNetBlock(c_in, c_out, emb_channels, num_heads=heads, dropout=dropout, init=init, init_zero=zero,
+                             **resampling)
 
-        self.map_noise = PositionalEmbedding(model_channels)
+        self.noise_channels = model_channels
         self.map_augment = Linear(augment_dim, model_channels, bias=False, init=zero) if augment_dim else None
         self.map_layer0 = Linear(model_channels, emb_channels, init=init)
         self.map_layer1 = Linear(emb_channels, emb_channels, init=init)
         label_init = Init('kaiming_normal', math.sqrt(label_dim))
         self.map_label = Linear(label_dim, emb_channels, bias=False, init=label_init) if label_dim else None
 
-        self.enc, self.dec, skips = nn.ModuleDict(), nn.ModuleDict(), []
-        widths = [(img_resolution >> level, model_channels * mult) for level, mult in enumerate(channel_mult)]
-        c = widths[0][1]
-        for level, (res, width) in enumerate(widths):
-            if level == 0:
-                self.enc[f'{res}x{res}_conv'] = Conv2d(in_channels, c, 3, init=init)
-            else:
-                self.enc[f'{res}x{res}_down'] = block(c, c, down=True)
-            skips.append(c)
-            for index in range(num_blocks):
-                self.enc[f'{res}x{res}_block{index}'] = block(c, width, attn=res in attn_resolutions)
-                c = width
-                skips.append(c)
-        for level, (res, width) in reversed(list(enumerate(widths))):
-            if level == len(widths) - 1:
-                self.dec[f'{res}x{res}_in0'] = block(c, c, attn=True)
-                self.dec[f'{res}x{res}_in1'] = block(c, c)
-            else:
-                self.dec[f'{res}x{res}_up'] = block(c, c, up=True)
-            for index in range(num_blocks + 1):
-                self.dec[f'{res}x{res}_block{index}'] = block(c + skips.pop(), width, attn=res in attn_resolutions)
-                c = width
-        self.out_norm = GroupNorm(c)
-        self.out_conv = Conv2d(c, out_channels, 3, init=zero)
+        self.enc = nn.ModuleDict()
+        self.dec = nn.ModuleDict()
+        widths, skips = [model_channels * mult for mult in channel_mult], []
+        for kind, level, c_in, c_out in encoder_layers(widths[0], widths, num_blocks, skips):
+            res = img_resolution >> level
+            attention = kind != 'down' and res in attn_resolutions
+            self.enc[f'{res}x{res}_{kind}'] = Conv2d(in_channels, c_out, 3, init=init) if kind == 'conv' \
+                else block(c_in, c_out, attention, down=kind == 'down')
+        for kind, level, c_in, c_out in decoder_layers(skips, widths, num_blocks):
+            res = img_resolution >> level
+            attention = kind == 'in0' or ('block' in kind and res in attn_resolutions)
+            self.dec[f'{res}x{res}_{kind}'] = block(c_in, c_out, attention, up=kind == 'up')
+        self.out_norm = norm(c_out)
+        self.out_conv = Conv2d(c_out, out_channels, 3, init=zero)
 
     def embed(self, noise_labels, class_labels, augment_labels):
-        """Embedding [N or 1, emb_channels] of the conditions."""
-        emb = self.map_noise(noise_labels)
+        emb = time_features(noise_labels, self.noise_channels)
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
@@ -413,15 +354,7 @@ class DhariwalUNet(nn.Module):
         return F.silu(emb)
 
     def forward(self, x, noise_labels, class_labels=None, augment_labels=None):
-        emb = self.embed(noise_labels, class_labels, augment_labels)
-        skips = []
-        for kept, block in zip(self.keep_skip, self.enc.values(), strict=True):
-            x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
-            skips.append(x if kept else torch.zeros_like(x))
-        for block in self.dec.values():
-            if x.shape[1] != block.in_channels:
-                x = torch.cat([x, skips.pop()], dim=1)
-            x = block(x, emb)
+        x = super().forward(x, noise_labels, class_labels, augment_labels)
         return self.out_conv(F.silu(self.out_norm(x)))
 
 

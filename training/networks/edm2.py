@@ -6,11 +6,19 @@ label"). Equation numbers are those of the paper. State names and shapes are tho
 
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from training.networks.layers import compute_dtype, dropout
+from training.networks.layers import (
+    Denoiser,
+    compute_dtype,
+    decoder_layers,
+    dropout,
+    encoder_layers,
+    is_box,
+    low_pass,
+    resample,
+)
 
 SILU_GAIN = 1 / 0.596  # 0.596 is the RMS of SiLU of a standard normal
 
@@ -137,23 +145,15 @@ class Resample(torch.nn.Module):
 
     def __init__(self, mode: str, taps):
         super().__init__()
-        taps = np.float32(taps)
-        if taps.ndim != 1 or len(taps) % 2:
-            raise ValueError(f'resample_filter must be a list of even length, not {taps.tolist()}')
-        taps = taps / taps.sum()
-        self.mode, self.box, self.pad = mode, taps.tolist() == [0.5, 0.5], (len(taps) - 1) // 2
-        self.kernel = np.outer(taps, taps)[None, None]
+        self.mode = mode
+        self.kernel = low_pass(taps)
+        self.box = is_box(self.kernel)
+        self.pad = (self.kernel.shape[-1] - 1) // 2
 
-    def forward(self, x):
+    def forward(self, x_NCHW):
         if self.mode == 'keep':
-            return x
-        if self.box:  # the default filter: 2x2 mean, and nearest neighbour
-            return F.avg_pool2d(x, 2) if self.mode == 'down' else F.interpolate(x, scale_factor=2, mode='nearest')
-        C = x.shape[1]
-        kernel = torch.as_tensor(self.kernel, dtype=x.dtype, device=x.device).expand(C, 1, -1, -1)
-        if self.mode == 'down':
-            return F.conv2d(x, kernel, groups=C, stride=2, padding=self.pad)
-        return F.conv_transpose2d(x, kernel * 4, groups=C, stride=2, padding=self.pad)
+            return x_NCHW
+        return resample(x_NCHW, self.kernel, self.mode == 'up', self.pad, self.box)
 
 
 class MPFourier(torch.nn.Module):
@@ -192,24 +192,32 @@ class MPConv(torch.nn.Module):
 
     def effective_weight(self, gain, dtype):
         """The weight times `gain` (number or tensor []), normalised to unit magnitude of the outputs, in `dtype`."""
-        weight, axes = self.weight.float(), list(range(1, self.weight.ndim))
-        if torch.compiler.is_compiling():
-            if self.training:
-                with torch.no_grad():
-                    self.weight.copy_(normalize(weight))
-                weight = self.weight.float()
-            return (normalize(weight) * (gain / math.sqrt(weight[0].numel()))).to(dtype)
         if self.training:
-            with torch.no_grad():  # forced weight normalisation
-                r = _rms(weight, axes)
-                self.weight.div_(r + EPS)
-                r /= r + EPS  # of the normalised weight
-            return _EffectiveWeight.apply(self.weight.float(), gain, r, dtype)
-        if torch.is_grad_enabled() or self.weight.is_inference():
-            return _EffectiveWeight.apply(weight, gain, _rms(weight, axes), dtype)
+            return self._scaled(gain, dtype, self._forced_normalize())
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.weight.is_inference():
+            return self._scaled(gain, dtype)
+        return self._cached(gain, dtype)
+
+    def _scaled(self, gain, dtype, rms=None):
+        """w gain / (sqrt(n) (EPS + RMS of w)) for rows w of n elements; `rms`: their RMS where it is known."""
+        weight = self.weight.float()
+        if torch.compiler.is_compiling():
+            return (normalize(weight) * (gain / math.sqrt(weight[0].numel()))).to(dtype)
+        rms = _rms(weight, list(range(1, weight.ndim))) if rms is None else rms
+        return _EffectiveWeight.apply(weight, gain, rms, dtype)
+
+    @torch.no_grad()
+    def _forced_normalize(self):
+        """Rewrites the stored weight with rows of unit magnitude; returns their RMS, [out, 1, ...], afterwards."""
+        rms = _rms(self.weight.float(), list(range(1, self.weight.ndim)))
+        self.weight.div_(rms + EPS)
+        return rms / (rms + EPS)
+
+    def _cached(self, gain, dtype):
+        """The weight that was computed last, as long as all that it was computed from is the same."""
         source = [(t.data_ptr(), t._version) if torch.is_tensor(t) else t for t in (self.weight, gain)] + [dtype]
         if self._kept is None or self._kept[0] != source:
-            self._kept = source, _EffectiveWeight.apply(weight, gain, _rms(weight, axes), dtype)
+            self._kept = source, self._scaled(gain, dtype)
         return self._kept[1]
 
     def train(self, mode: bool = True):
@@ -301,35 +309,20 @@ class UNet(torch.nn.Module):
         self.emb_noise = MPConv(cnoise, cemb, [])
         self.emb_label = MPConv(label_dim, cemb, []) if label_dim else None
 
-        def block(cin, cout, flavor, res, mode='keep', attention=None):
-            attention = (res in attn_resolutions) if attention is None else attention
-            return Block(cin, cout, cemb, flavor=flavor, resample_mode=mode, attention=attention, **block_kwargs)
-
         self.enc = torch.nn.ModuleDict()
-        channels, skips = cblock[0], [cblock[0]]
-        self.enc[f'{img_resolution}x{img_resolution}_conv'] = MPConv(img_channels + 1, channels, [3, 3])
-        for level, width in enumerate(cblock):
-            res = img_resolution >> level
-            if level:
-                self.enc[f'{res}x{res}_down'] = block(channels, channels, 'enc', res, 'down', attention=False)
-                skips.append(channels)
-            for index in range(num_blocks):
-                self.enc[f'{res}x{res}_block{index}'] = block(channels, width, 'enc', res)
-                channels = width
-                skips.append(channels)
-
         self.dec = torch.nn.ModuleDict()
-        for level, width in reversed(list(enumerate(cblock))):
+        skips = []
+        for kind, level, c_in, c_out in encoder_layers(cblock[0], cblock, num_blocks, skips):
             res = img_resolution >> level
-            if level == len(cblock) - 1:
-                self.dec[f'{res}x{res}_in0'] = block(channels, channels, 'dec', res, attention=True)
-                self.dec[f'{res}x{res}_in1'] = block(channels, channels, 'dec', res, attention=False)
-            else:
-                self.dec[f'{res}x{res}_up'] = block(channels, channels, 'dec', res, 'up', attention=False)
-            for index in range(num_blocks + 1):
-                self.dec[f'{res}x{res}_block{index}'] = block(channels + skips.pop(), width, 'dec', res)
-                channels = width
-        self.out_conv = MPConv(channels, img_channels, [3, 3])
+            attention = kind != 'down' and res in attn_resolutions
+            self.enc[f'{res}x{res}_{kind}'] = MPConv(img_channels + 1, c_out, [3, 3]) if kind == 'conv' else Block(
+                c_in, c_out, cemb, 'enc', 'down' if kind == 'down' else 'keep', attention=attention, **block_kwargs)
+        for kind, level, c_in, c_out in decoder_layers(skips, cblock, num_blocks):
+            res = img_resolution >> level
+            attention = kind == 'in0' or ('block' in kind and res in attn_resolutions)
+            self.dec[f'{res}x{res}_{kind}'] = Block(
+                c_in, c_out, cemb, 'dec', 'up' if kind == 'up' else 'keep', attention=attention, **block_kwargs)
+        self.out_conv = MPConv(c_out, img_channels, [3, 3])
 
     def forward(self, x, noise_labels, class_labels=None):
         """x [N,C,H,W] (its type is the type of the computation), noise_labels [N] or [1] -> [N,C,H,W]."""
@@ -352,36 +345,23 @@ class UNet(torch.nn.Module):
         return self.out_conv(x, gain=self.out_gain)
 
 
-class Precond(torch.nn.Module):
+class Precond(Denoiser):
     """EDM preconditioning (arXiv 2206.00364, Table 1) around the EDM2 U-Net: the denoiser D(x; sigma, labels).
 
-    `precision` is 'fp32', 'fp16' (on GPUs; float32 on the CPU) or 'bf16'; `use_fp16` is the published name for
-    the first two. `return_logvar=True` also gives the uncertainty u(sigma) [N,1,1,1] of the training loss (Eq. 15).
+    `return_logvar=True` also gives the uncertainty u(sigma) [N,1,1,1] of the training loss (Eq. 15).
     """
-
-    sigma_min, sigma_max = 0.0, float('inf')
 
     def __init__(self, img_resolution, img_channels, label_dim, use_fp16=True, sigma_data=0.5, logvar_channels=128,
                  precision=None, **unet_kwargs):
-        super().__init__()
-        self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
+        super().__init__(img_resolution, img_channels, label_dim, precision, use_fp16)
         self.sigma_data = sigma_data
-        self.precision = precision or ('fp16' if use_fp16 else 'fp32')
         self.unet = UNet(img_resolution, img_channels, label_dim, **unet_kwargs)
         self.logvar_fourier = MPFourier(logvar_channels)
         self.logvar_linear = MPConv(logvar_channels, 1, [])
 
     def forward(self, x, sigma, class_labels=None, return_logvar=False, force_fp32=False):
-        x = x.float()
-        sigma = torch.as_tensor(sigma, device=x.device).float().reshape(-1, 1, 1, 1)
-        if self.label_dim == 0:
-            class_labels = None
-        elif class_labels is None:
-            class_labels = torch.zeros([1, self.label_dim], device=x.device)
-        else:
-            class_labels = class_labels.float().reshape(-1, self.label_dim)
+        x, sigma, class_labels = self.conditions(x, sigma, class_labels, rows=1)
         dtype = torch.float32 if force_fp32 else compute_dtype(self.precision, x.device)
-
         variance = sigma**2 + self.sigma_data**2
         c_skip = self.sigma_data**2 / variance
         c_out = sigma * self.sigma_data / variance.sqrt()
@@ -392,7 +372,3 @@ class Precond(torch.nn.Module):
         if not return_logvar:
             return D_x
         return D_x, self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)
-
-    def round_sigma(self, sigma):
-        """Every noise level is as good as any other for this network."""
-        return torch.as_tensor(sigma)

@@ -1,13 +1,20 @@
-"""What several architectures share: precision, dropout.
+"""What several architectures share: precision, dropout, attention, normalisation, resampling, the order of a U-Net.
 
 Masks of dropout depend on the training image, not on how the batch is split over processes. The loss opens
 `torch_utils.random.drawing_from(batch['random'])` around the forward pass; `dropout` and `drop_labels` inside then draw
 from it, one row for each image. Outside of it they use torch's global generator, like torch's own dropout.
+
+Shapes: N images, C channels, H x W pixels, E numbers of an embedding.
 """
 
+import math
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from dnnlib import UserError
 from torch_utils.random import GlobalRandom, network_random
 
 DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
@@ -18,6 +25,43 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision == 'fp16' and device.type != 'cuda':
         return torch.float32
     return DTYPES[precision]
+
+
+class Denoiser(nn.Module):
+    """What denoisers D(x; sigma, labels) share; these are continuous in the noise level, from 0 to any.
+
+    `precision` is 'fp32', 'fp16' (on GPUs; float32 on the CPU) or 'bf16'; `use_fp16` is the published name for the
+    first two.
+    """
+
+    sigma_min, sigma_max = 0.0, math.inf
+
+    def __init__(self, img_resolution: int, img_channels: int, label_dim: int, precision=None, use_fp16=False):
+        super().__init__()
+        self.img_resolution = img_resolution
+        self.img_channels = img_channels
+        self.label_dim = label_dim
+        self.precision = precision or ('fp16' if use_fp16 else 'fp32')
+
+    def round_sigma(self, sigma):
+        """The nearest noise level that the network knows."""
+        return torch.as_tensor(sigma)
+
+    def conditions(self, x_NCHW, sigma, labels, rows: int):
+        """x in float32, sigma [N or 1, 1, 1, 1], labels [N, label_dim]: if None, `rows` of zeros ("no label").
+
+        The labels of an unconditional network are None.
+        """
+        x_NCHW = x_NCHW.float()
+        sigma = torch.as_tensor(sigma, device=x_NCHW.device).float().reshape(-1, 1, 1, 1)
+        if not self.label_dim:
+            return x_NCHW, sigma, None
+        if labels is None:
+            labels = torch.zeros([rows, self.label_dim], device=x_NCHW.device)
+        return x_NCHW, sigma, labels.float().reshape(-1, self.label_dim)
+
+
+# --- Dropout ----------------------------------------------------------------------------------------------------------
 
 
 def dropout(x, p: float, training: bool):
@@ -31,9 +75,131 @@ def dropout(x, p: float, training: bool):
     return x * (keep / (1 - p)).to(x.dtype)
 
 
+class Dropout(nn.Dropout):
+    """`dropout` as a layer."""
+
+    def forward(self, x):
+        return dropout(x, self.p, self.training)
+
+
 def drop_labels(labels, p: float, training: bool):
     """Sets whole rows of labels [N, label_dim] to zero ("no label") with probability p, in training only."""
     if not training or p == 0:
         return labels
     random = network_random() or GlobalRandom(labels.device)
     return labels * (random.rand([len(labels), 1], device=labels.device) >= p)
+
+
+# --- Layers: weights stay in float32 and are cast to the type of the activations --------------------------------------
+
+
+class Conv2d(nn.Conv2d):
+    def forward(self, x_NCHW):
+        return self._conv_forward(x_NCHW, self.weight.to(x_NCHW.dtype), self.bias.to(x_NCHW.dtype))
+
+
+class Conv1d(nn.Conv1d):
+    def forward(self, x_NCL):
+        return self._conv_forward(x_NCL, self.weight.to(x_NCL.dtype), self.bias.to(x_NCL.dtype))
+
+
+class GroupNorm(nn.GroupNorm):
+    """Normalisation of x [N, C, ...] over groups of channels. Raises UserError where they do not divide the channels."""
+
+    def __init__(self, num_channels: int, num_groups: int = 32, eps: float = 1e-5):
+        if num_groups < 1 or num_channels % num_groups:
+            raise UserError(f'{num_channels} channels cannot be normalised in {num_groups} groups; choose a multiple '
+                            'of 32', field='num_channels')
+        super().__init__(num_groups, num_channels, eps)
+
+    def forward(self, x):
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+
+def time_features(t_N, width: int, endpoint: bool = False) -> torch.Tensor:
+    """[cos(t f), sin(t f)] with f_i = 10000^(-i / (E/2)), i = 0 .. E/2 - 1, in float32; [N] -> [N, E].
+
+    `endpoint`: the last frequency is 1/10000 exactly.
+    """
+    half = width // 2
+    i = torch.arange(half, dtype=torch.float32, device=t_N.device)
+    angles = t_N.float().outer((1 / 10000) ** (i / (half - endpoint)))
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), [0, width % 2])
+
+
+def embed_labels(embedding: nn.Embedding, labels: torch.Tensor) -> torch.Tensor:
+    """Embedding of class numbers [N], or of label vectors [N, classes] where zeros mean "no label"; [N, E]."""
+    return labels @ embedding.weight if labels.is_floating_point() else embedding(labels)
+
+
+def attention(qkv_NCHW, num_heads: int, order: str) -> torch.Tensor:
+    """Self-attention over the pixels: [N, 3C, H, W] -> [N, C, H, W].
+
+    `order` is how the 3C channels are numbered, the slowest index first: q (query, key, value), h (head) and c (channel
+    of a head).
+    """
+    N, C, H, W = qkv_NCHW.shape
+    C //= 3
+    sizes = {'q': 3, 'h': num_heads, 'c': C // num_heads}
+    place = {name: 1 + order.index(name) for name in sizes}
+    qkv = qkv_NCHW.reshape(N, *(sizes[name] for name in order), H * W)
+    q, k, v = qkv.permute(place['q'], 0, place['h'], 4, place['c']).contiguous().unbind(0)
+    y = F.scaled_dot_product_attention(q, k, v)         # [N, heads, pixels, channels of a head]
+    return y.transpose(2, 3).reshape(N, C, H, W)
+
+
+def low_pass(taps) -> np.ndarray:
+    """The separable filter [1, 1, k, k] of sum 1 with these taps. Raises ValueError unless they are an even number."""
+    taps = np.float32(taps)
+    if taps.ndim != 1 or len(taps) % 2:
+        raise ValueError(f'resample_filter must be a list of even length, not {taps.tolist()}')
+    taps = taps / taps.sum()
+    return np.outer(taps, taps)[None, None]
+
+
+def is_box(kernel: np.ndarray) -> bool:
+    """True for the filter of the taps [1, 1]."""
+    return kernel.ravel().tolist() == [0.25] * 4
+
+
+def resample(x_NCHW, kernel, up: bool, pad: int, box: bool) -> torch.Tensor:
+    """Resolution times 2 or 1/2 with a low-pass filter [1, 1, k, k]; depthwise. `box` says that it is that of [1, 1]."""
+    if box:                                             # what repetition and pooling do, faster
+        return F.interpolate(x_NCHW, scale_factor=2) if up else F.avg_pool2d(x_NCHW, 2)
+    C = x_NCHW.shape[1]
+    kernel = torch.as_tensor(kernel, dtype=x_NCHW.dtype, device=x_NCHW.device).expand(C, 1, -1, -1)
+    if up:
+        return F.conv_transpose2d(x_NCHW, 4 * kernel, groups=C, stride=2, padding=pad)
+    return F.conv2d(x_NCHW, kernel, groups=C, stride=2, padding=pad)
+
+
+# --- The order of a U-Net ---------------------------------------------------------------------------------------------
+
+
+def encoder_layers(channels: int, widths, num_blocks: int, skips: list):
+    """Yields (kind, level, channels in, channels out) of encoder layers: conv, block0, ..., down, block0, ...
+
+    Level 0 has the full resolution, each further one half of it. The outputs' channels are appended to `skips`.
+    """
+    for level, width in enumerate(widths):
+        skips.append(channels)
+        yield 'down' if level else 'conv', level, channels, channels
+        for index in range(num_blocks):
+            skips.append(width)
+            yield f'block{index}', level, channels, width
+            channels = width
+
+
+def decoder_layers(skips: list, widths, num_blocks: int):
+    """Yields the same of decoder layers: in0, in1, block0, ..., up, block0, ...; each block also takes the last of `skips`,
+    which are used up."""
+    channels, deepest = skips[-1], len(widths) - 1
+    yield 'in0', deepest, channels, channels
+    yield 'in1', deepest, channels, channels
+    for level in range(deepest, -1, -1):
+        if level < deepest:
+            yield 'up', level, channels, channels
+        for index in range(num_blocks + 1):
+            yield f'block{index}', level, channels + skips.pop(), widths[level]
+            channels = widths[level]
