@@ -18,30 +18,33 @@ def save_png(image: PIL.Image.Image, path: str):
 
 
 def image_grid(images, columns: int | None = None, row_labels=None, min_side: int = 32) -> PIL.Image.Image:
-    """Images uint8 [N,C,H,W] (C = 1 or 3) as one picture, row by row, each row with a label at its left if given.
+    """Images uint8 [N,C,H,W] (C = 1 or 3) as one picture, row by row, with a label left of each row.
 
-    Small images are enlarged by a whole factor so that their shorter side has at least `min_side` pixels.
+    Small images are enlarged by a whole factor so that their shorter side has `min_side` pixels.
     """
     images = np.asarray(images)
-    N, C, H, W = images.shape
-    if C == 1:
+    count, channels, height, width = images.shape
+    if channels == 1:
         images = images.repeat(3, axis=1)
-    columns = columns or math.ceil(math.sqrt(N))
-    rows = math.ceil(N / columns)
-    zoom = max(1, math.ceil(min_side / min(H, W)))
-    gap, H, W = max(1, zoom // 2), H * zoom, W * zoom
-    font = PIL.ImageFont.load_default(size=max(10, min(16, H // 2)))
-    left = 0
-    if row_labels is not None:
-        left = math.ceil(max(font.getlength(str(label)) for label in row_labels)) + 8
-    picture = PIL.Image.new('RGB', (left + columns * (W + gap) + gap, rows * (H + gap) + gap), 'white')
-    draw = PIL.ImageDraw.Draw(picture)
+    zoom = max(1, math.ceil(min_side / min(height, width)))
+    gap = max(1, zoom // 2)
+    height *= zoom
+    width *= zoom
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    labels = [str(label) for label in row_labels or []]
+    font = PIL.ImageFont.load_default(size=max(10, min(16, height // 2)))
+    left = math.ceil(max(map(font.getlength, labels))) + 8 if labels else 0
+    size = (left + columns * (width + gap) + gap, rows * (height + gap) + gap)
+    picture = PIL.Image.new('RGB', size, 'white')
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
-        tile = PIL.Image.fromarray(image.transpose(1, 2, 0)).resize((W, H), PIL.Image.Resampling.NEAREST)
-        picture.paste(tile, (left + gap + column * (W + gap), gap + row * (H + gap)))
-    for row, label in enumerate(row_labels or []):
-        draw.text((left - 6, gap + row * (H + gap) + H // 2), str(label), fill='black', font=font, anchor='rm')
+        tile = PIL.Image.fromarray(image.transpose(1, 2, 0)).resize((width, height), PIL.Image.Resampling.NEAREST)
+        picture.paste(tile, (left + gap + column * (width + gap), gap + row * (height + gap)))
+    draw = PIL.ImageDraw.Draw(picture)
+    for row, label in enumerate(labels):
+        middle = gap + row * (height + gap) + height // 2
+        draw.text((left - 6, middle), label, fill='black', font=font, anchor='rm')
     return picture
 
 
@@ -51,7 +54,10 @@ def save_image_grid(path: str, images, columns: int | None = None, row_labels=No
 
 
 def figure(size=(6, 4), shape=(1, 1)):
-    """A matplotlib figure that needs no display, and its axes (an array of them for a `shape` of rows and columns)."""
+    """A matplotlib figure that needs no display, and its axes.
+
+    They are an array for a `shape` of several rows and columns.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     fig = Figure(figsize=size, layout='constrained')
@@ -67,7 +73,8 @@ def save_loss_curve(stats_path: str, path: str):
     fig, axes = figure()
     for name in names:
         points = [(row['nimg'] / 1000, row[name]['mean']) for row in rows if name in row]
-        axes.plot(*zip(*points, strict=True), label=name.removeprefix('Loss/'), marker='.' if len(points) < 20 else None)
+        marker = '.' if len(points) < 20 else None
+        axes.plot(*zip(*points, strict=True), label=name.removeprefix('Loss/'), marker=marker)
     axes.set(xlabel='thousands of training images', ylabel='loss (mean over elements)')
     axes.grid(alpha=0.3)
     if names:

@@ -3,7 +3,8 @@
 import functools
 import pathlib
 
-# Ten classes at each of three similarity levels: sim3 are dogs, sim2 mammals, sim1 anything. The first is common to all.
+# Ten classes at each of three similarity levels: sim3 are dogs, sim2 mammals, sim1 anything.
+# The first is common to all.
 SIMILARITY_LEVELS = {
     'sim3': (171, 182, 198, 208, 215, 231, 236, 244, 245, 258),
     'sim2': (171, 269, 279, 283, 294, 330, 340, 366, 370, 386),
@@ -11,15 +12,14 @@ SIMILARITY_LEVELS = {
 }
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def classes() -> tuple[tuple[str, str], ...]:
-    """(wnid, name) of each class by index, e.g. classes()[171] == ('n02091032', 'Italian greyhound')."""
-    lines = (pathlib.Path(__file__).parent / 'imagenet-classes.tsv').read_text(encoding='utf-8').splitlines()[1:]
-    rows = [line.split('\t') for line in lines]
-    return tuple((wnid, name) for _, wnid, name in rows)
+    """(wnid, name) of each class by index: classes()[171] == ('n02091032', 'Italian greyhound')."""
+    text = pathlib.Path(__file__).with_name('imagenet-classes.tsv').read_text(encoding='utf-8')
+    return tuple(tuple(line.split('\t')[1:]) for line in text.splitlines()[1:])
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def index_of_wnid() -> dict[str, int]:
     """{'n01440764': 0, ...}"""
     return {wnid: index for index, (wnid, _) in enumerate(classes())}

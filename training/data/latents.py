@@ -1,4 +1,4 @@
-"""Archives of pixels to archives of latents and back, by one process or many with the same result."""
+"""Archives of pixels to archives of latents and back; any number of processes has the same result."""
 
 import contextlib
 import io
@@ -18,20 +18,22 @@ from training.encoders import StabilityVAEEncoder, encoder_for, make_encoder
 
 
 def encode(source: str, dest: str, encoder: StabilityVAEEncoder, *, batch=16, overwrite=False) -> int:
-    """Stores mean and standard deviation of the autoencoder's posterior for every image of an archive of pixels.
+    """Stores mean and std of the autoencoder's posterior for every image of an archive of pixels.
 
-    `dest` gets `latent_name(i)` (float32 [8,R/8,R/8]) for image i of `source`, its labels and its description. Returns
-    the number of images; raises UserError for sources that hold no pixels or are too small.
+    `dest` gets `latent_name(i)` (float32 [8,R/8,R/8]) for image i of `source`, its labels and its
+    description. Returns the number of images; raises UserError for sources that hold no pixels or
+    are too small.
     """
     check_destination(dest, overwrite)
     dataset = ImageDataset(source, cache=False)
     if dataset.dtype != np.uint8:
-        raise UserError(f'--source={source} holds latents already; encode takes pixels')
+        raise UserError(f'{source} holds latents already; encode takes pixels')
     if dataset.resolution % 8:
-        raise UserError(f'--source={source} has {dataset.resolution}x{dataset.resolution} pixels; '
+        raise UserError(f'{source} has {dataset.resolution}x{dataset.resolution} pixels; '
                         'the autoencoder needs a multiple of 8')
     if os.path.isdir(encoder.vae_name):
-        encoder.vae_name = os.path.abspath(encoder.vae_name)  # the archive and snapshots name it from anywhere
+        # The archive and snapshots name it from anywhere.
+        encoder.vae_name = os.path.abspath(encoder.vae_name)
 
     def to_bytes(raw):
         file = io.BytesIO()
@@ -39,11 +41,12 @@ def encode(source: str, dest: str, encoder: StabilityVAEEncoder, *, batch=16, ov
         return file.getvalue()
 
     encoder.prepare(dist.get_device())
-    _map(dataset, dest, encoder.encode_pixels, to_bytes, latent_name, batch, overwrite, {'encoder': encoder.config()})
-    return len(dataset)
+    return _map(dataset, dest, encoder.encode_pixels, to_bytes, latent_name, batch, overwrite,
+                encoder.config())
 
 
-def decode(source: str, dest: str, *, model_url=None, precision='fp32', batch=16, overwrite=False) -> int:
+def decode(source: str, dest: str, *, model_url=None, precision='fp32', batch=16,
+           overwrite=False) -> int:
     """Pictures of the means of an archive of latents: PNG files at `dest` with the same labels.
 
     The autoencoder is the one that the archive names, or `model_url`. Returns the number of images.
@@ -51,7 +54,7 @@ def decode(source: str, dest: str, *, model_url=None, precision='fp32', batch=16
     check_destination(dest, overwrite)
     dataset = ImageDataset(source, cache=False)
     if dataset.dtype == np.uint8:
-        raise UserError(f'--source={source} holds pixels; decode takes latents')
+        raise UserError(f'{source} holds pixels; decode takes latents')
     config = encoder_for(dataset) | ({'vae_name': model_url} if model_url else {})
     encoder = make_encoder(config | {'batch_size': batch, 'precision': precision})
     channels = encoder.latent_shape(dataset.image_shape)[0]
@@ -64,14 +67,14 @@ def decode(source: str, dest: str, *, model_url=None, precision='fp32', batch=16
         return encode_png(pixels.transpose(1, 2, 0))
 
     encoder.prepare(dist.get_device())
-    _map(dataset, dest, function, to_bytes, image_name, batch, overwrite, {'encoder': None})
-    return len(dataset)
+    return _map(dataset, dest, function, to_bytes, image_name, batch, overwrite, None)
 
 
-def _map(dataset, dest, function, to_bytes, name_of, batch, overwrite, notes):
-    """Writes `to_bytes(function(images))` of all images. Batches are the same ones for any number of processes.
+def _map(dataset, dest, function, to_bytes, name_of, batch, overwrite, encoder) -> int:
+    """Writes `to_bytes(function(images))` of all images, and returns their number.
 
-    Process r of R takes batches r, r+R, ...; the first process gathers and writes them in order.
+    Batches are the same ones for any number of processes. Process r of R takes batches r, r+R, ...;
+    the first process gathers and writes them in order.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
     batches = [np.arange(i, min(i + batch, len(dataset))) for i in range(0, len(dataset), batch)]
@@ -82,26 +85,31 @@ def _map(dataset, dest, function, to_bytes, name_of, batch, overwrite, notes):
             return pool.submit(dataset.images, batches[number]) if number < len(batches) else None
 
         ahead = read(rank)
-        for first in tqdm.trange(0, len(batches), size, unit='batch', delay=2, disable=True if rank else None):
-            images, ahead = ahead and ahead.result(), read(first + size + rank)
+        starts = range(0, len(batches), size)
+        for first in tqdm.tqdm(starts, unit='batch', delay=2, disable=True if rank else None):
+            images = ahead and ahead.result()
+            ahead = read(first + size + rank)
             result = None if images is None else function(torch.from_numpy(images)).numpy()
             for number, values in enumerate(_gather(result), start=first):
                 for index, value in zip(batches[number], values, strict=True):
                     out.add(names[index], to_bytes(value))
         if rank == 0:
             labels = dataset.stored_labels
-            pairs = None if labels is None else [list(pair) for pair in zip(names, labels.tolist(), strict=True)]
-            info = dataset.info | {'labels': pairs} | notes
-            out.add_description({key: value for key, value in info.items() if value is not None or key == 'labels'})
+            if labels is not None:
+                labels = [list(pair) for pair in zip(names, labels.tolist(), strict=True)]
+            info = dataset.info | {'encoder': encoder}
+            info = {key: value for key, value in info.items() if value is not None}
+            out.add_description(info | {'labels': labels})
     dist.barrier()  # no process ends before the archive is there
+    return len(dataset)
 
 
 @contextlib.contextmanager
 def _parallel(function):
     """`function` from images to values on the CPU, computed on the GPU if there is one.
 
-    On the CPU, threads take an image each. The threads of a single operation, whose number changes the rounding, stay
-    out of it: so the result is the same for any number of cores and processes.
+    On the CPU, threads take an image each. The threads of a single operation, whose number changes
+    the rounding, stay out of it: so the result is the same for any number of cores and processes.
     """
     device = dist.get_device()
     if device.type == 'cuda':
