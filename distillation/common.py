@@ -7,7 +7,6 @@ found from the current folder or from distillation/. `key=value` arguments overr
 """
 
 import dataclasses
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 
 from dnnlib import UserError
+from dnnlib.util import hash_file
 from torch_utils import distributed as dist
 from torch_utils.files.weights import load_weights, read_state_dict
 from training.networks import build_network
@@ -283,11 +283,7 @@ def load_model(net, path: str, what: str):
 
 def fingerprint(path: str) -> str:
     """First half of the SHA-256 of a file: what tells teachers apart."""
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()[:32]
+    return hash_file(path)[:32]
 
 
 # --- Command lines ----------------------------------------------------------------------------------------------------

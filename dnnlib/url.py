@@ -38,17 +38,9 @@ def check_sha256(path: str, sha256: str, name: str):
     """Raises UserError unless the file `path`, called `name`, has this SHA-256."""
     if not os.path.isfile(path):
         raise util.UserError(f'--sha256: {name} is no file')
-    with open(path, 'rb') as file:
-        digest = hashlib.file_digest(file, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else _digest(file)
+    digest = util.hash_file(path)
     if digest != sha256.lower():
         raise util.UserError(f'{name} has the SHA-256 {digest} instead of {sha256.lower()}; it is another file, or damaged')
-
-
-def _digest(file) -> str:
-    digest = hashlib.sha256()  # Python 3.10 has no file_digest
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def download(url: str, hint: str = 'download it elsewhere and give the path of the file', sha256: str | None = None) -> str:

@@ -1,6 +1,7 @@
 """Small things that every room needs: errors for users, whole-or-nothing files, counts with suffixes, cores."""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -83,6 +84,15 @@ def write_bytes(dest: str, data: bytes):
 def write_json(dest: str, value, indent: int | None = 2):
     """Writes `value` as a JSON file that appears only when complete."""
     write_bytes(dest, (json.dumps(value, indent=indent) + '\n').encode())
+
+
+def hash_file(path: str, algorithm: str = 'sha256') -> str:
+    """Hexadecimal digest of a file."""
+    digest = hashlib.new(algorithm)
+    with open(path, 'rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 _SUFFIXES = {'': 1, 'k': 10**3, 'm': 10**6, 'g': 10**9, 'ki': 2**10, 'mi': 2**20, 'gi': 2**30}

@@ -1,7 +1,9 @@
-"""A data set in memory, and the data of the long-tail study as such: CIFAR archives, digits or a zip, cut to a long tail."""
+"""The data of the long-tail study: CIFAR archives, digits or a zip, as they are or cut to a long
+tail.
+"""
 
+import dataclasses
 import gzip
-import hashlib
 import os
 import shutil
 import zlib
@@ -10,37 +12,44 @@ import numpy as np
 
 from dnnlib.image_io import BadImage
 from dnnlib.url import download as download_url
-from dnnlib.util import UserError, atomic_path
+from dnnlib.util import UserError, atomic_path, hash_file
 from long_tail import imbalance
 from torch_utils import distributed
 from training.data import sources
+from training.data.dataset import Dataset
 from training.data.transforms import make_transform
 
-# data_type -> name of the archive, of its unpacked folder, MD5, number of classes and of training images.
-CIFAR = {
-    'cifar10': ('cifar-10-python.tar.gz', 'cifar-10-batches-py', 'c58f30108f718f92721af3d95e74349a', 10, 50000),
-    'cifar100': ('cifar-100-python.tar.gz', 'cifar-100-python', 'eb9058c3a382ffc7106e4002c42a8d85', 100, 50000),
-}
 URL = 'https://www.cs.toronto.edu/~kriz/'
+
+
+@dataclasses.dataclass(frozen=True)
+class Cifar:
+    """A CIFAR archive, its unpacked folder and the file in there that is not in the other one's.
+    """
+
+    archive: str
+    folder: str
+    meta: str
+    md5: str
+    num_classes: int
+    train_images: int = 50000
+
+
+CIFAR = {
+    'cifar10': Cifar('cifar-10-python.tar.gz', 'cifar-10-batches-py', 'batches.meta',
+                     'c58f30108f718f92721af3d95e74349a', 10),
+    'cifar100': Cifar('cifar-100-python.tar.gz', 'cifar-100-python', 'meta',
+                      'eb9058c3a382ffc7106e4002c42a8d85', 100),
+}
 DATA_TYPES = [base + tail for base in (*CIFAR, 'digits', 'zip') for tail in ('', 'lt')]
 
 
-class ArrayDataset:
-    """Images uint8 [n,C,H,W] with classes int64 [n] (None: no labels); the face of `ImageDataset`.
-
-    `class_counts` int64 [classes]: how many images each class has.
-    """
-
-    classes = wnids = None
+class ArrayDataset(Dataset):
+    """Images uint8 [n,C,H,W] in memory, with classes int64 [n]."""
 
     def __init__(self, name: str, images: np.ndarray, labels, class_names: list):
-        self.name = self.path = name
-        self._images, self.class_names = images, class_names
-        self.has_labels = labels is not None
-        self.label_dim = len(class_names) if self.has_labels else 0
-        self.label_ids = np.asarray(labels if self.has_labels else np.zeros(len(images)), dtype=np.int64)
-        self.class_counts = np.bincount(self.label_ids, minlength=self.label_dim) if self.has_labels else None
-        self.image_shape, self.dtype = images.shape[1:], images.dtype
+        super().__init__(name, images.shape[1:], labels=labels, info={'class_names': class_names})
+        self._images = images
 
     def __len__(self):
         return len(self._images)
@@ -49,123 +58,124 @@ class ArrayDataset:
         """uint8 [n,C,H,W] at `indices` (int [n])."""
         return self._images[np.asarray(indices)]
 
-    def labels(self, indices) -> np.ndarray:
-        """One-hot float32 [n,label_dim], zero-width without labels."""
-        return np.eye(self.label_dim, dtype=np.float32)[self.label_ids[np.asarray(indices)]] if self.has_labels \
-            else np.zeros((len(indices), 0), dtype=np.float32)
-
     def description(self) -> dict:
-        """What snapshots keep of the data."""
-        return {
-            'name': self.name, 'size': len(self), 'resolution': self.image_shape[1], 'num_channels': self.image_shape[0],
-            'label_dim': self.label_dim, 'classes': None, 'class_names': self.class_names if self.has_labels else None,
-            'class_counts': self.class_counts.tolist() if self.has_labels else None}
+        """What snapshots keep of the data, with the images of each class."""
+        return super().description() | {'class_counts': self.class_counts.tolist()}
 
 
 def nominal_counts(data_type: str, imb_type: str, imb_factor: float) -> np.ndarray | None:
-    """Training images of each class of CIFAR or digits, which need not be read for it; None for other data."""
+    """Training images of each class of CIFAR or digits, without reading CIFAR; None for other
+    data.
+    """
     base, kind = _parse(data_type, imb_type)
     if base in CIFAR:
-        return imbalance.class_counts(CIFAR[base][4], CIFAR[base][3], kind, imb_factor if kind != 'none' else 1.0)
-    return open_data(data_type, '', imb_type=imb_type, imb_factor=imb_factor).class_counts if base == 'digits' else None
+        cifar = CIFAR[base]
+        factor = imb_factor if kind != 'none' else 1.0
+        return imbalance.class_counts(cifar.train_images, cifar.num_classes, kind, factor)
+    if base == 'digits':
+        return open_data(data_type, '', imb_type=imb_type, imb_factor=imb_factor).class_counts
+    return None
 
 
-def open_data(data_type: str, root: str, *, size: int | None = None, imb_type='exp', imb_factor=0.01, use_labels=True,
-              split='train', download=False, xflip=False) -> ArrayDataset:
-    """The data that `data_type` names: cifar10, cifar100, digits or zip; with an `lt` at its end, a long tail of it.
+def open_data(data_type: str, root: str, *, size: int | None = None, imb_type='exp',
+              imb_factor=0.01, split='train', download=False, xflip=False) -> ArrayDataset:
+    """The data that `data_type` names: cifar10, cifar100, digits or zip, with `lt`: a long tail
+    of it.
 
-    root     folder with the CIFAR archive, or that is its unpacked folder, or the archive itself; for zip, a zip or folder
-             of labelled images
+    root     the CIFAR archive, its unpacked folder, or the folder of one of them; for zip, a zip
+             or folder of labelled images
     size     width and height to which other images are resized (Lanczos)
     split    'train', or 'test' for CIFAR
     xflip    add the mirror image of each
 
-    Raises UserError that names the option or the file: unknown type, no archive, wrong checksum or layout, a class
-    without images.
+    Raises UserError that names the field or the file: unknown type, no archive, wrong checksum or
+    layout, a class without images.
     """
     base, kind = _parse(data_type, imb_type)
     source = _open_source(base, root, split, download)
-    names = source.class_names or [str(c) for c in source.classes or range(int(source.labels.max()) + 1)]
+    names = source.class_names or [str(c) for c in source.classes]
     indices = np.arange(len(source), dtype=np.int64)
     if kind != 'none':
         indices = imbalance.long_tailed(source.labels, len(names), kind, imb_factor).indices
     labels = source.labels[indices]
     missing = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
-    if use_labels and len(missing):
-        raise UserError(f'--root={source.name}: class {missing[0]} ({names[missing[0]]}) has no images; '
+    if len(missing):
+        raise UserError(f'{source.name}: class {missing[0]} ({names[missing[0]]}) has no images; '
                         'leave it out of the data')
     images = _read(source, indices, size)
     if xflip:
-        images, labels = np.concatenate([images, images[..., ::-1]]), np.concatenate([labels, labels])
-    return ArrayDataset(data_type, images, labels if use_labels else None, names)
+        images = np.concatenate([images, images[..., ::-1]])
+        labels = np.concatenate([labels, labels])
+    return ArrayDataset(data_type, images, labels, names)
 
 
 def _parse(data_type, imb_type):
     """(kind of data, kind of long tail or 'none')."""
     if data_type not in DATA_TYPES:
-        raise UserError(f'--data_type={data_type} is unknown; there are {", ".join(DATA_TYPES)}')
+        raise UserError(f'is unknown; there are {", ".join(DATA_TYPES)}', 'data_type', data_type)
     base = data_type.removesuffix('lt')
     return base, 'none' if base == data_type else imb_type
 
 
-def _open_source(base, root, split, download):
-    if base == 'digits':
-        return sources.DigitsSource()
+def _open_source(base, root, split, download) -> sources.Source:
     if base in CIFAR:
         path = find_cifar(base, root, download)
         source = sources.CifarSource(path, split=split)
-        if len(source.class_names) != CIFAR[base][3]:
-            raise UserError(f'{path} has {len(source.class_names)} classes; is it another data set than {base}?')
+        if len(source.class_names) != CIFAR[base].num_classes:
+            raise UserError(f'{path} has {len(source.class_names)} classes; '
+                            f'is it another data set than {base}?')
         return source
-    source = sources.open_source(root)
+    source = sources.open_source('digits' if base == 'digits' else root)
     if source.labels is None or source.labels.ndim != 1 or len(source.classes) < 2:
-        raise UserError(f'--root={root} has no class labels, and the study is about classes')
+        raise UserError('has no class labels, and the study is about classes', 'root', root)
     return source
 
 
 def find_cifar(base: str, root: str, download: bool = False) -> str:
-    """Path of the archive or unpacked folder of 'cifar10' or 'cifar100' at `root`, its checksum verified.
+    """Path of the archive or unpacked folder of 'cifar10' or 'cifar100', its checksum verified.
 
-    With `download` a missing archive is fetched to the folder `root`, and must be the original one.
+    With `download` a missing archive is fetched to the folder `root`, and must be the original
+    one.
     """
-    archive, folder, md5 = CIFAR[base][:3]
-    path = os.path.join(root, archive)
-    if os.path.isfile(root):
-        path = root
-    elif os.path.isdir(os.path.join(root, folder)) and not os.path.isfile(path):
-        return os.path.join(root, folder)
-    elif not os.path.isfile(path) and os.path.isfile(os.path.join(root, 'batches.meta' if base == 'cifar10' else 'meta')):
-        return root
+    cifar = CIFAR[base]
+    path = root if os.path.isfile(root) else os.path.join(root, cifar.archive)
+    if not os.path.isfile(path):
+        for folder in (os.path.join(root, cifar.folder), root):
+            if os.path.isfile(os.path.join(folder, cifar.meta)):
+                return folder
+    md5 = cifar.md5 if download else None
     if download:
         with distributed.rank0_first():
             if not os.path.isfile(path):
-                fetched = download_url(URL + archive)
+                fetched = download_url(URL + cifar.archive)
                 verify_gzip(fetched, md5)
                 with atomic_path(path) as temp:
                     shutil.copyfile(fetched, temp)
     if not os.path.isfile(path):
-        raise UserError(f'--root={root} has neither {archive} nor the folder {folder}; put it there, or give --download')
-    verify_gzip(path, md5 if download else None)
+        raise UserError(f'has neither {cifar.archive} nor the folder {cifar.folder}; '
+                        'put it there, or give --download', 'root', root)
+    verify_gzip(path, md5)
     return path
 
 
 def verify_gzip(path: str, md5: str | None = None):
-    """Raises UserError unless the file is a whole gzip file by its own checksums, and has this MD5 if one is given."""
+    """Raises UserError unless a gzip file is whole by its own checksums, and has this MD5 (if
+    any).
+    """
     try:
-        if md5 is not None:
-            with open(path, 'rb') as file:
-                found = hashlib.file_digest(file, 'md5').hexdigest() if hasattr(hashlib, 'file_digest') \
-                    else hashlib.md5(file.read()).hexdigest()
-            if found != md5:
-                raise UserError(f'{path} has the checksum (MD5) {found} instead of {md5}; remove it and download it again')
+        digest = md5 and hash_file(path, 'md5')
+        if digest != md5:
+            raise UserError(f'{path} has the checksum (MD5) {digest} instead of {md5}; '
+                            'remove it and download it again')
         with open(path, 'rb') as file:
             if file.read(2) != b'\x1f\x8b':
-                return                                         # a plain tar or another format: reading it will tell
+                return  # a plain tar or another format: reading it will tell
         with gzip.open(path) as file:
             while file.read(1 << 20):
                 pass
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f'{path} is damaged: its checksum is wrong, or it ends early ({error}); download it again') from None
+        raise UserError(f'{path} is damaged: its checksum is wrong, or it ends early ({error}); '
+                        'download it again') from None
 
 
 def _read(source, indices, size) -> np.ndarray:
@@ -173,13 +183,15 @@ def _read(source, indices, size) -> np.ndarray:
     stored = getattr(source, 'images', None)
     if stored is not None and stored.ndim == 4 and size in (None, stored.shape[-1]):
         return stored[indices]
-    transform, out = make_transform(None, size, size), []
+    transform = make_transform(None, size, size)
+    images = []
     for index in indices:
         try:
-            out.append(transform(source.read(index)).transpose(2, 0, 1))
+            image = transform(source.picture(index)).transpose(2, 0, 1)
         except BadImage as error:
             raise UserError(f'{source.where(index)}: {error}') from None
-        if out[-1].shape != out[0].shape or out[-1].shape[1] != out[-1].shape[2]:
-            raise UserError(f'{source.where(index)} is {out[-1].shape[2]} x {out[-1].shape[1]}; all images must be squares '
-                            'of one size: give --img_size')
-    return np.stack(out)
+        images.append(image)
+        if image.shape != images[0].shape or image.shape[1] != image.shape[2]:
+            raise UserError(f'{source.where(index)} is {image.shape[2]} x {image.shape[1]}; '
+                            'all images must be squares of one size', field='img_size')
+    return np.stack(images)

@@ -47,7 +47,8 @@ def options(*args) -> dict:
 
 def write_cifar(folder, base='cifar100', per_class=4, packed=True):
     """A CIFAR archive (or its unpacked folder) of small random pictures, in the original layout."""
-    archive, name, _, classes, _ = datasets.CIFAR[base]
+    known = datasets.CIFAR[base]
+    archive, name, classes = known.archive, known.folder, known.num_classes
     rng = np.random.RandomState(0)
     ids = np.tile(np.arange(classes), per_class).tolist()
     data = rng.randint(0, 256, [len(ids), 3072]).astype(np.uint8)
