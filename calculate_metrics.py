@@ -1,7 +1,6 @@
 """Measure images: FID, FD-DINOv2, sFID, Inception Score, precision and recall; memorization."""
 
 import dataclasses
-import math
 import sys
 
 import click
@@ -9,10 +8,8 @@ import numpy as np
 import torch
 from click.core import ParameterSource
 
-from dnnlib import UserError, cli
+from dnnlib import UserError, cli, options
 from dnnlib.util import renamed_fields, subset, write_json
-from generate_images import main as generate_images_command
-from generate_images import preset_options
 from metrics import compute
 from metrics.features import Detectors, measure
 from metrics.images import class_ids, read_batches, select
@@ -20,11 +17,9 @@ from metrics.memorization import find_copies
 from metrics.statistics import Statistics, check_destination, load_statistics, save_statistics
 from torch_utils import distributed as dist
 from training.data.archive import check_parent
-from training.data.dataset import ImageDataset, class_index
+from training.data.dataset import ImageDataset
 from training.data.images import open_images
-from training.encoders import make_encoder
-from training.generate import generate_images
-from training.snapshot import load_denoiser
+from training.generate import open_generator
 
 METRIC_LIST = cli.Parsed('list', compute.parse_metrics)
 DEFAULT = 'fid,fd_dinov2'
@@ -58,7 +53,7 @@ def main():
     """
 
 
-def options(*decorators):
+def together(*decorators):
     """A decorator of commands that adds these options."""
     def add(function):
         for decorator in reversed(decorators):
@@ -68,7 +63,7 @@ def options(*decorators):
 
 
 # Options of all commands but memorization: which metrics, which detectors.
-common_options = options(
+common_options = together(
     click.option('--metrics', metavar='LIST', type=METRIC_LIST,
                  help=f'What to calculate, see above  [default: {DEFAULT}]'),
     click.option('--inception', metavar='FILE|URL', envvar='INCEPTION_WEIGHTS', show_envvar=True,
@@ -78,7 +73,7 @@ common_options = options(
                  help='DINOv2 ViT-L/14: folder of transformers, or hub name'),
 )
 # Options of commands that read images from files.
-reading_options = options(
+reading_options = together(
     click.option('--class', 'class_', metavar='CLASS',
                  help='Only images of this class: original index, name or wnid'),
     click.option('--seed', metavar='INT', type=SEED, default=0, help='Which images --num takes'),
@@ -87,7 +82,7 @@ reading_options = options(
     click.option('--workers', metavar='INT', type=POSITIVE, default=2, help='Threads that read ahead'),
 )
 # Options of commands that compare with a reference.
-result_options = options(
+result_options = together(
     click.option('--ref', metavar='FILE|URL',
                  help='Statistics (.pkl, .npz), or reference images (folder, .zip, .npz)'),
     click.option('--ref-sha256', metavar='HEX', help='SHA-256 that the file of --ref must have'),
@@ -214,15 +209,18 @@ def calc(images, class_, **comparison):
 
 
 @main.command()
+@options.network
+@options.image_class
+@options.batch(32)
+@options.sampling
 @common_options
 @result_options
-@click.option('--seeds', metavar='LIST', type=cli.INT_LIST, default='0-49999',
-              help='One image for each seed')
+@options.seeds('0-49999')
 @click.option('--num', '--num-images', metavar='INT', type=cli.COUNT,
               help='Only the first ones of --seeds')
 @click.option('--workers', metavar='INT', type=POSITIVE, default=2,
               help='Threads that read reference images')
-def gen(preset, net, gnet, sha256, gnet_sha256, guidance, model_url, class_, seeds, **values):
+def gen(network, class_, sampler, seeds, **comparison):
     """Generate images and measure them, without writing them to files.
 
     The images are those of generate_images.py with the same options.
@@ -232,13 +230,12 @@ def gen(preset, net, gnet, sha256, gnet_sha256, guidance, model_url, class_, see
     python calculate_metrics.py gen --net=NET.pkl --seeds=0-999 --ref=datasets/digits.zip --metrics=fd_pixels
     """
     dist.init()
-    names = {field.name for field in dataclasses.fields(Comparison)} - {'seed'}
-    comparison = Comparison(**{name: values.pop(name) for name in names})
-    made, snapshot, seeds, what = generator(
-        preset, net, gnet, (sha256, gnet_sha256), guidance, model_url, class_, seeds,
-        comparison.num, comparison.batch, values)
-    batches = by_position(made, seeds, snapshot.dataset.get('classes'))
-    measure_and_report(batches, len(seeds), what, comparison)
+    comparison = Comparison(**comparison)
+    seeds = first_seeds(seeds, comparison.num)
+    generator = open_generator(**network, class_=class_, sampler=sampler)
+    batches = by_position(generator.images(seeds, batch=comparison.batch), seeds,
+                          generator.snapshot.dataset.get('classes'))
+    measure_and_report(batches, len(seeds), dict(generator.record, seeds=seeds), comparison)
 
 
 @main.command()
@@ -246,8 +243,11 @@ def gen(preset, net, gnet, sha256, gnet_sha256, guidance, model_url, class_, see
 @click.option('--data', metavar='ZIP|DIR', required=True, help='Training set')
 @click.option('--xflip', metavar='BOOL', type=bool, default=False,
               help='Compare with mirrored training images too')
-@click.option('--seeds', metavar='LIST', type=cli.INT_LIST, default='0-9999',
-              help='One image of --net for each seed')
+@options.network
+@options.image_class
+@options.batch(32)
+@options.sampling
+@options.seeds('0-9999')
 @click.option('--num', '--num-images', metavar='INT', type=cli.COUNT,
               help='Only the first ones of --seeds; of --images a random subset')
 @click.option('--seed', metavar='INT', type=SEED, default=0, help='Which of --images --num takes')
@@ -256,8 +256,8 @@ def gen(preset, net, gnet, sha256, gnet_sha256, guidance, model_url, class_, see
 @click.option('--grid', metavar='PNG',
               help='Write a picture of the most memorized images above their training images')
 @click.option('--workers', metavar='INT', type=POSITIVE, default=2, help='Threads that read --images')
-def memorization(preset, net, gnet, sha256, gnet_sha256, guidance, model_url, class_, images, data,
-                 xflip, seeds, num, seed, dest, grid, batch, workers, **sampler):
+def memorization(network, class_, sampler, images, data, xflip, seeds, num, seed, dest, grid, batch,
+                 workers):
     """Measure how many images are copies of training images.
 
     Memorized is what is less than a third as far from its nearest training image as from the second nearest
@@ -270,21 +270,22 @@ def memorization(preset, net, gnet, sha256, gnet_sha256, guidance, model_url, cl
     python calculate_metrics.py memorization --net=optimal:datasets/digits.zip --data=datasets/digits.zip --num=500
     """
     dist.init()
-    if (images is None) == (net is None and preset is None):
+    if (images is None) == (network['net'] is None and network['preset'] is None):
         raise UserError('give either --net (or --preset) or --images')
-    of_net = {*sampler, 'gnet', 'sha256', 'gnet_sha256', 'guidance', 'model_url', 'seeds'}
     if images is None:
         refuse_unused({'seed', 'workers'}, '--net')
     else:
-        refuse_unused(of_net, '--images')
+        refuse_unused({*sampler, *network, 'seeds'}, '--images')
     for option, path in (('dest', dest), ('grid', grid)):
         if path:
             with renamed_fields(dest=option):
                 check_parent(path)
     training = open_training_set(data, xflip)
     if images is None:
-        made, _, seeds, what = generator(preset, net, gnet, (sha256, gnet_sha256), guidance,
-                                         model_url, class_, seeds, num, batch, sampler, progress=True)
+        seeds = first_seeds(seeds, num)
+        generator = open_generator(**network, class_=class_, sampler=sampler)
+        what = dict(generator.record, seeds=seeds)
+        made = generator.images(seeds, batch=batch, progress=True)
         batches = ((part.seeds, part.images) for part in made)
     else:
         opened = open_images(images)
@@ -326,39 +327,12 @@ def open_training_set(path: str, xflip: bool = False) -> ImageDataset:
     return training
 
 
-# Sampling options are those of generate_images.py, word for word.
-for _command in (gen, memorization):
-    _OWN = {param.name for param in _command.params} | {'outdir', 'subdirs', 'grid'}
-    _command.params += [param for param in generate_images_command.params if param.name not in _OWN]
-
-
-def generator(preset, net, gnet, hashes, guidance, model_url, class_, seeds, num, batch, sampler, progress=False):
-    """(batches of `generate_images`, snapshot, seeds, what the record says) for the sampling options of a command.
-
-    `hashes`: SHA-256 of `net` and `gnet`, or None.
-    """
-    chosen = preset_options(preset) if preset else {}
-    net, gnet = net or chosen.get('net'), gnet or chosen.get('gnet')
-    guidance = next(value for value in (guidance, chosen.get('guidance'), 1.0) if value is not None)
-    if net is None:
-        raise UserError('give --net or --preset')
-    if guidance != 1 and gnet is None:
-        raise UserError(f'--guidance={guidance} needs a guiding network: give --gnet')
-    device = dist.get_device()
-    snapshot = load_denoiser(net, device, sha256=hashes[0])
-    guide = load_denoiser(gnet, device, sha256=hashes[1]).net if gnet else None
-    if model_url:
-        snapshot.encoder = make_encoder(snapshot.encoder.config() | {'vae_name': model_url})
-    snapshot.encoder.prepare(device)
-    label = class_index(snapshot.dataset, class_) if class_ is not None else None
+def first_seeds(seeds, num: int | None) -> list[int]:
+    """The first `num` of the seeds, each once."""
     seeds = list(dict.fromkeys(seeds))[:num]
     if not seeds:
-        raise UserError('--num=0: there is nothing to generate')
-    made = generate_images(snapshot.net, snapshot.encoder, seeds, labels=label, batch=batch, device=device, guide=guide,
-                           guidance=guidance, progress=progress, **sampler)
-    what = dict(net=net, gnet=gnet, guidance=guidance, class_name=class_, seeds=seeds,
-                sampler={key: value if math.isfinite(value) else str(value) for key, value in sampler.items()})
-    return made, snapshot, seeds, what
+        raise UserError('there is nothing to generate', field='num', value=0)
+    return seeds
 
 
 def by_position(made, seeds, classes):

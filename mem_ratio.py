@@ -7,17 +7,13 @@ import re
 import click
 
 from calculate_metrics import open_training_set
-from dnnlib import UserError, cli, pictures, util
-from generate_images import OutputFolder
-from generate_images import main as generate_images_command
+from dnnlib import UserError, cli, options, pictures, util
 from metrics.memorization import find_copies
 from torch_utils import distributed as dist
 from training import runs
 from training.data.archive import check_parent
-from training.generate import generate_images
-from training.snapshot import load_denoiser
-
-SAMPLING = ('num_steps', 'sigma_min', 'sigma_max', 'rho', 'S_churn', 'S_min', 'S_max', 'S_noise')
+from training.diffusion.samplers import choose_setting
+from training.generate import OutputFolder, open_generator
 
 
 def find_snapshots(expdir: str) -> list[tuple[int, str, str]]:
@@ -45,28 +41,23 @@ def load_log(path: str, settings: dict) -> list[dict]:
 
 
 def measure(expdir, name, seeds, training, batch, subdirs, sampler):
-    """The copies among the samples of one snapshot, which are kept as files with `subdirs`."""
-    snapshot = load_denoiser(os.path.join(expdir, name), dist.get_device())
-    snapshot.encoder.prepare(dist.get_device())
+    """(nimg, copies) of the samples of one snapshot, which are kept as files with `subdirs`."""
+    generator = open_generator(os.path.join(expdir, name), sampler=sampler)
     folder = None
     if subdirs:
         path = os.path.join(expdir, 'samples', name.removesuffix('.pkl'))
-        folder = OutputFolder(path, True, dict(net=name, nimg=snapshot.nimg, **sampler), snapshot.dataset)
-    labels = {}
+        folder = OutputFolder(path, True, generator.record | dict(net=name), generator.snapshot.dataset)
 
     def batches():
-        for made in generate_images(snapshot.net, snapshot.encoder, seeds, batch=batch, progress=True, **sampler):
+        for made in generator.images(seeds, batch=batch, progress=True):
             if folder:
-                for seed, image, label in zip(made.seeds, made.images.cpu().numpy(), made.labels or [None] * len(made.seeds),
-                                              strict=True):
-                    folder.save(seed, image)
-                    labels[seed] = label
+                folder.add(made)
             yield made.seeds, made.images
 
     copies = find_copies(batches(), training)
     if folder:
-        folder.finish(labels)
-    return snapshot.nimg, copies
+        folder.finish()
+    return generator.snapshot.nimg, copies
 
 
 def save_trajectory(path: str, rows: list[dict], title: str):
@@ -87,14 +78,16 @@ def save_trajectory(path: str, rows: list[dict], title: str):
 @click.option('--expdir', metavar='DIR', required=True, help='Folder of a run')
 @click.option('--knn-ref', metavar='ZIP|DIR', help='Training set  [default: that of the run]')
 @click.option('--log', metavar='JSON', help='Table to write; pictures get its name  [default: EXPDIR/mem_ratio.json]')
-@click.option('--seeds', metavar='LIST', type=cli.INT_LIST, default='0-9999', help='One sample of each network for each seed')
+@options.seeds('0-9999')
 @click.option('--subdirs', is_flag=True, help='Keep the samples: EXPDIR/samples/SNAPSHOT, a folder for each 1000 seeds')
-@click.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64, help='Images at a time on each process')
-def main(expdir, knn_ref, log, seeds, subdirs, batch, **sampler):
+@options.batch(64)
+@options.sampling
+def main(expdir, knn_ref, log, seeds, subdirs, batch, sampler):
     """Measure the memorization ratio of every snapshot of a run (see calculate_metrics.py memorization).
 
-    Writes a table, the curve of the ratio over training (.png), and the most memorized samples of the last snapshot above
-    their training images (-pairs.png). Called again, it measures only what is new.
+    Writes a table, the curve of the ratio over training (.png), and the most memorized samples of the last snapshot
+    above their training images (-pairs.png). Called again, it measures only what is new. All networks are sampled by
+    EDM's sampler in 18 steps, as published, unless options say otherwise.
 
     \b
     python mem_ratio.py --expdir=runs/00000-cifar10-2000-uncond-ddpmpp-vp-gpus8-batch512-fp32
@@ -102,20 +95,21 @@ def main(expdir, knn_ref, log, seeds, subdirs, batch, **sampler):
         --log=RUN/ratio.json --seeds=0-9999 --subdirs --batch=512
     """
     dist.init()
+    sampler = choose_setting({'name': 'edm'}, sampler)
     snapshots = find_snapshots(expdir)
-    options = runs.read_options(expdir) if knn_ref is None or os.path.isfile(
+    run_options = runs.read_options(expdir) if knn_ref is None or os.path.isfile(
         os.path.join(expdir, 'training_options.json')) else {}
-    data = knn_ref or options.get('data')
+    data = knn_ref or run_options.get('data')
     if data is None:
         raise UserError(f'{expdir}/training_options.json names no training set; give --knn-ref')
-    training = open_training_set(data, bool(options.get('xflip')))
+    training = open_training_set(data, bool(run_options.get('xflip')))
     log = log or os.path.join(expdir, 'mem_ratio.json')
     if log.endswith('.png'):
         raise UserError(f'--log={log} is the name of a picture; give e.g. {log[:-4]}.json')
     check_parent(log)
     stem = os.path.splitext(log)[0]
     settings = dict(expdir=os.path.abspath(expdir), knn_ref=os.path.abspath(data), num_training=len(training),
-                    seeds=seeds, **{key: str(value) for key, value in sampler.items()})
+                    seeds=seeds, sampler={key: str(value) for key, value in sampler.items()})
     known = {(row['snapshot'], row['modified']): row for row in load_log(log, settings)}
     rows, last = [], snapshots[-1][2]
     dist.print0(f'{len(seeds)} samples of each of {len(snapshots)} snapshots against {len(training)} images of {data}\n'
@@ -136,9 +130,6 @@ def main(expdir, knn_ref, log, seeds, subdirs, batch, **sampler):
         save_trajectory(stem + '.png', rows, os.path.basename(os.path.abspath(expdir)))
         print(f'Wrote {log}, {stem}.png and {stem}-pairs.png')
     dist.shutdown()
-
-
-main.params += [param for param in generate_images_command.params if param.name in SAMPLING]
 
 
 if __name__ == '__main__':

@@ -1,6 +1,12 @@
-"""Images from a denoiser, seed by seed: each depends on its seed and label alone."""
+"""Images from a denoiser, seed by seed: each depends on its seed and label alone.
+
+`open_generator` is the way from options to images, for every script and for the library.
+"""
 
 import dataclasses
+import json
+import math
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -8,9 +14,69 @@ import torch
 from tqdm import tqdm
 
 from dnnlib import UserError, pictures
+from dnnlib.image_io import encode_png
+from dnnlib.util import write_bytes, write_json
 from torch_utils import distributed as dist
-from torch_utils.random import StackedRandomGenerator
-from training.diffusion.samplers import edm2_sampler
+from training.data.dataset import class_index
+from training.diffusion.samplers import Guided, choose_setting, family_sampler, sample_seeds, seed_inputs
+from training.encoders import make_encoder
+from training.snapshot import Snapshot, load_denoiser
+
+# Published networks: name -> (network, guide, guidance), all at the address below.
+POSTHOC = 'https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions'
+# fmt: off
+PRESETS = {
+    'img512-xs-fid': ('img512-xs-2147483-0.135', None, 1),
+    'img512-xs-dino': ('img512-xs-2147483-0.200', None, 1),
+    'img512-s-fid': ('img512-s-2147483-0.130', None, 1),
+    'img512-s-dino': ('img512-s-2147483-0.190', None, 1),
+    'img512-m-fid': ('img512-m-2147483-0.100', None, 1),
+    'img512-m-dino': ('img512-m-2147483-0.155', None, 1),
+    'img512-l-fid': ('img512-l-1879048-0.085', None, 1),
+    'img512-l-dino': ('img512-l-1879048-0.155', None, 1),
+    'img512-xl-fid': ('img512-xl-1342177-0.085', None, 1),
+    'img512-xl-dino': ('img512-xl-1342177-0.155', None, 1),
+    'img512-xxl-fid': ('img512-xxl-0939524-0.070', None, 1),
+    'img512-xxl-dino': ('img512-xxl-0939524-0.150', None, 1),
+    'img64-s-fid': ('img64-s-1073741-0.075', None, 1),
+    'img64-m-fid': ('img64-m-2147483-0.060', None, 1),
+    'img64-l-fid': ('img64-l-1073741-0.040', None, 1),
+    'img64-xl-fid': ('img64-xl-0671088-0.040', None, 1),
+    'img512-xs-guid-fid': ('img512-xs-2147483-0.045', 'img512-xs-uncond-2147483-0.045', 1.4),
+    'img512-xs-guid-dino': ('img512-xs-2147483-0.150', 'img512-xs-uncond-2147483-0.150', 1.7),
+    'img512-s-guid-fid': ('img512-s-2147483-0.025', 'img512-xs-uncond-2147483-0.025', 1.4),
+    'img512-s-guid-dino': ('img512-s-2147483-0.085', 'img512-xs-uncond-2147483-0.085', 1.9),
+    'img512-m-guid-fid': ('img512-m-2147483-0.030', 'img512-xs-uncond-2147483-0.030', 1.2),
+    'img512-m-guid-dino': ('img512-m-2147483-0.015', 'img512-xs-uncond-2147483-0.015', 2),
+    'img512-l-guid-fid': ('img512-l-1879048-0.015', 'img512-xs-uncond-2147483-0.015', 1.2),
+    'img512-l-guid-dino': ('img512-l-1879048-0.035', 'img512-xs-uncond-2147483-0.035', 1.7),
+    'img512-xl-guid-fid': ('img512-xl-1342177-0.020', 'img512-xs-uncond-2147483-0.020', 1.2),
+    'img512-xl-guid-dino': ('img512-xl-1342177-0.030', 'img512-xs-uncond-2147483-0.030', 1.7),
+    'img512-xxl-guid-fid': ('img512-xxl-0939524-0.015', 'img512-xs-uncond-2147483-0.015', 1.2),
+    'img512-xxl-guid-dino': ('img512-xxl-0939524-0.015', 'img512-xs-uncond-2147483-0.015', 1.7),
+    'img512-s-autog-fid': ('img512-s-2147483-0.070', 'img512-xs-0134217-0.125', 2.1),
+    'img512-s-autog-dino': ('img512-s-2147483-0.120', 'img512-xs-0134217-0.165', 2.45),
+    'img512-xxl-autog-fid': ('img512-xxl-0939524-0.075', 'img512-m-0268435-0.155', 2.05),
+    'img512-xxl-autog-dino': ('img512-xxl-0939524-0.130', 'img512-m-0268435-0.205', 2.3),
+    'img512-s-uncond-autog-fid': ('img512-s-uncond-2147483-0.070', 'img512-xs-uncond-0134217-0.110', 2.85),
+    'img512-s-uncond-autog-dino': ('img512-s-uncond-2147483-0.090', 'img512-xs-uncond-0134217-0.125', 2.9),
+    'img64-s-autog-fid': ('img64-s-1073741-0.045', 'img64-xs-0134217-0.110', 1.7),
+    'img64-s-autog-dino': ('img64-s-1073741-0.105', 'img64-xs-0134217-0.175', 2.2),
+}
+# fmt: on
+
+
+def preset_options(name: str) -> dict:
+    """net, gnet and guidance of a published preset, with or without the leading edm2-."""
+    key = name.removeprefix('edm2-')
+    if key not in PRESETS:
+        known = ', '.join(f'edm2-{key}' for key in PRESETS)
+        raise UserError(f'is unknown; one of: {known}', field='preset', value=name)
+    net, gnet, guidance = PRESETS[key]
+    return dict(net=f'{POSTHOC}/edm2-{net}.pkl', gnet=gnet and f'{POSTHOC}/edm2-{gnet}.pkl', guidance=guidance)
+
+
+# --- Seeds to images --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -21,6 +87,11 @@ class GeneratedBatch:
     seeds: list[int]
     labels: list[int] | None
 
+    def __iter__(self):
+        """(seed, label or None, image uint8 [3,H,W] as an array) one by one."""
+        labels = self.labels or [None] * len(self.seeds)
+        return zip(self.seeds, labels, self.images.cpu().numpy(), strict=True)
+
 
 def split_seeds(seeds, batch: int, rank: int, world_size: int) -> list[np.ndarray]:
     """The batches of one process: as equal in size as can be, the same number for every process (some may be empty)."""
@@ -28,48 +99,229 @@ def split_seeds(seeds, batch: int, rank: int, world_size: int) -> list[np.ndarra
     return np.array_split(np.asarray(seeds, dtype=np.int64), count)[rank::world_size]
 
 
-def draw_inputs(net, seeds, labels, device):
-    """(noise [N,C,H,W], label ids [N] or None, random numbers for the sampler) of seeds, in EDM2's order of draws.
-
-    `labels` is None or has one class for each seed, which takes the place of the drawn one.
-    """
-    random = StackedRandomGenerator(device, seeds)
-    noise = random.randn([len(seeds), net.img_channels, net.img_resolution, net.img_resolution])
-    if net.label_dim == 0:
-        return noise, None, random
-    ids = random.randint(net.label_dim, [len(seeds)])
-    return noise, ids if labels is None else torch.as_tensor(labels, device=device), random
-
-
-def generate_images(net, encoder, seeds, *, labels=None, batch=32, device=None, guide=None, sampler=edm2_sampler,
-                    split=True, progress=False, **sampler_options) -> Iterator[GeneratedBatch]:
+def generate_images(net, encoder, seeds, *, labels=None, batch=32, device=None, guide=None, guidance=1,
+                    guidance_interval=None, sampler=None, split=True, progress=False,
+                    **options) -> Iterator[GeneratedBatch]:
     """Samples one image for each seed; under several processes each yields its share (`split=False`: all of them).
 
-    `labels`: None draws the class of each image from its seed; an int is the class of all; a sequence has one class for each
-    seed. Draws of a seed, in order: initial noise, label (also where it is overridden), churn noise.
+    `labels`: None draws the class of each image from its seed; an int is the class of all; a sequence has one class for
+    each seed. Draws of a seed, in order: initial noise, label (also where it is overridden), churn noise. `sampler` is a
+    setting (default: of the network's family), which `options` change; see `training.diffusion.samplers`.
     """
     device = torch.device(device) if device is not None else next(net.parameters()).device
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if split else (0, 1)
     seeds = np.asarray(seeds, dtype=np.int64)
     if labels is not None:
         labels = np.broadcast_to(np.asarray(labels, dtype=np.int64), seeds.shape)
+    setting = choose_setting(sampler or family_sampler(net), options)
     plan = split_seeds(range(len(seeds)), batch, rank, world_size)
     for positions in tqdm(plan, unit='batch', disable=None if progress and rank == 0 else True):
         if len(positions) == 0:
             continue
         chosen = seeds[positions].tolist()
         with torch.inference_mode():
-            noise, ids, random = draw_inputs(net, chosen, None if labels is None else labels[positions], device)
-            one_hot = None if ids is None else torch.nn.functional.one_hot(ids, net.label_dim).float()
-            latents = sampler(net, noise, labels=one_hot, guide=guide, random=random, **sampler_options)
-            images = encoder.decode(latents)
+            images, ids = sample_seeds(
+                net, encoder, chosen, None if labels is None else labels[positions].tolist(), device, guide=guide,
+                guidance=guidance, guidance_interval=guidance_interval, **setting)
         yield GeneratedBatch(images, chosen, None if ids is None else ids.tolist())
 
 
-def save_sample_grid(path: str, net, encoder, dataset, columns: int = 8, sampler=edm2_sampler):
+@dataclasses.dataclass
+class Generator:
+    """A network with all that decides its images but the seeds; `record` says it in plain values."""
+
+    snapshot: Snapshot
+    label: int | None
+    guide: torch.nn.Module | None
+    guidance: float
+    guidance_interval: tuple[float, float] | None
+    sampler: dict
+    record: dict
+
+    def images(self, seeds, **options) -> Iterator[GeneratedBatch]:
+        """See `generate_images`, which takes `options`."""
+        given = dict(labels=self.label, guide=self.guide, guidance=self.guidance,
+                     guidance_interval=self.guidance_interval, sampler=self.sampler)
+        return generate_images(self.snapshot.net, self.snapshot.encoder, seeds, **given | options)
+
+    def labels(self, seeds, batch: int = 256) -> dict:
+        """{seed: label or None} of images, without making them."""
+        found = {}
+        for start in range(0, len(seeds), batch):
+            part = seeds[start:start + batch]
+            _, ids, _ = seed_inputs(self.snapshot.net, part, None, 'cpu')
+            drawn = [None] * len(part) if ids is None else ids.tolist()
+            found |= {seed: self.label if self.label is not None else label
+                      for seed, label in zip(part, drawn, strict=True)}
+        return found
+
+
+def open_generator(net=None, *, preset=None, gnet=None, guidance=None, guidance_interval=None, class_=None,
+                   sampler=None, model_url=None, sha256=None, gnet_sha256=None, device=None) -> Generator:
+    """Opens a network, and its guide, to make images by the options of a command line; None is what was not given.
+
+    net, gnet   file or URL of a network (see `load_snapshot`); `net` may also be a Snapshot
+    sampler     a sampler's name and options (see `choose_setting`); the default is the network's own
+    class_      class of all images, by index, name or wnid; the default is to draw it from the seed
+
+    Raises UserError for options that do not fit the network or each other.
+    """
+    chosen = preset_options(preset) if preset else {}
+    net = net or chosen.get('net')
+    gnet = gnet or chosen.get('gnet')
+    guidance = next(float(value) for value in (guidance, chosen.get('guidance'), 1) if value is not None)
+    if net is None:
+        raise UserError('give a network, or a preset', field='net')
+    device = device or dist.get_device()
+    snapshot = net if isinstance(net, Snapshot) else _open(net, device, sha256)
+    guide = _open(gnet, device, gnet_sha256).net if gnet else None
+    Guided(snapshot.net, None, guide, guidance, guidance_interval)
+    if model_url:
+        snapshot.encoder = make_encoder(snapshot.encoder.config() | {'vae_name': model_url})
+    snapshot.encoder.prepare(device)
+    label = None if class_ is None else class_index(snapshot.dataset, class_)
+    setting = choose_setting(snapshot.sampler, sampler or {})
+    if guide is not None:
+        _check_guide(snapshot.net, guide, setting['name'], gnet)
+    plain = {key: value if not isinstance(value, float) or math.isfinite(value) else str(value)
+             for key, value in setting.items()}
+    record = dict(net=None if net is snapshot else net, gnet=gnet, guidance=guidance,
+                  guidance_interval=guidance_interval, nimg=snapshot.nimg, class_name=class_, sampler=plain)
+    return Generator(snapshot, label, guide, guidance, guidance_interval, setting, record)
+
+
+def _check_guide(net, guide, sampler: str, path: str):
+    """Raises UserError for a guide that does not fit the network."""
+    if (guide.img_resolution, guide.img_channels) != (net.img_resolution, net.img_channels):
+        raise UserError('makes images of another shape than the network that it guides', field='gnet', value=path)
+    if guide.label_dim and net.label_dim not in (0, guide.label_dim):
+        raise UserError('has other classes than the network that it guides', field='gnet', value=path)
+    if sampler in ('ddim', 'ddpm') and hasattr(net, 'diffusion') and not (
+            hasattr(guide, 'diffusion') and np.array_equal(guide.diffusion.sigmas, net.diffusion.sigmas)):
+        raise UserError('has other time steps than the network that it guides; choose another sampler, e.g. edm',
+                        field='gnet', value=path)
+
+
+def _open(path: str, device, sha256) -> Snapshot:
+    snapshot = load_denoiser(path, device, sha256=sha256)
+    if assumed := snapshot.recipe.get('assumed'):
+        dist.print0(f'Assumed of {path}: {", ".join(f"{key}={value}" for key, value in assumed.items())}; '
+                    'snapshot_tool.py convert can set them')
+    return snapshot
+
+
+# --- What becomes of them ---------------------------------------------------------------------------------------------
+
+
+def image_name(seed: int, subdirs: bool) -> str:
+    """'000123.png', or '000000/000123.png' with a folder for each thousand seeds."""
+    return f'{seed - seed % 1000:06d}/{seed:06d}.png' if subdirs else f'{seed:06d}.png'
+
+
+class OutputFolder:
+    """Images by seed, and a dataset.json with their labels: the folder is a data set as it stands.
+
+    It remembers the `record` of what made them: with the same one, images that exist are not made again. Raises
+    UserError if it holds others.
+    """
+
+    def __init__(self, path: str, subdirs: bool, record: dict, dataset: dict):
+        self.path = path
+        self.subdirs = subdirs
+        self.record = json.loads(json.dumps(record))
+        self.dataset = dataset
+        self.json_path = os.path.join(path, 'dataset.json')
+        self.labels = {}                                        # of this process, {seed: label or None}
+        self.old_labels = {}
+        if os.path.isfile(self.json_path):
+            try:
+                with open(self.json_path) as f:
+                    old = json.load(f)
+                same = old.get('generated_by') == self.record
+                self.old_labels = dict(old.get('labels') or [])
+            except (ValueError, AttributeError, TypeError):
+                raise UserError(f'{self.json_path} is damaged; remove the folder') from None
+            if not same:
+                raise UserError('holds images made with other options; remove it or choose another', field='outdir',
+                                value=path)
+        elif os.path.isdir(path) and os.listdir(path):
+            raise UserError('is not empty; remove it or choose another', field='outdir', value=path)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            self._write(self.old_labels)
+        dist.barrier()
+
+    def file(self, seed):
+        return os.path.join(self.path, image_name(seed, self.subdirs))
+
+    def missing(self, seeds) -> list[int]:
+        """Those whose images are not there; the same on every process."""
+        return dist.broadcast_object([seed for seed in seeds if not os.path.isfile(self.file(seed))])
+
+    def add(self, batch: GeneratedBatch):
+        for seed, label, image in batch:
+            pixels = image.transpose(1, 2, 0)
+            write_bytes(self.file(seed), encode_png(pixels if pixels.shape[2] == 3 else pixels[:, :, 0]))
+            self.labels[seed] = label
+
+    def finish(self):
+        """Writes the labels of all images, from every process."""
+        parts = dist.gather_objects(self.labels)
+        if dist.get_rank() == 0:
+            named = {image_name(seed, self.subdirs): label for part in parts for seed, label in part.items()}
+            self._write(self.old_labels | named)
+
+    def _write(self, labels):
+        rows = sorted(labels.items()) if all(label is not None for label in labels.values()) else None
+        described = {key: self.dataset[key] for key in ('classes', 'class_names') if self.dataset.get(key)}
+        write_json(self.json_path, {'labels': rows or None, 'generated_by': self.record, **described})
+
+
+class GridCollector:
+    """Keeps the first images of each class for a picture: a row for each class, or a square without classes."""
+
+    def __init__(self, path: str, dataset: dict, columns: int = 8, rows: int = 16):
+        self.path = path
+        self.dataset = dataset
+        self.columns = columns
+        self.rows = rows
+        self.images = {}                                        # label or None -> {seed: image}
+
+    def _add(self, seed, label, image):
+        row = self.images.setdefault(label, {})
+        row[seed] = image
+        limit = self.columns if label is not None else self.columns * self.rows
+        for extra in sorted(row)[limit:]:
+            del row[extra]
+
+    def add(self, batch: GeneratedBatch):
+        for seed, label, image in batch:
+            self._add(seed, label, image)
+
+    def finish(self):
+        """Collects the images of all processes; the first one writes the picture."""
+        parts = dist.gather_objects(self.images)
+        if dist.get_rank() != 0:
+            return
+        for part in parts:
+            for label, row in part.items():
+                for seed, image in row.items():
+                    self._add(seed, label, image)
+        labels = sorted(self.images, key=lambda label: -1 if label is None else label)[:self.rows]
+        tiles = []
+        for label in labels:
+            row = [image for _, image in sorted(self.images[label].items())]
+            tiles += row + [np.full_like(row[0], 255)] * (-len(row) % self.columns)
+        names = self.dataset.get('class_names') or self.dataset.get('classes')
+        titles = None if labels == [None] else [names[label] if names else label for label in labels]
+        pictures.save_image_grid(self.path, np.stack(tiles), self.columns, titles)
+
+
+def save_sample_grid(path: str, net, encoder, dataset, columns: int = 8, sampler: dict | None = None):
     """Samples of fixed seeds as a picture: a row for each of the first ten classes, or eight rows without classes.
 
-    Where the encoder cannot decode (its autoencoder is not at hand), it says so and writes nothing.
+    `sampler` is a setting. Where the encoder cannot decode (its autoencoder is not at hand), it says so and writes
+    nothing.
     """
     rows = list(range(min(net.label_dim, 10))) if net.label_dim else None
     count = len(rows or range(8)) * columns

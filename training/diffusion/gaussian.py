@@ -11,83 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import dnnlib
-from torch_utils.random import GlobalRandom
-
-# --- Schedules --------------------------------------------------------------------------------------------------------
-
-
-def _betas_from_alphas_cumprod(abar):
-    """beta_i = 1 - abar_i / abar_(i-1) with abar_(-1) = 1."""
-    return 1 - abar / np.append(1.0, abar[:-1])
-
-
-def _linear(steps):
-    return np.linspace(0.1 / steps, 20 / steps, steps)
-
-
-def _cosine(steps):
-    def f(u):
-        return np.cos(math.pi / 2 * (u + 0.008) / 1.008) ** 2
-    i = np.arange(steps)
-    return np.minimum(1 - f((i + 1) / steps) / f(i / steps), 0.999)
-
-
-def _linear_float32(steps, first=1e-4, last=0.02):
-    """What CBDM uses: from `first` to `last` whatever the number of steps, spaced in float32."""
-    return torch.linspace(first, last, steps, device='cpu').double().numpy()  # wherever networks are being built
-
-
-def _progressive_cosine(steps):
-    """log-SNR l(u) = -2 ln tan(a u + b), from 20 at u = 0 to -20 at u = 1; abar = 1 / (1 + exp(-l))."""
-    b = math.atan(math.exp(-10))
-    a = math.atan(math.exp(10)) - b
-    log_snr = -2 * np.log(np.tan(a * np.arange(1, steps + 1) / steps + b))
-    return _betas_from_alphas_cumprod(1 / (1 + np.exp(-log_snr)))
-
-
-SCHEDULES = {'linear': _linear, 'cosine': _cosine, 'linear_float32': _linear_float32,
-             'progressive_cosine': _progressive_cosine}
-
-
-def make_betas(schedule: str, steps: int, beta_range=None) -> np.ndarray:
-    """The noise schedule beta_0 .. beta_(T-1), float64; `beta_range` sets the ends of 'linear_float32'.
-
-    Raises UserError for an unknown name.
-    """
-    if schedule not in SCHEDULES:
-        raise dnnlib.UserError(f'noise_schedule: {schedule!r} is not one of {", ".join(SCHEDULES)}')
-    return SCHEDULES[schedule](steps, *(beta_range or ()))
-
-
-def spaced_steps(total: int, spec) -> list[int]:
-    """The steps of 0..total-1 that a respaced process keeps, ascending.
-
-    '' keeps all; 'ddimN' keeps N at the smallest integer stride that gives exactly N; 'a,b,...' cuts the range into
-    equal sections and keeps a evenly spaced steps of the first, b of the second. Raises UserError if it cannot.
-    """
-    spec = str(spec).strip() or str(total)
-    if spec.startswith('ddim') and spec[4:].isdigit():
-        for stride in range(1, total):
-            if len(range(0, total, stride)) == int(spec[4:]):
-                return list(range(0, total, stride))
-        raise dnnlib.UserError(f'timestep_respacing: no whole stride leaves {spec[4:]} of {total} steps')
-    if not all(part.strip().isdigit() for part in spec.split(',')):
-        raise dnnlib.UserError(f'timestep_respacing: {spec!r} is not a list such as 250 or 10,15,20, nor e.g. ddim50')
-    counts = [int(part) for part in spec.split(',')]
-    kept, start = [], 0
-    for index, count in enumerate(counts):
-        size = total // len(counts) + (index < total % len(counts))
-        if count > size:
-            raise dnnlib.UserError(f'timestep_respacing: {count} steps do not fit into a section of {size}')
-        stride = (size - 1) / (count - 1) if count > 1 else 1
-        position = 0.0                                                  # repeated addition, as published
-        for _ in range(count):
-            kept.append(start + round(position))
-            position += stride
-        start += size
-    return kept
-
+from dnnlib import UserError
+from training.diffusion.noise import betas_from_alphas_cumprod, make_betas, spaced_steps
 
 # --- The process ------------------------------------------------------------------------------------------------------
 
@@ -148,18 +73,18 @@ class GaussianDiffusion:
         for name, value, known in (('variance', variance, VARIANCES), ('loss', loss, LOSSES),
                                    ('predict', predict, ('epsilon', 'start'))):
             if value not in known:
-                raise dnnlib.UserError(f'{name}: {value!r} is not one of {", ".join(known)}')
+                raise UserError(f'{value!r} is not one of {", ".join(known)}', field=name)
         self.config = dict(schedule=schedule, steps=steps, respacing=respacing, variance=variance, loss=loss,
                            predict=predict, rescale_timesteps=rescale_timesteps, beta_range=beta_range)
         betas = make_betas(schedule, steps, beta_range)
         self.learned, self.loss, self.predict = variance == 'learned_range', loss, predict
         self.kept = np.array(spaced_steps(steps, respacing))
         if len(self.kept) < 2:
-            raise dnnlib.UserError(f'timestep_respacing: {respacing!r} leaves fewer than two steps')
+            raise UserError(f'{respacing!r} leaves fewer than two steps', field='timestep_respacing')
         if betas.max() >= 1:
-            raise dnnlib.UserError(f'diffusion_steps: the {schedule} schedule needs more steps than {steps}')
+            raise UserError(f'the {schedule} schedule needs more steps than {steps}', field='diffusion_steps')
         self.num_steps = len(self.kept)
-        self.betas = _betas_from_alphas_cumprod(np.cumprod(1 - betas)[self.kept])
+        self.betas = betas_from_alphas_cumprod(np.cumprod(1 - betas)[self.kept])
 
         abar = self.alphas_cumprod = np.cumprod(1 - self.betas)
         abar_prev = self.alphas_cumprod_prev = np.append(1.0, abar[:-1])
@@ -290,7 +215,7 @@ class GaussianDiffusion:
         also at t = 0, with the student's noise frozen.
         """
         if self.loss.endswith('kl'):
-            raise dnnlib.UserError('use_kl: distillation has no pure KL loss; use mse or rescaled_mse')
+            raise UserError('distillation has no pure KL loss; use mse or rescaled_mse', field='use_kl')
         student = self.prediction(output, x_t, t)
         terms = {'mse': mean_flat((teacher.epsilon - student.epsilon) ** 2)}
         if self.learned:
@@ -301,50 +226,3 @@ class GaussianDiffusion:
 
     def _rescaled(self, vb):
         return vb * (self.num_steps / 1000) if self.loss == 'rescaled_mse' else vb
-
-
-# --- Sampling ---------------------------------------------------------------------------------------------------------
-
-
-def guided_output(net, labels=None, guide=None, guidance=1.0, **extra):
-    """f(x_t, step) -> network output, with noise eps_guide + guidance (eps - eps_guide).
-
-    `guide=None` is the network itself without labels. `extra` goes to the main network only; the variance is its own.
-    """
-    def call(x_t, step):
-        output = net(x_t, step=step, class_labels=labels, **extra)
-        if guidance == 1:
-            return output
-        C = x_t.shape[1]
-        other = (net(x_t, step=step) if guide is None else guide(x_t, step=step, class_labels=labels))[:, :C]
-        return torch.cat([other.lerp(output[:, :C], guidance), output[:, C:]], dim=1)
-
-    return call
-
-
-def discrete_sampler(net, noise, labels=None, guide=None, guidance=1.0, random=None, respacing=None, ddim=False,
-                     eta=0.0, clip=True):
-    """Samples of a DiscreteDenoiser by its own chain: ancestral (DDPM), or DDIM. noise [N,C,H,W] -> images [N,C,H,W].
-
-    `respacing` keeps other steps than the network's diffusion does; `clip` clamps every predicted x_0. Noise is drawn
-    in every step but the last, and never for DDIM with `eta=0`. Raises UserError for a network of continuous time.
-    """
-    diffusion = getattr(net, 'diffusion', None)
-    if diffusion is None:
-        raise dnnlib.UserError('the ancestral and DDIM chains need a network with discrete time steps')
-    diffusion = diffusion if respacing is None else diffusion.respaced(respacing)
-    output_of = guided_output(net, labels, guide, guidance)
-    return run_chain(diffusion, output_of, noise, random or GlobalRandom(noise.device), ddim, eta, clip)
-
-
-def run_chain(diffusion, output_of, x, random, ddim=False, eta=0.0, clip=True):
-    """x_T -> x_0 through all steps of `diffusion`; `output_of(x_t, step)` is the network."""
-    for index in reversed(range(diffusion.num_steps)):
-        t = torch.full([len(x)], index, device=x.device)
-        output = output_of(x, diffusion.model_steps(t))
-        noise = 0 if index == 0 or (ddim and eta == 0) else random.randn_like(x)
-        if ddim:
-            x = diffusion.ddim_step(output, x, t, noise, eta, clip)
-        else:
-            x = diffusion.ancestral_step(output, x, t, noise, clip)
-    return x

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import dnnlib
 from torch_utils.random import StackedRandomGenerator, drawing_from, tuple_seed
 from training.diffusion.gaussian import GaussianDiffusion, mean_flat
+from training.diffusion.noise import VP, geometric_levels
 
 
 def _per_sample(loss_NCHW, log_name='loss'):
@@ -91,11 +92,11 @@ class VPLoss(_NoisyImageLoss):
 
     def __init__(self, beta_d=19.9, beta_min=0.1, epsilon_t=1e-5, augment=None):
         super().__init__(augment)
-        self.beta_d, self.beta_min, self.epsilon_t = beta_d, beta_min, epsilon_t
+        self.noise = VP(beta_d, beta_min)
+        self.epsilon_t = epsilon_t
 
     def noise_levels(self, random, n):
-        t = 1 + random.rand([n, 1, 1, 1]) * (self.epsilon_t - 1)
-        return ((self.beta_d * t**2 / 2 + self.beta_min * t).exp() - 1).sqrt()
+        return self.noise.sigma(1 + random.rand([n, 1, 1, 1]) * (self.epsilon_t - 1))
 
     def weight(self, sigma):
         return 1 / sigma**2
@@ -111,7 +112,7 @@ class VELoss(_NoisyImageLoss):
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
     def noise_levels(self, random, n):
-        return self.sigma_min * (self.sigma_max / self.sigma_min) ** random.rand([n, 1, 1, 1])
+        return geometric_levels(random.rand([n, 1, 1, 1]), self.sigma_min, self.sigma_max)
 
     def weight(self, sigma):
         return 1 / sigma**2

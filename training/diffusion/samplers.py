@@ -1,233 +1,344 @@
-"""Samplers: plain functions over a denoiser D(x; sigma, labels).
+"""Samplers by name: how images come out of noise.
 
-`denoiser(x, sigma, labels)` gives the denoised images [N,C,H,W]; `noise` is standard normal; churn noise comes from
-`random.randn_like`.
+A solver is a plain function `(denoiser, noise, levels, ...) -> samples [N,C,H,W]`. `denoiser(x, sigma)` is
+D(x; sigma) (see `Guided`), `noise` [N,C,H,W] is standard normal, and `levels` are the noise levels
+sigma_0 > ... > sigma_N = 0, a tensor [N + 1] on the CPU, so that no step waits for the device; its type is that of the
+computation. `SAMPLERS` gives each solver its levels and its options, and `sample` is the door to all of them.
+
+A sampler's setting is a dictionary of plain values, `{'name': 'edm', 'num_steps': 18, ...}`; snapshots keep one.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 
-from torch_utils.random import GlobalRandom
-from training.networks.edm import iddpm_levels
+from dnnlib import UserError
+from dnnlib.util import renamed_fields
+from torch_utils.random import GlobalRandom, StackedRandomGenerator
+from training.diffusion.noise import VE, VP, Linear, edm_sigmas, geometric_levels, iddpm_levels, unit_steps
 
-# Class of network -> the sampler that it was published with; every other network is sampled as EDM's are.
-FAMILIES = {'Precond': 'edm2', 'DiscreteDenoiser': 'ddpm'}
-
-
-def family_sampler(net) -> dict:
-    """The sampler of a network whose snapshot names none."""
-    return {'name': FAMILIES.get(type(net).__name__, 'edm')}
+# --- Denoisers --------------------------------------------------------------------------------------------------------
 
 
-def edm_sigmas(num_steps, sigma_min, sigma_max, rho, dtype=torch.float32, device='cpu'):
-    """Noise levels t_0 = sigma_max ... t_(N-1) = sigma_min without the final zero (arXiv 2206.00364, Eq. 5)."""
-    i = torch.arange(num_steps, dtype=dtype, device=device)
-    ramp = i / max(num_steps - 1, 1)
-    return (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+class Guided:
+    """A network with its labels and its guide as the denoiser D = D_guide + guidance (D_net - D_guide).
 
-
-def guided(denoiser, guide, guidance):
-    """D = D_guide + guidance (D_main - D_guide): classifier-free guidance or autoguidance, whatever the guide is.
-
-    `guide=None` takes the main denoiser itself, for which the formula changes nothing; so does `guidance=1`.
+    Classifier-free guidance or autoguidance, whatever the guide is. It acts at levels lo < sigma <= hi of `interval`
+    (arXiv 2404.07724) and leaves the network alone elsewhere. `guidance=1` never calls the guide, 0 calls nothing else.
+    Raises UserError for guidance without a guide and for an interval that nothing is guided in.
     """
-    if guidance == 1:
-        return denoiser
 
-    def denoise(x, sigma, labels=None):
-        main = denoiser(x, sigma, labels)
-        other = (guide or denoiser)(x, sigma, labels)
-        return other.lerp(main, guidance)
+    def __init__(self, net, labels=None, guide=None, guidance=1, interval=None):
+        if guidance != 1 and guide is None:
+            raise UserError('needs a guiding network', field='guidance', value=guidance)
+        self.low, self.high = interval or (0, math.inf)
+        if interval and (guidance == 1 or not 0 <= self.low < self.high):
+            raise UserError('needs LO < HI and a guidance other than 1', field='guidance_interval',
+                            value=f'{self.low:g},{self.high:g}')
+        self.net = net
+        self.labels = labels
+        self.guide = guide
+        self.guidance = guidance
 
-    return denoise
+    def _evaluate(self, call, sigma, channels: int):
+        """`call` of the network, guided in its first channels; others, such as variances, are the network's."""
+        if self.guidance == 1 or not self.low < sigma <= self.high:
+            return call(self.net)
+        if self.guidance == 0:
+            return call(self.guide)
+        main = call(self.net)
+        guided = call(self.guide)[:, :channels].lerp(main[:, :channels], self.guidance)
+        return guided if main.shape[1] == channels else torch.cat([guided, main[:, channels:]], dim=1)
+
+    def __call__(self, x, sigma):
+        """D(x; sigma) in the type of x [N,C,H,W], for one level `sigma` on the host."""
+        level = x.new_full([], float(sigma))
+        return self._evaluate(lambda net: net(x, level, self.labels), sigma, x.shape[1]).to(x.dtype)
+
+    def output(self, x_t, step, sigma: float):
+        """What a network of discrete time says of x_t [N,C,H,W] at `step` [N], of level sigma: [N, C or 2C, H, W]."""
+        return self._evaluate(lambda net: net(x_t, step=step, class_labels=self.labels), sigma, x_t.shape[1])
+
+    def cut(self, sigma_min: float, sigma_max: float):
+        """A range of noise levels cut to what the network was trained on, where it says so."""
+        return (max(sigma_min, getattr(self.net, 'sigma_min', 0.0)),
+                min(sigma_max, getattr(self.net, 'sigma_max', math.inf)))
+
+    def round_sigma(self, sigma):
+        """The nearest noise level that the network was trained on, for one level on the host."""
+        if not hasattr(self.net, 'round_sigma'):
+            return sigma
+        return self.net.round_sigma(sigma).to(sigma)
+
+    def levels(self, sigmas):
+        """`sigmas` [N], rounded, and the zero that ends them: [N + 1]."""
+        return torch.stack([*map(self.round_sigma, sigmas), sigmas.new_zeros([])])
 
 
-def edm2_sampler(denoiser, noise, labels=None, guide=None, guidance=1, num_steps=32, sigma_min=0.002, sigma_max=80,
-                 rho=7, S_churn=0, S_min=0, S_max=float('inf'), S_noise=1, dtype=torch.float32, random=None):
-    """EDM2's stochastic Heun sampler (arXiv 2206.00364, Algorithm 2), noise [N,C,H,W] -> samples [N,C,H,W].
-
-    2 num_steps - 1 evaluations. Random numbers are drawn only in steps that add noise
-    (S_churn > 0 and S_min <= sigma <= S_max).
+def without_labels(net):
+    """A network that is told no class, as the guide of itself: classifier-free guidance of a network whose labels were
+    dropped in training.
     """
-    random = random or GlobalRandom(noise.device)
-    denoise = guided(denoiser, guide, guidance)
-    sigmas = edm_sigmas(num_steps, sigma_min, sigma_max, rho, dtype, noise.device)
-    levels = sigmas.tolist() + [0.0]                            # on the host, so that no step waits for the device
-    sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
+    def call(x, *sigma, class_labels=None, **step):
+        return net(x, *sigma[:1], **step)
 
-    x_next = noise.to(dtype) * sigmas[0]
-    for i in range(num_steps):
-        t, t_next, x = sigmas[i], sigmas[i + 1], x_next
-        if S_churn > 0 and S_min <= levels[i] <= S_max:
-            gamma = min(S_churn / num_steps, math.sqrt(2) - 1)
-            t_hat = t + gamma * t
-            x = x + (t_hat**2 - t**2).sqrt() * S_noise * random.randn_like(x)
-            t = t_hat
-        slope = (x - denoise(x, t, labels).to(dtype)) / t
-        x_next = x + (t_next - t) * slope
-        if i < num_steps - 1:                                   # second-order correction
-            slope_next = (x_next - denoise(x_next, t_next, labels).to(dtype)) / t_next
-            x_next = x + (t_next - t) * (slope / 2 + slope_next / 2)
-    return x_next
+    return call
 
 
-def _network_range(denoiser, sigma_min, sigma_max):
-    """The range of noise levels cut to what the network knows (any denoiser may have sigma_min and sigma_max)."""
-    return max(sigma_min, getattr(denoiser, 'sigma_min', 0.0)), min(sigma_max, getattr(denoiser, 'sigma_max', math.inf))
+# --- Solvers ----------------------------------------------------------------------------------------------------------
 
 
-def _rounding(denoiser):
-    """round_sigma of the network on Python numbers, in double precision; identity where there is none."""
-    if not hasattr(denoiser, 'round_sigma'):
-        return float
-    return lambda sigma: float(denoiser.round_sigma(torch.tensor(sigma, dtype=torch.float64)))
+def heun(denoiser, noise, levels, random, path=None, scaling='none', solver='heun', alpha=1, S_churn=0, S_min=0,
+         S_max=math.inf, S_noise=1, always_draw=False):
+    """EDM's stochastic sampler (arXiv 2206.00364, Algorithm 2), for every sigma(t) and s(t) of its Table 1.
 
-
-def edm_sampler(denoiser, noise, labels=None, guide=None, guidance=1, num_steps=18, sigma_min=0.002, sigma_max=80,
-                rho=7, S_churn=0, S_min=0, S_max=float('inf'), S_noise=1, dtype=torch.float64, random=None):
-    """EDM's stochastic Heun sampler (arXiv 2206.00364, Algorithm 2), noise [N,C,H,W] -> samples [N,C,H,W] in `dtype`.
-
-    Unlike `edm2_sampler` it keeps to the noise levels that the network knows (`sigma_min`, `sigma_max`, `round_sigma`),
-    computes in double precision, and draws noise in every step, whether it is used or not.
+    dx/dt = s'/s x + s sigma'/sigma (x / s - D(x / s; sigma)) is integrated from noise to image with `solver`: euler or
+    heun (`alpha` 1: Heun, 1/2: midpoint, 2/3: Ralston), for the noise `path` sigma(t) (default: t) and the `scaling`
+    s(t): vp (1 / sqrt(1 + sigma^2)) | none. Levels between S_min and S_max get noise: as much of it as if they were
+    higher by the factor 1 + min(S_churn / N, sqrt(2) - 1). `always_draw`: other levels draw and do not use it.
     """
-    random = random or GlobalRandom(noise.device)
-    denoise = guided(denoiser, guide, guidance)
-    round_sigma = _rounding(denoiser)
-    sigma_min, sigma_max = _network_range(denoiser, sigma_min, sigma_max)
-    levels = [round_sigma(t) for t in edm_sigmas(num_steps, sigma_min, sigma_max, rho, torch.float64).tolist()] + [0.0]
-
-    def slope(x, t):
-        return (x - denoise(x, x.new_full([], t), labels).to(dtype)) / t
-
-    x = noise.to(dtype) * levels[0]
-    for i, (t, t_next) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
-        gamma = min(S_churn / num_steps, math.sqrt(2) - 1) if S_min <= t <= S_max else 0
-        t_hat = round_sigma(t + gamma * t)
-        x = x + math.sqrt(max(t_hat**2 - t**2, 0)) * S_noise * random.randn_like(x)
-        d = slope(x, t_hat)
-        x_next = x + (t_next - t_hat) * d
-        if i < num_steps - 1:                                   # second-order correction
-            x_next = x + (t_next - t_hat) * (d / 2 + slope(x_next, t_next) / 2)
-        x = x_next
-    return x
-
-
-# --- The design space of EDM: every published combination of schedule, scaling, time steps and solver -----------------
-
-
-class _VPSchedule:
-    """sigma(t) = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1)."""
-
-    def __init__(self, beta_d=19.9, beta_min=0.1):
-        self.beta_d, self.beta_min = beta_d, beta_min
-
-    @classmethod
-    def of_range(cls, sigma_min, sigma_max, epsilon_s):
-        """The schedule with sigma(epsilon_s) = sigma_min and sigma(1) = sigma_max."""
-        low, high = math.log(sigma_min**2 + 1), math.log(sigma_max**2 + 1)
-        beta_d = 2 * (low / epsilon_s - high) / (epsilon_s - 1)
-        return cls(beta_d, high - beta_d / 2)
-
-    def sigma(self, t):
-        return math.sqrt(math.exp(self.beta_d * t**2 / 2 + self.beta_min * t) - 1)
-
-    def derivative(self, t):
-        sigma = self.sigma(t)
-        return (self.beta_min + self.beta_d * t) / 2 * (sigma + 1 / sigma)
-
-    def inverse(self, sigma):
-        log = math.log(sigma**2 + 1)
-        return (math.sqrt(self.beta_min**2 + 2 * self.beta_d * log) - self.beta_min) / self.beta_d
-
-
-class _VESchedule:
-    """sigma(t) = sqrt(t)."""
-
-    sigma = staticmethod(math.sqrt)
-
-    def derivative(self, t):
-        return 1 / (2 * math.sqrt(t))
-
-    def inverse(self, sigma):
-        return sigma**2
-
-
-class _LinearSchedule:
-    """sigma(t) = t."""
-
-    sigma = inverse = staticmethod(float)
-
-    def derivative(self, t):
-        return 1.0
-
-
-def _ablation_levels(discretization, num_steps, sigma_min, sigma_max, rho, epsilon_s, vp, iddpm):
-    """Noise levels of the N steps, from high to low, as Python numbers (arXiv 2206.00364, Table 1, "Time steps")."""
-    u = [i / max(num_steps - 1, 1) for i in range(num_steps)]
-    if discretization == 'vp':
-        return [vp.sigma(1 + v * (epsilon_s - 1)) for v in u]
-    if discretization == 've':
-        return [math.sqrt(sigma_max**2 * (sigma_min**2 / sigma_max**2) ** v) for v in u]
-    if discretization == 'iddpm':
-        table = [v for v in iddpm_levels(**iddpm, dtype=torch.float64).tolist() if sigma_min <= v <= sigma_max]
-        return [table[round((len(table) - 1) / max(num_steps - 1, 1) * i)] for i in range(num_steps)]
-    return edm_sigmas(num_steps, sigma_min, sigma_max, rho, torch.float64).tolist()
-
-
-def ablation_sampler(denoiser, noise, labels=None, guide=None, guidance=1, num_steps=18, sigma_min=None,
-                     sigma_max=None, rho=7, solver='heun', discretization='edm', schedule='linear', scaling='none',
-                     epsilon_s=1e-3, beta_d=19.9, beta_min=0.1, C_1=0.001, C_2=0.008, M=1000, alpha=1, S_churn=0,
-                     S_min=0, S_max=float('inf'), S_noise=1, dtype=torch.float64, random=None):
-    """The samplers that EDM generalises (arXiv 2206.00364, Table 1), noise [N,C,H,W] -> samples [N,C,H,W] in `dtype`.
-
-    dx/dt = (sigma'/sigma + s'/s) x - sigma' s / sigma D(x / s; sigma) is integrated from noise to image with
-    `solver`: euler | heun (`alpha` 1: Heun, 1/2: midpoint, 2/3: Ralston) over `discretization`: vp | ve | iddpm | edm,
-    for the noise `schedule` sigma(t): vp | ve | linear and `scaling` s(t): vp (1 / sqrt(1 + sigma^2)) | none.
-    The range of noise levels is by default that of the discretization; `beta_d` and `beta_min` set the one of vp.
-    Raises ValueError for other names.
-    """
-    for name, value, known in [('solver', solver, ('euler', 'heun')), ('scaling', scaling, ('vp', 'none')),
-                               ('discretization', discretization, ('vp', 've', 'iddpm', 'edm')),
-                               ('schedule', schedule, ('vp', 've', 'linear'))]:
-        if value not in known:
-            raise ValueError(f'{name} {value!r} is unknown; choose {", ".join(known)}')
-    random = random or GlobalRandom(noise.device)
-    denoise = guided(denoiser, guide, guidance)
-    round_sigma = _rounding(denoiser)
-
-    default_vp = _VPSchedule(beta_d, beta_min)
-    default = {'vp': (default_vp.sigma(epsilon_s), default_vp.sigma(1)), 've': (0.02, 100), 'iddpm': (0.002, 81),
-               'edm': (0.002, 80)}[discretization]
-    sigma_min, sigma_max = _network_range(denoiser, default[0] if sigma_min is None else sigma_min,
-                                          default[1] if sigma_max is None else sigma_max)
-    vp = _VPSchedule.of_range(sigma_min, sigma_max, epsilon_s)
-    noise_of = {'vp': vp, 've': _VESchedule(), 'linear': _LinearSchedule()}[schedule]
+    path = path or Linear()
+    num_steps = len(levels) - 1
+    gamma = min(S_churn / num_steps, math.sqrt(2) - 1)
+    low, high = levels.new_tensor([S_min, S_max])               # the working precision decides, as in the reference
 
     def s(t):
-        return 1 / math.sqrt(1 + noise_of.sigma(t) ** 2) if scaling == 'vp' else 1.0
+        return 1 / (1 + path.sigma(t).square()).sqrt() if scaling == 'vp' else 1.0
 
     def slope(x, t):
-        sigma, derivative = noise_of.sigma(t), noise_of.derivative(t)
-        denoised = denoise(x / s(t), x.new_full([], sigma), labels).to(dtype)
-        shrink = -sigma * derivative * s(t) ** 2 if scaling == 'vp' else 0.0      # s' / s
-        return (derivative / sigma + shrink) * x - derivative * s(t) / sigma * denoised
+        sigma = path.sigma(t)
+        derivative = path.derivative(t)
+        unscaled = x / s(t)
+        d = (unscaled - denoiser(unscaled, sigma)) / sigma * (s(t) * derivative)
+        return d - sigma * derivative * s(t) ** 2 * x if scaling == 'vp' else d     # s' / s = -sigma sigma' s^2
 
-    levels = _ablation_levels(discretization, num_steps, sigma_min, sigma_max, rho, epsilon_s, vp,
-                              dict(M=M, C_1=C_1, C_2=C_2))
-    times = [noise_of.inverse(round_sigma(sigma)) for sigma in levels] + [0.0]
-    x = noise.to(dtype) * noise_of.sigma(times[0]) * s(times[0])
+    times = path.inverse(levels[:-1])
+    times = torch.cat([times, times.new_zeros([1])])
+    x = noise.to(levels.dtype) * path.sigma(times[0]) * s(times[0])
     for i, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
-        sigma = noise_of.sigma(t)
-        gamma = min(S_churn / num_steps, math.sqrt(2) - 1) if S_min <= sigma <= S_max else 0
-        t_hat = noise_of.inverse(round_sigma(sigma + gamma * sigma))
-        added = math.sqrt(max(noise_of.sigma(t_hat) ** 2 - sigma**2, 0)) * s(t_hat) * S_noise
-        x = s(t_hat) / s(t) * x + added * random.randn_like(x)
+        sigma = path.sigma(t)
+        churned = gamma > 0 and low <= sigma <= high
+        fresh = random.randn_like(x) if churned or (always_draw and gamma > 0) else None
+        t_hat = t
+        if churned:
+            t_hat = path.inverse(denoiser.round_sigma(sigma + gamma * sigma))
+            added = (path.sigma(t_hat) ** 2 - sigma**2).clamp(min=0).sqrt() * s(t_hat) * S_noise
+            x = s(t_hat) / s(t) * x + added * fresh
         h = t_next - t_hat
         d = slope(x, t_hat)
         if solver == 'euler' or i == num_steps - 1:
             x = x + h * d
-        else:
-            d_prime = slope(x + alpha * h * d, t_hat + alpha * h)
-            x = x + h * ((1 - 1 / (2 * alpha)) * d + 1 / (2 * alpha) * d_prime)
+            continue
+        t_mid = t_next if alpha == 1 else t_hat + alpha * h
+        d_mid = slope(x + alpha * h * d, t_mid)
+        x = x + h * ((1 - 1 / (2 * alpha)) * d + 1 / (2 * alpha) * d_mid)
     return x
+
+
+def dpmpp_2m(denoiser, noise, levels, random=None):
+    """DPM-Solver++(2M) (arXiv 2211.01095, Algorithm 2) for the scale alpha = 1, where lambda = -ln(sigma):
+
+    x_i = sigma_i / sigma_(i-1) x_(i-1) - (exp(-h_i) - 1) D_i, h_i = lambda_i - lambda_(i-1),
+    D_i = (1 + 1 / (2 r_i)) x_0(i-1) - 1 / (2 r_i) x_0(i-2), r_i = h_(i-1) / h_i,
+
+    with x_0(i) = D(x_i; sigma_i). The first step, and the last one to sigma = 0 (h = inf), are of first order.
+    """
+    x = noise.to(levels.dtype) * levels[0]
+    before = None                                               # the level and the denoised images of the last step
+    for sigma, sigma_next in zip(levels[:-1], levels[1:], strict=True):
+        denoised = denoiser(x, sigma)
+        D = denoised
+        if before is not None and sigma_next > 0:
+            r = (before[0] / sigma).log() / (sigma / sigma_next).log()
+            D = denoised + (denoised - before[1]) / (2 * r)
+        x = sigma_next / sigma * x - (sigma_next / sigma - 1) * D
+        before = sigma, denoised
+    return x
+
+
+def ancestral(denoiser, noise, levels, random, eta=1.0, clip=False):
+    """DDIM (arXiv 2010.02502, Eq. 12) for the scale 1; `eta=1` is DDPM's chain, `eta=0` draws no noise.
+
+    x' = D + sqrt(sigma'^2 - sd^2) (x - D) / sigma + sd z, sd = eta sigma' / sigma sqrt(sigma^2 - sigma'^2).
+    `clip` clamps D to [-1, 1].
+    """
+    x = noise.to(levels.dtype) * levels[0]
+    for sigma, sigma_next in zip(levels[:-1], levels[1:], strict=True):
+        denoised = denoiser(x, sigma)
+        denoised = denoised.clamp(-1, 1) if clip else denoised
+        sd = eta * sigma_next / sigma * (sigma**2 - sigma_next**2).sqrt()
+        x = denoised + (sigma_next**2 - sd**2).sqrt() / sigma * (x - denoised)
+        if sd > 0:
+            x = x + sd * random.randn_like(x)
+    return x
+
+
+def chain(denoiser, noise, diffusion, random, ddim=False, eta=0.0, clip=True):
+    """x_T -> x_0 by the network's own chain through the steps of `diffusion`: ancestral (DDPM), or DDIM.
+
+    `clip` clamps every predicted x_0. Noise is drawn in every step but the last, and never for DDIM with `eta=0`.
+    """
+    x = noise
+    for index in reversed(range(diffusion.num_steps)):
+        t = torch.full([len(x)], index, device=x.device)
+        output = denoiser.output(x, diffusion.model_steps(t), diffusion.sigmas[index])
+        fresh = 0 if index == 0 or (ddim and eta == 0) else random.randn_like(x)
+        if ddim:
+            x = diffusion.ddim_step(output, x, t, fresh, eta, clip)
+        else:
+            x = diffusion.ancestral_step(output, x, t, fresh, clip)
+    return x
+
+
+# --- Solvers with their levels ----------------------------------------------------------------------------------------
+
+
+def _edm_levels(solve, denoiser, noise, random, *, num_steps, sigma_min, sigma_max, rho, dtype, **options):
+    """`solve` over EDM's levels, cut to the network's range and rounded."""
+    sigmas = edm_sigmas(num_steps, *denoiser.cut(sigma_min, sigma_max), rho, getattr(torch, dtype))
+    return solve(denoiser, noise, denoiser.levels(sigmas), random, **options)
+
+
+# The range of noise levels of each discretization; None is set by beta_d, beta_min and epsilon_s.
+RANGES = {'vp': None, 've': (0.02, 100), 'iddpm': (0.002, 81), 'edm': (0.002, 80)}
+CHOICES = {'solver': ('euler', 'heun'), 'discretization': tuple(RANGES), 'schedule': ('vp', 've', 'linear'),
+           'scaling': ('vp', 'none')}
+
+
+def _ablation(denoiser, noise, random, *, num_steps, sigma_min, sigma_max, rho, discretization, schedule, epsilon_s,
+              beta_d, beta_min, C_1, C_2, M, **options):
+    """The samplers that EDM generalises (arXiv 2206.00364, Table 1): every schedule over every discretization."""
+    ends = RANGES[discretization] or VP(beta_d, beta_min).sigma(torch.tensor([epsilon_s, 1.0]).double()).tolist()
+    low, high = denoiser.cut(ends[0] if sigma_min is None else sigma_min, ends[1] if sigma_max is None else sigma_max)
+    vp = VP.of_range(low, high, epsilon_s)
+    if discretization == 'vp':
+        sigmas = vp.sigma(1 + unit_steps(num_steps) * (epsilon_s - 1))
+    elif discretization == 've':
+        sigmas = geometric_levels(unit_steps(num_steps), high, low)
+    elif discretization == 'iddpm':
+        table = iddpm_levels(M, C_1, C_2, torch.float64)
+        table = table[(low <= table) & (table <= high)]
+        stride = (len(table) - 1) / max(num_steps - 1, 1)
+        sigmas = table[(stride * torch.arange(num_steps)).round().long()]
+    else:
+        sigmas = edm_sigmas(num_steps, low, high, rho, torch.float64)
+    path = {'vp': vp, 've': VE(), 'linear': Linear()}[schedule]
+    return heun(denoiser, noise, denoiser.levels(sigmas), random, path, always_draw=True, **options)
+
+
+def _discrete(ddim, denoiser, noise, random, *, num_steps, clip, eta=1.0, **levels):
+    """The chain of a network with discrete time, over its own steps; over EDM's levels for any other network."""
+    clip = getattr(denoiser.net, 'clip', False) if clip is None else clip
+    diffusion = getattr(denoiser.net, 'diffusion', None)
+    levels = {key: value for key, value in levels.items() if value is not None}
+    if diffusion is None:
+        return _edm_levels(partial(ancestral, eta=eta, clip=clip), denoiser, noise, random, dtype='float64',
+                           num_steps=num_steps or (50 if ddim else 1000), **_RANGE | levels)
+    if levels:
+        raise UserError('has no meaning for a network with time steps of its own', *levels.popitem())
+    with renamed_fields(timestep_respacing='num_steps'):
+        diffusion = diffusion if num_steps is None else diffusion.respaced(num_steps)
+    return chain(denoiser, noise, diffusion, random, ddim, eta, clip)
+
+
+# --- By name ----------------------------------------------------------------------------------------------------------
+
+
+class Sampler(NamedTuple):
+    """`run(denoiser, noise, random, **options)`, and all its options with their defaults."""
+
+    run: Callable
+    options: dict
+
+
+_RANGE = dict(sigma_min=0.002, sigma_max=80, rho=7)
+_CHURN = dict(S_churn=0, S_min=0, S_max=math.inf, S_noise=1)
+_OWN = dict(num_steps=None, clip=None, sigma_min=None, sigma_max=None, rho=None)
+# `dtype` is the type of the computation; None stands for what the network or the discretization says.
+SAMPLERS = {
+    'edm': Sampler(partial(_edm_levels, partial(heun, always_draw=True)),
+                   dict(num_steps=18, **_RANGE, **_CHURN, dtype='float64')),
+    'edm2': Sampler(partial(_edm_levels, heun), dict(num_steps=32, **_RANGE, **_CHURN, dtype='float32')),
+    'ablation': Sampler(_ablation, dict(
+        num_steps=18, sigma_min=None, sigma_max=None, rho=7, solver='heun', alpha=1, discretization='edm',
+        schedule='linear', scaling='none', epsilon_s=1e-3, beta_d=19.9, beta_min=0.1, C_1=0.001, C_2=0.008, M=1000,
+        **_CHURN)),
+    'dpmpp-2m': Sampler(partial(_edm_levels, dpmpp_2m), dict(num_steps=20, **_RANGE, dtype='float64')),
+    'ddim': Sampler(partial(_discrete, True), _OWN | dict(eta=0.0)),
+    'ddpm': Sampler(partial(_discrete, False), _OWN),
+}
+
+
+def family_sampler(net) -> dict:
+    """The sampler of a network whose snapshot names none: that of the study which published its class."""
+    if type(net).__name__ == 'Precond':
+        return {'name': 'edm2'}
+    if type(net).__name__ == 'DiscreteDenoiser':
+        # Guided diffusion clips the predicted images as the network says, class-balancing diffusion never does.
+        return {'name': 'ddpm'} | ({'clip': False} if type(net.model).__name__ == 'DDPMUNet' else {})
+    return {'name': 'edm'}
+
+
+def complete_setting(setting: dict) -> dict:
+    """A sampler's setting with all of its options. Raises UserError for an unknown name, option or value."""
+    options = dict(setting)
+    name = options.pop('name')
+    if name not in SAMPLERS:
+        raise UserError(f'is no sampler; one of: {", ".join(SAMPLERS)}', field='name', value=name)
+    defaults = SAMPLERS[name].options
+    for key, value in options.items():
+        if key not in defaults:
+            raise UserError(f'is no option of the sampler {name}, which has {", ".join(defaults)}', field=key, value=value)
+        if key in CHOICES and value not in CHOICES[key]:
+            raise UserError(f'{value!r} is not one of {", ".join(CHOICES[key])}', field=key)
+        if isinstance(defaults[key], int | float) and not isinstance(value, int | float):
+            raise UserError('is no number', field=key, value=repr(value))
+    return {'name': name} | defaults | options
+
+
+def choose_setting(own: dict, given: dict) -> dict:
+    """The complete setting of a network's `own` sampler or the one called given['name'], with the options `given`.
+
+    None is not given. Without a name, any option that only EDM's ablations have chooses these.
+    """
+    given = {key: value for key, value in given.items() if value is not None}
+    name = given.pop('name', 'ablation' if CHOICES.keys() & given.keys() else own['name'])
+    return complete_setting((own if name == own['name'] else {}) | {'name': name} | given)
+
+
+def sample(net, noise, labels=None, *, name, guide=None, guidance=1, guidance_interval=None, random=None, **options):
+    """Samples [N,C,H,W] of a network from standard normal `noise` [N,C,H,W], by the sampler `name` with its options.
+
+    `labels` [N, label_dim] or None go to the network and its guide (see `Guided`); `random` (see torch_utils.random) draws
+    what noise the sampler adds. Raises UserError for what the sampler does not know.
+    """
+    setting = complete_setting({'name': name, **options})
+    del setting['name']
+    denoiser = Guided(net, labels, guide, guidance, guidance_interval)
+    return SAMPLERS[name].run(denoiser, noise, random=random or GlobalRandom(noise.device), **setting)
+
+
+def seed_inputs(net, seeds, labels, device):
+    """(noise [N,C,H,W], label ids [N] or None, random numbers for the sampler) of seeds, in EDM2's order of draws.
+
+    `labels` has one class for each seed, which takes the place of the drawn one; None, as a whole or for a seed, keeps it.
+    """
+    random = StackedRandomGenerator(device, seeds)
+    noise = random.randn([len(seeds), net.img_channels, net.img_resolution, net.img_resolution])
+    if net.label_dim == 0:
+        return noise, None, random
+    ids = random.randint(net.label_dim, [len(seeds)])
+    if labels is not None:
+        ids = torch.tensor([drawn if label is None else label for drawn, label in zip(ids.tolist(), labels, strict=True)],
+                           device=device)
+    return noise, ids, random
+
+
+def sample_seeds(net, encoder, seeds, labels=None, device='cpu', **setting):
+    """(images uint8 [N,3,H,W], label ids [N] or None), one for each seed (see `seed_inputs` and `sample`)."""
+    noise, ids, random = seed_inputs(net, seeds, labels, device)
+    one_hot = None if ids is None else torch.nn.functional.one_hot(ids, net.label_dim).float()
+    return encoder.decode(sample(net, noise, one_hot, random=random, **setting)), ids

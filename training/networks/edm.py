@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dnnlib import UserError
+from training.diffusion.noise import VP, iddpm_levels
 from training.networks.layers import (
     GroupNorm,
     attention,
@@ -415,20 +416,13 @@ class VPPrecond(Precond):
     def __init__(self, img_resolution: int, img_channels: int, beta_d: float = 19.9, beta_min: float = 0.1,
                  M: int = 1000, epsilon_t: float = 1e-5, model_type: str = 'SongUNet', **kwargs):
         super().__init__(img_resolution, img_channels, model_type=model_type, **kwargs)
-        self.beta_d, self.beta_min, self.M = beta_d, beta_min, M
-        self.sigma_min, self.sigma_max = float(self.sigma(epsilon_t)), float(self.sigma(1))
-
-    def sigma(self, t):
-        t = torch.as_tensor(t, dtype=None if torch.is_tensor(t) else torch.float32)
-        return ((self.beta_d * t.square() / 2 + self.beta_min * t).exp() - 1).sqrt()
-
-    def sigma_inv(self, sigma):
-        # c_noise reaches 999, where the embedding sees the last bit: the order of the operations counts.
-        log = (1 + torch.as_tensor(sigma).square()).log()
-        return ((self.beta_min**2 + 2 * self.beta_d * log).sqrt() - self.beta_min) / self.beta_d
+        self.noise = VP(beta_d, beta_min)
+        self.M = M
+        ends = self.noise.sigma(torch.tensor([epsilon_t, 1], dtype=torch.float32))
+        self.sigma_min, self.sigma_max = ends.tolist()
 
     def coefficients(self, sigma):
-        return 1, -sigma, 1 / (sigma.square() + 1).sqrt(), (self.M - 1) * self.sigma_inv(sigma)
+        return 1, -sigma, 1 / (sigma.square() + 1).sqrt(), (self.M - 1) * self.noise.inverse(sigma)
 
 
 class VEPrecond(Precond):
@@ -441,21 +435,6 @@ class VEPrecond(Precond):
 
     def coefficients(self, sigma):
         return 1, sigma, 1, (sigma / 2).log()
-
-
-def iddpm_levels(M: int = 1000, C_1: float = 0.001, C_2: float = 0.008, dtype=torch.float32) -> torch.Tensor:
-    """Noise levels u_0 > ... > u_M = 0 of improved DDPM, [M + 1]:
-    u_{j-1} = sqrt((u_j^2 + 1) / max(abar_{j-1} / abar_j, C_1) - 1), abar_j = sin(pi/2 j / (M (C_2 + 1)))^2.
-
-    abar and its ratios are float32 as in the reference, which decides the last levels (up to 5e-4 of their size);
-    `dtype` is that of the recursion.
-    """
-    abar = (0.5 * math.pi * torch.arange(M + 1) / M / (C_2 + 1)).sin().square()
-    ratio = (abar[:-1] / abar[1:]).clip(min=C_1)
-    u = torch.zeros(M + 1, dtype=dtype)
-    for j in range(M, 0, -1):
-        u[j - 1] = ((u[j].square() + 1) / ratio[j - 1] - 1).sqrt()
-    return u
 
 
 class iDDPMPrecond(Precond):
