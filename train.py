@@ -15,7 +15,6 @@ from training.data.batches import DatasetBatches
 from training.data.sampler import WindowShuffle
 from training.diffusion.augment import EDM_MULTIPLIERS, AugmentPipe
 from training.diffusion.losses import EDMLoss, VELoss, VPLoss
-from training.diffusion.samplers import edm_sampler
 from training.ema import TraditionalEMA
 from training.networks import build_network
 from training.schedules import EMA_MODES, edm_lr, memorization_beta, memorization_scaling
@@ -170,7 +169,7 @@ def train(config: dict, outdir: str, desc: str | None = None, nosubdir: bool = F
             checkpoint_nimg=config['dump'] * tick or None, loss_scaling=config['ls'], bad_gradients=(0, 1e5, -1e5),
             compile=config['compile'], seed=seed, wandb=wandb, resume_from=resume_from),
         identity={f'--{key.replace("_", "-")}': config[key] for key in ('optimizer', 'xflip', 'augment', 'window_size')},
-        sampler=edm_sampler, snapshot=dict(dtype=torch.float32))
+        snapshot=dict(dtype=torch.float32))
     return run_dir
 
 

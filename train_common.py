@@ -9,7 +9,6 @@ from dnnlib import UserError, cli
 from torch_utils import distributed as dist
 from training import loop
 from training.data.dataset import ImageDataset
-from training.diffusion.samplers import edm2_sampler
 from training.encoders import encoder_for, make_encoder
 from training.generate import save_sample_grid
 
@@ -72,12 +71,13 @@ def open_data(data: str, cond: bool, **options):
 
 
 def run(net, objective, batches, optimizer, lr, ema, config: dict, network: dict, loop_config: loop.LoopConfig, *,
-        identity: dict | None = None, sampler=edm2_sampler, snapshot: dict | None = None):
+        identity: dict | None = None, sampler: dict | None = None, snapshot: dict | None = None):
     """Trains (see `training.loop.Trainer`), with the files and checks that all recipes share.
 
     config    settings for training_options.json and the snapshots; `network`: arguments of build_network
     identity  more that a checkpoint must agree with, by option
-    sampler   makes the sample grids; `snapshot`: more keywords of `save_snapshot`
+    sampler   setting of the sampler, kept in snapshots (default: of the network's family)
+    snapshot  more keywords of `save_snapshot`
     """
     dataset, encoder, run_dir = batches.dataset, batches.encoder, loop_config.run_dir
 
@@ -92,7 +92,7 @@ def run(net, objective, batches, optimizer, lr, ema, config: dict, network: dict
     architecture = {key: value for key, value in network.items() if key != 'precision'}
     trainer = loop.Trainer(
         net, objective, batches, optimizer, lr, ema, loop_config,
-        snapshot=dict(encoder=encoder, dataset=dataset.description(), recipe=config) | (snapshot or {}),
+        snapshot=dict(encoder=encoder, dataset=dataset.description(), recipe=config, sampler=sampler) | (snapshot or {}),
         identity={'network': architecture, 'data set': [dataset.name, len(dataset)], '--batch': config['batch'],
                   '--seed': config['seed']} | (identity or {}),
         options=config | dict(world_size=dist.get_world_size(), dataset=dataset.description(), parameters=parameters,

@@ -13,7 +13,7 @@ from benchmarks.bench_training import NETWORKS
 from benchmarks.plain_edm2 import plain_network
 from benchmarks.timing import compare, print_rates
 from dnnlib import cli
-from training.diffusion.samplers import edm2_sampler
+from training.diffusion import samplers
 from training.networks import build_network
 
 
@@ -41,7 +41,7 @@ def main(network, batch, steps, precision, compile, rounds, device):
     def sampler(net):
         def sample():
             with torch.inference_mode():
-                edm2_sampler(net, noise, labels=labels, num_steps=steps)
+                samplers.sample(net, noise, labels, name='edm2', num_steps=steps)
         return sample
 
     seconds = compare({name: sampler(net) for name, net in networks.items()}, rounds)

@@ -34,7 +34,6 @@ from benchmarks.timing import PeakMemory, compare, synchronize
 from dnnlib import UserError, cli
 from dnnlib.util import write_json
 from training.diffusion.losses import DDPMLoss, EDM2Loss, EDMLoss
-from training.diffusion.samplers import edm2_sampler
 from training.ema import PowerFunctionEMA
 from training.encoders import make_encoder
 from training.generate import generate_images
@@ -193,12 +192,10 @@ def generate_part(part):
                 model = torch.compile(net) if kind == 'compiled' else net
                 steps = 2 if part.tiny else 32
 
-                def sampler(denoiser, noise, model=model, steps=steps, **options):
-                    return edm2_sampler(model, noise, num_steps=steps, **options)
-
-                def generate(net=net, batch=batch, sampler=sampler):
+                def generate(model=model, batch=batch, steps=steps):
                     encoder.decode = lambda latents: latents  # the network's share alone
-                    list(generate_images(net, encoder, range(batch), batch=batch, device=part.device, sampler=sampler))
+                    list(generate_images(model, encoder, range(batch), batch=batch, device=part.device,
+                                         sampler=dict(name='edm2', num_steps=steps)))
                 with torch.inference_mode():
                     model(torch.zeros(batch, net.img_channels, net.img_resolution, net.img_resolution, device=part.device),
                           torch.ones([], device=part.device), torch.zeros(batch, net.label_dim, device=part.device))

@@ -26,7 +26,7 @@ from dnnlib.util import core_count, write_json
 from metrics.frechet import frechet_distance
 from metrics.memorization import image_blocks, nearest_neighbors
 from metrics.precision_recall import precision_recall
-from training.diffusion.samplers import edm2_sampler
+from training.diffusion import samplers
 from training.ema import PowerFunctionEMA
 from training.networks import build_network
 
@@ -126,7 +126,7 @@ def sampling(settings):
 
     def sample(net):
         with torch.inference_mode():
-            return edm2_sampler(net, noise, labels=labels, num_steps=steps)
+            return samplers.sample(net, noise, labels, name='edm2', num_steps=steps)
 
     return settings.compare('EDM2 sampler', {name: functools.partial(sample, net) for name, net in networks.items()},
                             rounds=3, images=batch, note=f'{steps} steps, batch {batch}')

@@ -31,7 +31,6 @@ from torch_utils import distributed, parallel
 from training import snapshot
 from training.data import convert, sources
 from training.data.dataset import ImageDataset
-from training.diffusion.samplers import edm_sampler
 from training.generate import generate_images
 
 LABELS = ('none', 'true', 'random')
@@ -133,8 +132,8 @@ def measure(study: Study, model: Model, denoiser: str, net: str):
         return
     loaded = snapshot.load_snapshot(net, distributed.get_device())
     training = ImageDataset(study.data(model))
-    made = generate_images(loaded.net, loaded.encoder, range(study.samples), batch=BATCH, sampler=edm_sampler,
-                           num_steps=study.steps)
+    made = generate_images(loaded.net, loaded.encoder, range(study.samples), batch=BATCH,
+                           sampler=dict(name='edm', num_steps=study.steps))
     copies = find_copies(((batch.seeds, batch.images) for batch in made), training, keep=24)
     copies.save_picture(os.path.splitext(study.result(model, denoiser))[0] + '.png', training)
     util.write_json(study.result(model, denoiser), dataclasses.asdict(model) | dict(denoiser=denoiser) | copies.results())

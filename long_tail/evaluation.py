@@ -14,7 +14,7 @@ from metrics.recognition import Recognizer
 from metrics.statistics import USUAL, Statistics, load_statistics
 from torch_utils import distributed as dist
 from training.data.images import NpzImages
-from training.diffusion.class_balancing import cbdm_sampler
+from training.diffusion.samplers import without_labels
 from training.encoders import RGBEncoder
 from training.generate import generate_images
 
@@ -29,13 +29,17 @@ def dimensions(detector: str, size: int) -> int:
     return {'inception': 2048, 'dinov2': 1024, 'pixels': 3 * size**2}[detector]
 
 
-def sampler_of(flags):
-    """CBDM's sampler with the options of the command line, for `generate_images`."""
-    def sampler(net, noise, labels, guide, random):
-        method = flags['sample_method'] if net.label_dim else 'uncond'
-        return cbdm_sampler(net, noise, labels, method, flags['omega'], random,
-                            flags['ddim_steps'] or None)
-    return sampler
+def sampling_of(net, flags) -> dict:
+    """CBDM's sampler with the options of the command line, for `generate_images`.
+
+    The network guides itself: eps + omega (eps - eps_unconditional). Predicted images are not
+    clipped before the last.
+    """
+    method = flags['sample_method'] if net.label_dim else 'cond'
+    guidance = {'cfg': 1 + flags['omega'], 'cond': 1, 'uncond': 0}[method]
+    steps = flags['ddim_steps'] or None
+    sampler = dict(name='ddim' if steps else 'ddpm', num_steps=steps, clip=False)
+    return dict(guide=without_labels(net), guidance=guidance, sampler=sampler)
 
 
 def save_grid(path: str, net, flags, class_names: list):
@@ -50,7 +54,7 @@ def save_grid(path: str, net, flags, class_names: list):
         names = [class_names[label] for label in shown]
     columns = size // rows
     batches = generate_images(net, RGBEncoder(), range(rows * columns), labels=labels,
-                              batch=flags['batch_size'], sampler=sampler_of(flags), split=False)
+                              batch=flags['batch_size'], split=False, **sampling_of(net, flags))
     images = torch.cat([batch.images.cpu() for batch in batches])
     pictures.save_image_grid(path, images, columns, names)
 
@@ -63,7 +67,7 @@ def sample(net, flags) -> tuple[np.ndarray, np.ndarray | None]:
     first = flags['seed'] * flags['num_images']
     seeds = range(first, first + flags['num_images'])
     batches = generate_images(net, RGBEncoder(), seeds, batch=flags['batch_size'],
-                              sampler=sampler_of(flags), progress=True)
+                              progress=True, **sampling_of(net, flags))
     parts = [(batch.seeds, batch.images.cpu().numpy(), batch.labels) for batch in batches]
     parts = [part for process in dist.gather_objects(parts) for part in process]
     seeds, images, labels = zip(*parts, strict=True)

@@ -17,7 +17,6 @@ from torch_utils import distributed as dist
 from training import loop, step_checkpoints
 from training.data.batches import DatasetBatches
 from training.diffusion.augment_ada import ADAAugment
-from training.diffusion.class_balancing import SAMPLE_METHODS
 from training.diffusion.losses import CBDMLoss
 from training.ema import TraditionalEMA
 from training.encoders import RGBEncoder
@@ -306,8 +305,8 @@ OPTIONS = [
     _value('seed', 0, click.IntRange(0, 2**31 - 1), 'Seed of weights, data order and noise'),
     # Sampling and evaluation
     _value('num_images', 50000, _COUNT, 'Images to sample'),
-    _value('sample_method', 'cfg', click.Choice(SAMPLE_METHODS), 'Guided, with labels, or without',
-           metavar='|'.join(SAMPLE_METHODS)),
+    _value('sample_method', 'cfg', click.Choice(['cfg', 'cond', 'uncond']), 'Guided, with labels, or without',
+           metavar='cfg|cond|uncond'),
     _value('omega', 0.0, click.FloatRange(0), 'Strength of guidance; 0 = none'),
     _value('ddim_steps', 0, _STEPS, 'Steps of DDIM; 0 = ancestral sampling, all steps'),
     _value('sample_name', 'saved', str, 'First part of the names of sample files', metavar='NAME'),

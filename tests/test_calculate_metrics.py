@@ -219,7 +219,7 @@ def test_bad_input_is_one_line(data, snapshot, tmp_path):
         'must end in .pkl': ['ref', f'--data={data}/a.zip', f'--dest={tmp_path}/x.txt', fd],
         'needs no reference': ['ref', f'--data={data}/a.zip', f'--dest={tmp_path}/x.pkl', '--metrics=is'],
         'no metrics given': ['ref', f'--data={data}/a.zip', f'--dest={tmp_path}/x.pkl', '--metrics=,'],
-        'give --net or --preset': ['gen', ref, fd],
+        '--net: give a network, or a preset': ['gen', ref, fd],
         'none.pkl': ['gen', '--net=none.pkl', ref, fd],
         'nothing to generate': ['gen', f'--net={snapshot}', ref, fd, '--num=0'],
     }.items():

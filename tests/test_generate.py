@@ -12,7 +12,7 @@ from helpers import fails, run, script_module
 from training import phema
 from training.data.dataset import ImageDataset
 from training.encoders import RGBEncoder
-from training.generate import generate_images, split_seeds
+from training.generate import generate_images, preset_options, split_seeds
 from training.networks import build_network
 from training.snapshot import load_snapshot, save_snapshot
 
@@ -148,7 +148,7 @@ def test_every_option_of_the_sampler_counts(tmp_path, snapshots, option):
 @pytest.mark.parametrize('case, name', golden_cases.variants('math', 'presets_edm2_sampling*', lambda c: c.json['presets']),
                          ids=golden_cases.ids)
 def test_presets(case, name):
-    expected, ours = case.json['presets'][name], script_module('generate_images.py').preset_options(name)
+    expected, ours = case.json['presets'][name], preset_options(name)
     stem = lambda url: url and url.rsplit('/', 1)[1].removesuffix('.pkl')
     assert (stem(ours['net']), stem(ours['gnet'])) == (expected['net'], expected['gnet'])
     assert ours['guidance'] == expected['guidance']
@@ -156,7 +156,8 @@ def test_presets(case, name):
 
 @pytest.mark.parametrize('options, message', [
     (['--net=nowhere.pkl'], 'nowhere.pkl'), ([], '--net'), (['--preset=edm2-img512-huge-fid'], '--preset'),
-    (['--net={}/cond.pkl', '--guidance=2'], '--gnet'), (['--net={}/cond.pkl', '--class=5'], '171 (greyhound)'),
+    (['--net={}/cond.pkl', '--guidance=2'], '--guidance=2.0 needs a guiding network'),
+    (['--net={}/cond.pkl', '--class=5'], '171 (greyhound)'),
     (['--net={}/uncond.pkl', '--class=171'], 'no classes'), (['--net={}/cond.pkl', '--seeds=5-x'], '--seeds')])
 def test_errors_end_in_one_line(tmp_path, snapshots, options, message):
     options = [option.format(snapshots) for option in options]

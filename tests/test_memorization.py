@@ -7,7 +7,7 @@ import torch
 
 from dnnlib import UserError
 from metrics.memorization import Copies, image_blocks, nearest_neighbors
-from training.diffusion.samplers import ablation_sampler, edm2_sampler, edm_sampler
+from training.diffusion.samplers import sample
 from training.networks.optimal import OptimalDenoiser, optimal_denoiser
 
 
@@ -125,12 +125,12 @@ def test_near_copies_are_told_apart_at_low_noise():
                                rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize('sampler', [edm2_sampler, edm_sampler, ablation_sampler])
+@pytest.mark.parametrize('sampler', ['edm2', 'edm', 'ablation', 'dpmpp-2m'])
 def test_samples_of_the_optimal_denoiser_are_the_training_images(sampler):
     images, ids = _training_set()
     net = OptimalDenoiser(images, ids, 4)
     labels = torch.eye(4)[torch.arange(24) % 4]
-    samples = sampler(net, torch.randn([24, 3, 8, 8], generator=torch.Generator().manual_seed(0)), labels=labels)
+    samples = sample(net, torch.randn([24, 3, 8, 8], generator=torch.Generator().manual_seed(0)), labels, name=sampler)
     pixels = (samples * 127.5 + 128).clip(0, 255).to(torch.uint8).numpy()
     found = compared(pixels, images)
     assert found.memorized.all() and found.results()['mean_distance'] < 1

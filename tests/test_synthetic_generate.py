@@ -15,7 +15,6 @@ from helpers import ROOT, command, environment, fails
 from synthetic import CLASSES, GENERATE, SIDE, contents, invoke, limited, options, save_network
 
 from synthetic_data import class_writer, fixed_batch
-from training.diffusion.samplers import ablation_sampler, edm_sampler
 from training.encoders import RGBEncoder
 from training.generate import generate_images
 from training.snapshot import load_snapshot
@@ -26,7 +25,7 @@ def test_images_are_those_of_their_seed_and_class(made, network):
     for label in range(CLASSES):
         array = np.load(made / f'{label}.npy')
         assert array.shape == (20, SIDE, SIDE, 3) and array.dtype == np.uint8
-        (batch,) = generate_images(net, RGBEncoder(), range(20), labels=label, batch=20, sampler=edm_sampler, num_steps=2)
+        (batch,) = generate_images(net, RGBEncoder(), range(20), labels=label, batch=20, num_steps=2)
         assert np.abs(array.astype(int) - batch.images.permute(0, 2, 3, 1).numpy()).max() <= 1
         assert json.loads((made / f'{label}.json').read_text())['seeds'] == '0-19'
     assert {path.suffix for path in made.iterdir()} == {'.npy', '.json'}
@@ -80,10 +79,9 @@ def test_a_finished_class_is_never_made_twice(made, network, tmp_path):
     (['--schedule=vp'], dict(schedule='vp')), (['--scaling=vp', '--schedule=vp'], dict(scaling='vp', schedule='vp'))])
 def test_sampler_options(network, tmp_path, given, changed):
     invoke(GENERATE, *options(network, tmp_path, '--seeds=0-5', '--class=2', *given, '--steps=3'))
-    sampler = ablation_sampler if {'solver', 'discretization', 'schedule'} & set(changed) else edm_sampler
     net = load_snapshot(network).net
-    expected, plain = (next(generate_images(net, RGBEncoder(), range(6), labels=2, sampler=which, num_steps=3, **settings))
-                       .images.permute(0, 2, 3, 1).int().numpy() for which, settings in ((sampler, changed), (edm_sampler, {})))
+    expected, plain = (next(generate_images(net, RGBEncoder(), range(6), labels=2, num_steps=3, **settings))
+                       .images.permute(0, 2, 3, 1).int().numpy() for settings in (changed, {}))
     found = np.load(tmp_path / '2.npy').astype(int)
     assert np.abs(found - expected).max() <= 1 and np.abs(found - plain).max() > 1
 

@@ -30,7 +30,7 @@ Loading it runs the Python files in this folder:
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained('FOLDER', custom_pipeline='FOLDER', trust_remote_code=True)
-images = pipe(seeds=range(4), num_steps=32).images
+images = pipe(seeds=range(4)).images
 ```
 """
 
@@ -86,7 +86,8 @@ def save_folder(dest: str, snapshot: Snapshot, dtype=torch.float32):
         network, unet = description['network'], os.path.join(temp, 'unet')
         write_json(os.path.join(temp, 'model_index.json'), {
             '_class_name': ['pipeline', 'SnapshotPipeline'], '_diffusers_version': diffusers.__version__,
-            'unet': ['network', 'SnapshotNetwork'], 'encoder': description['encoder']})
+            'unet': ['network', 'SnapshotNetwork'], 'encoder': description['encoder'],
+            'sampler': description['sampler']})
         write_json(os.path.join(temp, DESCRIPTION), description)
         write_bytes(os.path.join(temp, 'README.md'), README.replace('FOLDER', os.path.basename(dest)).encode())
         write_json(os.path.join(unet, 'config.json'), dict(
@@ -109,7 +110,7 @@ def save_folder(dest: str, snapshot: Snapshot, dtype=torch.float32):
 
 _IMPORT = re.compile(r'^( *)from (dnnlib|torch_utils|training)((?:\.\w+)*) import ([^\n]*)$', re.MULTILINE)
 _BESIDE = re.compile(r'^from \.(\w+) import', re.MULTILINE)
-_PLACES = {'encoders': 'training', 'random': 'torch_utils', 'samplers': 'training/diffusion'}  # what the templates import
+_PLACES = {'encoders': 'training', 'samplers': 'training/diffusion'}  # what the templates import
 
 
 def _write_code(folder: str, name: str, networks: dict):

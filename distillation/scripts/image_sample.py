@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from distillation import common
 from distillation.sample_shards import SampleShards
-from dnnlib import UserError, cli
+from dnnlib import UserError, cli, options
 from torch_utils import distributed as dist
-from training.diffusion.gaussian import discrete_sampler
+from training.diffusion.samplers import choose_setting
 from training.encoders import make_encoder
 from training.generate import generate_images
 
@@ -27,15 +27,14 @@ def default_dest(config: str, model_path: str, num_samples: int, net, chain: str
     return os.path.join(folder, f'{model}-{chain}', f'samples_{shape}.npz')
 
 
-def sample(net, shards: SampleShards, seed: int, **sampler_options):
+def sample(net, shards: SampleShards, seed: int, sampler: dict):
     """Makes this process's share of what is missing. Image i depends on `seed` and i alone."""
     missing = shards.missing()[dist.get_rank()::dist.get_world_size()]
     encoder = make_encoder({'name': 'rgb'})
     for start, end in tqdm(missing, unit='batch', desc='Sampling', leave=False,
                            disable=True if dist.get_rank() != 0 else None):
         seeds = range(seed * shards.count + start, seed * shards.count + end)
-        for made in generate_images(net, encoder, seeds, batch=end - start, split=False, sampler=discrete_sampler,
-                                    **sampler_options):
+        for made in generate_images(net, encoder, seeds, batch=end - start, split=False, sampler=sampler):
             shards.save(start, made.images.permute(0, 2, 3, 1).cpu().numpy(), made.labels)
 
 
@@ -58,9 +57,10 @@ The same command goes on where it was stopped, also with another number of proce
 @click.option('--timestep_respacing', metavar='STR', help='Steps to take: 50, 10,15,20 or ddim50  [default: configuration]')
 @click.option('--use_ddim', metavar='BOOL', type=bool, help='DDIM instead of ancestral sampling  [default: configuration]')
 @click.option('--dest', metavar='NPZ', help='Where the samples go  [default: experiments/NAME/MODEL-CHAIN/samples_NxHxWxC.npz]')
+@options.sampling
 @common.seed_option
 @common.overrides_argument
-def main(config, model_path, batch_size, num_samples, timestep_respacing, use_ddim, dest, seed, overrides):
+def main(config, model_path, batch_size, num_samples, timestep_respacing, use_ddim, sampler, dest, seed, overrides):
     """Sample images: `arr_0` uint8 [N,H,W,C] in an .npz, with the classes as `arr_1` if the network has classes.
 
     --config is a teacher.yaml, a baseline or an experiment, of which the student is taken. Many processes share the work;
@@ -72,17 +72,22 @@ def main(config, model_path, batch_size, num_samples, timestep_respacing, use_dd
     respacing = section.diffusion.timestep_respacing if timestep_respacing is None else timestep_respacing
     ddim = section.diffusion.use_ddim if use_ddim is None else use_ddim
     steps = net.diffusion.respaced(respacing).num_steps        # fails early for what does not fit
-    dest = dest or default_dest(config, model_path, num_samples, net, f'{"ddim" if ddim else "ancestral"}{steps}')
+    own = dict(name='ddim' if ddim else 'ddpm', num_steps=respacing, clip=section.diffusion.clip_denoised)
+    setting = choose_setting(own, sampler)
+    chosen = {key: value for key, value in sampler.items() if value is not None}
+    chain = '-'.join(map(str, chosen.values())) or f'{"ddim" if ddim else "ancestral"}{steps}'
+    dest = dest or default_dest(config, model_path, num_samples, net, chain)
     if not dest.endswith('.npz'):
         raise UserError(f'--dest={dest}: the name must end in .npz')
     settings = dict(
         model=common.fingerprint(model_path), seed=seed, timestep_respacing=respacing, use_ddim=ddim,
         network={key: value for key, value in common.network_arguments(section).items() if key != 'dropout'},
         diffusion=common.diffusion_arguments(section.diffusion), clip_denoised=section.diffusion.clip_denoised)
+    settings |= {'sampler': chosen} if chosen else {}
     shards = SampleShards(dest, num_samples, batch_size, settings)
     if dist.broadcast_object(shards.open() if dist.get_rank() == 0 else None):
         common.describe('Network', net)
-        sample(net.to(dist.get_device()), shards, seed, respacing=respacing, ddim=ddim, clip=section.diffusion.clip_denoised)
+        sample(net.to(dist.get_device()), shards, seed, setting)
         dist.barrier()
         if dist.get_rank() == 0:
             shards.finish()
