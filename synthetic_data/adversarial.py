@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 @dataclasses.dataclass(frozen=True)
 class Attack:
-    """Projected gradient descent (arXiv 1706.06083): `steps` steps of `step_size` within `eps`, for pixels in [0, 1]."""
+    """Projected gradient descent (arXiv 1706.06083): `steps` steps of `step_size` within `eps`,
+    for pixels in [0, 1]."""
 
     eps: float = 8 / 255
     step_size: float = 2 / 255
@@ -17,27 +18,32 @@ class Attack:
 
 
 def pgd(net, images, labels, attack: Attack, random):
-    """Images [N,C,H,W] in [0, 1] that differ from the given ones by at most `attack.eps` and raise the loss of `net`.
+    """Images [N,C,H,W] in [0, 1] that differ from the given ones by at most `attack.eps` and raise
+    the loss of `net`.
 
-    x <- clip(x + step_size sign(grad_x CE(net(x), labels)), images - eps, images + eps) in [0, 1], from a uniform point of
-    the ball that `random.rand` draws. `labels` int64 [N]. Nothing reaches the gradients of the network's parameters, and
-    no statistics of batch normalisation change.
+    x <- clip(x + step_size sign(grad_x CE(net(x), labels)), images - eps, images + eps) in [0, 1],
+    from a uniform point of the ball that `random.rand` draws. `labels` int64 [N]. Nothing reaches
+    the gradients of the network's parameters, and no statistics of batch normalisation change.
     """
-    low, high = (images - attack.eps).clamp(min=0), (images + attack.eps).clamp(max=1)
+    low = (images - attack.eps).clamp(min=0)
+    high = (images + attack.eps).clamp(max=1)
     start = images + attack.eps * (2 * random.rand(images.shape, device=images.device) - 1)
     x = torch.clamp(start, low, high)
     with _frozen_statistics(net), torch.enable_grad():
         for _ in range(attack.steps):
             x.requires_grad_()
-            (gradient,) = torch.autograd.grad(F.cross_entropy(net(x).float(), labels, reduction='sum'), x)
+            loss = F.cross_entropy(net(x).float(), labels, reduction='sum')
+            (gradient,) = torch.autograd.grad(loss, x)
             x = torch.clamp(x.detach() + attack.step_size * gradient.sign(), low, high)
     return x.detach()
 
 
 @contextlib.contextmanager
 def _frozen_statistics(net):
-    """Forward passes in training mode normalise by their batch, as they do in training, but leave the running means."""
-    layers = [layer for layer in net.modules() if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm)]
+    """Forward passes in training mode normalise by their batch, as they do in training, but leave
+    the running means."""
+    norm = torch.nn.modules.batchnorm._BatchNorm
+    layers = [layer for layer in net.modules() if isinstance(layer, norm)]
     momenta = [layer.momentum for layer in layers]
     counts = [layer.num_batches_tracked.clone() for layer in layers]
     wants_gradient = [p for p in net.parameters() if p.requires_grad]

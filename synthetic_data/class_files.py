@@ -1,7 +1,8 @@
 """Folders of labelled images as one array file for each class: `<class>.npy`, uint8 [N,H,W,3].
 
-`<class>.json` beside it is its `Record`. While images are made there are also `<class>.npy.part`, `<class>.npy.done` and
-`<class>.part.json`: see `class_writer`. Nothing here but `ClassFile.map` needs NumPy, so that `combine_data.py` starts fast.
+`<class>.json` beside it is its `Record`. While images are made there are also `<class>.npy.part`,
+`<class>.npy.done` and `<class>.part.json`: see `class_writer`. Nothing here but `ClassFile.map`
+needs NumPy, so that `combine_data.py` starts fast.
 """
 
 import dataclasses
@@ -29,7 +30,8 @@ class ClassFile:
 
     @classmethod
     def open(cls, path: str) -> 'ClassFile':
-        """Raises UserError that names the file if it is missing, damaged, or of another type or shape."""
+        """Raises UserError that names the file if it is missing, damaged, or of another type or
+        shape."""
         if not os.path.isfile(path):
             raise UserError(f'{path}: no such file; generate.py makes one for each class')
         try:
@@ -39,7 +41,8 @@ class ClassFile:
         except (OSError, ValueError) as error:
             raise UserError(f'{path} is no .npy file of images ({error})') from None
         if descr != '|u1' or len(shape) != 4 or shape[3] != 3 or fortran or min(shape) < 1:
-            raise UserError(f'{path} holds {descr} {list(shape)} instead of images |u1 (uint8) [N, H, W, 3]')
+            raise UserError(f'{path} holds {descr} {list(shape)} instead of images |u1 (uint8) '
+                            '[N, H, W, 3]')
         if os.path.getsize(path) != offset + math.prod(shape):
             raise UserError(f'{path} is cut short or too long for {list(shape)}; make it again')
         return cls(path, shape, offset)
@@ -60,17 +63,20 @@ class ClassFile:
                 yield chunk
 
     def map(self):
-        """All images as a read-only memory map. Its pages count as memory of the process as long as it exists."""
+        """All images as a read-only memory map. Its pages count as memory of the process as long
+        as it exists."""
         import numpy as np
         return np.memmap(self.path, np.uint8, 'r', self.offset, self.shape)
 
     def recorded_crc32(self) -> int | None:
-        """CRC-32 of the images as the record has it; None if it has none, or the images were changed after it."""
+        """CRC-32 of the images as the record has it; None if it has none, or the images were
+        changed after it."""
         path = self.path.removesuffix('.npy') + '.json'
         try:
             with open(path) as file:
                 record = json.load(file)
-            if record['images'] == len(self) and os.path.getmtime(self.path) <= os.path.getmtime(path):
+            unchanged = os.path.getmtime(self.path) <= os.path.getmtime(path)
+            if unchanged and record['images'] == len(self):
                 return int(record['crc32'])
         except (OSError, ValueError, KeyError, TypeError):
             pass
@@ -86,8 +92,11 @@ class Record:
     crc32: int | None = None  # of the images' bytes; earlier versions did not keep it
 
     def save(self, path: str):
-        crc = {} if self.crc32 is None else {'crc32': self.crc32}
-        write_json(path, {'images': len(self.seeds), 'seeds': format_ranges(self.seeds), 'made_by': self.made_by} | crc)
+        value = {'images': len(self.seeds), 'seeds': format_ranges(self.seeds),
+                 'made_by': self.made_by}
+        if self.crc32 is not None:
+            value['crc32'] = self.crc32
+        write_json(path, value)
 
     @classmethod
     def load(cls, path: str) -> 'Record | None':
@@ -116,22 +125,24 @@ def format_ranges(numbers: Iterable[int]) -> str:
 def open_classes(folders: Sequence[str], class_num: int) -> list[list[ClassFile]]:
     """The files of each class 0 .. class_num - 1: one of every folder.
 
-    Raises UserError that names the file: one that is missing or damaged, images of another shape, a class too many,
-    and folders that hold the same seeds of one network.
+    Raises UserError that names the file: one that is missing or damaged, images of another shape,
+    a class too many, and folders that hold the same seeds of one network.
     """
     for folder in folders:
         if not os.path.isdir(folder):
             raise UserError(f'{folder}: no such folder')
-        last = max((int(name[:-4]) for name in os.listdir(folder) if re.fullmatch(r'\d+\.npy', name)), default=0)
+        labels = [int(name[:-4]) for name in os.listdir(folder) if re.fullmatch(r'\d+\.npy', name)]
+        last = max(labels, default=0)
         if last >= class_num:
-            raise UserError(f'{os.path.join(folder, str(last))}.npy is of class {last}, but the number of classes is '
-                            f'{class_num}')
-    classes = [[ClassFile.open(os.path.join(folder, f'{label}.npy')) for folder in folders] for label in range(class_num)]
+            raise UserError(f'{os.path.join(folder, str(last))}.npy is of class {last}, but the '
+                            f'number of classes is {class_num}')
+    classes = [[ClassFile.open(os.path.join(folder, f'{label}.npy')) for folder in folders]
+               for label in range(class_num)]
     first = classes[0][0]
     for file in itertools.chain(*classes):
         if file.shape[1:] != first.shape[1:]:
-            raise UserError(f'{file.path} has images of {list(file.shape[1:])}, but those of {first.path} are '
-                            f'{list(first.shape[1:])}')
+            raise UserError(f'{file.path} has images of {list(file.shape[1:])}, but those of '
+                            f'{first.path} are {list(first.shape[1:])}')
     for a, b in itertools.combinations(folders, 2):
         for label in range(class_num):
             check_overlap(a, b, label)
@@ -145,5 +156,5 @@ def check_overlap(a: str, b: str, label: int):
         return
     common = sorted(set(records[0].seeds) & set(records[1].seeds))
     if common:
-        raise UserError(f'{a} and {b} both hold class {label} of the seeds {format_ranges(common)[:60]}; '
-                        'make one of them with other --seeds')
+        raise UserError(f'{a} and {b} both hold class {label} of the seeds '
+                        f'{format_ranges(common)[:60]}; make one of them with other --seeds')

@@ -1,4 +1,4 @@
-"""Classifiers: what their training minimises, how images are augmented, and how accurate they are."""
+"""Classifiers: what training minimises, how images are augmented, and how accurate they are."""
 
 import math
 
@@ -16,7 +16,8 @@ from training.snapshot import load_snapshot
 
 
 def augment(images, random, pad: int, xflip: bool):
-    """Each image [N,C,H,W] moved by up to `pad` pixels in both directions (black comes in), and mirrored half of the time.
+    """Each image [N,C,H,W] moved by up to `pad` pixels in both directions (black comes in), and
+    mirrored half of the time.
 
     Draws of `random`: vertical move, horizontal move, mirror.
     """
@@ -25,28 +26,35 @@ def augment(images, random, pad: int, xflip: bool):
     rows = torch.arange(H, device=device) + random.randint(2 * pad + 1, [N]).reshape(N, 1)
     columns = torch.arange(W, device=device) + random.randint(2 * pad + 1, [N]).reshape(N, 1)
     if xflip:
-        columns = torch.where(random.randint(2, [N]).reshape(N, 1) == 1, columns.flip(1), columns)
+        mirrored = random.randint(2, [N]).reshape(N, 1) == 1
+        columns = torch.where(mirrored, columns.flip(1), columns)
     padded = F.pad(images, [pad] * 4)
     # Advanced indices with a slice between them put the channels last.
     return padded[torch.arange(N, device=device).reshape(N, 1, 1), :, rows.reshape(N, H, 1),
                   columns.reshape(N, 1, W)].movedim(-1, 1).contiguous()
 
 
-class ClassificationObjective:
-    """Cross-entropy of a classifier on augmented images, or on the worst ones near them that an attack finds.
+class ClassificationLoss:
+    """Cross-entropy of a classifier on augmented images, or on the worst ones near them.
 
     pad, xflip  see `augment`
-    smoothing   share of the label that is spread over all classes
-    attack      adversarial training (arXiv 1706.06083): the loss at `pgd` of this attack; None: plain training
+    smoothing   part of the label that is spread over all classes
+    attack      adversarial training (arXiv 1706.06083): the loss at `pgd` of this attack;
+                None: plain training
     dtype       of convolutions and products (mixed precision): float32, float16 or bfloat16
     """
 
-    def __init__(self, pad: int = 4, xflip: bool = True, smoothing: float = 0.0, attack: Attack | None = None,
-                 dtype=torch.float32):
-        self.pad, self.xflip, self.smoothing, self.attack, self.dtype = pad, xflip, smoothing, attack, dtype
+    def __init__(self, pad: int = 4, xflip: bool = True, smoothing: float = 0.0,
+                 attack: Attack | None = None, dtype=torch.float32):
+        self.pad = pad
+        self.xflip = xflip
+        self.smoothing = smoothing
+        self.attack = attack
+        self.dtype = dtype
 
     def __call__(self, net, batch):
-        """(loss [N], {'loss', 'accuracy' on what was trained on}) for `images` [N,3,H,W] in [-1, 1] and one-hot `labels`."""
+        """(loss [N], {'loss', 'accuracy' on what was trained on}) for `images` [N,3,H,W] in
+        [-1, 1] and one-hot `labels`."""
         random = batch['random']
         images = augment((batch['images'] + 1) / 2, random, self.pad, self.xflip)
         labels = batch['labels'].argmax(dim=1)
@@ -60,24 +68,27 @@ class ClassificationObjective:
 
 
 def cosine_lr(nimg: int, total: int, peak: float, rampup: int = 0) -> float:
-    """Half a cosine from `peak` to zero over `total` images; up to `rampup` images it grows from zero."""
+    """Half a cosine from `peak` to zero over `total` images, times a ramp over `rampup` images."""
     ramp = min(nimg / rampup, 1) if rampup else 1
     return peak / 2 * (1 + math.cos(math.pi * min(nimg / total, 1))) * ramp
 
 
 def ema_beta(decay: float):
-    """beta(nimg, batch) of the classifiers' average: min(decay, (1 + step) / (10 + step)), so that its start is forgotten."""
+    """beta(nimg, batch) of the classifiers' average: min(decay, (1 + step) / (10 + step)), so that
+    its start is forgotten."""
     def beta(nimg, batch):
         step = nimg / batch
         return min(decay, (1 + step) / (10 + step))
     return beta
 
 
-def open_classifier(path: str, model: str | None = None, num_classes: int | None = None, device='cpu'):
+def open_classifier(path: str, model: str | None = None, num_classes: int | None = None,
+                    device='cpu'):
     """The classifier in a file: a snapshot of train_classifier.py, or published weights.
 
-    `model` like wrn-28-10 is what it must be; None: whatever it is. It takes x [N,3,H,W] in [0, 1], and is in evaluation
-    mode, without gradients. Raises UserError that names the file if it is something else, or has other classes.
+    `model` like wrn-28-10 is what it must be; None: whatever it is. It takes x [N,3,H,W] in
+    [0, 1], and is in evaluation mode, without gradients. Raises UserError that names the file if
+    it is something else, or has other classes.
     """
     if identify(path).kind != 'snapshot':
         return load_classifier(path, model, num_classes).to(device)
@@ -85,29 +96,35 @@ def open_classifier(path: str, model: str | None = None, num_classes: int | None
     if net.class_name != 'WideResNet':
         raise UserError(f'{path} holds a network {net.class_name}, which is no classifier')
     name = net.init_kwargs.get('name', 'wrn-28-10')
-    if model is not None and name != model:
+    if model not in (None, name):
         raise UserError(f'{path} holds a {name}, not a {model}')
-    if num_classes is not None and net.num_classes != num_classes:
-        raise UserError(f'{path} is a classifier of {net.num_classes} classes, not of {num_classes}')
+    if num_classes not in (None, net.num_classes):
+        raise UserError(f'{path} is a classifier of {net.num_classes} classes, not of '
+                        f'{num_classes}')
     return net
 
 
 @torch.no_grad()
-def accuracy(net, dataset, attack: Attack | None = None, batch: int = 256, seed: int = 0, progress: bool = False) -> dict:
-    """Share of the images of a labelled data set that `net` classifies correctly: {'clean': .., 'robust': ..}.
+def accuracy(net, dataset, attack: Attack | None = None, batch: int = 256, seed: int = 0,
+             progress: bool = False) -> dict:
+    """{'clean', 'robust'}: the part of a labelled data set's images that `net` classifies
+    correctly, and that is still correct under `attack`, None without one.
 
-    `robust` is the share that is still correct under `attack`, and None without one; what is wrong already counts as wrong.
     The random start of image i depends on `seed` and i alone.
     """
     device = next(net.parameters()).device
-    right = {'clean': 0, 'robust': 0}
-    for start in tqdm(range(0, len(dataset), batch), unit='batch', delay=2, disable=None if progress else True):
+    clean = 0
+    robust = 0
+    hidden = None if progress else True  # None: on a terminal only
+    for start in tqdm(range(0, len(dataset), batch), unit='batch', delay=2, disable=hidden):
         indices = np.arange(start, min(start + batch, len(dataset)))
         images = torch.from_numpy(dataset.images(indices)).to(device).float() / 255
         labels = torch.from_numpy(dataset.label_ids[indices]).to(device)
         correct = net(images).argmax(dim=1) == labels
-        right['clean'] += int(correct.sum())
+        clean += int(correct.sum())
         if attack is not None:
-            found = pgd(net, images, labels, attack, BlockRandomGenerator(device, seed, start, len(indices)))
-            right['robust'] += int((correct & (net(found).argmax(dim=1) == labels)).sum())
-    return {'clean': right['clean'] / len(dataset), 'robust': right['robust'] / len(dataset) if attack is not None else None}
+            random = BlockRandomGenerator(device, seed, start, len(indices))
+            attacked = pgd(net, images, labels, attack, random)
+            robust += int((correct & (net(attacked).argmax(dim=1) == labels)).sum())
+    return {'clean': clean / len(dataset),
+            'robust': None if attack is None else robust / len(dataset)}

@@ -16,7 +16,8 @@ from synthetic_data import common
 from synthetic_data.class_files import ClassFile, open_classes
 from synthetic_data.npz import write_npz
 
-# What a file system says that cannot copy within the kernel (another one on the other side, a network, an old kernel).
+# What a file system says that cannot copy within the kernel (another one on the other side, a
+# network, an old kernel).
 REFUSALS = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 COPY_BYTES = 64 << 20  # that the kernel copies at a time
 
@@ -24,8 +25,8 @@ COPY_BYTES = 64 << 20  # that the kernel copies at a time
 def append_images(dest: BinaryIO, source: ClassFile, crc: int) -> int:
     """Appends the images of a class file; returns the CRC-32 of `dest`, which was `crc` before.
 
-    If the file's record has their checksum, the kernel copies them, and none passes through this process.
-    Raises UserError if the file ends before its last image.
+    If the file's record has their checksum, the kernel copies them, and none passes through this
+    process. Raises UserError if the file ends before its last image.
     """
     start = dest.tell()
     images_crc = source.recorded_crc32()
@@ -41,8 +42,8 @@ def append_images(dest: BinaryIO, source: ClassFile, crc: int) -> int:
 
 
 def copy_in_kernel(dest: BinaryIO, source: ClassFile) -> bool:
-    """Appends the images without a detour through this process, as `cp` does; False, with nothing appended, where that
-    is not possible."""
+    """Appends the images without a detour through this process, as `cp` does; False, with nothing
+    appended, where that is not possible."""
     dest.flush()
     start = dest.tell()
     copied = 0
@@ -50,7 +51,8 @@ def copy_in_kernel(dest: BinaryIO, source: ClassFile) -> bool:
         while copied < source.num_bytes and hasattr(os, 'copy_file_range'):
             count = min(source.num_bytes - copied, COPY_BYTES)
             try:
-                count = os.copy_file_range(file.fileno(), dest.fileno(), count, source.offset + copied, start + copied)
+                count = os.copy_file_range(file.fileno(), dest.fileno(), count,
+                                           source.offset + copied, start + copied)
             except OSError as error:
                 if error.errno not in REFUSALS:
                     raise
@@ -64,9 +66,11 @@ def copy_in_kernel(dest: BinaryIO, source: ClassFile) -> bool:
 
 
 def combine_crc32(first: int, second: int, length: int) -> int:
-    """CRC-32 of two byte strings one after the other, from those of each and the second one's length.
+    """CRC-32 of two byte strings one after the other, from those of each and the second one's
+    length.
 
-    CRCs are remainders modulo a polynomial P over GF(2): crc(ab) = crc(a) x^(8 length) + crc(b) mod P.
+    CRCs are remainders modulo a polynomial P over GF(2): crc(ab) = crc(a) x^(8 length) + crc(b)
+    mod P.
     """
     square = 1 << 23  # x^8; the highest bit is the coefficient of x^0
     while length:
@@ -89,16 +93,19 @@ def _multiply(a: int, b: int) -> int:
 
 EXAMPLES = """\b
 Examples:
-  python combine_data.py --data_dir ./out_cifar10 --output_dir ./npz_cifar10 --class_num 10 --file_name 5m
+  python combine_data.py --data_dir ./out_cifar10 --output_dir ./npz_cifar10 --class_num 10 \\
+      --file_name 5m
 \b
   # What two machines have made
-  python combine_data.py --data_dir ./out_a --data_dir ./out_b --output_dir ./npz_cifar10 --class_num 10 --file_name 10m"""
+  python combine_data.py --data_dir ./out_a --data_dir ./out_b --output_dir ./npz_cifar10 \\
+      --class_num 10 --file_name 10m"""
 
 
 @click.command(cls=cli.Command, epilog=EXAMPLES)
 @common.class_folder_options()
 def main(data_dir, output_dir, class_num, file_name):
-    """Join the files of all classes into one .npz for numpy.load: `image` uint8 [N,H,W,3], `label` int64 [N].
+    """Join the files of all classes into one .npz for numpy.load: `image` uint8 [N,H,W,3], `label`
+    int64 [N].
 
     Class by class, in the order of the files. Images are never held in memory.
     """

@@ -21,7 +21,8 @@ def _parse_fraction(text: str) -> float:
 
 def _parse_name(text: str) -> str:
     if os.path.basename(text) != text:
-        raise ValueError(f'{text!r} is not a name without folders; give the folder as --output_dir')
+        raise ValueError(f'{text!r} is not a name without folders; give the folder as '
+                         '--output_dir')
     return text.removesuffix('.npz')
 
 
@@ -31,12 +32,13 @@ NPZ_NAME = cli.Parsed('name', _parse_name)           # 5m or 5m.npz -> 5m
 
 @contextlib.contextmanager
 def full_disk(option: str, then: str):
-    """Turns an OSError of writing into one line that names the option and says what to do: make room, and `then`."""
+    """Turns an OSError of writing into one line that names the option and says what to do: make
+    room, and `then`."""
     try:
         yield
     except OSError as error:
-        raise UserError(f'{option} cannot be written ({error.strerror or error}); make room or choose another folder, and '
-                        f'{then}') from None
+        raise UserError(f'{option} cannot be written ({error.strerror or error}); make room or '
+                        f'choose another folder, and {then}') from None
 
 
 def add_options(options: list):
@@ -49,12 +51,15 @@ def add_options(options: list):
 
 
 def class_folder_options(file_name: str | None = None):
-    """Decorator: --data_dir (which may be given several times), --output_dir, --class_num, --file_name."""
+    """Decorator: --data_dir (which may be given several times), --output_dir, --class_num,
+    --file_name."""
     return add_options([
         click.option('--data_dir', metavar='DIR', multiple=True, required=True,
-                     help='Folder with <class>.npy of generate.py; several are joined, one after the other'),
+                     help='Folder with <class>.npy of generate.py; several are joined, one after '
+                          'the other'),
         click.option('--output_dir', metavar='DIR', required=True, help='Where results go'),
-        click.option('--class_num', metavar='INT', type=click.IntRange(min=1), default=10, help='Number of classes'),
-        click.option('--file_name', metavar='NAME', type=NPZ_NAME, default=file_name, required=file_name is None,
-                     help='The file is <output_dir>/NAME.npz'),
+        click.option('--class_num', metavar='INT', type=click.IntRange(min=1), default=10,
+                     help='Number of classes'),
+        click.option('--file_name', metavar='NAME', type=NPZ_NAME, default=file_name,
+                     required=file_name is None, help='The file is <output_dir>/NAME.npz'),
     ])

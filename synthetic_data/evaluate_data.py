@@ -1,8 +1,10 @@
-"""Do generated images help? Classifiers trained on real images alone, with generated and with selected ones."""
+"""Do generated images help? Classifiers trained on real images alone, with generated and with
+selected ones."""
 
 import contextlib
 import dataclasses
 import io
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -23,12 +25,13 @@ from training import runs
 
 DATA = {'real': 'real', 'generated': 'real + generated', 'selected': 'real + selected'}
 TRAINING = ('plain', 'adversarial')
+MEASURES = ('clean', 'robust')
 REPORTING = ('status', 'checkpoint', 'snapshot', 'bench')  # settings that change no result
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One classifier to train: its folder and all of its settings; the runs of a comparison differ in data alone."""
+    """One classifier to train: its folder and all of its settings."""
 
     folder: str
     data: str
@@ -46,32 +49,38 @@ class Run:
         if not rows or rows[-1]['nimg'] < self.config['duration']:
             return None
         options = runs.read_options(self.folder)
-        changed = [key for key, value in self.config.items() if key not in REPORTING and options.get(key) != value]
-        if changed:
-            raise UserError(f'{self.folder} holds a run with another --{changed[0].replace("_", "-")} '
-                            f'({options.get(changed[0])} instead of {self.config[changed[0]]}); choose another --outdir')
+        for key, value in self.config.items():
+            if key not in REPORTING and options.get(key) != value:
+                option = '--' + key.replace('_', '-')
+                raise UserError(f'{self.folder} holds a run with another {option} '
+                                f'({options.get(key)} instead of {value}); choose another --outdir')
         return rows[-1]
 
     def train(self):
-        """Trains it to its end. Raises KeyboardInterrupt if it is told to stop; then it goes on from a checkpoint."""
-        sink = io.StringIO()  # those that train side by side would talk over each other; log.txt has it all
+        """Trains it to its end. Raises KeyboardInterrupt if it is told to stop; then it goes on
+        from a checkpoint."""
+        sink = io.StringIO()  # those side by side would talk over each other; log.txt has it all
         with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
-            seen = train_classifier.train(self.config, self.folder)
-        if seen < self.config['duration']:
+            nimg = train_classifier.train(self.config, self.folder)
+        if nimg < self.config['duration']:
             raise KeyboardInterrupt
 
 
-def plan(outdir: str, data: str, test: str, sources: dict, trainings, seeds, options: dict) -> list[Run]:
-    """The runs, the long ones first. `sources` {'real': None, 'generated': path, ...}; `options` of train_classifier.py."""
+def plan(outdir: str, data: str, test: str, sources: dict, trainings, seeds,
+         options: dict) -> list[Run]:
+    """The runs, which differ in data, training and seed alone, the long ones first.
+
+    `sources` {'real': None, 'generated': path, ...}; `options` of train_classifier.py.
+    """
+    shared = options | dict(data=data, test=test, robust=True, test_every=0,
+                            snapshot=options['duration'])
     planned = []
     for training in sorted(trainings):
-        for seed in seeds:
-            for name, path in sources.items():
-                config = train_classifier.build_config(dict(
-                    data=data, test=test, generated=path, adversarial=training == 'adversarial', robust=True, seed=seed,
-                    snapshot=options['duration'], test_every=0, wandb=None) | options)
-                del config['wandb']
-                planned.append(Run(os.path.join(outdir, f'{name}-{training}-seed{seed}'), name, training, seed, config))
+        for seed, (name, path) in itertools.product(seeds, sources.items()):
+            differing = dict(generated=path, adversarial=training == 'adversarial', seed=seed)
+            folder = os.path.join(outdir, f'{name}-{training}-seed{seed}')
+            config = train_classifier.build_config(shared | differing)
+            planned.append(Run(folder, name, training, seed, config))
     return planned
 
 
@@ -79,52 +88,51 @@ def train_all(planned: list[Run], jobs: int):
     """Trains what has not come to its end."""
     waiting = [run for run in planned if run.accuracy is None]
     if len(waiting) < len(planned):
-        dist.print0(f'{len(planned) - len(waiting)} of {len(planned)} classifiers are trained already')
+        dist.print0(f'{len(planned) - len(waiting)} of {len(planned)} classifiers are trained '
+                    'already')
     for run in parallel.run_side_by_side(Run.train, waiting, jobs):
-        found = dist.broadcast_object(run.accuracy)
-        dist.print0(f'{run.training}, {DATA[run.data]}, seed {run.seed}: clean {100 * found["clean"]:.2f}%, '
-                    f'under attack {100 * found["robust"]:.2f}%')
+        accuracy = dist.broadcast_object(run.accuracy)
+        dist.print0(f'{run.training}, {DATA[run.data]}, seed {run.seed}: '
+                    f'clean {accuracy["clean"]:.2%}, under attack {accuracy["robust"]:.2%}')
 
 
 def table(planned: list[Run]) -> pd.DataFrame:
     """A row for each run: training, data, seed, clean and robust accuracy."""
-    return pd.DataFrame([{'training': run.training, 'data': run.data, 'seed': run.seed, 'clean': run.accuracy['clean'],
-                          'robust': run.accuracy['robust']} for run in planned])
+    return pd.DataFrame([{'training': run.training, 'data': run.data, 'seed': run.seed}
+                         | {name: run.accuracy[name] for name in MEASURES} for run in planned])
 
 
 def summarise(results: pd.DataFrame) -> pd.DataFrame:
-    """Means over seeds, and their standard errors; gains are the mean differences to real data alone at the same seed."""
-    lines = []
-    for training in TRAINING:
-        of_training = results[results['training'] == training].set_index('seed')
-        alone = of_training[of_training['data'] == 'real']
-        for data in DATA:
-            rows = of_training[of_training['data'] == data]
-            if not len(rows):
-                continue
-            line = {'training': training, 'data': data, 'seeds': len(rows)}
-            for kind in ('clean', 'robust'):
-                gain = rows[kind] - alone[kind]
-                for name, values in ((kind, rows[kind]), (f'{kind} gain', gain)):
-                    line[name] = values.mean()
-                    line[f'{name} error'] = values.std() / np.sqrt(len(values)) if len(values) > 1 else np.nan
-            lines.append(line)
-    return pd.DataFrame(lines)
+    """Means over seeds, and their standard errors; gains are the mean differences to real data
+    alone at the same seed."""
+    values = results.set_index(['training', 'data', 'seed'])[list(MEASURES)]
+    alone = values.xs('real', level='data').reindex(values.index.droplevel('data'))
+    gains = (values - alone.to_numpy()).add_suffix(' gain')
+    groups = values.join(gains).groupby(level=['training', 'data'])
+    summary = groups.mean().join(groups.sem().add_suffix(' error'))
+    summary['seeds'] = groups.size()
+    columns = ['seeds', *map(''.join, itertools.product(MEASURES, ('', ' gain'), ('', ' error')))]
+    rows = [row for row in itertools.product(TRAINING, DATA) if row in summary.index]
+    return summary.loc[rows, columns].reset_index()
 
 
 def show(summary: pd.DataFrame, eps: float):
     """Prints the averages in percent."""
     def cell(line, name, sign=''):
         error = line[f'{name} error']
-        return f'{100 * line[name]:{sign}.2f}' + ('' if np.isnan(error) else f' ± {100 * error:.2f}')
+        shown = '' if np.isnan(error) else f' ± {100 * error:.2f}'
+        return f'{100 * line[name]:{sign}.2f}{shown}'
 
-    print(f'\nTest accuracy in %, clean and under PGD with eps {eps:.4f}' +
-          (', mean ± standard error over seeds' if summary['seeds'].max() > 1 else '') + '; gain: over real data alone')
+    means = ', mean ± standard error over seeds' if summary['seeds'].max() > 1 else ''
+    print(f'\nTest accuracy in %, clean and under PGD with eps {eps:.4f}{means}; gain: over real '
+          'data alone')
     print(f'{"training":<13}{"data":<18}{"clean":>15}{"gain":>15}{"under attack":>15}{"gain":>15}')
     for _, line in summary.iterrows():
-        gains = ['' if line['data'] == 'real' else cell(line, f'{kind} gain', '+') for kind in ('clean', 'robust')]
-        print(f'{line["training"]:<13}{DATA[line["data"]]:<18}{cell(line, "clean"):>15}{gains[0]:>15}'
-              f'{cell(line, "robust"):>15}{gains[1]:>15}')
+        cells = f'{line["training"]:<13}{DATA[line["data"]]:<18}'
+        for name in MEASURES:
+            gain = '' if line['data'] == 'real' else cell(line, f'{name} gain', '+')
+            cells += f'{cell(line, name):>15}{gain:>15}'
+        print(cells)
 
 
 def save_table(frame: pd.DataFrame, path: str):
@@ -135,8 +143,9 @@ def save_table(frame: pd.DataFrame, path: str):
 EXAMPLES = """\b
 Examples:
   # The study's question on CIFAR-10, on 4 GPUs
-  torchrun --standalone --nproc_per_node=4 evaluate_data.py --outdir=runs/evaluate --data=cifar10-train.zip \\
-      --test=cifar10-test.zip --generated=out_cifar10 --selected=npz_cifar10/1m.npz --model=wrn-28-10
+  torchrun --standalone --nproc_per_node=4 evaluate_data.py --outdir=runs/evaluate \\
+      --data=cifar10-train.zip --test=cifar10-test.zip --generated=out_cifar10 \\
+      --selected=npz_cifar10/1m.npz --model=wrn-28-10
 \b
 The same command goes on where it was stopped; finished classifiers are not trained again."""
 
@@ -145,41 +154,48 @@ The same command goes on where it was stopped; finished classifiers are not trai
 @click.option('--outdir', metavar='DIR', required=True, help='Where results and the runs go')
 @click.option('--data', metavar='ZIP|DIR', required=True, help='Real training images, with labels')
 @click.option('--test', metavar='ZIP|DIR', required=True, help='Real test images, with labels')
-@click.option('--generated', metavar='DIR|NPZ', help='Generated images: a folder of generate.py, or an .npz of combine_data.py')
+@click.option('--generated', metavar='DIR|NPZ',
+              help='Generated images: a folder of generate.py, or an .npz of combine_data.py')
 @click.option('--selected', metavar='DIR|NPZ', help='Selected images: an .npz of select_1M.py')
-@click.option('--training', metavar='LIST', default='plain,adversarial', help='plain, adversarial, or both')
-@click.option('--seeds', metavar='LIST', type=cli.INT_LIST, default='0', help='Classifiers of each kind, by seed')
+@click.option('--training', metavar='LIST', default='plain,adversarial',
+              help='plain, adversarial, or both')
+@click.option('--seeds', metavar='LIST', type=cli.INT_LIST, default='0',
+              help='Classifiers of each kind, by seed')
 @train_classifier.training_options
-@click.option('--status', metavar='NIMG', type=cli.COUNT, default='128Ki', help='Report every NIMG images, 0 = never')
-@click.option('--checkpoint', metavar='NIMG', type=cli.COUNT, default='1M', help='Save the state every NIMG images, 0 = never')
-@click.option('--batch-gpu', metavar='NIMG', type=cli.COUNT, help='Images of one forward pass  [default: all of a process]')
+@click.option('--batch-gpu', metavar='NIMG', type=cli.COUNT,
+              help='Images of one forward pass  [default: all of a process]')
 @click.option('--jobs', metavar='INT', type=click.IntRange(min=1),
-              help='Classifiers that train at a time  [default: one for each core, up to 8; one on a GPU or under torchrun]')
+              help='Classifiers that train at a time  [default: one for each core, up to 8; one '
+                   'on a GPU or under torchrun]')
 def main(outdir, data, test, generated, selected, training, seeds, jobs, **options):
-    """Train classifiers on real images alone, with generated and with selected ones, for the same number of steps.
+    """Train classifiers on real images alone, with generated and with selected ones, for the same
+    number of steps.
 
-    Prints test accuracy without and with attack (PGD, l-infinity) of each, and writes results.csv and summary.csv.
+    Prints test accuracy without and with attack (PGD, l-infinity) of each, and writes results.csv
+    and summary.csv.
     """
     trainings = [name.strip() for name in training.split(',')]
-    if not trainings or set(trainings) - set(TRAINING) or len(set(trainings)) < len(trainings):
+    if set(trainings) - set(TRAINING) or len(set(trainings)) < len(trainings):
         raise UserError(f'--training={training}: give plain, adversarial, or plain,adversarial')
     if len(set(seeds)) < len(seeds):
         raise UserError('--seeds: give each number once')
-    sources = {'real': None} | {name: path for name, path in (('generated', generated), ('selected', selected)) if path}
-    if len(sources) == 1:
+    sources = {'generated': generated, 'selected': selected}
+    sources = {name: path for name, path in sources.items() if path}
+    if not sources:
         raise UserError('nothing to compare with: give --generated, --selected or both')
     dist.init()
-    classes = train_classifier.open_labelled('--data', data).label_dim
-    for path in sources.values():
-        if path:
-            GeneratedImages(path, classes)  # what is wrong with it is said now
-    planned = plan(outdir, data, test, sources, trainings, seeds, options | dict(ls=1.0, bench=True))
-    dist.print0(f'{len(planned)} classifiers {options["model"]} of {options["duration"]} training images in {outdir}')
-    several = dist.get_world_size() > 1
-    if several and jobs not in (None, 1):
+    one_by_one = dist.get_world_size() > 1
+    if one_by_one and jobs not in (None, 1):
         raise UserError(f'--jobs={jobs}: under torchrun classifiers train one after the other')
+    classes = train_classifier.open_labelled('data', data).label_dim
+    for path in sources.values():
+        GeneratedImages(path, classes)  # what is wrong with it is said now
+    planned = plan(outdir, data, test, {'real': None} | sources, trainings, seeds,
+                   options | dict(ls=1.0, bench=True))
+    dist.print0(f'{len(planned)} classifiers {options["model"]} of {options["duration"]} training '
+                f'images in {outdir}')
     try:
-        train_all(planned, 1 if several else jobs or parallel.default_jobs())
+        train_all(planned, 1 if one_by_one else jobs or parallel.default_jobs())
     except KeyboardInterrupt:
         raise UserError('stopped; the same command goes on from here') from None
     if dist.get_rank() == 0:

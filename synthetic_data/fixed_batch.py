@@ -4,15 +4,16 @@ import itertools
 
 import torch
 
-CPU_PIXELS = 4096  # of the images that a CPU computes together, from 16 to 64 of them: more are hardly faster
+CPU_PIXELS = 4096  # of the images that a CPU computes together, 16 to 64: more are hardly faster
 
 
 def fix_batch(net: torch.nn.Module, size: int) -> torch.nn.Module:
-    """Makes `net` compute `size` images at a time, neither more nor less: batches are cut, the last part is filled up.
+    """Makes `net` compute `size` images at a time, neither more nor less: batches are cut, the
+    last part is filled up.
 
-    Kernels for another batch size may round differently, so an image would change in its last bits, and a pixel now and
-    then, with the batch that it is in. Returns `net`: net(x, *args) for x [N, ...]; tensors with as many rows as x
-    are cut alike.
+    Kernels for another batch size may round differently, so an image would change in its last
+    bits, and a pixel now and then, with the batch that it is in. Returns `net`: net(x, *args) for
+    x [N, ...]; tensors with as many rows as x are cut alike.
     """
     forward = net.forward
 
@@ -31,7 +32,8 @@ def fix_batch(net: torch.nn.Module, size: int) -> torch.nn.Module:
 
 
 def for_device(net: torch.nn.Module, device, resolution: int) -> torch.nn.Module:
-    """On a CPU parts of one size, where results are then the same bit for bit; on a GPU the batch as it is."""
+    """On a CPU parts of one size, where results are then the same bit for bit; on a GPU the batch
+    as it is."""
     if torch.device(device).type != 'cpu':
         return net
     return fix_batch(net, min(max(CPU_PIXELS // resolution**2, 16), 64))

@@ -16,9 +16,11 @@ from training.data.sampler import EpochShuffle
 
 
 class _Parts(Dataset):
-    """The images of several readers, one after the other: functions (indices) -> uint8 [n,C,H,W]."""
+    """The images of several readers, one after the other: functions (indices) -> uint8
+    [n,C,H,W]."""
 
-    def __init__(self, path, image_shape, labels, label_dim, counts: Sequence[int], readers: list[Callable]):
+    def __init__(self, path, image_shape, labels, label_dim, counts: Sequence[int],
+                 readers: list[Callable]):
         super().__init__(path, image_shape, labels=labels, label_dim=label_dim)
         self._bounds = np.cumsum([0, *counts])
         self._readers = readers
@@ -38,10 +40,12 @@ class _Parts(Dataset):
 
 
 class GeneratedImages(_Parts):
-    """Generated images with labels: folders of class files (`class_files`), or an .npz with `image` and `label`.
+    """Generated images with labels: folders of class files (`class_files`), or an .npz with
+    `image` and `label`.
 
-    They stay on the disk, but for a compressed .npz. Those of several folders are joined, class by class. Raises
-    UserError that names the file for others, and for labels outside of 0 .. class_num - 1.
+    They stay on the disk, but for a compressed .npz. Those of several folders are joined, class by
+    class. Raises UserError that names the file for others, and for labels outside of 0 ..
+    class_num - 1.
     """
 
     def __init__(self, path: str | Sequence[str], class_num: int):
@@ -53,15 +57,16 @@ class GeneratedImages(_Parts):
                 raise UserError(f'{path}: no .npz file with the array label')
             labels = npz.label_ids
             if labels.min() < 0 or labels.max() >= class_num:
-                raise UserError(f'{path} has labels from {labels.min()} to {labels.max()}, but the number of classes is '
-                                f'{class_num}')
+                raise UserError(f'{path} has labels from {labels.min()} to {labels.max()}, but '
+                                f'the number of classes is {class_num}')
             super().__init__(path, npz.image_shape, labels, class_num, [len(npz)], [npz.images])
         else:
             classes = open_classes(folders, class_num)
             labels = np.repeat(np.arange(class_num), [sum(map(len, files)) for files in classes])
             files = list(itertools.chain(*classes))
             height, width, channels = files[0].shape[1:]
-            super().__init__(path, (channels, height, width), labels, class_num, list(map(len, files)),
+            super().__init__(path, (channels, height, width), labels, class_num,
+                             list(map(len, files)),
                              [functools.partial(_read, file) for file in files])
 
 
@@ -71,22 +76,25 @@ def _read(file: ClassFile, indices):
 
 
 class Mixture(_Parts):
-    """A labelled data set, and generated images after it. Raises UserError if the shapes differ."""
+    """A labelled data set, and generated images after it. Raises UserError if the shapes
+    differ."""
 
     def __init__(self, real: Dataset, generated: GeneratedImages):
         if real.image_shape != generated.image_shape:
-            raise UserError(f'{generated.path} has images of {list(generated.image_shape)}, but those of {real.path} are '
-                            f'{list(real.image_shape)}')
+            raise UserError(f'{generated.path} has images of {list(generated.image_shape)}, but '
+                            f'those of {real.path} are {list(real.image_shape)}')
         labels = np.concatenate([real.label_ids, generated.label_ids])
-        super().__init__(real.path, real.image_shape, labels, real.label_dim, [len(real), len(generated)],
-                         [real.images, generated.images])
+        super().__init__(real.path, real.image_shape, labels, real.label_dim,
+                         [len(real), len(generated)], [real.images, generated.images])
         self.real = real
 
 
 class MixtureOrder:
-    """The order of training on a mixture: position g is generated if floor((g + 1) f) > floor(g f), for the share f.
+    """The order of training on a mixture: position g is generated if floor((g + 1) f) > floor(g
+    f), for the share f.
 
-    So every batch has its share (up to one image), and of both kinds each has an order of its own (EDM2's).
+    So every batch has its share (up to one image), and of both kinds each has an order of its own
+    (EDM2's).
     """
 
     def __init__(self, num_real: int, num_generated: int, share: float, seed: int = 0):
@@ -98,7 +106,8 @@ class MixtureOrder:
     def indices(self, positions) -> np.ndarray:
         """Indices into the mixture (int64) at the positions (int64 >= 0)."""
         positions = np.asarray(positions, dtype=np.int64)
-        before = np.floor(positions * self.share + 1e-9).astype(np.int64)       # generated ones before the position
+        # Generated ones before each position.
+        before = np.floor(positions * self.share + 1e-9).astype(np.int64)
         generated = np.floor((positions + 1) * self.share + 1e-9).astype(np.int64) > before
         out = np.empty_like(positions)
         out[generated] = self.num_real + self._generated.indices(before[generated])

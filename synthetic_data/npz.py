@@ -1,4 +1,5 @@
-"""Labelled images as one .npz of any size: `image` uint8 [N,H,W,3] and `label` int64 [N], class by class."""
+"""Labelled images as one .npz of any size: `image` uint8 [N,H,W,3] and `label` int64 [N], class by
+class."""
 
 import math
 import os
@@ -10,17 +11,18 @@ from collections.abc import Callable, Sequence
 from dnnlib.npz import npy_header
 from dnnlib.util import atomic_path
 
-ALIGNMENT = 32 << 10    # of the images in the file: systems copy between pages at equal places a quarter faster
+ALIGNMENT = 32 << 10    # of the images: systems copy faster between equal places in their pages
 PADDING_FIELD = 0xD935  # of a zip's header, as others pad too
 
 
 def write_npz(dest: str, image_shape: Sequence[int], counts: Sequence[int], append: Callable):
-    """Writes an uncompressed .npz, whose images are never all in memory; `dest` appears only when complete.
+    """Writes an uncompressed .npz, whose images are never all in memory; `dest` appears only when
+    complete.
 
     image_shape  (H, W, 3)
     counts       images of each class
-    append       `append(file, crc)` writes the bytes of all images, in order, to the binary file and returns the CRC-32
-                 of them after bytes of the CRC-32 `crc`
+    append       `append(file, crc)` writes the bytes of all images, in order, to the binary file
+                 and returns the CRC-32 of them after bytes of the CRC-32 `crc`
 
     Raises OSError if the disk is full.
     """
@@ -32,9 +34,11 @@ def write_npz(dest: str, image_shape: Sequence[int], counts: Sequence[int], appe
     image.CRC = zlib.crc32(header)
     padding = -(len(image.FileHeader(zip64=True)) + 4) % ALIGNMENT
     image.extra = struct.pack('<HH', PADDING_FIELD, padding) + bytes(padding)
-    # Not synchronised, as with cp: the files that it was made of are still there if the power fails.
-    with atomic_path(dest, sync=False) as temp, open(temp, 'r+b') as file, zipfile.ZipFile(file, 'w') as z:
-        if hasattr(os, 'posix_fallocate'):  # a full disk is noticed now, and copying is a quarter faster
+    # Not synchronised, as with cp: the files that it was made of are still there if the power
+    # fails.
+    with (atomic_path(dest, sync=False) as temp, open(temp, 'r+b') as file,
+          zipfile.ZipFile(file, 'w') as z):
+        if hasattr(os, 'posix_fallocate'):  # a full disk is noticed now; copying is faster
             os.posix_fallocate(file.fileno(), 0, image.file_size)
         file.write(image.FileHeader(zip64=True) + header)
         image.CRC = append(file, image.CRC)

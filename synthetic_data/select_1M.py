@@ -24,7 +24,8 @@ WRITE_IMAGES = 4096  # at a time
 
 
 def save_picture(path: str, data, scores: np.ndarray):
-    """Two rows for each class: the images with the highest confidence, and those with the lowest."""
+    """Two rows for each class: the images with the highest confidence, and those with the
+    lowest."""
     tiles = []
     titles = []
     for label in range(data.label_dim):
@@ -64,9 +65,10 @@ def write_selected(dest: str, data, selected: list[np.ndarray]):
     def append(file, crc):
         for indices in selected:
             for start in range(0, len(indices), WRITE_IMAGES):
-                images = data.images(indices[start:start + WRITE_IMAGES]).transpose(0, 2, 3, 1).tobytes()
-                file.write(images)
-                crc = zlib.crc32(images, crc)
+                images = data.images(indices[start:start + WRITE_IMAGES])
+                content = images.transpose(0, 2, 3, 1).tobytes()
+                file.write(content)
+                crc = zlib.crc32(content, crc)
         return crc
 
     channels, height, width = data.image_shape
@@ -77,10 +79,11 @@ def run(model, model_path, data_dir, output_dir, class_num, top_scale, batch_siz
     """Scores, selects and writes; returns the report of each class."""
     dist.init()
     device = dist.get_device()
-    torch.backends.cudnn.benchmark = False  # its choice of a kernel may change the last bits of a confidence
+    torch.backends.cudnn.benchmark = False  # its choice may change the last bits of a confidence
     data = GeneratedImages(data_dir, class_num)
     net = open_classifier(model_path, model, class_num, device)
-    dist.print0(f'Scoring {len(data)} images of {class_num} classes on {dist.get_world_size()} x {device.type}')
+    dist.print0(f'Scoring {len(data)} images of {class_num} classes on {dist.get_world_size()} x '
+                f'{device.type}')
     scores = scoring.score(net, data, batch_size, device)
     selected = []
     rows = []
@@ -93,41 +96,48 @@ def run(model, model_path, data_dir, output_dir, class_num, top_scale, batch_siz
         with common.full_disk(f'--output_dir={output_dir}', 'run it again'):
             write_selected(stem + '.npz', data, selected)
             util.write_json(stem + '-report.json', {
-                'model_path': model_path, 'data_dir': list(data_dir), 'top_scale': top_scale, 'classes': rows})
+                'model_path': model_path, 'data_dir': list(data_dir), 'top_scale': top_scale,
+                'classes': rows})
             save_histograms(stem + '-confidence.png', rows)
             save_picture(stem + '-best-worst.png', data, scores)
         print(f'{"class":>5}{"images":>10}{"selected":>10}{"mean":>8}{"lowest selected":>17}')
         for label, row in enumerate(rows):
-            print(f'{label:5}{row["images"]:10}{row["selected"]:10}{row["mean"]:8.4f}{row["lowest_selected"]:17.6f}')
-        print(f'Wrote {stem}.npz ({sum(map(len, selected))} of {len(data)} images), and beside it -report.json, '
-              '-confidence.png, -best-worst.png')
+            print(f'{label:5}{row["images"]:10}{row["selected"]:10}{row["mean"]:8.4f}'
+                  f'{row["lowest_selected"]:17.6f}')
+        print(f'Wrote {stem}.npz ({sum(map(len, selected))} of {len(data)} images), and beside it '
+              '-report.json, -confidence.png, -best-worst.png')
     dist.barrier()
     return rows
 
 
 EXAMPLES = """\b
 Examples:
-  python select_1M.py --model_path ./selection_model/cifar10_pseudo.pt --data_dir ./out_cifar10 --output_dir ./npz_cifar10 \\
-      --class_num 10
+  python select_1M.py --model_path ./selection_model/cifar10_pseudo.pt --data_dir ./out_cifar10 \\
+      --output_dir ./npz_cifar10 --class_num 10
 \b
   # On 4 GPUs, with a classifier of train_classifier.py, the best tenth
-  torchrun --standalone --nproc_per_node=4 select_1M.py --model_path=runs/wrn/network-snapshot-0020000.pkl \\
-      --data_dir=out --output_dir=npz --top_scale=0.1"""
+  torchrun --standalone --nproc_per_node=4 select_1M.py \\
+      --model_path=runs/wrn/network-snapshot-0020000.pkl --data_dir=out --output_dir=npz \\
+      --top_scale=0.1"""
 
 
 @click.command(cls=cli.Command, epilog=EXAMPLES)
-@click.option('--model', metavar='wrn-D-W', help='What the classifier must be, e.g. wrn-28-10  [default: what the file holds]')
+@click.option('--model', metavar='wrn-D-W',
+              help='What the classifier must be, e.g. wrn-28-10  [default: what the file holds]')
 @click.option('--model_path', metavar='FILE', required=True,
               help='Its weights: a published .pt, or a snapshot of train_classifier.py')
 @common.class_folder_options('1m')
-@click.option('--top_scale', metavar='SHARE', type=click.FloatRange(0, 1, min_open=True), default=0.2,
-              help='Share of each class that is taken')
-@click.option('--batch_size', metavar='INT', type=click.IntRange(min=1), default=1024, help='Images at a time on each process')
+@click.option('--top_scale', metavar='SHARE', type=click.FloatRange(0, 1, min_open=True),
+              default=0.2, help='Share of each class that is taken')
+@click.option('--batch_size', metavar='INT', type=click.IntRange(min=1), default=1024,
+              help='Images at a time on each process')
 def main(**opts):
-    """Select the images of each class of whose class a classifier is surest: NAME.npz with `image` and `label`.
+    """Select the images of each class of whose class a classifier is surest: NAME.npz with `image`
+    and `label`.
 
-    The work is split over the processes of torchrun. Of images of equal confidence the first are taken; the selected ones
-    stand in the order of their files. NAME-report.json, NAME-confidence.png and NAME-best-worst.png say what was selected.
+    The work is split over the processes of torchrun. Of images of equal confidence the first are
+    taken; the selected ones stand in the order of their files. NAME-report.json,
+    NAME-confidence.png and NAME-best-worst.png say what was selected.
     """
     run(**opts)
     dist.shutdown()

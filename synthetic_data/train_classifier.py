@@ -1,4 +1,5 @@
-"""Train a wide residual network to classify images, on real and generated ones, plainly or against attacks."""
+"""Train a wide residual network to classify images, on real and generated ones, plainly or against
+attacks."""
 
 import json
 import os
@@ -43,35 +44,31 @@ def build_config(opts: dict) -> dict:
     return config
 
 
-def settings(args: list[str]) -> dict:
-    """The settings that the options of a command line make; for scripts that call `train`."""
-    params = main.make_context('train_classifier.py', list(args)).params
-    return build_config({key: value for key, value in params.items() if key not in ('outdir', 'wandb', 'dry_run')})
-
-
-def open_labelled(option: str, path: str) -> ImageDataset:
-    """A data set of RGB images with classes; UserError if it is something else."""
+def open_labelled(field: str, path: str) -> ImageDataset:
+    """A data set of RGB images with classes; UserError that names the field if it is something
+    else."""
     dataset = ImageDataset(path)
     if not dataset.has_labels:
-        raise UserError(f'{option}={path} has no labels, and a classifier needs them')
+        raise UserError('has no labels, and a classifier needs them', field, path)
     if dataset.num_channels != 3 or dataset.resolution % 4:
-        raise UserError(f'{option}={path} has images of {list(dataset.image_shape)}; the networks take RGB images with a '
-                        'side that is a multiple of 4')
+        raise UserError(f'has images of {list(dataset.image_shape)}; the networks take RGB images with a side that is '
+                        'a multiple of 4', field, path)
     return dataset
 
 
 def open_data(config: dict):
-    """(training data, its order, test data or None). Raises UserError where they do not fit together."""
-    data = open_labelled('--data', config['data'])
-    test = open_labelled('--test', config['test']) if config['test'] else None
+    """(training data, its order, test data or None). Raises UserError where they do not fit
+    together."""
+    data = open_labelled('data', config['data'])
+    test = open_labelled('test', config['test']) if config['test'] else None
     if test is not None and (test.image_shape != data.image_shape or test.label_dim > data.label_dim
                              or test.classes != data.classes):
-        raise UserError(f'--test={config["test"]} has {test.label_dim} classes of images {list(test.image_shape)}, which are '
-                        f'not those of --data: {data.label_dim} of {list(data.image_shape)}')
+        raise UserError(f'has {test.label_dim} classes of images {list(test.image_shape)}, which are not those of '
+                        f'{config["data"]}: {data.label_dim} of {list(data.image_shape)}', 'test', config['test'])
     if config['generated'] is None:
         return data, EpochShuffle(len(data), config['seed']), test
     generated = GeneratedImages(config['generated'], data.label_dim)
-    return (Mixture(data, generated), MixtureOrder(len(data), len(generated), config['share'], config['seed']), test)
+    return Mixture(data, generated), MixtureOrder(len(data), len(generated), config['share'], config['seed']), test
 
 
 def attack_of(config: dict) -> Attack:
@@ -79,7 +76,8 @@ def attack_of(config: dict) -> Attack:
 
 
 class TestAccuracy:
-    """Measures the averaged network on the test data, and keeps all results in accuracy.json of the run."""
+    """Measures the averaged network on the test data, and keeps all results in accuracy.json of
+    the run."""
 
     def __init__(self, run_dir: str, test, attack: Attack | None, seed: int):
         self.path, self.test, self.attack, self.seed = os.path.join(run_dir, 'accuracy.json'), test, attack, seed
@@ -88,7 +86,8 @@ class TestAccuracy:
         if dist.get_rank() != 0:
             return {}
         found = classify.accuracy(nets[0], self.test, self.attack, seed=self.seed, progress=True)
-        # A run that was killed after a test and before its checkpoint comes here twice with the same numbers.
+        # A run that was killed after a test and before its checkpoint comes here twice with the
+        # same numbers.
         rows = [row for row in read_accuracy(self.path) if row['nimg'] < nimg]
         util.write_json(self.path, [*rows, {'nimg': nimg} | found])
         text = f'clean {100 * found["clean"]:.2f}%'
@@ -118,7 +117,7 @@ def train(config: dict, outdir: str, wandb: str | None = None) -> int:
     network = dict(class_name='WideResNet', name=config['model'], num_classes=data.label_dim,
                    normalize_input=config['normalize'])
     net = build_network(**network).train().to(device)
-    objective = classify.ClassificationObjective(
+    objective = classify.ClassificationLoss(
         pad=data.image_shape[1] // 8 if config['pad'] is None else config['pad'], xflip=config['xflip'],
         smoothing=config['smoothing'], attack=attack_of(config) if config['adversarial'] else None,
         dtype=DTYPES[config['precision']])
@@ -165,63 +164,72 @@ Examples:
 \b
 The same command resumes an interrupted run from its newest whole checkpoint. select_1M.py takes the snapshots."""
 
-TRAINING = [
-    click.option('--model', metavar='wrn-D-W', default='wrn-28-10', help='Network, of depth D (6n + 4) and width W'),
-    click.option('--normalize', metavar='BOOL', type=bool, default=False, help="Normalise the input by CIFAR-10's statistics"),
+training_options = common.add_options([  # how a classifier is trained and attacked, and reports
+    click.option('--model', metavar='wrn-D-W', default='wrn-28-10',
+                 help='Network, of depth D (6n + 4) and width W'),
+    click.option('--normalize', metavar='BOOL', type=bool, default=False,
+                 help="Normalise the input by CIFAR-10's statistics"),
     click.option('--share', metavar='SHARE', type=click.FloatRange(0, 1), default=0.7,
                  help='Share of generated images in every batch, if there are any'),
     click.option('--eps', metavar='FRACTION', type=common.FRACTION, default='8/255',
                  help='Largest change of a pixel by an attack'),
     click.option('--step-size', metavar='FRACTION', type=common.FRACTION, default='2/255',
                  help='Change of a pixel in a step of an attack'),
-    click.option('--attack-steps', metavar='INT', type=click.IntRange(min=1), default=10, help='Steps of an attack'),
-    click.option('--duration', metavar='NIMG', type=cli.COUNT, default='20M', help='Training images in all'),
-    click.option('--batch', metavar='NIMG', type=cli.COUNT, default='512', help='Images of one step'),
+    click.option('--attack-steps', metavar='INT', type=click.IntRange(min=1), default=10,
+                 help='Steps of an attack'),
+    click.option('--duration', metavar='NIMG', type=cli.COUNT, default='20M',
+                 help='Training images in all'),
+    click.option('--batch', metavar='NIMG', type=cli.COUNT, default='512',
+                 help='Images of one step'),
     click.option('--lr', metavar='FLOAT', type=click.FloatRange(0, min_open=True), default=0.2,
                  help='Highest learning rate; it falls to zero along a cosine'),
     click.option('--rampup', metavar='NIMG', type=cli.COUNT, default='0',
                  help='The learning rate grows from zero over so many images'),
     click.option('--momentum', metavar='FLOAT', type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.9,
                  help="Nesterov's momentum"),
-    click.option('--weight-decay', metavar='FLOAT', type=click.FloatRange(0), default=5e-4, help='Weight decay'),
+    click.option('--weight-decay', metavar='FLOAT', type=click.FloatRange(0), default=5e-4,
+                 help='Weight decay'),
     click.option('--ema', metavar='FLOAT', type=click.FloatRange(0, 1, max_open=True), default=0.995,
                  help='Factor of a step in the average of weights, which is what is tested and saved; 0 = no average'),
-    click.option('--smoothing', metavar='FLOAT', type=click.FloatRange(0, 1), default=0.1, help='Label smoothing'),
+    click.option('--smoothing', metavar='FLOAT', type=click.FloatRange(0, 1), default=0.1,
+                 help='Label smoothing'),
     click.option('--pad', metavar='PIXELS', type=click.IntRange(min=0),
                  help='Images are moved by up to so many pixels  [default: an eighth of the side]'),
-    click.option('--xflip', metavar='BOOL', type=bool, default=True, help='Mirror half of the images'),
+    click.option('--xflip', metavar='BOOL', type=bool, default=True,
+                 help='Mirror half of the images'),
     click.option('--precision', metavar='TYPE', type=click.Choice(list(DTYPES)),
                  help='Of convolutions: fp32, or mixed fp16 (with a loss scale of its own unless --ls) or bf16  '
                       '[default: bf16 on a GPU, else fp32]'),
-]
-
-
-def training_options(function):
-    """Decorator: how a classifier is trained and attacked."""
-    for option in reversed(TRAINING):
-        function = option(function)
-    return function
+    click.option('--status', metavar='NIMG', type=cli.COUNT, default='128Ki',
+                 help='Report every NIMG images, 0 = never'),
+    click.option('--checkpoint', metavar='NIMG', type=cli.COUNT, default='1M',
+                 help='Save the state every NIMG images, 0 = never'),
+])
 
 
 @click.command(cls=cli.Command, epilog=EXAMPLES)
 @train_common.place_options('Folder of the run: results, and where to resume from')
 @click.option('--test', metavar='ZIP|DIR', help='Data set to measure the accuracy on')
-@click.option('--generated', metavar='DIR|NPZ', help='Generated images: a folder of generate.py, or an .npz of its successors')
-@click.option('--adversarial', metavar='BOOL', type=bool, default=False, help='Train on images that PGD has changed')
+@click.option('--generated', metavar='DIR|NPZ',
+              help='Generated images: a folder of generate.py, or an .npz of its successors')
+@click.option('--adversarial', metavar='BOOL', type=bool, default=False,
+              help='Train on images that PGD has changed')
 @click.option('--robust', metavar='BOOL', type=bool, default=True, help='Test under attack too')
 @training_options
-@click.option('--status', metavar='NIMG', type=cli.COUNT, default='128Ki', help='Report every NIMG images, 0 = never')
-@click.option('--test-every', metavar='NIMG', type=cli.COUNT, default='0', help='Test every NIMG images, 0 = at the end')
-@click.option('--snapshot', metavar='NIMG', type=cli.COUNT, default='5M', help='Save the network every NIMG images, 0 = never')
-@click.option('--checkpoint', metavar='NIMG', type=cli.COUNT, default='1M', help='Save the state every NIMG images, 0 = never')
-@click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0, help='Seed of weights, data order and attacks')
+@click.option('--test-every', metavar='NIMG', type=cli.COUNT, default='0',
+              help='Test every NIMG images, 0 = at the end')
+@click.option('--snapshot', metavar='NIMG', type=cli.COUNT, default='5M',
+              help='Save the network every NIMG images, 0 = never')
+@click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0,
+              help='Seed of weights, data order and attacks')
 @train_common.machine_options
 def main(outdir, dry_run, wandb, **opts):
-    """Train a wide residual network on labelled images: SGD, cosine, averaged weights, moved and mirrored images.
+    """Train a wide residual network on labelled images: SGD, cosine, averaged weights, moved and
+    mirrored images.
 
-    With --adversarial=True each image is first changed by projected gradient descent within --eps (l-infinity). On one
-    process, or under torchrun on any number of GPUs, where every process normalises by its own part of the batch.
-    NIMG takes suffixes: 64Ki, 20M.
+    With --adversarial=True each image is first changed by projected gradient descent within --eps
+    (l-infinity). On one process, or under torchrun on any number of GPUs, where every process
+    normalises by its own part of the batch. NIMG takes suffixes: 64Ki, 20M.
     """
     config = build_config(opts)
     if dry_run:

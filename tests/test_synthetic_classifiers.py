@@ -56,15 +56,15 @@ def test_the_objective_is_the_loss_of_what_it_says():
     torch.manual_seed(0)
     net, images, ids = WideResNet('wrn-10-1', 5).eval(), torch.randn(6, 3, 8, 8).clamp(-1, 1), torch.arange(6) % 5
     batch = {'images': images, 'labels': torch.eye(5)[ids], 'random': BlockRandomGenerator('cpu', 0, 0, 6)}
-    loss, terms = classify.ClassificationObjective(pad=0, xflip=False, smoothing=0.2)(net, batch)
+    loss, terms = classify.ClassificationLoss(pad=0, xflip=False, smoothing=0.2)(net, batch)
     logits = net((images + 1) / 2)
     log = logits.log_softmax(1)
     torch.testing.assert_close(loss, -0.8 * log[range(6), ids] - 0.2 * log.mean(1))
     assert torch.equal(terms['accuracy'], (logits.argmax(1) == ids).float())
     batch['random'] = BlockRandomGenerator('cpu', 0, 0, 6)
-    worse, _ = classify.ClassificationObjective(pad=0, xflip=False, attack=Attack(0.1, 0.03, 5))(net, batch)
+    worse, _ = classify.ClassificationLoss(pad=0, xflip=False, attack=Attack(0.1, 0.03, 5))(net, batch)
     assert (worse > -log[range(6), ids]).all()
-    rough, _ = classify.ClassificationObjective(pad=0, xflip=False, smoothing=0.2, dtype=torch.bfloat16)(net, batch)
+    rough, _ = classify.ClassificationLoss(pad=0, xflip=False, smoothing=0.2, dtype=torch.bfloat16)(net, batch)
     assert 0 < (rough - loss).abs().max() < 0.1 and rough.dtype == torch.float32
 
 
