@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dnnlib import UserError
-from dnnlib.util import atomic_path
+from dnnlib.util import atomic_path, require_same
 from torch_utils import distributed as dist
 
 # Type of each tensor: its name in the file, and that of NumPy.
@@ -167,16 +167,6 @@ def write_cache(path: str, shares: list, description: dict):
                 for start, end in _pieces(len(share), image_shape):
                     rows = share.piece(name, start, end)
                     file.write(np.ascontiguousarray(rows, dtype=TYPES[name][1]).data)
-
-
-def require_same(path: str, found: dict, wanted: dict, advice: str):
-    """Raises UserError, with `advice`, if what `path` was made with differs from the entries
-    `wanted`.
-    """
-    for key, value in wanted.items():
-        if found.get(key) != value:
-            raise UserError(f'{path} was made with another {key} '
-                            f'({found.get(key)} instead of {value}); {advice}')
 
 
 def load_cache(path: str, size: int, expected: dict, rank: int | None = None,

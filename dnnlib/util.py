@@ -95,6 +95,14 @@ def hash_file(path: str, algorithm: str = 'sha256') -> str:
     return digest.hexdigest()
 
 
+def require_same(what: str, recorded: dict, wanted: dict, advice: str):
+    """Raises UserError, with `advice`, if `what` was made with other values than `wanted` (plain ones)."""
+    for key, value in wanted.items():
+        if recorded.get(key) != value:
+            raise UserError(f'{what} was made with another {key} '
+                            f'({recorded.get(key)} instead of {value}); {advice}')
+
+
 _SUFFIXES = {'': 1, 'k': 10**3, 'm': 10**6, 'g': 10**9, 'ki': 2**10, 'mi': 2**20, 'gi': 2**30}
 
 

@@ -1,4 +1,6 @@
-"""Make the cache of a distillation: noisy images at mixed time steps, from the teacher's own chains."""
+"""Make the cache of a distillation: noisy images at mixed time steps, from the teacher's own
+chains.
+"""
 
 import contextlib
 import os
@@ -11,19 +13,12 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from distillation import common, distill
-from distillation.cache import CacheFile, require_same, write_cache
+from distillation.cache import CacheFile, write_cache
 from distillation.dkdm import SOURCES, IterativeSource, Preparation
 from dnnlib import UserError, cli
+from dnnlib.util import require_same
 from torch_utils import distributed as dist
 from training.snapshot import read_state, write_state
-
-
-def check_destination(path: str, description: dict) -> bool:
-    """True if `path` already is the cache that is wanted. Raises UserError if something else is there."""
-    if not os.path.exists(path):
-        return False
-    require_same(path, CacheFile(path).description, description, 'remove it, or choose another teacher.tempfile')
-    return True
 
 
 def resume(preparation: Preparation, path: str, description: dict):
@@ -50,7 +45,9 @@ class Saver:
 
 
 def merge(path: str, part: str, cache, description: dict):
-    """Writes the cache of all processes, the shares behind each other, and removes what was unfinished."""
+    """Writes the cache of all processes, the shares behind each other, and removes what was
+    unfinished.
+    """
     shares = [cache]
     if dist.get_world_size() > 1:
         write_cache(part + '.share', [cache], {})
@@ -84,11 +81,12 @@ image_kd.py then needs as many, on a common file system.
 @click.option('--save_every', metavar='SECONDS', type=click.FloatRange(0), default=600, help='Save unfinished work this often')
 @common.overrides_argument
 def main(config, seed, save_every, overrides):
-    """Make the cache of a distillation (teacher.tempfile): every image is denoised down to a random time step.
+    """Make the cache of a distillation (teacher.tempfile): every image is denoised down to a
+    random time step.
 
-    Needs teacher.model_path; of the student, only batch_size counts. teacher.batch_size images go through the teacher at
-    once. The file is in the safetensors format: x [M,C,H,W], levels [M], classes [M] if the teacher
-    has them, and what it was made with.
+    Needs teacher.model_path; of the student, only batch_size counts. teacher.batch_size images go
+    through the teacher at once. The file is in the safetensors format: x [M,C,H,W], levels [M],
+    classes [M] if the teacher has them, and what it was made with.
     """
     dist.init()
     experiment = common.read_experiment(config, overrides)
@@ -100,7 +98,9 @@ def main(config, seed, save_every, overrides):
     teacher = distill.open_teacher(experiment, dist.get_device())
     expected = distill.cache_description(experiment, teacher)
     description = expected | {'processes': dist.get_world_size(), 'seed': seed}
-    if check_destination(section.tempfile, description):
+    if os.path.exists(section.tempfile):
+        require_same(section.tempfile, CacheFile(section.tempfile).description, description,
+                     'remove it, or choose another teacher.tempfile')
         dist.print0(f'{section.tempfile} is there already')
         return
     common.describe('Teacher', teacher.net)
