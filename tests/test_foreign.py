@@ -381,7 +381,7 @@ def test_every_kind_is_recognised_by_content(tmp_path):
     for kind in set(made) - {'snapshot', 'edm'}:                 # the door of every --net, --gnet and --transfer
         assert str(made[kind]) in fails('generate_images.py', f'--net={made[kind]}', '--outdir', tmp_path / 'out')
     for kind in ('cifar', 'training-state', 'edm', 'snapshot', 'weights'):
-        assert f'--ref={made[kind]}' in fails('calculate_metrics.py', 'calc', f'--images={made["images"]}',
+        assert str(made[kind]) in fails('calculate_metrics.py', 'calc', f'--images={made["images"]}',
                                               f'--ref={made[kind]}', '--metrics=fd_pixels')
     assert 'no network; it is' in fails('train.py', f'--transfer={made["statistics"]}', f'--data={made["images"]}',
                                         f'--outdir={tmp_path / "runs"}', '--num-channels=4', '--num-blocks=1', '--cres=1')

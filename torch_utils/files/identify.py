@@ -5,17 +5,16 @@ looks at the `kind` of what it found.
 """
 
 import dataclasses
-import gzip
 import json
 import math
 import os
 import tarfile
 import zipfile
-import zlib
 
 import numpy as np
 import torch
 
+from dnnlib.npz import read_npy_header
 from torch_utils.files import own, persistence, pickles, torchfile, torchscript
 from torch_utils.files.own import SNAPSHOT_FORMAT, STATISTICS_FORMAT
 from torch_utils.files.pickles import ForeignPickleError
@@ -23,7 +22,8 @@ from torch_utils.files.pickles import ForeignPickleError
 DESCRIPTION = 'snapshot.json'               # of a network in a folder; a .safetensors file has its own name with .json
 FOLDER_WEIGHTS = 'unet/diffusion_pytorch_model.safetensors'
 MAX_JSON = 16 << 20                         # bytes of a description
-MAX_RATIO, FREE_SIZE = 100, 64 << 20        # how far a record of a zip may expand, and up to what size that is not asked
+MAX_RATIO = 100                             # how far a record of a zip may expand, ...
+FREE_SIZE = 64 << 20                        # ... if it is larger than this
 
 # Kind -> what it is in words.
 KINDS = {
@@ -40,13 +40,24 @@ KINDS = {
     'cifar': 'batch of CIFAR images',
     'cifar-archive': 'archive of CIFAR batches',
 }
+# What is refused, by how it begins.
+NOT_READ = {
+    b'<': 'a web page; download it again',
+    b'version https://git-lfs': 'a pointer of git-lfs; fetch the file itself with git lfs pull',
+    b'\x89png': 'a picture',
+    b'\xff\xd8': 'a picture',
+    b'{': 'JSON text; of a network in two files, give the .safetensors',
+}
 # Where checkpoints of other projects keep the weights, the averaged ones first.
 WEIGHT_KEYS = ('ema_model', 'model_state_dict', 'state_dict', 'model', 'net_model')
-
-
-# Kind of network -> a layer that no other has.
-LAYERS = {'adm': 'input_blocks.0.0.weight', 'ddpm': 'time_embedding.timembedding.0.weight',
-          'wrn': 'block1.layer.0.bn1.weight', 'inception': 'Mixed_5b.branch1x1.conv.weight'}
+# Family of networks -> (a layer that no other has, what their weights are in words).
+FAMILIES = {
+    'adm': ('input_blocks.0.0.weight', 'weights of a guided-diffusion U-Net'),
+    'ddpm': ('time_embedding.timembedding.0.weight', 'weights of a DDPM U-Net (class-balancing diffusion)'),
+    'wrn': ('block1.layer.0.bn1.weight', 'weights of a wide residual network (classifier)'),
+    'inception': ('Mixed_5b.branch1x1.conv.weight', 'weights of the FID Inception network'),
+}
+PICTURES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.npy')
 
 
 @dataclasses.dataclass
@@ -75,15 +86,11 @@ def identify(path: str, weights: str | None = None) -> Found:
     with pickles.errors_of(path):
         if not os.path.exists(path):
             raise ForeignPickleError('no such file')
-        if os.path.isdir(path):
-            return _folder(path)
-        return _file(path, weights)
-
-
-def _folder(path) -> Found:
-    if os.path.isfile(os.path.join(path, DESCRIPTION)):
-        return _safetensors(path, os.path.join(path, FOLDER_WEIGHTS), os.path.join(path, DESCRIPTION))
-    return Found(path, 'folder')
+        if not os.path.isdir(path):
+            return _file(path, weights)
+        if os.path.isfile(os.path.join(path, DESCRIPTION)):
+            return _safetensors(path, os.path.join(path, FOLDER_WEIGHTS), os.path.join(path, DESCRIPTION))
+        return Found(path, 'folder')
 
 
 def _file(path, weights) -> Found:
@@ -99,10 +106,8 @@ def _file(path, weights) -> Found:
         return _pickle(path, data)
     if head[:2] == b'\x1f\x8b' or head[257:262] == b'ustar':
         return _tar(path)
-    for start, what in ((b'<', 'a web page; download it again'), (b'version https://git-lfs', 'a pointer of git-lfs; '
-                        'fetch the file itself with git lfs pull'), (b'\x89PNG', 'a picture'), (b'\xff\xd8', 'a picture'),
-                        (b'{', 'JSON text; of a network in two files, give the .safetensors')):
-        if head.lstrip().lower().startswith(start.lower()):
+    for start, what in NOT_READ.items():
+        if head.lstrip().lower().startswith(start):
             raise ForeignPickleError(f'it is {what}')
     raise ForeignPickleError('it is of no known kind, or damaged')
 
@@ -117,17 +122,17 @@ def _zip(path, data, weights) -> Found:
         names = z.namelist()
     if any(name.startswith('/') or '..' in name.replace('\\', '/').split('/') for name in names):
         raise ForeignPickleError('it is a zip with names that point outside of it')
-    if torchscript.is_torchscript(path):
-        return Found(path, 'torchscript', state=torchscript.read_tensors(path))
     if any(name.endswith('/data.pkl') for name in names):
-        return _torch(path, own.read_own(path) if own.is_own(path, data) else torchfile.read(path, data), weights)
+        records = torchfile.ZipRecords(path, data)
+        if records.root + 'constants.pkl' in names:
+            return Found(path, 'torchscript', state=torchscript.read_tensors(records))
+        return _torch(path, own.read_own(path) if own.is_own(records) else torchfile.read(path, data), weights)
     if names and all(name.endswith('.npy') for name in names):
         arrays = NpzArrays(path)
         facts = {name: ' '.join(map(str, description)) for name, description in arrays.descriptions.items()}
-        names = set(arrays.descriptions)
-        return Found(path, 'statistics' if {'mu', 'sigma'} <= names or any(n.endswith('/mu') for n in names) else 'samples',
-                     arrays, facts=facts)
-    pictures = sum(name.lower().endswith(('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.npy')) for name in names)
+        statistics = {'mu', 'sigma'} <= facts.keys() or any(name.endswith('/mu') for name in facts)
+        return Found(path, 'statistics' if statistics else 'samples', arrays, facts=facts)
+    pictures = sum(name.lower().endswith(PICTURES) for name in names)
     if not pictures:
         raise ForeignPickleError('it is a zip without images, arrays or tensors')
     return Found(path, 'images', facts=dict(files=pictures))
@@ -156,25 +161,23 @@ def _torch(path, content, weights) -> Found:
 
 
 def _is_state(value) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(name, str) for name in value) \
-        and all(isinstance(tensor, torch.Tensor) for tensor in value.values())
+    return isinstance(value, dict) and bool(value) and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items())
 
 
 def family(names) -> str | None:
-    """'adm', 'ddpm', 'wrn' or 'inception' for state-dict names without prefixes, else None."""
-    names = {name.removeprefix('1.') for name in names} if '0.mean' in names else set(names)
-    return next((kind for kind, layer in LAYERS.items() if layer in names), None)
+    """The key of FAMILIES for state-dict names without a data-parallel prefix, else None."""
+    names = {name.removeprefix('1.') for name in names} if '0.mean' in names else names
+    return next((kind for kind, (layer, _) in FAMILIES.items() if layer in names), None)
 
 
 def _weights(path, state, key, facts) -> Found:
     if all(name.startswith('module.') for name in state):
-        facts, state = facts | dict(prefix='module. (data parallel)'), {
-            name.removeprefix('module.'): value for name, value in state.items()}
-    kind = family(state)
-    names = {'adm': 'weights of a guided-diffusion U-Net', 'ddpm': 'weights of a DDPM U-Net (class-balancing diffusion)',
-             'wrn': 'weights of a wide residual network (classifier)', 'inception': 'weights of the FID Inception network'}
-    facts = dict(what=names.get(kind, 'weights of a network of unknown kind')) | facts
-    return Found(path, 'weights', None, torchfile.state_of(state, os.path.getsize(path)), key, facts)
+        state = {name.removeprefix('module.'): value for name, value in state.items()}
+        facts = facts | dict(prefix='module. (data parallel)')
+    _, what = FAMILIES.get(family(state), (None, 'weights of a network of unknown kind'))
+    state = torchfile.state_of(state, os.path.getsize(path))
+    return Found(path, 'weights', None, state, key, dict(what=what) | facts)
 
 
 def _snapshot(path, kind, content) -> Found:
@@ -186,13 +189,13 @@ def _snapshot(path, kind, content) -> Found:
     for key in ('encoder', 'dataset', 'recipe'):
         if not isinstance(content.get(key), dict):
             raise ForeignPickleError(f'it is a network snapshot without its part {key}')
-        pickles.check_plain(content[key], f'its part {key}')
-    pickles.check_plain(network, 'its part network')
-    nimg, std = content.get('nimg', 0), content.get('ema_std')
-    if type(nimg) is not int or not isinstance(std, int | float | None):
+    content = dict(nimg=0, ema_std=None) | content
+    if type(content['nimg']) is not int or not isinstance(content['ema_std'], int | float | None):
         raise ForeignPickleError('it is a network snapshot with a malformed nimg or ema_std')
+    for key in content.keys() - {'state'}:
+        pickles.check_plain(content[key], f'its part {key}'[:100])
     size = os.path.getsize(path if os.path.isfile(path) else os.path.join(path, FOLDER_WEIGHTS))
-    return Found(path, kind, content | dict(nimg=nimg, ema_std=std), torchfile.state_of(state, size))
+    return Found(path, kind, content, torchfile.state_of(state, size))
 
 
 def _safetensors(path, weights, description) -> Found:
@@ -200,21 +203,19 @@ def _safetensors(path, weights, description) -> Found:
     import safetensors.torch
     if int.from_bytes(pickles.map_file(weights)[:8], 'little') > MAX_JSON:
         raise ForeignPickleError('its header is too large')
-    try:
-        state = safetensors.torch.load_file(weights)
-    except Exception as error:  # the library has errors of its own
-        raise ForeignPickleError(f'its weights are damaged ({" ".join(str(error).split())[:100]})') from None
+    state = safetensors.torch.load_file(weights)
     if not os.path.isfile(description):
         return _weights(path, state, None, {})
+    what = f'its description {os.path.basename(description)}'
     data = pickles.map_file(description)
     if len(data) > MAX_JSON:
-        raise ForeignPickleError(f'its description {os.path.basename(description)} is too large')
+        raise ForeignPickleError(f'{what} is too large')
     try:
         content = json.loads(bytes(data))
     except (ValueError, RecursionError) as error:
-        raise ForeignPickleError(f'its description {os.path.basename(description)} is no valid JSON ({error})') from None
+        raise ForeignPickleError(f'{what} is no valid JSON ({error})') from None
     if not isinstance(content, dict) or content.get('format') != SNAPSHOT_FORMAT:
-        raise ForeignPickleError(f'its description {os.path.basename(description)} is not of a network snapshot')
+        raise ForeignPickleError(f'{what} is not of a network snapshot')
     if os.path.isdir(path):  # there the network is part of a model of diffusers
         state = {name.removeprefix('net.'): value for name, value in state.items()}
     return _snapshot(path, 'safetensors', content | dict(state=state))
@@ -224,43 +225,38 @@ def _safetensors(path, weights, description) -> Found:
 
 
 def _pickle(path, data) -> Found:
-    content = persistence.load(data, encoding='latin1')
-    if isinstance(content, dict):  # Python 2 wrote text as bytes
-        content = {key.decode('latin1') if isinstance(key, bytes) else key: value for key, value in content.items()}
+    content = persistence.load(data)
+    if not isinstance(content, dict):
+        content = {}
+    # Python 3 writes the bytes of Python 2 as such.
+    content = {key.decode('latin1') if isinstance(key, bytes) else key: value for key, value in content.items()}
     if persistence.is_network(content):
-        ema = content['ema']
-        return Found(path, 'edm', content, persistence.state_dict(ema, len(data)))
-    if isinstance(content, dict) and isinstance(content.get('data'), pickles.NumpyArray) \
-            and ({'labels', 'fine_labels'} & content.keys()):
+        return Found(path, 'edm', content, persistence.state_dict(content['ema'], len(data)))
+    if isinstance(content.get('data'), pickles.NumpyArray) and {'labels', 'fine_labels'} & content.keys():
         array = content['data'].array()
         return Found(path, 'cifar', content, facts=dict(images=len(array), array=f'{array.dtype} {list(array.shape)}'))
-    if isinstance(content, dict) and 'ema' in content:
-        raise ForeignPickleError('it holds no network of EDM or EDM2')
     if not _has_statistics(content):
         raise ForeignPickleError('it is a pickle that holds no network of EDM or EDM2, no statistics and no CIFAR images')
-    return _statistics(path, {key: _arrays(value) for key, value in content.items()})
+    return _statistics(path, _arrays(content))
 
 
-def _arrays(value):
-    """Arrays of a pickle (or of the dictionary that it is) as NumPy arrays."""
-    if isinstance(value, pickles.NumpyArray):
-        return value.array()
-    if isinstance(value, dict):
-        return {key: item.array() if isinstance(item, pickles.NumpyArray) else item for key, item in value.items()}
-    return value
+def _arrays(value, depth: int = 2):
+    """An array of a pickle as one of NumPy; in a dictionary, and in those that it holds, all of them."""
+    if isinstance(value, dict) and depth:
+        return {key: _arrays(item, depth - 1) for key, item in value.items()}
+    return value.array() if isinstance(value, pickles.NumpyArray) else value
 
 
 def _has_statistics(content) -> bool:
-    return isinstance(content, dict) and ({'mu', 'sigma'} <= content.keys() or any(
-        isinstance(value, dict) and {'mu', 'sigma'} <= value.keys() for value in content.values()))
+    return any(isinstance(value, dict) and {'mu', 'sigma'} <= value.keys() for value in (content, *content.values()))
 
 
 def _statistics(path, content) -> Found:
-    shapes = {}
-    for space, value in [('', content), *content.items()]:
+    facts = {}
+    for space, value in [('features', content), *content.items()]:
         if isinstance(value, dict) and 'mu' in value:
-            shapes[str(space)[:40] or 'features'] = f'{len(np.asarray(value["mu"]).reshape(-1))} dimensions'
-    return Found(path, 'statistics', content, facts=shapes)
+            facts[str(space)[:40]] = f'{np.size(value["mu"])} dimensions'
+    return Found(path, 'statistics', content, facts=facts)
 
 
 class NpzArrays:
@@ -268,18 +264,19 @@ class NpzArrays:
     that expands beyond measure is refused."""
 
     def __init__(self, path: str):
-        self.path, self.descriptions = path, {}
+        self.path = path
+        self.descriptions = {}
         with zipfile.ZipFile(path) as z:
             for info in z.infolist():
                 name = info.filename.removesuffix('.npy')
+                what = f'its array {name[:60]}'
                 if info.file_size > FREE_SIZE and info.file_size > MAX_RATIO * info.compress_size:
-                    raise ForeignPickleError(f'its array {name[:60]} expands {info.file_size // info.compress_size} times')
+                    raise ForeignPickleError(f'{what} expands {info.file_size // info.compress_size} times')
                 with z.open(info) as file:
-                    shape, _, dtype = _npy_header(file)
-                    if dtype.hasobject:
-                        raise ForeignPickleError(f'its array {name[:60]} holds objects of Python')
+                    shape, _, descr = read_npy_header(file)
+                    dtype = np.dtype(descr)
                     if math.prod(shape) * dtype.itemsize != info.file_size - file.tell():
-                        raise ForeignPickleError(f'its array {name[:60]} is not as large as its shape {list(shape)[:5]} says')
+                        raise ForeignPickleError(f'{what} is not as large as its shape {list(shape)[:5]} says')
                 self.descriptions[name] = str(dtype), list(shape)
 
     def __contains__(self, name):
@@ -290,24 +287,13 @@ class NpzArrays:
             return z[name]
 
 
-def _npy_header(file):
-    version = np.lib.format.read_magic(file)
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
-    if read is None:
-        raise ForeignPickleError('it holds an array in an unknown version of .npy')
-    return read(file)
-
-
 def _tar(path) -> Found:
     """A tar archive with CIFAR batches among its first files."""
-    try:
-        with tarfile.open(path, 'r|*') as tar:
-            for count, member in enumerate(tar):
-                name = os.path.basename(member.name)
-                if member.isfile() and name in ('batches.meta', 'meta', 'data_batch_1', 'test_batch'):
-                    return Found(path, 'cifar-archive', facts=dict(layout='CIFAR-10' if 'batch' in name else 'CIFAR-100'))
-                if count > 50 or member.size > 1 << 29:
-                    break
-    except (tarfile.TarError, EOFError, OSError, zlib.error, gzip.BadGzipFile) as error:
-        raise ForeignPickleError(f'it is no archive, or damaged ({error})') from None
+    with tarfile.open(path, 'r|*') as tar:
+        for count, member in enumerate(tar):
+            name = os.path.basename(member.name)
+            if member.isfile() and name in ('batches.meta', 'meta', 'data_batch_1', 'test_batch'):
+                return Found(path, 'cifar-archive', facts=dict(layout='CIFAR-10' if 'batch' in name else 'CIFAR-100'))
+            if count > 50 or member.size > 1 << 29:
+                break
     raise ForeignPickleError('it is an archive without CIFAR batches')

@@ -26,10 +26,9 @@ _NAMES = {
     'tensor_v2', 'tensor_v3', 'parameter')}
 
 
-def is_own(path: str, data) -> bool:
+def is_own(records: torchfile.ZipRecords) -> bool:
     """True for a zip of torch that says that it has a format of this project."""
-    pickled = torchfile.ZipRecords(path, data).record('data.pkl')
-    return re.search(f'{SNAPSHOT_FORMAT}|{STATISTICS_FORMAT}'.encode(), pickled) is not None
+    return re.search(f'{SNAPSHOT_FORMAT}|{STATISTICS_FORMAT}'.encode(), records.record('data.pkl')) is not None
 
 
 def read_own(path: str):

@@ -69,9 +69,9 @@ class _Unpickler(pickles.RestrictedUnpickler):
         return torchfile.read_storage(data)
 
 
-def load(data, encoding='utf-8'):
-    """The object in a pickle that may hold networks of EDM and EDM2, or arrays; `encoding` as for `pickles.load`."""
-    return _Unpickler(data, _ALLOWED, encoding).load()
+def load(data):
+    """The object in a pickle that may hold networks of EDM and EDM2, or arrays."""
+    return _Unpickler(data, _ALLOWED).load()
 
 
 def is_network(value) -> bool:

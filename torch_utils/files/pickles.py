@@ -12,7 +12,7 @@ import mmap
 import os
 import pickletools
 import stat
-import struct
+from functools import partialmethod
 
 import numpy as np
 
@@ -20,7 +20,8 @@ from dnnlib import UserError
 
 MAX_STEPS = 3_000_000       # of one pickle; the largest published files take a tenth of it
 _LARGE = 4096               # strings of bytes from this length on stay where they are
-_NAMES = {ord(op.code): op.name for op in pickletools.opcodes}
+# Other keys of dictionaries never occur, and hashing deeply nested ones overflows the stack of the interpreter.
+_KEYS = (str, int, bytes, float, bool, type(None))
 
 
 class ForeignPickleError(Exception):
@@ -77,43 +78,44 @@ def map_file(path: str) -> memoryview:
 class RestrictedUnpickler:
     """Reads pickles one after the other from `data` (bytes or a view of them), from `position` on.
 
-    allowed    {(module, name): function}; the only names that a pickle may use. Subclasses can add to it in
-               `find_class` and read references in `persistent_load`
-    encoding   of strings that Python 2 wrote: 'bytes' leaves them as bytes
-
-    Bytes of some length are handed on as views of `data`. Sets become lists.
+    `allowed`, {(module, name): function}, has the only names that a pickle may use. Subclasses can add to it in
+    `find_class` and read references in `persistent_load`. An instruction is the method `op_NAME`; one that has none is
+    refused. Bytes of some length are handed on as views of `data`. Sets become lists, texts of Python 2 are latin1.
     """
 
-    def __init__(self, data, allowed: dict, encoding='bytes', position=0, max_steps=MAX_STEPS):
-        self.data, self.position = memoryview(data), position
-        self._allowed, self._encoding, self._steps, self._made = allowed, encoding, max_steps, 0
-        self._stack, self._marks, self._memo = [], [], {}
+    def __init__(self, data, allowed: dict, position: int = 0):
+        self.data = memoryview(data)
+        self.position = position
+        self._allowed = allowed
+        self._steps = MAX_STEPS
+        self._new_bytes = 0
 
     def load(self):
         """The next object. Raises ForeignPickleError with one line for damaged or unexpected content."""
-        self._stack, self._marks, self._memo = [], [], {}
-        data, end = self.data, len(self.data)
+        self._stack = []
+        self._marks = []
+        self._memo = {}
         try:
-            while self._steps:
-                self._steps -= 1
-                if self.position >= end:
-                    raise ForeignPickleError('it is cut off')
-                code = data[self.position]
-                self.position += 1
-                if code == 0x2e:  # STOP
-                    return self._stack.pop()
-                handler = _HANDLERS.get(code)
-                if handler is None:
-                    name = _NAMES.get(code)
-                    raise ForeignPickleError(f'it uses the instruction {name}, which is not allowed' if name
-                                             else f'it is no pickle (instruction {code:#x})')
-                handler(self)
-            raise ForeignPickleError('it has too many parts')
+            return self._run()
         except ForeignPickleError:
             raise
         except Exception as error:  # damaged pickles raise nearly anything
             reason = ' '.join(str(error).split())[:100] or 'damaged'
             raise ForeignPickleError(f'it is no readable pickle ({type(error).__name__}: {reason})') from None
+
+    def _run(self):
+        while self._steps:
+            self._steps -= 1
+            code = self.read(1)[0]
+            if code not in _INSTRUCTIONS:
+                raise ForeignPickleError(f'it is no pickle (instruction {code:#x})')
+            name, reader, method = _INSTRUCTIONS[code]
+            if name == 'STOP':
+                return self._stack.pop()
+            if method is None:
+                raise ForeignPickleError(f'it uses the instruction {name}, which is not allowed')
+            method(self, reader(self) if reader else None)
+        raise ForeignPickleError('it has too many parts')
 
     def find_class(self, module: str, name: str):
         """What a global name stands for: a function, or a plain value."""
@@ -126,88 +128,145 @@ class RestrictedUnpickler:
         """The object of a reference to data outside the pickle."""
         raise ForeignPickleError('it refers to data outside the file')
 
-    # --- Reading -----------------------------------------------------------------------------------------------------
+    # --- What the readers of pickletools call -------------------------------------------------------------------------
 
-    def _take(self, count: int) -> memoryview:
-        if count > len(self.data) - self.position:
+    def read(self, count: int):
+        """The next bytes; many of them as a view."""
+        data = self.data[self.position:self.position + count]
+        if len(data) < count:
             raise ForeignPickleError('it is cut off, or says that it is longer than it is')
         self.position += count
-        return self.data[self.position - count:self.position]
+        return data if count >= _LARGE else bytes(data)
 
-    def _number(self, form: str):
-        return struct.unpack('<' + form, self._take(struct.calcsize(form)))[0]
-
-    def _line(self) -> str:
+    def readline(self) -> bytes:
         text = bytes(self.data[self.position:self.position + 1000])
-        length = text.find(b'\n')
-        if length < 0:
+        length = text.find(b'\n') + 1
+        if not length:
             raise ForeignPickleError('it is cut off, or has a line without end')
-        self.position += length + 1
-        return text[:length].decode('utf-8')
+        self.position += length
+        return text[:length]
 
-    def _bytes(self, form: str):
-        data = self._take(self._number(form))
-        self._stack.append(data if len(data) >= _LARGE else bytes(data))
+    # --- Instructions: (argument) -------------------------------------------------------------------------------------
 
-    def _old_string(self, form: str):
-        self._bytes(form)
-        if self._encoding != 'bytes' and isinstance(self._stack[-1], bytes):
-            self._stack[-1] = self._stack[-1].decode('latin1')
+    def _push(self, value):
+        if isinstance(value, int) and value.bit_length() > 4096:
+            raise ForeignPickleError(f'it holds a number of {value.bit_length()} bits')
+        self._stack.append(value)
 
-    def _text(self, form: str):
-        self._stack.append(str(self._take(self._number(form)), 'utf-8', 'surrogatepass'))
+    op_INT = op_LONG = op_BININT = op_BININT1 = op_BININT2 = op_LONG1 = op_LONG4 = op_FLOAT = op_BINFLOAT = _push
+    op_SHORT_BINBYTES = op_BINBYTES = op_BINBYTES8 = op_BYTEARRAY8 = op_SHORT_BINSTRING = op_BINSTRING = _push
+    op_SHORT_BINUNICODE = op_BINUNICODE = op_BINUNICODE8 = _push
 
-    def _integer(self, count: int):
-        if count > 512:
-            raise ForeignPickleError(f'it holds a number of {count} bytes')
-        self._stack.append(int.from_bytes(self._take(count), 'little', signed=True))
+    def _push_new(self, make, _):
+        self._stack.append(make())
 
-    # --- The machine -------------------------------------------------------------------------------------------------
+    op_NONE = partialmethod(_push_new, lambda: None)
+    op_NEWTRUE = partialmethod(_push_new, lambda: True)
+    op_NEWFALSE = partialmethod(_push_new, lambda: False)
+    op_EMPTY_LIST = op_EMPTY_SET = partialmethod(_push_new, list)
+    op_EMPTY_TUPLE = partialmethod(_push_new, tuple)
+    op_EMPTY_DICT = partialmethod(_push_new, dict)
 
-    def _pop_mark(self) -> list:
+    def op_PROTO(self, _):
+        pass
+
+    op_FRAME = op_PROTO
+
+    def op_MARK(self, _):
+        self._marks.append(len(self._stack))
+
+    def op_POP_MARK(self, _) -> list:
         mark = self._marks.pop()
         items = self._stack[mark:]
         del self._stack[mark:]
         return items
 
-    def _tuple(self, count: int):
+    def op_POP(self, _):
+        if self._marks and self._marks[-1] == len(self._stack):
+            self._marks.pop()
+        else:
+            self._stack.pop()
+
+    def op_DUP(self, _):
+        self._stack.append(self._stack[-1])
+
+    def op_LIST(self, _):
+        self._stack.append(self.op_POP_MARK(_))
+
+    op_FROZENSET = op_LIST
+
+    def op_TUPLE(self, _):
+        self._stack.append(tuple(self.op_POP_MARK(_)))
+
+    def _push_tuple(self, count, _):
         if len(self._stack) < count:
             raise ForeignPickleError('it is damaged (too few values)')
         self._stack[-count:] = [tuple(self._stack[-count:])]
 
-    def _global(self, module, name):
-        if not isinstance(module, str) or not isinstance(name, str):
-            raise ForeignPickleError('it is damaged (a name is no text)')
-        found = self.find_class(module, name)
-        self._stack.append(_Global(found, f'{module}.{name}') if callable(found) else found)
+    op_TUPLE1 = partialmethod(_push_tuple, 1)
+    op_TUPLE2 = partialmethod(_push_tuple, 2)
+    op_TUPLE3 = partialmethod(_push_tuple, 3)
+
+    def op_DICT(self, _):
+        items = self.op_POP_MARK(_)
+        self._stack.append({})
+        self._set_items(items)
+
+    def op_APPEND(self, _):
+        self._extend([self._stack.pop()])
+
+    def op_APPENDS(self, _):
+        self._extend(self.op_POP_MARK(_))
+
+    op_ADDITEMS = op_APPENDS
 
     def _extend(self, items: list):
         if type(self._stack[-1]) is not list:
             raise ForeignPickleError('it is damaged (no list to append to)')
         self._stack[-1].extend(items)
 
+    def op_SETITEM(self, _):
+        value, key = self._stack.pop(), self._stack.pop()
+        self._set_items([key, value])
+
+    def op_SETITEMS(self, _):
+        self._set_items(self.op_POP_MARK(_))
+
     def _set_items(self, items: list):
         target = self._stack[-1]
         if type(target) is not dict or len(items) % 2:
             raise ForeignPickleError('it is damaged (no dictionary to fill)')
-        for key in items[::2]:
-            # Other keys never occur, and hashing deeply nested ones overflows the stack of the interpreter.
-            if type(key) not in (str, int, bytes, float, bool, type(None)):
-                raise ForeignPickleError('it has a dictionary with strange keys')
+        if not all(type(key) in _KEYS for key in items[::2]):
+            raise ForeignPickleError('it has a dictionary with strange keys')
         target.update(zip(items[::2], items[1::2], strict=True))
 
-    def _call(self):
+    def op_GLOBAL(self, names):
+        self._push_global(*names.split(' ', 1))
+
+    def op_STACK_GLOBAL(self, _):
+        name, module = self._stack.pop(), self._stack.pop()
+        self._push_global(module, name)
+
+    def _push_global(self, module, name):
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise ForeignPickleError('it is damaged (a name is no text)')
+        value = self.find_class(module, name)
+        self._stack.append(_Global(value, f'{module}.{name}') if callable(value) else value)
+
+    def op_REDUCE(self, _):
         arguments, function = self._stack.pop(), self._stack.pop()
         if not isinstance(function, _Global) or type(arguments) is not tuple:
             raise ForeignPickleError('it calls something that is no function')
-        made = function.function(*arguments)
-        if isinstance(made, bytes):
-            self._made += len(made)
-            if self._made > len(self.data) + (1 << 20):
+        value = function.function(*arguments)
+        if isinstance(value, bytes):
+            self._new_bytes += len(value)
+            if self._new_bytes > len(self.data) + (1 << 20):
                 raise ForeignPickleError('it makes more data than it holds')
-        self._stack.append(made)
+        self._stack.append(value)
 
-    def _build(self):
+    op_NEWOBJ = op_REDUCE
+
+    def op_BUILD(self, _):
         state, target = self._stack.pop(), self._stack[-1]
         if isinstance(target, StandIn):
             target.set_state(state)
@@ -216,70 +275,38 @@ class RestrictedUnpickler:
         elif type(target) is not dict:  # attributes of a dictionary, such as the versions in a state dict, say nothing
             raise ForeignPickleError(f'it tries to change a {type(target).__name__}')
 
-    def _pop(self):
-        if self._marks and self._marks[-1] == len(self._stack):
-            self._marks.pop()
-        else:
-            self._stack.pop()
+    def op_BINPERSID(self, _):
+        self._stack.append(self.persistent_load(self._stack.pop()))
+
+    def op_PUT(self, index):
+        self._memo[index] = self._stack[-1]
+
+    op_BINPUT = op_LONG_BINPUT = op_PUT
+
+    def op_MEMOIZE(self, _):
+        self.op_PUT(len(self._memo))
+
+    def op_GET(self, index):
+        self._stack.append(self._memo[index])
+
+    op_BINGET = op_LONG_BINGET = op_GET
 
 
-def _truth(line: str):
-    return line == '01' if line in ('00', '01') else int(line)
+def _instructions():
+    """(code, (name, reader of its argument, method)) of every instruction of the language."""
+    # The reader of long texts of Python 2 wants bytes; here they may be a view.
+    readers = {'BINSTRING': lambda machine: str(machine.read(pickletools.read_uint4(machine)), 'latin1')}
+    for op in pickletools.opcodes:
+        reader = readers.get(op.name, op.arg and op.arg.reader)
+        yield ord(op.code), (op.name, reader, getattr(RestrictedUnpickler, f'op_{op.name}', None))
 
 
-def _handlers() -> dict:
-    """Instruction -> method. What is missing here (EXT, INST, OBJ, PERSID, buffers, ...) is refused."""
-    R = RestrictedUnpickler
-    table = {
-        'PROTO': lambda r: r._take(1), 'FRAME': lambda r: r._take(8), 'MARK': lambda r: r._marks.append(len(r._stack)),
-        'POP': R._pop, 'POP_MARK': R._pop_mark, 'DUP': lambda r: r._stack.append(r._stack[-1]),
-        'NONE': lambda r: r._stack.append(None), 'NEWTRUE': lambda r: r._stack.append(True),
-        'NEWFALSE': lambda r: r._stack.append(False), 'INT': lambda r: r._stack.append(_truth(r._line())),
-        'LONG': lambda r: r._stack.append(int(r._line().removesuffix('L'))),
-        'FLOAT': lambda r: r._stack.append(float(r._line())),
-        'BINFLOAT': lambda r: r._stack.append(struct.unpack('>d', r._take(8))[0]),
-        'BININT1': lambda r: r._stack.append(r._take(1)[0]),
-        'LONG1': lambda r: r._integer(r._number('B')), 'LONG4': lambda r: r._integer(r._number('I')),
-        'EMPTY_LIST': lambda r: r._stack.append([]), 'LIST': lambda r: r._stack.append(r._pop_mark()),
-        'EMPTY_SET': lambda r: r._stack.append([]), 'FROZENSET': lambda r: r._stack.append(r._pop_mark()),
-        'APPEND': lambda r: r._extend([r._stack.pop()]), 'APPENDS': lambda r: r._extend(r._pop_mark()),
-        'ADDITEMS': lambda r: r._extend(r._pop_mark()),
-        'EMPTY_TUPLE': lambda r: r._stack.append(()), 'TUPLE': lambda r: r._stack.append(tuple(r._pop_mark())),
-        'EMPTY_DICT': lambda r: r._stack.append({}),
-        'DICT': lambda r: (items := r._pop_mark(), r._stack.append({}), r._set_items(items)),
-        'SETITEM': lambda r: r._set_items([r._stack.pop(), r._stack.pop()][::-1]),
-        'SETITEMS': lambda r: r._set_items(r._pop_mark()),
-        'GLOBAL': lambda r: r._global(r._line(), r._line()),
-        'STACK_GLOBAL': lambda r: r._global(*[r._stack.pop(), r._stack.pop()][::-1]),
-        'REDUCE': R._call, 'NEWOBJ': R._call, 'BUILD': R._build,
-        'BINPERSID': lambda r: r._stack.append(r.persistent_load(r._stack.pop())),
-        'MEMOIZE': lambda r: r._memo.__setitem__(len(r._memo), r._stack[-1]),
-        'PUT': lambda r: r._memo.__setitem__(int(r._line()), r._stack[-1]),
-        'GET': lambda r: r._stack.append(r._memo[int(r._line())]),
-    }
-    for name, form in {'BININT': 'i', 'BININT2': 'H'}.items():
-        table[name] = lambda r, form=form: r._stack.append(r._number(form))
-    for name, form in {'SHORT_BINBYTES': 'B', 'BINBYTES': 'I', 'BINBYTES8': 'Q', 'BYTEARRAY8': 'Q'}.items():
-        table[name] = lambda r, form=form: r._bytes(form)
-    for name, form in {'SHORT_BINSTRING': 'B', 'BINSTRING': 'I'}.items():
-        table[name] = lambda r, form=form: r._old_string(form)
-    for name, form in {'SHORT_BINUNICODE': 'B', 'BINUNICODE': 'I', 'BINUNICODE8': 'Q'}.items():
-        table[name] = lambda r, form=form: r._text(form)
-    for count in (1, 2, 3):
-        table[f'TUPLE{count}'] = lambda r, count=count: r._tuple(count)
-    for name, form in {'BINPUT': 'B', 'LONG_BINPUT': 'I'}.items():
-        table[name] = lambda r, form=form: r._memo.__setitem__(r._number(form), r._stack[-1])
-    for name, form in {'BINGET': 'B', 'LONG_BINGET': 'I'}.items():
-        table[name] = lambda r, form=form: r._stack.append(r._memo[r._number(form)])
-    return {code: table[name] for code, name in _NAMES.items() if name in table}
+_INSTRUCTIONS = dict(_instructions())
 
 
-_HANDLERS = _handlers()
-
-
-def load(data, allowed: dict, encoding='bytes'):
+def load(data, allowed: dict):
     """The object in a pickle, given as bytes. Raises ForeignPickleError with one line for anything unexpected."""
-    return RestrictedUnpickler(data, allowed, encoding).load()
+    return RestrictedUnpickler(data, allowed).load()
 
 
 # --- Plain values ----------------------------------------------------------------------------------------------------

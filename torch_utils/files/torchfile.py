@@ -1,10 +1,11 @@
 """What torch.save wrote, today's zips and the older format, read by our own reader of pickles.
 
 torch.load(weights_only=True) runs no code either. This reader has the limits of the one for pickles as well (steps, names,
-no strange keys, no compressed records), the same whatever the version of torch, reads both formats without copying, and
-says in one line what is wrong. Numbers stay in the file, which is mapped, until they are used.
+no strange keys, no compressed records), the same whatever the version of torch, and says in one line what is wrong.
+Numbers of zips stay in the file, which is mapped, until they are used.
 """
 
+import functools
 import math
 import struct
 import zipfile
@@ -50,8 +51,6 @@ def rebuild_tensor(storage, offset, size, stride, *_):
 
 def _rebuild_untyped(storage, offset, size, stride, requires_grad, hooks, dtype, *_):
     """Stand-in for torch's rebuilding of tensors whose storage has no type (uint16, float8, ...)."""
-    if not isinstance(storage, torch.Tensor) or not isinstance(dtype, torch.dtype):
-        raise ForeignPickleError('it holds a tensor without a storage')
     return rebuild_tensor(storage.view(dtype), offset, size, stride)
 
 
@@ -75,9 +74,9 @@ def is_legacy(data) -> bool:
 class StorageUnpickler(pickles.RestrictedUnpickler):
     """A pickle of plain values and tensors; `storage(key, dtype, count)` gives the numbers of each storage."""
 
-    def __init__(self, data, storage, allowed=_ALLOWED, **options):
-        super().__init__(data, allowed, encoding='utf-8', **options)
-        self._storage, self._storages = storage, {}
+    def __init__(self, data, storage, allowed=_ALLOWED):
+        super().__init__(data, allowed)
+        self._storage = functools.cache(storage)
 
     def find_class(self, module, name):
         if module in ('torch', 'torch.storage') and name in STORAGES:
@@ -90,10 +89,8 @@ class StorageUnpickler(pickles.RestrictedUnpickler):
         if type(pid) is not tuple or len(pid) < 5 or pid[0] != 'storage' or not isinstance(pid[1], torch.dtype) \
                 or type(pid[4]) is not int or pid[4] < 0:
             raise ForeignPickleError('it refers to something that is no storage')
-        dtype, key, count = pid[1], str(pid[2])[:200], pid[4]
-        if (key, dtype, count) not in self._storages:
-            self._storages[key, dtype, count] = self._storage(key, dtype, count)
-        return self._storages[key, dtype, count]
+        _, dtype, key, _, count = pid[:5]
+        return self._storage(str(key)[:200], dtype, count)
 
 
 class ZipRecords:
@@ -161,59 +158,46 @@ def read(path: str, data: memoryview | None = None):
 
     Raises ForeignPickleError with one line for anything else.
     """
-    data = pickles.map_file(path) if data is None else data
-    try:
-        if is_legacy(data):
-            return _read_legacy(data)
-        if not zipfile.is_zipfile(path):
-            raise ForeignPickleError('it is no file of torch.save, or cut off')
-        records = ZipRecords(path, data)
-        return StorageUnpickler(records.record('data.pkl'), records.storage).load()
-    except ForeignPickleError:
-        raise
-    except Exception as error:  # damaged zips raise nearly anything
-        raise ForeignPickleError(f'it is damaged ({type(error).__name__}: {" ".join(str(error).split())[:100]})') from None
+    data = data or pickles.map_file(path)
+    if is_legacy(data):
+        return _read_legacy(data)
+    if not zipfile.is_zipfile(path):
+        raise ForeignPickleError('it is no file of torch.save, or cut off')
+    records = ZipRecords(path, data)
+    return StorageUnpickler(records.record('data.pkl'), records.storage).load()
 
 
-def _read_legacy(data: memoryview):
+def _read_legacy(data):
     """Magic number, version and machine, the object, the keys of its storages, and these in that order."""
-    declared = {}
+    storages, left = {}, len(data)
 
-    def note(key, dtype, count):
-        declared[key] = dtype, count
-        if count * dtype.itemsize > len(data):
-            raise ForeignPickleError('the numbers of a tensor are not as many as it says')
-        return tensor_from(bytes(0), dtype).expand(0)
+    def storage(key, dtype, count):
+        nonlocal left
+        left -= count * dtype.itemsize
+        if left < 0 or key in storages:
+            raise ForeignPickleError('the numbers of its tensors are more than it has')
+        storages[key] = torch.empty(count, dtype=dtype)
+        return storages[key]
 
-    first = StorageUnpickler(data, note, _ALLOWED | dict.fromkeys(TENSORS, lambda *_: {}))
-    for _ in range(3):
-        first.load()
-    start = first.position
-    first.load()
-    keys, position, found = first.load(), first.position, {}
-    if type(keys) is not list or not all(isinstance(key, str) for key in keys) or set(keys) != set(declared):
+    reader = StorageUnpickler(data, storage)
+    _, _, _, content, keys = (reader.load() for _ in range(5))
+    if type(keys) is not list or sorted(keys) != sorted(storages):
         raise ForeignPickleError('its list of storages is damaged')
-    for key in keys:
-        dtype, count = declared[key]
-        end = position + 8 + count * dtype.itemsize
-        if end > len(data) or int.from_bytes(data[position:position + 8], 'little') != count:
+    for key in keys:                        # the tensors are views of what is filled now
+        numbers = storages[key]
+        if int.from_bytes(reader.read(8), 'little') != len(numbers):
             raise ForeignPickleError('the numbers of a tensor are not as many as it says')
-        found[key] = tensor_from(data[position + 8:end], dtype)
-        position = end
-    return StorageUnpickler(data, lambda key, dtype, count: found[key], position=start).load()
+        numbers.copy_(tensor_from(reader.read(numbers.nbytes), numbers.dtype))
+    return content
 
 
 def read_storage(data) -> torch.Tensor:
-    """The flat tensor in a little file of the older format that holds one storage (its bytes are `data`)."""
+    """The flat tensor in a little file of the older format that holds one storage: its bytes `data` where they are."""
     reader = StorageUnpickler(data, lambda key, dtype, count: (dtype, count), {})
-    magic, _, _, reference, _ = (reader.load() for _ in range(5))
-    if magic != LEGACY_MAGIC or type(reference) is not tuple:
+    magic, _, _, (dtype, count), _ = (reader.load() for _ in range(5))
+    if magic != LEGACY_MAGIC or int.from_bytes(reader.read(8), 'little') != count:
         raise ForeignPickleError('it holds a tensor in an unknown form')
-    dtype, count = reference
-    rest = reader.data[reader.position:]
-    if len(rest) != 8 + count * dtype.itemsize or int.from_bytes(rest[:8], 'little') != count:
-        raise ForeignPickleError('the numbers of a tensor are not as many as it says')
-    return tensor_from(rest[8:], dtype)
+    return tensor_from(reader.read(count * dtype.itemsize), dtype)
 
 
 def state_of(tensors: dict, file_size: int) -> dict[str, torch.Tensor]:

@@ -1,7 +1,5 @@
 """Tensors out of a TorchScript archive, without loading, let alone running, the program that it holds."""
 
-import zipfile
-
 import torch
 
 from torch_utils.files import pickles, torchfile
@@ -28,27 +26,12 @@ class _Unpickler(torchfile.StorageUnpickler):
         return _Record if module.partition('.')[0] == '__torch__' else super().find_class(module, name)
 
 
-def is_torchscript(path: str) -> bool:
-    """True for a zip with the two pickles that `torch.jit.save` writes."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as z:
-        names = {name.partition('/')[2] for name in z.namelist()}
-    return {'data.pkl', 'constants.pkl'} <= names
-
-
-def read_tensors(path: str) -> dict[str, torch.Tensor]:
+def read_tensors(records: torchfile.ZipRecords) -> dict[str, torch.Tensor]:
     """State dictionary (parameters and buffers by dotted name) of the module in a TorchScript archive.
 
-    Raises ForeignPickleError if the archive is damaged or holds anything unexpected.
+    Raises ForeignPickleError if the archive holds anything unexpected.
     """
-    try:
-        records = torchfile.ZipRecords(path, pickles.map_file(path))
-        return dict(_walk(_Unpickler(records.record('data.pkl'), records.storage, _ALLOWED).load(), '', [0]))
-    except pickles.ForeignPickleError:
-        raise
-    except Exception as error:  # damaged zips, pickles and tensors raise nearly anything
-        raise pickles.ForeignPickleError(f'it is damaged ({type(error).__name__}: {str(error)[:100]})') from None
+    return dict(_walk(_Unpickler(records.record('data.pkl'), records.storage, _ALLOWED).load(), '', [0]))
 
 
 def _walk(record, prefix, count):
