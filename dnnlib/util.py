@@ -1,5 +1,6 @@
 """Small things that every room needs: errors for users, whole-or-nothing files, counts with suffixes, cores."""
 
+import collections
 import contextlib
 import hashlib
 import json
@@ -159,6 +160,20 @@ def subset(n: int, max_size: int, seed: int):
         np.random.RandomState(seed % (1 << 31)).shuffle(order)
         order = np.sort(order[:max_size])
     return order
+
+
+def map_ahead(pool, function, items, ahead: int):
+    """Values of `function` of the items in order, computed in an executor.
+
+    At most `ahead` are under way beyond the one that is asked for.
+    """
+    pending = collections.deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) > ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 def core_count() -> int:

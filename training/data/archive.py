@@ -301,6 +301,13 @@ class ArchiveWriter:
         """Adds dataset.json; `description['labels']` is a list of [name, label] or None."""
         self.add(JSON_NAME, json.dumps(description).encode())
 
+    def describe(self, names, labels: np.ndarray | None, info: dict):
+        """Adds dataset.json with the labels of files (int64 [n] or float32 [n,D]), and `info`."""
+        if labels is not None:
+            labels = [list(pair) for pair in zip(names, labels.tolist(), strict=True)]
+        info = {key: value for key, value in info.items() if value is not None}
+        self.add_description({'labels': labels} | info)
+
     def __exit__(self, kind, error, trace):
         try:
             self._stack.__exit__(kind, error, trace)

@@ -1,12 +1,12 @@
-"""Batches for training from a data set: dictionaries that depend on the seed and the image count alone."""
+"""Batches for training from a data set: dictionaries that depend on the seed and the image count."""
 
-import collections
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
+from dnnlib.util import map_ahead
 from torch_utils.random import BlockRandomGenerator, tuple_seed
 from training.data.sampler import EpochShuffle
 
@@ -16,53 +16,50 @@ RESIDENT_BYTES = 2 << 30  # a data set up to this size is kept on the GPU
 class DatasetBatches:
     """Endless shuffled batches of a data set, encoded for the network.
 
-    Image number g of the run (counted from 0) is always the same image with the same random numbers, whichever process
-    asks for it and however the run is cut into batches.
+    Image number g of the run (counted from 0) is always the same image with the same random numbers,
+    whichever process asks for it and however the run is cut into batches.
 
-    order: has `indices(positions)` (see training.data.sampler; default: EDM2's). workers: threads that read ahead.
-    resident: keep a data set that is small enough on the GPU.
+    order: has `indices(positions)` (see training.data.sampler; default: EDM2's). workers: threads that
+    read ahead. resident: keep a data set that is small enough on the GPU.
     """
 
     def __init__(self, dataset, encoder, device, seed=0, order=None, workers=2, prefetch=4, resident=True):
-        self.dataset, self.encoder, self.device, self.seed = dataset, encoder, torch.device(device), seed
+        self.dataset = dataset
+        self.encoder = encoder
+        self.device = torch.device(device)
+        self.seed = seed
         self.order = order or EpochShuffle(len(dataset), seed)
-        self.workers, self.prefetch = workers, prefetch
+        self.workers = workers
+        self.prefetch = prefetch
         self._resident = None
         small = len(dataset) * int(np.prod(dataset.image_shape)) <= RESIDENT_BYTES
         if resident and small and self.device.type == 'cuda':
             self._resident = torch.from_numpy(dataset.images(np.arange(len(dataset)))).to(self.device)
 
     def iterate(self, plan: Iterable[tuple[int, int]]) -> Iterator[dict]:
-        """For each `(start, count)` of the plan, the batch of images `start .. start + count - 1` of the run.
+        """For each `(start, count)` of the plan, images `start .. start + count - 1` of the run.
 
         Keys: `images` [N,C,H,W] float32, encoded; `labels` float32 [N, label_dim]; `random`; `start`.
         Files are read ahead in threads; transfers to the GPU do not wait.
         """
+        items = ((start, self.order.indices(np.arange(start, start + count))) for start, count in plan)
         with ThreadPoolExecutor(self.workers, thread_name_prefix='dataset') as pool:
-            ahead = collections.deque()
-            for start, count in plan:
-                indices = self.order.indices(np.arange(start, start + count))
-                ahead.append((start, count, pool.submit(self._load, indices)))
-                if len(ahead) > self.prefetch:
-                    yield self._finish(*ahead.popleft())
-            while ahead:
-                yield self._finish(*ahead.popleft())
+            for start, *loaded in map_ahead(pool, self._load, items, self.prefetch):
+                images, labels = (x.to(self.device, non_blocking=True) for x in loaded)
+                if self._resident is not None:
+                    images = self._resident[images]
+                random = BlockRandomGenerator(self.device, tuple_seed(self.seed, 0), start, len(images))
+                images = self.encoder.encode_latents(images, random)
+                yield {'images': images, 'labels': labels, 'random': random, 'start': start}
 
-    def _load(self, indices):
-        labels = torch.from_numpy(self.dataset.labels(indices))
-        if self._resident is not None:
-            return self._pin(torch.from_numpy(indices)), self._pin(labels)
-        return self._pin(torch.from_numpy(self.dataset.images(indices))), self._pin(labels)
-
-    def _pin(self, x):
-        return x.pin_memory() if self.device.type == 'cuda' else x
-
-    def _finish(self, start, count, future):
-        images, labels = (x.to(self.device, non_blocking=True) for x in future.result())
-        if self._resident is not None:
-            images = self._resident[images]
-        random = BlockRandomGenerator(self.device, tuple_seed(self.seed, 0), start, count)
-        return {'images': self.encoder.encode_latents(images, random), 'labels': labels, 'random': random, 'start': start}
+    def _load(self, item):
+        """(start, images or where they are on the GPU, labels)"""
+        start, indices = item
+        images = indices if self._resident is not None else self.dataset.images(indices)
+        tensors = map(torch.from_numpy, (images, self.dataset.labels(indices)))
+        if self.device.type == 'cuda':
+            tensors = (x.pin_memory() for x in tensors)
+        return start, *tensors
 
     def state_dict(self) -> dict:
         """Nothing: the position in the data is the image count of the loop."""

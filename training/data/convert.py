@@ -13,7 +13,7 @@ import numpy as np
 import tqdm
 
 from dnnlib.image_io import BadImage, encode_pngs
-from dnnlib.util import UserError, core_count
+from dnnlib.util import UserError, core_count, map_ahead
 from training.data.archive import CLASS_TABLES, ArchiveWriter, image_name
 from training.data.sources import Source
 from training.data.transforms import make_transform
@@ -165,15 +165,10 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
         if shape is None:
             raise UserError(f'{source.name}: none of {len(selection)} images is left '
                             f'({rejected} rejected by {transform}, {len(skipped)} damaged)')
-        labels = selection.labels
-        if labels is not None:
-            names = map(image_name, kept)
-            labels = [list(pair) for pair in zip(names, labels[kept].tolist(), strict=True)]
-        description = {
+        labels = None if selection.labels is None else selection.labels[kept]
+        out.describe(map(image_name, kept), labels, {
             **class_tables(selection), 'source': source.name, 'resolution': shape[0],
-            'transform': transform, **selection.rule, 'skipped': skipped or None, **(notes or {})}
-        description = {key: value for key, value in description.items() if value is not None}
-        out.add_description({'labels': labels} | description)
+            'transform': transform, **selection.rule, 'skipped': skipped or None, **(notes or {})})
     return Converted(len(kept), shape[0], rejected, skipped)
 
 
@@ -265,13 +260,8 @@ def _convert_all(job, indices, workers):
         pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (job,))
         work = _work
     try:
-        pending = collections.deque()
-        for part in chunks:
-            pending.append(pool.submit(work, part))
-            if len(pending) > 2 * workers:
-                yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
+        for results in map_ahead(pool, work, chunks, 2 * workers):
+            yield from results
     except BrokenProcessPool:
         raise UserError('a worker process died, perhaps for lack of memory; use fewer workers') from None
     finally:

@@ -124,43 +124,44 @@ class ImageDataset(Dataset):
     """
 
     def __init__(self, path, use_labels=True, max_size=None, seed=0, xflip=False, cache=None):
-        self._reader = ArchiveReader(os.fspath(path).rstrip('/'))
-        self._find_files()
-        self._shape = None
-        first = self._decode(0)
-        self._shape = first.shape
-        self._check_shapes()
-        info = self._reader.description()
-        labels = labels_of(self._reader, [self._reader.names[i] for i in self._files], info) if use_labels else None
-        info.pop('labels', None)
-        _check_tables(self._reader.path, info)
-        super().__init__(path, first.shape, first.dtype, labels, info=info)
-
-        self._rows = np.arange(len(self._files))
-        if max_size is not None:
-            self._rows = subset(len(self._rows), max_size, seed)
-        self._num_plain = len(self._rows)
-        if xflip:
-            if self._is_latents:
-                raise UserError(f'{self.path} holds latents, which cannot be mirrored; leave out xflip')
-            self._rows = np.concatenate([self._rows, self._rows])
-        if labels is not None:
-            self.stored_labels = labels[self._rows]
-        self._use_cache = first.nbytes * self._num_plain <= CACHE_BYTES if cache is None else cache
-        self._make_cache()
-
-    def _find_files(self):
+        path = os.fspath(path).rstrip('/')
+        self._reader = ArchiveReader(path)
         names = self._reader.names
         images = [i for i, name in enumerate(names) if is_image_name(name)]
         arrays = [i for i, name in enumerate(names) if name.endswith('.npy')]
         if bool(images) == bool(arrays):
             what = 'both images and .npy arrays; keep one kind' if images else 'no images'
-            raise UserError(f'{self._reader.path} holds {what}')
+            raise UserError(f'{path} holds {what}')
         self._files = np.array(images or arrays)
         self._is_latents = bool(arrays)
+        self.image_shape = None
+        first = self._decode(0)
+        self.image_shape = first.shape
+        self._check_shapes()
+
+        info = self._reader.description()
+        labels = None
+        if use_labels:
+            labels = labels_of(self._reader, [names[i] for i in self._files], info)
+        info.pop('labels', None)
+        _check_tables(path, info)
+        super().__init__(path, first.shape, first.dtype, labels, info=info)
+        if max_size is not None:
+            chosen = subset(len(self._files), max_size, seed)
+            self._files = self._files[chosen]
+            labels = None if labels is None else labels[chosen]
+        if xflip and self._is_latents:
+            raise UserError(f'{path} holds latents, which cannot be mirrored; leave out xflip')
+        self._xflip = xflip
+        if labels is not None:
+            self.stored_labels = np.concatenate([labels, labels]) if xflip else labels
+        self._use_cache = cache
+        if cache is None:
+            self._use_cache = first.nbytes * len(self._files) <= CACHE_BYTES
+        self._make_cache()
 
     def _check_shapes(self):
-        _, height, width = self._shape
+        _, height, width = self.image_shape
         if height != width:
             raise UserError(f'{self._where(0)} is {width} x {height}; images of a data set must be square '
                             '(see dataset_tool.py convert --resolution)')
@@ -178,28 +179,25 @@ class ImageDataset(Dataset):
         """
         self._cache = None
         if self._use_cache:
-            kept = self._rows[:self._num_plain]
-            self._slots = np.full(len(self._files), -1, dtype=np.int64)
-            self._slots[kept] = np.arange(len(kept))
-            self._loaded = np.zeros(len(kept), dtype=bool)
-            self._cache = np.empty((len(kept), *self._shape), dtype=self.dtype)
+            self._loaded = np.zeros(len(self._files), dtype=bool)
+            self._cache = np.empty((len(self._files), *self.image_shape), dtype=self.dtype)
 
     def __getstate__(self):
-        return self.__dict__ | {'_cache': None, '_slots': None, '_loaded': None}
+        return self.__dict__ | {'_cache': None, '_loaded': None}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
         self._make_cache()
 
     def __len__(self):
-        return len(self._rows)
+        return len(self._files) * (2 if self._xflip else 1)
 
     def _where(self, row) -> str:
         return self._reader.where(self._files[row])
 
     def file_name(self, index: int) -> str:
         """Name in the archive of image `index`."""
-        return self._reader.names[self._files[self._rows[index]]]
+        return self._reader.names[self._files[index % len(self._files)]]
 
     def _decode(self, row) -> np.ndarray:
         """Image `row` of the archive as [C,H,W]."""
@@ -208,34 +206,29 @@ class ImageDataset(Dataset):
             image = _decode_npy(data) if self._is_latents else decode_image(data).transpose(2, 0, 1)
         except BadImage as error:
             raise UserError(f'{self._where(row)}: {error}') from None
-        if self._shape is not None and image.shape != self._shape:
+        if self.image_shape is not None and image.shape != self.image_shape:
             raise UserError(f'{self._where(row)} has shape {list(image.shape)}, but the first image has '
-                            f'{list(self._shape)}; all images of a data set must be equal in shape')
+                            f'{list(self.image_shape)}; all images must be equal in shape')
         return image
 
     def images(self, indices) -> np.ndarray:
         """Images [n,C,H,W] at `indices` (int [n]). Raises UserError that names a damaged file."""
         indices = np.asarray(indices, dtype=np.int64).reshape(-1)
-        rows = self._rows[indices]
+        if (indices >= len(self)).any():
+            raise IndexError(f'image {indices.max()} of {len(self)}')
+        mirrored, rows = np.divmod(indices % len(self), len(self._files))
         if self._use_cache:
-            out = self._cached(rows)
+            for row in rows[~self._loaded[rows]]:
+                self._cache[row] = self._decode(row)
+                self._loaded[row] = True
+            out = self._cache[rows]
         else:
-            out = np.empty((len(rows), *self._shape), dtype=self.dtype)
+            out = np.empty((len(rows), *self.image_shape), dtype=self.dtype)
             for image, row in zip(out, rows, strict=True):
                 image[:] = self._decode(row)
-        mirrored = np.flatnonzero(indices % len(self) >= self._num_plain)
-        if len(mirrored):
-            out[mirrored] = out[mirrored, :, :, ::-1]
+        mirrored = np.flatnonzero(mirrored)
+        out[mirrored] = out[mirrored, :, :, ::-1]
         return out
-
-    def _cached(self, rows: np.ndarray) -> np.ndarray:
-        """Images of the archive's `rows`, each decoded once."""
-        slots = self._slots[rows]
-        for slot, row in zip(slots, rows, strict=True):
-            if not self._loaded[slot]:
-                self._cache[slot] = self._decode(row)
-                self._loaded[slot] = True
-        return self._cache[slots]
 
 
 def _check_tables(path: str, info: dict):

@@ -94,12 +94,7 @@ def _map(dataset, dest, function, to_bytes, name_of, batch, overwrite, encoder) 
                 for index, value in zip(batches[number], values, strict=True):
                     out.add(names[index], to_bytes(value))
         if rank == 0:
-            labels = dataset.stored_labels
-            if labels is not None:
-                labels = [list(pair) for pair in zip(names, labels.tolist(), strict=True)]
-            info = dataset.info | {'encoder': encoder}
-            info = {key: value for key, value in info.items() if value is not None}
-            out.add_description(info | {'labels': labels})
+            out.describe(names, dataset.stored_labels, dataset.info | {'encoder': encoder})
     dist.barrier()  # no process ends before the archive is there
     return len(dataset)
 
