@@ -9,6 +9,7 @@ block size and on no device.
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -17,7 +18,6 @@ from dnnlib import UserError
 ROWS = 2048        # points of one side of a block of distances: 16 MiB
 NUMBERS = 2**20    # differences computed at a time: 8 MiB
 SPARE = 2          # candidates beyond the k asked for, so that rounding rarely leaves the choice open
-GROUP = 64         # columns of which only the smallest is looked at first
 MAX_DIM = 1 << 15  # longest vectors of pixels whose squared distances fit into int32: 255^2 2^15 < 2^31
 
 
@@ -119,9 +119,7 @@ class _Blocks:
         return x[rows].to(self.dtype) - self.origin
 
     def _norms(self, x):
-        wide = torch.int32 if self.origin is None else torch.float64
-        return torch.cat([self._values(x, rows).to(wide).square().sum(dim=1).to(self.out_dtype)
-                          for rows in _slices(len(x))])
+        return torch.cat([_squares(self._values(x, rows)) for rows in _slices(len(x))]).to(self.out_dtype)
 
     def margin(self, rows, columns) -> float:
         """Bound of the error of squared distances: (D + 32) u (|u|^2 + |v|^2), u = eps/2."""
@@ -158,6 +156,15 @@ def _products(u, v):
                          F.pad(v, [0, depth, 0, -len(v) % 8]).T)[:len(u), :len(v)]
 
 
+def _squares(x) -> torch.Tensor:
+    """Sum of squares of each row of [N, D], exact for int8, else rounded once."""
+    if x.is_cuda:
+        return x.double().square().sum(dim=1)
+    # NumPy widens a few values at a time, not the array.
+    wide = np.int32 if x.dtype == torch.int8 else np.float64
+    return torch.from_numpy(np.einsum('nd,nd->n', x, x, dtype=wide))
+
+
 def _candidates(blocks: _Blocks, keep: int):
     """The nearest points by the distances of the blocks: these and indices [N, keep], ascending,
     and the bound of their error [N]. All points if there are no more than `keep`."""
@@ -174,26 +181,12 @@ def _candidates(blocks: _Blocks, keep: int):
             sides.append((columns, rows, squares.T))
         for own, others, values in sides:
             margin[own] = margin[own].clamp_min(blocks.margin(rows, columns))
-            values, place = _smallest(values, keep)
+            values, place = values.topk(min(keep, values.shape[1]), dim=1, largest=False)
             values = torch.cat([best[own], values], dim=1)
             place = torch.cat([index[own], place + others.start], dim=1)
             best[own], order = values.topk(keep, dim=1, largest=False)
             index[own] = place.gather(1, order)
     return best, index, margin
-
-
-def _smallest(values, k):
-    """The k smallest in each row, with their columns: they are among the k groups of columns with
-    the smallest minima, so most columns need no sorting."""
-    n, m = values.shape
-    groups = m // GROUP
-    if m % GROUP or groups < 2 * k:
-        return values.topk(min(k, m), dim=1, largest=False)
-    values = values.reshape(n, GROUP, groups)
-    group = values.amin(dim=1).topk(k, dim=1, largest=False).indices
-    values = values.gather(2, group[:, None].expand(n, GROUP, k)).flatten(1)
-    values, place = values.topk(k, dim=1, largest=False)
-    return values, place // k * groups + group.gather(1, place % k)
 
 
 def _exact(queries, points, index):
