@@ -3,7 +3,6 @@
 import os
 
 import click
-import numpy as np
 from tqdm import tqdm
 
 from dnnlib import UserError, cli
@@ -22,33 +21,34 @@ def parse_stds(text: str) -> list[float]:
 
 def reconstruct(indir, inprefix, outdir, outprefix, outstd, outkimg, batch):
     """Writes one snapshot for each width; returns their paths."""
-    found = []
-    for path, nimg, std in phema.list_snapshots(indir, inprefix):
-        state = snapshot.read_snapshot(path)
-        found.append((path, state['nimg'] or nimg, state['ema_std'] or std))
-    last = max(nimg for _, nimg, _ in found)
-    if outkimg is not None:
-        times = {nimg // 1000: nimg for _, nimg, _ in found}
-        if outkimg not in times:
-            raise UserError(f'--outkimg={outkimg}: no snapshot of that time; there are {sorted(times)}')
-        last = times[outkimg]
-    used = [entry for entry in found if entry[1] <= last]
-    prefix = phema.SNAPSHOT_NAME.fullmatch(os.path.basename(used[0][0]))['prefix']
-    outprefix = outprefix or ('phema' if prefix == 'network-snapshot' else prefix)
-    in_nimg, in_std = (np.array(values) for values in zip(*[entry[1:] for entry in used], strict=True))
+    entries = []
+    for file, nimg, std in phema.list_profiles(indir, inprefix):
+        state = snapshot.read_snapshot(file.path)
+        entries.append((file, state['nimg'] or nimg, state['ema_std'] or std))
+    times = {nimg // 1000: nimg for _, nimg, _ in entries}
+    if outkimg is None:
+        outkimg = max(times)
+    elif outkimg not in times:
+        raise UserError(f'--outkimg={outkimg}: no snapshot of that time; there are {sorted(times)}')
+    last = times[outkimg]
+    files, in_nimg, in_std = zip(*(entry for entry in entries if entry[1] <= last), strict=True)
+    prefix = files[0].prefix
+    outprefix = outprefix or ('phema' if prefix == snapshot.PREFIX else prefix)
     paths = []
     for first in range(0, len(outstd), batch or len(outstd)):
         stds = outstd[first:first + (batch or len(outstd))]
         coefficients = phema.solve_coefficients(in_nimg, in_std, last, stds)
-        template = snapshot.restore(snapshot.read_snapshot(used[-1][0]), used[-1][0])
+        template = snapshot.load_snapshot(files[-1].path)
         parameters = {name for name, _ in template.net.named_parameters()}
-        states = (snapshot.read_snapshot(path)['state'] for path, _, _ in tqdm(used, unit='snapshot', disable=None))
+        states = (snapshot.read_snapshot(file.path)['state']
+                  for file in tqdm(files, unit='snapshot', disable=None))
         for std, state in zip(stds, phema.combine(states, coefficients, parameters), strict=True):
             template.net.load_state_dict(state)
-            paths.append(os.path.join(outdir or indir, f'{outprefix}-{last // 1000:07d}-{std:.3f}.pkl'))
-            snapshot.save_snapshot(paths[-1], template.net, encoder=template.encoder, dataset=template.dataset,
-                                   recipe=template.recipe, nimg=last, ema_std=std,
-                                   sampler=template.sampler)
+            name = snapshot.snapshot_name(last, f'-{std:.3f}', outprefix)
+            paths.append(os.path.join(outdir or indir, name))
+            snapshot.save_snapshot(
+                paths[-1], template.net, encoder=template.encoder, dataset=template.dataset,
+                recipe=template.recipe, sampler=template.sampler, nimg=last, ema_std=std)
     return paths
 
 

@@ -5,19 +5,18 @@ import os
 import secrets
 
 import click
-import torch
 
-import train_common
-from dnnlib import UserError, cli
+from dnnlib import UserError, cli, options
+from dnnlib.util import renamed_fields
 from torch_utils import distributed as dist
-from training import checkpoint, loop, runs
+from training import recipe, runs
+from training.checkpoint import Checkpoints
 from training.data.batches import DatasetBatches
 from training.data.sampler import WindowShuffle
 from training.diffusion.augment import EDM_MULTIPLIERS, AugmentPipe
-from training.diffusion.losses import EDMLoss, VELoss, VPLoss
-from training.ema import TraditionalEMA
+from training.diffusion.losses import LOSSES
 from training.networks import build_network
-from training.schedules import EMA_MODES, edm_lr, memorization_beta, memorization_scaling
+from training.schedules import EMA_MODES, memorization_scaling
 from training.snapshot import copy_weights, load_snapshot
 
 # The published architectures (arXiv 2206.00364, Table 1 and Appendix F); widths, blocks, attention and embedding are what
@@ -32,9 +31,12 @@ ARCHITECTURES = {
     'adm': dict(model_type='DhariwalUNet', model_channels=192, channel_mult=[1, 2, 3, 4], num_blocks=3,
                 attn_resolutions=[32, 16, 8]),
 }
-PRECONDITIONINGS = {
-    'vp': ('VPPrecond', VPLoss), 've': ('VEPrecond', VELoss), 'edm': ('EDMPrecond', EDMLoss)}
-PLACES = ('outdir', 'desc', 'nosubdir', 'dry_run', 'wandb')  # options that do not change what is trained
+# Name of the loss -> class of the network.
+PRECONDITIONINGS = {'vp': 'VPPrecond', 've': 'VEPrecond', 'edm': 'EDMPrecond'}
+PLACES = ('outdir', 'desc', 'nosubdir', 'dry_run', 'wandb', 'allow_changes')  # no part of what is trained
+# What fields of the recipe are called among the options.
+OPTION_NAMES = dict(optim='optimizer', mode='ema_mode', halflife_kimg='ema', rampup_kimg='rampup',
+                    class_name='precond', model_type='arch', model_channels='num_channels')
 # Options that count only together with another: (option, default, other option, its values). Elsewhere they are refused.
 DEPENDENT = [('momentum', 0.9, 'optimizer', ['SGD']), ('final_ema', 0.99929, 'ema_mode', ['mode4']),
              ('ema', 0.5, 'ema_mode', ['mode1', 'mode2', 'mode4']), ('embed', None, 'arch', ['ddpmpp', 'ncsnpp'])]
@@ -42,19 +44,18 @@ DEPENDENT = [('momentum', 0.9, 'optimizer', ['SGD']), ('final_ema', 0.99929, 'em
 
 def build_config(opts: dict) -> dict:
     """All settings of a run, from the options (by their names in `main`)."""
-    config = dict(opts, precision=train_common.choose_precision(None, opts['fp16']))
+    config = dict(opts, precision=recipe.choose_precision(None, opts['fp16']))
     for name, default, other, values in DEPENDENT:
         if config[name] is None:
             config[name] = default
         elif config[other] not in values:
-            flag = name if name == 'ema_mode' else name.replace('_', '-')
-            raise UserError(f'--{flag} has a meaning only with --{other}={" or ".join(values)}')
+            raise UserError(f'has a meaning only with --{other}={" or ".join(values)}', field=name)
     if config['batch'] < 1:
-        raise UserError('--batch=0 must be at least 1')
+        raise UserError('must be at least 1', field='batch', value=config['batch'])
     if None not in (config['cbase'], config['num_channels']) and config['cbase'] != config['num_channels']:
         raise UserError(f'--cbase={config["cbase"]} contradicts --num-channels={config["num_channels"]}; give one of them')
     network = dict(ARCHITECTURES[config['arch']], dropout=config['dropout'], precision=config['precision'],
-                   class_name=PRECONDITIONINGS[config['precond']][0])
+                   class_name=PRECONDITIONINGS[config['precond']])
     given = dict(model_channels=config['num_channels'] or config['cbase'], channel_mult=config['cres'],
                  num_blocks=config['num_blocks'], attn_resolutions=config['attn_resolutions'],
                  embedding_type=config['embed'], skip_connections=config['skip_connections'],
@@ -74,23 +75,24 @@ def schedule(config: dict, num_images: int) -> dict:
 
 
 def prepare(config: dict):
-    """(data set, encoder, network on the CPU, arguments of build_network, schedule).
+    """(data set, encoder, arguments of build_network, schedule).
 
     Raises UserError where they do not fit together.
     """
-    dataset, encoder, shape = train_common.open_data(config['data'], config['cond'], xflip=config['xflip'],
-                                                     cache=config['cache'])
+    dataset, encoder, shape = recipe.open_data(config['data'], config['cond'], xflip=config['xflip'],
+                                               cache=config['cache'])
     network = config['network'] | shape
+    width = network['model_channels']
     levels = [shape['img_resolution'] >> level for level in range(len(network['channel_mult']))]
     if levels[-1] < 1:
         raise UserError(f'--cres: {len(levels)} resolutions are too many for {levels[0]}x{levels[0]} images')
     if config['attn_resolutions'] and not set(levels) & set(config['attn_resolutions']):
         dist.print0(f'Note: --attn-resolutions names none of the resolutions of this network: {levels}')
-    if network['model_channels'] % 2:
-        raise UserError(f'--num-channels={network["model_channels"]} must be even')
-    net = build_network(**network)
+    if width % 2:
+        raise UserError('must be even', field='num_channels', value=width)
+    build_network(**network)                                    # fails early for what does not fit
     num_images = len(dataset) // (2 if config['xflip'] else 1)  # mirror images are no further data
-    return dataset, encoder, net, network, schedule(config, num_images)
+    return dataset, encoder, network, schedule(config, num_images)
 
 
 def run_name(config: dict, dataset, desc: str | None) -> str:
@@ -107,25 +109,25 @@ def choose_run(config: dict, outdir: str, name: str, nosubdir: bool, total_kimg:
     """
     resume, start = config['resume'], None
     if resume and os.path.isdir(resume):
-        if checkpoint.newest_kimg(resume) < 0:
-            raise UserError(f'--resume={resume} holds no training-state-*.pt')
+        if not Checkpoints(resume).numbers():
+            raise UserError('holds no training-state-*.pt', field='resume', value=resume)
         return resume, None, _first_known(config['seed'], runs.read_options(resume).get('seed'))
     if resume:
-        start = checkpoint.read_checkpoint(resume)
+        start = Checkpoints('').load(resume)
 
-    def same(options):
+    def same(earlier):
         ours = json.loads(json.dumps(config))
         del ours['network']                                    # follows from the others
-        return all(options.get(key) == value for key, value in ours.items() if (key, value) != ('seed', None))
+        return all(earlier.get(key) == value for key, value in ours.items() if (key, value) != ('seed', None))
 
     def finished(path):
         return runs.is_finished(path, total_kimg, snapshots=config['snap'] > 0, checkpoints=config['dump'] > 0)
 
     folder = outdir if nosubdir else runs.find_unfinished(outdir, name, same, finished)
     known = None
-    if folder and os.path.isfile(os.path.join(folder, 'training_options.json')):
+    if folder and runs.has_options(folder):
         known = runs.read_options(folder).get('seed')
-    seed = _first_known(config['seed'], known, start and start['identity'].get('--seed'), secrets.randbits(31))
+    seed = _first_known(config['seed'], known, start and recipe.seed_of(start), secrets.randbits(31))
     return folder or runs.next_folder(outdir, name), resume, seed
 
 
@@ -133,43 +135,46 @@ def _first_known(*values):
     return next(value for value in values if value is not None)
 
 
-def train(config: dict, outdir: str, desc: str | None = None, nosubdir: bool = False, wandb: str | None = None) -> str:
-    """Builds everything from the settings, and trains. Returns the run's folder."""
+def recipe_of(config: dict, dataset, encoder, network: dict, plan: dict, seed: int) -> recipe.Recipe:
+    """The recipe of the settings; `network` and `plan` are those of `prepare`."""
+    tick = round(config['tick'] * 1000)
+    momentum = {'momentum': config['momentum']} if config['optimizer'] == 'SGD' else {}
+    return recipe.Recipe(
+        batch=config['batch'], total_nimg=plan['total_kimg'] * 1000, seed=seed,
+        dataset=dataset.description() | {'xflip': config['xflip']},
+        order={'name': 'window', 'window_size': config['window_size']}, network=network,
+        loss={'name': config['precond'], 'augment': config['augment']},
+        optim={'name': config['optimizer'], 'weight_decay': config['weight_decay'], **momentum},
+        learning_rate={'name': 'edm', 'lr': config['lr'], 'rampup_kimg': plan['lr_rampup_kimg']},
+        averages={'name': 'memorization', 'mode': config['ema_mode'], 'final_ema': config['final_ema'],
+                  'halflife_kimg': plan['ema_halflife_kimg'], 'data_ratio': plan['data_ratio']},
+        encoder=encoder.config(), sampler={'name': 'edm'}, bad_gradients=(0, 1e5, -1e5),
+        snapshot_dtype='float32', status=tick, snapshot=config['snap'] * tick or None,
+        checkpoint=config['dump'] * tick or None, compile=config['compile'],
+        **{key: config[key] for key in options.MACHINE})
+
+
+def train(config: dict, outdir: str, desc: str | None = None, nosubdir: bool = False, **running) -> str:
+    """Trains by the settings; `running` goes to `recipe.fit`. Returns the run's folder."""
     dist.init()
-    device = train_common.prepare_device(config)
-    dataset, encoder, net, network, plan = prepare(config)
+    dataset, encoder, network, plan = prepare(config)
     chosen = choose_run(config, outdir, run_name(config, dataset, desc), nosubdir, plan['total_kimg']) \
         if dist.get_rank() == 0 else None
     run_dir, resume_from, seed = dist.broadcast_object(chosen)
-    torch.manual_seed(seed)
-    net = build_network(**network)
+    rules = recipe_of(config, dataset, encoder, network, plan, seed)
+    net = recipe.new_network(rules)
     if config['transfer']:
         with dist.rank0_first():
             source = load_snapshot(config['transfer'], sha256=config.get('transfer_sha256'))
         taken, total = copy_weights(source.net, net, f'--transfer={config["transfer"]}')
         dist.print0(f'Weights: {taken} of {total} tensors of {config["transfer"]}')
-    net = net.train().to(device)
-    settings = dict(lr=config['lr'], weight_decay=config['weight_decay'], fused=True)
-    optimizer = torch.optim.SGD(net.parameters(), momentum=config['momentum'], **settings) if config['optimizer'] == 'SGD' \
-        else torch.optim.Adam(net.parameters(), betas=(0.9, 0.999), eps=1e-8, **settings)
-    beta = memorization_beta(config['ema_mode'], plan['ema_halflife_kimg'], plan['data_ratio'], config['final_ema'])
-    order = WindowShuffle(len(dataset), seed, window=config['window_size'])
-    tick = round(config['tick'] * 1000)
-
-    def lr(nimg, batch):
-        return edm_lr(nimg, batch, config['lr'], plan['lr_rampup_kimg'])
-
-    train_common.run(
-        net, PRECONDITIONINGS[config['precond']][1](augment=_augmentation(config)),
-        DatasetBatches(dataset, encoder, device, seed, order, workers=config['workers'], resident=config['cache']),
-        optimizer, lr, TraditionalEMA(net, beta), config | dict(seed=seed, schedule=plan), network,
-        loop.LoopConfig(
-            run_dir=run_dir, total_nimg=plan['total_kimg'] * 1000, batch_size=config['batch'],
-            batch_gpu=config['batch_gpu'], status_nimg=tick, snapshot_nimg=config['snap'] * tick or None,
-            checkpoint_nimg=config['dump'] * tick or None, loss_scaling=config['ls'], bad_gradients=(0, 1e5, -1e5),
-            compile=config['compile'], seed=seed, wandb=wandb, resume_from=resume_from),
-        identity={f'--{key.replace("_", "-")}': config[key] for key in ('optimizer', 'xflip', 'augment', 'window_size')},
-        snapshot=dict(dtype=torch.float32))
+    batches = DatasetBatches(
+        dataset, encoder, dist.get_device(), seed, workers=config['workers'], resident=config['cache'],
+        order=WindowShuffle(len(dataset), seed, window=config['window_size']))
+    with renamed_fields(**OPTION_NAMES):
+        recipe.fit(rules, run_dir, net, LOSSES[config['precond']](augment=_augmentation(config)), batches,
+                   options=config | dict(seed=seed, schedule=plan), resume_from=resume_from,
+                   callbacks=[recipe.sample_grids(run_dir, encoder, dataset, rules)], **running)
     return run_dir
 
 
@@ -203,7 +208,7 @@ with the newest run of that name and these options that is not finished."""
 
 
 @click.command(cls=cli.Command, epilog=EXAMPLES)
-@train_common.place_options('Folder of runs; each gets a numbered folder in it')
+@options.run_folder('Folder of runs; each gets a numbered folder in it')
 @click.option('--cond', metavar='BOOL', type=bool, default=False, help='Train on class labels')
 @click.option('--arch', metavar='ddpmpp|ncsnpp|adm', type=click.Choice(list(ARCHITECTURES)), default='ddpmpp', help='Network')
 @click.option('--precond', metavar='vp|ve|edm', type=click.Choice(list(PRECONDITIONINGS)), default='edm',
@@ -264,8 +269,8 @@ with the newest run of that name and these options that is not finished."""
 @click.option('--resume', metavar='PT|DIR',
               help='DIR: go on with that run, in its folder; PT: a new run that goes on from this training state. Without: '
                    'the newest unfinished run of these options, if there is one')
-@train_common.machine_options
-def main(outdir, desc, nosubdir, dry_run, wandb, **opts):
+@options.machine
+def main(outdir, desc, nosubdir, dry_run, wandb, allow_changes, **opts):
     """Train a diffusion model with the EDM recipe, for the study of memorization.
 
     On one process, or under torchrun on any number of GPUs; the result does not depend on the number of processes.
@@ -278,11 +283,11 @@ def main(outdir, desc, nosubdir, dry_run, wandb, **opts):
         raise UserError(f'--desc={desc} becomes part of a folder name; leave out the slash')
     config = build_config(opts)
     if dry_run:
-        dataset, _, _, network, plan = prepare(config)
+        dataset, _, network, plan = prepare(config)
         print(json.dumps(config | dict(outdir=outdir, network=network, schedule=plan,
                                        name=run_name(config, dataset, desc)), indent=2))
         return
-    train(config, outdir, desc, nosubdir, wandb)
+    train(config, outdir, desc, nosubdir, wandb=wandb, allow_changes=allow_changes)
     dist.shutdown()
 
 

@@ -3,17 +3,13 @@
 import json
 
 import click
-import torch
 
-import train_common
-from dnnlib import UserError, cli
+from dnnlib import UserError, cli, options
+from dnnlib.util import renamed_fields
 from torch_utils import distributed as dist
-from training import loop
+from training import recipe
 from training.data.batches import DatasetBatches
 from training.diffusion.losses import EDM2Loss
-from training.ema import PowerFunctionEMA
-from training.networks import build_network
-from training.schedules import LR_SCHEDULES
 
 # fmt: off
 _KEYS = ('duration', 'batch', 'channels', 'lr', 'decay', 'dropout', 'P_mean', 'P_std')
@@ -54,53 +50,54 @@ for _name, _preset in PRESETS.items():
 PRESETS['digits'] |= dict(
     rampup_Mimg=0.02, ema_stds=[0.05, 0.10], intervals=dict(status=8 << 10, snapshot=72 << 10, checkpoint=24 << 10),
     network=dict(channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], channels_per_head=32))
+SCHEDULES = ['edm2', 'multisource']
 INTERVALS = dict(status=128 << 10, snapshot=8 << 20, checkpoint=128 << 20)  # of all other presets
 
 
 def build_config(opts: dict) -> dict:
     """All settings of a run, from the preset and the options that override it."""
     preset = PRESETS[opts['preset']]
-    config = {key: preset[key] if opts[key] is None else opts[key] for key in (*_KEYS, 'lr_schedule')}
-    config |= {key: opts[key] for key in ('preset', 'data', 'cond', 'batch_gpu', 'ls', 'bench', 'seed', 'compile')}
-    config |= dict(rampup_Mimg=preset.get('rampup_Mimg', 10), ema_stds=preset.get('ema_stds', [0.05, 0.10]))
+    config = {key: opts[key] for key in ('preset', 'data', 'cond', 'seed', 'compile', *options.MACHINE)}
+    for key in (*_KEYS, 'lr_schedule'):
+        config[key] = preset[key] if opts[key] is None else opts[key]
     for key, default in (INTERVALS | preset.get('intervals', {})).items():
-        value = default if opts[key] is None else opts[key]
-        config[key] = value or None                            # 0 switches it off
-    config['precision'] = train_common.choose_precision(opts['precision'], opts['fp16'])
-    config['network'] = dict(class_name='Precond', model_channels=config['channels'], dropout=config['dropout'],
-                             precision=config['precision'], **preset.get('network', {}))
-    if config['batch'] < 1 or config['duration'] < 1:
-        raise UserError(f'--batch={config["batch"]} and --duration={config["duration"]} must be at least 1')
-    return config
-
-
-def train(config: dict, outdir: str, wandb: str | None):
-    """Builds everything from the settings, and trains."""
-    dist.init()
-    device = train_common.prepare_device(config)
-    dataset, encoder, network = prepare(config)
-    torch.manual_seed(config['seed'])
-    net = build_network(**network).train().to(device)
-    objective = EDM2Loss(P_mean=config['P_mean'], P_std=config['P_std'], sigma_data=net.sigma_data)
-    optimizer = torch.optim.Adam(net.parameters(), lr=config['lr'], betas=(0.9, 0.99), eps=1e-8, fused=True)
-
-    def lr(nimg, batch):
-        return LR_SCHEDULES[config['lr_schedule']](nimg, batch, config['lr'], config['decay'], config['rampup_Mimg'])
-
-    train_common.run(
-        net, objective, DatasetBatches(dataset, encoder, device, seed=config['seed']), optimizer, lr,
-        PowerFunctionEMA(net, config['ema_stds']), config, network,
-        loop.LoopConfig(
-            run_dir=outdir, total_nimg=config['duration'], batch_size=config['batch'], batch_gpu=config['batch_gpu'],
-            status_nimg=config['status'], snapshot_nimg=config['snapshot'], checkpoint_nimg=config['checkpoint'],
-            loss_scaling=config['ls'], compile=config['compile'], seed=config['seed'], wandb=wandb))
-    dist.shutdown()
+        config[key] = (default if opts[key] is None else opts[key]) or None     # 0 switches it off
+    for key in ('batch', 'duration'):
+        if config[key] < 1:
+            raise UserError('must be at least 1', field=key, value=config[key])
+    precision = recipe.choose_precision(opts['precision'], opts['fp16'])
+    return config | dict(
+        rampup_Mimg=preset.get('rampup_Mimg', 10), ema_stds=preset.get('ema_stds', [0.05, 0.10]),
+        precision=precision,
+        network=dict(class_name='Precond', model_channels=config['channels'], dropout=config['dropout'],
+                     precision=precision, **preset.get('network', {})))
 
 
 def prepare(config: dict):
-    """(data set, encoder, arguments of build_network); raises UserError where they do not fit together."""
-    dataset, encoder, shape = train_common.open_data(config['data'], config['cond'])
-    return dataset, encoder, config['network'] | shape
+    """(data set, encoder, recipe) of the settings; raises UserError where they do not fit together."""
+    dataset, encoder, shape = recipe.open_data(config['data'], config['cond'])
+    return dataset, encoder, recipe.Recipe(
+        batch=config['batch'], total_nimg=config['duration'], seed=config['seed'],
+        dataset=dataset.description(), order={'name': 'epoch'}, network=config['network'] | shape,
+        loss={'name': 'edm2', 'P_mean': config['P_mean'], 'P_std': config['P_std']},
+        optim={'name': 'Adam', 'betas': (0.9, 0.99), 'eps': 1e-8},
+        learning_rate={'name': config['lr_schedule'], 'lr': config['lr'], 'decay': config['decay'],
+                       'rampup_Mimg': config['rampup_Mimg']},
+        averages={'name': 'power', 'stds': config['ema_stds']}, encoder=encoder.config(),
+        sampler={'name': 'edm2'},
+        **{key: config[key] for key in ('status', 'snapshot', 'checkpoint', 'compile', *options.MACHINE)})
+
+
+def train(config: dict, outdir: str, **running) -> int:
+    """Trains by the settings; `running` goes to `recipe.fit`. Returns the images seen."""
+    dist.init()
+    dataset, encoder, plan = prepare(config)
+    net = recipe.new_network(plan)
+    loss = EDM2Loss(config['P_mean'], config['P_std'], net.sigma_data)
+    batches = DatasetBatches(dataset, encoder, dist.get_device(), config['seed'])
+    grids = recipe.sample_grids(outdir, encoder, dataset, plan)
+    with renamed_fields(learning_rate='lr_schedule'):
+        return recipe.fit(plan, outdir, net, loss, batches, options=config, callbacks=[grids], **running)
 
 
 EXAMPLES = """\b
@@ -117,7 +114,7 @@ The same command resumes an interrupted run from its newest whole checkpoint."""
 
 
 @click.command(cls=cli.Command, epilog=EXAMPLES)
-@train_common.place_options('Folder of the run: results, and where to resume from')
+@options.run_folder('Folder of the run: results, and where to resume from')
 @click.option('--cond', metavar='BOOL', type=bool, default=True, help='Train on class labels')
 @click.option('--preset', metavar='NAME', type=click.Choice(list(PRESETS)), default='edm2-img512-s',
               help='Settings that the options below override; one of ' + ', '.join(PRESETS))
@@ -133,7 +130,7 @@ The same command resumes an interrupted run from its newest whole checkpoint."""
               help='Reference learning rate  [default: of the preset]')
 @click.option('--decay', metavar='BATCHES', type=click.FloatRange(0),
               help='Steps after which the rate decays, 0 = never  [default: of the preset]')
-@click.option('--lr-schedule', metavar='NAME', type=click.Choice(list(LR_SCHEDULES)),
+@click.option('--lr-schedule', metavar='NAME', type=click.Choice(SCHEDULES),
               help='edm2, or multisource, which halves the rate when decay starts  '
                    '[default: multisource for img256, else edm2]')
 @click.option('--precision', metavar='TYPE', type=click.Choice(['fp32', 'fp16', 'bf16']),
@@ -146,8 +143,8 @@ The same command resumes an interrupted run from its newest whole checkpoint."""
 @click.option('--checkpoint', metavar='NIMG', type=cli.COUNT,
               help='Save the state every NIMG images, 0 = never  [default: 128Mi]')
 @click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0, help='Seed of weights, data order and noise')
-@train_common.machine_options
-def main(outdir, dry_run, wandb, **opts):
+@options.machine
+def main(outdir, dry_run, wandb, allow_changes, **opts):
     """Train a diffusion model with the EDM2 recipe.
 
     On one process, or under torchrun on any number of GPUs; the result does not depend on the number of processes.
@@ -155,10 +152,11 @@ def main(outdir, dry_run, wandb, **opts):
     """
     config = build_config(opts)
     if dry_run:
-        _, _, network = prepare(config)
+        network = prepare(config)[2].network
         print(json.dumps(config | dict(outdir=outdir, network=network), indent=2))
         return
-    train(config, outdir, wandb)
+    train(config, outdir, wandb=wandb, allow_changes=allow_changes)
+    dist.shutdown()
 
 
 if __name__ == '__main__':

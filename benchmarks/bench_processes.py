@@ -19,7 +19,7 @@ import torch.distributed
 from benchmarks.bench_training import NETWORKS, make_step
 from dnnlib import cli
 from torch_utils import distributed as dist
-from training.ema import PowerFunctionEMA
+from training.ema import Averages, power
 from training.networks import build_network
 
 
@@ -43,7 +43,7 @@ def worker(batch: int, steps: int, network: str) -> dict:
             return future.then(lambda done: done.value()[0])
         model.register_comm_hook(None, count)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, betas=(0.9, 0.99), fused=True)
-    step = make_step(net, model, optimizer, PowerFunctionEMA(net), share, 'cpu')
+    step = make_step(net, model, optimizer, Averages(net, power([0.05, 0.10])), share, 'cpu')
     step()
     step()  # after the first, DDP lays out its messages anew
     seen.update(bytes=0, messages=0)

@@ -14,7 +14,7 @@ from benchmarks.timing import compare, print_rates
 from dnnlib import cli
 from torch_utils.random import GlobalRandom
 from training.diffusion.losses import EDM2Loss
-from training.ema import PowerFunctionEMA
+from training.ema import Averages, power
 from training.networks import build_network
 
 # What is measured: arguments of the network, and images of a step.
@@ -73,7 +73,7 @@ def main(network, batch, precision, compile, rounds, device):
         net = copy.deepcopy(ours)
         model = torch.compile(net) if 'compiled' in name else net
         steps[name] = make_step(net, model, torch.optim.Adam(net.parameters(), lr=1e-3, betas=(0.9, 0.99), fused=True),
-                                PowerFunctionEMA(net, [0.05, 0.10]), batch, device)
+                                Averages(net, power([0.05, 0.10])), batch, device)
     seconds = compare(steps, rounds, warmup=2)
     print_rates(f'Training step, {network}, batch {batch}, {precision}, {device.type}', seconds, batch)
 

@@ -34,7 +34,7 @@ from benchmarks.timing import PeakMemory, compare, synchronize
 from dnnlib import UserError, cli
 from dnnlib.util import write_json
 from training.diffusion.losses import DDPMLoss, EDM2Loss, EDMLoss
-from training.ema import PowerFunctionEMA
+from training.ema import Averages, power
 from training.encoders import make_encoder
 from training.generate import generate_images
 from training.networks import build_network
@@ -103,7 +103,8 @@ def step_of(name, net, model, fast, batch, device):
     """A training step of `net` through `model`: with fused optimizer and averages, or one tensor after the other."""
     options = dict(lr=1e-4, betas=(0.9, 0.99))
     optimizer = torch.optim.Adam(net.parameters(), **options, **(dict(fused=True) if fast else dict(foreach=False)))
-    ema = (PowerFunctionEMA if fast else PlainEMA)(net, [0.05, 0.10])
+    stds = [0.05, 0.10]
+    ema = Averages(net, power(stds)) if fast else PlainEMA(net, stds)
     step = make_step(net, model, optimizer, ema, batch, device, objective_of(name, net))
     if fast:
         return step

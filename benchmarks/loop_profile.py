@@ -13,9 +13,9 @@ from training.data.archive import ArchiveWriter, image_name
 from training.data.batches import DatasetBatches
 from training.data.dataset import ImageDataset
 from training.diffusion.losses import EDM2Loss
-from training.ema import PowerFunctionEMA
 from training.encoders import make_encoder
-from training.loop import LoopConfig, Trainer
+from training.loop import Trainer
+from training.recipe import Recipe
 
 # What a host that waits for its device, or copies a number from it, shows in a profile.
 WAITS = ('cudaDeviceSynchronize', 'cudaStreamSynchronize', 'cudaEventSynchronize', 'aten::_local_scalar_dense', 'aten::item')
@@ -65,9 +65,9 @@ def profile_loop(net, batch: int, steps: int) -> dict:
             out.add_description({'labels': None})
         data = _Images(ImageDataset(f'{folder}/images.zip'), net.img_channels, net.label_dim)
         batches = DatasetBatches(data, make_encoder({'name': 'rgb'}), device)
-        optimizer = torch.optim.Adam(net.parameters(), lr=1e-4, betas=(0.9, 0.99), fused=True)
-        trainer = Trainer(net, EDM2Loss(), batches, optimizer, lambda nimg, batch: 1e-4, PowerFunctionEMA(net),
-                          LoopConfig(run_dir=folder, total_nimg=batch * (2 * steps + 4), batch_size=batch), snapshot={})
+        recipe = Recipe(batch=batch, total_nimg=batch * (2 * steps + 4), optim={'name': 'Adam', 'betas': (0.9, 0.99)},
+                        learning_rate={'name': 'constant', 'lr': 1e-4})
+        trainer = Trainer(recipe, net, EDM2Loss(), batches, folder)
         trainer.model = trainer._wrap()
         feed = _Timed(batches.iterate(trainer._plan()))
         for _ in range(2):

@@ -27,7 +27,7 @@ from metrics.frechet import frechet_distance
 from metrics.memorization import image_blocks, nearest_neighbors
 from metrics.precision_recall import precision_recall
 from training.diffusion import samplers
-from training.ema import PowerFunctionEMA
+from training.ema import Averages, power
 from training.networks import build_network
 
 
@@ -110,7 +110,7 @@ def training(settings):
     for name in ['optimised'] + ['compiled'] * settings.compile:
         net = copy.deepcopy(ours)
         model = torch.compile(net) if name == 'compiled' else net
-        ema = PowerFunctionEMA(net, [0.05, 0.10])
+        ema = Averages(net, power([0.05, 0.10]))
         steps[name] = make_step(net, model, adam(net.parameters(), fused=True), ema, batch, 'cpu')
     return settings.compare('EDM2 training step', steps, rounds=5, warmup=1, images=batch, note=f'batch {batch}')
 

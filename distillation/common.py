@@ -106,6 +106,7 @@ class Training:
     log_interval: int = 10
     save_interval: int = 10000
     cache_save_interval: int = -1
+    allow_changes: bool = False
 
 
 SECTIONS = {'teacher': Teacher, 'student': Training}

@@ -1,19 +1,16 @@
 """Training a network of the distillation study: the same for students and for baselines."""
 
 import dataclasses
+import functools
 import os
 
 import torch
 
 from distillation import common
-from distillation.guided_checkpoints import GuidedCheckpoints
+from distillation.guided_checkpoints import CacheCheckpoints
 from dnnlib import UserError
 from torch_utils import distributed as dist
-from training import loop
-from training.ema import ConstantEMA
-from training.encoders import make_encoder
-from training.loss_scale import DynamicLossScale
-from training.schedules import anneal_lr
+from training import recipe
 
 ENDLESS = 10**9  # steps
 
@@ -32,46 +29,48 @@ def total_steps(section: common.Training) -> int:
     return section.total_steps or section.lr_anneal_steps or ENDLESS
 
 
-def fit(net, objective, batches, section: common.Training, outdir: str, *, identity: dict, options: dict, dataset: dict):
+def recipe_of(section: common.Training, loss: dict, seed: int, dataset: dict, fp16: bool) -> recipe.Recipe:
+    """The recipe of a section; fp16: with a loss scale of its own."""
+    batch = section.batch_size * dist.get_world_size()
+    return recipe.Recipe(
+        batch=batch, total_nimg=total_steps(section) * batch, seed=seed, dataset=dataset, loss=loss,
+        network=dict(class_name='DiscreteDenoiser', network=common.network_arguments(section),
+                     diffusion=common.diffusion_arguments(section.diffusion),
+                     clip=section.diffusion.clip_denoised),
+        optim={'name': 'AdamW', 'weight_decay': section.weight_decay},
+        learning_rate={'name': 'anneal', 'lr': section.lr, 'anneal_steps': section.lr_anneal_steps},
+        averages={'name': 'constant', 'rates': common.ema_rates(section.ema_rate)},
+        sampler={'name': 'ddpm'}, bad_gradients=None, layout='guided',
+        batch_gpu=None if section.microbatch == -1 else section.microbatch,
+        status=section.log_interval * batch, snapshot=section.save_interval * batch,
+        checkpoint=section.save_interval * batch,
+        loss_scale={'growth': section.fp16_scale_growth} if fp16 else None)
+
+
+def fit(net, loss, batches, section: common.Training, outdir: str, *, rule: dict, seed: int, dataset: dict,
+        options: dict) -> int:
     """Trains `net` as `section` says, with checkpoints in `outdir`; goes on from the newest one there.
 
-    identity  what a checkpoint must agree with, besides the network; options: what training_options.json says
-    dataset   description of what was learned, for snapshots
+    rule     name and settings of the loss, for the recipe
+    dataset  description of what is learned
+    options  settings, for training_options.json
 
     Returns the number of steps taken. Raises UserError for a checkpoint of another run.
     """
-    batch, device = section.batch_size * dist.get_world_size(), next(net.parameters()).device
-    fp16 = net.model.precision == 'fp16' and device.type == 'cuda'
-    if net.model.precision == 'fp16' and not fp16:
+    half = net.model.precision == 'fp16'
+    fp16 = half and next(net.parameters()).device.type == 'cuda'
+    if half and not fp16:
         dist.print0('Note: float16 is for GPUs; this CPU computes in float32')
-    steps = total_steps(section)
     if section.resume_checkpoint and not os.path.isfile(section.resume_checkpoint):
         raise UserError(f'resume_checkpoint: there is no file {section.resume_checkpoint}')
-    if steps == ENDLESS:
-        dist.print0('Training until it is stopped: Ctrl-C or SIGTERM saves a checkpoint (total_steps=N sets an end)')
-    dist.print0(f'Run: {outdir}, {dist.get_world_size()} process(es) on {device.type}, batch {batch}')
-
-    def lr(nimg, batch):
-        return anneal_lr(nimg, batch, section.lr, section.lr_anneal_steps)
-
-    network = {key: value for key, value in common.network_arguments(section).items() if key != 'precision'}
-    trainer = loop.Trainer(
-        net, objective, batches,
-        torch.optim.AdamW(net.parameters(), lr=section.lr, weight_decay=section.weight_decay, fused=True),
-        lr, ConstantEMA(net, common.ema_rates(section.ema_rate)),
-        loop.LoopConfig(
-            run_dir=outdir, total_nimg=steps * batch, batch_size=batch,
-            batch_gpu=None if section.microbatch == -1 else section.microbatch,
-            status_nimg=section.log_interval * batch, snapshot_nimg=section.save_interval * batch,
-            checkpoint_nimg=section.save_interval * batch, bad_gradients=None,
-            resume_from=section.resume_checkpoint or None),
-        snapshot=dict(encoder=make_encoder({'name': 'rgb'}), dataset=dataset, recipe=options),
-        identity=dict(network=network, diffusion=common.diffusion_arguments(section.diffusion), batch_size=batch,
-                      ema_rate=section.ema_rate) | identity,
-        options=options | dict(world_size=dist.get_world_size()),
-        checkpoints=GuidedCheckpoints(batch, section.cache_save_interval),
-        loss_scale=DynamicLossScale(growth=section.fp16_scale_growth) if fp16 else None)
-    return trainer.run() // batch
+    if total_steps(section) == ENDLESS:
+        dist.print0('Training until it is stopped: Ctrl-C or SIGTERM saves a checkpoint '
+                    '(total_steps=N sets an end)')
+    rules = recipe_of(section, rule, seed, dataset, fp16)
+    layout = functools.partial(CacheCheckpoints, cache_interval=section.cache_save_interval)
+    seen = recipe.fit(rules, outdir, net, loss, batches, options=options, layout=layout,
+                      resume_from=section.resume_checkpoint or None, allow_changes=section.allow_changes)
+    return seen // rules.batch
 
 
 def plain(section) -> dict:

@@ -14,6 +14,15 @@ POSITIVE = click.FloatRange(0, min_open=True)
 NOT_NEGATIVE = click.FloatRange(min=0)
 
 
+def together(*options):
+    """Decorator: the options of a command in the order in which --help shows them."""
+    def decorate(function):
+        for option in reversed(options):
+            function = option(function)
+        return function
+    return decorate
+
+
 def group(name: str, *options):
     """Decorator: click options whose values the command gets together, as the keyword `name`."""
     def decorate(function):
@@ -104,3 +113,30 @@ def batch(default: int):
 
 image_class = click.option('--class', 'class_', metavar='CLASS',
                            help='Class: original index, name or wnid  [default: drawn from the seed]')
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+def run_folder(outdir_help: str):
+    """Decorator: --outdir and --data."""
+    return together(
+        click.option('--outdir', metavar='DIR', required=True, help=outdir_help),
+        click.option('--data', metavar='ZIP|DIR', required=True,
+                     help='Data set made by dataset_tool.py'))
+
+
+MACHINE = ('batch_gpu', 'ls', 'bench')  # fields of a recipe that `machine` sets
+
+# Decorator: how the work is done, and how it is reported.
+machine = together(
+    click.option('--batch-gpu', metavar='NIMG', type=cli.COUNT,
+                 help='Images of one forward pass  [default: all of a process]'),
+    click.option('--ls', metavar='FLOAT', type=click.FloatRange(0, min_open=True), default=1,
+                 help='Loss scaling against underflow of float16 gradients'),
+    click.option('--bench', metavar='BOOL', type=bool, default=True,
+                 help='Let cuDNN choose the fastest convolutions'),
+    click.option('--wandb', metavar='PROJECT', help='Log to Weights & Biases too, if installed'),
+    click.option('--allow-changes', is_flag=True,
+                 help='Go on with a run though its settings have changed; what has is logged'),
+    click.option('-n', '--dry-run', is_flag=True, help='Print the settings and exit'))

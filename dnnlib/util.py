@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 
 
@@ -174,6 +176,23 @@ def map_ahead(pool, function, items, ahead: int):
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
+
+
+def command_line() -> list[str]:
+    """The script that runs, without its folder, and its arguments."""
+    return [os.path.basename(sys.argv[0]), *sys.argv[1:]]
+
+
+def project_version() -> str | None:
+    """The git commit of this project, '-dirty' if files differ from it; None outside git."""
+    folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if not os.path.exists(os.path.join(folder, '.git')):
+        return None
+    command = ['git', '-C', folder, 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*']
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def core_count() -> int:

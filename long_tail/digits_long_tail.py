@@ -29,7 +29,7 @@ from dnnlib import UserError, cli, pictures, util
 from long_tail import datasets, main, make_stats
 from simulations import plotting
 from torch_utils import distributed, parallel
-from training import step_checkpoints
+from training.checkpoint import StepCheckpoints
 from training.data.images import NpzImages
 from training.encoders import RGBEncoder
 from training.snapshot import load_snapshot
@@ -123,7 +123,7 @@ def run_model(study: Study, model: Model, omegas: list[float]):
     """Trains a model and measures it, as far as that is not done. Raises KeyboardInterrupt if it is told to stop."""
     sink = io.StringIO()  # models that train side by side would talk over each other; log.txt has it all
     with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
-        last = step_checkpoints.checkpoint_path(study.run_dir(model), study.last(model))
+        last = StepCheckpoints(study.run_dir(model)).path(study.last(model))
         if not os.path.exists(last) and not main.train(flags_of(study, model, '--train')):  # told to stop
             raise KeyboardInterrupt
         for omega in omegas:
@@ -247,7 +247,7 @@ def label_effect(study: Study, models: list[Model], images_each: int = 200) -> p
     x_0 = RGBEncoder().encode_latents(torch.from_numpy(data.images(chosen)))
     labels, effects = torch.from_numpy(data.labels(chosen)), {}
     for model in models:
-        net = load_snapshot(step_checkpoints.checkpoint_path(study.run_dir(model), study.last(model))).net
+        net = load_snapshot(StepCheckpoints(study.run_dir(model)).path(study.last(model))).net
         for share in (0.1, 0.3, 0.5, 0.7, 0.9):
             t = torch.full([len(x_0)], int(share * net.diffusion.num_steps))
             x_t = net.diffusion.q_sample(x_0, t, torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)))

@@ -10,24 +10,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from dnnlib import UserError, cli, util
+from dnnlib import UserError, cli
+from dnnlib.util import renamed_fields
 from long_tail import datasets, evaluation
 from long_tail.flags import FlagCommand, to_text
 from torch_utils import distributed as dist
-from training import loop, step_checkpoints
+from torch_utils.files.identify import identify
+from torch_utils.files.weights import load_weights
+from training import recipe
+from training.checkpoint import StepCheckpoints
 from training.data.batches import DatasetBatches
 from training.diffusion.augment_ada import ADAAugment
 from training.diffusion.losses import CBDMLoss
-from training.ema import TraditionalEMA
 from training.encoders import RGBEncoder
 from training.networks import build_network
-from training.schedules import warmup_lr
 
 VARIANCES = {'fixedlarge': 'fixed_large', 'fixedsmall': 'fixed_small'}
 # Options of the published program that are no part of the study: its flag files have them, switched off.
 UNUSED = {'improve': False, 'weight': False, 'cotrain': False, 'logit': False, 'private_num_images': 0}
-# What may change when a run goes on: where it runs, how long, and what is reported.
-RUNNING = ('parallel', 'num_workers', 'total_steps', 'save_step', 'sample_step', 'eval_step', 'log_step')
 
 
 def network_of(flags) -> dict:
@@ -103,7 +103,7 @@ def check(flags):
     if flags['train']:
         start_of(flags)
     else:
-        step_checkpoints.choose_step(run_folder(flags), flags['ckpt_step'])
+        choose_step(run_folder(flags), flags['ckpt_step'])
 
 
 def prepare(flags) -> dict:
@@ -126,16 +126,42 @@ def settings(args: list[str]) -> dict:
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
+def choose_step(folder: str, step: int) -> int:
+    """`step` if the folder has its checkpoint, the newest for 0. Raises UserError that lists those there are."""
+    steps = StepCheckpoints(folder).numbers()
+    if not steps:
+        raise UserError(f'--ckpt_step={step}: {folder} holds no ckpt_<step>.pt; '
+                        'train there first, or give another --logdir')
+    if step == 0 and 0 not in steps:
+        return steps[-1]
+    if step not in steps:
+        raise UserError(f'--ckpt_step={step}: {folder} has no ckpt_{step}.pt; '
+                        f'there are the steps {", ".join(map(str, steps))}')
+    return step
+
+
+def load_average(path: str, net: torch.nn.Module):
+    """Loads the averaged weights of a checkpoint, ours or a published one, into a DiscreteDenoiser.
+
+    Raises UserError that names the file and the first tensors that do not fit.
+    """
+    found = identify(path, 'ema_model')
+    if found.kind == 'snapshot':
+        load_weights(net, found.content['state'], path)
+    else:
+        load_weights(net.model, found.state, path)
+
+
 def start_of(flags) -> tuple[str | None, int]:
     """(checkpoint to start from, number of the first step): those of the pretrained run for fine-tuning."""
     run_folder(flags)
     if not flags['finetune']:
         return None, 0
-    step = step_checkpoints.choose_step(flags['logdir'], flags['ckpt_step'])
-    return step_checkpoints.checkpoint_path(flags['logdir'], step), step
+    step = choose_step(flags['logdir'], flags['ckpt_step'])
+    return StepCheckpoints(flags['logdir']).path(step), step
 
 
-def callbacks_of(flags, folder, dataset, device, evaluate):
+def callbacks_of(flags, folder, dataset, evaluate):
     """(every so many images, function) of the sample grids and of --eval_step."""
     def grid(step, nets):
         if dist.get_rank() == 0:
@@ -149,57 +175,48 @@ def callbacks_of(flags, folder, dataset, device, evaluate):
     return [(every * flags['batch_size'], function) for every, function in pairs if every]
 
 
-def train(flags):
-    """Trains, from the newest checkpoint if there is one."""
+def recipe_of(flags, dataset, first: int) -> recipe.Recipe:
+    """The recipe of the options; `first` is the number of the first step."""
+    batch = flags['batch_size']
+    loss = {key: flags[key] for key in ('cb', 'cfg', 'tau', 'finetune', 'augm')}
+    return recipe.Recipe(
+        batch=batch, total_nimg=(first + flags['total_steps']) * batch, first_nimg=first * batch,
+        seed=flags['seed'], dataset=dataset.description() | {'xflip': flags['xflip']},
+        order={'name': 'epoch'}, network=network_of(flags), loss={'name': 'cbdm', **loss},
+        learning_rate={'name': 'warmup', 'lr': flags['lr'], 'warmup': flags['warmup']},
+        averages={'name': 'constant', 'rates': [flags['ema_decay']]},
+        sampler={'name': 'ddpm'}, clip_grad_norm=flags['grad_clip'] or None, bad_gradients=None,
+        layout='steps', status=flags['log_step'] * batch, checkpoint=flags['save_step'] * batch or None)
+
+
+def train(flags) -> bool:
+    """Trains, from the newest checkpoint if there is one. Returns whether it came to its end."""
+    flags = dict(flags)
+    allow_changes = flags.pop('allow_changes')
     source, first = start_of(flags)
     if source:
         flags['ckpt_step'] = first
-    folder, batch, device = run_folder(flags), flags['batch_size'], dist.get_device()
-    if batch % dist.get_world_size():
-        raise UserError(f'--batch_size={batch} cannot be split over {dist.get_world_size()} processes')
-    torch.backends.cudnn.benchmark = True
-    dataset, network = open_data(flags), network_of(flags)
+    folder = run_folder(flags)
+    dataset = open_data(flags)
     evaluate = evaluation.Evaluator(flags, folder, dataset.class_counts) if flags['eval_step'] else None
-    torch.manual_seed(flags['seed'])
-    net = build_network(**network)
+    rules = recipe_of(flags, dataset, first)
+    net = recipe.new_network(rules)
     if source:
-        step_checkpoints.load_average(source, net)
-    net = net.train().to(device)
-    objective = CBDMLoss(
+        load_average(source, net)
+    loss = CBDMLoss(
         net.diffusion, dataset.label_dim, cb=flags['cb'], cfg=flags['cfg'], tau=flags['tau'],
-        class_counts=None if flags['finetune'] else dataset.class_counts, augment=ADAAugment() if flags['augm'] else None,
-        batch_size=batch, seed=flags['seed'])
-
-    def lr(nimg, size):
-        return warmup_lr(nimg - first * size, size, flags['lr'], flags['warmup'])
-
-    parameters = sum(p.numel() for p in net.parameters())
-    dist.print0(f'Data: {dataset.name}, {len(dataset)} images {list(dataset.image_shape)}, {dataset.label_dim} classes of '
-                f'{dataset.class_counts.max()} to {dataset.class_counts.min()} images\nNetwork: {parameters / 1e6:.2f}M '
-                f'parameters, on {device.type}, {dist.get_world_size()} process(es), batch {batch}\nRun: {folder}'
-                + (f', from {source}' if source else ''))
-    recipe = {key: value for key, value in flags.items() if key not in RUNNING}
-    identity = {'network': network, 'data set': [dataset.name, len(dataset)]} | {
-        f'--{key}': flags[key] for key in ('batch_size', 'seed', 'cb', 'cfg', 'tau', 'lr', 'warmup', 'grad_clip', 'ema_decay',
-                                           'finetune', 'xflip')} | {'start': first}
-    snapshot = dict(encoder=RGBEncoder().config(), dataset=dataset.description(), recipe=recipe,
-                    network={'class_name': network['class_name'], 'kwargs': net.init_kwargs})
-    trainer = loop.Trainer(
-        net, objective,
-        DatasetBatches(dataset, RGBEncoder(), device, flags['seed'], workers=max(flags['num_workers'], 1)),
-        torch.optim.Adam(net.parameters(), lr=flags['lr'], fused=True), lr,
-        TraditionalEMA(net, lambda nimg, size: flags['ema_decay']),
-        loop.LoopConfig(
-            run_dir=folder, total_nimg=(first + flags['total_steps']) * batch, batch_size=batch, first_nimg=first * batch,
-            count_steps=True, status_nimg=flags['log_step'] * batch, checkpoint_nimg=flags['save_step'] * batch or None,
-            clip_grad_norm=flags['grad_clip'] or None, bad_gradients=None, seed=flags['seed']),
-        snapshot={}, identity=identity, options=recipe | dict(network=network, class_counts=dataset.class_counts.tolist()),
-        callbacks=callbacks_of(flags, folder, dataset, device, evaluate),
-        checkpoints=step_checkpoints.StepCheckpoints(batch, snapshot))
-    if dist.get_rank() == 0:
-        util.write_bytes(os.path.join(folder, 'flagfile.txt'), to_text(main.params, flags).encode())
-    done = trainer.run()
-    return done >= trainer.config.total_nimg
+        class_counts=None if flags['finetune'] else dataset.class_counts,
+        augment=ADAAugment() if flags['augm'] else None, batch_size=rules.batch, seed=flags['seed'])
+    batches = DatasetBatches(dataset, RGBEncoder(), dist.get_device(), flags['seed'],
+                             workers=max(flags['num_workers'], 1))
+    if source:
+        dist.print0(f'Fine-tuning {source}')
+    with renamed_fields(batch='batch_size', duration='total_steps', rates='ema_decay', clip_grad_norm='grad_clip'):
+        done = recipe.fit(
+            rules, folder, net, loss, batches, options=flags | {'class_counts': dataset.class_counts.tolist()},
+            callbacks=callbacks_of(flags, folder, dataset, evaluate), allow_changes=allow_changes,
+            files={'flagfile.txt': to_text(main.params, flags)})
+    return done >= rules.total_nimg
 
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------
@@ -208,10 +225,10 @@ def train(flags):
 def evaluate(flags):
     """Samples from a checkpoint, saves the samples, and measures them."""
     folder = run_folder(flags)
-    step = step_checkpoints.choose_step(folder, 0 if flags['train'] else flags['ckpt_step'])
+    step = choose_step(folder, 0 if flags['train'] else flags['ckpt_step'])
     run = evaluation.Evaluator(flags, folder, class_counts(flags))
     net = build_network(**network_of(flags))
-    step_checkpoints.load_average(step_checkpoints.checkpoint_path(folder, step), net)
+    load_average(StepCheckpoints(folder).path(step), net)
     run(net.eval().requires_grad_(False).to(dist.get_device()), step)
 
 
@@ -231,7 +248,9 @@ def worker(flags):
     try:
         work(flags)
     except UserError as error:
-        print(f'{f"[rank {dist.get_rank()}] " if dist.get_rank() else ""}Error: {error}', file=sys.stderr, flush=True)
+        rank = f'[rank {dist.get_rank()}] ' if dist.get_rank() else ''
+        line = error.line(error.field and f'--{error.field}')
+        print(f'{rank}Error: {line}', file=sys.stderr, flush=True)
         os._exit(1)                                            # the others may wait for us
 
 
@@ -264,6 +283,7 @@ OPTIONS = [
     _value('finetuned_logdir', '', str, 'Folder of the fine-tuned run; a bare name lies beside --logdir', metavar='DIR'),
     _value('ckpt_step', 0, _STEPS, 'Checkpoint to fine-tune or to evaluate; 0 = the newest'),
     _switch('parallel', 'One process for each visible GPU'),
+    _switch('allow_changes', 'Go on with a run though its settings have changed; what has is logged'),
     # Data
     _value('data_type', 'cifar100', click.Choice(datasets.DATA_TYPES), 'Data set; "lt" makes it long-tailed', metavar='NAME'),
     _value('root', './', str, 'Where the CIFAR archive or its folder is; for zip, the zip or folder', metavar='PATH'),

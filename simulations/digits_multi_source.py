@@ -153,7 +153,7 @@ def run_model(study: Study, model: Model):
     sink = io.StringIO()  # models that train side by side would talk over each other; log.txt has it all
     with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
         if not os.path.exists(net_path):
-            train_edm2.train(settings(study, model), study.run_dir(model), None)
+            train_edm2.train(settings(study, model), study.run_dir(model))
         if not os.path.exists(net_path):  # SIGINT and SIGTERM end training with a checkpoint
             raise KeyboardInterrupt
     loaded = snapshot.load_snapshot(net_path, distributed.get_device())

@@ -1,7 +1,5 @@
 """Classifiers: what training minimises, how images are augmented, and how accurate they are."""
 
-import math
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -65,21 +63,6 @@ class ClassificationLoss:
             logits = net(images).float()
         loss = F.cross_entropy(logits, labels, reduction='none', label_smoothing=self.smoothing)
         return loss, {'loss': loss, 'accuracy': (logits.argmax(dim=1) == labels).float()}
-
-
-def cosine_lr(nimg: int, total: int, peak: float, rampup: int = 0) -> float:
-    """Half a cosine from `peak` to zero over `total` images, times a ramp over `rampup` images."""
-    ramp = min(nimg / rampup, 1) if rampup else 1
-    return peak / 2 * (1 + math.cos(math.pi * min(nimg / total, 1))) * ramp
-
-
-def ema_beta(decay: float):
-    """beta(nimg, batch) of the classifiers' average: min(decay, (1 + step) / (10 + step)), so that
-    its start is forgotten."""
-    def beta(nimg, batch):
-        step = nimg / batch
-        return min(decay, (1 + step) / (10 + step))
-    return beta
 
 
 def open_classifier(path: str, model: str | None = None, num_classes: int | None = None,

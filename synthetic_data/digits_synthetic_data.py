@@ -124,7 +124,7 @@ def make_images(task):
     sink = io.StringIO()  # those that train side by side would talk over each other; log.txt has it all
     with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
         if not os.path.exists(study.network(seed)):
-            train_edm2.train(generator_settings(study, seed), study.path(seed, 'generator'), None)
+            train_edm2.train(generator_settings(study, seed), study.path(seed, 'generator'))
         if not os.path.exists(study.network(seed)):  # SIGINT and SIGTERM end training with a checkpoint
             raise KeyboardInterrupt
         generate.main.callback(**generate.main.make_context('generate.py', [

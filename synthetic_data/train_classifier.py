@@ -11,20 +11,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import train_common
-from dnnlib import UserError, cli, util
+from dnnlib import UserError, cli, options, util
+from dnnlib.util import renamed_fields
 from synthetic_data import classify, common
 from synthetic_data.adversarial import Attack
 from synthetic_data.mixture import GeneratedImages, Mixture, MixtureOrder
 from torch_utils import distributed as dist
-from training import loop
+from training import recipe
 from training.data.batches import DatasetBatches
 from training.data.dataset import ImageDataset
 from training.data.sampler import EpochShuffle
-from training.ema import TraditionalEMA
 from training.encoders import RGBEncoder
-from training.loss_scale import DynamicLossScale
-from training.networks import build_network
 
 DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 
@@ -34,11 +31,12 @@ def build_config(opts: dict) -> dict:
     config = dict(opts)
     if config['precision'] is None:
         config['precision'] = 'bf16' if torch.cuda.is_available() else 'fp32'
-    config['precision'] = train_common.choose_precision(config['precision'], None)
+    config['precision'] = recipe.choose_precision(config['precision'])
     for key in ('status', 'snapshot', 'checkpoint', 'test_every'):
         config[key] = config[key] or None                            # 0 switches it off
-    if config['batch'] < 1 or config['duration'] < 1:
-        raise UserError(f'--batch={config["batch"]} and --duration={config["duration"]} must be at least 1')
+    for key in ('batch', 'duration'):
+        if config[key] < 1:
+            raise UserError('must be at least 1', field=key, value=config[key])
     if config['generated'] is None:
         config['share'] = 0.0
     return config
@@ -108,48 +106,43 @@ def read_accuracy(path: str) -> list[dict]:
         raise UserError(f'{path} is damaged; remove it') from None
 
 
-def train(config: dict, outdir: str, wandb: str | None = None) -> int:
-    """Builds everything from the settings, and trains. Returns the number of images seen."""
+def recipe_of(config: dict, data) -> recipe.Recipe:
+    """The recipe of the settings."""
+    loss = {key: config[key] for key in ('pad', 'xflip', 'smoothing', 'adversarial', 'eps', 'step_size',
+                                         'attack_steps', 'precision')}
+    return recipe.Recipe(
+        batch=config['batch'], total_nimg=config['duration'], seed=config['seed'],
+        dataset=getattr(data, 'real', data).description() | {'size': len(data)},
+        order={'name': 'mixture', 'share': config['share']},
+        network=dict(class_name='WideResNet', name=config['model'], num_classes=data.label_dim,
+                     normalize_input=config['normalize']),
+        loss={'name': 'classification', **loss},
+        optim={'name': 'SGD', 'nesterov': True, 'momentum': config['momentum'],
+               'weight_decay': config['weight_decay'], 'fused': False},
+        learning_rate={'name': 'cosine', 'lr': config['lr'], 'duration': config['duration'],
+                       'rampup': config['rampup']},
+        averages={'name': 'warmup', 'decay': config['ema']}, snapshot_dtype='float32',
+        loss_scale={} if config['precision'] == 'fp16' and config['ls'] == 1 else None,
+        **{key: config[key] for key in ('status', 'snapshot', 'checkpoint', *options.MACHINE)})
+
+
+def train(config: dict, outdir: str, **running) -> int:
+    """Trains by the settings; `running` goes to `recipe.fit`. Returns the number of images seen."""
     dist.init()
-    device = train_common.prepare_device(config)
     data, order, test = open_data(config)
-    torch.manual_seed(config['seed'])
-    network = dict(class_name='WideResNet', name=config['model'], num_classes=data.label_dim,
-                   normalize_input=config['normalize'])
-    net = build_network(**network).train().to(device)
-    objective = classify.ClassificationLoss(
+    rules = recipe_of(config, data)
+    net = recipe.new_network(rules)
+    loss = classify.ClassificationLoss(
         pad=data.image_shape[1] // 8 if config['pad'] is None else config['pad'], xflip=config['xflip'],
         smoothing=config['smoothing'], attack=attack_of(config) if config['adversarial'] else None,
         dtype=DTYPES[config['precision']])
-    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=config['lr'], nesterov=True,
-                                momentum=config['momentum'], weight_decay=config['weight_decay'])
-
-    def lr(nimg, batch):
-        return classify.cosine_lr(nimg, config['duration'], config['lr'], config['rampup'])
-
     callbacks = []
     if test is not None:
         tester = TestAccuracy(outdir, test, attack_of(config) if config['robust'] else None, config['seed'])
         callbacks = [(config['test_every'] or config['duration'], tester)]
-    shown = [f'Data: {data.name}, {len(data)} images {list(data.image_shape)}, {data.label_dim} classes',
-             f'Network: {config["model"]}, {config["precision"]}, on {device.type}, {dist.get_world_size()} process(es)']
-    dist.print0('\n'.join(shown) + f'\nRun: {outdir}')
-    real = getattr(data, 'real', data)
-    identity = {f'--{key.replace("_", "-")}': config[key] for key in (
-        'batch', 'seed', 'duration', 'lr', 'rampup', 'momentum', 'weight_decay', 'ema', 'smoothing', 'pad', 'xflip',
-        'adversarial', 'eps', 'step_size', 'attack_steps', 'share')}
-    seen = loop.Trainer(
-        net, objective, DatasetBatches(data, RGBEncoder(), device, seed=config['seed'], order=order), optimizer, lr,
-        TraditionalEMA(net, classify.ema_beta(config['ema'])),
-        loop.LoopConfig(
-            run_dir=outdir, total_nimg=config['duration'], batch_size=config['batch'], batch_gpu=config['batch_gpu'],
-            status_nimg=config['status'], snapshot_nimg=config['snapshot'], checkpoint_nimg=config['checkpoint'],
-            loss_scaling=config['ls'], seed=config['seed'], wandb=wandb),
-        snapshot=dict(encoder=RGBEncoder(), dataset=real.description(), recipe=config, dtype=torch.float32),
-        identity={'network': network, 'data set': [data.name, len(data)]} | identity,
-        options=config | dict(world_size=dist.get_world_size(), network=network), callbacks=callbacks,
-        loss_scale=DynamicLossScale() if config['precision'] == 'fp16' and config['ls'] == 1 else None).run()
-    return seen
+    batches = DatasetBatches(data, RGBEncoder(), dist.get_device(), config['seed'], order)
+    with renamed_fields(decay='ema', network='model', normalize_input='normalize'):
+        return recipe.fit(rules, outdir, net, loss, batches, options=config, callbacks=callbacks, **running)
 
 
 EXAMPLES = """\b
@@ -208,7 +201,7 @@ training_options = common.add_options([  # how a classifier is trained and attac
 
 
 @click.command(cls=cli.Command, epilog=EXAMPLES)
-@train_common.place_options('Folder of the run: results, and where to resume from')
+@options.run_folder('Folder of the run: results, and where to resume from')
 @click.option('--test', metavar='ZIP|DIR', help='Data set to measure the accuracy on')
 @click.option('--generated', metavar='DIR|NPZ',
               help='Generated images: a folder of generate.py, or an .npz of its successors')
@@ -222,8 +215,8 @@ training_options = common.add_options([  # how a classifier is trained and attac
               help='Save the network every NIMG images, 0 = never')
 @click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0,
               help='Seed of weights, data order and attacks')
-@train_common.machine_options
-def main(outdir, dry_run, wandb, **opts):
+@options.machine
+def main(outdir, dry_run, wandb, allow_changes, **opts):
     """Train a wide residual network on labelled images: SGD, cosine, averaged weights, moved and
     mirrored images.
 
@@ -236,7 +229,7 @@ def main(outdir, dry_run, wandb, **opts):
         open_data(config)
         print(json.dumps(config | dict(outdir=outdir), indent=2))
         return
-    train(config, outdir, wandb)
+    train(config, outdir, wandb=wandb, allow_changes=allow_changes)
     dist.shutdown()
 
 

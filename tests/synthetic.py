@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import command, environment, script_module, write_digits
 
-from training import checkpoint
+from training.checkpoint import Checkpoints
 from training.encoders import RGBEncoder
 from training.networks import build_network
 from training.snapshot import save_snapshot
@@ -66,9 +66,9 @@ def train(outdir, digits, *more):
 
 
 def weights(outdir):
-    state = checkpoint.load_newest(str(outdir))
+    state = Checkpoints(str(outdir)).load_newest()
     return {f'{part}.{name}': value for part in ('net', 'ema')
-            for name, value in (state[part] if part == 'net' else state[part]['ema']).items()}
+            for name, value in (state[part] if part == 'net' else state[part]['']).items()}
 
 
 def same(a, b):

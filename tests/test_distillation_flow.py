@@ -27,10 +27,8 @@ from dnnlib import UserError
 from training.diffusion.gaussian import GaussianDiffusion
 from training.diffusion.losses import DKDMLoss
 from training.diffusion.samplers import sample
-from training.ema import TraditionalEMA
-from training.encoders import RGBEncoder
-from training.loop import LoopConfig, Trainer
 from training.networks import build_network
+from training.recipe import Recipe, fit
 from training.snapshot import load_snapshot
 
 # --- Golden traces ----------------------------------------------------------------------------------------------------
@@ -396,12 +394,10 @@ def test_the_training_loop_distils_and_resumes_exactly(tmp_path):
         for total in totals:                                            # each a new process, as far as it can tell
             student = _teacher(dropout=0.1).net.requires_grad_(True)
             source = DynamicSource(teacher, _prepared(teacher), 4, ProcessRandom(1))
-            config = LoopConfig(run_dir=str(tmp_path / folder), total_nimg=total, batch_size=4, batch_gpu=2,
-                                checkpoint_nimg=12, snapshot_nimg=24)
-            Trainer(student, DKDMLoss(student.diffusion, teacher), source,
-                    torch.optim.AdamW(student.parameters(), weight_decay=0), lambda nimg, batch: 1e-3,
-                    TraditionalEMA(student, lambda nimg, batch: 0.9), config,
-                    snapshot=dict(encoder=RGBEncoder(), dataset={}, recipe={})).run()
+            recipe = Recipe(batch=4, total_nimg=total, batch_gpu=2, checkpoint=12, snapshot=24,
+                            optim={'name': 'AdamW', 'weight_decay': 0},
+                            averages={'name': 'constant', 'rates': [0.9]})
+            fit(recipe, str(tmp_path / folder), student, DKDMLoss(student.diffusion, teacher), source)
         return student.state_dict(), source.cache
 
     state, cache = trained('whole', 24)

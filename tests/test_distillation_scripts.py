@@ -25,9 +25,9 @@ from distillation.sample_shards import SampleShards
 from dnnlib import UserError
 from training import loop
 from training.data.images import NpzImages
-from training.ema import ConstantEMA
 from training.loss_scale import DynamicLossScale
 from training.networks import build_network
+from training.recipe import Recipe
 from training.snapshot import load_snapshot
 
 YAML = helpers.ROOT / 'distillation' / 'yaml'
@@ -314,9 +314,9 @@ def test_options_of_training_have_their_effect(world, tmp_path):
 def test_a_run_of_other_settings_is_not_resumed(world, tmp_path):
     distil(world, tmp_path / 'run', 'student.total_steps=2')
     before = {name: (tmp_path / 'run' / name).read_bytes() for name in os.listdir(tmp_path / 'run')}
-    for change, message in (('teacher.iter_choice=iterative_distillation', 'another teacher.iter_choice'),
-                            ('student.model.num_res_blocks=2', 'another network'), ('--seed=1', 'another --seed'),
-                            ('student.ema_rate=0.5', 'another ema_rate')):
+    for change, message in (('teacher.iter_choice=iterative_distillation', 'iter_choice'),
+                            ('student.model.num_res_blocks=2', 'num_res_blocks'), ('--seed=1', 'seed 0 -> 1'),
+                            ('student.ema_rate=0.5', 'averages.rates')):
         assert message in helpers.fails(KD, *world.experiment, '--outdir', tmp_path / 'run', 'student.total_steps=4', change)
     assert before == {name: (tmp_path / 'run' / name).read_bytes() for name in os.listdir(tmp_path / 'run')}
     # Elsewhere the run goes on from it, if it is told to.
@@ -384,7 +384,7 @@ def test_two_processes_advance_their_own_shares(world, tmp_path):
     for rank, share in enumerate(shares):
         moved = share.piece('levels', 0, 16) != file.piece('levels', 16 * rank, 16 * rank + 16)
         assert len(share) == 16 and moved.any()
-    assert 'another batch_size (8 instead of 4)' in helpers.fails(KD, *run, tmp_path / 'run')
+    assert 'batch 8 -> 4' in helpers.fails(KD, *run, tmp_path / 'run')
 
 
 # --- image_sample -----------------------------------------------------------------------------------------------------
@@ -607,10 +607,10 @@ def test_the_loop_skips_steps_that_overflow(tmp_path):
         return loss, {'loss': loss}
 
     net = _Line()
-    trainer = loop.Trainer(
-        net, objective, _Batches(), torch.optim.SGD(net.parameters(), lr=0.1), lambda nimg, batch: 0.1, ConstantEMA(net, [0.5]),
-        loop.LoopConfig(str(tmp_path), total_nimg=8, batch_size=2, bad_gradients=None), snapshot={},
-        loss_scale=DynamicLossScale(10, 0.5))
+    recipe = Recipe(batch=2, total_nimg=8, bad_gradients=None, optim={'name': 'SGD'},
+                    learning_rate={'name': 'constant', 'lr': 0.1}, loss_scale={'lg': 10, 'growth': 0.5},
+                    averages={'name': 'constant', 'rates': [0.5]})
+    trainer = loop.Trainer(recipe, net, objective, _Batches(), str(tmp_path))
     assert trainer.run() == 8
     assert seen == [10, 10.5, 9.5, 10]
     assert net.w.item() == pytest.approx(0.7)                  # three steps of 0.1

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from torch_utils.random import BlockRandomGenerator, StackedRandomGenerator
-from training import ema, phema
+from training import ema, phema, schedules
 from training.diffusion.noise import edm_sigmas
 from training.diffusion.samplers import sample
 
@@ -158,9 +158,10 @@ def test_reconstruction_of_a_random_walk(case, dtype):
     net = _Walk(torch.from_numpy(_array(inputs['w0'])).to(torch_dtype))
     stds = [*inputs['tracked_stds'], *a['out_std']]
     number = len(inputs['tracked_stds'])
-    tracked = ema.PowerFunctionEMA(net, stds)
+    tracked = ema.Averages(net, ema.power(stds))
     old = inputs['traditional_ema']
-    traditional = ema.TraditionalEMA(net, ema.half_life_beta(old['halflife_Mimg'], old['rampup_ratio']))
+    beta = schedules.half_life_beta(old['halflife_Mimg'] * 1e6, old['rampup_ratio'], after_step=True)
+    traditional = ema.Averages(net, [ema.Average('', beta)])
     snapshots = []
     for i, step in enumerate(steps):
         with torch.no_grad():
@@ -172,7 +173,7 @@ def test_reconstruction_of_a_random_walk(case, dtype):
     np.testing.assert_allclose(net.w.detach(), a[f'final_w_{dtype}'], **tolerance)
     np.testing.assert_allclose(torch.stack([s['w'] for s in snapshots]), a[f'snapshots_{dtype}'], **tolerance)
     np.testing.assert_allclose(torch.stack([e.w for e in tracked.emas[number:]]), a[f'directly_tracked_{dtype}'], **tolerance)
-    np.testing.assert_allclose(traditional.ema.w, a[f'traditional_ema_{dtype}'], **tolerance)
+    np.testing.assert_allclose(traditional.emas[0].w, a[f'traditional_ema_{dtype}'], **tolerance)
 
     coefficients = phema.solve_coefficients(a['snapshot_nimg'], a['snapshot_std'], case.json['output_nimg'], a['out_std'])
     np.testing.assert_allclose(coefficients, a['coefficients'], rtol=1e-5, atol=1e-9)

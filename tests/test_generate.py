@@ -14,7 +14,7 @@ from training.data.dataset import ImageDataset
 from training.encoders import RGBEncoder
 from training.generate import generate_images, preset_options, split_seeds
 from training.networks import build_network
-from training.snapshot import load_snapshot, save_snapshot
+from training.snapshot import load_snapshot, save_snapshot, snapshot_name
 
 DATASET = {'name': 'ten', 'label_dim': 3, 'classes': [171, 182, 198], 'class_names': ['greyhound', 'terrier', 'spaniel']}
 
@@ -175,9 +175,9 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path, snapshots):
 @pytest.fixture
 def trajectory(tmp_path):
     """Snapshots of a network that drifts, at two widths, and the exact average for a third."""
-    from training.ema import PowerFunctionEMA
+    from training.ema import Averages, power
     net = make_net()
-    emas = PowerFunctionEMA(net, [0.05, 0.10, 0.08])
+    emas = Averages(net, power([0.05, 0.10, 0.08]))
     generator = torch.Generator().manual_seed(0)
     for step in range(64):
         with torch.no_grad():
@@ -185,9 +185,10 @@ def trajectory(tmp_path):
                 value += 0.05 * torch.randn(value.shape, generator=generator)
         emas.update(net, step * 1024, 1024)
         if (step + 1) % 4 == 0:
-            for ema, suffix, info in emas.get(net)[:2]:
-                path = tmp_path / f'network-snapshot-{(step + 1) * 1024 // 1000:07d}{suffix}.pkl'
-                save_snapshot(path, ema, encoder=RGBEncoder(), dataset=DATASET, recipe={}, nimg=(step + 1) * 1024, **info)
+            for ema, suffix, std in emas.get(net)[:2]:
+                path = tmp_path / snapshot_name((step + 1) * 1024, suffix)
+                save_snapshot(path, ema, encoder=RGBEncoder(), dataset=DATASET, recipe={}, nimg=(step + 1) * 1024,
+                              ema_std=std)
     return tmp_path, emas.emas[2]
 
 
@@ -210,7 +211,7 @@ def test_post_hoc_average_of_an_earlier_time(trajectory):
     folder, _ = trajectory
     run('reconstruct_phema.py', f'--indir={folder}', '--outstd=0.05', '--outkimg=32', '--outprefix=early')
     assert load_snapshot(str(folder / 'early-0000032-0.050.pkl')).nimg == 32768
-    assert len(phema.list_snapshots(str(folder), 'network-snapshot')) == 32
+    assert len(phema.list_profiles(str(folder), 'network-snapshot')) == 32
     assert '--inprefix' in fails('reconstruct_phema.py', f'--indir={folder}', '--outstd=0.1')
 
 

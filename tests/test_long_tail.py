@@ -22,7 +22,7 @@ from long_tail import classwise, datasets, imbalance
 from metrics.frechet import frechet_distance
 from metrics.statistics import Gaussian, Statistics, load_statistics
 from torch_utils import distributed
-from training import step_checkpoints
+from training.checkpoint import StepCheckpoints
 from training.data.images import NpzImages
 from training.snapshot import load_snapshot, read_state
 
@@ -231,7 +231,7 @@ def test_the_commands_run_as_written(cifar, tmp_path, monkeypatch):
     line('--train --flagfile ./config/cifar100.txt --parallel --logdir ./logs/cifar100lt_ddpm --total_steps 300001 '
          '--conditional --data_type cifar100lt --imb_factor 0.01 --img_size 32 --batch_size 64 --save_step 100000 '
          '--sample_step 50000 --cfg', *small, '--total_steps', '5')
-    assert step_checkpoints.steps_in(str(logs / 'cifar100lt_ddpm')) == [2, 4]
+    assert StepCheckpoints(str(logs / 'cifar100lt_ddpm')).numbers() == [2, 4]
     picture = PIL.Image.open(logs / 'cifar100lt_ddpm' / 'sample' / '4.png')
     assert picture.width > 2 * 32                                       # the names of two classes, and two samples of each
     line('--train --flagfile ./config/cifar100.txt --parallel --logdir ./logs/cifar100lt_cbdm_augm --total_steps '
@@ -242,8 +242,8 @@ def test_the_commands_run_as_written(cifar, tmp_path, monkeypatch):
          '--conditional --data_type cifar100lt --imb_factor 0.01 --img_size 32 --batch_size 48 --save_step 50000 --sample_step '
          '50000 --cb --tau 1.0 --finetune --finetuned_logdir cifar100lt_cbdm_finetune --ckpt_step 200000',
          *small, '--ckpt_step', '4', '--total_steps', '5')
-    assert step_checkpoints.steps_in(str(logs / 'cifar100lt_cbdm_finetune')) == [6, 8]
-    assert step_checkpoints.steps_in(str(logs / 'cifar100lt_ddpm')) == [2, 4]
+    assert StepCheckpoints(str(logs / 'cifar100lt_cbdm_finetune')).numbers() == [6, 8]
+    assert StepCheckpoints(str(logs / 'cifar100lt_ddpm')).numbers() == [2, 4]
     run('long_tail/make_stats.py', '--data_type=cifar100', f'--root={cifar}', '--detector=pixels', '--img_size=32',
         f'--dest={logs}/stats.npz')
     out = line(f'--flagfile ./logs/cifar100lt_cbdm_augm/flagfile.txt --logdir ./logs/cifar100lt_cbdm_augm --fid_cache '
@@ -253,7 +253,7 @@ def test_the_commands_run_as_written(cifar, tmp_path, monkeypatch):
 
 
 def test_what_a_run_leaves_behind(trained):
-    assert step_checkpoints.steps_in(str(trained)) == [2, 4, 5]
+    assert StepCheckpoints(str(trained)).numbers() == [2, 4, 5]
     state = read_state(str(trained / 'ckpt_4.pt'))
     assert state['step'] == 4 and state['nimg'] == 5 * 8 and state['optim']['state'][0]['step'] == 5
     found = events(trained)
@@ -287,7 +287,7 @@ def test_fine_tuning_starts_from_the_average_and_counts_on(trained, tmp_path):
     args = ['--train', *DIGITS, f'--logdir={trained}', '--total_steps=5', '--cb', '--finetune', '--ckpt_step=4']
     invoke(MAIN, *args, '--finetuned_logdir=tuned')
     tuned = trained.parent / 'tuned'
-    assert step_checkpoints.steps_in(str(tuned)) == [6, 8]
+    assert StepCheckpoints(str(tuned)).numbers() == [6, 8]
     assert read_state(str(tuned / 'ckpt_8.pt'))['optim']['state'][0]['step'] == 5      # further steps
     assert '--ckpt_step=4' in (tuned / 'flagfile.txt').read_text()
     # A step without a learning rate leaves the averaged weights of the pretrained run.
@@ -303,12 +303,12 @@ def test_a_killed_run_goes_on_exactly(tmp_path):
     killed = tmp_path / 'killed'
     process = subprocess.Popen(command(MAIN, *args, f'--logdir={killed}', '--total_steps=100000'), env=environment(),
                                stdout=subprocess.DEVNULL)
-    while len(step_checkpoints.steps_in(str(killed))) < 2:
+    while len(StepCheckpoints(str(killed)).numbers()) < 2:
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    for step in step_checkpoints.steps_in(str(killed))[2:]:             # it may have got further than the other run goes
+    for step in StepCheckpoints(str(killed)).numbers()[2:]:             # it may have got further than the other run goes
         os.remove(killed / f'ckpt_{step}.pt')
     os.truncate(killed / 'ckpt_6.pt', 1000)
     assert 'Passing over a damaged checkpoint' in invoke(MAIN, '--flagfile', killed / 'flagfile.txt', '--total_steps=11')
@@ -429,8 +429,9 @@ def test_published_checkpoints_are_evaluated_and_fine_tuned(trained, digits_stat
                                                                     trained / 'saved_4_cfg_omega0.npz')]
     assert np.array_equal(*same)
     invoke(MAIN, '--train', *args, '--cb', '--finetune', '--finetuned_logdir=tuned', '--total_steps=2', '--save_step=1')
-    assert step_checkpoints.steps_in(str(tmp_path / 'tuned')) == [200001]
-    assert 'another network' in fails(MAIN, '--eval', *args, '--ch=64', '--detector=pixels', f'--fid_cache={digits_stats}')
+    assert StepCheckpoints(str(tmp_path / 'tuned')).numbers() == [200001]
+    assert 'does not fit the network' in fails(MAIN, '--eval', *args,
+                                               '--ch=64', '--detector=pixels', f'--fid_cache={digits_stats}')
 
 
 def test_evaluation_during_training(digits_stats, tmp_path):

@@ -21,6 +21,7 @@ from sklearn.datasets import load_digits
 
 from simulations import digits_multi_source as study_module
 from training.data.dataset import ImageDataset
+from training.schedules import LR_SCHEDULES
 
 SCRIPT = 'simulations/digits_multi_source.py'
 TINY = ['--nums=3,12', '--sources=1,2', '--images-per-class=16', '--batch-per-class=8', '--channels=16', '--samples=12',
@@ -80,7 +81,7 @@ def test_models_differ_in_their_sources_alone(tmp_path):
         assert config['batch'] == 8 * len(model.classes)
         assert config['duration'] == 24 * len(model.classes)  # 20, rounded up to whole batches
         assert config['seed'] == 4 and config['network']['model_channels'] == 16
-        schedules.append([study_module.train_edm2.LR_SCHEDULES[config['lr_schedule']](
+        schedules.append([LR_SCHEDULES[config['lr_schedule']](
             step * config['batch'], config['batch'], config['lr'], config['decay'], config['rampup_Mimg'])
             for step in range(config['duration'] // config['batch'])])
     assert len(schedules) == 4
@@ -196,7 +197,7 @@ def test_a_stopped_study_goes_on(tmp_path):
     assert len(states) == 1 and not study.finished(model)
     config = study_module.settings(study, model)
     config['duration'] = 0  # resuming from beyond the end: takes the state up, and trains no more
-    study_module.train_edm2.train(config, study.run_dir(model), None)
+    study_module.train_edm2.train(config, study.run_dir(model))
     assert 'Resuming from ' in (log.parent / 'log.txt').read_text()
 
 

@@ -15,6 +15,7 @@ from synthetic import TINY, TRAIN, same, train, weights
 from synthetic_data import classify
 from synthetic_data.adversarial import Attack, pgd
 from torch_utils.random import BlockRandomGenerator, GlobalRandom
+from training import schedules
 from training.data.dataset import ImageDataset
 from training.networks.classifier import WideResNet
 from training.snapshot import load_snapshot
@@ -69,11 +70,11 @@ def test_the_objective_is_the_loss_of_what_it_says():
 
 
 def test_schedules():
-    rates = [classify.cosine_lr(nimg, 1000, 0.2, 100) for nimg in (0, 50, 100, 500, 1000)]
+    rates = [schedules.cosine_lr(nimg, 64, 0.2, 1000, 100) for nimg in (0, 50, 100, 500, 1000)]
     cosine = (1 + np.cos(np.pi * np.array([0, 0.05, 0.1, 0.5, 1]))) / 2
     assert rates == pytest.approx(0.2 * cosine * [0, 0.5, 1, 1, 1], abs=1e-12)
-    assert classify.cosine_lr(0, 1000, 0.2) == 0.2
-    beta = classify.ema_beta(0.9)
+    assert schedules.cosine_lr(0, 64, 0.2, 1000) == 0.2
+    beta = schedules.warmup_beta(0.9)
     assert beta(0, 64) == 0.1 and beta(64, 64) == 2 / 11 and beta(64000, 64) == 0.9
 
 

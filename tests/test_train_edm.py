@@ -14,7 +14,8 @@ import torch
 from helpers import command, environment, fails, run, write_digits
 
 import train
-from training import checkpoint, runs
+from training import runs
+from training.checkpoint import Checkpoints
 from training.generate import generate_images
 from training.networks import build_network
 from training.networks.edm import EDMPrecond, VEPrecond, VPPrecond
@@ -59,8 +60,8 @@ def losses(run_dir):
 
 
 def weights(run_dir):
-    state = checkpoint.load_newest(str(run_dir))
-    return {**state['net'], **{'ema.' + key: value for key, value in state['ema']['ema'].items()}}
+    state = Checkpoints(str(run_dir)).load_newest()
+    return {**state['net'], **{'ema.' + key: value for key, value in state['ema'][''].items()}}
 
 
 # --- Options ----------------------------------------------------------------------------------------------------------
@@ -124,7 +125,7 @@ def test_every_architecture_trains_under_every_preconditioning(digits, tmp_path,
     run_dir = train_here(tmp_path, digits, f'--arch={arch}', f'--precond={precond}', '--duration=0.001', '--batch=500',
                          '--batch-gpu=50', '--tick=1', '--snap=0', '--dump=1', '--augment=0.5', '--cond=1',
                          '--num-channels=4', '--cres=1', '--rampup=0')
-    state = checkpoint.load_newest(run_dir)
+    state = Checkpoints(run_dir).load_newest()
     net = build_network(**json.load(open(os.path.join(run_dir, 'training_options.json')))['network'])
     net.load_state_dict(state['net'])
     assert isinstance(net, network) and all(value.isfinite().all() for value in state['net'].values())
@@ -138,7 +139,7 @@ def test_sgd_follows_its_equation(digits, tmp_path):
                          f'--lr={rate}', '--rampup=0', '--seed=0', '--snap=0', '--tick=1')
     torch.manual_seed(0)
     before = build_network(**runs.read_options(run_dir)['network']).state_dict()
-    after = checkpoint.load_newest(run_dir)['net']
+    after = Checkpoints(run_dir).load_newest()['net']
     factor, velocity = 1.0, 0.0
     for step in range(10):
         velocity = momentum * velocity + decay * factor
@@ -163,7 +164,7 @@ def test_a_run_writes_everything(finished):
 
 def test_snapshots_keep_all_digits_and_sample(finished):
     snapshot = load_snapshot(os.path.join(finished, 'network-snapshot-0000001.pkl'))
-    ema = checkpoint.load_newest(finished)['ema']['ema']
+    ema = Checkpoints(finished).load_newest()['ema']['']
     assert all(torch.equal(value, ema[name]) for name, value in snapshot.net.state_dict().items())
     images = next(generate_images(snapshot.net, snapshot.encoder, range(3), num_steps=3)).images
     assert images.shape == (3, 3, 8, 8) and snapshot.recipe['arch'] == 'ddpmpp'
@@ -173,11 +174,11 @@ def test_the_average_follows_its_mode(digits, tmp_path):
     """mode3 hardly moves in 1000 images, mode1 follows with 5% of the images seen."""
     ends = {}
     for mode in ('mode1', 'mode3'):
-        state = checkpoint.load_newest(train_here(tmp_path / mode, digits, f'--ema_mode={mode}', '--seed=1', '--snap=0'))
+        state = Checkpoints(train_here(tmp_path / mode, digits, f'--ema_mode={mode}', '--seed=1', '--snap=0')).load_newest()
         torch.manual_seed(1)
         start = build_network(**runs.read_options(tmp_path / mode / f'00000-{NAME}')['network']).state_dict()
         name = 'model.map_layer1.weight'
-        ends[mode] = (state['ema']['ema'][name] - start[name]).norm() / (state['net'][name] - start[name]).norm()
+        ends[mode] = (state['ema'][''][name] - start[name]).norm() / (state['net'][name] - start[name]).norm()
     assert ends['mode3'] < 0.01 and 0.5 < ends['mode1'] < 1.2
 
 
@@ -189,7 +190,7 @@ def test_training_reduces_the_loss(digits, tmp_path):
 
 def test_mirror_images_double_the_data_but_not_the_duration(digits, tmp_path):
     config = config_of('--xflip=1', '--duration=25', '--num-channels=8')
-    dataset, _, _, _, plan = train.prepare(config | dict(data=digits))
+    dataset, _, _, plan = train.prepare(config | dict(data=digits))
     assert len(dataset) == 200 and plan['total_kimg'] == 50
 
 
@@ -255,7 +256,7 @@ def test_transfer_starts_from_the_weights_of_a_snapshot(finished, digits, tmp_pa
     net = os.path.join(finished, 'network-snapshot-0000001.pkl')
     run_dir = train_here(tmp_path, digits, f'--transfer={net}', '--lr=1e-12', '--snap=0')
     source = load_snapshot(net).net.state_dict()
-    for name, value in checkpoint.load_newest(run_dir)['net'].items():
+    for name, value in Checkpoints(run_dir).load_newest()['net'].items():
         torch.testing.assert_close(value, source[name], rtol=0, atol=1e-8)
 
 
@@ -271,7 +272,7 @@ def test_a_folder_is_used_by_one_run_at_a_time(finished, digits, tmp_path):
 @pytest.mark.parametrize('options, message', [
     (['--skip-connections=[1,0,1]'], '--skip-connections'), (['--skip-connections=1,2'], '--skip-connections'),
     (['--cbase=16'], '--cbase'), (['--momentum=0.9'], '--momentum'), (['--final-ema=0.9'], '--final-ema'),
-    (['--ema_mode=mode3', '--ema=1'], '--ema '), (['--arch=adm', '--embed=fourier'], '--embed'), (['--fp16=1'], 'fp16'),
+    (['--ema_mode=mode3', '--ema=1'], '--ema:'), (['--arch=adm', '--embed=fourier'], '--embed'), (['--fp16=1'], 'fp16'),
     (['--arch=unet'], '--arch'), (['--precond=iddpm'], '--precond'), (['--duration=0'], '--duration'),
     (['--batch=0'], '--batch'), (['--num-channels=36', '--cres=1,8'], '--num-channels'), (['--num-channels=7'], 'even'),
     (['--cres=1,2,2,2,2'], '--cres'), (['--data=nowhere.zip'], 'nowhere.zip'), (['--resume=nowhere'], '--resume'),

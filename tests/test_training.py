@@ -15,7 +15,7 @@ from helpers import command, environment, fails, run, write_digits
 
 import train_edm2
 from dnnlib import UserError
-from training import checkpoint
+from training.checkpoint import Checkpoints
 from training.networks import build_network
 from training.snapshot import load_snapshot, save_snapshot
 
@@ -42,8 +42,8 @@ def finished(tmp_path_factory, digits):
 
 def weights(outdir):
     """Network and averages at the end of a run, by name."""
-    state = checkpoint.load_newest(str(outdir))
-    parts = [('net', state['net'])] + [(f'ema{i}', ema) for i, ema in enumerate(state['ema']['emas'])]
+    state = Checkpoints(str(outdir)).load_newest()
+    parts = [('net', state['net'])] + [(f'ema{i}', ema) for i, ema in state['ema'].items()]
     return {f'{part}.{name}': value for part, values in parts for name, value in values.items()}
 
 
@@ -114,7 +114,7 @@ def test_training_reduces_the_loss(tmp_path, digits):
 def test_a_snapshot_is_enough_to_sample(finished):
     snapshot = load_snapshot(str(finished / 'network-snapshot-0000000-0.100.pkl'))
     assert snapshot.nimg == 320 and snapshot.ema_std == 0.1 and snapshot.dataset['label_dim'] == 10
-    ema = checkpoint.load_newest(str(finished))['ema']['emas'][1]
+    ema = Checkpoints(str(finished)).load_newest()['ema']['0.100']
     for name, value in snapshot.net.state_dict().items():
         torch.testing.assert_close(value, ema[name], rtol=1e-3, atol=1e-6)   # stored in half precision
 
@@ -214,22 +214,23 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path, digits):
     for worker in workers:
         os.kill(int(worker), signal.SIGTERM)
     assert process.wait(timeout=120) == 0
-    state = checkpoint.load_newest(str(outdir))
+    state = Checkpoints(str(outdir)).load_newest()
     assert 0 < state['nimg'] < 1 << 20
     assert 'Stopped at' in (outdir / 'log.txt').read_text()
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path):
-    checkpoint.save_checkpoint(str(tmp_path), {'nimg': 1000})
-    checkpoint.save_checkpoint(str(tmp_path), {'nimg': 2000})
+    checkpoints = Checkpoints(str(tmp_path))
+    checkpoints.save({'nimg': 1000, 'means': {}})
+    checkpoints.save({'nimg': 2000, 'means': {}})
     newest = tmp_path / 'training-state-0000002.pt'
     newest.write_bytes(newest.read_bytes()[:100])
     reports = []
-    assert checkpoint.load_newest(str(tmp_path), report=reports.append)['nimg'] == 1000
+    assert checkpoints.load_newest(report=reports.append)['nimg'] == 1000
     assert 'training-state-0000002.pt' in reports[0]
     (tmp_path / 'training-state-0000001.pt').write_bytes(b'')
     with pytest.raises(UserError, match='none of its 2 checkpoints'):
-        checkpoint.load_newest(str(tmp_path), report=reports.append)
+        checkpoints.load_newest(report=reports.append)
 
 
 # --- Errors -----------------------------------------------------------------------------------------------------------
@@ -251,4 +252,4 @@ def test_bad_options_end_in_one_line(tmp_path, digits, options, message):
 
 def test_labels_are_needed_for_class_conditional_training(tmp_path):
     data = write_digits(tmp_path / 'plain.zip', count=20, labels=False)
-    assert '--cond=False' in fails('train_edm2.py', f'--outdir={tmp_path / "run"}', f'--data={data}', *TINY)
+    assert '--cond=True needs labels' in fails('train_edm2.py', f'--outdir={tmp_path / "run"}', f'--data={data}', *TINY)

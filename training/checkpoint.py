@@ -1,64 +1,220 @@
-"""Checkpoints: everything that the training loop needs to go on as if it had never stopped."""
+"""Checkpoints: everything that the training loop needs to go on as if it had never stopped.
+
+A layout says what the files of a checkpoint are called, and how the loop's state is packed into
+them. There are three that published programs have made known:
+
+    state    training-state-<kimg>.pt                                    EDM, EDM2
+    steps    ckpt_<step>.pt, a snapshot at the same time                 class-balancing diffusion
+    guided   modelNNNNNN.pt, ema_RATE_NNNNNN.pt, optNNNNNN.pt            guided diffusion
+"""
 
 import os
 import re
+from collections.abc import Callable
 
 import torch
 
 from dnnlib import UserError
 from training.snapshot import read_state, write_state
 
-_NAME = re.compile(r'training-state-(\d{7,})\.pt')
+_PREFIX = 'model.'  # of the U-Net's weights within a DiscreteDenoiser
 
 
-def checkpoint_path(folder: str, nimg: int) -> str:
-    """`training-state-<kimg>.pt` in the folder of the run."""
-    return os.path.join(folder, f'training-state-{nimg // 1000:07d}.pt')
+def _without_prefix(weights: dict) -> dict:
+    return {name.removeprefix(_PREFIX): value for name, value in weights.items()}
 
 
-def save_checkpoint(folder: str, state: dict):
-    """Writes the checkpoint of `state['nimg']`; it appears only when complete."""
-    write_state(checkpoint_path(folder, state['nimg']), state)
+def _with_prefix(weights: dict) -> dict:
+    return {_PREFIX + name: value for name, value in weights.items()}
 
 
-def read_checkpoint(path: str) -> dict:
-    """The state in a checkpoint file; raises UserError if the file is something else."""
-    state = read_state(path)
-    if not isinstance(state, dict) or 'identity' not in state:
-        raise UserError(f'{path} is no training state (training-state-*.pt)')
-    return state
+class Checkpoints:
+    """The checkpoints in a run's folder, in the layout `training-state-<kimg>.pt`; base of the others.
 
-
-def newest_kimg(folder: str) -> int:
-    """Thousands of images in the name of the newest checkpoint, -1 if there is none."""
-    return max((int(match[1]) for match in map(_NAME.fullmatch, os.listdir(folder)) if match), default=-1)
-
-
-def load_optimizer(optimizer, state: dict):
-    """optimizer.load_state_dict, with every tensor in the memory order of its parameter.
-
-    Fused optimizers on the CPU walk through memory, not through indices: a state that was saved when the weights had another
-    order (channels first or last) would be taken for that of other elements.
+    batch     images of a step over all processes
+    describe  returns what a snapshot says besides its weights (see `training.snapshot.describe`)
     """
+
+    pattern = re.compile(r'training-state-(\d{7,})\.pt')
+    leftovers = ('.training-state-*',)   # halves that a killed process has left
+    counts_steps = False                 # logs and files go by steps, from 0, not by images
+
+    def __init__(self, folder: str, batch: int = 1, describe: Callable = dict):
+        self.folder = folder
+        self.batch = batch
+        self.describe = describe
+
+    def number(self, nimg: int) -> int:
+        """What a checkpoint's name says of the images seen."""
+        return nimg // 1000
+
+    def path(self, number: int) -> str:
+        return os.path.join(self.folder, f'training-state-{number:07d}.pt')
+
+    def numbers(self) -> list[int]:
+        """Numbers of the checkpoints in the folder, ascending; none if there is no such folder."""
+        names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
+        return sorted(int(match[1]) for match in map(self.pattern.fullmatch, names) if match)
+
+    def pack(self, state: dict) -> dict[str, dict]:
+        """{path: content} of the files of a checkpoint; the one that `pattern` matches is the last."""
+        return {self.path(self.number(state['nimg'])): state}
+
+    def read(self, path: str) -> dict:
+        """The content of the checkpoint at `path`. Raises UserError if it is damaged."""
+        return read_state(path)
+
+    def unpack(self, content: dict, path: str) -> dict:
+        """The loop's state in what `read` returned. Raises UserError if another program made it."""
+        if not isinstance(content, dict) or not {'nimg', 'means'} <= set(content):
+            raise UserError(f'{path} is no training state (training-state-*.pt)')
+        return content
+
+    def save(self, state: dict):
+        """Writes the checkpoint of `state['nimg']`; every file appears only when complete."""
+        for path, content in self.pack(state).items():
+            write_state(path, content)
+
+    def load(self, path: str) -> dict:
+        """The loop's state in a checkpoint. Raises UserError if it is damaged or something else."""
+        return self.unpack(self.read(path), path) | {'path': path}
+
+    def load_newest(self, report=print) -> dict | None:
+        """The newest whole checkpoint, or None. Damaged ones are reported and passed over.
+
+        Raises UserError if there are checkpoints but none can be read (training must not start anew
+        by accident), or if the newest is of another program.
+        """
+        numbers = self.numbers()
+        for number in reversed(numbers):
+            path = self.path(number)
+            try:
+                content = self.read(path)
+            except UserError as error:
+                report(f'Passing over a damaged checkpoint: {error}')
+                continue
+            return self.unpack(content, path) | {'path': path}
+        if numbers:
+            raise UserError(f'{self.folder}: none of its {len(numbers)} checkpoints can be read; '
+                            'remove them to start anew')
+        return None
+
+    def save_share(self, nimg: int, batches: dict) -> dict:
+        """What the first process stores of the batches' state of this one (called on all of them).
+
+        For states that are too large to be sent: write them here, and return where they are.
+        """
+        return batches
+
+    def load_share(self, path: str, batches: dict) -> dict:
+        """The batches' state of this process, from what `save_share` returned for it.
+
+        path  of the checkpoint
+        """
+        return batches
+
+
+class StepCheckpoints(Checkpoints):
+    """`ckpt_<step>.pt` of a run on a DiscreteDenoiser: steps are counted from 0.
+
+    Keys `net_model` and `ema_model` (weights of the U-Net and their average), `optim` and `step` are
+    those of class-balancing diffusion's checkpoints. The rest is what the loop needs, and what makes
+    a checkpoint a snapshot too.
+    """
+
+    pattern = re.compile(r'ckpt_(\d+)\.pt')
+    leftovers = ('.ckpt_*',)
+    counts_steps = True
+
+    def number(self, nimg):
+        return nimg // self.batch - 1
+
+    def path(self, number):
+        return os.path.join(self.folder, f'ckpt_{number}.pt')
+
+    def pack(self, state):
+        step = self.number(state['nimg'])
+        average, = state['ema'].values()
+        loop = {key: value for key, value in state.items() if key not in ('net', 'ema', 'optimizer')}
+        # The average under its names in a snapshot takes no further room in the file.
+        return {self.path(step): self.describe() | {
+            'net_model': _without_prefix(state['net']), 'ema_model': _without_prefix(average),
+            'optim': state['optimizer'], 'step': step, 'state': average, **loop}}
+
+    def unpack(self, content, path):
+        if 'means' not in content:
+            raise UserError(f'{path} can be evaluated and fine-tuned, but not resumed: '
+                            'it lacks the state of this training loop; choose another folder')
+        return content | {
+            'net': _with_prefix(content['net_model']), 'optimizer': content['optim'],
+            'ema': {'': _with_prefix(content['ema_model'])}}
+
+
+class GuidedCheckpoints(Checkpoints):
+    """Guided diffusion's files, of a run on a DiscreteDenoiser:
+
+    modelNNNNNN.pt      weights of the U-Net after NNNNNN steps; the last file to appear
+    ema_RATE_NNNNNN.pt  averages of the weights
+    optNNNNNN.pt        optimizer, and the rest of what the loop needs to go on
+    """
+
+    pattern = re.compile(r'model(\d{6,})\.pt')
+    leftovers = ('.model*', '.ema_*', '.opt*')
+
+    def number(self, nimg):
+        return nimg // self.batch
+
+    def path(self, number, name='model'):
+        return os.path.join(self.folder, f'{name}{number:06d}.pt')
+
+    def pack(self, state):
+        step = self.number(state['nimg'])
+        rest = {key: value for key, value in state.items() if key not in ('net', 'ema')}
+        return {
+            **{self.path(step, f'ema_{rate}_'): _without_prefix(weights)
+               for rate, weights in state['ema'].items()},
+            self.path(step, 'opt'): rest | {'rates': list(state['ema'])},
+            self.path(step): _without_prefix(state['net'])}
+
+    def read(self, path):
+        match = self.pattern.fullmatch(os.path.basename(path))
+        if match is None:
+            raise UserError(f'{path} is no modelNNNNNN.pt of a run')
+        files = GuidedCheckpoints(os.path.dirname(path))
+        step = int(match[1])
+        rest = read_state(files.path(step, 'opt'))
+        rates = map(str, rest.get('rates', ()))
+        return rest | {'net': read_state(path), 'ema': {
+            rate: read_state(files.path(step, f'ema_{rate}_')) for rate in rates}}
+
+    def unpack(self, content, path):
+        if not {'rates', 'nimg', 'batches'} <= set(content):
+            raise UserError(f'{path} is of another program: its weights can start a run, '
+                            'but it cannot be resumed')
+        return content | {
+            'net': _with_prefix(content['net']),
+            'ema': {rate: _with_prefix(weights) for rate, weights in content['ema'].items()}}
+
+
+# The layouts of a recipe, by name.
+LAYOUTS = {'state': Checkpoints, 'steps': StepCheckpoints, 'guided': GuidedCheckpoints}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict):
+    """optimizer.load_state_dict, but for the settings, which stay those of `optimizer`.
+
+    Every tensor gets the memory order of its parameter: fused optimizers on the CPU walk through
+    memory, not through indices, so a state that was saved when the weights had another order
+    (channels first or last) would be taken for that of other elements.
+    """
+    settings = [{key: value for key, value in group.items() if key != 'params'}
+                for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
-            if torch.is_tensor(value) and value.shape == parameter.shape and value.stride() != parameter.stride():
-                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
-def load_newest(folder: str, report=print) -> dict | None:
-    """The newest whole checkpoint of a folder, or None. Damaged ones are reported and passed over.
-
-    Raises UserError if there are checkpoints but none can be read: training must not start anew by accident.
-    """
-    names = sorted((name for name in os.listdir(folder) if _NAME.fullmatch(name)),
-                   key=lambda name: int(_NAME.fullmatch(name)[1]), reverse=True)
-    for name in names:
-        try:
-            return read_state(os.path.join(folder, name))
-        except UserError as error:
-            report(f'Passing over a damaged checkpoint: {error}')
-    if names:
-        raise UserError(f'{folder}: none of its {len(names)} checkpoints can be read; remove them to start anew')
-    return None
+            if (torch.is_tensor(value) and value.shape == parameter.shape
+                    and value.stride() != parameter.stride()):
+                ordered = torch.empty_like(parameter, dtype=value.dtype)
+                values[name] = ordered.copy_(value)

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 
 from dnnlib import UserError
-
-SNAPSHOT_NAME = re.compile(r'(?P<prefix>.+)-(?P<kimg>\d{7,})-(?P<std>\d+\.\d{3})\.pkl')
+from training import snapshot
 
 
 def exp_to_std(exp):
@@ -71,22 +70,22 @@ def kimg_to_nimg(kimg: int) -> int:
     return (kimg * 1000 + 999) // 1024 * 1024
 
 
-def list_snapshots(folder: str, prefix: str | None = None) -> list[tuple[str, int, float]]:
-    """(path, nimg by its name, std) of all snapshots `<prefix>-<kimg>-<std>.pkl` of a folder, by nimg and std.
+def list_profiles(folder: str, prefix: str | None = None) -> list[tuple[snapshot.SnapshotFile, int, float]]:
+    """(file, nimg by its name, std) of the snapshots `<prefix>-<kimg>-<std>.pkl`, by nimg and std.
 
-    Raises UserError if there are none, or if `prefix` is not given and there are several.
+    Raises UserError if there are none, or if `prefix` is None and there are several.
     """
     if not os.path.isdir(folder):
-        raise UserError(f'--indir={folder}: no such folder')
-    matches = [(name, SNAPSHOT_NAME.fullmatch(name)) for name in sorted(os.listdir(folder))]
-    matches = [(name, m) for name, m in matches if m and prefix in (None, m['prefix'])]
-    prefixes = sorted({m['prefix'] for _, m in matches})
-    if not matches:
-        raise UserError(f'--indir={folder}: no snapshots called {prefix or "PREFIX"}-KIMG-STD.pkl')
+        raise UserError('no such folder', field='indir', value=folder)
+    files = [file for file in snapshot.list_snapshots(folder, prefix)
+             if re.fullmatch(r'\d+\.\d{3}', file.average)]
+    prefixes = sorted({file.prefix for file in files})
+    if not files:
+        raise UserError(f'{folder}: no snapshots called {prefix or "PREFIX"}-KIMG-STD.pkl')
     if len(prefixes) > 1:
-        raise UserError(f'--indir={folder}: snapshots of several runs ({", ".join(prefixes)}); choose with --inprefix')
-    found = [(os.path.join(folder, name), kimg_to_nimg(int(m['kimg'])), float(m['std'])) for name, m in matches]
-    return sorted((entry for entry in found if entry[1] > 0), key=lambda entry: entry[1:])
+        raise UserError(f'is needed: {folder} has snapshots of several runs ({", ".join(prefixes)})',
+                        field='inprefix')
+    return [(file, kimg_to_nimg(file.kimg), float(file.average)) for file in files if file.kimg]
 
 
 @torch.no_grad()

@@ -1,19 +1,27 @@
-"""Folders of runs: numbered like 00000-name, found again by the options of the run, and used by one run at a time."""
+"""Folders of runs: numbered like 00000-name, found again by their options, used by one run at a time."""
 
 import contextlib
+import datetime
 import fcntl
-import glob
 import json
 import os
+import platform
 import re
+import time
+
+import torch
 
 from dnnlib import UserError
-from training import checkpoint
+from dnnlib.util import command_line, project_version, write_json
+from training.checkpoint import Checkpoints
+from training.snapshot import list_snapshots
+
+RECORD = 'training_options.json'
 
 
 @contextlib.contextmanager
 def locked(run_dir: str, doing: str = 'training'):
-    """Keeps other processes from training in an existing folder; the system drops the lock when a process dies.
+    """Keeps other processes from training in an existing folder, until this one dies.
 
     Raises UserError if another process has it. File systems without locks are let pass.
     """
@@ -22,7 +30,8 @@ def locked(run_dir: str, doing: str = 'training'):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f'{run_dir}: another process is {doing} there; wait for it, or choose another folder') from None
+            raise UserError(f'{run_dir}: another process is {doing} there; '
+                            'wait for it, or choose another folder') from None
         except OSError:
             pass
         yield
@@ -38,9 +47,12 @@ def _in_use(run_dir: str) -> bool:
         return True
 
 
+# --- What a run says of itself --------------------------------------------------------------------
+
+
 def read_options(run_dir: str) -> dict:
     """`training_options.json` of a run. Raises UserError if there is none or it is damaged."""
-    path = os.path.join(run_dir, 'training_options.json')
+    path = os.path.join(run_dir, RECORD)
     try:
         with open(path) as f:
             options = json.load(f)
@@ -51,13 +63,46 @@ def read_options(run_dir: str) -> dict:
     return options
 
 
+def add_start(run_dir: str, settings: dict, device: torch.device, **start):
+    """Writes `training_options.json`: the settings, and a list of all starts of the run.
+
+    start  what else is to be remembered of this one: first nimg, changes, ...
+    """
+    starts = read_options(run_dir).get('starts', []) if has_options(run_dir) else []
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
+    starts.append({
+        'time': now, 'command': command_line(), 'python': platform.python_version(),
+        'torch': torch.__version__, 'project': project_version(), 'device': name, **start})
+    write_json(os.path.join(run_dir, RECORD), settings | {'starts': starts})
+
+
+def has_options(run_dir: str) -> bool:
+    """Whether a run has begun in the folder."""
+    return os.path.isfile(os.path.join(run_dir, RECORD))
+
+
+def wait_for_later_events(run_dir: str):
+    """Waits until a new file of TensorBoard events has a name that sorts behind those in the folder.
+
+    TensorBoard reads the files in the order of their names, which begin with the second in which
+    they were opened; within a second the number of the process decides.
+    """
+    matches = [re.match(r'events\.out\.tfevents\.(\d+)\.', name) for name in os.listdir(run_dir)]
+    newest = max((int(match[1]) for match in matches if match), default=0)
+    # Not for ever, if the clock of another machine was ahead.
+    time.sleep(min(max(newest + 1 - time.time(), 0), 10))
+
+
+# --- Finding runs ---------------------------------------------------------------------------------
+
+
 def is_finished(run_dir: str, total_kimg: int, snapshots: bool, checkpoints: bool) -> bool:
-    """True if the folder has everything that the last step of a run of `total_kimg` thousand images writes."""
-    if checkpoints and checkpoint.newest_kimg(run_dir) < total_kimg:
+    """Whether the folder has all that the last step of a run of `total_kimg` thousand images writes."""
+    if checkpoints and max(Checkpoints(run_dir).numbers(), default=-1) < total_kimg:
         return False
-    found = [int(match[1]) for path in glob.glob(glob.escape(run_dir) + '/network-snapshot-*.pkl')
-             if (match := re.search(r'network-snapshot-(\d+)', os.path.basename(path)))]
-    if snapshots and max(found, default=-1) < total_kimg:
+    kimgs = [file.kimg for file in list_snapshots(run_dir)]
+    if snapshots and max(kimgs, default=-1) < total_kimg:
         return False
     try:
         with open(os.path.join(run_dir, 'stats.jsonl')) as f:
@@ -69,16 +114,17 @@ def is_finished(run_dir: str, total_kimg: int, snapshots: bool, checkpoints: boo
 def numbered_runs(outdir: str) -> list[tuple[int, str]]:
     """(number, folder name) of the runs in `outdir`, the newest last."""
     names = os.listdir(outdir) if os.path.isdir(outdir) else []
-    return sorted((int(match[1]), name) for name in names if (match := re.match(r'(\d{5,})-', name)))
+    matches = [re.match(r'(\d{5,})-', name) for name in names]
+    return sorted((int(match[1]), match.string) for match in matches if match)
 
 
 def find_unfinished(outdir: str, name: str, same, finished) -> str | None:
-    """The newest run in `outdir` called `name` (after its number) that nobody trains at present, with
-    `same(options)` of its training_options.json and not `finished(folder)`; None if there is none.
+    """The newest run in `outdir` called `name` (after its number) that nobody trains at present,
+    with `same(options)` of its training_options.json and not `finished(folder)`; None if there is none.
     """
     for number, folder in reversed(numbered_runs(outdir)):
         path = os.path.join(outdir, folder)
-        if folder != f'{number:05d}-{name}' or not os.path.isfile(os.path.join(path, 'training_options.json')):
+        if folder != f'{number:05d}-{name}' or not has_options(path):
             continue
         if same(read_options(path)) and not finished(path) and not _in_use(path):
             return path

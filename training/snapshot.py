@@ -8,7 +8,9 @@ precision by default, buffers as they are), `encoder`, `dataset` (description of
 
 import dataclasses
 import os
+import re
 import sys
+from typing import NamedTuple
 
 import torch
 
@@ -48,22 +50,62 @@ class Snapshot:
             self.sampler = family_sampler(self.net)
 
 
-def save_snapshot(path, net, *, encoder, dataset, recipe, nimg, ema_std=None, sampler=None,
-                  dtype=torch.float16):
-    """Writes a snapshot; `path` appears only when complete. `net` must come from `build_network`.
+def describe(net, *, encoder, dataset, recipe, sampler=None) -> dict:
+    """What a snapshot says besides its weights. `net` must come from `build_network`.
 
-    Parameters are stored as `dtype`, buffers (frequencies, filters, statistics) as they are. `sampler` is the
-    recipe's (`{'name': 'edm', 'num_steps': 18, ...}`); None means that of the network's family.
+    sampler  of the recipe, `{'name': 'edm', 'num_steps': 18, ...}`; None: that of the network's family
+    """
+    return {
+        'format': FORMAT, 'network': {'class_name': net.class_name, 'kwargs': net.init_kwargs},
+        'encoder': encoder.config(), 'dataset': dataset, 'recipe': recipe, 'sampler': sampler,
+        'ema_std': None}
+
+
+def save_snapshot(path, net, *, nimg, ema_std=None, dtype=torch.float16, **description):
+    """Writes a snapshot; `path` appears only when complete.
+
+    Parameters are stored as `dtype`, buffers (frequencies, filters, statistics) as they are. For
+    `description` see `describe`.
     """
     parameters = {name for name, _ in net.named_parameters()}
-    state = {name: (value.to(dtype) if name in parameters and value.is_floating_point() else value).detach().cpu()
-             for name, value in net.state_dict().items()}
-    write_state(path, {
-        'format': FORMAT,
-        'network': {'class_name': net.class_name, 'kwargs': net.init_kwargs},
-        'state': state, 'encoder': encoder.config(), 'dataset': dataset, 'recipe': recipe,
-        'nimg': int(nimg), 'ema_std': ema_std, 'sampler': sampler,
-    })
+    state = {}
+    for name, value in net.state_dict().items():
+        stored = dtype if name in parameters and value.is_floating_point() else value.dtype
+        state[name] = value.to(stored).detach().cpu()
+    write_state(path, describe(net, **description) | {
+        'state': state, 'nimg': int(nimg), 'ema_std': ema_std})
+
+
+# --- Names of files -------------------------------------------------------------------------------
+
+_NAME = re.compile(r'(?P<prefix>.+?)-(?P<kimg>\d{7,})(?:-(?P<average>[\d.]+))?\.pkl')
+PREFIX = 'network-snapshot'
+
+
+def snapshot_name(nimg: int, suffix: str = '', prefix: str = PREFIX) -> str:
+    """`network-snapshot-<kimg>[-<average>].pkl`."""
+    return f'{prefix}-{nimg // 1000:07d}{suffix}.pkl'
+
+
+class SnapshotFile(NamedTuple):
+    """What the name of a snapshot says: thousands of images, and which average ('' if there is one)."""
+
+    path: str
+    prefix: str
+    kimg: int
+    average: str
+
+
+def list_snapshots(folder: str, prefix: str | None = PREFIX) -> list[SnapshotFile]:
+    """Snapshots of a run, by time and average; `prefix=None`: whatever they are called."""
+    matches = [match for match in map(_NAME.fullmatch, os.listdir(folder))
+               if match and prefix in (None, match['prefix'])]
+    files = [SnapshotFile(os.path.join(folder, match[0]), match['prefix'], int(match['kimg']),
+                          match['average'] or '') for match in matches]
+    return sorted(files, key=lambda file: (file.kimg, file.average))
+
+
+# --- Reading and writing --------------------------------------------------------------------------
 
 
 def write_state(path, state: dict):

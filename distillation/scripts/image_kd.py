@@ -43,17 +43,18 @@ def main(config, outdir, seed, overrides):
     teacher = distill.open_teacher(experiment, device)
     section = experiment['student']
     student = fitting.new_network(section, seed, device)
-    objective = DKDMLoss(student.diffusion, teacher, experiment['teacher'].input_perturb)
+    loss = DKDMLoss(student.diffusion, teacher, experiment['teacher'].input_perturb)
     source = distill.open_source(experiment, teacher, seed)
     common.describe('Teacher', teacher.net)
     common.describe('Student', student)
     settings = {name: fitting.plain(part) for name, part in experiment.items()}
-    identity = {f'teacher.{name}': getattr(experiment['teacher'], name)
-                for name in ('iter_choice', 'BATCH', 'prob', 'input_perturb')}
+    chains = {name: getattr(experiment['teacher'], name) for name in ('iter_choice', 'BATCH', 'prob')}
+    perturb = experiment['teacher'].input_perturb
     steps = fitting.fit(
-        student, objective, source, section, outdir or common.default_outdir(config),
-        identity=identity | {'teacher': common.fingerprint(experiment['teacher'].model_path), '--seed': seed},
-        options=settings | dict(config=config, seed=seed), dataset=fitting.description(student, 'distilled'))
+        student, loss, source, section, outdir or common.default_outdir(config), seed=seed,
+        rule={'name': 'dkdm', 'input_perturb': perturb}, options=settings | dict(config=config, seed=seed),
+        dataset=fitting.description(student, 'distilled') | chains | {
+            'teacher': common.fingerprint(experiment['teacher'].model_path)})
     dist.print0(f'{steps} steps done')
     dist.shutdown()
 

@@ -63,9 +63,8 @@ def main(data_dir, config, outdir, seed, overrides):
     dist.print0(f'Data: {dataset.name}, {len(dataset)} images')
     batches = DatasetBatches(dataset, make_encoder({'name': 'rgb'}), device, seed)
     steps = fitting.fit(
-        net, DDPMLoss(net.diffusion), batches, section, outdir or common.default_outdir(config),
-        identity={'data set': [dataset.name, len(dataset)], '--seed': seed},
-        options=fitting.plain(section) | dict(config=config, data_dir=data_dir, seed=seed),
+        net, DDPMLoss(net.diffusion), batches, section, outdir or common.default_outdir(config), seed=seed,
+        rule={'name': 'ddpm'}, options=fitting.plain(section) | dict(config=config, data_dir=data_dir, seed=seed),
         dataset=fitting.description(net, dataset.name) | {'size': len(dataset)})
     dist.print0(f'{steps} steps done')
     dist.shutdown()

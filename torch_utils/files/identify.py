@@ -145,7 +145,7 @@ def _torch(path, content, weights) -> Found:
         return _snapshot(path, 'snapshot', content)
     if content.get('format') == STATISTICS_FORMAT or _has_statistics(content):
         return _statistics(path, content)
-    if 'identity' in content and 'nimg' in content:
+    if 'nimg' in content and {'means', 'identity'} & set(content):
         return Found(path, 'training-state', content, facts=dict(nimg=content['nimg']))
     if _is_state(content):
         return _weights(path, content, None, {})

@@ -1,0 +1,241 @@
+"""A recipe is everything that decides the weights of a run, as plain values; `fit` trains by it.
+
+A study writes down a `Recipe`, builds its loss and its batches, and calls `fit`. What a checkpoint
+must agree with to be resumed is every field of the recipe but those in `RUNNING`.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+
+from dnnlib import UserError
+from torch_utils import distributed as dist
+from training import loop
+from training.checkpoint import LAYOUTS
+from training.data.dataset import ImageDataset
+from training.encoders import encoder_for, make_encoder
+from training.generate import save_sample_grid
+from training.networks import build_network
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a network is trained. Counts are training images over all processes; None: never.
+
+    dataset        description of what is learned (`ImageDataset.description()`); snapshots keep it
+    order          how the images follow each other, e.g. {'name': 'window', 'window_size': 0.5}
+    network        arguments of `build_network`, with `class_name`
+    loss           name and settings, see training.diffusion.losses.LOSSES
+    optim          name and settings, see training.loop.OPTIMIZERS
+    learning_rate  name and settings, see training.schedules.LR_SCHEDULES
+    averages       name and settings of the averages of the weights, see training.ema.AVERAGES
+    sampler        name and settings of the sampler for this network; snapshots keep it
+    bad_gradients  what takes the place of NaN, +Inf and -Inf in gradients; None leaves them
+    first_nimg     what counting starts from: a fine-tuned network's earlier training
+    layout         of checkpoints, see training.checkpoint.LAYOUTS
+    batch_gpu      images of one forward pass; None: all of a process
+    ls             factor of the loss against underflow of float16 gradients, divided out again
+    loss_scale     settings of a `DynamicLossScale` in its place, or None
+    bench          cuDNN may choose the fastest convolutions
+    """
+
+    batch: int
+    total_nimg: int
+    seed: int = 0
+    dataset: dict = dataclasses.field(default_factory=dict)
+    order: dict = dataclasses.field(default_factory=dict)
+    network: dict = dataclasses.field(default_factory=dict)
+    loss: dict = dataclasses.field(default_factory=dict)
+    optim: dict = dataclasses.field(default_factory=lambda: {'name': 'Adam'})
+    learning_rate: dict = dataclasses.field(default_factory=lambda: {'name': 'constant', 'lr': 1e-3})
+    averages: dict = dataclasses.field(default_factory=lambda: {'name': 'power', 'stds': [0.05, 0.1]})
+    encoder: dict = dataclasses.field(default_factory=lambda: {'name': 'rgb'})
+    sampler: dict | None = None
+    clip_grad_norm: float | None = None
+    bad_gradients: tuple | None = (0, 0, 0)
+    first_nimg: int = 0
+    layout: str = 'state'
+    snapshot_dtype: str = 'float16'
+    batch_gpu: int | None = None
+    status: int | None = None
+    snapshot: int | None = None
+    checkpoint: int | None = None
+    ls: float = 1.0
+    loss_scale: dict | None = None
+    bench: bool = True
+    compile: bool = False
+
+    def settings(self, options: dict | None = None) -> dict:
+        """The recipe for training_options.json and snapshots, with a script's `options` beside it."""
+        return json.loads(json.dumps((options or {}) | dataclasses.asdict(self)))
+
+
+# Fields that may change from one start of a run to the next.
+RUNNING = ('total_nimg', 'batch_gpu', 'status', 'snapshot', 'checkpoint', 'ls', 'loss_scale', 'bench',
+           'compile')
+_FIELDS = [field.name for field in dataclasses.fields(Recipe)]
+
+
+@dataclasses.dataclass
+class Change:
+    """What differs between the recipe of a checkpoint and that of a run: `path` like network.dropout."""
+
+    path: str
+    old: object
+    new: object
+
+    @property
+    def field(self) -> str:
+        """The last part of the path; a `name` goes by the field that it is the name of."""
+        parts = self.path.split('.')
+        return parts[-2] if parts[-1] == 'name' and len(parts) > 1 else parts[-1]
+
+    def __str__(self):
+        return f'{self.path} {self.old} -> {self.new}'
+
+
+def _differences(old, new, path: str) -> Iterator[Change]:
+    """Leaves that differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in old | new:
+            yield from _differences(old.get(key), new.get(key), f'{path}.{key}')
+    elif old != new:
+        yield Change(path, old, new)
+
+
+def _leaves(values: dict) -> dict:
+    """All values that are no dictionaries, by their own names; later ones win."""
+    leaves = {}
+    for key, value in values.items():
+        leaves |= _leaves(value) if isinstance(value, dict) else {key: value}
+    return leaves
+
+
+def _earlier_differences(identity: dict, settings: dict) -> Iterator[Change]:
+    """As `changes`, for a checkpoint of an earlier version: its identity has options by name."""
+    dataset = settings['dataset']
+    new = _leaves(settings | {'sampler': None}) | _leaves(settings['network']) | {
+        'data set': [dataset.get('name'), dataset.get('size')], 'batch_size': settings['batch']}
+    old = _leaves({key.lstrip('-').replace('-', '_').split('.')[-1]: value
+                   for key, value in json.loads(json.dumps(identity)).items()})
+    for key, value in old.items():
+        if key in new and new[key] != value:
+            yield Change(key, value, new[key])
+
+
+def changes(state: dict, settings: dict) -> list[Change]:
+    """What differs between the recipe in a checkpoint's state and `Recipe.settings()` of a run."""
+    if 'identity' in state:
+        return list(_earlier_differences(state['identity'], settings))
+    old = state['recipe']
+    return [change for field in _FIELDS if field in old
+            for change in _differences(old[field], settings[field], field)]
+
+
+def seed_of(state: dict) -> int:
+    """The seed of the run that a checkpoint's state is of."""
+    return state['recipe']['seed'] if 'recipe' in state else state['identity']['--seed']
+
+
+def check_changes(state: dict, settings: dict, allow: bool) -> list[str]:
+    """The changes since a checkpoint, for the log.
+
+    Raises UserError for those that make another run of it, unless `allow`, and where the checkpoint
+    has seen more images than the run is to see.
+    """
+    found = changes(state, settings)
+    refused = [change for change in found if change.path.split('.')[0] not in RUNNING]
+    if refused and not allow:
+        more = f' and {len(refused) - 1} more' if len(refused) > 1 else ''
+        raise UserError(f'{state["path"]} is of a run with other settings: {refused[0]}{more}; '
+                        'choose another folder, or allow changes', field=refused[0].field)
+    if state['nimg'] > settings['total_nimg']:
+        raise UserError(f'{state["path"]} has seen {state["nimg"]} images, more than the '
+                        f'{settings["total_nimg"]} asked for; choose another folder', field='duration')
+    return [str(change) for change in found]
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+def open_data(data: str, cond: bool, **options):
+    """(data set, encoder, arguments of build_network that follow from them).
+
+    `options` go to ImageDataset. Raises UserError where the data set does not fit.
+    """
+    dataset = ImageDataset(data, use_labels=cond, **options)
+    if cond and not dataset.has_labels:
+        raise UserError(f'needs labels, and {data} has none; train without: False', field='cond', value=cond)
+    encoder = make_encoder(encoder_for(dataset))
+    channels, resolution, _ = encoder.latent_shape(dataset.image_shape)
+    return dataset, encoder, dict(img_resolution=resolution, img_channels=channels,
+                                  label_dim=dataset.label_dim)
+
+
+def choose_precision(precision: str | None, fp16: bool | None = None) -> str:
+    """`precision`, or what `fp16` says, or what suits the machine."""
+    if precision is None:
+        precision = 'fp16' if (torch.cuda.is_available() if fp16 is None else fp16) else 'fp32'
+    elif fp16 is not None and fp16 != (precision == 'fp16'):
+        raise UserError(f'contradicts precision {precision}; give one of them', 'fp16', fp16)
+    if precision == 'fp16' and not torch.cuda.is_available():
+        raise UserError('fp16 needs a GPU; on the CPU train with fp32 or bf16', 'precision')
+    return precision
+
+
+def new_network(recipe: Recipe) -> torch.nn.Module:
+    """The network with the random weights of the seed, for training on the device of this process."""
+    torch.manual_seed(recipe.seed)
+    return build_network(**recipe.network).train().to(dist.get_device())
+
+
+def sample_grids(run_dir: str, encoder, dataset, recipe: Recipe) -> tuple:
+    """A callback of `fit` that draws samples of the first average: samples-<kimg>.png."""
+    def draw(nimg, nets):
+        if dist.get_rank() == 0:
+            path = os.path.join(run_dir, f'samples-{nimg // 1000:07d}.png')
+            save_sample_grid(path, nets[0], encoder, dataset, sampler=recipe.sampler)
+    return recipe.snapshot, draw
+
+
+def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: dict | None = None,
+        callbacks=(), layout=None, files: dict[str, str] | None = None, resume_from: str | None = None,
+        allow_changes: bool = False, wandb: str | None = None) -> int:
+    """Trains `net` (in place) by the recipe, going on from the newest checkpoint in `run_dir`.
+
+    net            from `new_network`: the same on every process
+    loss           (net, batch) -> (loss [N], {name: values}); its mean over the batch is minimised
+    batches        has `iterate(plan)`, a generator of batches for pairs (first image, count), and
+                   `state_dict`s (see training.data.batches)
+    options        a script's options, for training_options.json and the snapshots
+    callbacks      (every so many images, function): called on every process with (number of the step
+                   or nimg, [averaged network, ...]); scalars {name: value} that it returns are logged
+    files          {name: text} of further files for the folder of the run
+    layout         class of the checkpoints, where it is not that of the recipe's name
+    resume_from    checkpoint to start from if the folder has none
+    allow_changes  resume though the recipe has changed
+    wandb          project of Weights & Biases to log to
+
+    SIGTERM and SIGINT end it after the current step, with a checkpoint. Returns the number of images
+    seen. Raises UserError, before anything is written, if a checkpoint is of another recipe or
+    another process trains in the folder.
+    """
+    torch.backends.cudnn.benchmark = recipe.bench
+    settings = recipe.settings(options)
+    trainer = loop.Trainer(recipe, net, loss, batches, run_dir, settings=settings,
+                           layout=layout or LAYOUTS[recipe.layout], callbacks=callbacks)
+    state = trainer.find_checkpoint(resume_from)
+    changed = []
+    if state is not None:
+        changed = check_changes(state, settings, allow_changes)
+        trainer.load(state)
+    parameters = sum(p.numel() for p in net.parameters())
+    data = recipe.dataset
+    summary = (
+        f'Data: {data.get("name")}, {data.get("size")} images, {data.get("label_dim")} classes\n'
+        f'Network: {parameters / 1e6:.2f}M parameters, on {trainer.device.type}, '
+        f'{dist.get_world_size()} process(es), batch {recipe.batch}\nRun: {run_dir}')
+    return trainer.run(summary, changed, files or {}, wandb)
