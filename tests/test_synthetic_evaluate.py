@@ -1,10 +1,15 @@
 """Mixtures keep their proportion, and evaluate_data.py compares runs that differ in data alone."""
 
 import json
+import os
+import signal
+import subprocess
+import time
 
 import numpy as np
+import psutil
 import pytest
-from helpers import fails
+from helpers import command, environment, fails, run
 from synthetic import COMBINE, EVALUATE, invoke, same, train, weights, write_classes
 
 from dnnlib import UserError
@@ -89,6 +94,40 @@ def test_the_table(digits, generated, tmp_path):
     table = {line[:31].strip() for line in out.splitlines() if line.startswith(('plain  ', 'adversarial  '))}
     assert len(table) == 6
     assert '--lr' in fails(EVALUATE, *arguments, '--lr=0.05')
+
+
+@pytest.mark.slow
+def test_a_stop_ends_all_workers_and_the_same_command_goes_on(digits, generated, tmp_path):
+    """Ctrl-C, which reaches all processes of a terminal, and then SIGTERM, which reaches one."""
+    arguments = [f'--outdir={tmp_path}', f'--data={digits[0]}', f'--test={digits[1]}',
+                 f'--generated={generated}/out', *EVALUATE_TINY, '--jobs=2', '--training=plain',
+                 '--seeds=0,1', '--duration=8Ki', '--status=16']
+    first = [tmp_path / f'{data}-plain-seed0' for data in ('real', 'generated')]
+    for stop, number in ((os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)):
+        process = subprocess.Popen(command(EVALUATE, *arguments), env=environment(), text=True, start_new_session=True,
+                                   stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        lines = [len(text) for text in map(log, first)]
+        until = time.monotonic() + 120
+        while not all(len(log(folder)) > before for folder, before in zip(first, lines, strict=True)):
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        assert len(workers) >= 2
+        stop(process.pid, number)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 1 and errors == 'Error: stopped; the same command goes on from here\n'
+        assert not psutil.wait_procs(workers, timeout=5)[1]
+        assert not (tmp_path / 'real-plain-seed1').exists()    # nothing else was begun
+    run(EVALUATE, *arguments)
+    assert len((tmp_path / 'results.csv').read_text().splitlines()) == 1 + 4
+    for folder in first:
+        nimg = [json.loads(line)['nimg'] for line in log(folder)]
+        assert nimg == list(range(16, 8192 + 1, 16))           # no step is missing, none came twice
+
+
+def log(folder) -> list[str]:
+    path = folder / 'stats.jsonl'
+    return path.read_text().splitlines() if path.exists() else []
 
 
 def test_mistakes_in_evaluating(digits, generated, tmp_path):
