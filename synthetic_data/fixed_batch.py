@@ -12,20 +12,22 @@ def fix_batch(net: torch.nn.Module, size: int) -> torch.nn.Module:
     last part is filled up.
 
     Kernels for another batch size may round differently, so an image would change in its last
-    bits, and a pixel now and then, with the batch that it is in. Returns `net`: net(x, *args) for
-    x [N, ...]; tensors with as many rows as x are cut alike.
+    bits, and a pixel now and then, with the batch that it is in. Returns `net`:
+    net(x, *args, **options) for x [N, ...]; tensors with as many rows as x are cut alike.
     """
     forward = net.forward
 
-    def in_parts(x, *args):
+    def in_parts(x, *args, **options):
         def cut(value):
             if not (torch.is_tensor(value) and value.ndim and len(value) == len(x)):
                 return itertools.repeat(value)
             filling = value[-1:].expand(-len(x) % size, *value.shape[1:])
             return torch.cat([value, filling]).split(size)
 
-        parts = zip(cut(x), *map(cut, args), strict=False)
-        return torch.cat([forward(*part) for part in parts])[:len(x)]
+        parts = zip(*map(cut, (x, *args, *options.values())), strict=False)
+        split = 1 + len(args)
+        outputs = [forward(*part[:split], **dict(zip(options, part[split:], strict=True))) for part in parts]
+        return torch.cat(outputs)[:len(x)]
 
     net.forward = in_parts
     return net

@@ -18,7 +18,14 @@ from dnnlib.image_io import encode_png
 from dnnlib.util import write_bytes, write_json
 from torch_utils import distributed as dist
 from training.data.dataset import class_index
-from training.diffusion.samplers import Guided, choose_setting, family_sampler, sample_seeds, seed_inputs
+from training.diffusion.samplers import (
+    Guided,
+    check_setting,
+    choose_setting,
+    family_sampler,
+    sample_seeds,
+    seed_inputs,
+)
 from training.encoders import make_encoder
 from training.snapshot import Snapshot, load_denoiser
 
@@ -181,6 +188,7 @@ def open_generator(net=None, *, preset=None, gnet=None, guidance=None, guidance_
     snapshot.encoder.prepare(device)
     label = None if class_ is None else class_index(snapshot.dataset, class_)
     setting = choose_setting(snapshot.sampler, sampler or {})
+    check_setting(snapshot.net, setting)
     if guide is not None:
         _check_guide(snapshot.net, guide, setting['name'], gnet)
     plain = {key: value if not isinstance(value, float) or math.isfinite(value) else str(value)

@@ -237,10 +237,7 @@ def _discrete(ddim, denoiser, noise, random, *, num_steps, clip, eta=1.0, **leve
     if diffusion is None:
         return _edm_levels(partial(ancestral, eta=eta, clip=clip), denoiser, noise, random, dtype='float64',
                            num_steps=num_steps or (50 if ddim else 1000), **_RANGE | levels)
-    if levels:
-        raise UserError('has no meaning for a network with time steps of its own', *levels.popitem())
-    with renamed_fields(timestep_respacing='num_steps'):
-        diffusion = diffusion if num_steps is None else diffusion.respaced(num_steps)
+    diffusion = diffusion if num_steps is None else diffusion.respaced(num_steps)
     return chain(denoiser, noise, diffusion, random, ddim, eta, clip)
 
 
@@ -299,6 +296,18 @@ def complete_setting(setting: dict) -> dict:
     return {'name': name} | defaults | options
 
 
+def check_setting(net, setting: dict):
+    """Raises UserError if a complete setting has options that mean nothing for this network."""
+    if setting['name'] not in ('ddim', 'ddpm') or not hasattr(net, 'diffusion'):
+        return
+    for key in _RANGE:
+        if setting[key] is not None:
+            raise UserError('has no meaning for a network with time steps of its own', field=key, value=setting[key])
+    if setting['num_steps'] is not None:
+        with renamed_fields(timestep_respacing='num_steps'):
+            net.diffusion.respaced(setting['num_steps'])
+
+
 def choose_setting(own: dict, given: dict) -> dict:
     """The complete setting of a network's `own` sampler or the one called given['name'], with the options `given`.
 
@@ -316,6 +325,7 @@ def sample(net, noise, labels=None, *, name, guide=None, guidance=1, guidance_in
     what noise the sampler adds. Raises UserError for what the sampler does not know.
     """
     setting = complete_setting({'name': name, **options})
+    check_setting(net, setting)
     del setting['name']
     denoiser = Guided(net, labels, guide, guidance, guidance_interval)
     return SAMPLERS[name].run(denoiser, noise, random=random or GlobalRandom(noise.device), **setting)
