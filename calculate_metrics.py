@@ -1,6 +1,5 @@
 """Measure images: FID, FD-DINOv2, sFID, Inception Score, precision and recall; memorization."""
 
-import dataclasses
 import sys
 
 import click
@@ -9,9 +8,9 @@ import torch
 from click.core import ParameterSource
 
 from dnnlib import UserError, cli, options
-from dnnlib.util import renamed_fields, subset, write_json
+from dnnlib.util import renamed_fields, write_json
 from metrics import compute
-from metrics.features import Detectors, measure
+from metrics.features import Detectors, measure, measure_images
 from metrics.images import class_ids, read_batches, select
 from metrics.memorization import find_copies
 from metrics.statistics import Statistics, check_destination, load_statistics, save_statistics
@@ -53,17 +52,9 @@ def main():
     """
 
 
-def together(*decorators):
-    """A decorator of commands that adds these options."""
-    def add(function):
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-    return add
-
-
 # Options of all commands but memorization: which metrics, which detectors.
-common_options = together(
+detection = options.group(
+    'detection',
     click.option('--metrics', metavar='LIST', type=METRIC_LIST,
                  help=f'What to calculate, see above  [default: {DEFAULT}]'),
     click.option('--inception', metavar='FILE|URL', envvar='INCEPTION_WEIGHTS', show_envvar=True,
@@ -73,16 +64,17 @@ common_options = together(
                  help='DINOv2 ViT-L/14: folder of transformers, or hub name'),
 )
 # Options of commands that read images from files.
-reading_options = together(
-    click.option('--class', 'class_', metavar='CLASS',
+reading = options.group(
+    'reading',
+    click.option('--class', 'class_name', metavar='CLASS',
                  help='Only images of this class: original index, name or wnid'),
     click.option('--seed', metavar='INT', type=SEED, default=0, help='Which images --num takes'),
-    click.option('--batch', metavar='INT', type=POSITIVE, default=64,
-                 help='Images at a time on each process'),
+    options.batch(64),
     click.option('--workers', metavar='INT', type=POSITIVE, default=2, help='Threads that read ahead'),
 )
 # Options of commands that compare with a reference.
-result_options = together(
+comparison = options.group(
+    'comparison',
     click.option('--ref', metavar='FILE|URL',
                  help='Statistics (.pkl, .npz), or reference images (folder, .zip, .npz)'),
     click.option('--ref-sha256', metavar='HEX', help='SHA-256 that the file of --ref must have'),
@@ -94,24 +86,6 @@ result_options = together(
     click.option('--dest', metavar='JSON',
                  help='Write results and all that is needed to repeat them'),
 )
-
-
-@dataclasses.dataclass
-class Comparison:
-    """What the options of `calc` and `gen` say about the comparison."""
-
-    metrics: list | None
-    inception: str | None
-    dinov2: str | None
-    ref: str | None
-    ref_sha256: str | None
-    ref_class: str | None
-    protocol: str
-    dest: str | None
-    num: int | None
-    batch: int
-    workers: int
-    seed: int = 0
 
 
 def make_detectors(metrics, inception, dinov2, reference=None):
@@ -144,13 +118,13 @@ def make_detectors(metrics, inception, dinov2, reference=None):
 @main.command()
 @click.option('--data', metavar='ZIP|DIR|NPZ', required=True, help='Reference images')
 @click.option('--dest', metavar='FILE', required=True, help='Statistics to write: .pkl or .npz')
-@common_options
+@detection
 @click.option('--num', '--num-images', metavar='INT', type=cli.COUNT,
               help='Use a random subset of this size  [default: all]')
 @click.option('--features', metavar='INT', type=cli.COUNT, default=10000,
               help='Keep the features of at most this many images, if the metrics need features')
-@reading_options
-def ref(data, dest, metrics, inception, dinov2, num, features, class_, seed, batch, workers):
+@reading
+def ref(data, dest, detection, num, features, reading):
     """Make reference statistics of a data set, for the metrics that are to use them.
 
     \b
@@ -159,35 +133,33 @@ def ref(data, dest, metrics, inception, dinov2, num, features, class_, seed, bat
     """
     dist.init()
     check_destination(dest)
-    if metrics and not any(compute.needs(metrics).values()):
-        raise UserError(f'--metrics={",".join(metrics)} needs no reference; '
-                        f'give some of {",".join(compute.FRECHET)}')
+    if detection['metrics'] == ['is']:
+        raise UserError(f'--metrics=is needs no reference; give some of {",".join(compute.FRECHET)}')
     images = open_images(data)
-    metrics, detectors = make_detectors(metrics, inception, dinov2)
+    metrics, detectors = make_detectors(**detection)
     # The features of a space come with its Gaussian: the same pass finds it, and it says what the
     # features are.
     wanted = compute.needs(metrics)
     wanted['spaces'] = list(dict.fromkeys([*wanted['spaces'], *wanted['features']]))
-    indices = select(images, num, seed, class_)
-    statistics = measure(read_batches(images, indices, batch, workers), len(indices), detectors,
-                         keep=subset(len(indices), features, seed), **wanted)
-    statistics.meta = dict(data=data, class_name=class_, seed=seed, num=len(indices),
-                           detectors=detectors.description())
+    statistics = measure_images(images, detectors, num=num, keep_num=features, **reading, **wanted)
+    num = statistics.gaussians[wanted['spaces'][0]].num
+    statistics.meta = dict(data=data, class_name=reading['class_name'], seed=reading['seed'],
+                           num=num, detectors=detectors.description())
     if dist.get_rank() == 0:
         save_statistics(dest, statistics)
     kept = [f', {len(values)} features of {space}' for space, values in statistics.features.items()]
-    dist.print0(f'{dest}: {",".join(statistics.gaussians)} of {len(indices)} images' + ''.join(kept))
+    dist.print0(f'{dest}: {",".join(statistics.gaussians)} of {num} images' + ''.join(kept))
     dist.shutdown()
 
 
 @main.command()
 @click.option('--images', metavar='ZIP|DIR|NPZ', required=True, help='Images to measure')
-@common_options
-@result_options
+@detection
+@comparison
 @click.option('--num', '--num-images', metavar='INT', type=cli.COUNT,
               help='Images to use, a random subset  [default: 50000]')
-@reading_options
-def calc(images, class_, **comparison):
+@reading
+def calc(images, detection, comparison, num, reading):
     """Measure images in files.
 
     \b
@@ -197,15 +169,15 @@ def calc(images, class_, **comparison):
     python calculate_metrics.py calc --images=out --class=171 --ref=heldout.zip --ref-class=171 --metrics=fd_pixels
     """
     dist.init()
-    comparison = Comparison(**comparison)
-    num = comparison.num
+    class_name = reading.pop('class_name')
     data = open_images(images)
-    indices = select(data, 50000 if num is None else num, comparison.seed, class_)
+    indices = select(data, 50000 if num is None else num, reading['seed'], class_name)
     if num and len(indices) < num:
         raise UserError(f'--num={num}: {images} has only {len(indices)} images'
-                        + (f' of class {class_}' if class_ else ''))
-    batches = read_batches(data, indices, comparison.batch, comparison.workers)
-    measure_and_report(batches, len(indices), dict(images=images, class_name=class_), comparison)
+                        + (f' of class {class_name}' if class_name else ''))
+    batches = read_batches(data, indices, reading['batch'], reading['workers'])
+    what = dict(images=images, class_name=class_name, num=num)
+    measure_and_report(batches, len(indices), what, detection, **comparison, **reading)
 
 
 @main.command()
@@ -213,14 +185,14 @@ def calc(images, class_, **comparison):
 @options.image_class
 @options.batch(32)
 @options.sampling
-@common_options
-@result_options
+@detection
+@comparison
 @options.seeds('0-49999')
 @click.option('--num', '--num-images', metavar='INT', type=cli.COUNT,
               help='Only the first ones of --seeds')
 @click.option('--workers', metavar='INT', type=POSITIVE, default=2,
               help='Threads that read reference images')
-def gen(network, class_, sampler, seeds, **comparison):
+def gen(network, class_, sampler, seeds, num, batch, workers, detection, comparison):
     """Generate images and measure them, without writing them to files.
 
     The images are those of generate_images.py with the same options.
@@ -230,12 +202,12 @@ def gen(network, class_, sampler, seeds, **comparison):
     python calculate_metrics.py gen --net=NET.pkl --seeds=0-999 --ref=datasets/digits.zip --metrics=fd_pixels
     """
     dist.init()
-    comparison = Comparison(**comparison)
-    seeds = first_seeds(seeds, comparison.num)
+    seeds = first_seeds(seeds, num)
     generator = open_generator(**network, class_=class_, sampler=sampler)
-    batches = by_position(generator.images(seeds, batch=comparison.batch), seeds,
+    batches = by_position(generator.images(seeds, batch=batch), seeds,
                           generator.snapshot.dataset.get('classes'))
-    measure_and_report(batches, len(seeds), dict(generator.record, seeds=seeds), comparison)
+    measure_and_report(batches, len(seeds), dict(generator.record, seeds=seeds, num=num), detection,
+                       **comparison, seed=0, batch=batch, workers=workers)
 
 
 @main.command()
@@ -343,48 +315,44 @@ def by_position(made, seeds, classes):
         yield torch.tensor([place[seed] for seed in batch.seeds]), batch.images, ids
 
 
-def open_reference(comparison: Comparison) -> Statistics:
+def open_reference(path, sha256, class_name, metrics) -> Statistics:
     """What --ref names; empty without it."""
-    path = comparison.ref
-    if path is None and comparison.metrics != ['is']:
+    if path is None and metrics != ['is']:
         raise UserError('--ref is missing: statistics or images to compare with '
                         '(only --metrics=is needs none)')
-    reference = load_statistics(path, comparison.ref_sha256) if path else Statistics()
-    if comparison.ref_class is None:
+    reference = load_statistics(path, sha256) if path else Statistics()
+    if class_name is None:
         return reference
     if reference.images is None:
-        raise UserError(f'--ref-class={comparison.ref_class} needs images as --ref, '
+        raise UserError(f'--ref-class={class_name} needs images as --ref, '
                         f'and {path} holds statistics')
     return Statistics(path, images=reference.images)  # its statistics are those of all classes
 
 
-def measure_and_report(batches, count: int, what: dict, comparison: Comparison):
+def measure_and_report(batches, count: int, what: dict, detection, *, ref, ref_sha256, ref_class,
+                       protocol, dest, seed, batch, workers):
     """Measures images, compares them with the reference, prints a table and writes JSON."""
-    reference = open_reference(comparison)
-    metrics, detectors = make_detectors(comparison.metrics, comparison.inception, comparison.dinov2,
-                                        reference)
-    rules = compute.PROTOCOLS[comparison.protocol]
-    reference = compute.complete(
-        reference, metrics, detectors, open_images, class_name=comparison.ref_class,
-        batch=comparison.batch, workers=comparison.workers, keep_num=50000, seed=comparison.seed)
+    reference = open_reference(ref, ref_sha256, ref_class, detection['metrics'])
+    metrics, detectors = make_detectors(**detection, reference=reference)
+    rules = compute.PROTOCOLS[protocol]
+    reference = compute.complete(reference, metrics, detectors, open_images, class_name=ref_class,
+                                 batch=batch, workers=workers, keep_num=50000, seed=seed)
     generated = measure(batches, count, detectors, **compute.needs(metrics, rules))
     if dist.get_rank() == 0:
         results = compute.evaluate(metrics, generated, reference, rules, detectors.device)
         notes = compute.notes(generated, reference, detectors)
         width = max(map(len, results))
-        print(f'\n{count} images' + (f' against {comparison.ref}' if comparison.ref else ''))
+        print(f'\n{count} images' + (f' against {ref}' if ref else ''))
         for name, value in results.items():
             print(f'  {name:{width}}  {value:.6g}')
         for note in notes:
             print(f'Note: {note}')
-        if comparison.dest:
-            settings = {key: getattr(comparison, key)
-                        for key in ('num', 'seed', 'ref', 'ref_class', 'protocol', 'batch')}
-            write_json(comparison.dest, dict(
-                results=results, num_images=count, **what, **settings,
+        if dest:
+            write_json(dest, dict(
+                results=results, num_images=count, **what, seed=seed, ref=ref, ref_class=ref_class,
                 ref_images={space: part.num for space, part in reference.gaussians.items()},
-                ref_meta=reference.meta, detectors=detectors.description(), notes=notes,
-                command=sys.argv, **compute.environment()))
+                ref_meta=reference.meta, protocol=protocol, batch=batch, notes=notes,
+                detectors=detectors.description(), command=sys.argv, **compute.environment()))
     dist.shutdown()
 
 

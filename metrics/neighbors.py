@@ -33,8 +33,7 @@ def nearest(queries: torch.Tensor, points: torch.Tensor | None = None, k: int = 
     if k > len(others):
         raise UserError(f'the {k} nearest of {len(others)} points: too few images')
     if _are_pixels(queries, others):
-        squares, index, _ = _candidates(_Blocks(queries, points, torch.int8), k)
-        return squares.double(), index
+        return _candidates(_Blocks(queries, points, torch.int8), k)[:2]
     squares, index, floor = _settled(queries, points, others, k, torch.float32)
     unsure = (squares[:, -1] > floor).nonzero()[:, 0]
     if len(unsure):
@@ -54,7 +53,7 @@ def _settled(queries, points, others, k, dtype):
     best, index, margin = _candidates(_Blocks(queries, points, dtype), k + SPARE)
     squares, order = _exact(queries, others, index).sort(dim=1)
     # A distance of exactly zero needs no certificate: nothing is nearer.
-    floor = (best[:, -1].double() - margin).clamp_min(0)
+    floor = (best[:, -1] - margin).clamp_min(0)
     if index.shape[1] == len(others):
         floor = torch.full_like(margin, float('inf'))
     return squares[:, :k].contiguous(), index.gather(1, order[:, :k]), floor
@@ -101,7 +100,6 @@ class _Blocks:
         self.same = points is None
         self.queries = queries
         self.points = queries if self.same else points
-        self.out_dtype = torch.int32 if dtype == torch.int8 else dtype
         # Distances do not change if the origin moves to the middle of the points, and rounding
         # errors shrink.
         self.origin = None
@@ -119,7 +117,7 @@ class _Blocks:
         return x[rows].to(self.dtype) - self.origin
 
     def _norms(self, x):
-        return torch.cat([_squares(self._values(x, rows)) for rows in _slices(len(x))]).to(self.out_dtype)
+        return torch.cat([_squares(self._values(x, rows)) for rows in _slices(len(x))])
 
     def margin(self, rows, columns) -> float:
         """Bound of the error of squared distances: (D + 32) u (|u|^2 + |v|^2), u = eps/2."""
@@ -157,22 +155,22 @@ def _products(u, v):
 
 
 def _squares(x) -> torch.Tensor:
-    """Sum of squares of each row of [N, D], exact for int8, else rounded once."""
+    """Sum of squares of each row of [N, D]: int32 and exact for int8, else rounded once."""
+    dtype = torch.int32 if x.dtype == torch.int8 else x.dtype
     if x.is_cuda:
-        return x.double().square().sum(dim=1)
+        return x.double().square().sum(dim=1).to(dtype)
     # NumPy widens a few values at a time, not the array.
-    wide = np.int32 if x.dtype == torch.int8 else np.float64
-    return torch.from_numpy(np.einsum('nd,nd->n', x, x, dtype=wide))
+    wide = np.int32 if dtype == torch.int32 else np.float64
+    return torch.from_numpy(np.einsum('nd,nd->n', x, x, dtype=wide)).to(dtype)
 
 
 def _candidates(blocks: _Blocks, keep: int):
-    """The nearest points by the distances of the blocks: these and indices [N, keep], ascending,
-    and the bound of their error [N]. All points if there are no more than `keep`."""
+    """The nearest points by the distances of the blocks: these, float64, and indices [N, keep],
+    ascending, and the bound of their error [N]. All points if there are no more than `keep`."""
     keep = min(keep, len(blocks.points))
     n = len(blocks.queries)
     device = blocks.queries.device
-    limit = torch.iinfo(torch.int32).max if blocks.origin is None else float('inf')
-    best = torch.full((n, keep), limit, dtype=blocks.out_dtype, device=device)
+    best = torch.full((n, keep), float('inf'), dtype=torch.float64, device=device)
     index = torch.zeros(n, keep, dtype=torch.int64, device=device)
     margin = torch.zeros(n, dtype=torch.float64, device=device)
     for rows, columns, squares in blocks:
@@ -182,7 +180,7 @@ def _candidates(blocks: _Blocks, keep: int):
         for own, others, values in sides:
             margin[own] = margin[own].clamp_min(blocks.margin(rows, columns))
             values, place = values.topk(min(keep, values.shape[1]), dim=1, largest=False)
-            values = torch.cat([best[own], values], dim=1)
+            values = torch.cat([best[own], values.double()], dim=1)
             place = torch.cat([index[own], place + others.start], dim=1)
             best[own], order = values.topk(keep, dim=1, largest=False)
             index[own] = place.gather(1, order)

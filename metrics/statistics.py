@@ -147,29 +147,22 @@ def save_statistics(dest: str, statistics: Statistics):
     check_destination(dest)
     content = {}
     for space, gaussian in statistics.gaussians.items():
-        content[space] = {key: value for key, value in vars(gaussian).items() if value is not None}
-        if space in statistics.features:
-            content[space]['features'] = statistics.features[space].numpy()
+        values = {'mu': torch.from_numpy(gaussian.mu), 'sigma': torch.from_numpy(gaussian.sigma),
+                  'num': gaussian.num, 'features': statistics.features.get(space)}
+        content[space] = {key: value for key, value in values.items() if value is not None}
     labels = {}
     if statistics.features and statistics.labels is not None:
-        labels['labels'] = statistics.labels.numpy()
+        labels['labels'] = statistics.labels
     with atomic_path(dest) as temp, open(temp, 'wb') as file:
-        if dest.lower().endswith('.npz'):
-            arrays = {f'{space}/{key}': value for space, values in content.items()
-                      for key, value in values.items()}
-            if len(content) == 1:
-                [(space, values)] = content.items()
-                arrays = values | {'space': np.array(space)}
-            np.savez(file, meta=np.array(json.dumps(statistics.meta)), **labels, **arrays)
-        else:
-            torch.save(_tensors(content | labels) | {
-                'format': STATISTICS_FORMAT, 'meta': statistics.meta}, file)
-
-
-def _tensors(value):
-    if isinstance(value, dict):
-        return {key: _tensors(item) for key, item in value.items()}
-    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        if not dest.lower().endswith('.npz'):
+            content |= {'format': STATISTICS_FORMAT, 'meta': statistics.meta}
+            torch.save(content | labels, file)
+            return
+        arrays = {f'{space}/{key}': value for space, values in content.items()
+                  for key, value in values.items()}
+        if len(content) == 1:
+            arrays = content[space] | {'space': space}
+        np.savez(file, meta=json.dumps(statistics.meta), **labels, **arrays)
 
 
 def load_statistics(path: str, sha256: str | None = None, space: str = 'fid') -> Statistics:
@@ -181,18 +174,17 @@ def load_statistics(path: str, sha256: str | None = None, space: str = 'fid') ->
     """
     local = download(path, sha256=sha256)
     found = identify(local)
+    content = found.content
     if found.kind in ('images', 'folder'):
         return Statistics(path, images=local)
-    content = found.content
-    images = None
+    if found.kind != 'statistics' and not isinstance(content, NpzArrays):
+        raise UserError(f'{path}: it is a {found.what}, neither reference statistics (.pkl, .npz) '
+                        'nor images (folder, .zip, .npz)')
     try:
-        if isinstance(content, NpzArrays):
-            images = local if 'arr_0' in content else None
-            content = _nested(content, space)
-        elif found.kind != 'statistics':
-            raise UserError(f'{path}: it is a {found.what}, neither reference statistics '
-                            '(.pkl, .npz) nor images (folder, .zip, .npz)')
-        return _parse(Statistics(path, images=images), content, space)
+        if not isinstance(content, NpzArrays):
+            return _parse(Statistics(path), content, space)
+        images = local if 'arr_0' in content else None
+        return _parse(Statistics(path, images=images), _nested(content, space), space)
     except UserError:
         raise
     except Exception as error:  # NumPy and zip have errors of their own for damaged arrays
@@ -220,41 +212,35 @@ def _nested(arrays: NpzArrays, sole: str) -> dict:
 
 
 def _parse(statistics: Statistics, content: dict, sole: str) -> Statistics:
-    path = statistics.path
     if 'mu' in content:
         content = {sole: content}
-    for space, values in content.items():
-        if isinstance(values, dict) and ('mu' in values or 'sigma' in values):
-            _add(statistics, space, values)
+    labels = content.get('labels')
+    if labels is not None:
+        statistics.labels = torch.as_tensor(labels).long()
     if isinstance(content.get('meta'), dict):
         statistics.meta = content['meta']
-    if content.get('labels') is not None:
-        statistics.labels = torch.as_tensor(content['labels']).to(torch.int64)
-        for space, features in statistics.features.items():
-            if len(features) != len(statistics.labels):
-                raise UserError(f'{path}: {len(features)} features of {space} '
-                                f'for {len(statistics.labels)} labels')
+    for space, values in content.items():
+        if isinstance(values, dict) and {'mu', 'sigma'} & values.keys():
+            _add(statistics, space, values)
     if not statistics.gaussians and statistics.images is None:
-        raise UserError(f'{path}: no statistics (mu and sigma) in this file')
+        raise UserError(f'{statistics.path}: no statistics (mu and sigma) in this file')
     return statistics
 
 
 def _add(statistics: Statistics, space: str, values: dict):
-    where = f'{statistics.path}: {space}'
+    where = f'{statistics.path}: {space} has'
     try:
-        mu = np.asarray(values['mu'], dtype=np.float64)
-        sigma = np.asarray(values['sigma'], dtype=np.float64)
-    except KeyError as error:
-        raise UserError(f'{where} has no {error.args[0]}') from None
-    except (TypeError, ValueError):
-        raise UserError(f'{where}: mu and sigma are no arrays of numbers') from None
+        mu, sigma = (np.asarray(values[key], dtype=np.float64) for key in ('mu', 'sigma'))
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f'{where} no arrays of numbers mu and sigma') from None
     if mu.ndim != 1 or sigma.shape != mu.shape * 2:
-        raise UserError(f'{where} has mu {list(mu.shape)} and sigma {list(sigma.shape)} '
+        raise UserError(f'{where} mu {list(mu.shape)} and sigma {list(sigma.shape)} '
                         'instead of [D] and [D, D]')
     num = values.get('num')
     statistics.gaussians[space] = Gaussian(mu, sigma, None if num is None else int(num))
     if values.get('features') is not None:
         features = torch.as_tensor(values['features']).float()
-        if features.ndim != 2 or features.shape[1] != len(mu):
-            raise UserError(f'{where} has features {list(features.shape)} instead of [n, {len(mu)}]')
+        n = len(features) if statistics.labels is None else len(statistics.labels)
+        if features.shape != (n, len(mu)):
+            raise UserError(f'{where} features {list(features.shape)} instead of {[n, len(mu)]}')
         statistics.features[space] = features
