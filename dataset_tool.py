@@ -12,7 +12,7 @@ DEFAULT_VAE = 'stabilityai/sd-vae-ft-mse'
 
 @click.group(cls=cli.Group)
 def main():
-    """Make data sets for training: a .zip (or a folder) of equal images with their labels in dataset.json.
+    """Make data sets for training: a .zip (or folder) of equal images and their dataset.json.
 
     \b
     python dataset_tool.py convert --source=digits --dest=datasets/digits.zip
@@ -25,14 +25,16 @@ def main():
 
 def dest_options(function):
     """--dest and --overwrite, alike for all that write an archive."""
-    function = click.option('--overwrite', is_flag=True, help='Replace the destination if it exists')(function)
-    return click.option('--dest', metavar='ZIP|DIR', required=True, help='Data set to write; a .zip, else a folder')(function)
+    function = click.option('--overwrite', is_flag=True,
+                            help='Replace the destination if it exists')(function)
+    return click.option('--dest', metavar='ZIP|DIR', required=True,
+                        help='Data set to write; a .zip, else a folder')(function)
 
 
 def batch_options(function):
     """Options of the commands that run the autoencoder."""
-    function = click.option('--precision', type=click.Choice(['fp32', 'fp16', 'bf16']), default='fp32',
-                            help='Precision of the autoencoder')(function)
+    function = click.option('--precision', type=click.Choice(['fp32', 'fp16', 'bf16']),
+                            default='fp32', help='Precision of the autoencoder')(function)
     return click.option('--batch', metavar='INT', type=click.IntRange(min=1), default=16,
                         help='Images that go through the autoencoder together')(function)
 
@@ -40,72 +42,88 @@ def batch_options(function):
 @main.command()
 @click.option('--source', metavar='PATH[,PATH...]', required=True, help='What to read, see below')
 @dest_options
-@click.option('--resolution', metavar='WxH', type=cli.SIZE, help='Size of the images  [default: as they are]')
-@click.option('--transform', metavar='|'.join(transforms.NAMES), type=click.Choice(transforms.NAMES),
+@click.option('--resolution', metavar='WxH', type=cli.SIZE,
+              help='Size of the images  [default: as they are]')
+@click.option('--transform', metavar='|'.join(transforms.NAMES),
+              type=click.Choice(transforms.NAMES),
               help='How pictures are cropped  [default: resized without cropping]')
-@click.option('--max-images', metavar='INT', type=cli.COUNT, help='Use at most this many, the first ones')
+@click.option('--max-images', metavar='INT', type=cli.COUNT,
+              help='Use at most this many, the first ones')
 @click.option('--class_labels', metavar='LIST', type=cli.INT_LIST,
               help='Classes to take, in the order of their new labels, e.g. 171,182,198')
-@click.option('--nums', metavar='INT', type=click.IntRange(min=0), help='Images to draw of each class; 0 for all')
-@click.option('--sim_name', metavar='sim1|sim2|sim3', type=click.Choice(list(imagenet.SIMILARITY_LEVELS), case_sensitive=False),
-              help="Similarity level of the multi-source study; without --class_labels, takes the level's ten classes")
-@click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0, help='Which images --nums draws')
-@click.option('--coarse', is_flag=True, help="CIFAR-100's 20 coarse labels instead of the 100 fine ones")
+@click.option('--nums', metavar='INT', type=click.IntRange(min=0),
+              help='Images to draw of each class; 0 for all')
+@click.option('--sim_name', metavar='sim1|sim2|sim3',
+              type=click.Choice(list(imagenet.SIMILARITY_LEVELS), case_sensitive=False),
+              help='Similarity level of the multi-source study; without --class_labels, takes the '
+                   "level's ten classes")
+@click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0,
+              help='Which images --nums draws')
+@click.option('--coarse', is_flag=True,
+              help="CIFAR-100's 20 coarse labels instead of the 100 fine ones")
 @click.option('--skip-corrupt', is_flag=True, help='Leave damaged images out, and list them')
-@click.option('--workers', metavar='INT', type=click.IntRange(min=1), help='Processes  [default: one for each core]')
-def convert(source, dest, overwrite, resolution, transform, max_images, class_labels, nums, sim_name, seed, coarse,
-            skip_corrupt, workers):
+@click.option('--workers', metavar='INT', type=click.IntRange(min=1),
+              help='Processes  [default: one for each core]')
+def convert(source, dest, coarse, class_labels, nums, sim_name, seed, max_images, **options):
     """Make a data set of pictures.
 
     --source is a folder or .zip of images (labels from dataset.json, else from top-level folders),
-    cifar-10-python.tar.gz, cifar-100-python.tar.gz or their unpacked folders, MNIST train-images-idx3-ubyte.gz,
-    an LSUN *_lmdb folder, a .txt list of image paths (a tab and a number after each path give labels), the word
-    digits, or several of these joined by commas: classes of the same name are then one class.
+    cifar-10-python.tar.gz, cifar-100-python.tar.gz or their unpacked folders, MNIST
+    train-images-idx3-ubyte.gz, an LSUN *_lmdb folder, a .txt list of image paths (a tab and a
+    number after each path give labels), the word digits, or several of these joined by commas:
+    classes of the same name are then one class.
 
-    Classes are numbered as in ImageNet if their folders are wnids, else by their place in the sorted list of folders.
-    New labels count from 0; dataset.json keeps the original numbers as "classes", so that --class=171 names the same
-    class everywhere. What --nums draws of a class depends on the seed and its number alone.
+    Classes are numbered as in ImageNet if their folders are wnids, else by their place in the
+    sorted list of folders. New labels count from 0; dataset.json keeps the original numbers as
+    "classes", so that --class=171 names the same class everywhere. What --nums draws of a class
+    depends on the seed and its number alone.
 
     \b
     python dataset_tool.py convert --source=cifar-10-python.tar.gz --dest=datasets/cifar10.zip
-    python dataset_tool.py convert --source=downloads/imagenet/train --dest=datasets/sim3-10c-1000.zip \\
-        --resolution=256x256 --transform=center-crop-dhariwal --sim_name=sim3 --nums=1000
+    python dataset_tool.py convert --source=downloads/imagenet/train \\
+        --dest=datasets/sim3-10c-1000.zip --resolution=256x256 --transform=center-crop-dhariwal \\
+        --sim_name=sim3 --nums=1000
     """
     from training.data import archive, sources
     from training.data.convert import by_class, convert, everything
-    archive.check_destination(dest, overwrite)
+    archive.check_destination(dest, options['overwrite'])
     opened = sources.open_source(source, coarse)
     if sim_name is not None:
         level = imagenet.SIMILARITY_LEVELS[sim_name]
         if opened.wnids is None and len(opened.classes or []) != len(imagenet.classes()):
-            raise UserError(f'--sim_name={sim_name} names ImageNet classes, but the folders of {source} are no wnids')
+            raise UserError(f'--sim_name={sim_name} names ImageNet classes, '
+                            f'but the folders of {source} are no wnids')
         if outside := set(class_labels or []) - set(level):
-            raise UserError(f'--class_labels: {min(outside)} is not of --sim_name={sim_name}: {",".join(map(str, level))}')
+            raise UserError(f'--class_labels: {min(outside)} is not of --sim_name={sim_name}: '
+                            f'{",".join(map(str, level))}')
         class_labels = class_labels or list(level)
     if class_labels is None and nums is None:
         selection = everything(opened)
     else:
         selection = by_class(opened, class_labels, nums, seed)
-    done = convert(opened, selection.first(max_images), dest, resolution=resolution, transform=transform, workers=workers,
-                   skip_corrupt=skip_corrupt, overwrite=overwrite, notes={'sim_name': sim_name})
-    print_converted(dest, done, selection, transform)
+    converted = convert(opened, selection.first(max_images), dest, notes={'sim_name': sim_name},
+                        **options)
+    print_converted(dest, converted, selection, options['transform'])
 
 
-def print_converted(dest, done, selection, transform):
+def print_converted(dest, converted, selection, transform):
     """What a conversion wrote and left out."""
+    side = converted.resolution
     classes = '' if selection.classes is None else f', {len(selection.classes)} classes'
-    print(f'{dest}: {done.count} images, {done.resolution}x{done.resolution}{classes}')
-    if done.rejected:
-        print(f'{done.rejected} images are too small for --transform={transform} and were left out')
-    if done.skipped:
-        print(f'{len(done.skipped)} damaged images were left out:', *done.skipped, sep='\n    ')
+    print(f'{dest}: {converted.count} images, {side}x{side}{classes}')
+    if converted.rejected:
+        print(f'{converted.rejected} images are too small for --transform={transform} '
+              'and were left out')
+    if skipped := converted.skipped:
+        print(f'{len(skipped)} damaged images were left out:', *skipped, sep='\n    ')
 
 
 @main.command()
 @click.option('--source', metavar='ZIP|DIR', required=True, help='Data set of pixels')
 @dest_options
 @click.option('--model-url', metavar='NAME|DIR', default=DEFAULT_VAE, envvar='SD_VAE',
-              help='Autoencoder: a hub name, or a local folder; the variable SD_VAE sets another default')
+              help='Autoencoder: a hub name, or a local folder; '
+                   'the variable SD_VAE sets another default')
 @batch_options
 def encode(source, dest, overwrite, model_url, batch, precision):
     """Encode pixels as mean and standard deviation of Stable Diffusion's autoencoder.
@@ -130,18 +148,19 @@ def encode(source, dest, overwrite, model_url, batch, precision):
 @main.command()
 @click.option('--source', metavar='ZIP|DIR', required=True, help='Data set of latents')
 @dest_options
-@click.option('--model-url', metavar='NAME|DIR', help='Autoencoder  [default: the one that the data set names]')
+@click.option('--model-url', metavar='NAME|DIR',
+              help='Autoencoder  [default: the one that the data set names]')
 @batch_options
-def decode(source, dest, overwrite, model_url, batch, precision):
+def decode(source, dest, **options):
     """Decode latents to pictures (of the mean), with their labels.
 
     \b
-    python dataset_tool.py decode --source=datasets/img256-sd.zip --dest=datasets/img256-decoded.zip
+    python dataset_tool.py decode --source=datasets/img256-sd.zip --dest=datasets/img256-out.zip
     """
     from torch_utils import distributed as dist
     from training.data import latents
     dist.init()
-    count = latents.decode(source, dest, model_url=model_url, precision=precision, batch=batch, overwrite=overwrite)
+    count = latents.decode(source, dest, **options)
     dist.print0(f'{dest}: {count} images decoded')
     dist.shutdown()
 
@@ -149,7 +168,8 @@ def decode(source, dest, overwrite, model_url, batch, precision):
 @main.command()
 @click.option('--source', metavar='ZIP|DIR', required=True, help='Data set of pixels or latents')
 @click.option('--dest', metavar='PNG', help='Contact sheet to write  [default: SOURCE-sheet.png]')
-@click.option('--max-images', metavar='INT', type=cli.COUNT, default=10000, help='Images over which numbers are taken')
+@click.option('--max-images', metavar='INT', type=cli.COUNT, default=10000,
+              help='Images over which numbers are taken')
 @click.option('--json', 'json_path', metavar='FILE', help='Write the numbers as JSON too')
 def inspect(source, dest, max_images, json_path):
     """Show what is in a data set, and draw a contact sheet.
@@ -162,11 +182,14 @@ def inspect(source, dest, max_images, json_path):
     from training.data.dataset import ImageDataset
     dataset = ImageDataset(source)
     dest = dest or os.path.splitext(dataset.path)[0] + '-sheet.png'
-    for path in filter(None, (dest, json_path)):
-        archive.check_parent(path)
+    archive.check_parent(dest)
+    if json_path:
+        with util.renamed_fields(dest='json_path'):
+            archive.check_parent(json_path)
     summary = report.summarize(dataset, max(max_images, 1))
     kind = 'pixels' if dataset.num_channels == 3 else 'latents'
-    print(f'{dataset.path}: {len(dataset)} images, {dataset.num_channels}x{dataset.resolution}x{dataset.resolution} {kind}')
+    shape = 'x'.join(map(str, dataset.image_shape))
+    print(f'{dataset.path}: {len(dataset)} images, {shape} {kind}')
     for key in ('source', 'transform', 'sim_name', 'encoder'):
         if summary.get(key):
             print(f'{key}: {summary[key]}')

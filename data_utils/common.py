@@ -10,7 +10,8 @@ from data_utils import selection
 from dnnlib import UserError, cli
 from training.data import archive, convert, sources
 
-OPTIONS = ('source', 'dest', 'overwrite', 'resolution', 'transform', 'coarse', 'skip_corrupt', 'workers')
+OPTIONS = ('source', 'dest', 'overwrite', 'resolution', 'transform', 'coarse', 'skip_corrupt',
+           'workers')
 
 max_images_option = click.option(
     '--max-images', metavar='INT', type=click.IntRange(min=1),
@@ -20,19 +21,20 @@ max_images_option = click.option(
 def command(choose):
     """Decorator: a command that writes the data set which `choose` chooses.
 
-    `choose(source, **options) -> (source, Selection)` gets the opened source and the options of its
-    own; the others are `OPTIONS`, word for word those of `dataset_tool.py convert`.
+    `choose(source, **options) -> (source, Selection)` gets the opened source and the options of
+    its own; the others are `OPTIONS`, word for word those of `dataset_tool.py convert`.
     """
     @functools.wraps(choose)
-    def main(source, dest, coarse, overwrite, transform, resolution, skip_corrupt, workers, **options):
+    def main(source, dest, coarse, overwrite, **options):
         archive.check_destination(dest, overwrite)
+        shared = {name: options.pop(name) for name in OPTIONS if name in options}
         source, chosen = choose(sources.open_source(source, coarse), **options)
-        converted = convert.convert(source, chosen, dest, resolution=resolution, transform=transform,
-                                    workers=workers, skip_corrupt=skip_corrupt, overwrite=overwrite)
-        dataset_tool.print_converted(dest, converted, chosen, transform)
+        converted = convert.convert(source, chosen, dest, overwrite=overwrite, **shared)
+        dataset_tool.print_converted(dest, converted, chosen, shared['transform'])
 
     main = click.command(cls=cli.Command)(main)
-    main.params = [param for param in dataset_tool.convert.params if param.name in OPTIONS] + main.params
+    shared = [param for param in dataset_tool.convert.params if param.name in OPTIONS]
+    main.params = shared + main.params
     return main
 
 
@@ -53,7 +55,8 @@ def choose(source, indices, rule: str, labels=None, num_classes: int | None = No
     indices = np.asarray(indices, dtype=np.int64)
     record = {'selection': {'rule': rule, **details, 'images': indices.tolist()}}
     if labels is not None:
-        return convert.Selection(indices, np.asarray(labels), list(range(num_classes)), rule=record)
+        classes = list(range(num_classes))
+        return convert.Selection(indices, np.asarray(labels), classes, rule=record)
     tables = convert.class_tables(source, num_classes and range(num_classes))
     labels = None if source.labels is None else source.labels[indices]
     return convert.Selection(indices, labels, **tables, rule=record)

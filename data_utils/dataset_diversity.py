@@ -20,8 +20,8 @@ from data_utils import common, selection
 def main(source, max_images, num_classes):
     """Make a data set of a given size with a given number of classes.
 
-    It has the first images of each class, class after class; what does not divide evenly comes from
-    the last class. A class that is too small gives what it has, and the script says so.
+    It has the first images of each class, class after class; what does not divide evenly comes
+    from the last class. A class that is too small gives what it has, and the script says so.
 
     \b
     python data_utils/dataset_diversity.py --source=datasets/cifar10/cifar-10-python.tar.gz \\
@@ -31,9 +31,10 @@ def main(source, max_images, num_classes):
     indices = selection.diversity_subset(labels, max_images, num_classes)
     if len(indices) < max_images:
         counts = np.bincount(labels[indices], minlength=num_classes).tolist()
-        click.echo(f'Note: {source.name} has only {len(indices)} such images, of each class {counts}',
-                   err=True)
-    return source, common.choose(source, indices, 'diversity', num_classes=num_classes, max_images=max_images)
+        click.echo(f'Note: {source.name} has only {len(indices)} such images, '
+                   f'of each class {counts}', err=True)
+    return source, common.choose(source, indices, 'diversity', num_classes=num_classes,
+                                 max_images=max_images)
 
 
 if __name__ == '__main__':

@@ -14,16 +14,18 @@ from data_utils import common, selection
 @common.max_images_option
 @click.option('--num-classes', metavar='INT', type=click.IntRange(min=1),
               help='Labels to draw from  [default: as the source]')
-@click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=1024, help='Of the labels')
+@click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=1024,
+              help='Of the labels')
 def main(source, max_images, num_classes, seed):
     """Make a data set with random labels.
 
-    The images are those of dataset_size.py; labels are drawn uniformly from 0..num_classes-1 with a
-    fixed seed.
+    The images are those of dataset_size.py; labels are drawn uniformly from 0..num_classes-1 with
+    a fixed seed.
 
     \b
     python data_utils/dataset_random.py --source=datasets/cifar10/cifar-10-python.tar.gz \\
-        --dest=datasets/cifar10/random_labels/cifar10-random10-2000.zip --max-images=2000 --num-classes=10
+        --dest=datasets/cifar10/random_labels/cifar10-random10-2000.zip --max-images=2000 \\
+        --num-classes=10
     """
     if num_classes is None:
         common.class_labels(source)

@@ -16,8 +16,8 @@ from data_utils import common
 def main(source, max_images):
     """Make a class-balanced data set of a given size.
 
-    It has the first images of each class, class after class, so that larger sets contain the smaller
-    ones.
+    It has the first images of each class, class after class, so that larger sets contain the
+    smaller ones.
 
     \b
     for n in 1000 2000 5000 10000; do

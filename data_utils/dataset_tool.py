@@ -18,10 +18,12 @@ def main(source, max_images):
 
     \b
     python data_utils/dataset_tool.py --source=datasets/cifar10/cifar-10-python.tar.gz \\
-        --dest=datasets/cifar10/data_dimension/cifar10-16x16-2000.zip --resolution=16x16 --max-images=2000
+        --dest=datasets/cifar10/data_dimension/cifar10-16x16-2000.zip --resolution=16x16 \\
+        --max-images=2000
     """
     indices = common.by_size(source, max_images)
-    return source, common.choose(source, indices, 'size' if max_images else 'all', max_images=max_images)
+    rule = 'size' if max_images else 'all'
+    return source, common.choose(source, indices, rule, max_images=max_images)
 
 
 if __name__ == '__main__':

@@ -19,7 +19,8 @@ def main(source, max_images):
     """
     indices = common.by_size(source, max_images)
     count = len(indices)
-    return source, common.choose(source, indices, 'unique labels', range(count), count, max_images=max_images)
+    return source, common.choose(source, indices, 'unique labels', range(count), count,
+                                 max_images=max_images)
 
 
 if __name__ == '__main__':

@@ -15,14 +15,16 @@ from training.data import sources
 
 
 @common.command
-@click.option('--max-images', metavar='INT', type=click.IntRange(min=1), help='Use at most this many, the first ones')
+@click.option('--max-images', metavar='INT', type=click.IntRange(min=1),
+              help='Use at most this many, the first ones')
 @click.option('--class-num', metavar='INT', type=int, help='The class to take, by its number')
 @click.option('--inter-rate', metavar='FLOAT', type=float,
               help='Make a mixture: so much of it from --inter-source, the rest from --source')
 @click.option('--inter-source', metavar='PATH',
-              help='The other source of a mixture  [default: --source with imagenet in place of cifar10]')
+              help='The other source of a mixture  '
+                   '[default: --source with imagenet in place of cifar10]')
 def main(source, max_images, class_num, inter_rate, inter_source):
-    """Make a data set of one class: of CIFAR, of a list of ImageNet pictures, or a mixture of the two.
+    """Make a data set of one class: of CIFAR, of a list of ImageNet images, or a mixture of both.
 
     \b
     # 2000 dogs of CIFAR-10 (class 5)
@@ -30,10 +32,12 @@ def main(source, max_images, class_num, inter_rate, inter_source):
         --dest=datasets/cifar10/cifar10_dog_2000-32x32.zip --class-num=5 --max-images=2000
     # 2000 dogs of ImageNet, from the list of sample_imagenet.py
     python data_utils/intra_diversity.py --source=datasets/imagenet/dog_2000.txt \\
-        --dest=datasets/imagenet/imagenet_dog_2000-32x32.zip --resolution=32x32 --transform=center-crop
+        --dest=datasets/imagenet/imagenet_dog_2000-32x32.zip --resolution=32x32 \\
+        --transform=center-crop
     # 2000 dogs, a fifth of them from ImageNet
     python data_utils/intra_diversity.py --source=datasets/cifar10/cifar10_dog_2000-32x32.zip \\
-        --dest=datasets/cifar10/intra_diversity/mixture_0.2_2000.zip --max-images=2000 --inter-rate=0.2
+        --dest=datasets/cifar10/intra_diversity/mixture_0.2_2000.zip --max-images=2000 \\
+        --inter-rate=0.2
     """
     if inter_rate is not None:
         if class_num is not None:
@@ -43,7 +47,8 @@ def main(source, max_images, class_num, inter_rate, inter_source):
         raise UserError('--inter-source makes a mixture: give --inter-rate too')
     if class_num is not None:
         indices = selection.one_class_subset(common.class_labels(source), class_num, max_images)
-        return source, common.choose(source, indices, 'one class', class_num=class_num, max_images=max_images)
+        return source, common.choose(source, indices, 'one class', class_num=class_num,
+                                     max_images=max_images)
     if source.labels is not None and len(np.unique(source.labels)) > 1:
         raise UserError(f'{source.name} has several classes: choose one with --class-num')
     indices = selection.first_images(np.arange(len(source)), max_images)
@@ -51,17 +56,18 @@ def main(source, max_images, class_num, inter_rate, inter_source):
 
 
 def other_source(source: str) -> str:
-    """'datasets/cifar10/cifar10_dog_2000-32x32.zip' -> 'datasets/imagenet/imagenet_dog_2000-32x32.zip'."""
+    """'datasets/cifar10/cifar10_dog_2000.zip' -> 'datasets/imagenet/imagenet_dog_2000.zip'."""
     folder, name = os.path.split(source)
     parent, base = os.path.split(folder)
     folder = os.path.join(parent, 'imagenet') if base == 'cifar10' else folder
     if not name.startswith('cifar10'):
-        raise UserError(f'--inter-rate mixes {source} with another data set: name it with --inter-source')
+        raise UserError(f'--inter-rate mixes {source} with another data set: '
+                        'name it with --inter-source')
     return os.path.join(folder, 'imagenet' + name.removeprefix('cifar10'))
 
 
 class JoinedByNumber(sources.JoinedSource):
-    """Classes of the same number are one class, whatever they are called; no labels if one has none."""
+    """Classes of the same number are one class; no labels if one of the sources has none."""
 
     def join_labels(self):
         if any(source.labels is None or source.labels.ndim != 1 for source in self.sources):
@@ -77,16 +83,18 @@ class JoinedByNumber(sources.JoinedSource):
 def mixture(first, path: str, max_images: int | None, rate: float):
     """(joined source, selection): the first images of both, (1 - rate) of them from `first`."""
     if not os.path.exists(path):
-        raise UserError(f'--inter-source={path} does not exist; make it from a list of sample_imagenet.py')
+        raise UserError(f'--inter-source={path} does not exist; '
+                        'make it from a list of sample_imagenet.py')
     second = sources.open_source(path)
     counts = selection.interpolation_counts(max_images or len(first), rate)
     for source, count in zip((first, second), counts, strict=True):
         if count > len(source):
-            raise UserError(f'--inter-rate={rate}: {count} images of {source.name} are wanted, but it has '
-                            f'{len(source)}; choose a smaller --max-images')
+            raise UserError(f'--inter-rate={rate}: {count} images of {source.name} are wanted, '
+                            f'but it has {len(source)}; choose a smaller --max-images')
     indices = [*range(counts[0]), *range(len(first), len(first) + counts[1])]
     joined = JoinedByNumber([first, second])
-    return joined, common.choose(joined, indices, 'mixture', inter_rate=rate, max_images=max_images,
+    return joined, common.choose(joined, indices, 'mixture', inter_rate=rate,
+                                 max_images=max_images,
                                  counts={first.name: counts[0], second.name: counts[1]})
 
 

@@ -18,16 +18,20 @@ SOURCES = ('downloads/imagenet/train', 'datasets/imagenet/train')
 
 
 @click.command(cls=cli.Command)
-@click.option('--source', metavar='DIR', help='Folder of the ImageNet classes n01440764, n01443537, ...  '
-                                              f'[default: {SOURCES[0]}, else {SOURCES[1]}]')
+@click.option('--source', metavar='DIR',
+              help='Folder of the ImageNet classes n01440764, n01443537, ...  '
+                   f'[default: {SOURCES[0]}, else {SOURCES[1]}]')
 @click.option('--class', 'animal', metavar='dog|cat|bird', default='dog',
               help='Animal, of which all ImageNet classes are used')
-@click.option('--num', metavar='INT', type=click.IntRange(min=1), default=2000, help='Images in all')
-@click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0, help='Of the order in the list')
-@click.option('--dest', metavar='TXT', help='List to write  [default: datasets/imagenet/CLASS_NUM.txt]')
+@click.option('--num', metavar='INT', type=click.IntRange(min=1), default=2000,
+              help='Images in all')
+@click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0,
+              help='Of the order in the list')
+@click.option('--dest', metavar='TXT',
+              help='List to write  [default: datasets/imagenet/CLASS_NUM.txt]')
 @click.option('--overwrite', is_flag=True, help='Replace the list if it exists')
 def main(source, animal, num, seed, dest, overwrite):
-    """Choose pictures of dogs, cats or birds from ImageNet: a list of files for intra_diversity.py.
+    """Choose images of dogs, cats or birds from ImageNet: a list of files for intra_diversity.py.
 
     Every class (wnid) of the animal gives as many, or one more, the first ones by name; then their
     order is shuffled. Lines are a path, relative to the list, a tab, and the animal's class in
@@ -35,15 +39,16 @@ def main(source, animal, num, seed, dest, overwrite):
 
     \b
     python data_utils/sample_imagenet.py
-    python data_utils/sample_imagenet.py --source=/data/imagenet/train --class=cat --num=500 --dest=cat_500.txt
+    python data_utils/sample_imagenet.py --source=/data/imagenet/train --class=cat --num=500 \\
+        --dest=cat_500.txt
     """
     counts = selection.animal_counts(animal, num)
     dest = dest or f'datasets/imagenet/{animal}_{num}.txt'
     check_new(dest, overwrite)
     source = source or next((path for path in SOURCES if os.path.isdir(path)), SOURCES[0])
     if not os.path.isdir(source):
-        raise UserError(f'--source={source} is no folder; give the one that holds the ImageNet classes '
-                        'n01440764, ...')
+        raise UserError(f'--source={source} is no folder; give the one that holds the ImageNet '
+                        'classes n01440764, ...')
     paths = []
     short = []
     for wnid, count in counts.items():
@@ -53,13 +58,15 @@ def main(source, animal, num, seed, dest, overwrite):
         if len(names) < count:
             short.append(wnid)
     if not paths:
-        raise UserError(f'--source={source} has no images of the {len(counts)} classes of --class={animal}')
+        raise UserError(f'--source={source} has no images of the {len(counts)} classes of '
+                        f'--class={animal}')
     if short:
         click.echo(f'Note: {len(short)} of {len(counts)} classes have too few images in {source}; '
                    f'the list has {len(paths)} instead of {num}', err=True)
     np.random.RandomState(seed).shuffle(paths)
     label = selection.animal_classes()[animal]['label']
-    lines = [f'# {len(paths)} images of {animal}, {num} wanted, seed {seed}, by data_utils/sample_imagenet.py']
+    lines = [f'# {len(paths)} images of {animal}, {num} wanted, seed {seed}, '
+             'by data_utils/sample_imagenet.py']
     lines += [f'{os.path.relpath(path, os.path.dirname(dest) or ".")}\t{label}' for path in paths]
     util.write_bytes(dest, ('\n'.join(lines) + '\n').encode())
     classes = {os.path.dirname(path) for path in paths}

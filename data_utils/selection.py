@@ -70,7 +70,7 @@ def random_labels(count: int, num_classes: int, seed: int = 1024) -> list[int]:
 
 
 def interpolation_counts(max_images: int, rate: float) -> tuple[int, int]:
-    """(images of the first source, of the second) in a mixture with the share `rate` of the second.
+    """(images of the first source, of the second) in a mixture; `rate` is the second's share.
 
     int(max_images (1 - rate)) is computed in floating point, as published: 2000 images at 0.9 give
     199, not 200.
@@ -81,12 +81,12 @@ def interpolation_counts(max_images: int, rate: float) -> tuple[int, int]:
     return first, max_images - first
 
 
-# --- Animals of ImageNet --------------------------------------------------------------------------
+# --- Animals of ImageNet ------------------------------------------------------------------------
 
 
 @functools.cache
 def animal_classes() -> dict:
-    """{'bird' | 'cat' | 'dog': {'label': its class in CIFAR-10, 'wnids': its ImageNet classes}}."""
+    """{'bird' | 'cat' | 'dog': {'label': class in CIFAR-10, 'wnids': classes in ImageNet}}."""
     return json.loads(pathlib.Path(__file__).with_name('imagenet-animals.json').read_text())
 
 
@@ -96,7 +96,8 @@ def animal_counts(animal: str, total: int) -> dict[str, int]:
     Counts differ by at most one, the larger ones first.
     """
     if animal not in animal_classes():
-        raise UserError(f'is not one of {", ".join(animal_classes())}', field='animal', value=animal)
+        raise UserError(f'is not one of {", ".join(animal_classes())}',
+                        field='animal', value=animal)
     wnids = animal_classes()[animal]['wnids']
     share, rest = divmod(total, len(wnids))
     return {wnid: share + (place < rest) for place, wnid in enumerate(wnids)}

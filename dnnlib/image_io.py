@@ -15,8 +15,8 @@ try:
 except ImportError:  # Pillow decodes the same files, several times slower
     pyspng = None
 
-EXTENSIONS = frozenset('.png .jpg .jpeg .jpe .jfif .bmp .dib .gif .tif .tiff .webp .ppm .pgm .pbm .pnm '
-                       '.tga .jp2 .j2k .avif .qoi'.split())
+EXTENSIONS = frozenset('.png .jpg .jpeg .jpe .jfif .bmp .dib .gif .tif .tiff .webp '
+                       '.ppm .pgm .pbm .pnm .tga .jp2 .j2k .avif .qoi'.split())
 
 # Named, so that no file content reaches Pillow's other plugins (EPS, for one, starts Ghostscript).
 _FORMATS = ('PNG JPEG MPO BMP DIB GIF TIFF WEBP PPM TGA JPEG2000 AVIF QOI').split()
@@ -39,7 +39,7 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """PNG file of uint8 pixels [H,W,3] (or [H,W] gray), uncompressed: fast to write and to read."""
+    """PNG of uint8 pixels [H,W,3] (or [H,W] gray), uncompressed: fast to write and to read."""
     return encode_pngs(pixels[None]).tobytes()
 
 
@@ -57,8 +57,8 @@ def encode_pngs(pixels: np.ndarray) -> np.ndarray:
     size = raw.shape[1]
     starts = range(0, size, _BLOCK)
     length = 2 + 5 * len(starts) + size + 4  # of the zlib stream
-    head = _SIGNATURE + _chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2 * is_rgb, 0, 0, 0))
-    head += struct.pack('>I', length) + b'IDAT\x78\x01'
+    header = struct.pack('>IIBBBBB', width, height, 8, 2 * is_rgb, 0, 0, 0)
+    head = _SIGNATURE + _chunk(b'IHDR', header) + struct.pack('>I', length) + b'IDAT\x78\x01'
     tail = _chunk(b'IEND', b'')
     files = np.empty((count, len(head) - 2 + length + 4 + len(tail)), dtype=np.uint8)
     files[:, :len(head)] = np.frombuffer(head, np.uint8)
@@ -108,7 +108,7 @@ def decode_image(data: bytes) -> np.ndarray:
 
 
 def decode_picture(data: bytes) -> np.ndarray | PIL.Image.Image:
-    """The same, but left in Pillow's memory if Pillow has decoded it: resampling saves two copies."""
+    """The same, but left in Pillow's memory if Pillow decoded it: resampling saves two copies."""
     if pyspng is not None and _is_plain_png(data):
         try:
             return pyspng.load(data, 'RGB')
@@ -116,7 +116,7 @@ def decode_picture(data: bytes) -> np.ndarray | PIL.Image.Image:
             raise BadImage(f'damaged PNG ({error})') from None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # large or oddly tagged images: they decode, or they raise
+            warnings.simplefilter('ignore')  # large or oddly tagged: they decode, or they raise
             with PIL.Image.open(io.BytesIO(data), formats=_pillow_formats()) as image:
                 image.load()
                 PIL.ImageOps.exif_transpose(image, in_place=True)
@@ -125,7 +125,7 @@ def decode_picture(data: bytes) -> np.ndarray | PIL.Image.Image:
         raise
     except PIL.UnidentifiedImageError:
         raise BadImage('not an image, or of an unknown format') from None
-    except Exception as error:  # damaged files: Pillow raises anything from OSError to struct.error
+    except Exception as error:  # of damaged files: anything from OSError to struct.error
         reason = ' '.join(str(error).split()) or type(error).__name__
         raise BadImage(f'damaged image ({reason})') from None
 
@@ -137,15 +137,17 @@ def _pillow_formats() -> tuple:
 
 
 def _is_plain_png(data: bytes) -> bool:
-    """Whether this is a PNG for pyspng: 8-bit RGB or gray, not interlaced, with nothing but pixels.
+    """Whether this is a PNG for pyspng: 8-bit RGB or gray, not interlaced, and only pixels.
 
-    Chunks that may change pixels (tRNS, eXIf) are left to Pillow. pyspng does not look at checksums,
-    so those of the chunks must be right; of a damaged file, Pillow says what is wrong.
+    Chunks that may change pixels (tRNS, eXIf) are left to Pillow. pyspng does not look at
+    checksums, so those of the chunks must be right; of a damaged file, Pillow says what is wrong.
     """
     if not data.startswith(_SIGNATURE) or data[12:16] != b'IHDR' or len(data) < 33:
         return False
     width, height, depth, color, *methods = struct.unpack_from('>IIBBBBB', data, 16)
-    if depth != 8 or color not in (0, 2) or any(methods) or width * height > PIL.Image.MAX_IMAGE_PIXELS:
+    if depth != 8 or color not in (0, 2) or any(methods):
+        return False
+    if width * height > PIL.Image.MAX_IMAGE_PIXELS:
         return False
     view = memoryview(data)
     start = len(_SIGNATURE)

@@ -17,8 +17,9 @@ def save_png(image: PIL.Image.Image, path: str):
         image.save(temp, format='png')
 
 
-def image_grid(images, columns: int | None = None, row_labels=None, min_side: int = 32) -> PIL.Image.Image:
-    """Images uint8 [N,C,H,W] (C = 1 or 3) as one picture, row by row, with a label left of each row.
+def image_grid(images, columns: int | None = None, row_labels=None,
+               min_side: int = 32) -> PIL.Image.Image:
+    """Images uint8 [N,C,H,W] (C = 1 or 3) as one picture, row by row, with labels at their left.
 
     Small images are enlarged by a whole factor so that their shorter side has `min_side` pixels.
     """
@@ -39,7 +40,8 @@ def image_grid(images, columns: int | None = None, row_labels=None, min_side: in
     picture = PIL.Image.new('RGB', size, 'white')
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
-        tile = PIL.Image.fromarray(image.transpose(1, 2, 0)).resize((width, height), PIL.Image.Resampling.NEAREST)
+        tile = PIL.Image.fromarray(image.transpose(1, 2, 0))
+        tile = tile.resize((width, height), PIL.Image.Resampling.NEAREST)
         picture.paste(tile, (left + gap + column * (width + gap), gap + row * (height + gap)))
     draw = PIL.ImageDraw.Draw(picture)
     for row, label in enumerate(labels):

@@ -194,7 +194,7 @@ def test_cifar100(tmp_path):
     ({'data_batch_2': {'labels': [1]}}, 'original CIFAR layout'),
     ({'data_batch_2': {'data': np.zeros([2, 3072], np.uint8), 'labels': [1, 10]}}, 'original CIFAR layout'),
     ({'data_batch_2': {'data': np.zeros([2, 3000], np.uint8), 'labels': [1, 2]}}, 'original CIFAR layout'),
-    ({'batches__meta': {'num_vis': 3072}}, 'no class names'),
+    ({'batches__meta': {'num_vis': 3072}}, 'batches.meta is not the original CIFAR layout'),
 ], ids=str)
 def test_other_layouts_than_cifars_are_refused(tmp_path, replaced, message):
     path, _ = write_cifar(tmp_path / 'cifar-10-python.tar.gz', **replaced)
@@ -242,7 +242,8 @@ def test_lists_of_paths(folder, tmp_path):
     assert not data.has_labels
     listing.write_text(''.join(f'{path}\t{5 - i}\n' for i, path in enumerate(paths)))
     assert convert_to(tmp_path / 'b.zip', f'--source={listing}').label_ids.tolist() == [5, 4, 3, 2]
-    for text, message in (('nix.png\n', 'line 1: nix.png'), (f'{paths[0]}\tx\n', "label 'x'"), ('\n', 'lists no images'),
+    for text, message in (('nix.png\n', 'line 1: nix.png does not exist'),
+                          (f'{paths[0]}\tx\n', "label 'x'"), ('\n', 'lists no images'),
                           (f'{paths[0]}\t1\n{paths[1]}\n', 'have no label')):
         listing.write_text(text)
         assert message in refusal(tmp_path / 'c.zip', f'--source={listing}')

@@ -1,7 +1,8 @@
 """Data sets on disk: an uncompressed zip, or a folder, of images and `dataset.json`.
 
-Images are `00000/img00000000.png`, latents `00000/img-mean-std-00000000.npy`, numbered by input; the folder is the
-first five digits. `dataset.json` is {"labels": [[name, label], ...] or null, ...}; further keys describe the data.
+Images are `00000/img00000000.png`, latents `00000/img-mean-std-00000000.npy`, numbered by input;
+the folder is the first five digits. `dataset.json` is {"labels": [[name, label], ...] or null,
+...}; further keys describe the data.
 """
 
 import bisect
@@ -48,8 +49,8 @@ def _hidden(name: str) -> bool:
 class ArchiveReader:
     """Files of a folder or a zip by name, sorted.
 
-    Safe to use from several threads and after fork or pickling. Raises UserError for a path that does
-    not exist, a damaged or encrypted zip, and names in a zip that point outside it.
+    Safe to use from several threads and after fork or pickling. Raises UserError for a path that
+    does not exist, a damaged or encrypted zip, and names in a zip that point outside it.
     """
 
     def __init__(self, path: str):
@@ -62,7 +63,8 @@ class ArchiveReader:
             try:
                 self.names = sorted(_walk(self.path))
             except OSError as error:
-                raise UserError(f'{self.path} cannot be listed ({error.filename}: {error.strerror})') from None
+                raise UserError(f'{self.path} cannot be listed '
+                                f'({error.filename}: {error.strerror})') from None
         else:
             raise UserError(f'{self.path} does not exist; give a folder or a .zip file')
 
@@ -74,7 +76,8 @@ class ArchiveReader:
             raise UserError(f'{self.path} is not a readable zip file ({error})') from None
         for info in infos:
             name = info.filename
-            if name.startswith('/') or '..' in name.split('/') or stat.S_ISLNK(info.external_attr >> 16):
+            is_link = stat.S_ISLNK(info.external_attr >> 16)
+            if name.startswith('/') or '..' in name.split('/') or is_link:
                 raise UserError(f'{self.path}: {name!r} points outside the zip; '
                                 'make the zip without such names and links')
         infos = [info for info in infos if not _hidden(info.filename)]
@@ -86,11 +89,11 @@ class ArchiveReader:
                 raise UserError(f'{self.path}: {name!r} is in the zip twice')
             plain = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
             if info.flag_bits & 1 or not plain:
-                raise UserError(f'{self.path}: {name!r} is encrypted or compressed in an unusual way; '
-                                'use a plain zip')
-        # Numbers instead of ZipInfo objects: a tenth of the memory, and millions of files are usual.
-        columns = [(info.header_offset, info.compress_size, info.file_size, info.CRC, info.compress_type)
-                   for info in infos]
+                raise UserError(f'{self.path}: {name!r} is encrypted or compressed in an unusual '
+                                'way; use a plain zip')
+        # Numbers instead of ZipInfo objects: a tenth of the memory; millions of files are usual.
+        columns = [(info.header_offset, info.compress_size, info.file_size, info.CRC,
+                    info.compress_type) for info in infos]
         self._entries = np.array(columns, dtype=np.int64).reshape(-1, 5)
 
     def __getstate__(self):
@@ -117,7 +120,7 @@ class ArchiveReader:
         return os.path.join(self.path, self.names[index])
 
     def read(self, index: int) -> bytes:
-        """Bytes of file `names[index]`; UserError that names it if it cannot be read or is damaged."""
+        """Bytes of file `names[index]`; UserError if it cannot be read or is damaged."""
         try:
             if self.is_zip:
                 return self._read_entry(index)
@@ -134,7 +137,7 @@ class ArchiveReader:
         if self._file is None:
             self._file = open(self.path, 'rb')
         offset, packed, size, crc, method = self._entries[index].tolist()
-        # pread leaves the file position alone, so threads and forked processes share one descriptor.
+        # pread leaves the position alone, so threads and forked processes share one descriptor.
         descriptor = self._file.fileno()
         start = entry_start(os.pread(descriptor, LOCAL_HEADER, offset), offset)
         data = os.pread(descriptor, packed, start)
@@ -145,7 +148,7 @@ class ArchiveReader:
         return data
 
     def description(self) -> dict:
-        """The contents of dataset.json, {} if there is none. Raises UserError if it is no JSON object."""
+        """The contents of dataset.json, {} if there is none; UserError if it is no JSON object."""
         index = self.find(JSON_NAME)
         if index < 0:
             return {}
@@ -182,10 +185,10 @@ def _walk(root: str):
 
 
 def labels_of(reader: ArchiveReader, names: list[str], description: dict) -> np.ndarray | None:
-    """Labels of the files `names`: int64 [n], or float32 [n,D] for vectors, or None without labels.
+    """Labels of the files `names`: int64 [n], or float32 [n,D] for vectors, or None.
 
-    `description` is what dataset.json holds. Raises UserError if its labels are malformed, negative or
-    of mixed kinds, or some file has none.
+    `description` is what dataset.json holds. Raises UserError if its labels are malformed,
+    negative or of mixed kinds, or some file has none.
     """
     labels = description.get('labels')
     if labels is None:
@@ -215,8 +218,8 @@ def labels_of(reader: ArchiveReader, names: list[str], description: dict) -> np.
 class _StoredZip:
     """Writes a zip of uncompressed files, without time stamps: the same files give the same bytes.
 
-    Python's zipfile keeps an object for every file, hundreds of megabytes for millions of images, and
-    takes several times as long for each.
+    Python's zipfile keeps an object for every file, hundreds of megabytes for millions of images,
+    and takes several times as long for each.
     """
 
     limit = 0xFFFFFFFF  # offsets from here on need the zip64 fields
@@ -230,16 +233,18 @@ class _StoredZip:
     def add(self, name: str, data: bytes):
         raw = name.encode()
         # Flag: names are UTF-8. Date: 1 January 1980, the first day that a zip can name.
-        common = struct.pack('<4H3IH', 0x800, 0, 0, 0x21, zlib.crc32(data), len(data), len(data), len(raw))
+        size = len(data)
+        common = struct.pack('<4H3IH', 0x800, 0, 0, 0x21, zlib.crc32(data), size, size, len(raw))
         is_far = self.offset >= self.limit
         extra = struct.pack('<2HQ', 1, 8, self.offset) if is_far else b''
-        place = struct.pack('<4H2I', len(extra), 0, 0, 0, 0o100644 << 16, 0xFFFFFFFF if is_far else self.offset)
+        offset = 0xFFFFFFFF if is_far else self.offset
+        place = struct.pack('<4H2I', len(extra), 0, 0, 0, 0o100644 << 16, offset)
         self.directory += struct.pack('<4s2H', b'PK\1\2', 3 << 8 | 45, 45 if is_far else 20)
         self.directory += common + place + raw + extra
         header = struct.pack('<4sH', b'PK\3\4', 20) + common + struct.pack('<H', 0) + raw
         self.file.write(header)
         self.file.write(data)
-        self.offset += len(header) + len(data)
+        self.offset += len(header) + size
         self.count += 1
 
     def close(self):
@@ -247,24 +252,27 @@ class _StoredZip:
         start = self.offset
         self.file.write(self.directory)
         if self.count >= 0xFFFF or max(start, size) >= self.limit:
-            self.file.write(struct.pack('<4sQ2H2I4Q', b'PK\6\6', 44, 45, 45, 0, 0, self.count, self.count, size, start))
+            numbers = (44, 45, 45, 0, 0, self.count, self.count, size, start)
+            self.file.write(struct.pack('<4sQ2H2I4Q', b'PK\6\6', *numbers))
             self.file.write(struct.pack('<4sIQI', b'PK\6\7', 0, start + size, 1))
         count = min(self.count, 0xFFFF)
         start = 0xFFFFFFFF if start >= self.limit else start
-        self.file.write(struct.pack('<4s4H2IH', b'PK\5\6', 0, 0, count, count, min(size, 0xFFFFFFFF), start, 0))
+        numbers = (0, 0, count, count, min(size, 0xFFFFFFFF), start, 0)
+        self.file.write(struct.pack('<4s4H2IH', b'PK\5\6', *numbers))
         self.file.close()
 
 
 class ArchiveWriter:
-    """Writes an archive that appears at `dest` only when complete: a zip if `dest` ends in .zip, else a folder.
+    """Writes what appears only when complete: a zip if `dest` ends in .zip, else a folder.
 
         with ArchiveWriter('x.zip') as out:
             out.add(image_name(0), png)
             out.add_description({'labels': None})
 
-    Raises UserError at once if `dest` exists (an empty folder is fine). With `overwrite=True` it is
-    replaced when the new archive is complete; a folder only if it is an archive, i.e. holds
-    dataset.json. `sync=False` does not wait until a zip is on the disk: for what can be made again.
+    Raises UserError at once if `dest` exists (an empty folder is fine). With `overwrite=True` it
+    is replaced when the new archive is complete; a folder only if it is an archive, i.e. holds
+    dataset.json. `sync=False` does not wait until a zip is on the disk: for what can be made
+    again.
     """
 
     def __init__(self, dest: str, overwrite: bool = False, sync: bool = True):
@@ -316,7 +324,8 @@ class ArchiveWriter:
             if error.errno not in _DISK_ERRORS:
                 raise
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-            raise _dest_error(self.dest, f'cannot be written ({error.strerror}); choose another place') from None
+            text = f'cannot be written ({error.strerror}); choose another place'
+            raise _dest_error(self.dest, text) from None
 
 
 def _dest_error(dest, text) -> UserError:
@@ -336,7 +345,7 @@ def check_destination(dest: str, overwrite: bool = False):
 
 
 def check_new(dest: str, overwrite: bool = False):
-    """Raises UserError if `dest` exists and must not be overwritten, or no file can be made there."""
+    """Raises UserError if `dest` exists and is not to be overwritten, or cannot be made."""
     if not os.path.lexists(dest):
         check_parent(dest)
     elif not overwrite:

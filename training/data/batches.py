@@ -1,4 +1,4 @@
-"""Batches for training from a data set: dictionaries that depend on the seed and the image count."""
+"""Batches for training from a data set: they depend on the seed and the image count alone."""
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,14 +16,15 @@ RESIDENT_BYTES = 2 << 30  # a data set up to this size is kept on the GPU
 class DatasetBatches:
     """Endless shuffled batches of a data set, encoded for the network.
 
-    Image number g of the run (counted from 0) is always the same image with the same random numbers,
-    whichever process asks for it and however the run is cut into batches.
+    Image number g of the run (counted from 0) is always the same image with the same random
+    numbers, whichever process asks for it and however the run is cut into batches.
 
-    order: has `indices(positions)` (see training.data.sampler; default: EDM2's). workers: threads that
-    read ahead. resident: keep a data set that is small enough on the GPU.
+    order: has `indices(positions)` (see training.data.sampler; default: EDM2's). workers: threads
+    that read ahead. resident: keep a data set that is small enough on the GPU.
     """
 
-    def __init__(self, dataset, encoder, device, seed=0, order=None, workers=2, prefetch=4, resident=True):
+    def __init__(self, dataset, encoder, device, seed=0, order=None, workers=2, prefetch=4,
+                 resident=True):
         self.dataset = dataset
         self.encoder = encoder
         self.device = torch.device(device)
@@ -34,21 +35,24 @@ class DatasetBatches:
         self._resident = None
         small = len(dataset) * int(np.prod(dataset.image_shape)) <= RESIDENT_BYTES
         if resident and small and self.device.type == 'cuda':
-            self._resident = torch.from_numpy(dataset.images(np.arange(len(dataset)))).to(self.device)
+            images = dataset.images(np.arange(len(dataset)))
+            self._resident = torch.from_numpy(images).to(self.device)
 
     def iterate(self, plan: Iterable[tuple[int, int]]) -> Iterator[dict]:
         """For each `(start, count)` of the plan, images `start .. start + count - 1` of the run.
 
-        Keys: `images` [N,C,H,W] float32, encoded; `labels` float32 [N, label_dim]; `random`; `start`.
-        Files are read ahead in threads; transfers to the GPU do not wait.
+        Keys: `images` [N,C,H,W] float32, encoded; `labels` float32 [N, label_dim]; `random`;
+        `start`. Files are read ahead in threads; transfers to the GPU do not wait.
         """
-        items = ((start, self.order.indices(np.arange(start, start + count))) for start, count in plan)
+        items = ((start, self.order.indices(np.arange(start, start + count)))
+                 for start, count in plan)
         with ThreadPoolExecutor(self.workers, thread_name_prefix='dataset') as pool:
             for start, *loaded in map_ahead(pool, self._load, items, self.prefetch):
                 images, labels = (x.to(self.device, non_blocking=True) for x in loaded)
                 if self._resident is not None:
                     images = self._resident[images]
-                random = BlockRandomGenerator(self.device, tuple_seed(self.seed, 0), start, len(images))
+                seed = tuple_seed(self.seed, 0)
+                random = BlockRandomGenerator(self.device, seed, start, len(images))
                 images = self.encoder.encode_latents(images, random)
                 yield {'images': images, 'labels': labels, 'random': random, 'start': start}
 

@@ -1,4 +1,4 @@
-"""From a source to an archive: images chosen, read, made equal in size, and stored as plain PNG."""
+"""From a source to an archive: images chosen, read, made equal in size, stored as plain PNG."""
 
 import collections
 import concurrent.futures
@@ -69,9 +69,10 @@ def by_class(source, classes: list[int] | None = None, nums: int | None = None,
              seed: int = 0) -> Selection:
     """`nums` images of each class, drawn without replacement; labels 0..C-1 in the order given.
 
-    classes: original indices (`source.classes`); None for all. nums: None or 0 takes all images of a
-    class. What is drawn of a class depends on `seed` and its original index alone: sets of more
-    classes or more images contain those of fewer. Within a class, images stay in the source's order.
+    classes: original indices (`source.classes`); None for all. nums: None or 0 takes all images
+    of a class. What is drawn of a class depends on `seed` and its original index alone: sets of
+    more classes or more images contain those of fewer. Within a class, images stay in the
+    source's order.
 
     Raises UserError for classes that do not exist or are given twice, or have too few images.
     """
@@ -91,8 +92,8 @@ def by_class(source, classes: list[int] | None = None, nums: int | None = None,
         members = np.flatnonzero(source.labels == label)
         if len(members) < max(nums or 0, 1):
             name = f' ({source.class_names[label]})' if source.class_names else ''
-            raise UserError(f'class {original}{name} of {source.name} has only {len(members)} images',
-                            field='nums')
+            raise UserError(f'class {original}{name} of {source.name} has only {len(members)} '
+                            'images', field='nums')
         if nums:
             random = np.random.RandomState([seed % (1 << 32), original])
             members = np.sort(random.permutation(members)[:nums])
@@ -103,7 +104,7 @@ def by_class(source, classes: list[int] | None = None, nums: int | None = None,
     return Selection(np.concatenate(parts), labels, **tables, rule=rule)
 
 
-# --- Conversion -----------------------------------------------------------------------------------
+# --- Conversion ---------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -117,7 +118,8 @@ class Converted:
 
 
 def convert(source: Source, selection: Selection, dest: str, *, resolution=None, transform=None,
-            workers=None, skip_corrupt=False, overwrite=False, notes: dict | None = None) -> Converted:
+            workers=None, skip_corrupt=False, overwrite=False,
+            notes: dict | None = None) -> Converted:
     """Writes the selected images of a source as an archive at `dest`.
 
     Image i of the selection becomes `image_name(i)`; images that the transform rejects and, with
@@ -125,8 +127,8 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
     threads where the source is in memory; default: one for each core).
 
     resolution: (width, height) or None. transform: see `make_transform`. notes: further keys for
-    dataset.json. Raises UserError that names the file: damaged images, results that are not square,
-    equal and a power of two.
+    dataset.json. Raises UserError that names the file: damaged images, results that are not
+    square, equal and a power of two.
     """
     width, height = resolution or (None, None)
     job = _Job(source, (transform, width, height))
@@ -139,7 +141,8 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
     with contextlib.ExitStack() as stack:
         # No waiting for the disk: the source is still there if the power fails.
         out = stack.enter_context(ArchiveWriter(dest, overwrite, sync=False))
-        results = _convert_all(job, selection.indices, core_count() if workers is None else workers)
+        workers = core_count() if workers is None else workers
+        results = _convert_all(job, selection.indices, workers)
         stack.enter_context(contextlib.closing(results))
         bar = tqdm.tqdm(results, total=len(selection), unit='image', delay=2, disable=None)
         for position, result in enumerate(stack.enter_context(bar)):
@@ -157,8 +160,8 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
                         shape = image_shape
                         _check_size(shape[1], shape[0], where)
                     if image_shape != shape:
-                        raise UserError(f'{where} gives {image_shape[1]}x{image_shape[0]} pixels, but '
-                                        f'images before it {shape[1]}x{shape[0]}; '
+                        raise UserError(f'{where} gives {image_shape[1]}x{image_shape[0]} pixels, '
+                                        f'but images before it {shape[1]}x{shape[0]}; '
                                         'give a resolution (and a transform)')
                     out.add(image_name(position), data)
                     kept.append(position)
@@ -173,18 +176,22 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
 
 
 def _check_size(width: int, height: int, where: str | None = None):
-    """Raises UserError unless the sides are equal and a power of two: of the image `where`, else asked for."""
+    """Raises UserError unless the sides are equal and a power of two.
+
+    They are those of the image `where`, or the resolution that is asked for.
+    """
     if width == height and not width & (width - 1):
         return
     size = f'{width}x{height}'
     what = 'not square' if width != height else 'no power of two'
-    text = f'pixels are {what}, which networks need; choose a resolution, e.g. 64x64, and a transform'
+    text = (f'pixels are {what}, which networks need; '
+            'choose a resolution, e.g. 64x64, and a transform')
     if where is None:
         raise UserError(text, field='resolution', value=size)
     raise UserError(f'{where}: {size} {text}')
 
 
-# --- Workers --------------------------------------------------------------------------------------
+# --- Workers ------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -211,7 +218,7 @@ class _Job:
         make_transform(*rule)  # raises for what cannot be made
 
     def convert(self, indices) -> list:
-        """What became of each image: a `_Png`, a `_Damaged`, or None if the transform rejects it."""
+        """What became of each image: a `_Png`, a `_Damaged`, or None for a rejected one."""
         transform = make_transform(*self.rule)
         results = []
         by_shape = collections.defaultdict(list)
@@ -222,7 +229,7 @@ class _Job:
                 results.append(_Damaged(str(error)))
             if isinstance(results[-1], np.ndarray):
                 by_shape[results[-1].shape].append(len(results) - 1)
-        for shape, places in by_shape.items():  # encoded together, which is faster for small images
+        for shape, places in by_shape.items():  # encoded together: faster for small images
             files = encode_pngs(np.stack([results[place] for place in places]))
             for place, file in zip(places, files, strict=True):
                 results[place] = _Png(file.tobytes(), shape[:2])
@@ -263,7 +270,8 @@ def _convert_all(job, indices, workers):
         for results in map_ahead(pool, work, chunks, 2 * workers):
             yield from results
     except BrokenProcessPool:
-        raise UserError('a worker process died, perhaps for lack of memory; use fewer workers') from None
+        raise UserError('a worker process died, perhaps for lack of memory; '
+                        'use fewer workers') from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

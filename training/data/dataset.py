@@ -49,7 +49,8 @@ class Dataset:
         if labels is None:
             return 0
         count = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
-        named = {len(table) for table in (self.classes, self.class_names, self.wnids) if table is not None}
+        tables = (self.classes, self.class_names, self.wnids)
+        named = {len(table) for table in tables if table is not None}
         if not named:
             return count
         if len(named) > 1 or max(named) < count:
@@ -88,10 +89,11 @@ class Dataset:
 
     @property
     def label_ids(self) -> np.ndarray:
-        """Class of every image, int64 [len]: the largest entry of label vectors, 0 without labels."""
-        if self.stored_labels is None:
+        """Class of every image, int64 [len]: the largest entry of vectors, 0 without labels."""
+        labels = self.stored_labels
+        if labels is None:
             return np.zeros(len(self), dtype=np.int64)
-        return self.stored_labels.argmax(axis=1) if self.stored_labels.ndim == 2 else self.stored_labels
+        return labels.argmax(axis=1) if labels.ndim == 2 else labels
 
     @property
     def class_counts(self) -> np.ndarray | None:
@@ -163,10 +165,10 @@ class ImageDataset(Dataset):
     def _check_shapes(self):
         _, height, width = self.image_shape
         if height != width:
-            raise UserError(f'{self._where(0)} is {width} x {height}; images of a data set must be square '
-                            '(see dataset_tool.py convert --resolution)')
-        # Uncompressed files of one shape have one size, and of another shape mostly another: compare
-        # shapes where sizes differ. Compressed images are compared when they are read.
+            raise UserError(f'{self._where(0)} is {width} x {height}; images must be square '
+                            '(dataset_tool.py convert makes them so)')
+        # Uncompressed files of one shape have one size, and of another shape mostly another:
+        # compare shapes where sizes differ. Compressed images are compared when they are read.
         rows = np.linspace(0, len(self._files) - 1, min(len(self._files), 10000)).astype(int)
         sizes = np.array([self._reader.size(self._files[row]) for row in rows])
         for row in rows[sizes != sizes[0]][:16]:
@@ -203,12 +205,15 @@ class ImageDataset(Dataset):
         """Image `row` of the archive as [C,H,W]."""
         data = self._reader.read(self._files[row])
         try:
-            image = _decode_npy(data) if self._is_latents else decode_image(data).transpose(2, 0, 1)
+            if self._is_latents:
+                image = _decode_npy(data)
+            else:
+                image = decode_image(data).transpose(2, 0, 1)
         except BadImage as error:
             raise UserError(f'{self._where(row)}: {error}') from None
         if self.image_shape is not None and image.shape != self.image_shape:
-            raise UserError(f'{self._where(row)} has shape {list(image.shape)}, but the first image has '
-                            f'{list(self.image_shape)}; all images must be equal in shape')
+            raise UserError(f'{self._where(row)} has shape {list(image.shape)}, but the first '
+                            f'image has {list(self.image_shape)}; all must be equal in shape')
         return image
 
     def images(self, indices) -> np.ndarray:
@@ -245,15 +250,17 @@ def _decode_npy(data: bytes) -> np.ndarray:
     except (ValueError, EOFError, OSError, MemoryError) as error:
         raise BadImage(f'damaged array ({error})') from None
     if array.ndim != 3 or array.dtype.kind != 'f':
-        raise BadImage(f'{array.dtype} array of shape {list(array.shape)} instead of float32 [C,H,W]')
+        raise BadImage(f'{array.dtype} array of shape {list(array.shape)} '
+                       'instead of float32 [C,H,W]')
     return array.astype(np.float32)
 
 
 def class_index(description: dict, text) -> int:
     """Label of the class that a user names, for a data set with this `Dataset.description()`.
 
-    `text` is an original class index ('171': its place in `classes`; the label itself if the data set
-    has no `classes`), a class name or an ImageNet wnid. Raises UserError that lists what exists.
+    `text` is an original class index ('171': its place in `classes`; the label itself if the data
+    set has no `classes`), a class name or an ImageNet wnid. Raises UserError that lists what
+    exists.
     """
     count = description['label_dim']
     if count == 0:
@@ -264,13 +271,15 @@ def class_index(description: dict, text) -> int:
         labels = [i for i, name in enumerate(table or []) if _plain(name) == _plain(text)]
         if len(labels) > 1:
             numbers = ', '.join(classes[i] for i in labels)
-            raise UserError(f'class {text!r} is ambiguous: it names the classes [{numbers}]; give the number')
+            raise UserError(f'class {text!r} is ambiguous: it names the classes [{numbers}]; '
+                            'give the number')
         if labels:
             return labels[0]
     choices = [f'{c} ({name})' if name not in (c, None) else c
                for c, name in zip(classes, names or [None] * count, strict=False)]
     shown = ', '.join(choices[:20]) + (f', ... ({count} in all)' if count > 20 else '')
-    raise UserError(f'class {text!r} is not in the data set {description["name"]}, which has: {shown}')
+    raise UserError(f'class {text!r} is not in the data set {description["name"]}, '
+                    f'which has: {shown}')
 
 
 def _plain(name) -> str:

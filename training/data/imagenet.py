@@ -14,7 +14,7 @@ SIMILARITY_LEVELS = {
 
 @functools.cache
 def classes() -> tuple[tuple[str, str], ...]:
-    """(wnid, name) of each class by index: classes()[171] == ('n02091032', 'Italian greyhound')."""
+    """(wnid, name) of each class by index: classes()[171] is 'n02091032', 'Italian greyhound'."""
     text = pathlib.Path(__file__).with_name('imagenet-classes.tsv').read_text(encoding='utf-8')
     return tuple(tuple(line.split('\t')[1:]) for line in text.splitlines()[1:])
 

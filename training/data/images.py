@@ -25,9 +25,11 @@ class NpzImages(Dataset):
             labels = open_array(path, label_key) if has_labels else None
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             reason = ' '.join(str(error).split())[:100]
-            raise UserError(f'{path}: no .npz file with the array {image_key} ({reason})') from None
+            raise UserError(f'{path}: no .npz file with the array {image_key} '
+                            f'({reason})') from None
         shape = self._array.shape
-        if self._array.dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or not shape[0]:
+        is_images = len(shape) == 4 and shape[3] in (1, 3) and shape[0] > 0
+        if self._array.dtype != np.uint8 or not is_images:
             raise UserError(f'{path}: {image_key} is {self._array.dtype} {list(shape)} '
                             'instead of uint8 images [N, H, W, 3]')
         if has_labels:
@@ -55,9 +57,9 @@ def open_dataset(path: str, **options) -> Dataset:
 
 
 def open_images(path: str) -> Dataset:
-    """The same for images to be measured. Raises UserError for what is no data set, and for latents."""
+    """The same for images to be measured. Raises UserError for latents too."""
     images = open_dataset(path, cache=False)
     if images.dtype != np.uint8:
-        raise UserError(f'{path} holds latents; metrics need pixels: give the data set that was encoded, '
-                        'or its decoding (dataset_tool.py decode)')
+        raise UserError(f'{path} holds latents; metrics need pixels: give the data set that was '
+                        'encoded, or its decoding (dataset_tool.py decode)')
     return images

@@ -1,4 +1,4 @@
-"""Archives of pixels to archives of latents and back; any number of processes has the same result."""
+"""Archives of pixels to archives of latents and back, the same for any number of processes."""
 
 import contextlib
 import io
@@ -17,7 +17,8 @@ from training.data.dataset import ImageDataset
 from training.encoders import StabilityVAEEncoder, encoder_for, make_encoder
 
 
-def encode(source: str, dest: str, encoder: StabilityVAEEncoder, *, batch=16, overwrite=False) -> int:
+def encode(source: str, dest: str, encoder: StabilityVAEEncoder, *, batch=16,
+           overwrite=False) -> int:
     """Stores mean and std of the autoencoder's posterior for every image of an archive of pixels.
 
     `dest` gets `latent_name(i)` (float32 [8,R/8,R/8]) for image i of `source`, its labels and its
@@ -49,7 +50,8 @@ def decode(source: str, dest: str, *, model_url=None, precision='fp32', batch=16
            overwrite=False) -> int:
     """Pictures of the means of an archive of latents: PNG files at `dest` with the same labels.
 
-    The autoencoder is the one that the archive names, or `model_url`. Returns the number of images.
+    The autoencoder is the one that the archive names, or `model_url`. Returns the number of
+    images.
     """
     check_destination(dest, overwrite)
     dataset = ImageDataset(source, cache=False)
@@ -73,8 +75,8 @@ def decode(source: str, dest: str, *, model_url=None, precision='fp32', batch=16
 def _map(dataset, dest, function, to_bytes, name_of, batch, overwrite, encoder) -> int:
     """Writes `to_bytes(function(images))` of all images, and returns their number.
 
-    Batches are the same ones for any number of processes. Process r of R takes batches r, r+R, ...;
-    the first process gathers and writes them in order.
+    Batches are the same ones for any number of processes. Process r of R takes batches r, r+R,
+    ...; the first process gathers and writes them in order.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
     batches = [np.arange(i, min(i + batch, len(dataset))) for i in range(0, len(dataset), batch)]

@@ -23,17 +23,18 @@ def summarize(dataset: Dataset, limit: int = 10000) -> dict:
         moments += [(images**power).sum(axis=(0, 2, 3)) for power in range(3)]
     mean, square = moments[1:] / np.maximum(moments[0], 1)
     counts = dataset.class_counts.tolist() if dataset.has_labels else []
+    std = np.sqrt(np.maximum(square - mean**2, 0))
     return dataset.description() | {
-        'dtype': str(dataset.dtype), 'counts': counts, 'measured': len(indices), 'nonfinite': nonfinite,
-        'mean': mean.tolist(), 'std': np.sqrt(np.maximum(square - mean**2, 0)).tolist()}
+        'dtype': str(dataset.dtype), 'counts': counts, 'measured': len(indices),
+        'nonfinite': nonfinite, 'mean': mean.tolist(), 'std': std.tolist()}
 
 
 def contact_sheet(dataset: Dataset, columns: int = 10, rows: int = 10):
     """Images uint8 [n,3,H,W] row by row, the number of columns, and a name for each row (or None).
 
-    With labels, a row shows the first images of one class (up to `rows` evenly spaced classes); else
-    images are evenly spaced. Where a row is short of images, they are white. Latents show their first
-    three mean channels.
+    With labels, a row shows the first images of one class (up to `rows` evenly spaced classes);
+    else images are evenly spaced. Where a row is short of images, they are white. Latents show
+    their first three mean channels.
     """
     if dataset.has_labels:
         ids = dataset.label_ids

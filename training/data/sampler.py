@@ -1,7 +1,8 @@
 """The order of the training images: endless streams of indices that depend on a seed alone.
 
-Position g of a stream is the g-th image that training sees, counted over all processes. A process that trains on
-part of a batch asks for its own positions, so the order never depends on the number of processes.
+Position g of a stream is the g-th image that training sees, counted over all processes. A process
+that trains on part of a batch asks for its own positions, so the order never depends on the
+number of processes.
 """
 
 import numpy as np
@@ -12,7 +13,8 @@ from torch_utils.random import tuple_seed
 class EpochShuffle:
     """EDM2's order: every epoch is a fresh shuffle of 0..n-1, seeded by (seed, epoch).
 
-    Position g is entry `g mod n` of epoch `g div n`. Nothing needs to be stored to go on from any position.
+    Position g is entry `g mod n` of epoch `g div n`. Nothing needs to be stored to go on from any
+    position.
     """
 
     def __init__(self, n: int, seed: int = 0, shuffle: bool = True):
@@ -32,7 +34,7 @@ class EpochShuffle:
         return self._epochs[epoch]
 
     def indices(self, positions) -> np.ndarray:
-        """Image indices (int64, shape of `positions`) at the given positions (int64 >= 0, any order)."""
+        """Image indices (int64, shape of `positions`) at the positions (int64 >= 0, any order)."""
         positions = np.asarray(positions, dtype=np.int64)
         epochs, entries = np.divmod(positions, self.n)
         out = np.empty_like(positions)
@@ -43,11 +45,12 @@ class EpochShuffle:
 
 
 class WindowShuffle:
-    """EDM's order: one shuffle of 0..n-1, in which each visited entry is then swapped with one of the last n*window.
+    """EDM's order: one shuffle of 0..n-1, in which each visited entry is then swapped with one of
+    the last n*window.
 
-    With `window=0` the first shuffle repeats for ever. Otherwise the order after a position depends on all draws before
-    it: going forward, from one call to the next or from the start in a resumed run, takes some tenths of a microsecond for
-    each image.
+    With `window=0` the first shuffle repeats for ever. Otherwise the order after a position
+    depends on all draws before it: going forward, from one call to the next or from the start in
+    a resumed run, takes some tenths of a microsecond for each image.
     """
 
     CHUNK = 1 << 16  # positions that are passed over at a time
@@ -71,7 +74,7 @@ class WindowShuffle:
         self._position = 0
 
     def indices(self, positions) -> np.ndarray:
-        """Image indices (int64, shape of `positions`) at the given positions (int64 >= 0, any order)."""
+        """Image indices (int64, shape of `positions`) at the positions (int64 >= 0, any order)."""
         positions = np.asarray(positions, dtype=np.int64)
         if self._window < 2:
             return self._order[positions % self.n]

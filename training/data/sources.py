@@ -4,8 +4,8 @@ Every source is a list of images with `len()`, `read(index)` -> uint8 [H,W,3] (r
 `where(index)` (its name for messages), and
 
     labels      int64 [n], float32 [n,D], or None
-    classes     original index of each label, or None: ImageNet's for wnid folders, else its place in
-                the sorted list
+    classes     original index of each label, or None: ImageNet's for wnid folders, else its place
+                in the sorted list
     class_names, wnids   the same as text, or None
     implied     True if labels are folder names, which count only if there are several
     in_memory   True if images are decoded already: workers are then threads, not processes
@@ -16,12 +16,14 @@ Sources travel to worker processes: they can be pickled and forked. A new kind i
 
 import dataclasses
 import gzip
+import itertools
 import os
 import re
 import struct
 import tarfile
 import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 
@@ -62,11 +64,11 @@ class Source:
         self.wnids = wnids
 
 
-# --- Files of images ------------------------------------------------------------------------------
+# --- Files of images ----------------------------------------------------------------------------
 
 
 class FileSource(Source):
-    """Images of a folder or zip, with labels of dataset.json, else the sorted top-level folders."""
+    """Images of a folder or zip; labels of dataset.json, else the sorted top-level folders."""
 
     kind = 'a folder or .zip of images'
 
@@ -112,9 +114,9 @@ class FileSource(Source):
         if not folders or (len(folders) == 1 and None in tops):
             return
         if None in tops:
-            raise UserError(f'{self.name} has class folders, but {tops.count(None)} of {len(names)} '
-                            f'images lie outside them, e.g. {names[tops.index(None)]}; move them, '
-                            'or add a dataset.json')
+            raise UserError(f'{self.name} has class folders, but {tops.count(None)} of '
+                            f'{len(names)} images lie outside them, e.g. '
+                            f'{names[tops.index(None)]}; move them, or add a dataset.json')
         self.implied = True
         label_of = {folder: label for label, folder in enumerate(folders)}
         labels = [label_of[top] for top in tops]
@@ -122,7 +124,8 @@ class FileSource(Source):
         if None in indices:
             self.name_classes(labels, folders)
         else:
-            self.name_classes(labels, [imagenet.classes()[i][1] for i in indices], folders, indices)
+            class_names = [imagenet.classes()[index][1] for index in indices]
+            self.name_classes(labels, class_names, folders, indices)
 
     def __len__(self):
         return len(self.files)
@@ -135,7 +138,8 @@ class FileSource(Source):
 
 
 class ListSource(Source):
-    """Images named in a text file: one path a line, relative to its folder or the working directory.
+    """Images named in a text file: one path a line, relative to its folder or the working
+    directory.
 
     A tab and a whole number after every path give labels. Empty lines and those that start with #
     are left out.
@@ -147,30 +151,28 @@ class ListSource(Source):
         super().__init__(path)
         try:
             with open(path, encoding='utf-8') as file:
-                lines = [(number, line.strip()) for number, line in enumerate(file, 1)]
+                lines = enumerate(map(str.strip, file), 1)
+                rows = [(number, *line.partition('\t')[::2]) for number, line in lines
+                        if line and not line.startswith('#')]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f'{path} cannot be read as a list of image paths ({error})') from None
-        lines = [(number, line) for number, line in lines if line and not line.startswith('#')]
-        if not lines:
+        if not rows:
             raise UserError(f'{path} lists no images; write one path a line')
         self.paths = []
         labels = []
-        missing = []
-        for number, line in lines:
-            name, _, label = line.partition('\t')
-            if label and not label.strip().isdigit():
-                raise UserError(f'{path} line {number}: label {label!r} is not a whole number')
-            labels.append(int(label) if label else -1)
+        for number, name, label in rows:
             beside = os.path.join(os.path.dirname(path), name)
             self.paths.append(beside if os.path.isfile(beside) else name)
             if not os.path.isfile(self.paths[-1]):
-                missing.append(f'line {number}: {name}')
-        if missing:
-            raise UserError(f'{path}: {len(missing)} of {len(lines)} images do not exist, '
-                            f'e.g. {missing[0]}')
-        if max(labels) >= 0:
-            if min(labels) < 0:
-                raise UserError(f'{path}: {labels.count(-1)} of {len(lines)} images have no label')
+                raise UserError(f'{path} line {number}: {name} does not exist')
+            if label and not label.strip().isdigit():
+                raise UserError(f'{path} line {number}: label {label!r} is not a whole number')
+            if label:
+                labels.append(int(label))
+        if labels:
+            if len(labels) < len(rows):
+                missing = len(rows) - len(labels)
+                raise UserError(f'{path}: {missing} of {len(rows)} images have no label')
             self.name_classes(labels, classes=range(max(labels) + 1))
 
     @staticmethod
@@ -200,7 +202,8 @@ class LmdbSource(Source):
         super().__init__(path)
         self._environment = None
         with self._begin() as transaction:
-            self.keys = [bytes(key) for key in transaction.cursor().iternext(keys=True, values=False)]
+            keys = transaction.cursor().iternext(keys=True, values=False)
+            self.keys = [bytes(key) for key in keys]
         self._environment = None
         if not self.keys:
             raise UserError(f'{path} is an empty database')
@@ -238,7 +241,7 @@ class LmdbSource(Source):
         return f'{self.name}: {self.keys[index].decode("latin1")}'
 
 
-# --- Data sets in files of their own --------------------------------------------------------------
+# --- Data sets in files of their own ------------------------------------------------------------
 
 
 class ArraySource(Source):
@@ -317,7 +320,8 @@ def _read_idx(path: str, dimensions: int) -> np.ndarray:
             size = int(np.prod(shape, dtype=object))
             data = file.read(min(size, 1 << 34) + 1)
     except FileNotFoundError:
-        raise UserError(f'{path} does not exist; it belongs beside the other file of the data set') from None
+        raise UserError(f'{path} does not exist; it belongs beside the other file '
+                        'of the data set') from None
     except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise UserError(f'{path} is no readable idx file ({error})') from None
     if len(data) != size:
@@ -339,52 +343,61 @@ class _CifarLayout:
 _CIFAR10 = _CifarLayout('batches.meta', 'label_names', 'labels',
                         tuple(f'data_batch_{i}' for i in range(1, 6)), ('test_batch',))
 _CIFAR100 = _CifarLayout('meta', 'fine_label_names', 'fine_labels', ('train',), ('test',))
-_COARSE = dataclasses.replace(_CIFAR100, names_key='coarse_label_names', labels_key='coarse_labels')
+_COARSE = dataclasses.replace(_CIFAR100, names_key='coarse_label_names',
+                              labels_key='coarse_labels')
 
 
 class CifarSource(ArraySource):
     """CIFAR-10 or CIFAR-100 from its `-python.tar.gz` or the unpacked folder.
 
-    `split` is 'train' or 'test'; `coarse` takes CIFAR-100's 20 coarse labels. Raises UserError that
-    names the file for any other layout.
+    `split` is 'train' or 'test'; `coarse` takes CIFAR-100's 20 coarse labels. Raises UserError
+    that names the file for any other layout.
     """
 
     kind = 'cifar-10-python.tar.gz, cifar-100-python.tar.gz (or their unpacked folders)'
 
     def __init__(self, path: str, coarse: bool = False, split: str = 'train'):
-        files = _cifar_files(path, split)
+        files = _read_folder(path, split) if os.path.isdir(path) else _read_tar(path, split)
         layout = _CIFAR10 if _CIFAR10.meta in files else _COARSE if coarse else _CIFAR100
         if layout.meta not in files:
-            raise UserError(f'{path} holds no CIFAR batches; for another archive, unpack it and give the folder')
+            raise UserError(f'{path} holds no CIFAR batches; for another archive, '
+                            'unpack it and give the folder')
         self.coarse = layout is _COARSE
-        names = _cifar_batch(path, layout.meta, files).get(layout.names_key)
-        if not isinstance(names, list) or not names:
-            raise UserError(f'{path}: the meta file has no class names; it is not the original CIFAR layout')
-        names = [_text(name) for name in names]
-        batches = [self._read_batch(path, name, files, layout.labels_key, len(names))
-                   for name in getattr(layout, split)]
-        images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
-        super().__init__(path, images, labels, names)
+        images = []
+        labels = []
+        for name in (layout.meta, *getattr(layout, split)):
+            if name not in files:
+                raise UserError(f'{path}: {name} is missing; download the archive again')
+            try:
+                content = pickles.load(files.pop(name), pickles.NUMPY_ARRAYS)
+                content = {_text(key): value for key, value in content.items()}
+                if name == layout.meta:
+                    names = [_text(value) for value in content[layout.names_key]]
+                    continue
+                images.append(content['data'].array())
+                labels.append(np.array(content[layout.labels_key], dtype=np.int64))
+                self._check(images[-1], labels[-1], len(names))
+            except (KeyError, AttributeError, TypeError, ValueError,
+                    pickles.ForeignPickleError) as error:
+                raise UserError(f'{path}: {name} is not the original CIFAR layout '
+                                f'({error})') from None
+        images = np.concatenate(images).reshape(-1, 3, 32, 32)
+        super().__init__(path, images, np.concatenate(labels), names)
 
     @staticmethod
     def matches(path):
-        return re.search(r'\.(tar|tgz|tar\.\w+)$', path.lower()) is not None or _cifar_folder(path) is not None
+        return re.search(r'\.(tar|tgz|tar\.\w+)$', path.lower()) or _cifar_folder(path)
 
     @staticmethod
-    def _read_batch(path, name, files, labels_key, num_classes):
-        """Images uint8 [n,3,32,32] and labels int64 [n] of a file of the data set."""
-        batch = _cifar_batch(path, name, files)
-        del files[name]
-        try:
-            data = batch['data'].array()
-            labels = np.array(batch[labels_key], dtype=np.int64)
-        except (KeyError, AttributeError, TypeError, ValueError, pickles.ForeignPickleError) as error:
-            raise UserError(f'{path}: {name} is not the original CIFAR layout ({error})') from None
-        if data.dtype != np.uint8 or data.shape != (len(labels), 3072) or not len(labels) \
-                or labels.min() < 0 or labels.max() >= num_classes:
-            raise UserError(f'{path}: {name} is not the original CIFAR layout: {data.dtype} data '
-                            f'{list(data.shape)} with {len(labels)} labels')
-        return data.reshape(-1, 3, 32, 32), labels
+    def _check(images, labels, num_classes):
+        if images.dtype != np.uint8 or images.shape != (len(labels), 3072) or not len(labels):
+            raise ValueError(f'{images.dtype} data {list(images.shape)} with {len(labels)} labels')
+        if labels.min() < 0 or labels.max() >= num_classes:
+            raise ValueError(f'labels from {labels.min()} to {labels.max()}')
+
+
+def _text(value) -> str:
+    return value.decode('latin1') if isinstance(value, bytes) else str(value)
 
 
 def _cifar_folder(path: str) -> str | None:
@@ -392,51 +405,43 @@ def _cifar_folder(path: str) -> str | None:
     for below in ('', 'cifar-10-batches-py', 'cifar-100-python'):
         folder = os.path.join(path, below)
         for layout in (_CIFAR10, _CIFAR100):
-            if all(os.path.isfile(os.path.join(folder, name)) for name in (layout.meta, layout.train[0])):
+            marks = (layout.meta, layout.train[0])
+            if all(os.path.isfile(os.path.join(folder, name)) for name in marks):
                 return folder
     return None
 
 
-def _cifar_files(path: str, split: str) -> dict[str, bytes]:
-    """{base name: content} of what a CIFAR archive or folder has of a split."""
-    wanted = {name for layout in (_CIFAR10, _CIFAR100) for name in (layout.meta, *getattr(layout, split))}
+def _cifar_names(split: str) -> set[str]:
+    return {name for layout in (_CIFAR10, _CIFAR100)
+            for name in (layout.meta, *getattr(layout, split))}
+
+
+def _read_folder(path: str, split: str) -> dict[str, bytes]:
+    """{base name: content} of what an unpacked CIFAR archive has of a split."""
+    folder = _cifar_folder(path) or path
+    paths = {name: os.path.join(folder, name) for name in _cifar_names(split)}
+    return {name: Path(path).read_bytes() for name, path in paths.items() if os.path.isfile(path)}
+
+
+def _read_tar(path: str, split: str) -> dict[str, bytes]:
+    """The same of the archive itself."""
+    names = _cifar_names(split)
     files = {}
-    if os.path.isdir(path):
-        folder = _cifar_folder(path) or path
-        for name in wanted & set(os.listdir(folder)):
-            with open(os.path.join(folder, name), 'rb') as file:
-                files[name] = file.read()
-        return files
     try:
         with tarfile.open(path, 'r|*', bufsize=1 << 17) as tar:
             for count, member in enumerate(tar):
                 name = os.path.basename(member.name)
-                if member.isfile() and name in wanted and member.size < 1 << 29:
+                if member.isfile() and name in names and member.size < 1 << 29:
                     files[name] = tar.extractfile(member).read()
                 if count > 50 and not files:
                     break  # some other archive, perhaps a large one
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise UserError(f'{path} is damaged or no tar archive ({error}); download it again') from None
+        raise UserError(f'{path} is damaged or no tar archive ({error}); '
+                        'download it again') from None
     return files
 
 
-def _cifar_batch(path, name, files) -> dict:
-    if name not in files:
-        raise UserError(f'{path}: {name} is missing; download the archive again')
-    try:
-        batch = pickles.load(files[name], pickles.NUMPY_ARRAYS)
-    except pickles.ForeignPickleError as error:
-        raise UserError(f'{path}: {name} is refused: {error}') from None
-    if not isinstance(batch, dict):
-        raise UserError(f'{path}: {name} is not the original CIFAR layout')
-    return {_text(key): value for key, value in batch.items()}
-
-
-def _text(value) -> str:
-    return value.decode('latin1') if isinstance(value, bytes) else str(value)
-
-
-# --- Several sources, and opening -----------------------------------------------------------------
+# --- Several sources, and opening ---------------------------------------------------------------
 
 
 class JoinedSource(Source):
@@ -453,32 +458,34 @@ class JoinedSource(Source):
     def join_labels(self):
         """Classes of the same name (or wnid) are one class.
 
-        If all are ImageNet's, its indices stay and order the classes; else the classes of the first
-        source keep theirs and new names follow.
+        If all are ImageNet's, its indices stay and order the classes; else the classes of the
+        first source keep theirs and new names follow.
         """
         unlabelled = [source.name for source in self.sources if source.labels is None]
         if len(unlabelled) == len(self.sources):
             return
         if unlabelled:
-            raise UserError(f'{unlabelled[0]} has no labels, but others have; join sources of one kind')
+            raise UserError(f'{unlabelled[0]} has no labels, but others have; '
+                            'join sources of one kind')
         if any(source.labels.ndim == 2 for source in self.sources):
             if len({source.labels.shape[1:] for source in self.sources}) > 1:
                 raise UserError(f'{self.name}: label vectors of different lengths')
             self.labels = np.concatenate([source.labels for source in self.sources])
             return
         by_wnid = all(source.wnids for source in self.sources)
+        tables = [_class_table(source, by_wnid) for source in self.sources]
         merged = {}  # key -> (original index, name)
         taken = set()
-        for source in self.sources:
-            for key, index, name in _class_table(source, by_wnid):
-                if key not in merged:
-                    merged[key] = (max(taken) + 1 if index in taken else index, name)
-                    taken.add(merged[key][0])
+        for key, index, name in itertools.chain(*tables):
+            if key not in merged:
+                index = max(taken) + 1 if index in taken else index
+                taken.add(index)
+                merged[key] = (index, name)
         keys = sorted(merged, key=merged.get) if by_wnid else list(merged)
         place = {key: label for label, key in enumerate(keys)}
-        labels = [np.array([place[key] for key, _, _ in _class_table(source, by_wnid)])[source.labels]
-                  for source in self.sources]
-        classes, names = zip(*(merged[key] for key in keys), strict=True)
+        labels = [np.array([place[key] for key, _, _ in table])[source.labels]
+                  for source, table in zip(self.sources, tables, strict=True)]
+        classes, names = zip(*map(merged.get, keys), strict=True)
         named = any(source.class_names for source in self.sources)
         self.name_classes(np.concatenate(labels), list(names) if named else None,
                           keys if by_wnid else None, classes)

@@ -15,14 +15,14 @@ def make_transform(name: str | None, width: int | None = None, height: int | Non
 
     A picture is an array uint8 [h,w,3] or one of Pillow's, of mode RGB.
 
-    name:   None          Lanczos to width x height, aspect ratio not kept; a side that is None keeps
-                          its length.
+    name:   None          Lanczos to width x height, aspect ratio not kept; a side that is None
+                          keeps its length.
             'center-crop' the largest centred square, Lanczos to width x height.
-            'center-crop-wide' a centred full-width band, Lanczos to width x height, in the middle of
-                          a black width x width square; pictures that are too small are rejected.
-            'center-crop-dhariwal' halving with a box filter while both sides are at least twice the
-                          target, bicubic to the target, centred square: what ADM and later work do
-                          to ImageNet.
+            'center-crop-wide' a centred full-width band, Lanczos to width x height, in the middle
+                          of a black width x width square; too small pictures are rejected.
+            'center-crop-dhariwal' halving with a box filter while both sides are at least twice
+                          the target, bicubic to the target, centred square: what ADM and later
+                          work do to ImageNet.
 
     Raises UserError for an unknown name or a size that the rule cannot make.
     """
@@ -67,8 +67,8 @@ def _center_crop(picture, width, height):
 
 
 def _center_crop_wide(picture, width, height):
-    # The band's height is computed in output pixels but cut in input pixels, as the reference does:
-    # of large pictures only a thin band survives.
+    # The band's height is computed in output pixels but cut in input pixels, as the reference
+    # does: of large pictures only a thin band survives.
     band = round(width * picture.height / picture.width)
     if picture.width < width or band < height:
         return None
@@ -83,7 +83,8 @@ def _center_crop_dhariwal(picture, side, _):
     while min(picture.size) >= 2 * side:
         picture = picture.resize((picture.width // 2, picture.height // 2), _BOX)
     scale = side / min(picture.size)
-    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), _BICUBIC)
+    size = (round(picture.width * scale), round(picture.height * scale))
+    picture = picture.resize(size, _BICUBIC)
     return _crop_square(picture, side)
 
 
