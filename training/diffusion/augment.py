@@ -39,6 +39,7 @@ class AugmentPipe:
     # Operation -> number of labels, in the order in which they are applied.
     OPERATIONS = dict(xflip=1, yflip=1, rotate_int=2, translate_int=2, scale=1, rotate_frac=2, aniso=2,
                       translate_frac=2, brightness=1, contrast=1, lumaflip=1, hue=2, saturation=1)
+    PIXEL = ('xflip', 'yflip', 'rotate_int', 'translate_int')
     GEOMETRIC = ('scale', 'rotate_frac', 'aniso', 'translate_frac')
     COLOR = ('brightness', 'contrast', 'lumaflip', 'hue', 'saturation')
 
@@ -46,148 +47,179 @@ class AugmentPipe:
         unknown = set(multipliers) - set(self.OPERATIONS)
         if unknown:
             raise ValueError(f'unknown operations {sorted(unknown)}; known: {", ".join(self.OPERATIONS)}')
-        self.p, self.shared_padding = p, shared_padding
+        self.p = p
+        self.shared_padding = shared_padding
         self.multipliers = {name: float(multipliers.get(name, 0)) for name in self.OPERATIONS}
+
+    def _active(self, names) -> list[str]:
+        return [name for name in names if self.multipliers[name] > 0]
 
     @property
     def label_dim(self) -> int:
-        return sum(count for name, count in self.OPERATIONS.items() if self.multipliers[name] > 0)
+        return sum(self.OPERATIONS[name] for name in self._active(self.OPERATIONS))
 
     def __call__(self, images, random):
-        labels = [images.new_zeros([len(images), 0])]
-        for name in ('xflip', 'yflip', 'rotate_int', 'translate_int'):
-            if self.multipliers[name] > 0:
-                images, new = getattr(self, '_' + name)(images, random)
+        draws = _Draws(random, len(images), images.device, self.p, self.multipliers)
+        labels = []
+        for name in self._active(self.PIXEL):
+            images, new = getattr(self, '_' + name)(images, draws)
+            labels += new
+        for names, apply in ((self._active(self.GEOMETRIC), self._geometry), (self._active(self.COLOR), self._color)):
+            if names:
+                images, new = apply(images, draws, names)
                 labels += new
-        images, new = self._geometry(images, random)
-        labels += new
-        images, new = self._color(images, random)
-        labels += new
-        return images, torch.cat([label.reshape(len(images), -1).to(torch.float32) for label in labels], dim=1)
-
-    def _gate(self, name, values, random, dim=0):
-        """`values` where the operation is applied, 0 elsewhere; one draw for each image, along `dim`."""
-        shape = [1] * values.ndim
-        shape[dim] = values.shape[dim]
-        u = random.rand(shape, dim=dim, device=values.device)
-        return torch.where(u < self.multipliers[name] * self.p, values, torch.zeros_like(values))
+        labels = [label.flatten().float() for label in labels]
+        return images, torch.stack(labels, dim=1) if labels else images.new_zeros([len(images), 0])
 
     # --- Pixel operations: nothing is interpolated -------------------------------------------------------------------
 
-    def _flip(self, name, images, random, dim):
-        w = self._gate(name, random.randint(2, [len(images), 1, 1, 1], device=images.device), random)
-        return torch.where(w == 1, images.flip(dim), images), [w]
+    def _xflip(self, images, draws):
+        w = draws.integer('xflip', 2)
+        return torch.where(_each(w == 1), images.flip(3), images), [w]
 
-    def _xflip(self, images, random):
-        return self._flip('xflip', images, random, dim=3)
+    def _yflip(self, images, draws):
+        w = draws.integer('yflip', 2)
+        return torch.where(_each(w == 1), images.flip(2), images), [w]
 
-    def _yflip(self, images, random):
-        return self._flip('yflip', images, random, dim=2)
-
-    def _rotate_int(self, images, random):
+    def _rotate_int(self, images, draws):
         if images.shape[2] != images.shape[3]:
             raise ValueError(f'rotate_int needs square images, got {tuple(images.shape)}')
-        w = self._gate('rotate_int', random.randint(4, [len(images), 1, 1, 1], device=images.device), random)
-        x_flipped, y_flipped, transposed = (w == 1) | (w == 2), (w == 2) | (w == 3), (w == 1) | (w == 3)
-        images = torch.where(x_flipped, images.flip(3), images)
-        images = torch.where(y_flipped, images.flip(2), images)
-        return torch.where(transposed, images.transpose(2, 3), images), [x_flipped, y_flipped]
+        w = draws.integer('rotate_int', 4)
+        x_flipped = (w == 1) | (w == 2)
+        y_flipped = (w == 2) | (w == 3)
+        images = torch.where(_each(x_flipped), images.flip(3), images)
+        images = torch.where(_each(y_flipped), images.flip(2), images)
+        return torch.where(_each(w % 2 == 1), images.transpose(2, 3), images), [x_flipped, y_flipped]
 
-    def _translate_int(self, images, random):
+    def _translate_int(self, images, draws):
         n, c, h, w = images.shape
-        shift = 2 * random.rand([2, n, 1, 1, 1], dim=1, device=images.device) - 1
-        shift = self._gate('translate_int', shift, random, dim=1)
-        tx, ty = (shift[0] * (w / 8)).round().long(), (shift[1] * (h / 8)).round().long()
+        x, y = draws.gate('translate_int', draws.uniform(2))
+        tx = (x * (w / 8)).round()
+        ty = (y * (h / 8)).round()
 
-        def source(size, shift, dim):
-            index = torch.arange(size, device=images.device).reshape([-1 if i == dim else 1 for i in range(4)])
-            return size - 1 - (size - 1 - (index - shift) % (2 * size - 2)).abs()
+        def source(size, shift):
+            index = torch.arange(size, device=images.device) - shift.long()[:, None]
+            return size - 1 - (size - 1 - index % (2 * size - 2)).abs()
 
-        images = images.gather(3, source(w, tx, 3).expand(n, c, h, w))
-        images = images.gather(2, source(h, -ty, 2).expand(n, c, h, w))
+        images = images.gather(3, source(w, tx)[:, None, None, :].expand(n, c, h, w))
+        images = images.gather(2, source(h, -ty)[:, None, :, None].expand(n, c, h, w))
         return images, [tx / (w / 8), ty / (h / 8)]
 
     # --- Geometry ----------------------------------------------------------------------------------------------------
 
-    def _geometry(self, images, random):
+    def _geometry(self, images, draws, names):
         """Scaling, rotation, anisotropic scaling and translation, composed into one inverse map G of coordinates."""
         n, _, h, w = images.shape
-        device, on, labels = images.device, self.multipliers, []
-        if not any(on[name] > 0 for name in self.GEOMETRIC):
-            return images, labels
-        G = torch.eye(3, device=device).expand(n, 3, 3)
-        if on['scale'] > 0:
-            x = self._gate('scale', random.randn([n], device=device), random)
-            G = G @ scaling(torch.exp2(-0.2 * x), torch.exp2(-0.2 * x))
-            labels.append(x)
-        if on['rotate_frac'] > 0:
-            angle = self._gate('rotate_frac', (2 * random.rand([n], device=device) - 1) * math.pi, random)
-            G = G @ rotation(angle)
-            labels += [angle.cos() - 1, angle.sin()]
-        if on['aniso'] > 0:
-            x = random.randn([n], device=device)
-            angle = (2 * random.rand([n], device=device) - 1) * math.pi
-            x = self._gate('aniso', x, random)
-            angle = torch.where(random.rand([n], device=device) < 0.5, angle, torch.zeros_like(angle))
-            G = G @ rotation(-angle) @ scaling(torch.exp2(-0.2 * x), torch.exp2(0.2 * x)) @ rotation(angle)
-            labels += [x * angle.cos(), x * angle.sin()]
-        if on['translate_frac'] > 0:
-            x = self._gate('translate_frac', random.randn([2, n], dim=1, device=device), random, dim=1)
-            G = G @ translation(-x[0] * w / 8, -x[1] * h / 8)
-            labels += [x[0], x[1]]
-        labels = [torch.stack(labels, dim=1)]
+        G = torch.eye(3, device=images.device).expand(n, 3, 3)
+        labels = []
+        for name in names:
+            if name == 'scale':
+                x = draws.gate(name, draws.normal())
+                labels.append(x)
+                matrix = scaling(torch.exp2(-0.2 * x), torch.exp2(-0.2 * x))
+            elif name == 'rotate_frac':
+                angle = draws.gate(name, draws.angle())
+                labels += [angle.cos() - 1, angle.sin()]
+                matrix = rotation(angle)
+            elif name == 'aniso':
+                x = draws.normal()
+                angle = draws.angle()
+                x = draws.gate(name, x)
+                angle = draws.where(0.5, angle)
+                labels += [x * angle.cos(), x * angle.sin()]
+                matrix = rotation(-angle) @ scaling(torch.exp2(-0.2 * x), torch.exp2(0.2 * x)) @ rotation(angle)
+            else:
+                x, y = draws.gate(name, draws.normal(2))
+                labels += [x, y]
+                matrix = translation(-x * w / 8, -y * h / 8)
+            G = G @ matrix
         return resample(images, G, self._padding(G, w, h) if self.shared_padding else None), labels
 
     @staticmethod
     def _padding(G, w, h) -> list[int]:
         """Left, right, top and bottom padding that serves every image of the batch."""
-        cx, cy = (w - 1) / 2, (h - 1) / 2
-        corners = G.new_tensor([[-cx, cx, cx, -cx], [-cy, -cy, cy, cy], [1, 1, 1, 1]])
-        x, y = (G @ corners)[:, :2].permute(1, 0, 2).flatten(1)
-        reach = torch.stack([-x.min() - cx, x.max() - cx, -y.min() - cy, y.max() - cy]) + 2 * MARGIN
-        limits = [w - 1, w - 1, h - 1, h - 1]
-        return [min(max(math.ceil(v), 0), limit) for v, limit in zip(reach.tolist(), limits, strict=True)]
+        centre = G.new_tensor([w - 1, h - 1]) / 2
+        corners = G.new_tensor([[-1, 1, 1, -1], [-1, -1, 1, 1], [1, 1, 1, 1]])
+        corners[:2] *= centre[:, None]
+        reached = (G @ corners)[:, :2]                          # [N, (x, y), 4]
+        low = -reached.amin(dim=(0, 2)) - centre + 2 * MARGIN
+        high = reached.amax(dim=(0, 2)) - centre + 2 * MARGIN
+        reach = torch.stack([low, high], dim=1).flatten().ceil().clamp(min=0).tolist()
+        return [int(min(v, limit)) for v, limit in zip(reach, [w - 1, w - 1, h - 1, h - 1], strict=True)]
 
     # --- Colour ------------------------------------------------------------------------------------------------------
 
-    def _color(self, images, random):
+    def _color(self, images, draws, names):
         """Brightness, contrast, luma inversion, hue and saturation, composed into one affine map of RGB."""
         n, channels = images.shape[:2]
-        device, on, labels = images.device, self.multipliers, []
-        if not any(on[name] > 0 for name in self.COLOR):
-            return images, labels
+        device = images.device
         if channels not in (1, 3):
             raise ValueError(f'colour operations need 1 or 3 channels, not {channels}')
         eye = torch.eye(3, device=device)
-        gray = torch.full([3, 3], 1 / 3, device=device)  # v v^T, v = (1,1,1) / sqrt(3): the luma axis
+        gray = torch.full([3, 3], 1 / 3, device=device)         # v v^T, v = (1,1,1) / sqrt(3): the luma axis
+        rest = eye - gray
         # The generator of rotations around v: (v x ..)
         cross = torch.tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=device) / math.sqrt(3)
-        matrix, offset = eye.expand(n, 3, 3), torch.zeros([n, 1, 1], device=device)  # offset: the same in R, G and B
-        if on['brightness'] > 0:
-            w = self._gate('brightness', random.randn([n, 1, 1], device=device), random)
-            offset = offset + 0.2 * w
-            labels.append(w)
-        if on['contrast'] > 0:
-            w = self._gate('contrast', random.randn([n, 1, 1], device=device), random)
-            factor = torch.exp2(0.5 * w)
-            matrix, offset = factor * matrix, factor * offset
-            labels.append(w)
-        if on['lumaflip'] > 0:
-            w = self._gate('lumaflip', random.randint(2, [n, 1, 1], device=device), random)
-            matrix, offset = (eye - 2 * gray * w) @ matrix, offset * (1 - 2 * w)
-            labels.append(w)
-        if on['hue'] > 0:
-            w = self._gate('hue', (2 * random.rand([n, 1, 1], device=device) - 1) * math.pi, random)
-            matrix = (gray + (eye - gray) * w.cos() + cross * w.sin()) @ matrix  # leaves the luma axis as it is
-            labels += [w.cos() - 1, w.sin()]
-        if on['saturation'] > 0:
-            w = self._gate('saturation', random.randn([n, 1, 1], device=device), random)
-            matrix = (gray + (eye - gray) * torch.exp2(w)) @ matrix
-            labels.append(w)
-        if channels == 1:  # (g, g, g) is mapped, and its mean taken
+        drawn = {'lumaflip': lambda: draws.integer('lumaflip', 2), 'hue': lambda: draws.gate('hue', draws.angle())}
+        maps = {'contrast': lambda w: eye * torch.exp2(0.5 * w), 'lumaflip': lambda w: eye - 2 * gray * w,
+                'hue': lambda w: gray + rest * w.cos() + cross * w.sin(), 'saturation': lambda w: gray + rest * torch.exp2(w)}
+        matrix = eye.expand(n, 3, 3)
+        offset = torch.zeros([n, 3, 1], device=device)
+        labels = []
+        for name in names:
+            w = drawn[name]() if name in drawn else draws.gate(name, draws.normal())
+            labels += [w.cos() - 1, w.sin()] if name == 'hue' else [w]
+            w = w[:, None, None]
+            if name == 'brightness':
+                offset = offset + 0.2 * w
+            else:
+                matrix = maps[name](w) @ matrix
+                offset = maps[name](w) @ offset
+        if channels == 1:                                       # (g, g, g) is mapped, and its mean taken
             matrix = matrix.sum(dim=(1, 2), keepdim=True) / 3
-        images = (matrix @ images.flatten(2) + offset).reshape(images.shape)
-        return images, [torch.cat([label.reshape(n, 1).to(torch.float32) for label in labels], dim=1)]
+            offset = offset.mean(dim=1, keepdim=True)
+        return (matrix @ images.flatten(2) + offset).reshape(images.shape), labels
+
+
+def _each(values):
+    """[N] -> [N,1,1,1]."""
+    return values[:, None, None, None]
+
+
+class _Draws:
+    """Random numbers of the images of a batch: [N], or [count, N]."""
+
+    def __init__(self, random, n: int, device, p: float, multipliers: dict):
+        self.random = random
+        self.n = n
+        self.device = device
+        self.p = p
+        self.multipliers = multipliers
+
+    def _size(self, count):
+        return dict(size=[count, self.n] if count else [self.n], dim=1 if count else 0, device=self.device)
+
+    def normal(self, count=None):
+        return self.random.randn(**self._size(count))
+
+    def uniform(self, count=None):
+        """In [-1, 1)."""
+        return 2 * self.random.rand(**self._size(count)) - 1
+
+    def angle(self):
+        return self.uniform() * math.pi
+
+    def integer(self, name: str, high: int):
+        """0 .. high - 1, gated."""
+        return self.gate(name, self.random.randint(high, **self._size(None)))
+
+    def where(self, p: float, values):
+        """`values` with probability p, 0 elsewhere; one draw for each image."""
+        return torch.where(self.random.rand(**self._size(None)) < p, values, torch.zeros_like(values))
+
+    def gate(self, name: str, values):
+        """`values` where the operation is applied, 0 elsewhere."""
+        return self.where(self.multipliers[name] * self.p, values)
 
 
 def _matrix(rows) -> torch.Tensor:

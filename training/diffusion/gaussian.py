@@ -86,23 +86,25 @@ class GaussianDiffusion:
         self.num_steps = len(self.kept)
         self.betas = betas_from_alphas_cumprod(np.cumprod(1 - betas)[self.kept])
 
+        # Tables [num_steps], which `_at` looks up.
         abar = self.alphas_cumprod = np.cumprod(1 - self.betas)
         abar_prev = self.alphas_cumprod_prev = np.append(1.0, abar[:-1])
-        self.posterior_variance = self.betas * (1 - abar_prev) / (1 - abar)
-        # At t = 0 the posterior has no variance: its logarithm is that of t = 1.
-        small = np.log(np.append(self.posterior_variance[1], self.posterior_variance[1:]))
-        large = np.log(np.append(self.posterior_variance[1], self.betas[1:]))
-        self.posterior_log_variance_clipped = small
+        self.alphas_cumprod_next = np.append(abar[1:], 0.0)
+        self.sqrt_abar = np.sqrt(abar)
+        self.sqrt_1m_abar = np.sqrt(1 - abar)
+        self.sqrt_recip = np.sqrt(1 / abar)
+        self.sqrt_recipm1 = np.sqrt(1 / abar - 1)
+        self.sigmas = np.sqrt((1 - abar) / abar)                        # noise level of x_t / sqrt(abar_t)
         self.posterior_mean_coef1 = self.betas * np.sqrt(abar_prev) / (1 - abar)
         self.posterior_mean_coef2 = (1 - abar_prev) * np.sqrt(1 - self.betas) / (1 - abar)
-        self.log_variance = {'learned_range': small, 'fixed_small': small, 'fixed_large': large}[variance]
-        self.sigmas = np.sqrt((1 - abar) / abar)                        # noise level of x_t / sqrt(abar_t)
-        self._tables = {
-            'sqrt_abar': np.sqrt(abar), 'sqrt_1m_abar': np.sqrt(1 - abar), 'abar': abar, 'abar_prev': abar_prev,
-            'abar_next': np.append(abar[1:], 0.0), 'sqrt_recip': np.sqrt(1 / abar),
-            'sqrt_recipm1': np.sqrt(1 / abar - 1), 'coef1': self.posterior_mean_coef1,
-            'coef2': self.posterior_mean_coef2, 'small': small, 'log_beta': np.log(self.betas),
-            'log_variance': self.log_variance, 'model_step': self.kept * (1000 / steps if rescale_timesteps else 1)}
+        self.posterior_variance = self.betas * (1 - abar_prev) / (1 - abar)
+        # At t = 0 the posterior has no variance: its logarithm is that of t = 1.
+        small = self.posterior_log_variance_clipped = np.log(
+            np.append(self.posterior_variance[1], self.posterior_variance[1:]))
+        large = np.log(np.append(self.posterior_variance[1], self.betas[1:]))
+        self.log_beta = np.log(self.betas)
+        self.log_variance = large if variance == 'fixed_large' else small
+        self.model_step = self.kept * (1000 / steps if rescale_timesteps else 1)
         self._on_device = {}
 
     def respaced(self, spec) -> 'GaussianDiffusion':
@@ -114,7 +116,7 @@ class GaussianDiffusion:
         key = name, t.device
         if key not in self._on_device:
             with torch.inference_mode(False):                           # sampling may come before training
-                self._on_device[key] = torch.from_numpy(self._tables[name]).float().to(t.device)
+                self._on_device[key] = torch.from_numpy(getattr(self, name)).float().to(t.device)
         return self._on_device[key][t].reshape(-1, 1, 1, 1)
 
     def model_steps(self, t):
@@ -130,7 +132,8 @@ class GaussianDiffusion:
 
     def q_posterior(self, x_0, x_t, t):
         """Mean [N,C,H,W] and log variance [N,1,1,1] of q(x_(t-1) | x_t, x_0)."""
-        return self._at('coef1', t) * x_0 + self._at('coef2', t) * x_t, self._at('small', t)
+        mean = self._at('posterior_mean_coef1', t) * x_0 + self._at('posterior_mean_coef2', t) * x_t
+        return mean, self._at('posterior_log_variance_clipped', t)
 
     # The reverse process.
 
@@ -150,7 +153,7 @@ class GaussianDiffusion:
         log_variance = self._at('log_variance', t)
         if self.learned:
             share = (output[:, C:] + 1) / 2
-            log_variance = share * self._at('log_beta', t) + (1 - share) * self._at('small', t)
+            log_variance = share * self._at('log_beta', t) + (1 - share) * self._at('posterior_log_variance_clipped', t)
         return Prediction(start, epsilon, mean, log_variance)
 
     def _epsilon(self, start, x_t, t):
@@ -171,7 +174,7 @@ class GaussianDiffusion:
         """x_(t-1) of DDIM (arXiv 2010.02502, Eq. 12); `eta=0` is deterministic and needs no noise."""
         start = self.prediction(output, x_t, t, clip).start
         epsilon = self._epsilon(start, x_t, t)                          # again, as clipping changes it
-        abar, abar_prev = self._at('abar', t), self._at('abar_prev', t)
+        abar, abar_prev = self._at('alphas_cumprod', t), self._at('alphas_cumprod_prev', t)
         sd = eta * ((1 - abar_prev) / (1 - abar)).sqrt() * (1 - abar / abar_prev).sqrt()
         x = start * abar_prev.sqrt() + (1 - abar_prev - sd**2).sqrt() * epsilon
         return x if eta == 0 else x + (t != 0).reshape(-1, 1, 1, 1) * sd * noise
@@ -179,7 +182,7 @@ class GaussianDiffusion:
     def ddim_reverse_step(self, output, x_t, t, clip=True):
         """x_(t+1): the deterministic DDIM path run backwards; pure noise follows the last step."""
         start = self.prediction(output, x_t, t, clip).start
-        abar_next = self._at('abar_next', t)
+        abar_next = self._at('alphas_cumprod_next', t)
         return start * abar_next.sqrt() + (1 - abar_next).sqrt() * self._epsilon(start, x_t, t)
 
     # Losses, [N].

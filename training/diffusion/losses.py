@@ -2,7 +2,7 @@
 
 A batch is a dictionary with `images` [N,C,H,W] (what the network models, already encoded), `labels` [N, label_dim] or
 None, and `random`, from which all random numbers are drawn (see torch_utils.random), in the order of the reference
-implementations. Objectives return `(loss [N], terms)`: the loss that is summed and divided by the batch size, and
+implementations. Losses return `(loss [N], terms)`: the loss that is summed and divided by the batch size, and
 named per-sample terms for the log.
 """
 
@@ -10,45 +10,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import dnnlib
+from dnnlib import UserError
 from torch_utils.random import StackedRandomGenerator, drawing_from, tuple_seed
 from training.diffusion.gaussian import GaussianDiffusion, mean_flat
 from training.diffusion.noise import VP, geometric_levels
 
 
-def _per_sample(loss_NCHW, log_name='loss'):
-    """Summed over all elements for training, averaged over them for the log."""
-    return loss_NCHW.flatten(1).sum(1), {log_name: loss_NCHW.detach().flatten(1).mean(1)}
-
-
-class EDM2Loss:
-    """EDM2's loss: EDM noise levels and weights, and a learned uncertainty u(sigma) (arXiv 2312.02696, Eq. 14-15).
-
-    ln(sigma) ~ N(P_mean, P_std^2); loss = weight / exp(u) * (D(y + n; sigma) - y)^2 + u,
-    weight = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2.
-    """
-
-    def __init__(self, P_mean=-0.4, P_std=1.0, sigma_data=0.5):
-        self.P_mean, self.P_std, self.sigma_data = P_mean, P_std, sigma_data
-
-    def elementwise(self, net, images, labels, random):
-        """The unreduced loss [N,C,H,W]."""
-        sigma = (random.randn([len(images), 1, 1, 1]) * self.P_std + self.P_mean).exp()
-        weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
-        noise = random.randn(images.shape) * sigma
-        with drawing_from(random):
-            denoised, logvar = net(images + noise, sigma, labels, return_logvar=True)
-        return weight / logvar.exp() * (denoised - images) ** 2 + logvar
-
-    def __call__(self, net, batch):
-        return _per_sample(self.elementwise(net, batch['images'], batch['labels'], batch['random']))
-
-
 class _NoisyImageLoss:
     """Weighted squared error of denoised images: weight(sigma) (D(y + n; sigma, labels) - y)^2, n ~ N(0, sigma^2 I).
 
-    `augment` (see training.diffusion.augment) transforms y first; its labels go to the network. Subclasses define
-    `noise_levels(random, n)`, which draws sigma [n,1,1,1], and `weight(sigma)`.
+    Summed over all elements for training, averaged over them for the log. `augment` (see training.diffusion.augment)
+    transforms y first; its labels go to the network. Subclasses define `noise_levels(random, n)`, which draws
+    sigma [n,1,1,1], and `weight(sigma)`.
     """
 
     def __init__(self, augment=None):
@@ -62,11 +35,22 @@ class _NoisyImageLoss:
             images, conditions['augment_labels'] = self.augment(images, random)
         noise = random.randn(images.shape) * sigma
         with drawing_from(random):
-            denoised = net(images + noise, sigma, labels, **conditions)
+            denoised = self.denoised(net, images + noise, sigma, labels, **conditions)
+        return self.compare(denoised, images, sigma)
+
+    def denoised(self, net, noisy, sigma, labels, **conditions):
+        """What the network says of noisy images, for `compare`."""
+        return net(noisy, sigma, labels, **conditions)
+
+    def compare(self, denoised, images, sigma):
         return self.weight(sigma) * (denoised - images) ** 2
 
+    def weight(self, sigma):
+        return 1 / sigma**2
+
     def __call__(self, net, batch):
-        return _per_sample(self.elementwise(net, batch['images'], batch['labels'], batch['random']))
+        loss = self.elementwise(net, batch['images'], batch['labels'], batch['random']).flatten(1)
+        return loss.sum(1), {'loss': loss.detach().mean(1)}
 
 
 class EDMLoss(_NoisyImageLoss):
@@ -76,13 +60,31 @@ class EDMLoss(_NoisyImageLoss):
 
     def __init__(self, P_mean=-1.2, P_std=1.2, sigma_data=0.5, augment=None):
         super().__init__(augment)
-        self.P_mean, self.P_std, self.sigma_data = P_mean, P_std, sigma_data
+        self.P_mean = P_mean
+        self.P_std = P_std
+        self.sigma_data = sigma_data
 
     def noise_levels(self, random, n):
         return (random.randn([n, 1, 1, 1]) * self.P_std + self.P_mean).exp()
 
     def weight(self, sigma):
         return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
+
+
+class EDM2Loss(EDMLoss):
+    """EDM2's loss: EDM's noise levels and weights, and a learned uncertainty u(sigma) (arXiv 2312.02696, Eq. 14-15):
+    weight / exp(u) * (D(y + n; sigma) - y)^2 + u.
+    """
+
+    def __init__(self, P_mean=-0.4, P_std=1.0, sigma_data=0.5):
+        super().__init__(P_mean, P_std, sigma_data)
+
+    def denoised(self, net, noisy, sigma, labels):
+        return net(noisy, sigma, labels, return_logvar=True)
+
+    def compare(self, denoised, images, sigma):
+        denoised, logvar = denoised
+        return self.weight(sigma) / logvar.exp() * (denoised - images) ** 2 + logvar
 
 
 class VPLoss(_NoisyImageLoss):
@@ -98,9 +100,6 @@ class VPLoss(_NoisyImageLoss):
     def noise_levels(self, random, n):
         return self.noise.sigma(1 + random.rand([n, 1, 1, 1]) * (self.epsilon_t - 1))
 
-    def weight(self, sigma):
-        return 1 / sigma**2
-
 
 class VELoss(_NoisyImageLoss):
     """The variance-exploding loss of Song et al. in the terms of EDM (Table 1): ln(sigma) uniform between
@@ -109,33 +108,37 @@ class VELoss(_NoisyImageLoss):
 
     def __init__(self, sigma_min=0.02, sigma_max=100, augment=None):
         super().__init__(augment)
-        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+        self.sigma_min = sigma_min
+        self.sigma_max = sigma_max
 
     def noise_levels(self, random, n):
         return geometric_levels(random.rand([n, 1, 1, 1]), self.sigma_min, self.sigma_max)
 
-    def weight(self, sigma):
-        return 1 / sigma**2
+
+def _noised(diffusion: GaussianDiffusion, images, random):
+    """(t [N], noise, x_t) of images at uniform time steps; draws, in order: t, noise."""
+    t = random.randint(diffusion.num_steps, [len(images)], device=images.device)
+    noise = random.randn(images.shape, device=images.device)
+    return t, noise, diffusion.q_sample(images, t, noise)
+
+
+def _with_log(terms: dict):
+    """(terms['loss'], all terms without gradients)."""
+    return terms['loss'], {name: value.detach() for name, value in terms.items()}
 
 
 class DDPMLoss:
-    """DDPM's training loss for a DiscreteDenoiser, with uniform time steps (see `GaussianDiffusion.training_losses`).
-
-    Draws, in order: t, noise.
-    """
+    """DDPM's training loss for a DiscreteDenoiser, with uniform time steps (see `GaussianDiffusion.training_losses`)."""
 
     def __init__(self, diffusion: GaussianDiffusion):
         self.diffusion = diffusion
 
     def __call__(self, net, batch):
-        x_0, random, diffusion = batch['images'], batch['random'], self.diffusion
-        t = random.randint(diffusion.num_steps, [len(x_0)], device=x_0.device)
-        noise = random.randn(x_0.shape, device=x_0.device)
-        x_t = diffusion.q_sample(x_0, t, noise)
+        images, random = batch['images'], batch['random']
+        t, noise, x_t = _noised(self.diffusion, images, random)
         with drawing_from(random):
-            output = net(x_t, step=diffusion.model_steps(t), class_labels=batch['labels'])
-        terms = diffusion.training_losses(output, x_0, x_t, t, noise)
-        return terms['loss'], {name: value.detach() for name, value in terms.items()}
+            output = net(x_t, step=self.diffusion.model_steps(t), class_labels=batch['labels'])
+        return _with_log(self.diffusion.training_losses(output, images, x_t, t, noise))
 
 
 def balancing_terms(h, h_other, weight):
@@ -162,10 +165,17 @@ class CBDMLoss:
     def __init__(self, diffusion: GaussianDiffusion, num_classes: int, cb=False, cfg=False, tau=1.0, class_counts=None,
                  label_drop=0.1, augment=None, batch_size=None, seed=0):
         if cb and class_counts is not None and not (len(class_counts) == num_classes and min(class_counts) > 0):
-            raise dnnlib.UserError(f'class-balancing training needs images of each of the {num_classes} classes; their '
-                                   f'numbers are {[int(n) for n in class_counts]}')
-        self.diffusion, self.num_classes, self.cb, self.cfg, self.tau = diffusion, num_classes, cb, cfg, tau
-        self.label_drop, self.augment, self.batch_size, self.seed = label_drop, augment, batch_size, seed
+            raise UserError(f'class-balancing training needs images of each of the {num_classes} classes; their '
+                            f'numbers are {[int(n) for n in class_counts]}')
+        self.diffusion = diffusion
+        self.num_classes = num_classes
+        self.cb = cb
+        self.cfg = cfg
+        self.tau = tau
+        self.label_drop = label_drop
+        self.augment = augment
+        self.batch_size = batch_size
+        self.seed = seed
         counts = np.ones(num_classes) if class_counts is None else np.asarray(class_counts)
         self.probabilities = np.float32(counts) / np.float32(counts.sum())
 
@@ -190,9 +200,8 @@ class CBDMLoss:
         extra = {}
         if self.augment is not None:
             images, extra['augm'] = self.augment(images, random)
-        t = random.randint(self.diffusion.num_steps, [len(images)], device=images.device)
-        noise = random.randn(images.shape, device=images.device)
-        x_t, step = self.diffusion.q_sample(images, t, noise), self.diffusion.model_steps(t)
+        t, noise, x_t = _noised(self.diffusion, images, random)
+        step = self.diffusion.model_steps(t)
         dropped = (self.cb or self.cfg) and self._labels_dropped(batch)
         with drawing_from(random):
             h = net(x_t, step=step, class_labels=torch.zeros_like(y) if dropped else y, **extra)
@@ -212,8 +221,7 @@ class CBDMLoss:
         if self.cb:
             for name in ('reg', 'com'):
                 terms[name] = mean_flat(values[name]) if name in values else torch.zeros_like(terms['ddpm'])
-        loss = sum(terms.values())
-        return loss, {name: value.detach() for name, value in ({'loss': loss} | terms).items()}
+        return _with_log({'loss': sum(terms.values())} | terms)
 
 
 class DKDMLoss:
@@ -226,8 +234,10 @@ class DKDMLoss:
     def __init__(self, diffusion: GaussianDiffusion, teacher, input_perturb=0.0):
         if list(diffusion.kept) != list(teacher.diffusion.kept) or not np.allclose(
                 diffusion.betas, teacher.diffusion.betas):
-            raise dnnlib.UserError('diffusion: the student needs the noise schedule and time steps of its teacher')
-        self.diffusion, self.teacher, self.input_perturb = diffusion, teacher, input_perturb
+            raise UserError('the student needs the noise schedule and time steps of its teacher', field='diffusion')
+        self.diffusion = diffusion
+        self.teacher = teacher
+        self.input_perturb = input_perturb
 
     def __call__(self, net, batch):
         x_t, t, diffusion = batch['images'], batch['t'], self.diffusion
@@ -238,8 +248,7 @@ class DKDMLoss:
             seen = x_t + diffusion.q_sample(torch.zeros_like(x_t), t, self.input_perturb * noise)
         with drawing_from(batch['random']):
             output = net(seen, step=diffusion.model_steps(t), class_labels=batch.get('labels'))
-        terms = diffusion.distillation_losses(output, target, x_t, t)
-        return terms['loss'], {name: value.detach() for name, value in terms.items()}
+        return _with_log(diffusion.distillation_losses(output, target, x_t, t))
 
 
 # The losses by name.
