@@ -1,11 +1,10 @@
 """Weights: what a file of them holds, whether they fit a network, and what tells them apart."""
 
 import hashlib
-import os
 
 import torch
 
-import dnnlib
+from dnnlib import UserError
 from torch_utils.files.identify import identify
 
 
@@ -16,29 +15,32 @@ def read_state_dict(path: str) -> dict:
     Takes a plain state dict, or one that a checkpoint holds under one of `identify.WEIGHT_KEYS` (averaged weights first); in
     files of torch or safetensors. Nothing in the file is executed. Raises UserError naming the file.
     """
-    if not os.path.isfile(path):
-        raise dnnlib.UserError(f'{path}: no such file')
     found = identify(path)
     if found.kind != 'weights':
-        raise dnnlib.UserError(f'{path} does not hold the weights of a network alone; it is a {found.what}')
+        raise UserError(f'{path} does not hold the weights of a network alone; it is a {found.what}')
     return found.state
 
 
-def load_weights(net: torch.nn.Module, state: dict, source: str) -> torch.nn.Module:
-    """`net` with the weights `state`, which must have its names and shapes; else a UserError says what differs."""
-    wanted = net.state_dict()
-    problems = {
-        'lacks': [name for name in wanted if name not in state],
-        'has unknown': [name for name in state if name not in wanted],
+def check_weights(net: torch.nn.Module, state: dict, source: str):
+    """Raises a UserError that says what differs unless the weights `state` have the names and shapes of `net`."""
+    expected = net.state_dict()
+    differences = {
+        'lacks': [name for name in expected if name not in state],
+        'has unknown': [name for name in state if name not in expected],
         'has another shape of': [
             f'{name} ({"x".join(map(str, state[name].shape))} for {"x".join(map(str, value.shape))})'
-            for name, value in wanted.items() if name in state and state[name].shape != value.shape],
+            for name, value in expected.items() if name in state and state[name].shape != value.shape],
     }
-    for what, names in problems.items():
+    for what, names in differences.items():
         if names:
             more = f' and {len(names) - 3} more' if len(names) > 3 else ''
             shown = ' '.join(', '.join(name[:100] for name in names[:3]).split())
-            raise dnnlib.UserError(f'{source} does not fit the network: it {what} {shown}{more}')
+            raise UserError(f'{source} does not fit the network: it {what} {shown}{more}')
+
+
+def load_weights(net: torch.nn.Module, state: dict, source: str) -> torch.nn.Module:
+    """`net` with the weights `state`. Raises UserError as `check_weights`."""
+    check_weights(net, state, source)
     net.load_state_dict(state)
     return net
 

@@ -1,14 +1,12 @@
 """Network architectures, by the class names that the published snapshots use."""
 
 import importlib
-import math
 
 import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.overrides import TorchFunctionMode
 
 from dnnlib import UserError
-from torch_utils.files.weights import load_weights
+from torch_utils.files.weights import check_weights
 
 # Class name -> module of this package. A snapshot stores the name and the keyword arguments.
 NETWORKS = {
@@ -60,47 +58,25 @@ def check_arguments(value):
         raise ValueError(f'an argument is {str(value)[:20]}')
 
 
-class _Budget(TorchFunctionMode):
-    """Within it, functions that make tensors from sizes may ask for so many numbers in all, and no more."""
-
-    MAKERS = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.randint, torch.eye}
-    OUTER = {torch.outer, torch.Tensor.outer}
-
-    def __init__(self, numbers: int):
-        super().__init__()
-        self.left = numbers
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function in self.MAKERS:
-            values = [*args, *kwargs.values()]
-            size = next((v for v in values if isinstance(v, list | tuple)), [v for v in values if type(v) is int])
-            self.left -= math.prod(size)
-        elif function in self.OUTER:
-            self.left -= args[0].numel() * args[1].numel()
-        if self.left < 0:
-            raise ValueError('it is larger than its weights')
-        return function(*args, **kwargs)
-
-
 def rebuild_network(class_name: str, kwargs: dict, state: dict, path: str):
     """The network that a file describes, with the weights `state` from the same file; in evaluation mode, without
     gradients.
 
-    A file cannot ask for a network that is much larger than its own weights. Raises UserError that names `path` if they do
-    not fit together.
+    It is built without memory for its weights, and gets some when their shapes are those of `state`: a file cannot ask
+    for more than it holds. Raises UserError that names `path` if they do not fit together.
     """
-    names = []
+    left = 1000 + 4 * len(state)
 
     def count(module, name, parameter):
-        names.append(name)
-        if len(names) > len(state):
+        nonlocal left
+        left -= 1
+        if left < 0:
             raise ValueError('it has more layers than weights')
 
     hook = register_module_parameter_registration_hook(count)
     try:
         check_arguments(kwargs)
-        with _Budget((1 << 24) + 4 * sum(value.numel() for value in state.values())):
+        with torch.device('meta'):
             net = build_network(class_name, **kwargs)
     except UserError as error:
         raise UserError(f'{path}: {error}') from None
@@ -109,4 +85,7 @@ def rebuild_network(class_name: str, kwargs: dict, state: dict, path: str):
         raise UserError(f'{path}: it describes no possible network ({class_name}: {reason})') from None
     finally:
         hook.remove()
-    return load_weights(net, state, path).eval().requires_grad_(False)
+    check_weights(net, state, path)
+    net._apply(lambda tensor: torch.empty_like(tensor, device='cpu') if tensor.is_meta else tensor)
+    net.load_state_dict(state)
+    return net.eval().requires_grad_(False)

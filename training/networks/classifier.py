@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import dnnlib
-from torch_utils.files.pickles import ForeignPickleError
-from torch_utils.files.weights import load_weights, read_state_dict
+from torch_utils.files.pickles import errors_of
+from torch_utils.files.weights import read_state_dict
+from training.networks import rebuild_network
 from training.networks.infer import infer
 
 
@@ -121,8 +122,6 @@ def load_classifier(path: str, name: str | None = None, num_classes: int | None 
     if num_classes is not None and len(bias) != num_classes:
         raise dnnlib.UserError(f'{path} is a classifier of {len(bias)} classes, not of {num_classes}')
     if name is None:
-        try:
+        with errors_of(path):
             name = infer(state).kwargs['name']
-        except ForeignPickleError as error:
-            raise dnnlib.UserError(f'{path}: {error}') from None
-    return load_weights(WideResNet(name, len(bias), normalized), state, path).eval().requires_grad_(False)
+    return rebuild_network('WideResNet', dict(name=name, num_classes=len(bias), normalize_input=normalized), state, path)

@@ -1,13 +1,13 @@
 """Discrete-time networks (ADM, DDPM) as denoisers of continuous noise level."""
 
 import torch
-from torch import nn
 
 from training.diffusion.gaussian import GaussianDiffusion
 from training.networks import build_network
+from training.networks.layers import Denoiser
 
 
-class DiscreteDenoiser(nn.Module):
+class DiscreteDenoiser(Denoiser):
     """A discrete-time network as a denoiser D(x; sigma, labels), for every sampler and for snapshots.
 
     x = x_t / sqrt(abar_t) has noise level sigma_t = sqrt((1 - abar_t) / abar_t), so D = x - sigma eps(x / sqrt(1 +
@@ -19,15 +19,15 @@ class DiscreteDenoiser(nn.Module):
     """
 
     def __init__(self, network: dict, diffusion: dict, interpolate=False, clip=False):
-        super().__init__()
         arguments = dict(network)
-        self.model = build_network(arguments.pop('class_name'), **arguments)
+        model = build_network(arguments.pop('class_name'), **arguments)
+        super().__init__(model.img_resolution, model.img_channels, model.label_dim, model.precision)
+        self.model = model
         self.diffusion = GaussianDiffusion(**diffusion)
-        self.img_channels, self.img_resolution = self.model.img_channels, self.model.img_resolution
-        self.label_dim = self.model.label_dim
-        self.interpolate, self.clip = interpolate, clip
-        self.register_buffer('levels', torch.tensor(self.diffusion.sigmas), persistent=False)
-        self.sigma_min, self.sigma_max = float(self.diffusion.sigmas[0]), float(self.diffusion.sigmas[-1])
+        self.interpolate = interpolate
+        self.clip = clip
+        self.register_buffer('levels', torch.from_numpy(self.diffusion.sigmas), persistent=False)
+        self.sigma_min, *_, self.sigma_max = self.diffusion.sigmas.tolist()
 
     def forward(self, x, sigma=None, class_labels=None, step=None, **extra):
         if self.label_dim == 0:

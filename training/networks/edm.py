@@ -14,6 +14,7 @@ from torch import nn
 from dnnlib import UserError
 from training.diffusion.noise import VP, iddpm_levels
 from training.networks.layers import (
+    Denoiser,
     GroupNorm,
     attention,
     compute_dtype,
@@ -365,24 +366,21 @@ MODELS = {'SongUNet': SongUNet, 'DhariwalUNet': DhariwalUNet}
 # Preconditionings: D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), table 1 of the paper.
 
 
-class Precond(nn.Module):
+class Precond(Denoiser):
     """What the four preconditionings share; subclasses define `coefficients(sigma)` and the range of sigma.
 
     Called as net(x [N,C,H,W], sigma [N] or a single value, class_labels [N, label_dim] or None, augment_labels=...),
     it returns the denoised images [N,C,H,W] in float32. Labels None in a conditional network mean "no label".
-    `precision` is 'fp32', 'fp16' (on GPUs; float32 on the CPU) or 'bf16'; `use_fp16` is the published name for the
-    first two.
     """
 
     def __init__(self, img_resolution: int, img_channels: int, label_dim: int = 0, use_fp16: bool = False,
                  sigma_min: float = 0.0, sigma_max: float = math.inf, model_type: str = 'SongUNet',
                  out_channels: int = None, precision: str = None, **model_kwargs):
-        super().__init__()
+        super().__init__(img_resolution, img_channels, label_dim, precision, use_fp16)
         if model_type not in MODELS:
             raise ValueError(f'model_type {model_type!r} is unknown; choose {" or ".join(MODELS)}')
-        self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
-        self.sigma_min, self.sigma_max = sigma_min, sigma_max
-        self.precision = precision or ('fp16' if use_fp16 else 'fp32')
+        self.sigma_min = sigma_min
+        self.sigma_max = sigma_max
         self.model = MODELS[model_type](img_resolution=img_resolution, in_channels=img_channels,
                                         out_channels=out_channels or img_channels, label_dim=label_dim, **model_kwargs)
 
@@ -390,39 +388,30 @@ class Precond(nn.Module):
         """(c_skip, c_out, c_in, c_noise) at `sigma` [N,1,1,1]."""
         raise NotImplementedError
 
-    def round_sigma(self, sigma):
-        """The nearest noise level that the network knows."""
-        return torch.as_tensor(sigma)
-
     def forward(self, x, sigma, class_labels=None, force_fp32: bool = False, **model_kwargs):
-        x = x.to(torch.float32)
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
-        if self.label_dim == 0:
-            class_labels = None
-        elif class_labels is None:
-            class_labels = torch.zeros([len(x), self.label_dim], device=x.device)
-        else:
-            class_labels = class_labels.to(torch.float32).reshape(-1, self.label_dim)
+        x, sigma, class_labels = self.conditions(x, sigma, class_labels, rows=len(x))
         dtype = torch.float32 if force_fp32 else compute_dtype(self.precision, x.device)
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
-        f = self.model((c_in * x).to(dtype), c_noise.flatten(),
-                       class_labels=class_labels, **model_kwargs)
-        return c_skip * x + c_out * f[:, :self.img_channels].to(torch.float32)
+        F_x = self.model((c_in * x).to(dtype), c_noise.flatten(), class_labels=class_labels, **model_kwargs)
+        return c_skip * x + c_out * F_x[:, :self.img_channels].float()
 
 
-class VPPrecond(Precond):
+class VPPrecond(Precond, VP):
     """Variance preserving: sigma(t) = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1)."""
 
     def __init__(self, img_resolution: int, img_channels: int, beta_d: float = 19.9, beta_min: float = 0.1,
                  M: int = 1000, epsilon_t: float = 1e-5, model_type: str = 'SongUNet', **kwargs):
         super().__init__(img_resolution, img_channels, model_type=model_type, **kwargs)
-        self.noise = VP(beta_d, beta_min)
+        VP.__init__(self, beta_d, beta_min)
         self.M = M
-        ends = self.noise.sigma(torch.tensor([epsilon_t, 1], dtype=torch.float32))
+        # The range is computed on the CPU, wherever the network is being built.
+        ends = self.sigma(torch.tensor([epsilon_t, 1], dtype=torch.float32, device='cpu'))
         self.sigma_min, self.sigma_max = ends.tolist()
 
+    sigma_inv = VP.inverse                      # the published name
+
     def coefficients(self, sigma):
-        return 1, -sigma, 1 / (sigma.square() + 1).sqrt(), (self.M - 1) * self.noise.inverse(sigma)
+        return 1, -sigma, 1 / (sigma.square() + 1).sqrt(), (self.M - 1) * self.inverse(sigma)
 
 
 class VEPrecond(Precond):
@@ -444,7 +433,8 @@ class iDDPMPrecond(Precond):
                  model_type: str = 'DhariwalUNet', **kwargs):
         super().__init__(img_resolution, img_channels, model_type=model_type, out_channels=img_channels * 2, **kwargs)
         self.M = M
-        self.register_buffer('u', iddpm_levels(M, C_1, C_2))
+        with torch.device('cpu'):  # wherever the network is being built
+            self.register_buffer('u', iddpm_levels(M, C_1, C_2))
         self.sigma_min, self.sigma_max = float(self.u[M - 1]), float(self.u[0])
 
     def round_sigma(self, sigma, return_index: bool = False):

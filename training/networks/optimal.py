@@ -9,12 +9,13 @@ import numpy as np
 import torch
 
 from dnnlib import UserError
+from training.networks.layers import Denoiser
 
 BLOCK_ELEMENTS = 1 << 24    # values of training images that are turned into float32 at once
 EXACT_CANDIDATES = 16       # nearest images whose distances are computed from differences
 
 
-class OptimalDenoiser(torch.nn.Module):
+class OptimalDenoiser(Denoiser):
     """Called like the networks: net(x [N,C,H,W], sigma [N] or one value, labels [N, label_dim] or None) -> [N,C,H,W].
 
     images      uint8 [M,C,H,W], kept as they are; the network's scale is [-1, 1]
@@ -25,13 +26,10 @@ class OptimalDenoiser(torch.nn.Module):
     Raises UserError when asked for a class that has no images.
     """
 
-    sigma_min, sigma_max = 0.0, float('inf')
-
     def __init__(self, images, label_ids=None, label_dim: int = 0):
-        super().__init__()
+        super().__init__(images.shape[2], images.shape[1], label_dim)
         # A parameter, so that it moves with the module and tells its device; nothing trains it.
         self.images = torch.nn.Parameter(torch.as_tensor(images).flatten(1), requires_grad=False)
-        self.img_channels, self.img_resolution, self.label_dim = images.shape[1], images.shape[2], label_dim
         ids = torch.as_tensor(label_ids, dtype=torch.int64) if label_dim else None
         self.register_buffer('label_ids', ids)
         self.register_buffer('class_counts', torch.bincount(ids, minlength=label_dim) if label_dim else None)
@@ -41,10 +39,6 @@ class OptimalDenoiser(torch.nn.Module):
         """The training images as float32 [., D] in [-1, 1], some at a time."""
         for block in self.images.split(max(BLOCK_ELEMENTS // self.images.shape[1], 1)):
             yield block.to(torch.float32) / 127.5 - 1
-
-    def round_sigma(self, sigma):
-        """Every noise level is as good as any other."""
-        return torch.as_tensor(sigma)
 
     @torch.no_grad()
     def forward(self, x, sigma, class_labels=None, force_fp32=False):
