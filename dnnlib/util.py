@@ -198,23 +198,3 @@ def project_version() -> str | None:
 def core_count() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-
-
-def claim_folder(outdir: str, settings: dict, names: dict | None = None):
-    """Writes the settings of a study (plain values) to outdir/study.json; UserError if it holds a study with others.
-
-    names: what a message says instead of --KEY.
-    """
-    mine, path = json.loads(json.dumps(settings)), os.path.join(outdir, 'study.json')
-    try:
-        if not os.path.exists(path):
-            write_json(path, mine)
-        with open(path) as file:
-            theirs = json.load(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f'--outdir: {path} cannot be written and read ({error})') from None
-    for key, value in mine.items():
-        if theirs.get(key) != value:
-            option = (names or {}).get(key, '--' + key.replace('_', '-'))
-            raise UserError(f'--outdir={outdir} holds a study with another {option} ({theirs.get(key)} instead of {value}); '
-                            'choose another folder, or remove it')

@@ -1,50 +1,54 @@
-"""Does class-balancing training help rare classes? The long-tail study in miniature, on handwritten digits.
+"""Does class-balancing training help rare classes? In miniature, on handwritten digits.
 
-Trains on a long tail of the digits, several seeds each: a plain conditional model, a class-balancing one, and a plain one
-that is fine-tuned with class-balancing for the last third, all with the same number of steps; then measures how many samples
-of each class a classifier recognises, and how much of the real digits they cover.
+Trains on a long tail of the digits, several seeds each: a plain conditional model, a class-balancing
+one, and a plain one that is fine-tuned with class-balancing for the last third, all with the same
+number of steps; then measures how many samples of each class a classifier recognises, and how much
+of the real digits they cover.
 """
 
-import concurrent.futures
-import contextlib
 import dataclasses
-import io
 import json
-import multiprocessing
 import os
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import click
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 import numpy as np
 import pandas as pd
 import torch
-import tqdm
 
-from dnnlib import UserError, cli, pictures, util
-from long_tail import datasets, main, make_stats
-from simulations import plotting
-from torch_utils import distributed, parallel
+import studies
+from dnnlib import UserError, cli, pictures
+from long_tail import datasets, make_stats
+from long_tail import main as long_tail
 from training.checkpoint import StepCheckpoints
-from training.data.images import NpzImages
+from training.data.images import open_images
 from training.encoders import RGBEncoder
 from training.snapshot import load_snapshot
 
 METHODS = {'plain': 'plain', 'cb': 'class-balancing', 'finetune': 'fine-tuned'}
-COLORS = {'plain': '#0072B2', 'cb': '#D55E00', 'finetune': '#009E73'}
-GROUPS = ('many', 'medium', 'few')
-# A network that a CPU trains in minutes: two levels of 64 channels, one block at each on the way up. Levels of 32 channels
-# would not see the labels, see training/networks/ddpm.py.
+COLORS = {'plain': studies.BLUE, 'cb': studies.VERMILION, 'finetune': studies.GREEN}
+# A network that a CPU trains in minutes: two levels of 64 channels, one block at each on the way up.
+# Levels of 32 channels would not see the labels, see training/networks/ddpm.py.
 NETWORK = ['--ch=64', '--ch_mult=1', '--ch_mult=1', '--attn=', '--num_res_blocks=0']
-DATA = ['--data_type=digitslt', '--imb_factor=0.05', '--img_size=8', '--conditional', '--num_workers=1']
-# Less noise at the end than usual (abar_T = 0.0066, not 0.00004): it is enough for 8x8 pixels, and from x_T the first
-# prediction of x_0, which this sampler does not clip, is then 12 times the error of the network, not 157 times.
+DATA = ['--data_type=digitslt', '--imb_factor=0.05', '--img_size=8', '--conditional',
+        '--num_workers=1']
+# Less noise at the end than usual (abar_T = 0.0066, not 0.00004): it is enough for 8x8 pixels, and
+# from x_T the first prediction of x_0, which this sampler does not clip, is then 12 times the error
+# of the network, not 157 times.
 RECIPE = ['--beta_T=0.01', '--lr=1e-3', '--warmup=100', '--ema_decay=0.995', '--sample_step=0']
 GRID_COLUMNS = 8
+MEASURES = ['fid', 'precision', 'recall', 'recognition']
+
+
+def parse_omegas(text: str) -> list[float]:
+    """'0,0.8' -> [0.0, 0.8]."""
+    try:
+        return [float(omega) for omega in text.split(',')]
+    except ValueError:
+        raise ValueError(f'{text!r}: give numbers with commas between them') from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,18 +64,21 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
-class Study:
-    """A folder, and what all its models have in common; only models with the same settings may be compared."""
+class Study(studies.Study):
+    seeds: list = studies.compared('0-2', cli.INT_LIST, 'Seeds of weights, data order and noise')
+    methods: list = studies.compared(
+        ','.join(METHODS), cli.Parsed('list', lambda text: text.split(',')), 'What to compare')
+    omegas: list = studies.compared('0,0.8,1.6,2.4', cli.Parsed('list', parse_omegas),
+                                    'Strengths of guidance to sample with')
+    steps: int = studies.setting(1500, click.IntRange(min=3), 'Training steps of every model')
+    batch: int = studies.setting(32, studies.WHOLE, 'Images of one step')
+    tau: float = studies.setting(1.0, click.FloatRange(0), 'Weight of the class-balancing term')
+    samples: int = studies.setting(500, click.IntRange(min=200), 'Images that a model generates')
+    ddim_steps: int = studies.setting(15, click.IntRange(min=2), 'Sampling steps')
 
-    outdir: str
-    steps: int
-    batch: int
-    tau: float
-    samples: int
-    ddim_steps: int
-
-    def path(self, *parts) -> str:
-        return os.path.join(self.outdir, *parts)
+    @property
+    def settings(self) -> dict:
+        return super().settings | {'recipe': [*NETWORK, *DATA, *RECIPE]}
 
     @property
     def reference(self) -> str:
@@ -79,219 +86,210 @@ class Study:
 
     @property
     def pretrained(self) -> int:
-        """The checkpoint of the plain model that fine-tuning starts from, after two thirds of the steps."""
+        """The checkpoint of the plain model that fine-tuning starts from, after two thirds."""
         return self.steps * 2 // 3 - 1
 
     def last(self, model: Model) -> int:
-        """Number of a model's last step. Steps are numbered from 0, and fine-tuning goes on from the number of its checkpoint;
-        so with the same number of steps in all it ends one number earlier."""
+        """Number of a model's last step. Steps are numbered from 0, and fine-tuning goes on from
+        the number of its checkpoint; so after as many steps in all it ends one number earlier."""
         return self.steps - 1 - (model.method == 'finetune')
 
     def run_dir(self, model: Model) -> str:
         return self.path('models', model.name)
+
+    def checkpoint(self, model: Model) -> str:
+        return StepCheckpoints(self.run_dir(model)).path(self.last(model))
 
     def result(self, model: Model, omega: float, suffix: str = '.json') -> str:
         """What main.py writes: measures (.json) or samples (.npz)."""
         name = f'saved_{self.last(model)}_cfg_omega{omega:g}_ddim{self.ddim_steps}'
         return os.path.join(self.run_dir(model), name + suffix)
 
-    def claim(self):
-        """Writes the settings to the folder, or raises UserError if it holds a study with others."""
-        settings = {key: value for key, value in dataclasses.asdict(self).items() if key != 'outdir'}
-        util.claim_folder(self.outdir, settings | {'recipe': [*NETWORK, *DATA, *RECIPE]})
+
+def plan(study: Study) -> list[list[Model]]:
+    """Chains of models, side by side: fine-tuning follows the plain model of its seed."""
+    methods = set(study.methods)
+    if not methods <= METHODS.keys() or ('finetune' in methods and 'plain' not in methods):
+        raise UserError(f'give some of {",".join(METHODS)}; finetune starts from plain', 'methods')
+    chains = [[Model(method, seed) for method in chain if method in methods]
+              for chain in (['cb'], ['plain', 'finetune']) for seed in study.seeds]
+    return [chain for chain in chains if chain]
 
 
-# --- One model --------------------------------------------------------------------------------------------------------
-
-
-def flags_of(study: Study, model: Model, *more) -> dict:
+def flags_of(study: Study, model: Model, **more) -> dict:
     """Options of main.py for a model."""
-    args = [*NETWORK, *DATA, *RECIPE,
-            f'--batch_size={study.batch}', f'--seed={model.seed}', f'--log_step={max(study.steps // 6, 1)}',
-            f'--logdir={study.run_dir(model)}', f'--total_steps={study.steps}', f'--save_step={study.pretrained}']
-    if model.method == 'plain':
-        args += ['--cfg']
-    else:
-        args += ['--cb', f'--tau={study.tau}']
+    flags = dict(batch_size=study.batch, seed=model.seed, logdir=study.run_dir(model),
+                 log_step=max(study.steps // 6, 1), total_steps=study.steps,
+                 save_step=study.pretrained)
+    switches = ['--cfg'] if model.method == 'plain' else ['--cb', f'--tau={study.tau}']
     if model.method == 'finetune':
-        args += ['--finetune', f'--finetuned_logdir={study.run_dir(model)}', f'--ckpt_step={study.pretrained}',
-                 f'--logdir={study.run_dir(Model("plain", model.seed))}', f'--total_steps={study.steps - study.pretrained - 1}']
-    return main.settings([*args, *more])
+        switches.append('--finetune')
+        flags |= dict(finetuned_logdir=study.run_dir(model), ckpt_step=study.pretrained,
+                      logdir=study.run_dir(Model('plain', model.seed)),
+                      total_steps=study.steps - study.pretrained - 1)
+    args = [f'--{key}={value}' for key, value in (flags | more).items()]
+    switches += ['--eval', '--recognition', '--noprd'] if more else ['--train']
+    return long_tail.settings([*NETWORK, *DATA, *RECIPE, *switches, *args])
 
 
-def run_model(study: Study, model: Model, omegas: list[float]):
-    """Trains a model and measures it, as far as that is not done. Raises KeyboardInterrupt if it is told to stop."""
-    sink = io.StringIO()  # models that train side by side would talk over each other; log.txt has it all
-    with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
-        last = StepCheckpoints(study.run_dir(model)).path(study.last(model))
-        if not os.path.exists(last) and not main.train(flags_of(study, model, '--train')):  # told to stop
-            raise KeyboardInterrupt
-        for omega in omegas:
-            if not os.path.exists(study.result(model, omega)):
-                main.evaluate(flags_of(
-                    study, model, '--eval', f'--ckpt_step={study.last(model)}', f'--omega={omega}', '--detector=pixels',
-                    f'--fid_cache={study.reference}', f'--num_images={study.samples}', f'--ddim_steps={study.ddim_steps}',
-                    '--recognition', '--noprd', '--batch_size=250'))
+def run_chain(study: Study, chain: list[Model]):
+    """Trains models one after the other and measures them, as far as that is not done."""
+    for model in chain:
+        studies.make(study.checkpoint(model),
+                     lambda model=model: long_tail.train(flags_of(study, model)))
+        for omega in study.omegas:
+            studies.make(study.result(model, omega), evaluate, study, model, omega)
 
 
-def run_seed(study: Study, models: list[Model], omegas: list[float]) -> list[Model]:
-    """Runs models one after the other, in this order."""
+def evaluate(study: Study, model: Model, omega: float):
+    long_tail.evaluate(flags_of(
+        study, model, ckpt_step=study.last(model), omega=omega, detector='pixels', batch_size=250,
+        fid_cache=study.reference, num_images=study.samples, ddim_steps=study.ddim_steps))
+
+
+# --- Results --------------------------------------------------------------------------------------
+
+
+def collect(study: Study, models: list[Model]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A row for each model, omega and class with fid (in pixels), precision, recall and
+    recognition; and the same with their means over the classes of each group."""
+    rows = []
+    tables = []
     for model in models:
-        run_model(study, model, omegas)
-    return models
-
-
-def _start_worker(threads: int):
-    torch.set_num_threads(threads)
-
-
-def run_models(study: Study, models: list[Model], omegas, jobs: int):
-    """Runs all models, `jobs` at a time, and yields each one that is finished. Fine-tuning follows the plain model."""
-    chains = [[model] for model in models if model.method == 'cb'] + [
-        [Model(method, seed) for method in ('plain', 'finetune') if Model(method, seed) in models]
-        for seed in sorted({model.seed for model in models})]
-    chains = [chain for chain in chains if chain]
-    if jobs == 1:
-        for chain in chains:
-            yield from run_seed(study, chain, omegas)
-        return
-    # These networks are too small for threads: side by side on one core each, they train faster.
-    pool = concurrent.futures.ProcessPoolExecutor(min(jobs, len(chains)), multiprocessing.get_context('spawn'),
-                                                  _start_worker, (1,))
-    try:
-        running = [pool.submit(run_seed, study, chain, omegas) for chain in chains]
-        for future in concurrent.futures.as_completed(running):
-            yield from future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-# --- Results ----------------------------------------------------------------------------------------------------------
-
-
-def collect(study: Study, models: list[Model], omegas) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A row for each model, omega and class with fid (in pixels), precision, recall and recognition; and the same with their
-    means over the classes of each group."""
-    rows, tables = [], []
-    for model in models:
-        for omega in omegas:
-            with open(study.result(model, omega)) as file:
-                found = json.load(file)
-            classes = pd.DataFrame(found['classes'])
-            tables.append(classes.assign(method=model.method, seed=model.seed, omega=omega))
-            groups = {'all': range(10)} | {name: values['classes'] for name, values in found['groups'].items()}
-            for group, members in groups.items():
-                means = classes.loc[list(members), ['fid', 'precision', 'recall', 'recognition']].mean()
-                rows.append({'method': model.method, 'seed': model.seed, 'omega': omega, 'group': group} | means.to_dict())
+        for omega in study.omegas:
+            result = json.loads(Path(study.result(model, omega)).read_text())
+            key = {'method': model.method, 'seed': model.seed, 'omega': omega}
+            classes = pd.DataFrame(result['classes']).assign(**key)
+            tables.append(classes)
+            groups = {name: group['classes'] for name, group in result['groups'].items()}
+            for group, members in ({'all': classes.index} | groups).items():
+                means = classes.loc[list(members), MEASURES].mean()
+                rows.append(key | {'group': group} | means.to_dict())
     return pd.concat(tables, ignore_index=True), pd.DataFrame(rows)
 
 
 def best_omegas(results: pd.DataFrame) -> dict[str, float]:
-    """For each method the guidance with the lowest distance, mean over all classes and seeds: as the paper chooses it."""
-    means = results[results['group'] == 'all'].groupby(['method', 'omega'])['fid'].mean()
-    return {method: float(means[method].idxmin()) for method in METHODS if method in means.index.levels[0]}
+    """For each method the guidance with the lowest distance, mean over all classes and seeds: as the
+    paper chooses it."""
+    means = results[results['group'] == 'all'].groupby(['method', 'omega'])['fid'].mean().unstack()
+    return {method: float(means.loc[method].idxmin()) for method in METHODS if method in means.index}
 
 
 def verdict(results: pd.DataFrame, omegas: dict[str, float], group: str = 'few') -> list[str]:
-    """For each measure on a group: does a method differ from plain by more than the spread over seeds of either?
+    """For each measure on a group: does a method differ from plain by more than the spread over
+    seeds of either?
 
-    Where it does not, but all differences of equal seeds (which share weights at the start, data order and noise) have one
-    sign, the line says so.
+    Where it does not, but all differences of equal seeds (which share weights at the start, data
+    order and noise) have one sign, the line says so.
     """
     lines = []
-    for method in METHODS:
-        if method == 'plain' or method not in omegas or 'plain' not in omegas:
-            continue
-        for name in ('recognition', 'recall', 'precision', 'fid'):
-            plain, ours = (results[(results['method'] == m) & (results['omega'] == omegas[m]) & (results['group'] == group)]
-                           .set_index('seed')[name] for m in ('plain', method))
-            gains = (ours - plain) * (-1 if name == 'fid' else 1)
-            spread = max(values.max() - values.min() for values in (plain, ours))
-            word = 'better' if gains.mean() > spread else 'worse' if gains.mean() < -spread else 'no clear difference'
-            if word.startswith('no') and len(gains) > 1 and (all(gains > 0) or all(gains < 0)):
-                word += f', though {"better" if gains.iloc[0] > 0 else "worse"} in every seed'
-            lines.append(f'{METHODS[method]:16} {name:12} {plain.mean():11.3f} -> {ours.mean():11.3f}  '
-                         f'spread {spread:9.3f}  {word}')
+    by_method = {method: results[(results['method'] == method) & (results['omega'] == omega) &
+                                 (results['group'] == group)].set_index('seed')
+                 for method, omega in omegas.items()}
+    plain = by_method.pop('plain', None)
+    for method, ours in by_method.items() if plain is not None else ():
+        for name in reversed(MEASURES):
+            gains = (ours[name] - plain[name]) * (-1 if name == 'fid' else 1)
+            spread = max(np.ptp(plain[name]), np.ptp(ours[name]))
+            word = 'better' if gains.mean() > 0 else 'worse'
+            if abs(gains.mean()) <= spread:
+                same = len(gains) > 1 and (all(gains > 0) or all(gains < 0))
+                word = 'no clear difference' + f', though {word} in every seed' * same
+            lines.append(f'{METHODS[method]:16} {name:12} {plain[name].mean():11.3f} -> '
+                         f'{ours[name].mean():11.3f}  spread {spread:9.3f}  {word}')
     return lines
 
 
 def matched(results: pd.DataFrame, group: str = 'few') -> pd.DataFrame:
     """Difference of recall to plain at equal recognition, by method (rows) and seed (columns).
 
-    Guidance trades one for the other. Along the omegas recall is interpolated linearly in recognition, and the difference is
-    the mean over the recognition that both reach (NaN if there is none).
+    Guidance trades one for the other. Along the omegas recall is interpolated linearly in
+    recognition, and the difference is the mean over the recognition that both reach (NaN if there
+    is none).
     """
-    curves = {key: rows.sort_values('recognition')
-              for key, rows in results[results['group'] == group].groupby(['method', 'seed'])}
-    found = {}
+    curves = {key: (rows['recognition'].to_numpy(), rows['recall'].to_numpy())
+              for key, rows in results[results['group'] == group].sort_values(
+                  'recognition').groupby(['method', 'seed'])}
+    differences = {}
     for (method, seed), ours in curves.items():
         plain = curves.get(('plain', seed))
         if method == 'plain' or plain is None:
             continue
-        low = max(ours['recognition'].min(), plain['recognition'].min())
-        high = min(ours['recognition'].max(), plain['recognition'].max())
+        low = max(ours[0][0], plain[0][0])
+        high = min(ours[0][-1], plain[0][-1])
         at = np.linspace(low, high, 50)
-        difference = np.interp(at, ours['recognition'], ours['recall']) - np.interp(at, plain['recognition'], plain['recall'])
-        found.setdefault(METHODS[method], {})[seed] = difference.mean() if high > low else np.nan
-    return pd.DataFrame(found).T
+        difference = np.mean(np.interp(at, *ours) - np.interp(at, *plain))
+        differences.setdefault(METHODS[method], {})[seed] = difference if high > low else np.nan
+    return pd.DataFrame(differences).T
 
 
 def label_effect(study: Study, models: list[Model], images_each: int = 200) -> pd.DataFrame:
-    """How much labels change the predicted noise: a row for each step t and method, in shares of the plain model.
+    """How much labels change the predicted noise: a row for each step t and method, in shares of
+    the plain model.
 
-    RMS over noised digits of eps(x_t, t, y) - eps(x_t, t, no label), mean over seeds. The minimum of the class-balancing
-    loss over all functions, where other labels are as likely in x_t as they are drawn, has the share 1 / (1 + 5/4 tau t/T).
+    RMS over noised digits of eps(x_t, t, y) - eps(x_t, t, no label), mean over seeds. The minimum
+    of the class-balancing loss over all functions, where other labels are as likely in x_t as they
+    are drawn, has the share 1 / (1 + 5/4 tau t/T).
     """
     data = datasets.open_data('digits', '')
     chosen = np.random.RandomState(0).permutation(len(data))[:images_each]
     x_0 = RGBEncoder().encode_latents(torch.from_numpy(data.images(chosen)))
-    labels, effects = torch.from_numpy(data.labels(chosen)), {}
+    labels = torch.from_numpy(data.labels(chosen))
+    noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
+    effects = {}
     for model in models:
-        net = load_snapshot(StepCheckpoints(study.run_dir(model)).path(study.last(model))).net
+        net = load_snapshot(study.checkpoint(model)).net
         for share in (0.1, 0.3, 0.5, 0.7, 0.9):
             t = torch.full([len(x_0)], int(share * net.diffusion.num_steps))
-            x_t = net.diffusion.q_sample(x_0, t, torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)))
+            x_t = net.diffusion.q_sample(x_0, t, noise)
             with torch.inference_mode():
                 change = net(x_t, step=t, class_labels=labels) - net(x_t, step=t)
-            effects[model, share] = change.square().mean().sqrt().item()
-    rows = [{'t/T': share, 'method': METHODS[model.method], 'share': value / effects[Model('plain', model.seed), share],
-             'theory': 1 / (1 + 1.25 * study.tau * share)}
-            for (model, share), value in effects.items() if (Model('plain', model.seed), share) in effects]
-    return pd.DataFrame(rows).pivot_table(index=['t/T', 'theory'], columns='method', values='share').reset_index()
+            effects[share, model.seed, model.method] = change.square().mean().sqrt().item()
+    by_method = pd.Series(effects).unstack()
+    if 'plain' not in by_method:
+        return pd.DataFrame()
+    shares = by_method.div(by_method['plain'], axis=0).groupby(level=0).mean()
+    shares.insert(0, 'theory', 1 / (1 + 1.25 * study.tau * shares.index))
+    return shares.rename(columns=METHODS).rename_axis('t/T').reset_index()
 
 
 def show(results: pd.DataFrame, omegas: dict[str, float]):
-    """Prints the table at each method's best omega, and the comparison with plain there and at equal omega."""
-    print('\nMean over seeds (largest less smallest), each method at the omega with its lowest distance over all classes:')
+    """Prints the table at each method's best omega, and the comparison with plain there and at
+    equal omega."""
+    print('\nMean over seeds (largest less smallest), each method at the omega with its lowest '
+          'distance over all classes:')
     columns = [(name, group) for name in ('recognition', 'recall') for group in ('many', 'few')]
     print(f'{"":16}{"omega":>6}' + ''.join(f'{f"{name}, {group}":>22}' for name, group in columns))
     for method, omega in omegas.items():
-        found = results[(results['method'] == method) & (results['omega'] == omega)].set_index('group')
+        rows = results[(results['method'] == method) & (results['omega'] == omega)]
         cells = ''
         for name, group in columns:
-            values = found.loc[[group], name]
-            cells += f'{f"{values.mean():.3f} ({values.max() - values.min():.3f})":>22}'
+            values = rows.loc[rows['group'] == group, name]
+            cells += f'{f"{values.mean():.3f} ({np.ptp(values):.3f})":>22}'
         print(f'{METHODS[method]:16}{omega:6.1f}{cells}')
     print('\nAgainst plain on the classes with few images, each at its own omega:')
     print('\n'.join(verdict(results, omegas)))
     for group in ('many', 'few'):
-        table = matched(results, group)
-        print(f'\nRecall at equal recognition, less that of plain, by seed ({group} images):\n{table.round(3).to_string()}')
+        table = matched(results, group).round(3).to_string()
+        print(f'\nRecall at equal recognition, less that of plain, by seed ({group} images):\n'
+              f'{table}')
     for omega in sorted(set(results['omega'])):
         print(f'\nThe same with omega {omega:g} for all:')
         print('\n'.join(verdict(results, dict.fromkeys(omegas, omega))))
 
 
-# --- Pictures ---------------------------------------------------------------------------------------------------------
+# --- Pictures -------------------------------------------------------------------------------------
 
 
 def draw_classes(axis, classes: pd.DataFrame, omegas, name: str):
     """A measure against the class, mean and range over seeds."""
     for method, omega in omegas.items():
-        rows = classes[(classes['method'] == method) & (classes['omega'] == omega)].groupby('class')[name]
-        mean = rows.mean()
-        axis.errorbar(mean.index, mean, yerr=[mean - rows.min(), rows.max() - mean], color=COLORS[method], capsize=2,
-                      elinewidth=0.7, marker='o', label=f'{METHODS[method]}, $\\omega$ = {omega:g}')
+        rows = classes[(classes['method'] == method) & (classes['omega'] == omega)]
+        values = rows.groupby('class')[name].agg(['mean', 'min', 'max'])
+        mean = values['mean']
+        axis.errorbar(mean.index, mean, yerr=[mean - values['min'], values['max'] - mean],
+                      color=COLORS[method], capsize=2, elinewidth=0.7, marker='o',
+                      label=f'{METHODS[method]}, $\\omega$ = {omega:g}')
     counts = classes.groupby('class')['training_images'].first()
     axis.set_xticks(counts.index, [f'{digit}\n{count}' for digit, count in counts.items()])
     axis.set(xlabel='digit, and its training images', ylabel=name, ylim=(0, 1.02))
@@ -299,113 +297,76 @@ def draw_classes(axis, classes: pd.DataFrame, omegas, name: str):
 
 def draw_trade(axis, results: pd.DataFrame, group: str = 'few'):
     """Recall against recognition on a group, a point for each omega."""
-    for method in METHODS:
-        rows = results[(results['method'] == method) & (results['group'] == group)].groupby('omega')[['recognition', 'recall']]
-        if not len(rows):
-            continue
-        mean = rows.mean()
-        axis.plot(mean['recognition'], mean['recall'], color=COLORS[method], marker='o')
+    means = results[results['group'] == group].groupby(['method', 'omega'])[MEASURES].mean()
+    for method, mean in means.groupby(level='method'):
+        mean = mean.droplevel('method')[['recognition', 'recall']]
+        axis.plot(*mean.to_numpy().T, color=COLORS[method], marker='o')
         for omega in mean.index[[0, -1]]:
-            axis.annotate(f'$\\omega$={omega:g}', mean.loc[omega], (3, 3), textcoords='offset points', fontsize=6)
+            axis.annotate(f'$\\omega$={omega:g}', mean.loc[omega], (3, 3), fontsize=6,
+                          textcoords='offset points')
     axis.set(xlabel=f'recognition, {group}', ylabel=f'recall, {group}')
 
 
-def sample_grid(study: Study, seed: int, omegas) -> dict:
+def sample_grids(study: Study, omegas) -> dict:
     """{title: picture}: training images, and samples of each method, a row for each digit."""
     data = datasets.open_data('digitslt', '', imb_factor=0.05)
-    shown = {'training images': (data.images(np.arange(len(data))), data.label_ids)}
+    shown = {'training images': data}
     for method, omega in omegas.items():
-        made = NpzImages(study.result(Model(method, seed), omega, '.npz'))
-        shown[METHODS[method]] = made.images(np.arange(len(made))), made.label_ids
+        model = Model(method, min(study.seeds))
+        shown[METHODS[method]] = open_images(study.result(model, omega, '.npz'))
     grids = {}
-    for title, (pixels, labels) in shown.items():
-        rows = np.concatenate([np.resize(np.flatnonzero(labels == digit), GRID_COLUMNS) for digit in range(10)])
-        grids[title] = pictures.image_grid(pixels[rows], GRID_COLUMNS, min_side=24)
+    for title, opened in shown.items():
+        rows = [np.resize(np.flatnonzero(opened.label_ids == digit), GRID_COLUMNS)
+                for digit in range(10)]
+        pixels = opened.images(np.concatenate(rows))
+        grids[title] = pictures.image_grid(pixels, GRID_COLUMNS, min_side=24)
     return grids
 
 
+@studies.styled
 def draw(study: Study, classes: pd.DataFrame, results: pd.DataFrame, omegas):
     """Measures by class and their trade-off, above samples of the first seed."""
-    grids = sample_grid(study, int(results['seed'].min()), omegas)
-    with plotting.plt.rc_context(plotting.STYLE):
-        figure = plotting.plt.figure(figsize=(7.2, 4.9))
-        above, below = figure.subfigures(2, 1, height_ratios=[1, 1.05])
-        panels = above.subplots(1, 3)
-        draw_classes(panels[0], classes, omegas, 'recognition')
-        draw_classes(panels[1], classes, omegas, 'recall')
-        draw_trade(panels[2], results)
-        panels[0].legend(frameon=False)
-        for panel in panels:
-            panel.spines[['top', 'right']].set_visible(False)
-        for axis, (title, picture) in zip(below.subplots(1, len(grids)), grids.items(), strict=True):
-            axis.imshow(picture)
-            axis.set_title(title)
-            axis.axis('off')
+    grids = sample_grids(study, omegas)
+    figure = studies.plt.figure(figsize=(7.2, 4.9))
+    above, below = figure.subfigures(2, 1, height_ratios=[1, 1.05])
+    panels = above.subplots(1, 3)
+    draw_classes(panels[0], classes, omegas, 'recognition')
+    draw_classes(panels[1], classes, omegas, 'recall')
+    draw_trade(panels[2], results)
+    panels[0].legend()
+    for axis, (title, picture) in zip(below.subplots(1, len(grids)), grids.items(), strict=True):
+        axis.imshow(picture)
+        axis.set_title(title)
+        axis.axis('off')
     return figure
 
 
-def save_table(table: pd.DataFrame, path: str):
-    with util.atomic_path(path) as temp:
-        table.to_csv(temp, index=False, float_format='%.6g', lineterminator='\n')
+@studies.command(Study, 'study-long-tail', 'long_tail/digits_long_tail.py')
+def main(study):
+    """Compares plain, class-balancing and fine-tuned diffusion models on long-tailed handwritten
+    digits.
 
-
-@click.command(cls=cli.Command, epilog="""\b
-Examples:
-  # The study of the page, under 15 minutes on 2 CPU cores
-  python long_tail/digits_long_tail.py
-\b
-The same command goes on with a study that was stopped; finished models are not trained again.
-""")
-@click.option('--outdir', metavar='DIR', default=str(ROOT / 'training-runs' / 'study-long-tail'), help='Where results go')
-@click.option('--seeds', metavar='LIST', type=cli.INT_LIST, default='0-2', help='Seeds of weights, data order and noise')
-@click.option('--methods', metavar='LIST', default=','.join(METHODS), help='What to compare')
-@click.option('--omegas', metavar='LIST', default='0,0.8,1.6,2.4', help='Strengths of guidance to sample with')
-@click.option('--steps', metavar='INT', type=click.IntRange(min=3), default=1500, help='Training steps of every model')
-@click.option('--batch', metavar='INT', type=click.IntRange(min=1), default=32, help='Images of one step')
-@click.option('--tau', metavar='FLOAT', type=click.FloatRange(0), default=1.0, help='Weight of the class-balancing term')
-@click.option('--samples', metavar='INT', type=click.IntRange(min=200), default=500, help='Images that a model generates')
-@click.option('--ddim-steps', metavar='INT', type=click.IntRange(min=2), default=15, help='Sampling steps')
-@click.option('--jobs', metavar='INT', type=click.IntRange(min=1),
-              help='Models that train at a time  [default: one for each core, up to 8; one on a GPU]')
-def command(outdir, seeds, methods, omegas, jobs, **shared):
-    """Compares plain, class-balancing and fine-tuned diffusion models on long-tailed handwritten digits.
-
-    Writes classes.csv, results.csv, label-effect.csv, study.png and study.svg, and in models/ a run folder of main.py for
-    each model.
+    Writes classes.csv, results.csv, label-effect.csv, study.png and study.svg, and in models/ a run
+    folder of main.py for each model.
     """
-    methods = methods.split(',')
-    if not set(methods) <= METHODS.keys() or ('finetune' in methods and 'plain' not in methods):
-        raise UserError(f'--methods: give some of {",".join(METHODS)}; finetune starts from plain')
-    try:
-        omegas = [float(omega) for omega in omegas.split(',')]
-    except ValueError:
-        raise UserError(f'--omegas={omegas}: give numbers with commas between them') from None
-    distributed.init()
-    if distributed.get_world_size() > 1:
-        raise UserError('this study runs as one command, without torchrun; --jobs sets how many models train at a time')
-    study = Study(os.path.abspath(outdir), **shared)
+    chains = plan(study)
     study.claim()
-    models = [Model(method, seed) for seed in seeds for method in METHODS if method in methods]
-    if not os.path.exists(study.reference):
-        make_stats.make('digits', study.reference, 'pixels')
+    studies.make(study.reference, make_stats.make, 'digits', study.reference, 'pixels')
+    models = sorted(sum(chains, []), key=lambda model: (model.seed, [*METHODS].index(model.method)))
     print(f'{len(models)} models of {study.steps} steps, in {study.outdir}', flush=True)
-    jobs = jobs or parallel.default_jobs()
-    try:
-        for _ in tqdm.tqdm(run_models(study, models, omegas, jobs), total=len(models), unit='model'):
-            pass
-    except KeyboardInterrupt:
-        raise UserError('stopped; the same command goes on from here') from None
-    classes, results = collect(study, models, omegas)
+    for _ in study.run(run_chain, chains, len, unit='model'):
+        pass
+    classes, results = collect(study, models)
     best = best_omegas(results)
-    save_table(classes, study.path('classes.csv'))
-    save_table(results, study.path('results.csv'))
     effect = label_effect(study, models)
-    save_table(effect, study.path('label-effect.csv'))
-    plotting.save(draw(study, classes, results, best), Path(study.path('study')))
+    for name, table in (('classes', classes), ('results', results), ('label-effect', effect)):
+        studies.save_table(table, study.path(f'{name}.csv'))
+    studies.save_figure(draw(study, classes, results, best), study.path('study'))
     show(results, best)
-    print(f'\nHow much labels change the prediction, in shares of plain:\n{effect.round(2).to_string(index=False)}')
-    print(f'\nWrote classes.csv, results.csv, label-effect.csv and study.png to {study.outdir}')
+    print('\nHow much labels change the prediction, in shares of plain:\n'
+          + effect.round(2).to_string(index=False))
+    print('\nWrote classes.csv, results.csv, label-effect.csv and study.png to ' + study.outdir)
 
 
 if __name__ == '__main__':
-    command()
+    main()

@@ -1,47 +1,39 @@
-"""Does training on several similar sources beat training on each alone? The question on real data, in miniature.
+"""Does training on several similar sources beat training on each alone? In miniature, on real data.
 
-For n handwritten digits of each class, one EDM2 model of a single class against conditional models of several classes:
-Frechet distance, for each class, between samples and real digits that no model has seen.
+For n handwritten digits of each class, one EDM2 model of a single class against conditional models
+of several classes: Frechet distance, for each class, between samples and real digits that no model
+has seen.
 """
 
-import contextlib
 import dataclasses
-import functools
-import io
-import itertools
-import os
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import click
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 import numpy as np
 import pandas as pd
 import tqdm
 
+import studies
 import train_edm2
-from dnnlib import UserError, cli, pictures, util
-from metrics import compute, frechet, images, statistics
+from dnnlib import UserError, cli, util
+from metrics.images import select
 from simulations import plotting, tables
-from torch_utils import distributed, parallel
+from torch_utils import distributed
 from training import snapshot
 from training.data import convert, sources
 from training.data.images import open_images
 from training.generate import generate_images
 
-# Similar classes first: the three whose mean images are the closest, then always the one closest to those before it
-# (mean Euclidean distance between mean images).
+# Similar classes first: the three whose mean images are the closest, then always the one closest to
+# those before it (mean Euclidean distance between mean images).
 ORDER = (3, 8, 9, 5, 1, 2, 7, 4, 0, 6)
-COMPARED = 3          # the first classes of the order are measured
-LEAST_HELD_OUT = 20   # real digits of a class to measure against
-# Runs of some hundreds of steps get further with a higher learning rate than the preset's, which soon falls.
-LR, DECAY_STEPS, RAMPUP = 0.06, 60, 0.05   # RAMPUP is a share of the run
-EMA_STD = 0.10
+COMPARED = 3                                                   # the first ones are measured
 GRID_COLUMNS = 12
-SPACE = 'fd_pixels'
+TRAINING = 'fd of training images'
+MEASURES = ('fd', 'single - multi', TRAINING)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,19 +55,26 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
-class Study:
-    """A folder, and what all its models have in common; only models with the same settings may be compared."""
+class Study(studies.Study):
+    nums: list = studies.compared('20,100', cli.INT_LIST, 'Training images of each class')
+    sources: list = studies.compared(
+        '1,3,5,10', cli.INT_LIST,
+        f'Numbers of classes of a model, which are the first of {",".join(map(str, ORDER))}')
+    seeds: list = studies.compared(
+        '0-2', cli.INT_LIST, 'Seeds of data, weights, noise and samples')
+    images_per_class: int = studies.setting(
+        '2.5Ki', cli.COUNT, 'Training images that a model sees of each of its classes')
+    batch_per_class: int = studies.setting(
+        8, studies.WHOLE, 'Images of one step, of each class on average')
+    channels: int = studies.setting(16, studies.WHOLE, 'Width of the network')
+    samples: int = studies.setting(
+        256, click.IntRange(min=GRID_COLUMNS), 'Images that are generated and measured of a class')
+    steps: int = studies.setting(12, studies.WHOLE, 'Sampling steps')
+    names = {'most': 'largest of --nums'}
 
-    outdir: str
-    most: int                # images of a class that some model may see: the others are held out
-    images_per_class: int
-    batch_per_class: int
-    channels: int
-    samples: int
-    steps: int
-
-    def path(self, *parts) -> str:
-        return os.path.join(self.outdir, *parts)
+    @property
+    def settings(self) -> dict:
+        return super().settings | {'most': max(self.nums)}     # the others of a seed are held out
 
     def data(self, model: Model) -> str:
         return self.path('data', f'{model.name}.zip')
@@ -89,301 +88,221 @@ class Study:
     def samples_file(self, model: Model) -> str:
         return self.path('models', model.name, 'samples.npz')
 
-    def finished(self, model: Model) -> bool:
-        return os.path.isfile(self.samples_file(model))
-
     def duration(self, model: Model) -> int:
-        """Training images of a model. A multiple of the batch, so that every model takes the same number of steps."""
-        return -(-self.images_per_class // self.batch_per_class) * self.batch_per_class * len(model.classes)
-
-    def claim(self):
-        """Writes the settings to the folder, or raises UserError if it holds a study with others."""
-        settings = {key: value for key, value in dataclasses.asdict(self).items() if key != 'outdir'}
-        util.claim_folder(self.outdir, settings, {'most': 'largest of --nums'})
+        """Training images of a model: whole batches, so that all models take as many steps."""
+        batches = -(-self.images_per_class // self.batch_per_class)
+        return batches * self.batch_per_class * len(model.classes)
 
 
-# Data
+def plan(study: Study) -> list[Model]:
+    """All models, the largest first. Raises UserError for lists that make no comparison."""
+    counts = study.sources
+    for option in ('nums', 'sources', 'seeds'):
+        values = getattr(study, option)
+        if len(set(values)) < len(values):
+            raise UserError('give each number once', option)
+    if min(study.nums) < 2:
+        raise UserError('give at least 2 images of a class', 'nums')
+    if 1 not in counts or len(counts) < 2 or min(counts) < 1 or max(counts) > len(ORDER):
+        raise UserError(f'give 1 and at least one number of classes from 2 to {len(ORDER)}',
+                        'sources')
+    if study.images_per_class < 1:
+        raise UserError('give at least 1', 'images_per_class')
+    # The classes that all of the larger models share are compared.
+    larger = sorted(set(counts) - {1}, reverse=True)
+    sets = [ORDER[:count] for count in larger]
+    sets += [(digit,) for digit in ORDER[:min(COMPARED, larger[-1])]]
+    return [Model(seed, n, classes) for classes in sets for seed in study.seeds
+            for n in sorted(study.nums)]
 
 
 def make_data(study: Study, models: list[Model]):
-    """Archives of training images, and for each seed of those images that are in no training set of that seed."""
+    """Archives of training images, and of those images that are in no training set of a seed."""
     source = sources.open_source('digits')
-    for seed in {model.seed for model in models}:
-        if not os.path.exists(study.held_out(seed)):
-            chosen = convert.by_class(source, list(ORDER), study.most, seed)
-            rest = convert.by_class(source, list(ORDER))
-            keep = ~np.isin(rest.indices, chosen.indices)
-            rest = dataclasses.replace(rest, indices=rest.indices[keep], labels=rest.labels[keep])
-            least = np.bincount(rest.labels).min()
-            if least < LEAST_HELD_OUT:
-                raise UserError(f'--nums={study.most} leaves {least} images of a class to measure against; give at most '
-                                f'{study.most + least - LEAST_HELD_OUT}')
-            convert.convert(source, rest, study.held_out(seed), workers=1)
+    for seed in study.seeds:
+        rest = studies.held_out(source, list(ORDER), max(study.nums), seed, 'nums')
+        path = study.held_out(seed)
+        studies.make(path, convert.convert, source, rest, path, workers=1)
     for model in models:
-        if not os.path.exists(study.data(model)):
-            selection = convert.by_class(source, list(model.classes), model.n, model.seed)
-            convert.convert(source, selection, study.data(model), workers=1)
-
-
-# One model
+        selection = convert.by_class(source, list(model.classes), model.n, model.seed)
+        path = study.data(model)
+        studies.make(path, convert.convert, source, selection, path, workers=1)
 
 
 def settings(study: Study, model: Model) -> dict:
     """The settings of train_edm2.py, such that models differ in their sources alone.
 
-    Batch and duration are proportional to the number of classes: every model takes the same number of steps, with the
-    same number of images of a class in each on average, and so learning rates and averages are the same step by step.
+    Batch and duration are proportional to the number of classes: every model takes the same number
+    of steps, with the same number of images of a class in each on average, and so learning rates
+    and averages are the same step by step.
     """
     duration = study.duration(model)
-    options = dict(preset='digits', outdir=study.run_dir(model), data=study.data(model), seed=model.seed, duration=duration,
-                   batch=study.batch_per_class * len(model.classes), channels=study.channels, lr=LR, decay=DECAY_STEPS,
-                   precision='fp32', status=max(duration // 4, 1), snapshot=duration, checkpoint=0)
-    context = train_edm2.main.make_context('train_edm2.py', [f'--{key}={value}' for key, value in options.items()])
-    config = train_edm2.build_config(context.params)
-    return config | dict(rampup_Mimg=RAMPUP * duration / 1e6, ema_stds=[EMA_STD])
+    return studies.edm2_settings(
+        study.data(model), duration, seed=model.seed, channels=study.channels, checkpoint=0,
+        batch=study.batch_per_class * len(model.classes), status=max(duration // 4, 1))
 
 
 def run_model(study: Study, model: Model):
-    """Trains a model and saves its samples, as far as that is not done. Raises KeyboardInterrupt if it is told to stop.
+    """Trains a model and saves its samples, as far as that is not done."""
+    run_dir = study.run_dir(model)
+    network = studies.edm2_snapshot(run_dir, study.duration(model))
+    studies.make(network, lambda: train_edm2.train(settings(study, model), run_dir))
+    studies.make(study.samples_file(model), save_samples, study, model, network)
 
-    Samples: uint8 [N,H,W,3] `arr_0` with their digits `arr_1`, which calculate_metrics.py reads too.
-    """
-    net_path = os.path.join(study.run_dir(model),
-                            f'network-snapshot-{study.duration(model) // 1000:07d}-{EMA_STD:.3f}.pkl')
-    sink = io.StringIO()  # models that train side by side would talk over each other; log.txt has it all
-    with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
-        if not os.path.exists(net_path):
-            train_edm2.train(settings(study, model), study.run_dir(model))
-        if not os.path.exists(net_path):  # SIGINT and SIGTERM end training with a checkpoint
-            raise KeyboardInterrupt
-    loaded = snapshot.load_snapshot(net_path, distributed.get_device())
-    made, digits = [], []
+
+def save_samples(study: Study, model: Model, network: str):
+    """uint8 [N,H,W,3] `arr_0` and their digits `arr_1`, which calculate_metrics.py reads too."""
+    loaded = snapshot.load_snapshot(network, distributed.get_device())
     seeds = range(model.seed * study.samples, (model.seed + 1) * study.samples)
+    samples = []
     for digit in model.measured:
-        for batch in generate_images(loaded.net, loaded.encoder, seeds, labels=model.classes.index(digit), batch=256,
-                                     num_steps=study.steps):
-            made.append(batch.images.cpu().numpy().transpose(0, 2, 3, 1))
-            digits += [digit] * len(batch.images)
+        samples += [batch.images.cpu().numpy().transpose(0, 2, 3, 1) for batch in generate_images(
+            loaded.net, loaded.encoder, seeds, labels=model.classes.index(digit), batch=256,
+            num_steps=study.steps)]
     with util.atomic_path(study.samples_file(model)) as temp, open(temp, 'wb') as file:
-        np.savez_compressed(file, arr_0=np.concatenate(made), arr_1=np.array(digits))
-
-
-def run_models(study: Study, models: list[Model], jobs: int):
-    """Runs the models that are not finished, `jobs` at a time, and yields each one that is. The longest go first."""
-    models = sorted(models, key=lambda model: (study.finished(model), -len(model.classes), model.seed))
-    waiting = [model for model in models if not study.finished(model)]
-    yield from models[len(waiting):]
-    yield from parallel.run_side_by_side(functools.partial(run_model, study), waiting, jobs)
-
-
-# Numbers
-
-
-def gaussian_of(opened, digit: int) -> statistics.Gaussian:
-    """Mean and covariance of the pixels of one digit of opened images (see `metrics.images`)."""
-    detectors = compute.Detectors(device='cpu')
-    return compute.measure_images(opened, detectors, class_name=digit, spaces=[SPACE]).gaussians[SPACE]
-
-
-def distance(path: str, digit: int, reference: statistics.Gaussian) -> float:
-    """Frechet distance of the images of one digit in a file to a reference."""
-    found = gaussian_of(open_images(path), digit)
-    return frechet.frechet_distance(found.mu, found.sigma, reference.mu, reference.sigma)
+        np.savez_compressed(file, arr_0=np.concatenate(samples),
+                            arr_1=np.repeat(model.measured, study.samples))
 
 
 def measure(study: Study, model: Model) -> list[dict]:
-    """A row for each measured class of a finished model: the distances of its samples, and of its training images, to the
-    held-out digits."""
-    rows = []
-    for digit in model.measured:
-        reference = gaussian_of(open_images(study.held_out(model.seed)), digit)
-        rows.append({
-            'seed': model.seed, 'n': model.n, 'sources': len(model.classes), 'class': digit,
-            'fd': distance(study.samples_file(model), digit, reference),
-            'fd of training images': distance(study.data(model), digit, reference)})
-    return rows
+    """A row for each measured class: the distances of the samples of a finished model, and of its
+    training images, to the held-out digits."""
+    reference = study.held_out(model.seed)
+    return [{'seed': model.seed, 'n': model.n, 'sources': len(model.classes), 'class': digit,
+             'fd': studies.pixel_distance(study.samples_file(model), reference, digit),
+             TRAINING: studies.pixel_distance(study.data(model), reference, digit)}
+            for digit in model.measured]
 
 
 def summarise(results: pd.DataFrame) -> pd.DataFrame:
     """Means over classes and seeds, with half-widths of 95% intervals over seeds (Student's t).
 
-    `single - multi` is the difference to the models of one class at the same seed: positive if many sources help.
+    `single - multi` is the difference to the models of one class at the same seed: positive if many
+    sources help.
     """
-    lines = []
-    for n, group in results.groupby('n'):
-        by_seed = group.groupby(['sources', 'seed'])[['fd', 'fd of training images']].mean()
-        single = by_seed.loc[1, 'fd']
-        for sources_, values in by_seed.groupby(level='sources'):
-            values = values.droplevel('sources')
-            line = {'n': n, 'sources': sources_, 'seeds': len(values)}
-            for name, column in (('fd', values['fd']), ('single - multi', single - values['fd']),
-                                 ('fd of training images', values['fd of training images'])):
-                if name == 'single - multi' and sources_ == 1:
-                    column = column * np.nan
-                line |= {name: column.mean(), tables.interval_column(name): float(tables.half_width(column.to_numpy()))}
-            line['single - multi, % of single'] = 100 * line['single - multi'] / single.mean()
-            lines.append(line)
-    return pd.DataFrame(lines)
-
-
-def save_table(table: pd.DataFrame, path: str):
-    with util.atomic_path(path) as temp:
-        table.to_csv(temp, index=False, float_format='%.6g', lineterminator='\n')
+    means = results.groupby(['n', 'sources', 'seed'])[['fd', TRAINING]].mean()
+    single = means['fd'].xs(1, level='sources').rename('single')
+    values = means.join(single, on=['n', 'seed'])
+    alone = values.index.get_level_values('sources') == 1
+    values['single - multi'] = (values['single'] - values['fd']).mask(alone)
+    groups = values.groupby(['n', 'sources'])
+    summary = groups.size().to_frame('seeds')
+    for name in MEASURES:
+        summary[name] = groups[name].mean()
+        summary[tables.interval_column(name)] = groups[name].agg(
+            lambda column: float(tables.half_width(column.to_numpy())))
+    single = summary['fd'].xs(1, level='sources')
+    summary['single - multi, % of single'] = 100 * summary['single - multi'].div(single, level='n')
+    return summary.reset_index()
 
 
 def show(summary: pd.DataFrame):
     """Prints the averages."""
     print('\nFrechet distance of pixels to held-out digits, mean ± 95% interval over seeds:')
-    print(f'{"n":>6}{"sources":>9}{"distance":>18}{"single - multi":>20}{"gain":>8}{"training images":>18}')
+    print(f'{"n":>6}{"sources":>9}{"distance":>18}{"single - multi":>20}{"gain":>8}'
+          f'{"training images":>18}')
     for _, line in summary.iterrows():
-        cells = [f'{line[name]:.0f} ± {line[tables.interval_column(name)]:.0f}'
-                 for name in ('fd', 'single - multi', 'fd of training images')]
-        alone = line['sources'] == 1
-        gain = '-' if alone else f'{line["single - multi, % of single"]:+.0f}%'
-        print(f'{line["n"]:6.0f}{line["sources"]:9.0f}{cells[0]:>18}{"-" if alone else cells[1]:>20}{gain:>8}{cells[2]:>18}')
+        distance, difference, training = (
+            f'{line[name]:.0f} ± {line[tables.interval_column(name)]:.0f}' for name in MEASURES)
+        gain = f'{line["single - multi, % of single"]:+.0f}%'
+        if line['sources'] == 1:
+            difference = gain = '-'
+        print(f'{line["n"]:6.0f}{line["sources"]:9.0f}{distance:>18}{difference:>20}{gain:>8}'
+              f'{training:>18}')
 
 
-# Pictures
+def draw_panel(axis, classes: pd.Series, line: pd.DataFrame, top: float):
+    """Distance in thousands against the number of sources; thin lines are the classes, named at
+    their right. `classes`: distances by (class, sources)."""
+    places = {count: place for place, count in enumerate(line['sources'])}
+    ends = []
+    for digit, means in classes.groupby(level='class'):
+        axis.plot([places[count] for count in means.index.get_level_values('sources')], means,
+                  color='0.7', linewidth=0.7, zorder=1)
+        ends.append((means.iloc[-1], digit))
+    low = -np.inf
+    for height, digit in sorted(ends):
+        low = max(height, low + 0.05 * top)                    # names one above the other
+        axis.annotate(str(digit), (len(places) - 1, low), (6, 0), textcoords='offset points',
+                      color='0.45', fontsize=7, va='center')
+    axis.axhline(line[TRAINING].mean() / 1000, color='0.4', linestyle=':', zorder=1,
+                 label='the training images')
+    alone = line['sources'] == 1
+    for rows, color, marker, label in ((line[alone], plotting.SINGLE, 'o', 'single-source'),
+                                       (line[~alone], plotting.MULTI, 's', 'multi-source')):
+        axis.errorbar(rows['sources'].map(places), rows['fd'] / 1000, color=color, marker=marker,
+                      yerr=rows[tables.interval_column('fd')].fillna(0) / 1000, capsize=2,
+                      elinewidth=0.8, label=label, zorder=3)
+    axis.set(xlabel=plotting.LABELS['K'], ylim=(0, top))
+    axis.set_xticks(list(places.values()), list(places))
 
 
+@studies.styled
 def draw(results: pd.DataFrame, summary: pd.DataFrame):
-    """Distance against the number of sources, a panel for each n; thin lines are the classes, named at their right."""
-    sizes = sorted(results['n'].unique())
-    top = 1.05 * (summary['fd'] + summary[tables.interval_column('fd')].fillna(0)).max() / 1000
-    top = max(top, 1.05 * results.groupby(['n', 'sources', 'class'])['fd'].mean().max() / 1000)
-    with plotting.plt.rc_context(plotting.STYLE):
-        figure, axes = plotting.plt.subplots(1, len(sizes), figsize=(0.6 + 2.9 * len(sizes), 2.7), squeeze=False,
-                                             sharey=True)
-        for axis, n in zip(axes[0], sizes, strict=True):
-            part, line = results[results['n'] == n], summary[summary['n'] == n]
-            places = {count: place for place, count in enumerate(line['sources'])}
-            ends = []
-            for digit, values in part.groupby('class'):
-                means = values.groupby('sources')['fd'].mean() / 1000
-                axis.plot([places[s] for s in means.index], means, color='0.7', linewidth=0.7, zorder=1)
-                ends.append((means.iloc[-1], digit))
-            low = -np.inf
-            for height, digit in sorted(ends):
-                low = max(height, low + 0.05 * top)  # names one above the other, not on each other
-                axis.annotate(str(digit), (len(places) - 1, low), (6, 0), textcoords='offset points', color='0.45',
-                              fontsize=7, va='center')
-            axis.axhline(line['fd of training images'].mean() / 1000, color='0.4', linestyle=':', zorder=1,
-                         label='the training images')
-            for rows, color, marker, label in (
-                    (line[line['sources'] == 1], plotting.SINGLE, 'o', 'single-source'),
-                    (line[line['sources'] > 1], plotting.MULTI, 's', 'multi-source')):
-                interval = rows[tables.interval_column('fd')].fillna(0) / 1000
-                axis.errorbar([places[s] for s in rows['sources']], rows['fd'] / 1000, yerr=interval, color=color,
-                              marker=marker, capsize=2, elinewidth=0.8, label=label, zorder=3)
-            axis.set(xlabel=plotting.LABELS['K'], title=f'{n} training images of each class', ylim=(0, top))
-            axis.set_xticks(list(places.values()), list(places))
-            axis.spines[['top', 'right']].set_visible(False)
-        axes[0, 0].set_ylabel('Fréchet distance (thousands)')
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc='outside lower center', ncols=3, frameon=False)
+    """A panel for each n."""
+    sizes = summary['n'].unique()
+    classes = results.groupby(['n', 'class', 'sources'])['fd'].mean() / 1000
+    highest = (summary['fd'] + summary[tables.interval_column('fd')].fillna(0)).max() / 1000
+    top = 1.05 * max(highest, classes.max())
+    figure, axes = studies.plt.subplots(1, len(sizes), figsize=(0.6 + 2.9 * len(sizes), 2.7),
+                                        squeeze=False, sharey=True)
+    for axis, n in zip(axes[0], sizes, strict=True):
+        draw_panel(axis, classes[n], summary[summary['n'] == n], top)
+        axis.set_title(f'{n} training images of each class')
+    axes[0, 0].set_ylabel('Fréchet distance (thousands)')
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
     return figure
 
 
-def save_sample_grid(study: Study, models: list[Model], n: int, path: str):
-    """For each measured class a row of training images, and a row of samples for each number of sources (first seed)."""
-    seed = min(model.seed for model in models)
-    chosen = [model for model in models if (model.seed, model.n) == (seed, n)]
-    tiles, titles = [], []
-    for digit in sorted(set(itertools.chain.from_iterable(model.measured for model in chosen)), key=ORDER.index):
-        mine = sorted((model for model in chosen if digit in model.classes), key=lambda model: len(model.classes))
-        files = [('data', study.data(mine[0]))]
-        files += [(len(model.classes), study.samples_file(model)) for model in mine]
-        for title, file in files:
+def save_sample_grid(study: Study, models: list[Model], n: int):
+    """For each measured class a row of training images, and a row of samples for each number of
+    sources (first seed)."""
+    rows = {}
+    for digit in ORDER[:COMPARED]:
+        row = [model for model in models[::-1] if digit in model.classes
+               and (model.seed, model.n) == (min(study.seeds), n)]
+        files = {'data': study.data(row[0])} if row else {}
+        files |= {len(model.classes): study.samples_file(model) for model in row}
+        for title, file in files.items():
             opened = open_images(file)
-            row = opened.images(images.select(opened, class_name=digit)[:GRID_COLUMNS])
-            blank = np.full((GRID_COLUMNS - len(row), *row.shape[1:]), 255, np.uint8)
-            tiles += [row, blank]
-            titles.append(f'{digit}: {title}')
-    pictures.save_image_grid(path, np.concatenate(tiles), GRID_COLUMNS, titles)
+            rows[f'{digit}: {title}'] = opened.images(select(opened, class_name=digit))
+    studies.save_rows(rows, GRID_COLUMNS, study.path(f'samples-n{n}.png'))
 
 
-# The study
-
-
-def plan(nums: list[int], counts: list[int], seeds: list[int]) -> list[Model]:
-    """All models. Raises UserError for lists that make no comparison."""
-    for option, values in (('--nums', nums), ('--sources', counts), ('--seeds', seeds)):
-        if len(set(values)) < len(values):
-            raise UserError(f'{option}: give each number once')
-    if min(nums) < 2:
-        raise UserError('--nums: give at least 2 images of a class')
-    if 1 not in counts or len(counts) < 2 or min(counts) < 1 or max(counts) > len(ORDER):
-        raise UserError(f'--sources: give 1 and at least one number of classes from 2 to {len(ORDER)}')
-    # The classes that all of the larger models share are compared.
-    compared = ORDER[:min(COMPARED, *(count for count in counts if count > 1))]
-    sets = [(digit,) for digit in compared] + [ORDER[:count] for count in sorted(counts) if count > 1]
-    return [Model(seed, n, classes) for seed in seeds for n in sorted(nums) for classes in sets]
-
-
-@click.command(cls=cli.Command, epilog="""\b
-Examples:
-  # The study of the page, under 15 minutes on 2 CPU cores
-  python simulations/digits_multi_source.py
-\b
+@studies.command(Study, 'study-multi-source', 'simulations/digits_multi_source.py', """\b
   # More seeds, longer training, in a folder of its own
   python simulations/digits_multi_source.py --seeds=0-9 --images-per-class=64Ki --outdir=training-runs/study-long
-\b
-The same command goes on with a study that was stopped; finished models are not trained again.
 """)
-@click.option('--outdir', metavar='DIR', default=str(ROOT / 'training-runs' / 'study-multi-source'), help='Where results go')
-@click.option('--nums', metavar='LIST', type=cli.INT_LIST, default='20,100', help='Training images of each class')
-@click.option('--sources', 'counts', metavar='LIST', type=cli.INT_LIST, default='1,3,5,10',
-              help=f'Numbers of classes of a model, which are the first of {",".join(map(str, ORDER))}')
-@click.option('--seeds', metavar='LIST', type=cli.INT_LIST, default='0-2', help='Seeds of data, weights, noise and samples')
-@click.option('--images-per-class', metavar='NIMG', type=cli.COUNT, default='2.5Ki',
-              help='Training images that a model sees of each of its classes')
-@click.option('--batch-per-class', metavar='NIMG', type=click.IntRange(min=1), default=8,
-              help='Images of one step, of each class on average')
-@click.option('--channels', metavar='INT', type=click.IntRange(min=1), default=16, help='Width of the network')
-@click.option('--samples', metavar='INT', type=click.IntRange(min=GRID_COLUMNS), default=256,
-              help='Images that are generated and measured of a class')
-@click.option('--steps', metavar='INT', type=click.IntRange(min=1), default=12, help='Sampling steps')
-@click.option('--jobs', metavar='INT', type=click.IntRange(min=1),
-              help='Models that train at a time  [default: one for each core, up to 8; one on a GPU]')
-def main(outdir, nums, counts, seeds, jobs, images_per_class, **shared):
+def main(study):
     """Compares models of one class with models of many, on handwritten digits.
 
-    Writes results.csv (each model and class), summary.csv (means with 95% intervals over seeds), study.png and study.svg,
-    samples-n<NUM>.png, and in models/ a run folder of train_edm2.py for each model.
+    Writes results.csv (each model and class), summary.csv (means with 95% intervals over seeds),
+    study.png and study.svg, samples-n<NUM>.png, and in models/ a run folder of train_edm2.py for
+    each model.
     """
-    models = plan(nums, counts, seeds)
-    if images_per_class < 1:
-        raise UserError('--images-per-class: give at least 1')
-    distributed.init()
-    if distributed.get_world_size() > 1:
-        raise UserError('this study runs as one command, without torchrun; --jobs sets how many models train at a time')
-    study = Study(os.path.abspath(outdir), max(nums), images_per_class, **shared)
+    models = plan(study)
+    compared = {digit for model in models if len(model.classes) == 1 for digit in model.classes}
     study.claim()
     make_data(study, models)
-    total = sum(map(study.duration, models))
-    print(f'{len(models)} models, {total} training images in all, in {study.outdir}', flush=True)
+    print(f'{len(models)} models, {sum(map(study.duration, models))} training images in all, in '
+          f'{study.outdir}', flush=True)
     rows = []
-    compared = set(models[0].measured).union(*(model.measured for model in models if len(model.classes) == 1))
-    try:
-        with tqdm.tqdm(total=total, unit='img', unit_scale=True, desc='Training') as bar:
-            for model in run_models(study, models, jobs or parallel.default_jobs()):
-                found = [row for row in measure(study, model) if row['class'] in compared]
-                rows += found
-                text = ', '.join(f'{row["class"]}: {row["fd"]:.0f}' for row in found)
-                tqdm.tqdm.write(f'n={model.n}, {len(model.classes)} source(s), seed {model.seed}: distance of {text}')
-                bar.update(study.duration(model))
-    except KeyboardInterrupt:
-        raise UserError('stopped; the same command goes on from here') from None
+    for model in study.run(run_model, models, study.duration, unit='img', unit_scale=True):
+        measured = [row for row in measure(study, model) if row['class'] in compared]
+        rows += measured
+        text = ', '.join(f'{row["class"]}: {row["fd"]:.0f}' for row in measured)
+        tqdm.tqdm.write(f'n={model.n}, {len(model.classes)} source(s), seed {model.seed}: '
+                        f'distance of {text}')
     results = pd.DataFrame(rows).sort_values(['seed', 'n', 'sources', 'class'], ignore_index=True)
     summary = summarise(results)
-    save_table(results, study.path('results.csv'))
-    save_table(summary, study.path('summary.csv'))
-    for n in nums:
-        save_sample_grid(study, models, n, study.path(f'samples-n{n}.png'))
-    plotting.save(draw(results, summary), Path(study.path('study')))
+    studies.save_table(results, study.path('results.csv'))
+    studies.save_table(summary, study.path('summary.csv'))
+    for n in study.nums:
+        save_sample_grid(study, models, n)
+    studies.save_figure(draw(results, summary), study.path('study'))
     show(summary)
-    print(f'\nresults.csv, summary.csv, study.png, study.svg and {", ".join(f"samples-n{n}.png" for n in nums)} '
-          f'are in {study.outdir}')
+    print(f'\nresults.csv, summary.csv, study.png, study.svg and '
+          f'{", ".join(f"samples-n{n}.png" for n in study.nums)} are in {study.outdir}')
 
 
 if __name__ == '__main__':

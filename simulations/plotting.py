@@ -3,26 +3,17 @@
 import pathlib
 
 import click
-import matplotlib
-
-matplotlib.use('Agg')  # before pyplot: works without a display
-
-import matplotlib.pyplot as plt
 import matplotlib.ticker
 import numpy as np
 
 import dnnlib
-from dnnlib import cli, util
+import studies
+from dnnlib import cli
 from simulations import tables
+from studies import plt
 
-# Blue and vermilion of Okabe and Ito: told apart in all common kinds of colour blindness, and by lightness in grey.
-SINGLE, MULTI = '#0072B2', '#D55E00'
-STYLE = {
-    'font.size': 8, 'axes.labelsize': 8, 'axes.titlesize': 8, 'xtick.labelsize': 7, 'ytick.labelsize': 7,
-    'legend.fontsize': 7, 'axes.linewidth': 0.6, 'xtick.major.width': 0.6, 'ytick.major.width': 0.6,
-    'lines.linewidth': 1.2, 'lines.markersize': 4, 'savefig.dpi': 300, 'savefig.bbox': 'tight',
-    'savefig.pad_inches': 0.03, 'svg.hashsalt': 'gaussian', 'figure.constrained_layout.use': True,
-}
+SINGLE = studies.BLUE                                          # told apart by lightness in grey too
+MULTI = studies.VERMILION
 LABELS = dict(K='Number of sources $K$', n='Number of training samples $n$', sim='Similarity of the sources')
 SYMBOLS = dict(K='$K$', n='$n$', sim='sim', D='$D$')
 TITLES = dict(
@@ -156,34 +147,14 @@ def draw_grid(rows: list[dict], seed_rows: list[dict], x: str, y: str):
     return figure
 
 
+@studies.styled
 def draw(tag: str, rows: list[dict], seed_rows: list[dict]):
     """The figure of a tag. The varied parameters are the first columns of the table."""
     varied = list(rows[0])[:2 if tag == 'grid' else 1]
     if not set(varied) <= set(LABELS) or (tag != 'grid' and varied != [dict(slope='n').get(tag, tag)]):
         raise dnnlib.UserError(f'--result: the table varies {" and ".join(varied)}; give one made with --tag={tag}')
     function = dict(grid=draw_grid, slope=draw_slope).get(tag, draw_curves)
-    with matplotlib.rc_context(STYLE):
-        return function(rows, seed_rows, *varied)
-
-
-def save(figure, stem: pathlib.Path) -> list[pathlib.Path]:
-    """Writes a figure as <stem>.png and <stem>.svg, each whole or not at all, and closes it.
-
-    The same figure gives the same bytes. Raises UserError if the place cannot be written.
-    """
-    paths = []
-    with matplotlib.rc_context(STYLE):
-        for kind, metadata in (('png', None), ('svg', {'Date': None})):
-            path = stem.with_name(f'{stem.name}.{kind}')
-            try:
-                with util.atomic_path(str(path)) as temp:
-                    figure.savefig(temp, format=kind, metadata=metadata)
-            except OSError as error:
-                raise dnnlib.UserError(f'cannot write {path} ({error.strerror}); copy the result to a place of your '
-                                       'own and name it with --result') from None
-            paths.append(path)
-    plt.close(figure)
-    return paths
+    return function(rows, seed_rows, *varied)
 
 
 def command(tag: str) -> click.Command:
@@ -201,6 +172,6 @@ Examples:
         rows = tables.load(path)
         seeds_path = path.with_name(f'{path.stem}-seeds.csv')
         seed_rows = tables.load(seeds_path) if seeds_path.exists() else []
-        for picture in save(draw(tag, rows, seed_rows), path.with_suffix('')):
+        for picture in studies.save_figure(draw(tag, rows, seed_rows), str(path.with_suffix(''))):
             print(picture)
     return main

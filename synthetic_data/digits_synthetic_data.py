@@ -1,269 +1,224 @@
-"""Do generated images train better classifiers? The study in miniature, on handwritten digits with few real examples.
+"""Do generated images train better classifiers? In miniature, on digits with few real examples.
 
-For every seed: a few real digits of each class train a diffusion model, which makes many; a classifier of the real digits
-selects the ones it is surest of; classifiers on the real digits alone, with the generated and with the selected ones are
-compared, trained plainly and against attacks.
+For every seed: a few real digits of each class train a diffusion model, which makes many; a
+classifier of the real digits selects the ones it is surest of; classifiers on the real digits
+alone, with the generated and with the selected ones are compared, trained plainly and against
+attacks.
 """
 
-import contextlib
 import dataclasses
-import io
 import os
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import click
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 import numpy as np
 import pandas as pd
 import tqdm
 
+import studies
 import train_edm2
-from dnnlib import UserError, cli, pictures, util
-from simulations import plotting
+from dnnlib import UserError, cli, util
 from synthetic_data import evaluate_data, generate, select_1M
 from synthetic_data.mixture import GeneratedImages
-from torch_utils import distributed, parallel
 from training.data import convert, sources
 from training.data.dataset import ImageDataset
 
 CLASSES = 10
-LEAST_HELD_OUT = 20   # real digits of a class to test on
+GRID_COLUMNS = 12
 LEAST_SPAN = 10       # of an axis of accuracies, in percent
-EMA_STD = 0.10
-# Runs of some hundreds of steps get further with a higher learning rate than the preset's, which soon falls.
-LR, DECAY_STEPS, RAMPUP = 0.06, 60, 0.05   # RAMPUP is a share of the run
 # What all classifiers share; digits must not be mirrored.
-CLASSIFIER = dict(model='wrn-10-1', normalize=False, share=0.7, batch=64, lr=0.2, rampup=0, momentum=0.9, weight_decay=5e-4,
-                  ema=0.99, smoothing=0.1, pad=1, xflip=False, precision='fp32', status=1024, checkpoint=None,
-                  attack_steps=10, batch_gpu=None, ls=1.0, bench=True)
+CLASSIFIER = dict(
+    model='wrn-10-1', normalize=False, share=0.7, batch=64, lr=0.2, rampup=0, momentum=0.9,
+    weight_decay=5e-4, ema=0.99, smoothing=0.1, pad=1, xflip=False, precision='fp32', status=1024,
+    checkpoint=None, attack_steps=10, batch_gpu=None, ls=1.0, bench=True)
+GENERATOR_BATCH = 64
+
+
+def whole_batches(batch: int):
+    """The type of a number of training images, rounded up: the last snapshot is then of that name."""
+    def parse(text):
+        count = util.parse_count(text)
+        if count < 1:
+            raise ValueError('must be at least 1')
+        return -(-count // batch) * batch
+    return cli.Parsed('count', parse)
 
 
 @dataclasses.dataclass(frozen=True)
-class Study:
-    """A folder, and what all of its seeds have in common."""
+class Study(studies.Study):
+    seeds: list = studies.compared(
+        '0-3', cli.INT_LIST, 'Seeds of data, weights, noise and attacks')
+    real: int = studies.setting(10, studies.WHOLE, 'Real training images of each class')
+    generated: int = studies.setting(500, studies.WHOLE, 'Generated images of each class')
+    top_scale: float = studies.setting(0.2, click.FloatRange(0, 1, min_open=True),
+                                       'Share of the generated images that is selected')
+    generator_duration: int = studies.setting('24Ki', whole_batches(GENERATOR_BATCH),
+                                              'Training images of the diffusion model')
+    channels: int = studies.setting(32, studies.WHOLE, 'Width of the diffusion model')
+    steps: int = studies.setting(8, studies.WHOLE, 'Sampling steps')
+    duration: int = studies.setting('8Ki', whole_batches(CLASSIFIER['batch']),
+                                    'Training images of a classifier')
+    eps: float = studies.setting(0.1, click.FloatRange(0, 1, min_open=True),
+                                 'Largest change of a pixel by an attack')
+    test_images: int = studies.setting(
+        None, click.IntRange(min=CLASSES),
+        'Digits to test on, of those that are not trained on  [default: all]')
 
-    outdir: str
-    real: int                # real training images of a class
-    generated: int           # generated images of a class
-    top_scale: float
-    generator_duration: int  # training images of the diffusion model
-    channels: int
-    steps: int
-    duration: int            # training images of a classifier
-    eps: float
-    test_images: int | None  # of the digits that are not trained on; None: all
+    def of(self, seed: int, *parts) -> str:
+        return self.path(f'seed{seed}', *parts)
 
-    def path(self, seed: int, *parts) -> str:
-        return os.path.join(self.outdir, f'seed{seed}', *parts)
+    def real_data(self, seed: int) -> str:
+        return self.of(seed, 'real.zip')
 
-    def real_data(self, seed):
-        return self.path(seed, 'real.zip')
+    def test_data(self, seed: int) -> str:
+        return self.of(seed, 'test.zip')
 
-    def test_data(self, seed):
-        return self.path(seed, 'test.zip')
+    def images(self, seed: int) -> str:
+        return self.of(seed, 'generated')
 
-    def images(self, seed):
-        return self.path(seed, 'generated')
-
-    def selected(self, seed):
-        return self.path(seed, 'selected', 'best.npz')
-
-    def network(self, seed):
-        return self.path(seed, 'generator', f'network-snapshot-{self.generator_duration // 1000:07d}-{EMA_STD:.3f}.pkl')
-
-    def claim(self):
-        """Writes the settings to the folder, or raises UserError if it holds a study with others."""
-        util.claim_folder(self.outdir, {key: value for key, value in dataclasses.asdict(self).items() if key != 'outdir'})
+    def selected(self, seed: int) -> str:
+        return self.of(seed, 'selected', 'best.npz')
 
     def runs(self, seed: int) -> list[evaluate_data.Run]:
         """The six classifiers of a seed."""
         data = {'real': None, 'generated': self.images(seed), 'selected': self.selected(seed)}
         options = CLASSIFIER | dict(duration=self.duration, eps=self.eps, step_size=self.eps / 4)
-        return evaluate_data.plan(self.path(seed, 'classifiers'), self.real_data(seed), self.test_data(seed), data,
-                                  evaluate_data.TRAINING, [seed], options)
+        return evaluate_data.plan(
+            self.of(seed, 'classifiers'), self.real_data(seed), self.test_data(seed), data,
+            evaluate_data.TRAINING, [seed], options)
 
 
-# --- The steps --------------------------------------------------------------------------------------------------------
+# --- The steps ------------------------------------------------------------------------------------
 
 
 def make_data(study: Study, seed: int):
-    """Archives of `study.real` digits of each class, drawn by seed, and of all others, to test on."""
+    """Archives of `study.real` digits of each class, drawn by seed, and of others, to test on."""
     source = sources.open_source('digits')
-    if not os.path.exists(study.real_data(seed)):
-        convert.convert(source, convert.by_class(source, None, study.real, seed), study.real_data(seed), workers=1)
-    if not os.path.exists(study.test_data(seed)):
-        rest = convert.by_class(source)
-        keep = ~np.isin(rest.indices, convert.by_class(source, None, study.real, seed).indices)
-        least = np.bincount(rest.labels[keep]).min()
-        if least < LEAST_HELD_OUT:
-            raise UserError(f'--real={study.real} leaves {least} images of a class to test on; give at most '
-                            f'{study.real + least - LEAST_HELD_OUT}')
-        if study.test_images is not None:
-            keep[np.random.RandomState(seed).permutation(np.flatnonzero(keep))[study.test_images:]] = False
-        rest = dataclasses.replace(rest, indices=rest.indices[keep], labels=rest.labels[keep])
-        convert.convert(source, rest, study.test_data(seed), workers=1)
+    rest = studies.held_out(source, None, study.real, seed, 'real')
+    chosen = np.sort(np.random.RandomState(seed).permutation(len(rest))[:study.test_images])
+    rest = dataclasses.replace(rest, indices=rest.indices[chosen], labels=rest.labels[chosen])
+    real = convert.by_class(source, None, study.real, seed)
+    for path, selection in ((study.real_data(seed), real), (study.test_data(seed), rest)):
+        studies.make(path, convert.convert, source, selection, path, workers=1)
 
 
 def generator_settings(study: Study, seed: int) -> dict:
     """The settings of train_edm2.py: its preset for digits, in less time."""
     duration = study.generator_duration
-    options = dict(preset='digits', outdir='', data=study.real_data(seed), seed=seed, duration=duration,
-                   channels=study.channels, lr=LR, decay=DECAY_STEPS, precision='fp32', status=max(duration // 8, 1),
-                   snapshot=duration, checkpoint=max(duration // 4, 1))
-    context = train_edm2.main.make_context('train_edm2.py', [f'--{key}={value}' for key, value in options.items()])
-    return train_edm2.build_config(context.params) | dict(rampup_Mimg=RAMPUP * duration / 1e6, ema_stds=[EMA_STD])
+    return studies.edm2_settings(
+        study.real_data(seed), duration, seed=seed, channels=study.channels, batch=GENERATOR_BATCH,
+        status=max(duration // 8, 1), checkpoint=max(duration // 4, 1))
 
 
-def make_images(task):
-    """Trains the diffusion model of a (study, seed) and makes its images, as far as that is not done."""
-    study, seed = task
-    sink = io.StringIO()  # those that train side by side would talk over each other; log.txt has it all
-    with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
-        if not os.path.exists(study.network(seed)):
-            train_edm2.train(generator_settings(study, seed), study.path(seed, 'generator'))
-        if not os.path.exists(study.network(seed)):  # SIGINT and SIGTERM end training with a checkpoint
-            raise KeyboardInterrupt
-        generate.main.callback(**generate.main.make_context('generate.py', [
-            f'--outdir={study.images(seed)}', f'--seeds=0-{study.generated - 1}', f'--steps={study.steps}', '--batch=128',
-            f'--class_num={CLASSES}', f'--network={study.network(seed)}']).params)
+def make_images(study: Study, seed: int):
+    """Trains a diffusion model and makes its images, as far as that is not done."""
+    run_dir = study.of(seed, 'generator')
+    network = studies.edm2_snapshot(run_dir, study.generator_duration)
+    studies.make(network, lambda: train_edm2.train(generator_settings(study, seed), run_dir))
+    args = [f'--outdir={study.images(seed)}', f'--seeds=0-{study.generated - 1}', '--batch=128',
+            f'--steps={study.steps}', f'--class_num={CLASSES}', f'--network={network}']
+    with studies.silence():
+        generate.main.callback(**generate.main.make_context('generate.py', args).params)
 
 
-def select(study: Study, seed: int, classifier: evaluate_data.Run):
+def select(study: Study, seed: int):
     """The best share of the images, by the classifier of the real digits."""
-    if os.path.exists(study.selected(seed)):
-        return
+    classifier, = (run for run in study.runs(seed) if is_first(run))
+    network = f'network-snapshot-{study.duration // 1000:07d}.pkl'
     folder, name = os.path.split(study.selected(seed))
-    with contextlib.redirect_stdout(io.StringIO()):
-        select_1M.run(None, os.path.join(classifier.folder, f'network-snapshot-{study.duration // 1000:07d}.pkl'),
-                      [study.images(seed)], folder, CLASSES, study.top_scale, 256, name.removesuffix('.npz'))
+    studies.make(study.selected(seed), select_1M.run, None,
+                 os.path.join(classifier.folder, network), [study.images(seed)], folder, CLASSES,
+                 study.top_scale, 256, name.removesuffix('.npz'))
 
 
-# --- Results ----------------------------------------------------------------------------------------------------------
+def is_first(run: evaluate_data.Run) -> bool:
+    return (run.data, run.training) == ('real', 'plain')
 
 
+# --- Results --------------------------------------------------------------------------------------
+
+
+def draw_panel(axis, by_seed: pd.DataFrame):
+    """Accuracies in percent by kind of data: a line for each seed, means in colour."""
+    places = range(len(by_seed.columns))
+    axis.plot(places, by_seed.T, color='0.75', linewidth=0.8, marker='.', markersize=5)
+    axis.plot(places, by_seed.mean(), 'C0_', markersize=22, markeredgewidth=2.2)
+    for place, mean, highest in zip(places, by_seed.mean(), by_seed.max(), strict=True):
+        axis.annotate(f'{mean:.1f}', (place, highest), (0, 6), textcoords='offset points',
+                      ha='center', color='C0')
+    # A difference of a percent is not to look like a large one.
+    low = by_seed.min(axis=None)
+    high = by_seed.max(axis=None)
+    half = max(0.75 * (high - low), LEAST_SPAN / 2)
+    middle = (low + high) / 2
+    axis.set(ylim=(middle - half, middle + half), xlim=(-0.5, len(places) - 0.5))
+    axis.set_xticks(places, [evaluate_data.DATA[name].replace(' + ', '\n+ ') for name in by_seed])
+
+
+@studies.styled
 def draw(results: pd.DataFrame, eps: float):
-    """Clean and robust accuracy (means in colour) of each kind of data, a panel for each kind of training; a line for each
-    seed."""
-    names = list(evaluate_data.DATA)
-    with plotting.plt.rc_context(plotting.STYLE):
-        figure, axes = plotting.plt.subplots(2, 2, figsize=(6.2, 4.4), layout='constrained', sharex=True)
-        for column, training in enumerate(evaluate_data.TRAINING):
-            for row, kind in enumerate(('clean', 'robust')):
-                axis = axes[row, column]
-                of_training = results[results['training'] == training]
-                by_seed = 100 * of_training.pivot(index='seed', columns='data', values=kind).reindex(columns=names)
-                for values in by_seed.to_numpy():
-                    axis.plot(range(len(names)), values, color='0.75', linewidth=0.8, marker='.', markersize=5)
-                means = by_seed.mean()
-                axis.plot(range(len(names)), means, 'C0_', markersize=22, markeredgewidth=2.2)
-                for place, (mean, highest) in enumerate(zip(means, by_seed.max(), strict=True)):
-                    axis.annotate(f'{mean:.1f}', (place, highest), (0, 6), textcoords='offset points', ha='center', color='C0')
-                # A difference of a percent is not to look like a large one.
-                low, high = by_seed.min(axis=None), by_seed.max(axis=None)
-                middle, half = (low + high) / 2, max(0.75 * (high - low), LEAST_SPAN / 2)
-                axis.set(ylim=(middle - half, middle + half), xlim=(-0.5, len(names) - 0.5))
-                axis.spines[['top', 'right']].set_visible(False)
-                if row == 0:
-                    axis.set_title(f'{training} training')
-                if column == 0:
-                    axis.set_ylabel('clean accuracy (%)' if kind == 'clean' else f'under PGD-10, eps {eps:.2g} (%)')
-        for axis in axes[1]:
-            axis.set_xticks(range(len(names)), [evaluate_data.DATA[name].replace(' + ', '\n+ ') for name in names])
+    """Clean and robust accuracy of each kind of data, a panel for each kind of training."""
+    figure, axes = studies.plt.subplots(2, 2, figsize=(6.2, 4.4), sharex=True)
+    kinds = {'clean': 'clean accuracy (%)', 'robust': f'under PGD-10, eps {eps:.2g} (%)'}
+    for column, training in enumerate(evaluate_data.TRAINING):
+        of_training = results[results['training'] == training]
+        for row, kind in enumerate(kinds):
+            by_seed = of_training.pivot(index='seed', columns='data', values=kind)
+            draw_panel(axes[row, column], 100 * by_seed[list(evaluate_data.DATA)])
+        axes[0, column].set_title(f'{training} training')
+    for row, label in enumerate(kinds.values()):
+        axes[row, 0].set_ylabel(label)
     return figure
 
 
-def save_samples(study: Study, seed: int, path: str):
+def save_samples(study: Study, seed: int):
     """For each digit a row of real, of generated and of selected images."""
-    columns = 12
-    data = {'real': ImageDataset(study.real_data(seed)), 'generated': GeneratedImages(study.images(seed), CLASSES),
+    data = {'real': ImageDataset(study.real_data(seed)),
+            'generated': GeneratedImages(study.images(seed), CLASSES),
             'selected': GeneratedImages(study.selected(seed), CLASSES)}
-    tiles, titles = [], []
-    for digit in range(CLASSES):
-        for name, images in data.items():
-            found = images.images(np.flatnonzero(images.label_ids == digit)[:columns])
-            tiles += [found, np.full((columns - len(found), *found.shape[1:]), 255, np.uint8)]
-            titles.append(f'{digit} {name}')
-    pictures.save_png(pictures.image_grid(np.concatenate(tiles), columns, titles, min_side=24), path)
+    rows = {f'{digit} {name}': images.images(np.flatnonzero(images.label_ids == digit)[:GRID_COLUMNS])
+            for digit in range(CLASSES) for name, images in data.items()}
+    studies.save_rows(rows, GRID_COLUMNS, study.path('samples.png'), min_side=24)
 
 
-def run(study: Study, seeds: list[int], workers: int) -> pd.DataFrame:
-    """All steps, as far as they are not done. Returns a row for each classifier."""
-    for seed in seeds:
-        make_data(study, seed)
-    runs = {seed: study.runs(seed) for seed in seeds}
-    print(f'1/3 A diffusion model of {study.real} digits of each class, and {study.generated} images of each class from it',
-          flush=True)
-    for _, seed in parallel.run_side_by_side(make_images, [(study, seed) for seed in seeds], workers):
-        tqdm.tqdm.write(f'    seed {seed}: done')
-    print('2/3 A classifier of the real digits selects', flush=True)
-    first = [one for seed in seeds for one in runs[seed] if (one.data, one.training) == ('real', 'plain')]
-    evaluate_data.train_all(first, workers)
-    for one in first:
-        select(study, one.seed, one)
-    print('3/3 Classifiers', flush=True)
-    everything = [one for seed in seeds for one in runs[seed]]
-    evaluate_data.train_all(sorted(everything, key=lambda one: one.training), workers)
-    return evaluate_data.table(everything)
-
-
-@click.command(cls=cli.Command, epilog="""\b
-Examples:
-  # The study of the page, under 15 minutes on 2 CPU cores
-  python synthetic_data/digits_synthetic_data.py
-\b
+@studies.command(Study, 'study-synthetic-data', 'synthetic_data/digits_synthetic_data.py', """\b
   # More seeds, more real digits, in a folder of its own
   python synthetic_data/digits_synthetic_data.py --seeds=0-9 --real=50 --outdir=training-runs/study-50
-\b
-The same command goes on with a study that was stopped; what is finished is not made again.""")
-@click.option('--outdir', metavar='DIR', default=str(ROOT / 'training-runs' / 'study-synthetic-data'), help='Where results go')
-@click.option('--seeds', metavar='LIST', type=cli.INT_LIST, default='0-3', help='Seeds of data, weights, noise and attacks')
-@click.option('--real', metavar='INT', type=click.IntRange(min=1), default=10, help='Real training images of each class')
-@click.option('--generated', metavar='INT', type=click.IntRange(min=1), default=500, help='Generated images of each class')
-@click.option('--top-scale', metavar='SHARE', type=click.FloatRange(0, 1, min_open=True), default=0.2,
-              help='Share of the generated images that is selected')
-@click.option('--generator-duration', metavar='NIMG', type=cli.COUNT, default='24Ki',
-              help='Training images of the diffusion model')
-@click.option('--channels', metavar='INT', type=click.IntRange(min=1), default=32, help='Width of the diffusion model')
-@click.option('--steps', metavar='INT', type=click.IntRange(min=1), default=8, help='Sampling steps')
-@click.option('--duration', metavar='NIMG', type=cli.COUNT, default='8Ki', help='Training images of a classifier')
-@click.option('--eps', metavar='FLOAT', type=click.FloatRange(0, 1, min_open=True), default=0.1,
-              help='Largest change of a pixel by an attack')
-@click.option('--test-images', metavar='INT', type=click.IntRange(min=CLASSES),
-              help='Digits to test on, of those that are not trained on  [default: all]')
-@click.option('--jobs', 'workers', metavar='INT', type=click.IntRange(min=1),
-              help='Models that train at a time  [default: one for each core, up to 8; one on a GPU]')
-def main(outdir, seeds, workers, **shared):
+""")
+def main(study):
     """Compares classifiers on few real digits with those on real and generated ones.
 
-    Writes results.csv (each classifier), summary.csv (means over seeds), study.png, study.svg and samples.png.
+    Writes results.csv (each classifier), summary.csv (means over seeds), study.png, study.svg and
+    samples.png.
     """
-    if len(set(seeds)) < len(seeds):
-        raise UserError('--seeds: give each number once')
-    if min(shared['duration'], shared['generator_duration']) < 1:
-        raise UserError('--duration and --generator-duration must be at least 1')
-    distributed.init()
-    if distributed.get_world_size() > 1:
-        raise UserError('this study runs as one command, without torchrun; --jobs sets how many models train at a time')
-    # Whole steps, so that the last snapshot has the name that is expected.
-    shared['duration'] = -(-shared['duration'] // CLASSIFIER['batch']) * CLASSIFIER['batch']
-    shared['generator_duration'] = -(-shared['generator_duration'] // 64) * 64
-    study = Study(os.path.realpath(outdir), **shared)
+    if len(set(study.seeds)) < len(study.seeds):
+        raise UserError('give each number once', 'seeds')
     study.claim()
-    try:
-        results = run(study, seeds, workers or parallel.default_jobs())
-    except KeyboardInterrupt:
-        raise UserError('stopped; the same command goes on from here') from None
+    for seed in study.seeds:
+        make_data(study, seed)
+    print(f'1/3 A diffusion model of {study.real} digits of each class, and {study.generated} '
+          'images of each class from it', flush=True)
+    for seed in study.run(make_images, study.seeds, disable=True):
+        tqdm.tqdm.write(f'    seed {seed}: done')
+    print('2/3 A classifier of the real digits selects', flush=True)
+    runs = [run for seed in study.seeds for run in study.runs(seed)]
+    evaluate_data.train_all([run for run in runs if is_first(run)], study.jobs)
+    for seed in study.seeds:
+        select(study, seed)
+    print('3/3 Classifiers', flush=True)
+    evaluate_data.train_all(sorted(runs, key=lambda run: run.training), study.jobs)
+    results = evaluate_data.table(runs)
     summary = evaluate_data.summarise(results)
-    evaluate_data.save_table(results, os.path.join(study.outdir, 'results.csv'))
-    evaluate_data.save_table(summary, os.path.join(study.outdir, 'summary.csv'))
-    plotting.save(draw(results, study.eps), Path(study.outdir, 'study'))
-    save_samples(study, seeds[0], os.path.join(study.outdir, 'samples.png'))
+    studies.save_table(results, study.path('results.csv'))
+    studies.save_table(summary, study.path('summary.csv'))
+    studies.save_figure(draw(results, study.eps), study.path('study'))
+    save_samples(study, study.seeds[0])
     evaluate_data.show(summary, study.eps)
-    print(f'\nresults.csv, summary.csv, study.png, study.svg and samples.png are in {study.outdir}')
+    print('\nresults.csv, summary.csv, study.png, study.svg and samples.png are in '
+          + study.outdir)
 
 
 if __name__ == '__main__':

@@ -124,7 +124,8 @@ def _work(function, connection):
                 error = multiprocessing.pool.ExceptionWithTraceback(raised, raised.__traceback__)
             connection.send(error)
             if error is not None:
-                return
+                break
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)              # ending, in silence
 
 
 def _follow_parent():

@@ -1,0 +1,88 @@
+"""Claims of torch_utils/parallel.py: what fails side by side is said, and a stop takes no further item."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import helpers
+import psutil
+import pytest
+
+from dnnlib import UserError
+from torch_utils import parallel
+
+
+def work(item):
+    if item == 'wrong':
+        raise UserError('is wrong', field='x')
+    if item == 'dies':
+        os._exit(3)
+
+
+@pytest.mark.parametrize('item, words', [('wrong', 'x: is wrong'), ('dies', 'exit code 3')])
+def test_what_fails_side_by_side_is_said(item, words):
+    with pytest.raises(UserError) as error:
+        list(parallel.run_side_by_side(work, [item, 'fine'], 2))
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize('jobs', [1, 2, 9])
+def test_all_items_are_done(jobs):
+    assert sorted(parallel.run_side_by_side(work, ['a', 'b', 'c'], jobs)) == ['a', 'b', 'c']
+
+
+SCRIPT = """
+import os, signal, sys, time
+sys.path.insert(0, {root!r})
+from torch_utils import parallel
+
+
+def train(item):  # as training does: a signal ends it after some time, and the handlers are put back
+    stops = []
+    before = {{name: signal.signal(name, lambda *_: stops.append(1))
+              for name in (signal.SIGTERM, signal.SIGINT)}}
+    open(str(item), 'w').close()
+    while not stops and item:  # item 0 is done at once: its process takes another, or waits
+        time.sleep(0.01)
+    time.sleep(0.3)
+    for name, handler in before.items():
+        signal.signal(name, handler)
+    open(f'{{item}}.stopped', 'w').close()
+    if item:
+        raise KeyboardInterrupt
+
+
+if __name__ == '__main__':
+    try:
+        list(parallel.run_side_by_side(train, range(int(sys.argv[1])), 3))
+    except KeyboardInterrupt:
+        sys.exit(5)
+"""
+
+
+@pytest.mark.parametrize('send, items', [
+    ('TERM', 6), ('TERM', 3), ('INT', 6), ('INT', 3), ('KILL', 6)])
+def test_a_stop_reaches_all_and_takes_no_further_item(send, items, tmp_path):
+    """SIGTERM, Ctrl-C in a terminal, kill -9: with items that wait, and with a process that does."""
+    (tmp_path / 'script.py').write_text(SCRIPT.format(root=str(helpers.ROOT)))
+    process = subprocess.Popen([sys.executable, 'script.py', str(items)], cwd=tmp_path, text=True,
+                               env=helpers.environment(), stderr=subprocess.PIPE,
+                               start_new_session=True)
+    running = [tmp_path / name for name in ('0.stopped', '1', '2', '3')[:4 if items > 3 else 3]]
+    until = time.monotonic() + 60
+    while not all(path.exists() for path in running):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.01)
+    family = psutil.Process(process.pid).children(recursive=True)
+    if send == 'INT':
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(getattr(signal, f'SIG{send}'))
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == (-9 if send == 'KILL' else 5) and not errors
+    assert len(family) >= 3 and not psutil.wait_procs(family, timeout=10)[1]
+    done = {path.name for path in tmp_path.iterdir()} - {'script.py'}
+    started = range(4 if items > 3 else 3)
+    assert done == {str(i) for i in started} | {f'{i}.stopped' for i in started}

@@ -1,0 +1,730 @@
+"""Claims of the five studies in miniature: their comparisons are fair, their numbers are those of the
+metrics, nothing that is finished is done again, and a study that is stopped or killed goes on."""
+
+import dataclasses
+import importlib
+import itertools
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import helpers
+import numpy as np
+import pandas as pd
+import PIL.Image
+import psutil
+import pytest
+import scipy.stats
+import torch
+from click.testing import CliRunner
+from sklearn.datasets import load_digits
+
+import studies
+from data_utils import digits_memorization as memorization
+from distillation import digits_distillation as distillation
+from distillation.cache import CacheFile
+from distillation.common import build, read_experiment, read_network
+from dnnlib import UserError
+from long_tail import digits_long_tail as long_tail
+from metrics.recognition import Recognizer
+from simulations import digits_multi_source as multi_source
+from synthetic_data import evaluate_data
+from synthetic_data.classify import open_classifier
+from training.data.dataset import ImageDataset
+from training.data.images import open_images
+from training.schedules import LR_SCHEDULES
+from training.snapshot import read_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A study, with options that let it end within seconds.
+
+    settings  study.json with these options, as earlier versions wrote it
+    tables    CSV files, and pictures with their least width
+    lost      a result that is done again, alone, if it is gone
+    long      more options, with which it runs for ever, and the logs of what then runs side by side
+    """
+
+    script: str
+    tiny: list
+    settings: dict
+    tables: list
+    pictures: dict
+    lost: str
+    long: list
+    logs: list
+
+    @property
+    def module(self):
+        return importlib.import_module(self.script.removesuffix('.py').replace('/', '.'))
+
+
+CASES = {
+    'multi_source': Case(
+        'simulations/digits_multi_source.py',
+        ['--seeds=0,1', '--nums=3,12', '--sources=1,2', '--images-per-class=16',
+         '--batch-per-class=8', '--channels=16', '--samples=12', '--steps=1'],
+        dict(most=12, images_per_class=16, batch_per_class=8, channels=16, samples=12, steps=1),
+        ['results', 'summary'], {'study': 1500, 'samples-n3': 100, 'samples-n12': 100},
+        'models/seed1-n12-38/samples.npz', ['--images-per-class=1Gi'],
+        ['models/seed0-n3-38/log.txt', 'models/seed0-n12-38/log.txt']),
+    'memorization': Case(
+        'data_utils/digits_memorization.py',
+        ['--sizes=10,20', '--classes=1', '--kimg=1', '--batch=16', '--channels=8', '--samples=24',
+         '--steps=2'],
+        dict(kimg=1, batch=16, lr=2e-3, channels=8, samples=24, steps=2, seed=0),
+        ['results'], {'study': 1000, 'models/20-10classes-none/memorization-network': 100},
+        'models/20-10classes-none/memorization-optimal.json', ['--kimg=1000000'],
+        ['models/10-10classes-none/log.txt', 'models/10-10classes-true/log.txt']),
+    'distillation': Case(
+        'distillation/digits_distillation.py',
+        ['--teacher-steps=3', '--student-steps=2', '--teacher-samples=16', '--samples=16',
+         '--batch=4'],
+        dict(teacher_steps=3, student_steps=2, rhos=[0.4, 0.02], teacher_samples=16, samples=16,
+             seed=0, batch=4),
+        ['results'], {'samples': 500}, 'samples/on-data.npz', ['--student-steps=100000'],
+        ['on-samples/log.txt', 'distilled-rho0.4/log.txt']),
+    'long_tail': Case(
+        'long_tail/digits_long_tail.py',
+        ['--steps=6', '--seeds=0,1', '--omegas=0,1.6', '--samples=200', '--ddim-steps=2',
+         '--batch=8'],
+        dict(steps=6, batch=8, tau=1.0, samples=200, ddim_steps=2, recipe=[
+            '--ch=64', '--ch_mult=1', '--ch_mult=1', '--attn=', '--num_res_blocks=0',
+            '--data_type=digitslt', '--imb_factor=0.05', '--img_size=8', '--conditional',
+            '--num_workers=1', '--beta_T=0.01', '--lr=1e-3', '--warmup=100', '--ema_decay=0.995',
+            '--sample_step=0']),
+        ['results', 'classes', 'label-effect'], {'study': 1500},
+        'models/cb-seed1/saved_5_cfg_omega0_ddim2.json', ['--steps=1000000'],
+        ['models/cb-seed0/log.txt', 'models/cb-seed1/log.txt']),
+    'synthetic_data': Case(
+        'synthetic_data/digits_synthetic_data.py',
+        ['--seeds=0,1', '--real=3', '--generated=6', '--top-scale=0.5', '--generator-duration=64',
+         '--channels=8', '--steps=2', '--duration=64', '--test-images=100'],
+        dict(real=3, generated=6, top_scale=0.5, generator_duration=64, channels=8, steps=2,
+             duration=64, eps=0.1, test_images=100),
+        ['results', 'summary'], {'study': 1000, 'samples': 100},
+        'seed0/selected/best.npz', ['--generator-duration=1Gi'],
+        ['seed0/generator/log.txt', 'seed1/generator/log.txt'])}
+of_all = pytest.mark.parametrize('name', CASES)
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Stages of distillation run in this process, which spares a dozen starts of Python. The value:
+    the stages that ran."""
+    stages = []
+
+    def run_stage(study, arguments, dest):
+        script, *rest = map(str, arguments)
+        module = helpers.script_module(os.path.relpath(script, helpers.ROOT))
+        result = CliRunner().invoke(module.main, rest)
+        assert result.exit_code == 0, result.output
+        stages.append(os.path.relpath(dest, study.outdir))
+    monkeypatch.setattr(distillation, 'run_stage', run_stage)
+    return stages
+
+
+def run(case: Case, outdir, *args) -> str:
+    """The output of a study that runs in this process."""
+    args = [f'--outdir={outdir}', *case.tiny, '--jobs=1', *args]
+    result = CliRunner().invoke(case.module.main, args)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def open_study(module, folder, *args):
+    """A study with these options; nothing is written."""
+    studied = []
+    command = studies.command(module.Study, 'x', 'x.py')(studied.append)
+    result = CliRunner().invoke(command, [f'--outdir={folder}', *args])
+    assert result.exit_code == 0, result.output
+    return studied[0]
+
+
+@pytest.fixture(scope='module')
+def finished_studies():
+    return {}
+
+
+@pytest.fixture
+def finished(name, here, finished_studies, tmp_path_factory):
+    """(folder of the tiny study, what it printed), the same for all tests."""
+    if name not in finished_studies:
+        outdir = tmp_path_factory.mktemp(name) / 'out'
+        finished_studies[name] = outdir, run(CASES[name], outdir)
+    here.clear()
+    return finished_studies[name]
+
+
+def calculated(*args) -> dict:
+    """The results of a command of calculate_metrics.py."""
+    main = helpers.script_module('calculate_metrics.py').main
+    dest = next(arg for arg in args if arg.startswith('--dest=')).removeprefix('--dest=')
+    result = CliRunner().invoke(main, args)
+    assert result.exit_code == 0, result.output
+    return json.loads(pathlib.Path(dest).read_text())['results']
+
+
+# What all studies do
+
+
+@of_all
+def test_tables_and_pictures(name, finished):
+    outdir, text = finished
+    for table in CASES[name].tables:
+        assert len(pd.read_csv(outdir / f'{table}.csv')) and f'{table}.csv' in text
+    for picture, width in CASES[name].pictures.items():
+        with PIL.Image.open(outdir / f'{picture}.png') as image:
+            assert image.width > width
+    if 'study' in CASES[name].pictures:
+        assert (outdir / 'study.svg').stat().st_size > 10_000
+
+
+@of_all
+def test_a_folder_of_an_earlier_version_goes_on(name, finished):
+    assert json.loads((finished[0] / 'study.json').read_text()) == CASES[name].settings
+
+
+@of_all
+def test_nothing_finished_is_done_again(name, finished):
+    """What is lost is done again, with the same result; all other files of models stay."""
+    outdir, _ = finished
+    case = CASES[name]
+    tables = {table: (outdir / f'{table}.csv').read_bytes() for table in case.tables}
+    lost = outdir / case.lost
+    stamps = {path: path.stat().st_mtime_ns for path in outdir.rglob('*')
+              if len(path.relative_to(outdir).parts) > 1 and path.is_file()
+              and not path.name.startswith(lost.stem)}
+    lost.unlink()
+    run(case, outdir)
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps and len(stamps) > 15
+    assert tables == {table: (outdir / f'{table}.csv').read_bytes() for table in case.tables}
+    assert lost.is_file()
+
+
+def wait_for(paths, process):
+    until = time.monotonic() + 200
+    while not all(path.is_file() and path.stat().st_size for path in paths):
+        assert process.poll() is None and time.monotonic() < until, process.communicate()
+        time.sleep(0.05)
+
+
+def start(case: Case, folder, *args) -> subprocess.Popen:
+    """The script of the study, with a path of the caller."""
+    script = helpers.ROOT / 'bash_files' / f'study_{pathlib.Path(case.script).stem[7:]}.sh'
+    return subprocess.Popen(
+        ['bash', str(script), '--outdir=here', *case.tiny, '--jobs=2', *args], cwd=folder,
+        env=helpers.environment(PYTHON=sys.executable), text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, start_new_session=True)
+
+
+@pytest.mark.slow
+@of_all
+def test_a_stopped_study_goes_on(name, finished, tmp_path):
+    """SIGTERM to the study, then Ctrl-C to all of its processes: it ends with one line and a
+    checkpoint of each model, and none of its processes is left."""
+    case = CASES[name]
+    if name == 'distillation':                                 # students, after the teacher
+        shutil.copytree(finished[0], tmp_path / 'here', ignore=shutil.ignore_patterns(
+            'study.json', 'on-*', 'distilled-*.npz', 'distilled-rho0.4', 'distilled-rho0.02'))
+    logs = [tmp_path / 'here' / log for log in case.logs]
+    for send in (os.kill, os.killpg):
+        process = start(case, tmp_path, *case.long)
+        wait_for(logs, process)
+        if send is os.killpg:
+            for log in logs:
+                while 'Resuming' not in log.read_text():
+                    assert process.poll() is None
+                    time.sleep(0.05)
+        family = psutil.Process(process.pid).children(recursive=True)
+        send(process.pid, signal.SIGINT if send is os.killpg else signal.SIGTERM)
+        _, errors = process.communicate(timeout=100)
+        last = errors.strip().splitlines()[-1]
+        assert last == 'Error: stopped; the same command goes on from here', errors
+        assert process.returncode == 1 and 'Traceback' not in errors
+        assert len(family) >= 2 and not psutil.wait_procs(family, timeout=5)[1]
+        for log in logs:
+            assert list(log.parent.glob('training-state-*.pt') if name != 'distillation' and
+                        name != 'long_tail' else log.parent.glob('*.pt'))
+
+
+@pytest.mark.slow
+@of_all
+def test_a_killed_study_ends_with_the_same_numbers(name, finished, tmp_path):
+    """kill -9 when the first result is there, two at a time; its processes end too."""
+    outdir, _ = finished
+    case = CASES[name]
+    process = start(case, tmp_path)
+    pattern = re.sub(r'[^/]+(?=/[^/]*$)', '*', case.lost, count=1) if '/' in case.lost else case.lost
+    until = time.monotonic() + 300
+    while not list((tmp_path / 'here').glob(pattern)):
+        assert process.poll() is None and time.monotonic() < until, process.communicate()
+        time.sleep(0.02)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate()
+    if name != 'distillation':                                 # whose stages come to their end
+        assert not psutil.wait_procs(family, timeout=60)[1]
+    psutil.wait_procs(family, timeout=60)
+    assert not (tmp_path / 'here' / 'results.csv').exists()
+    run(case, tmp_path / 'here')
+    ours, theirs = (pd.read_csv(folder / 'results.csv') for folder in (tmp_path / 'here', outdir))
+    pd.testing.assert_frame_equal(ours.drop(columns='seconds', errors='ignore'),
+                                  theirs.drop(columns='seconds', errors='ignore'), rtol=1e-3)
+
+
+@pytest.mark.parametrize('name, option, words', [
+    ('multi_source', '--steps=2', '--steps (1 instead of 2)'),
+    ('multi_source', '--nums=3,13', 'largest of --nums'),
+    ('memorization', '--steps=3', '--steps (2 instead of 3)'),
+    ('distillation', '--student-steps=9', 'another --student-steps ('),
+    ('distillation', '--rhos=0.4', 'another --rhos ('),
+    ('distillation', '--seed=5', 'another --seed ('),
+    ('long_tail', '--steps=7', '--steps (6 instead of 7)'),
+    ('synthetic_data', '--steps=3', '--steps (2 instead of 3)')])
+def test_a_folder_keeps_its_settings(name, option, words, tmp_path):
+    (tmp_path / 'study.json').write_text(json.dumps(CASES[name].settings))
+    line = helpers.fails(CASES[name].script, f'--outdir={tmp_path}', *CASES[name].tiny, option)
+    assert words in line and f'--outdir={tmp_path}' in line
+
+
+@pytest.mark.parametrize('text', ['[1]', '{', '7'])
+def test_a_study_that_cannot_be_read(text, tmp_path):
+    (tmp_path / 'study.json').write_text(text)
+    line = helpers.fails(CASES['memorization'].script, f'--outdir={tmp_path}')
+    assert '--outdir' in line and 'study.json' in line
+
+
+@pytest.mark.parametrize('name, option, words', [
+    ('multi_source', '--sources=3,5', 'give 1 and'), ('multi_source', '--sources=1', ''),
+    ('multi_source', '--sources=1,11', 'to 10'), ('multi_source', '--nums=20,20', 'once'),
+    ('multi_source', '--nums=1', 'at least 2'), ('multi_source', '--nums=170', 'at most 154'),
+    ('multi_source', '--nums=500', 'class 3'), ('multi_source', '--images-per-class=0', ''),
+    ('memorization', '--sizes=20', 'at least two'),
+    ('memorization', '--sizes=20,25', 'multiples of 10'),
+    ('memorization', '--sizes=20,5000', '10 classes'),
+    ('memorization', '--classes=0,1', '1 to 10'), ('memorization', '--kimg=0', ''),
+    ('distillation', '--rhos=0.4,0.4', 'list of different shares'),
+    ('distillation', '--rhos=0', 'list of different shares'), ('distillation', '--rhos=x', ''),
+    ('distillation', '--samples=3', ''), ('distillation', '--teacher-steps=0', ''),
+    ('long_tail', '--methods=finetune', 'finetune starts from plain'),
+    ('long_tail', '--methods=all', ''), ('long_tail', '--omegas=strong', ''),
+    ('long_tail', '--samples=5', ''),
+    ('synthetic_data', '--seeds=1,1', 'once'), ('synthetic_data', '--real=170', 'at most 154'),
+    ('synthetic_data', '--real=500', 'only 178'), ('synthetic_data', '--duration=0', ''),
+    ('synthetic_data', '--generator-duration=0', ''), ('synthetic_data', '--eps=2', ''),
+    ('synthetic_data', '--top-scale=0', '')])
+def test_mistakes_end_in_one_line(name, option, words, tmp_path):
+    line = helpers.fails(CASES[name].script, f'--outdir={tmp_path}', option)
+    assert words in line and option.split('=')[0] in line, line
+
+
+@of_all
+def test_a_study_is_one_command(name, monkeypatch, tmp_path):
+    from torch_utils import distributed
+    monkeypatch.setattr(distributed, 'get_world_size', lambda: 2)
+    line = helpers.fails(CASES[name].script, f'--outdir={tmp_path}')
+    assert 'without torchrun' in line and not list(tmp_path.iterdir())
+
+
+# Does training on several sources help?
+
+
+def test_order_puts_similar_classes_first():
+    """The three classes with the closest mean images, then always the closest one on average."""
+    digits = load_digits()
+    means = np.array([digits.data[digits.target == k].mean(0) for k in range(10)])
+    far = np.linalg.norm(means[:, None] - means, axis=-1)
+    order = list(min(itertools.combinations(range(10), 3),
+                     key=lambda c: sum(far[a, b] for a, b in itertools.combinations(c, 2))))
+    while len(order) < 10:
+        order.append(min(set(range(10)) - set(order), key=lambda k: far[k, order].mean()))
+    assert tuple(order) == multi_source.ORDER
+
+
+def test_plan_has_each_compared_class_alone_and_in_every_larger_model(tmp_path):
+    study = open_study(multi_source, tmp_path, '--nums=20,100')
+    models = multi_source.plan(study)
+    assert len(models) == len(set(models)) == 3 * 2 * 6
+    for seed, n in itertools.product(range(3), (20, 100)):
+        sets = [model.classes for model in models if (model.seed, model.n) == (seed, n)]
+        order = multi_source.ORDER
+        assert sets == [order, order[:5], order[:3], (3,), (8,), (9,)]
+
+
+def test_models_differ_in_their_sources_alone(tmp_path):
+    """As many steps, the same learning rate at each, as many images of each class, for all."""
+    study = open_study(multi_source, tmp_path, '--nums=12', '--sources=1,2,5', '--seeds=4',
+                       '--images-per-class=20')
+    models = multi_source.plan(study)
+    multi_source.make_data(study, models)
+    schedules = []
+    for model in models:
+        config = multi_source.settings(study, model)
+        assert config['batch'] == 8 * len(model.classes)
+        assert config['duration'] == 24 * len(model.classes)   # 20, rounded up to whole batches
+        assert config['seed'] == 4 and config['network']['model_channels'] == 16
+        rate = LR_SCHEDULES[config['lr_schedule']]
+        schedules.append([
+            rate(step * config['batch'], config['batch'], config['lr'], config['decay'],
+                 config['rampup_Mimg']) for step in range(3)])
+    assert len(schedules) == 4
+    for schedule in schedules:
+        assert schedule == pytest.approx(schedules[0])
+
+
+def test_held_out_digits_are_in_no_training_set_of_their_seed(tmp_path):
+    study = open_study(multi_source, tmp_path, '--nums=3,12', '--sources=1,3', '--seeds=0,1')
+    models = multi_source.plan(study)
+    multi_source.make_data(study, models)
+    for seed in (0, 1):
+        held_out = ImageDataset(study.held_out(seed))
+        unseen = {image.tobytes() for image in held_out.images(range(len(held_out)))}
+        assert len(held_out) == 1797 - 10 * 12
+        assert held_out.classes == list(multi_source.ORDER)
+        for model in models:
+            if model.seed == seed:
+                data = ImageDataset(study.data(model))
+                assert len(data) == model.n * len(model.classes)
+                assert data.classes == list(model.classes)
+                assert not unseen & {image.tobytes() for image in data.images(range(len(data)))}
+    alone, among = (ImageDataset(study.data(multi_source.Model(0, 3, classes)))
+                    for classes in ((8,), (3, 8, 9)))
+    rows = np.flatnonzero(among.label_ids == 1)
+    assert np.array_equal(alone.images(range(3)), among.images(rows))
+
+
+@pytest.mark.parametrize('name', ['multi_source'])
+def test_distances_are_those_of_calculate_metrics(name, finished, tmp_path):
+    outdir, printed = finished
+    results = pd.read_csv(outdir / 'results.csv')
+    assert [tuple(row) for row in results[['seed', 'n', 'sources', 'class']].to_numpy()] == list(
+        itertools.product((0, 1), (3, 12), (1, 2), (3, 8)))
+    row = results.set_index(['seed', 'n', 'sources', 'class']).loc[(1, 12, 2, 8)]
+    measured = calculated(
+        'calc', f'--images={outdir}/models/seed1-n12-38/samples.npz', '--metrics=fd_pixels',
+        f'--ref={outdir}/data/seed1-held-out.zip', '--class=8', '--ref-class=8', '--num=12',
+        f'--dest={tmp_path}/metrics.json')
+    assert row['fd'] == pytest.approx(measured['fd_pixels'], rel=1e-4)
+    summary = pd.read_csv(outdir / 'summary.csv')
+    assert summary[['n', 'sources', 'seeds']].to_numpy().tolist() == [
+        [n, count, 2] for n in (3, 12) for count in (1, 2)]
+    shown = float(re.search(r'(\d+) ± ', printed)[1])
+    assert summary['fd'][0] == pytest.approx(shown, rel=1e-5)  # the file has six digits
+    grid = np.asarray(PIL.Image.open(outdir / 'samples-n3.png'))
+    assert grid.shape[0] == 2 * 3 * 34 + 2  # of two classes: training images, one source, two
+    left = 34 * 9 - 2                       # only three training images: nine places are left
+    assert (grid[2:34, -left:] == 255).all() and not (grid[36:68, -left:] == 255).all()
+
+
+def test_summary_pairs_the_seeds():
+    """Seeds that differ much, by the same amount with one source and with three: no doubt."""
+    rows = [{'seed': seed, 'n': 20, 'sources': count, 'class': digit, 'fd of training images': 7.0,
+             'fd': 1000 * seed + (50 if count == 1 else 40) + digit}
+            for seed in range(3) for count in (1, 3) for digit in (3, 8)]
+    single, multi = multi_source.summarise(pd.DataFrame(rows)).to_dict('records')
+    assert (single['n'], single['sources'], single['seeds']) == (20, 1, 3)
+    means = np.array([55.5, 1055.5, 2055.5])
+    low, high = scipy.stats.t.interval(0.95, 2, means.mean(), scipy.stats.sem(means))
+    assert single['fd'] == pytest.approx(means.mean())
+    assert single['95% interval of fd'] == pytest.approx((high - low) / 2)
+    assert np.isnan(single['single - multi'])
+    assert multi['single - multi'] == pytest.approx(10)
+    assert multi['95% interval of single - multi'] == pytest.approx(0, abs=1e-9)
+    assert multi['single - multi, % of single'] == pytest.approx(1000 / 1055.5)
+    assert multi['fd of training images'] == 7
+
+
+# When does a model copy its training set?
+
+
+def test_models_differ_in_one_factor_each(tmp_path):
+    """Of one size: the same images with no labels, true ones and random ones; fewer classes fill up
+    with more of each."""
+    study = open_study(memorization, tmp_path, '--sizes=20,170')
+    models = memorization.plan(study)
+    assert len(models) == len(set(models)) == 2 * (3 + 2)
+    memorization.make_data(study, models)
+    sets = {model: ImageDataset(study.data(model)) for model in models}
+    for size in (20, 170):
+        plain, true, random = (sets[model] for model in models
+                               if (model.size, model.classes) == (size, 10))
+        fewer = [sets[model] for model in models if model.size == size and model.classes != 10]
+        for data in (true, random):
+            assert np.array_equal(data.images(range(size)), plain.images(range(size)))
+        assert np.array_equal(np.bincount(true.label_ids), [size // 10] * 10)
+        assert not np.array_equal(true.label_ids, random.label_ids)
+        assert [len(np.unique(data.label_ids)) for data in fewer] == [1, 3]
+        assert [len(data) for data in fewer] == [size, size]
+    configs = [memorization.settings(study, model) for model in models]
+    for config, model in zip(configs, models, strict=True):
+        assert config['cond'] == (model.labels != 'none')
+        different = {key for key, value in config.items() if value != configs[0][key]}
+        assert different <= {'outdir', 'data', 'cond'}
+    assert configs[0]['duration_rule'] == 'fixed'
+
+
+@pytest.mark.parametrize('name', ['memorization'])
+def test_ratios_are_those_of_the_metric(name, finished, tmp_path):
+    outdir, printed = finished
+    results = pd.read_csv(outdir / 'results.csv', keep_default_na=False)
+    assert len(results) == 2 * (3 + 1) + 2 * 2  # networks; optimal denoisers of unlabelled sets
+    optimal = results[results['denoiser'] == 'optimal']
+    assert optimal['memorization_ratio'].tolist() == [1.0] * 4
+    assert 'Memorized samples (%)' in printed and '100.0' in printed
+    measured = calculated(
+        'memorization', f'--data={outdir}/data/20-10classes-true.zip', '--seeds=0-23', '--steps=2',
+        f'--net={outdir}/models/20-10classes-none/network-snapshot-0000001.pkl',
+        f'--dest={tmp_path}/memorization.json')
+    row = results.set_index(['size', 'classes', 'labels', 'denoiser']).loc[
+        (20, 10, 'none', 'network')]
+    assert measured['memorization_ratio'] == pytest.approx(row['memorization_ratio'], abs=1e-5)
+    assert measured['mean_distance'] == pytest.approx(row['mean_distance'], rel=1e-3)
+
+
+# Can a model be trained from a model?
+
+MODELS = ['teacher', 'distilled-rho0.4', 'distilled-rho0.02', 'on-samples', 'on-data']
+
+
+@pytest.mark.parametrize('name', ['distillation'])
+def test_students_differ_in_what_they_learn_from_alone(name, finished):
+    """The same network, steps, batch, learning rate and seed for all, and one teacher."""
+    outdir, _ = finished
+    options = {model: json.loads((outdir / model / 'training_options.json').read_text())
+               for model in MODELS[1:]}
+    students = [one.get('student') or one for one in options.values()]
+    for key in read_network(str(distillation.BASELINE)).__dict__:
+        assert all(student[key] == students[0][key] for student in students)
+    assert {one['seed'] for one in options.values()} == {0}
+    teachers = [options[f'distilled-rho{rho}']['teacher'] for rho in (0.4, 0.02)]
+    assert [teacher['BATCH'] for teacher in teachers] == [0.4, 0.02]
+    path = str(outdir / 'teacher' / 'ema_0.995_000003.pt')
+    assert all(teacher['model_path'] == path for teacher in teachers)
+    assert options['on-samples']['data_dir'] == str(outdir / 'samples' / 'teacher.npz')
+    assert options['on-data']['data_dir'] == str(outdir / 'digits.zip')
+    caches = [outdir / 'cache' / f'distilled-rho{rho}.cache' for rho in (0.4, 0.02)]
+    assert [len(CacheFile(str(cache))) for cache in caches] == [80, 4]
+
+
+def test_the_configurations_agree():
+    """The experiment's student is the baseline's, and its teacher the one that is trained."""
+    experiment = read_experiment(str(distillation.DISTILLED))
+    teacher = read_network(str(distillation.TEACHER))
+    assert experiment['student'] == read_network(str(distillation.BASELINE))
+    assert experiment['teacher'].model == teacher.model
+    assert experiment['teacher'].diffusion == teacher.diffusion
+    sizes = [sum(p.numel() for p in build(part).parameters())
+             for part in (teacher, experiment['student'])]
+    assert sizes[0] > 2 * sizes[1]
+
+
+def test_no_distilled_student_waits_for_data_or_samples(tmp_path):
+    chains = distillation.chains(open_study(distillation, tmp_path, '--rhos=0.02,0.4,0.1'))
+    assert [chain[-1][1].split('/')[-1] for chain in chains] == [
+        'on-samples.npz', 'distilled-rho0.4.npz', 'distilled-rho0.1.npz', 'distilled-rho0.02.npz',
+        'on-data.npz']
+    for chain in chains[1:4]:
+        words = ' '.join(str(word) for arguments, _ in chain[:2] for word in arguments)
+        assert 'data_dir' not in words and '.zip' not in words
+
+
+@pytest.mark.parametrize('jobs, batch, launched, each', [(3, 32, True, 16), (1, 4, False, 4)])
+def test_the_teacher_trains_on_all_cores(jobs, batch, launched, each, tmp_path):
+    study = open_study(distillation, tmp_path, f'--jobs={jobs}', f'--batch={batch}')
+    arguments, _ = distillation.train_teacher(study)
+    assert ('--nproc_per_node=2' in arguments) == launched
+    assert arguments[-1] == f'batch_size={each}'
+
+
+@pytest.mark.parametrize('name', ['distillation'])
+def test_the_table_is_that_of_the_metrics(name, finished, tmp_path):
+    outdir, printed = finished
+    rows = pd.read_csv(outdir / 'results.csv')
+    assert rows['model'].tolist() == [*MODELS, 'two digits at once', 'noise']
+    assert rows['rho'][:5].fillna(0).tolist() == [0, 0.4, 0.02, 0, 0]
+    row = rows.loc[1]
+    samples = f'{outdir}/samples/distilled-rho0.4.npz'
+    measured = calculated('calc', f'--images={samples}', f'--ref={outdir}/digits.zip',
+                          '--metrics=fd_pixels', f'--dest={tmp_path}/metrics.json')
+    assert row['fd'] == pytest.approx(measured['fd_pixels'], rel=1e-4)
+    weights = torch.load(outdir / 'distilled-rho0.4' / 'model000002.pt', weights_only=True)
+    assert row['parameters'] == sum(value.numel() for value in weights.values())
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None].repeat(3, 1)
+    made = open_images(samples)
+    right = Recognizer(pixels, digits.target).predict(made.images(np.arange(16))) == made.label_ids
+    assert row['recognised %'] == pytest.approx(100 * right.mean(), rel=1e-4)
+    for _, row in rows.iterrows():
+        assert f'{row["clear %"]:.1f}%' in printed and row['model'] in printed
+
+
+@pytest.mark.parametrize('name', ['distillation'])
+def test_the_grid_has_a_row_of_digits_and_one_for_each_model(name, finished):
+    outdir, _ = finished
+    grid = np.asarray(PIL.Image.open(outdir / 'samples.png'))
+    assert grid.shape[0] == 6 * 34 + 2                         # tiles of 32 pixels, lines between
+    for row, file in enumerate(['digits.zip', *(f'samples/{model}.npz' for model in MODELS)]):
+        first = open_images(str(outdir / file)).images([0])[0].transpose(1, 2, 0)
+        tile = grid[2 + 34 * row:34 + 34 * row, grid.shape[1] - 34 * 16:][:, :32]
+        assert np.array_equal(tile, first.repeat(4, axis=0).repeat(4, axis=1))
+
+
+def test_recognition_tells_digits_from_what_is_none():
+    """Real digits that the machine has not seen pass as often as promised; noise hardly does, two
+    digits at once rarely."""
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
+    half = np.arange(len(pixels)) % 2 == 0
+    recognizer = Recognizer(pixels[half], digits.target[half])
+    unseen = recognizer.recognised_clearly(pixels[~half]).mean()
+    assert 0.92 < unseen < 0.99
+    assert recognizer.recognised_clearly(pixels[~half], 0.8).mean() < unseen
+    controls = distillation.controls(pixels, digits.target, 0)
+    assert recognizer.recognised_clearly(controls['noise']).mean() < 0.01
+    assert recognizer.recognised_clearly(controls['two digits at once']).mean() < 0.3
+    low = digits.target < 2                                    # two classes have one decision value
+    assert Recognizer(pixels[low], digits.target[low]).recognised_clearly(pixels[low]).mean() > 0.9
+
+
+def test_a_stage_that_fails_is_named(tmp_path):
+    arguments = [distillation.SCRIPTS / 'image_sample.py', '--config', 'none.yaml', '--model_path=x']
+    words = r'x.npz could not be made \(Error: --config.*there is no file'
+    with pytest.raises(UserError, match=words):
+        study = open_study(distillation, tmp_path)
+        distillation.run_stage(study, arguments, str(tmp_path / 'x.npz'))
+
+
+# Does class-balancing help?
+
+
+@pytest.mark.parametrize('name', ['long_tail'])
+def test_rows_are_means_over_classes(name, finished):
+    outdir, text = finished
+    assert 'fine-tuned' in text and 'recall, few' in text and 'no clear difference' in text
+    results = pd.read_csv(outdir / 'results.csv')
+    classes = pd.read_csv(outdir / 'classes.csv')
+    assert len(results) == 3 * 2 * 2 * 4 and len(classes) == 3 * 2 * 2 * 10
+    assert set(results['group']) == {'all', 'many', 'medium', 'few'}
+    key = ['method', 'seed', 'omega']
+    few = classes[classes['class'] >= 7].groupby(key)['recall'].mean()
+    ours = results[results['group'] == 'few'].set_index(key)['recall']
+    np.testing.assert_allclose(ours.sort_index(), few.sort_index(), rtol=1e-4)
+    effect = pd.read_csv(outdir / 'label-effect.csv')
+    assert effect['plain'].tolist() == [1] * 5
+    assert {'class-balancing', 'fine-tuned'} <= set(effect.columns)
+    np.testing.assert_allclose(effect['theory'], 1 / (1 + 1.25 * effect['t/T']), rtol=1e-4)
+
+
+@pytest.mark.parametrize('name', ['long_tail'])
+def test_all_methods_take_the_same_number_of_steps(name, finished):
+    def state(file):
+        return read_state(str(finished[0] / 'models' / file))
+
+    taken = {file: int(state(file)['optim']['state'][0]['step']) for file in (
+        'plain-seed0/ckpt_3.pt', 'plain-seed0/ckpt_5.pt', 'cb-seed0/ckpt_5.pt',
+        'finetune-seed0/ckpt_4.pt')}
+    before, plain, cb, finetune = taken.values()
+    assert plain == cb == before + finetune == 6
+    heads = [state(f'{method}-seed0/ckpt_5.pt')['net_model']['head.weight']
+             for method in ('plain', 'cb')]
+    assert not torch.equal(*heads)
+
+
+def test_the_verdict_needs_more_than_the_spread():
+    rows = [dict(method=method, seed=seed, omega=0.0, group='few', fid=100 - 100 * shift,
+                 recognition=0.5 + shift + 0.05 * seed, recall=0.5 + 2 * shift + 0.05 * seed,
+                 precision=0.5 - 2 * shift)
+            for method, shift in (('plain', 0.0), ('cb', 0.08)) for seed in range(3)]
+    lines = long_tail.verdict(pd.DataFrame(rows), {'plain': 0.0, 'cb': 0.0})
+    assert [line.rsplit('  ', 1)[1] for line in lines] == [
+        'no clear difference, though better in every seed', 'better', 'worse', 'better']
+
+
+def test_recall_is_compared_at_equal_recognition():
+    """A method that is plain with less guidance is no better; one with more recall all along is."""
+    rows = [dict(method=method, seed=0, omega=omega, group='few',
+                 recognition=0.3 + 0.2 * (omega - shift), recall=0.9 - 0.3 * (omega - shift) + gain)
+            for method, shift, gain in (('plain', 0, 0), ('cb', 0.5, 0), ('finetune', 0.5, 0.1))
+            for omega in (0, 1, 2)]
+    found = long_tail.matched(pd.DataFrame(rows))
+    np.testing.assert_allclose(found.loc[['class-balancing', 'fine-tuned'], 0], [0, 0.1], atol=1e-9)
+
+
+def test_the_guidance_of_each_method_is_its_best():
+    rows = [dict(method=method, omega=omega, seed=0, group='all', fid=abs(omega - best))
+            for method, best in (('plain', 0.8), ('cb', 1.6)) for omega in (0.0, 0.8, 1.6)]
+    assert long_tail.best_omegas(pd.DataFrame(rows)) == {'plain': 0.8, 'cb': 1.6}
+
+
+# Do generated images train better classifiers?
+
+
+@pytest.mark.parametrize('name', ['synthetic_data'])
+def test_every_kind_of_data_and_training_is_measured(name, finished):
+    outdir, text = finished
+    results = pd.read_csv(outdir / 'results.csv')
+    rows = set(zip(results['training'], results['data'], results['seed'], strict=True))
+    assert len(results) == 12 and rows == set(itertools.product(
+        ('plain', 'adversarial'), ('real', 'generated', 'selected'), (0, 1)))
+    assert text.count('real + selected ') >= 2 and '±' in text
+
+
+@pytest.mark.parametrize('name', ['synthetic_data'])
+def test_no_test_digit_is_trained_on(name, finished):
+    outdir, _ = finished
+    seen = []
+    for seed in (0, 1):
+        folder = outdir / f'seed{seed}'
+        real, test = (ImageDataset(folder / file) for file in ('real.zip', 'test.zip'))
+        assert len(real) == 30 and len(test) == 100
+        assert np.bincount(real.label_ids).tolist() == [3] * 10
+        trained = {image.tobytes() for image in real.images(range(len(real)))}
+        assert not trained & {image.tobytes() for image in test.images(range(len(test)))}
+        seen.append(trained)
+        options = json.loads((folder / 'generator' / 'training_options.json').read_text())
+        assert options['data'] == str(folder / 'real.zip') and options['seed'] == seed
+    assert seen[0] != seen[1]
+
+
+@pytest.mark.parametrize('name', ['synthetic_data'])
+def test_classifiers_differ_in_data_and_training_alone(name, finished):
+    for seed in (0, 1):
+        folder = finished[0] / f'seed{seed}'
+        options = [json.loads(path.read_text())
+                   for path in (folder / 'classifiers').glob('*/training_options.json')]
+        assert len(options) == 6
+        changed = {key for key in options[0] for one in options if one[key] != options[0][key]}
+        options_that_differ = {'generated', 'share', 'adversarial'}
+        follow_from_them = {'dataset', 'order', 'loss', 'starts'}
+        assert options_that_differ <= changed <= options_that_differ | follow_from_them
+        assert {one['data'] for one in options} == {str(folder / 'real.zip')}
+
+
+@pytest.mark.parametrize('name', ['synthetic_data'])
+def test_the_classifier_of_real_digits_selects(name, finished):
+    folder = finished[0] / 'seed0' / 'selected'
+    report = json.loads((folder / 'best-report.json').read_text())
+    assert f'real-plain-seed0{os.sep}' in report['model_path']
+    assert open_classifier(report['model_path'], 'wrn-10-1', 10).num_classes == 10
+    with np.load(folder / 'best.npz') as best:
+        assert best['image'].shape == (30, 8, 8, 3)
+        assert np.bincount(best['label']).tolist() == [3] * 10
+
+
+def test_summary_has_means_and_paired_gains():
+    rows = [{'training': 'plain', 'data': data, 'seed': seed, 'clean': clean + 0.1 * seed,
+             'robust': 0.1} for data, clean in (('real', 0.5), ('generated', 0.7)) for seed in (0, 1)]
+    summary = evaluate_data.summarise(pd.DataFrame(rows)).set_index('data')
+    assert summary.loc['generated', 'clean'] == pytest.approx(0.75)
+    assert summary.loc['generated', 'clean error'] == pytest.approx(0.05)
+    assert summary.loc['generated', 'clean gain'] == pytest.approx(0.2)
+    assert summary.loc['generated', 'clean gain error'] == pytest.approx(0, abs=1e-12)
+    assert summary.loc['real', 'clean gain'] == 0
