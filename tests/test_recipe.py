@@ -1,0 +1,225 @@
+"""Recipes: what a checkpoint must agree with, what may change, and what a run remembers of its starts."""
+
+import json
+import os
+import tarfile
+import types
+
+import helpers
+import legacy_files
+import pytest
+import torch
+from click.testing import CliRunner
+from tensorboard.summary.writer import event_file_writer
+
+from dnnlib import UserError
+from training import checkpoint, recipe
+from training.checkpoint import Checkpoints
+from training.recipe import Recipe, fit
+
+# --- Identity -------------------------------------------------------------------------------------
+
+
+def changes(old: Recipe, new: Recipe) -> list[str]:
+    return [str(change) for change in recipe.changes({'recipe': old.settings()}, new.settings())]
+
+
+def test_every_difference_is_named():
+    old = Recipe(batch=4, total_nimg=8, network={'class_name': 'A', 'size': 1, 'mult': (1, 2)})
+    new = Recipe(batch=8, total_nimg=8, network={'class_name': 'A', 'size': 2, 'mult': [1, 2]},
+                 optim={'name': 'SGD', 'momentum': 0.9})
+    assert changes(old, old) == []
+    assert changes(old, new) == ['batch 4 -> 8', 'network.size 1 -> 2', 'optim.name Adam -> SGD',
+                                 'optim.momentum None -> 0.9']
+
+
+def test_a_field_that_an_older_recipe_lacks_is_no_change():
+    old = Recipe(batch=4, total_nimg=8).settings()
+    del old['bench']
+    assert recipe.changes({'recipe': old}, Recipe(batch=4, total_nimg=8, bench=False).settings()) == []
+
+
+@pytest.mark.parametrize('field, value, option', [
+    ('seed', 1, 'seed'), ('clip_grad_norm', 1.0, 'clip_grad_norm'), ('layout', 'steps', 'layout'),
+    ('optim', {'name': 'SGD'}, 'optim'), ('learning_rate', {'name': 'constant', 'lr': 1}, 'lr'),
+    ('averages', {'name': 'power', 'stds': [0.1]}, 'stds')])
+def test_what_decides_the_weights_may_not_change(field, value, option):
+    old = Recipe(batch=4, total_nimg=8)
+    state = {'recipe': old.settings(), 'nimg': 4, 'path': 'run/x.pt'}
+    new = Recipe(**{'batch': 4, 'total_nimg': 8, field: value})
+    with pytest.raises(UserError, match='run/x.pt is of a run with other settings') as caught:
+        recipe.check_changes(state, new.settings(), allow=False)
+    assert caught.value.field == option
+    assert recipe.check_changes(state, new.settings(), allow=True) == changes(old, new)
+
+
+@pytest.mark.parametrize('field, value', [
+    ('total_nimg', 16), ('batch_gpu', 2), ('status', 4), ('snapshot', 4), ('checkpoint', 4), ('ls', 8.0),
+    ('loss_scale', {'lg': 3}), ('bench', False), ('compile', True)])
+def test_what_does_not_decide_them_may(field, value):
+    state = {'recipe': Recipe(batch=4, total_nimg=8).settings(), 'nimg': 4, 'path': 'run/x.pt'}
+    new = Recipe(**{'batch': 4, 'total_nimg': 8, field: value})
+    logged = recipe.check_changes(state, new.settings(), allow=False)
+    assert len(logged) == 1 and logged[0].startswith(field)
+
+
+# --- Every training command -----------------------------------------------------------------------
+
+# Run of legacy_files -> an option that changes, how the error names it, the change, what allows it.
+CHANGES = {
+    'edm2': ('--lr=0.02', '--lr', 'lr 0.015 -> 0.02', '--allow-changes'),
+    'edm': ('--window-size=0.25', '--window-size', 'window_size 0.5 -> 0.25', '--allow-changes'),
+    'teacher': ('lr=1e-2', 'lr', 'lr 0.001 -> 0.01', 'allow_changes=true'),
+    'student': ('student.weight_decay=0.1', 'weight_decay', 'weight_decay 0.0 -> 0.1',
+                'student.allow_changes=true'),
+    'long_tail': ('--tau=3', '--tau', 'tau 1.0 -> 3.0', '--allow-changes'),
+    'classifier': ('--lr=0.1', '--lr', 'lr 0.2 -> 0.1', '--allow-changes'),
+}
+
+
+def invoke(script, *arguments):
+    result = CliRunner().invoke(helpers.script_module(script).main, arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.mark.parametrize('name', CHANGES)
+def test_changed_settings_are_refused_or_logged(tmp_path, monkeypatch, name):
+    """A run of an earlier version goes on, and what it then has written is held to its settings."""
+    with tarfile.open(legacy_files.ARCHIVE) as archive:
+        archive.extractall(tmp_path, filter='data')
+    (tmp_path / 'yaml').symlink_to(helpers.ROOT / 'distillation' / 'yaml')
+    monkeypatch.chdir(tmp_path)
+    script, arguments, longer, _, then = legacy_files.RUNS[name]
+    arguments = [*arguments, longer.format(then)]
+    option, named, change, allow = CHANGES[name]
+    assert 'Resuming from' in invoke(script, *arguments)
+    before = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+    error = helpers.fails(script, *arguments, option)
+    assert named in error and change in error and 'allow changes' in error
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+    assert change in invoke(script, *arguments, option, allow)
+    assert change in (tmp_path / name / 'log.txt').read_text()
+    starts = json.loads((tmp_path / name / 'training_options.json').read_text())['starts']
+    assert [any(change in line for line in start['changes']) for start in starts] == [False, True]
+    assert starts[0]['nimg'] < starts[1]['nimg'] or name == 'classifier'
+
+
+def test_a_run_cannot_become_shorter_than_it_is(tmp_path):
+    train(tmp_path, 8)
+    with pytest.raises(UserError, match='has seen 8 images, more than the 4 asked for') as caught:
+        train(tmp_path, 4)
+    assert caught.value.field == 'duration'
+    train(tmp_path, 8)
+
+
+# --- The record -----------------------------------------------------------------------------------
+
+
+class Line(torch.nn.Module):
+    """One weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.ones(1))
+
+
+class Batches:
+    """Batches without images."""
+
+    def iterate(self, plan):
+        for _, count in plan:
+            yield {'count': count}
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def loss(net, batch):
+    values = net.w.expand(batch['count'])
+    return values, {'loss': values}
+
+
+def train(folder, total_nimg, **fields):
+    """Trains `Line` and returns it."""
+    net = Line()
+    fit(Recipe(batch=2, total_nimg=total_nimg, checkpoint=2, status=2, **fields), str(folder), net, loss, Batches())
+    return net
+
+
+def test_every_start_is_remembered(tmp_path):
+    for total in (4, 8, 8):
+        train(tmp_path, total)
+    record = json.loads((tmp_path / 'training_options.json').read_text())
+    assert record['total_nimg'] == 8
+    assert [start['nimg'] for start in record['starts']] == [0, 4, 8]
+    assert [start['changes'] for start in record['starts']] == [[], ['total_nimg 4 -> 8'], []]
+    for start in record['starts']:
+        assert {'time', 'command', 'python', 'torch', 'project', 'device', 'world_size'} <= set(start)
+
+
+def test_events_of_a_later_start_sort_behind(tmp_path, monkeypatch):
+    """TensorBoard reads files by name: second of the start, host, number of the process."""
+    for process, total in ((999, 4), (111, 8)):
+        patched = types.SimpleNamespace(**vars(os) | {'getpid': lambda process=process: process})
+        monkeypatch.setattr(event_file_writer, 'os', patched)
+        train(tmp_path, total)
+        if total == 4:
+            first, = tmp_path.glob('events.*')
+    names = sorted(path.name for path in tmp_path.glob('events.*'))
+    assert len(names) == 2 and names[0] == first.name
+
+
+# --- Checkpoints ----------------------------------------------------------------------------------
+
+
+def flip_bit(path, needle: bytes):
+    data = bytearray(path.read_bytes())
+    data[data.index(needle)] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_flipped_bit_is_noticed_and_the_older_checkpoint_taken(tmp_path):
+    checkpoints = Checkpoints(str(tmp_path))
+    for nimg in (1000, 2000):
+        weights = torch.full([100], float(nimg))
+        checkpoints.save({'nimg': nimg, 'means': {}, 'net': {'w': weights}})
+    flip_bit(tmp_path / 'training-state-0000002.pt', weights.numpy().tobytes())
+    reports = []
+    state = checkpoints.load_newest(report=reports.append)
+    assert state['nimg'] == 1000 and torch.equal(state['net']['w'], torch.full([100], 1000.0))
+    assert len(reports) == 1 and 'training-state-0000002.pt' in reports[0]
+
+
+def test_states_of_every_type_are_resumed(tmp_path):
+    values = {dtype: torch.ones(3).to(dtype) for dtype in (
+        torch.complex64, torch.uint16, torch.float8_e4m3fn, torch.bfloat16, torch.bool)}
+    checkpoints = Checkpoints(str(tmp_path))
+    checkpoints.save({'nimg': 1, 'means': {}, 'batches': [{str(d): v for d, v in values.items()}]})
+    batches = checkpoints.load_newest()['batches'][0]
+    for dtype, value in values.items():
+        assert batches[str(dtype)].dtype == dtype
+        assert torch.equal(batches[str(dtype)].to(torch.complex64), value.to(torch.complex64))
+
+
+@pytest.mark.parametrize('layout', checkpoint.LAYOUTS)
+def test_every_layout_brings_back_what_it_was_given(tmp_path, layout):
+    weights = {'model.w': torch.arange(3.0)}
+    state = {'nimg': 4000, 'recipe': {}, 'net': weights, 'ema': {'0.9': {'model.w': torch.zeros(3)}},
+             'optimizer': {'state': {}}, 'means': {}, 'batches': [{}], 'train_seconds': 1.0}
+    checkpoints = checkpoint.LAYOUTS[layout](str(tmp_path), 100)
+    checkpoints.save(state)
+    loaded = checkpoints.load_newest()
+    assert torch.equal(loaded['net']['model.w'], weights['model.w'])
+    average, = loaded['ema'].values()
+    assert torch.equal(average['model.w'], torch.zeros(3))
+    for key in ('nimg', 'optimizer', 'means', 'batches', 'train_seconds'):
+        assert loaded[key] == state[key]
+    path = checkpoints.path(checkpoints.numbers()[-1])
+    assert checkpoints.load(path)['path'] == path
+    os.truncate(path, 100)
+    with pytest.raises(UserError, match='none of its 1 checkpoints can be read'):
+        checkpoints.load_newest(report=lambda text: None)
