@@ -1,6 +1,6 @@
-"""The .npy and .npz formats: headers, where files in a zip begin, large arrays that stay on the disk.
+"""The .npy and .npz formats: headers, where files in a zip begin, arrays that stay on the disk.
 
-NumPy is imported where arrays are made, so that programs which only copy their bytes start in half the time.
+NumPy is imported where arrays are made: programs that only copy their bytes start in half the time.
 """
 
 import ast
@@ -14,7 +14,10 @@ LOCAL_HEADER = 30    # bytes before the name of a file in a zip
 
 
 def npy_header(shape: tuple, descr: str) -> bytes:
-    """The header of an .npy file (format 1.0, C order; `descr` is e.g. '|u1'): 128 bytes for any number of rows."""
+    """The header of an .npy file (format 1.0, C order; `descr` is e.g. '|u1').
+
+    It has 128 bytes for any number of rows.
+    """
     text = repr({'descr': descr, 'fortran_order': False, 'shape': tuple(shape)})
     return MAGIC + b'\1\0' + struct.pack('<H', 118) + text.encode().ljust(117) + b'\n'
 
@@ -31,7 +34,8 @@ def read_npy_header(file: io.BufferedIOBase) -> tuple:
     try:
         header = ast.literal_eval(file.read(min(size, MAX_HEADER)).decode('latin1'))
         shape, fortran, descr = header['shape'], header['fortran_order'], header['descr']
-        plain = isinstance(descr, str) and 'O' not in descr and all(type(length) is int for length in shape)
+        plain = isinstance(descr, str) and 'O' not in descr \
+            and all(type(length) is int for length in shape)
     except (SyntaxError, ValueError, TypeError, KeyError, MemoryError, RecursionError):
         raise ValueError('its header is damaged') from None
     if not plain:
@@ -42,7 +46,8 @@ def read_npy_header(file: io.BufferedIOBase) -> tuple:
 def entry_start(local_header: bytes, offset: int) -> int:
     """Where the data of a zip's file begin whose local header (the first 30 bytes) is at `offset`.
 
-    That header has lengths of its own, other than the zip's directory. Raises ValueError for others.
+    That header has lengths of its own, other than the zip's directory. Raises ValueError for
+    others.
     """
     if len(local_header) != LOCAL_HEADER or bytes(local_header[:4]) != b'PK\3\4':
         raise ValueError('a file in the zip has no header')
@@ -50,10 +55,10 @@ def entry_start(local_header: bytes, offset: int) -> int:
 
 
 def open_array(path: str, name: str):
-    """The array `name` of an .npz: a read-only memory map of the file, in memory if it is compressed.
+    """The array `name` of an .npz: a memory map of the file, in memory if it is compressed.
 
-    Raises KeyError if there is no such array, OSError, ValueError or zipfile.BadZipFile for a file that is damaged or
-    holds objects.
+    Raises KeyError if there is no such array, OSError, ValueError or zipfile.BadZipFile for a file
+    that is damaged or holds objects.
     """
     import numpy as np
     with zipfile.ZipFile(path) as z:

@@ -39,6 +39,23 @@ def group(name: str, *options):
     return decorate
 
 
+def nimg(name: str, default: str | None, text: str):
+    """An option for a number of training images, e.g. 64Ki."""
+    return click.option(name, metavar='NIMG', type=cli.COUNT, default=default, help=text)
+
+
+def boolean(name: str, default: bool, text: str):
+    return click.option(name, metavar='BOOL', type=bool, default=default, help=text)
+
+
+def number(name: str, default: float, text: str, type=POSITIVE):  # noqa: A002
+    return click.option(name, metavar='FLOAT', type=type, default=default, help=text)
+
+
+def integer(name: str, default: int | None, text: str, least: int = 1):
+    return click.option(name, metavar='INT', type=click.IntRange(least), default=default, help=text)
+
+
 def _interval(text: str) -> tuple[float, float]:
     try:
         low, high = map(float, text.split(','))
@@ -128,10 +145,11 @@ def run_folder(outdir_help: str):
 
 MACHINE = ('batch_gpu', 'ls', 'bench')  # fields of a recipe that `machine` sets
 
+batch_gpu = nimg('--batch-gpu', None, 'Images of one forward pass  [default: all of a process]')
+
 # Decorator: how the work is done, and how it is reported.
 machine = together(
-    click.option('--batch-gpu', metavar='NIMG', type=cli.COUNT,
-                 help='Images of one forward pass  [default: all of a process]'),
+    batch_gpu,
     click.option('--ls', metavar='FLOAT', type=click.FloatRange(0, min_open=True), default=1,
                  help='Loss scaling against underflow of float16 gradients'),
     click.option('--bench', metavar='BOOL', type=bool, default=True,

@@ -44,18 +44,10 @@ def _frozen_statistics(net):
     the running means."""
     norm = torch.nn.modules.batchnorm._BatchNorm
     layers = [layer for layer in net.modules() if isinstance(layer, norm)]
-    momenta = [layer.momentum for layer in layers]
-    counts = [layer.num_batches_tracked.clone() for layer in layers]
-    wants_gradient = [p for p in net.parameters() if p.requires_grad]
     for layer in layers:
-        layer.momentum = 0.0
-    for p in wants_gradient:
-        p.requires_grad_(False)  # saves computing what nobody asks for
+        layer.track_running_stats = False
     try:
         yield
     finally:
-        for layer, momentum, count in zip(layers, momenta, counts, strict=True):
-            layer.momentum = momentum
-            layer.num_batches_tracked.copy_(count)
-        for p in wants_gradient:
-            p.requires_grad_(True)
+        for layer in layers:
+            layer.track_running_stats = True

@@ -13,6 +13,7 @@ import numpy as np
 
 from dnnlib import UserError
 from dnnlib.npz import npy_header
+from dnnlib.util import require_same
 from synthetic_data.class_files import ClassFile, Record
 
 
@@ -54,12 +55,8 @@ class ClassWriter:
         finished = Record.load(self.json)
         begun = Record.load(self.part_json)
         record = begun or finished or Record([], made_by)
-        changed = [key for key in made_by | record.made_by
-                   if made_by.get(key) != record.made_by.get(key)]
-        if changed:
-            raise UserError(f'holds images of class {self.label} made with another '
-                            f'{", ".join(changed)}; choose another folder, or remove it',
-                            'outdir', self.folder)
+        require_same(f'class {self.label} in {self.folder}', record.made_by, made_by,
+                     'choose another folder, or remove it')
         if finished is None and os.path.exists(self.npy):
             raise UserError(f'{self.npy} is there without its record {self.label}.json; choose '
                             'another folder')

@@ -5,7 +5,7 @@ import os
 
 import click
 
-from dnnlib import UserError, cli
+from dnnlib import UserError, cli, options
 
 
 def _parse_fraction(text: str) -> float:
@@ -41,25 +41,14 @@ def full_disk(option: str, then: str):
                         f'choose another folder, and {then}') from None
 
 
-def add_options(options: list):
-    """Decorator: these click options, in this order."""
-    def decorate(function):
-        for option in reversed(options):
-            function = option(function)
-        return function
-    return decorate
-
-
 def class_folder_options(file_name: str | None = None):
     """Decorator: --data_dir (which may be given several times), --output_dir, --class_num,
     --file_name."""
-    return add_options([
+    return options.together(
         click.option('--data_dir', metavar='DIR', multiple=True, required=True,
                      help='Folder with <class>.npy of generate.py; several are joined, one after '
                           'the other'),
         click.option('--output_dir', metavar='DIR', required=True, help='Where results go'),
-        click.option('--class_num', metavar='INT', type=click.IntRange(min=1), default=10,
-                     help='Number of classes'),
+        options.integer('--class_num', 10, 'Number of classes'),
         click.option('--file_name', metavar='NAME', type=NPZ_NAME, default=file_name,
-                     required=file_name is None, help='The file is <output_dir>/NAME.npz'),
-    ])
+                     required=file_name is None, help='The file is <output_dir>/NAME.npz'))

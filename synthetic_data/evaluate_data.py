@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import pandas as pd
 
-from dnnlib import UserError, cli, util
+from dnnlib import UserError, cli, options, util
 from synthetic_data import train_classifier
 from synthetic_data.mixture import GeneratedImages
 from torch_utils import distributed as dist
@@ -48,12 +48,9 @@ class Run:
         rows = train_classifier.read_accuracy(os.path.join(self.folder, 'accuracy.json'))
         if not rows or rows[-1]['nimg'] < self.config['duration']:
             return None
-        options = runs.read_options(self.folder)
-        for key, value in self.config.items():
-            if key not in REPORTING and options.get(key) != value:
-                option = '--' + key.replace('_', '-')
-                raise UserError(f'{self.folder} holds a run with another {option} '
-                                f'({options.get(key)} instead of {value}); choose another --outdir')
+        deciding = {key: value for key, value in self.config.items() if key not in REPORTING}
+        util.require_same(self.folder, runs.read_options(self.folder), deciding,
+                          'choose another folder')
         return rows[-1]
 
     def train(self):
@@ -162,12 +159,10 @@ The same command goes on where it was stopped; finished classifiers are not trai
 @click.option('--seeds', metavar='LIST', type=cli.INT_LIST, default='0',
               help='Classifiers of each kind, by seed')
 @train_classifier.training_options
-@click.option('--batch-gpu', metavar='NIMG', type=cli.COUNT,
-              help='Images of one forward pass  [default: all of a process]')
-@click.option('--jobs', metavar='INT', type=click.IntRange(min=1),
-              help='Classifiers that train at a time  [default: one for each core, up to 8; one '
-                   'on a GPU or under torchrun]')
-def main(outdir, data, test, generated, selected, training, seeds, jobs, **options):
+@options.batch_gpu
+@options.integer('--jobs', None, 'Classifiers that train at a time  [default: one for each core, '
+                                 'up to 8; one on a GPU or under torchrun]')
+def main(outdir, data, test, generated, selected, training, seeds, jobs, **settings):
     """Train classifiers on real images alone, with generated and with selected ones, for the same
     number of steps.
 
@@ -191,9 +186,9 @@ def main(outdir, data, test, generated, selected, training, seeds, jobs, **optio
     for path in sources.values():
         GeneratedImages(path, classes)  # what is wrong with it is said now
     planned = plan(outdir, data, test, {'real': None} | sources, trainings, seeds,
-                   options | dict(ls=1.0, bench=True))
-    dist.print0(f'{len(planned)} classifiers {options["model"]} of {options["duration"]} training '
-                f'images in {outdir}')
+                   settings | dict(ls=1.0, bench=True))
+    dist.print0(f'{len(planned)} classifiers {settings["model"]} of {settings["duration"]} '
+                f'training images in {outdir}')
     try:
         train_all(planned, 1 if one_by_one else jobs or parallel.default_jobs())
     except KeyboardInterrupt:
@@ -203,7 +198,7 @@ def main(outdir, data, test, generated, selected, training, seeds, jobs, **optio
         summary = summarise(results)
         save_table(results, os.path.join(outdir, 'results.csv'))
         save_table(summary, os.path.join(outdir, 'summary.csv'))
-        show(summary, options['eps'])
+        show(summary, settings['eps'])
         print(f'\nresults.csv and summary.csv are in {outdir}')
     dist.shutdown()
 

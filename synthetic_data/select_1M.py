@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from dnnlib import cli, pictures, util
+from dnnlib import cli, options, pictures, util
 from synthetic_data import common, scoring
 from synthetic_data.classify import open_classifier
 from synthetic_data.mixture import GeneratedImages
@@ -129,8 +129,7 @@ Examples:
 @common.class_folder_options('1m')
 @click.option('--top_scale', metavar='SHARE', type=click.FloatRange(0, 1, min_open=True),
               default=0.2, help='Share of each class that is taken')
-@click.option('--batch_size', metavar='INT', type=click.IntRange(min=1), default=1024,
-              help='Images at a time on each process')
+@options.integer('--batch_size', 1024, 'Images at a time on each process')
 def main(**opts):
     """Select the images of each class of whose class a classifier is surest: NAME.npz with `image`
     and `label`.

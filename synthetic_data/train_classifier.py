@@ -12,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dnnlib import UserError, cli, options, util
+from dnnlib.options import boolean, integer, nimg, number
 from dnnlib.util import renamed_fields
 from synthetic_data import classify, common
 from synthetic_data.adversarial import Attack
@@ -33,7 +34,7 @@ def build_config(opts: dict) -> dict:
         config['precision'] = 'bf16' if torch.cuda.is_available() else 'fp32'
     config['precision'] = recipe.choose_precision(config['precision'])
     for key in ('status', 'snapshot', 'checkpoint', 'test_every'):
-        config[key] = config[key] or None                            # 0 switches it off
+        config[key] = config[key] or None  # 0 switches it off
     for key in ('batch', 'duration'):
         if config[key] < 1:
             raise UserError('must be at least 1', field=key, value=config[key])
@@ -49,8 +50,8 @@ def open_labelled(field: str, path: str) -> ImageDataset:
     if not dataset.has_labels:
         raise UserError('has no labels, and a classifier needs them', field, path)
     if dataset.num_channels != 3 or dataset.resolution % 4:
-        raise UserError(f'has images of {list(dataset.image_shape)}; the networks take RGB images with a side that is '
-                        'a multiple of 4', field, path)
+        raise UserError(f'has images of {list(dataset.image_shape)}; the networks take RGB images '
+                        'with a side that is a multiple of 4', field, path)
     return dataset
 
 
@@ -58,15 +59,19 @@ def open_data(config: dict):
     """(training data, its order, test data or None). Raises UserError where they do not fit
     together."""
     data = open_labelled('data', config['data'])
-    test = open_labelled('test', config['test']) if config['test'] else None
-    if test is not None and (test.image_shape != data.image_shape or test.label_dim > data.label_dim
-                             or test.classes != data.classes):
-        raise UserError(f'has {test.label_dim} classes of images {list(test.image_shape)}, which are not those of '
-                        f'{config["data"]}: {data.label_dim} of {list(data.image_shape)}', 'test', config['test'])
+    test = None
+    if config['test']:
+        test = open_labelled('test', config['test'])
+        if (test.image_shape, test.classes) != (data.image_shape, data.classes) \
+                or test.label_dim > data.label_dim:
+            raise UserError(f'has {test.label_dim} classes of images {list(test.image_shape)}, which '
+                            f'are not those of {data.path}: {data.label_dim} of '
+                            f'{list(data.image_shape)}', 'test', test.path)
     if config['generated'] is None:
         return data, EpochShuffle(len(data), config['seed']), test
     generated = GeneratedImages(config['generated'], data.label_dim)
-    return Mixture(data, generated), MixtureOrder(len(data), len(generated), config['share'], config['seed']), test
+    order = MixtureOrder(len(data), len(generated), config['share'], config['seed'])
+    return Mixture(data, generated), order, test
 
 
 def attack_of(config: dict) -> Attack:
@@ -78,21 +83,25 @@ class TestAccuracy:
     the run."""
 
     def __init__(self, run_dir: str, test, attack: Attack | None, seed: int):
-        self.path, self.test, self.attack, self.seed = os.path.join(run_dir, 'accuracy.json'), test, attack, seed
+        self.path = os.path.join(run_dir, 'accuracy.json')
+        self.test = test
+        self.attack = attack
+        self.seed = seed
 
     def __call__(self, nimg: int, nets) -> dict:
         if dist.get_rank() != 0:
             return {}
-        found = classify.accuracy(nets[0], self.test, self.attack, seed=self.seed, progress=True)
+        accuracy = classify.accuracy(nets[0], self.test, self.attack, seed=self.seed,
+                                     progress=True)
         # A run that was killed after a test and before its checkpoint comes here twice with the
         # same numbers.
         rows = [row for row in read_accuracy(self.path) if row['nimg'] < nimg]
-        util.write_json(self.path, [*rows, {'nimg': nimg} | found])
-        text = f'clean {100 * found["clean"]:.2f}%'
+        util.write_json(self.path, [*rows, {'nimg': nimg} | accuracy])
+        text = f'clean {accuracy["clean"]:.2%}'
         if self.attack is not None:
-            text += f', under attack {100 * found["robust"]:.2f}%'
+            text += f', under attack {accuracy["robust"]:.2%}'
         print(f'Test accuracy after {util.format_count(nimg)} images: {text}', flush=True)
-        return {f'Accuracy/{name}': value for name, value in found.items() if value is not None}
+        return {f'Accuracy/{name}': value for name, value in accuracy.items() if value is not None}
 
 
 def read_accuracy(path: str) -> list[dict]:
@@ -108,8 +117,8 @@ def read_accuracy(path: str) -> list[dict]:
 
 def recipe_of(config: dict, data) -> recipe.Recipe:
     """The recipe of the settings."""
-    loss = {key: config[key] for key in ('pad', 'xflip', 'smoothing', 'adversarial', 'eps', 'step_size',
-                                         'attack_steps', 'precision')}
+    loss = {key: config[key] for key in ('pad', 'xflip', 'smoothing', 'adversarial', 'eps',
+                                         'step_size', 'attack_steps', 'precision')}
     return recipe.Recipe(
         batch=config['batch'], total_nimg=config['duration'], seed=config['seed'],
         dataset=getattr(data, 'real', data).description() | {'size': len(data)},
@@ -127,77 +136,71 @@ def recipe_of(config: dict, data) -> recipe.Recipe:
 
 
 def train(config: dict, outdir: str, **running) -> int:
-    """Trains by the settings; `running` goes to `recipe.fit`. Returns the number of images seen."""
+    """Trains by the settings; `running` goes to `recipe.fit`. Returns the images seen."""
     dist.init()
     data, order, test = open_data(config)
     rules = recipe_of(config, data)
     net = recipe.new_network(rules)
     loss = classify.ClassificationLoss(
-        pad=data.image_shape[1] // 8 if config['pad'] is None else config['pad'], xflip=config['xflip'],
-        smoothing=config['smoothing'], attack=attack_of(config) if config['adversarial'] else None,
-        dtype=DTYPES[config['precision']])
+        pad=data.resolution // 8 if config['pad'] is None else config['pad'],
+        xflip=config['xflip'], smoothing=config['smoothing'], dtype=DTYPES[config['precision']],
+        attack=attack_of(config) if config['adversarial'] else None)
     callbacks = []
     if test is not None:
-        tester = TestAccuracy(outdir, test, attack_of(config) if config['robust'] else None, config['seed'])
+        attack = attack_of(config) if config['robust'] else None
+        tester = TestAccuracy(outdir, test, attack, config['seed'])
         callbacks = [(config['test_every'] or config['duration'], tester)]
     batches = DatasetBatches(data, RGBEncoder(), dist.get_device(), config['seed'], order)
     with renamed_fields(decay='ema', network='model', normalize_input='normalize'):
-        return recipe.fit(rules, outdir, net, loss, batches, options=config, callbacks=callbacks, **running)
+        return recipe.fit(rules, outdir, net, loss, batches, options=config, callbacks=callbacks,
+                          **running)
 
 
 EXAMPLES = """\b
 Examples:
   # A classifier to select images with: on CIFAR-10, 4 GPUs
-  torchrun --standalone --nproc_per_node=4 train_classifier.py --outdir=runs/wrn --data=cifar10-train.zip \\
-      --test=cifar10-test.zip
+  torchrun --standalone --nproc_per_node=4 train_classifier.py --outdir=runs/wrn \\
+      --data=cifar10-train.zip --test=cifar10-test.zip
 \b
   # Adversarial training on real images and a million generated ones
-  torchrun --standalone --nproc_per_node=4 train_classifier.py --outdir=runs/at --data=cifar10-train.zip \\
-      --test=cifar10-test.zip --generated=npz_cifar10/1m.npz --share=0.7 --adversarial=True
+  torchrun --standalone --nproc_per_node=4 train_classifier.py --outdir=runs/at \\
+      --data=cifar10-train.zip --test=cifar10-test.zip --generated=npz_cifar10/1m.npz --share=0.7 \\
+      --adversarial=True
 \b
-The same command resumes an interrupted run from its newest whole checkpoint. select_1M.py takes the snapshots."""
+The same command resumes an interrupted run from its newest whole checkpoint. select_1M.py takes the
+snapshots."""
 
-training_options = common.add_options([  # how a classifier is trained and attacked, and reports
+FRACTION = click.FloatRange(0, 1)
+NEVER = ', 0 = never'
+# How a classifier is trained and attacked, and what is reported.
+training_options = options.together(
     click.option('--model', metavar='wrn-D-W', default='wrn-28-10',
                  help='Network, of depth D (6n + 4) and width W'),
-    click.option('--normalize', metavar='BOOL', type=bool, default=False,
-                 help="Normalise the input by CIFAR-10's statistics"),
-    click.option('--share', metavar='SHARE', type=click.FloatRange(0, 1), default=0.7,
-                 help='Share of generated images in every batch, if there are any'),
+    boolean('--normalize', False, "Normalise the input by CIFAR-10's statistics"),
+    number('--share', 0.7, 'Part of every batch that is generated, with --generated', FRACTION),
     click.option('--eps', metavar='FRACTION', type=common.FRACTION, default='8/255',
                  help='Largest change of a pixel by an attack'),
     click.option('--step-size', metavar='FRACTION', type=common.FRACTION, default='2/255',
                  help='Change of a pixel in a step of an attack'),
-    click.option('--attack-steps', metavar='INT', type=click.IntRange(min=1), default=10,
-                 help='Steps of an attack'),
-    click.option('--duration', metavar='NIMG', type=cli.COUNT, default='20M',
-                 help='Training images in all'),
-    click.option('--batch', metavar='NIMG', type=cli.COUNT, default='512',
-                 help='Images of one step'),
-    click.option('--lr', metavar='FLOAT', type=click.FloatRange(0, min_open=True), default=0.2,
-                 help='Highest learning rate; it falls to zero along a cosine'),
-    click.option('--rampup', metavar='NIMG', type=cli.COUNT, default='0',
-                 help='The learning rate grows from zero over so many images'),
-    click.option('--momentum', metavar='FLOAT', type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.9,
-                 help="Nesterov's momentum"),
-    click.option('--weight-decay', metavar='FLOAT', type=click.FloatRange(0), default=5e-4,
-                 help='Weight decay'),
-    click.option('--ema', metavar='FLOAT', type=click.FloatRange(0, 1, max_open=True), default=0.995,
-                 help='Factor of a step in the average of weights, which is what is tested and saved; 0 = no average'),
-    click.option('--smoothing', metavar='FLOAT', type=click.FloatRange(0, 1), default=0.1,
-                 help='Label smoothing'),
-    click.option('--pad', metavar='PIXELS', type=click.IntRange(min=0),
-                 help='Images are moved by up to so many pixels  [default: an eighth of the side]'),
-    click.option('--xflip', metavar='BOOL', type=bool, default=True,
-                 help='Mirror half of the images'),
+    integer('--attack-steps', 10, 'Steps of an attack'),
+    nimg('--duration', '20M', 'Training images in all'),
+    nimg('--batch', '512', 'Images of one step'),
+    number('--lr', 0.2, 'Highest learning rate; it falls to zero along a cosine'),
+    nimg('--rampup', '0', 'The learning rate grows from zero over so many images'),
+    number('--momentum', 0.9, "Nesterov's momentum",
+           click.FloatRange(0, 1, min_open=True, max_open=True)),
+    number('--weight-decay', 5e-4, 'Weight decay', options.NOT_NEGATIVE),
+    number('--ema', 0.995, 'Factor of a step in the average of weights, which is what is tested '
+                           'and saved; 0 = no average', click.FloatRange(0, 1, max_open=True)),
+    number('--smoothing', 0.1, 'Label smoothing', FRACTION),
+    integer('--pad', None, 'Images are moved by up to so many pixels  [default: an eighth of the '
+                           'side]', least=0),
+    boolean('--xflip', True, 'Mirror half of the images'),
     click.option('--precision', metavar='TYPE', type=click.Choice(list(DTYPES)),
-                 help='Of convolutions: fp32, or mixed fp16 (with a loss scale of its own unless --ls) or bf16  '
-                      '[default: bf16 on a GPU, else fp32]'),
-    click.option('--status', metavar='NIMG', type=cli.COUNT, default='128Ki',
-                 help='Report every NIMG images, 0 = never'),
-    click.option('--checkpoint', metavar='NIMG', type=cli.COUNT, default='1M',
-                 help='Save the state every NIMG images, 0 = never'),
-])
+                 help='Of convolutions: fp32, or mixed fp16 (with a loss scale of its own unless '
+                      '--ls) or bf16  [default: bf16 on a GPU, else fp32]'),
+    nimg('--status', '128Ki', 'Report every NIMG images' + NEVER),
+    nimg('--checkpoint', '1M', 'Save the state every NIMG images' + NEVER))
 
 
 @click.command(cls=cli.Command, epilog=EXAMPLES)
@@ -205,16 +208,12 @@ training_options = common.add_options([  # how a classifier is trained and attac
 @click.option('--test', metavar='ZIP|DIR', help='Data set to measure the accuracy on')
 @click.option('--generated', metavar='DIR|NPZ',
               help='Generated images: a folder of generate.py, or an .npz of its successors')
-@click.option('--adversarial', metavar='BOOL', type=bool, default=False,
-              help='Train on images that PGD has changed')
-@click.option('--robust', metavar='BOOL', type=bool, default=True, help='Test under attack too')
+@boolean('--adversarial', False, 'Train on images that PGD has changed')
+@boolean('--robust', True, 'Test under attack too')
 @training_options
-@click.option('--test-every', metavar='NIMG', type=cli.COUNT, default='0',
-              help='Test every NIMG images, 0 = at the end')
-@click.option('--snapshot', metavar='NIMG', type=cli.COUNT, default='5M',
-              help='Save the network every NIMG images, 0 = never')
-@click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0,
-              help='Seed of weights, data order and attacks')
+@nimg('--test-every', '0', 'Test every NIMG images, 0 = at the end')
+@nimg('--snapshot', '5M', 'Save the network every NIMG images' + NEVER)
+@integer('--seed', 0, 'Seed of weights, data order and attacks', least=0)
 @options.machine
 def main(outdir, dry_run, wandb, allow_changes, **opts):
     """Train a wide residual network on labelled images: SGD, cosine, averaged weights, moved and

@@ -90,10 +90,12 @@ def test_the_table(digits, generated, tmp_path):
     found = [json.loads((tmp_path / f'{data}-{training}-seed0' / 'training_options.json').read_text())
              for data in ('real', 'generated', 'selected') for training in ('plain', 'adversarial')]
     for options_ in found:
-        assert {key for key in found[0] if options_[key] != found[0][key]} <= {'generated', 'share', 'adversarial'}
+        assert {key for key in found[0] if options_[key] != found[0][key]} <= {
+            'generated', 'share', 'adversarial', 'order', 'loss', 'starts'}
     table = {line[:31].strip() for line in out.splitlines() if line.startswith(('plain  ', 'adversarial  '))}
     assert len(table) == 6
-    assert '--lr' in fails(EVALUATE, *arguments, '--lr=0.05')
+    line = fails(EVALUATE, *arguments, '--lr=0.05')
+    assert 'another lr' in line, line
 
 
 @pytest.mark.slow
