@@ -26,7 +26,7 @@ from training.data import archive, imagenet, report
 from training.data.archive import ArchiveReader, ArchiveWriter, image_name, latent_name
 from training.data.dataset import ImageDataset, class_index
 from training.data.sampler import EpochShuffle, WindowShuffle
-from training.data.transforms import make_transform
+from training.data.transforms import make_transform, resize_stack
 
 
 def arrays(case):
@@ -123,6 +123,15 @@ def test_decoding_of_jpeg_files(case):
             pytest.skip(f'{file} is not there')
         difference = decode_image(file.read_bytes()).astype(int) - case.arrays[f'{picture}.decoded']
         assert abs(difference).max() <= 2  # JPEG decoders round differently
+
+
+@pytest.mark.parametrize('before', [8, 28, 32, 33, 64])
+@pytest.mark.parametrize('side', [8, 16, 32, 64, 128])
+def test_images_resized_together_are_those_resized_alone(before, side):
+    stack = np.random.RandomState(0).randint(256, size=(9, before, before, 3), dtype=np.uint8)
+    stack[0] = stack[0] // 128 * 255
+    alone = [make_transform(None, side, side)(image) for image in stack]
+    np.testing.assert_array_equal(resize_stack(stack, side), alone)
 
 
 @pytest.mark.parametrize('name,width,height', [('nonsense', 8, 8), ('center-crop', 8, None), ('center-crop-dhariwal', 8, 16),

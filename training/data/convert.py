@@ -16,7 +16,7 @@ from dnnlib.image_io import BadImage, encode_pngs
 from dnnlib.util import UserError, core_count, map_ahead
 from training.data.archive import CLASS_TABLES, ArchiveWriter, image_name
 from training.data.sources import Source
-from training.data.transforms import make_transform
+from training.data.transforms import make_transform, resize_stack
 
 CHUNK_BYTES = 1 << 21  # pixels of the images that a worker converts before it hands them over
 
@@ -219,21 +219,39 @@ class _Job:
 
     def convert(self, indices) -> list:
         """What became of each image: a `_Png`, a `_Damaged`, or None for a rejected one."""
+        name, width, height = self.rule
         transform = make_transform(*self.rule)
+        resizes = name is None and width is not None and width == height
         results = []
-        by_shape = collections.defaultdict(list)
         for index in indices:
             try:
-                results.append(transform(self.source.picture(int(index))))
+                picture = self.source.picture(int(index))
             except (BadImage, UserError) as error:
                 results.append(_Damaged(str(error)))
-            if isinstance(results[-1], np.ndarray):
-                by_shape[results[-1].shape].append(len(results) - 1)
-        for shape, places in by_shape.items():  # encoded together: faster for small images
-            files = encode_pngs(np.stack([results[place] for place in places]))
-            for place, file in zip(places, files, strict=True):
-                results[place] = _Png(file.tobytes(), shape[:2])
+                continue
+            waits = resizes and isinstance(picture, np.ndarray) and _is_small_square(picture)
+            results.append(picture if waits else transform(picture))
+        if resizes:
+            _together(results, lambda pixels: resize_stack(pixels, width))
+        _together(results, lambda pixels: [
+            _Png(file.tobytes(), pixels.shape[1:3]) for file in encode_pngs(pixels)])
         return results
+
+
+def _is_small_square(pixels: np.ndarray) -> bool:
+    return pixels.shape[0] == pixels.shape[1] <= 64
+
+
+def _together(results: list, function):
+    """Replaces the arrays among the results, those of one shape at once: faster for small images."""
+    by_shape = collections.defaultdict(list)
+    for place, result in enumerate(results):
+        if isinstance(result, np.ndarray):
+            by_shape[result.shape].append(place)
+    for places in by_shape.values():
+        values = function(np.stack([results[place] for place in places]))
+        for place, value in zip(places, values, strict=True):
+            results[place] = value
 
 
 _job = None

@@ -56,6 +56,19 @@ def _resize(picture, width, height):
     return picture if picture.size == size else picture.resize(size, _LANCZOS)
 
 
+def resize_stack(pixels: np.ndarray, side: int) -> np.ndarray:
+    """The rule None for square images uint8 [n,h,h,3] at once, much faster for small ones.
+
+    The pixels are the same: Pillow resamples the rows of a square image, then its columns, and each
+    by itself, so that the images can lie below each other, then side by side.
+    """
+    n, h, _, _ = pixels.shape
+    column = PIL.Image.fromarray(pixels.reshape(n * h, h, 3)).resize((side, n * h), _LANCZOS)
+    pixels = np.asarray(column).reshape(n, h, side, 3).transpose(1, 0, 2, 3)
+    row = PIL.Image.fromarray(pixels.reshape(h, n * side, 3)).resize((n * side, side), _LANCZOS)
+    return np.asarray(row).reshape(side, n, side, 3).transpose(1, 0, 2, 3)
+
+
 def _crop_square(picture, side):
     left = (picture.width - side) // 2
     top = (picture.height - side) // 2
