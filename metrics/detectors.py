@@ -1,8 +1,9 @@
-"""Networks that turn images into features: the FID Inception network, DINOv2, and none at all (the pixels).
+"""What turns images into features: the FID Inception network, DINOv2, or nothing (the pixels).
 
-A detector takes images uint8 [N, C, H, W] and the names of outputs, and gives {name: float32 [N, D]}.
+A detector takes images uint8 [N, C, H, W] and names of outputs, and gives {name: float32 [N, D]}.
 """
 
+import functools
 import os
 
 import requests
@@ -33,16 +34,18 @@ class Pixels:
     def __call__(self, images: torch.Tensor, outputs=('features',)) -> dict[str, torch.Tensor]:
         dim = images[0].numel()
         if dim > MAX_PIXELS:
-            raise UserError(f'images of {list(images.shape[1:])} have {dim} pixel values, too many for the pixel metrics '
-                            f'(at most {MAX_PIXELS}, that is 64x64 RGB); use fid or fd_dinov2')
+            raise UserError(f'images of {list(images.shape[1:])} have {dim} pixel values, too many '
+                            f'for the pixel metrics (at most {MAX_PIXELS}, that is 64x64 RGB); '
+                            'use fid or fd_dinov2')
         return {'features': images.to(self.device).flatten(1).to(torch.float32)}
 
 
 class _Network:
-    """Common to detectors with weights: RGB input on the right device, no TF32, a fingerprint of the weights."""
+    """Common to detectors with weights: RGB input on the right device, no TF32, a fingerprint."""
 
     def __init__(self, net: torch.nn.Module, weights: str, device):
-        self.device, self.weights = torch.device(device), weights
+        self.device = torch.device(device)
+        self.weights = weights
         self.net = net.eval().requires_grad_(False).to(self.device)
         self.fingerprint = fingerprint(sorted(net.state_dict().items()))
 
@@ -63,8 +66,9 @@ class _Network:
 class Inception(_Network):
     """FID Inception network; outputs as in `metrics.inception.InceptionV3`.
 
-    `weights`: path or URL of `pt_inception-2015-12-05` as a state dictionary (torch or safetensors) or a TorchScript archive,
-    of which only the tensors are read. Raises UserError if there is no such file or its weights do not fit.
+    `weights`: path or URL of `pt_inception-2015-12-05` as a state dictionary (torch or safetensors)
+    or a TorchScript archive, of which only the tensors are read. Raises UserError if there is no
+    such file or its weights do not fit.
     """
 
     def __init__(self, weights: str | None = None, device='cpu'):
@@ -85,10 +89,10 @@ class Inception(_Network):
 
 
 class DINOv2(_Network):
-    """DINOv2 ViT-L/14 of `transformers`: the class token after the last norm, output `features` [N, 1024].
+    """DINOv2 ViT-L/14 of `transformers`: the class token after the last norm.
 
-    Images are resized to 224x224 (bicubic, antialiased). `weights`: a folder that `save_pretrained` wrote, or a name on
-    the hub. Raises UserError if it cannot be had.
+    Output `features` [N, 1024]. Images are resized to 224x224 (bicubic, antialiased). `weights`: a
+    folder that `save_pretrained` wrote, or a name on the hub. Raises UserError if it cannot be had.
     """
 
     SIZE = 224
@@ -106,15 +110,18 @@ class DINOv2(_Network):
                             f'give a local folder of {DINOV2_NAME}', field='dinov2') from None
         self._fit_positions(net)
         super().__init__(net, weights, device)
-        self.mean, self.std = (torch.tensor(x, device=self.device).reshape(3, 1, 1) for x in (self.MEAN, self.STD))
+        self.mean, self.std = (torch.tensor(x, device=self.device).reshape(3, 1, 1)
+                               for x in (self.MEAN, self.STD))
 
     @staticmethod
     def _load(weights: str):
         import huggingface_hub  # here, since these take seconds
         import transformers
         transformers.utils.logging.disable_progress_bar()
+        load = functools.partial(transformers.Dinov2Model.from_pretrained, weights,
+                                 use_safetensors=True)
         try:
-            return transformers.Dinov2Model.from_pretrained(weights, local_files_only=True, use_safetensors=True)
+            return load(local_files_only=True)
         except OSError:
             if os.path.isdir(weights):
                 raise
@@ -123,29 +130,30 @@ class DINOv2(_Network):
             requests.head(huggingface_hub.constants.ENDPOINT, timeout=10)
         except requests.RequestException:
             raise OSError(f'no connection to {huggingface_hub.constants.ENDPOINT}') from None
-        return transformers.Dinov2Model.from_pretrained(weights, use_safetensors=True)
+        return load()
 
     @classmethod
     @torch.no_grad()
     def _fit_positions(cls, net):
         """Position embeddings for 224x224, once, by the rule of the original code of DINOv2.
 
-        It interpolates by the factor (16 + 0.1) / 37, not to the size 16 as `transformers` does, which
-        moves the sampling positions and so the features a little.
+        It interpolates by the factor (16 + 0.1) / 37, not to the size 16 as `transformers` does,
+        which moves the sampling positions and so the features a little.
         """
-        embeddings, patch = net.embeddings, net.config.patch_size
-        positions = embeddings.position_embeddings
-        have, want = round((positions.shape[1] - 1) ** 0.5), cls.SIZE // patch
+        positions = net.embeddings.position_embeddings
+        have = round((positions.shape[1] - 1) ** 0.5)
+        want = cls.SIZE // net.config.patch_size
         if have != want:
             grid = positions[:, 1:].reshape(1, have, have, -1).permute(0, 3, 1, 2)
             grid = F.interpolate(grid, scale_factor=(want + 0.1) / have, mode='bicubic')
             grid = grid.permute(0, 2, 3, 1).flatten(1, 2)
-            embeddings.position_embeddings = torch.nn.Parameter(torch.cat([positions[:, :1], grid], dim=1))
+            positions = torch.cat([positions[:, :1], grid], dim=1)
+            net.embeddings.position_embeddings = torch.nn.Parameter(positions)
             net.config.image_size = cls.SIZE
 
     def _features(self, images, outputs):
-        x = images.to(torch.float32)
-        x = F.interpolate(x, size=(self.SIZE, self.SIZE), mode='bicubic', antialias=True, align_corners=False)
+        x = F.interpolate(images.float(), size=(self.SIZE, self.SIZE), mode='bicubic',
+                          antialias=True, align_corners=False)
         x = (x / 255 - self.mean) / self.std
         return {'features': self.net(pixel_values=x).last_hidden_state[:, 0]}
 
@@ -154,12 +162,12 @@ DETECTORS = {'inception': Inception, 'dinov2': DINOv2, 'pixels': Pixels}
 
 
 def read_tensors(path: str) -> dict[str, torch.Tensor]:
-    """Weights by name from a state dictionary of torch, a safetensors file, or a TorchScript archive.
+    """Weights by name, of a state dictionary of torch, a safetensors file, or a TorchScript archive.
 
     Nothing in the file is run. Raises UserError, naming the file, for anything else.
     """
     found = identify(path)
     if found.kind not in ('weights', 'torchscript'):
-        raise UserError(f'{path}: neither a state dictionary (torch, safetensors) nor a TorchScript '
-                        f'archive, but {found.what}')
+        raise UserError(f'{path}: neither a state dictionary (torch, safetensors) nor a '
+                        f'TorchScript archive, but {found.what}')
     return dict(found.state)
