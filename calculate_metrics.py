@@ -140,9 +140,9 @@ def ref(data, dest, detection, num, features, reading):
     # The features of a space come with its Gaussian: the same pass finds it, and it says what the
     # features are.
     wanted = compute.needs(metrics)
-    wanted['spaces'] = list(dict.fromkeys([*wanted['spaces'], *wanted['features']]))
+    wanted['gaussians'] = list(dict.fromkeys(wanted['gaussians'] + wanted['features']))
     statistics = measure_images(images, detectors, num=num, keep_num=features, **reading, **wanted)
-    num = statistics.gaussians[wanted['spaces'][0]].num
+    num = statistics.gaussians[wanted['gaussians'][0]].num
     statistics.meta = dict(data=data, class_name=reading['class_name'], seed=reading['seed'],
                            num=num, detectors=detectors.description())
     if dist.get_rank() == 0:

@@ -228,7 +228,7 @@ def pixel_distance(path: str, reference: str, digit: int | None = None) -> float
     detectors = features.Detectors(device='cpu')
     ours, theirs = (
         features.measure_images(open_images(file), detectors, class_name=digit,
-                               spaces=['fd_pixels']).gaussians['fd_pixels']
+                               gaussians=['fd_pixels']).gaussians['fd_pixels']
         for file in (path, reference))
     return frechet.frechet_distance(ours.mu, ours.sigma, theirs.mu, theirs.sigma)
 

@@ -36,7 +36,7 @@ def make(data_type, dest, detector, weights=None, root='./', split='train', down
     space = USUAL[detector]
     detectors = Detectors({detector: weights})
     batches = read_batches(data, indices, batch)
-    statistics = measure(batches, len(indices), detectors, spaces=[space],
+    statistics = measure(batches, len(indices), detectors, gaussians=[space],
                                  features=[space] if features else [])
     if dist.get_rank() == 0:
         statistics.meta = dict(data_type=data_type, split=split, class_names=data.class_names,

@@ -59,13 +59,13 @@ def score(generated: Statistics, real, space, protocol: Protocol, device=None) -
 def manifold(generated: Statistics, real: Statistics, space, protocol: Protocol, device) -> dict:
     """Improved precision and recall in a space."""
     ref, gen = (side.features[space].to(device) for side in (real, generated))
-    values = precision_recall(ref, gen, protocol.k, protocol.strict)
-    return dict(zip((f'precision{MANIFOLDS[space]}', f'recall{MANIFOLDS[space]}'), values, strict=True))
+    precision, recall = precision_recall(ref, gen, protocol.k, protocol.strict)
+    return {f'precision{MANIFOLDS[space]}': precision, f'recall{MANIFOLDS[space]}': recall}
 
 
 def recognition(generated: Statistics, real: Statistics, space, protocol=None, device=None) -> dict:
     """Accuracy on the generated images of a classifier that is trained on the real ones."""
-    for side, name in ((generated, 'the images have'), (real, f'{real.path} has')):
+    for name, side in (('the images have', generated), (f'{real.path} has', real)):
         if side.labels is None:
             raise UserError(f'recognition: {name} no labels')
     recognizer = Recognizer(real.features[space], real.labels)
@@ -75,14 +75,14 @@ def recognition(generated: Statistics, real: Statistics, space, protocol=None, d
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """How a metric is computed, and of what: Gaussians or features of a space.
+    """How a metric is computed, and of what: `gaussians` or `features` of a space.
 
     `space` None: the class probabilities of the generated images, whichever the protocol takes.
     """
 
     function: Callable
     space: str | None
-    features: bool = True
+    kind: str = 'features'
 
     @property
     def detector(self) -> str:
@@ -93,7 +93,7 @@ class Metric:
 MANIFOLDS = {'fid': '', 'fd_dinov2': '_dinov2', 'fd_pixels': '_pixels'}
 FRECHET = ('fid', 'sfid', 'fd_dinov2', 'fd_pixels')
 METRICS = {
-    **{space: Metric(distance, space, features=False) for space in FRECHET},
+    **{space: Metric(distance, space, 'gaussians') for space in FRECHET},
     'is': Metric(score, None),
     **{f'{name}{suffix}': Metric(manifold, space)
        for space, suffix in MANIFOLDS.items() for name in ('precision', 'recall')},
@@ -112,31 +112,26 @@ def parse_metrics(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def needs(metrics: Iterable[str], protocol: Protocol | None = None) -> dict:
-    """{'spaces', 'features'}: what `measure` has to find for these metrics.
+def needs(metrics: Iterable[str], protocol: Protocol | None = None,
+          stored: Statistics | None = None) -> dict[str, list[str]]:
+    """{'gaussians', 'features'}: the spaces that `measure` has to find, but for what is `stored`.
 
     With a protocol of the generated images, without of the reference, where 'is' needs nothing.
     """
-    chosen = [METRICS[name] for name in metrics]
-    features = [metric.space or protocol.probs for metric in chosen
-                if metric.features and (metric.space or protocol)]
-    return {'spaces': [metric.space for metric in chosen if not metric.features],
-            'features': list(dict.fromkeys(features))}
+    spaces = {'gaussians': [], 'features': []}
+    for metric in (METRICS[name] for name in metrics):
+        space = metric.space or (protocol.probs if protocol else None)
+        known = getattr(stored, metric.kind, {})
+        if space and space not in known and space not in spaces[metric.kind]:
+            spaces[metric.kind].append(space)
+    return spaces
 
 
-def missing_in(reference: Statistics, metrics) -> dict:
+def missing_in(reference: Statistics, metrics) -> dict[str, list[str]]:
     """What of `needs(metrics)` a reference lacks. UserError if it has no images to find it in."""
-    wanted = needs(metrics)
-    unlabelled = 'recognition' in metrics and reference.labels is None
-    missing = {'spaces': [space for space in wanted['spaces'] if space not in reference.gaussians],
-               'features': [space for space in wanted['features']
-                            if unlabelled or space not in reference.features]}
-    if reference.images is None and unlabelled:
-        raise UserError(f'recognition needs labelled images as reference, or their features; '
-                        f'{reference.path} has none')
+    missing = needs(metrics, stored=reference)
     if reference.images is None and any(missing.values()):
-        names = missing['spaces'] + [name for name in metrics if METRICS[name].features
-                                     and METRICS[name].space in missing['features']]
+        names = [name for name in metrics if any(needs([name], stored=reference).values())]
         stored = ','.join(reference.gaussians)
         if reference.features:
             stored += f' and features of {",".join(reference.features)}'
@@ -145,7 +140,8 @@ def missing_in(reference: Statistics, metrics) -> dict:
     return missing
 
 
-def complete(reference: Statistics, metrics, detectors: Detectors, open_images, **options) -> Statistics:
+def complete(reference: Statistics, metrics, detectors: Detectors, open_images,
+             **options) -> Statistics:
     """The reference with all that the metrics need, measured where its statistics lack it.
 
     `open_images(path)` opens its images; `options` go to `measure_images`. Raises UserError if

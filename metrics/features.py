@@ -33,9 +33,9 @@ class Detectors:
 
 
 @torch.inference_mode()
-def measure(batches: Iterable, num: int, detectors: Detectors, *, spaces=(), features=(),
+def measure(batches: Iterable, num: int, detectors: Detectors, *, gaussians=(), features=(),
             keep: np.ndarray | None = None) -> Statistics:
-    """One pass over `num` images: Gaussians of `spaces`, the features themselves of `features`.
+    """One pass over `num` images: Gaussians of some spaces, the features themselves of some.
 
     batches  yields (positions int64 [n], images uint8 [n, C, H, W], class ids int64 [n] or None);
              under several processes each has its share, and all get the whole result
@@ -44,19 +44,19 @@ def measure(batches: Iterable, num: int, detectors: Detectors, *, spaces=(), fea
     Raises UserError for fewer than two images, and for features that are not finite.
     """
     outputs = {}
-    for detector, output in {SPACES[space] for space in (*spaces, *features)}:
+    for detector, output in {SPACES[space] for space in (*gaussians, *features)}:
         outputs.setdefault(detector, []).append(output)
     kept = torch.full([num], keep is None)
     if keep is not None:
         kept[torch.from_numpy(keep)] = True
-    sums = {space: FeatureSums(detectors.device) for space in spaces}
+    sums = {space: FeatureSums(detectors.device) for space in gaussians}
     parts = []
     with tqdm.tqdm(total=num, unit='image', desc='Measuring', delay=2,
                    disable=distributed.get_rank() != 0) as bar:
         for positions, images, ids in batches:
             values = {(name, output): value for name, wanted in outputs.items()
                       for output, value in detectors[name](images, wanted).items()}
-            for space in spaces:
+            for space in gaussians:
                 sums[space].add(values[SPACES[space]])
             rows = kept[positions]
             parts.append((positions[rows], None if ids is None else ids[rows],

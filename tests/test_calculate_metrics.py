@@ -205,7 +205,7 @@ def test_bad_input_is_one_line(data, snapshot, tmp_path):
         'has only 300 images': ['calc', images, ref, fd, '--num=301'],
         'too few to measure': ['calc', images, ref, fd, '--num=0'],
         "class '12' is not in": ['calc', images, ref, fd, '--class=12'],
-        'needs labelled images': ['calc', images, f'--ref={tmp_path}/unlabelled.pkl', '--metrics=recognition'],
+        'unlabelled.pkl has no labels': ['calc', images, f'--ref={tmp_path}/unlabelled.pkl', '--metrics=recognition'],
         'the images have no labels': ['calc', f'--images={tmp_path}/unlabelled.npz', f'--ref={data}/b.zip',
                                       '--metrics=recognition'],
         'needs images as --ref': ['calc', images, ref, fd, '--ref-class=1'],

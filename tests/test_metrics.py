@@ -464,7 +464,7 @@ def test_features_are_kept_in_order_and_no_more_than_asked(tmp_path):
     pixels = np.random.RandomState(0).randint(256, size=(20, 2, 2, 3), dtype=np.uint8)
     np.savez(tmp_path / 'x.npz', pixels)
     images = open_images(str(tmp_path / 'x.npz'))
-    measured = measure_images(images, Detectors(device='cpu'), batch=3, keep_num=6, spaces=['fd_pixels'],
+    measured = measure_images(images, Detectors(device='cpu'), batch=3, keep_num=6, gaussians=['fd_pixels'],
                                       features=['fd_pixels'])
     kept = subset(20, 6, 0)
     np.testing.assert_array_equal(measured.features['fd_pixels'], pixels[kept].transpose(0, 3, 1, 2).reshape(6, 12))
