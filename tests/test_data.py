@@ -533,7 +533,7 @@ def test_similarity_levels(case):
     for name, classes in case.json['script_lists'].items():
         level, setup = name.split('_')
         ours = imagenet.SIMILARITY_LEVELS[level]
-        script = f'SIM={level}; source {ROOT}/bash_files/convert/functions.sh; echo ${{CLASSES[*]}}'
+        script = f'source {ROOT}/bash_files/functions.sh {level}; echo $LEVEL'
         bash = subprocess.run(['bash', '-c', script], capture_output=True, text=True, check=True).stdout
         assert tuple(map(int, bash.split())) == ours
         # One-class sets of the class that all levels share are made once.

@@ -1,29 +1,10 @@
 #!/usr/bin/env bash
-# Training sets of the first five classes of a similarity level.
+# Training sets of the first five classes of a similarity level: inet-256-5c-{100,500,1000}.zip in
+# datasets/latent_datasets/<level>, ready for the presets edm2-img256-xs-5c-*.
 #
-#     bash bash_files/convert/convert_5c.sh [sim3|sim2|sim1]
+#     [NAME=VALUE ...] bash bash_files/convert/convert_5c.sh [sim3|sim2|sim1]
 #
-# writes $LATENTS/inet-256-5c-{100,500,1000}.zip, ready for the presets edm2-img256-xs-5c-*.
-#
-# Every variable below can also be set from outside, e.g. NUMS=100 GPUS=8 bash bash_files/convert/convert_5c.sh sim2
-# Relative paths start at the root of the repository.
-
+# The variables are those of convert_sets in bash_files/functions.sh. The same command goes on where it was stopped.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-
-SIM=${1:-sim3}                                      # similarity level
-SOURCE=${SOURCE:-downloads/imagenet/train}          # folder with a folder for each wnid
-PIXELS=${PIXELS:-datasets/img_datasets/$SIM}        # where the pictures go
-LATENTS=${LATENTS:-datasets/latent_datasets/$SIM}   # where the latents go
-VAE=${VAE:-${SD_VAE:-stabilityai/sd-vae-ft-mse}}     # autoencoder: hub name or local folder
-NUMS=${NUMS:-100 500 1000}                          # images per class
-RESOLUTION=${RESOLUTION:-256}
-SEED=${SEED:-0}                                     # which images are drawn
-GPUS=${GPUS:-1}                                     # processes that encode
-PYTHON=${PYTHON:-python}
-
-source bash_files/convert/functions.sh
-
-for num in $NUMS; do
-    make "inet-$RESOLUTION-5c-$num" "$(join "${CLASSES[@]:0:5}")" "$num"
-done
+source "$(dirname "${BASH_SOURCE[0]}")/../functions.sh"
+convert_sets 5

@@ -1,0 +1,75 @@
+"""The scripts of the multi-source study on ImageNet start the commands that they should."""
+
+import os
+import subprocess
+
+import pytest
+from helpers import ROOT
+
+from training.data.imagenet import SIMILARITY_LEVELS
+
+CLASSES = SIMILARITY_LEVELS['sim2']
+RUN = 'runs/sim2-edm2-img256-xs'
+
+
+def commands(tmp_path, script, *args, **variables) -> list[str]:
+    """What a script starts, with a stand-in for Python and torchrun that does nothing."""
+    for name in ('torchrun', 'python'):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    for number in ('10c', '5c', *(f'1c-{index}' for index in CLASSES)):
+        folder = tmp_path / f'{RUN}-{number}-1000'
+        folder.mkdir(parents=True)
+        for kimg in (1, 2):
+            (folder / f'network-snapshot-{kimg:07d}-0.100.pkl').touch()
+    places = {key: f'{tmp_path}/{value}' for key, value in (
+        ('RUNS', 'runs'), ('PIXELS', 'pixels'), ('LATENTS', 'latents'), ('OUT', 'out'))}
+    for key in ('PIXELS', 'LATENTS'):
+        os.mkdir(places[key])
+    done = subprocess.run(
+        ['bash', ROOT / 'bash_files' / script, *args], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | places | {'PATH': f'{tmp_path}:{os.environ["PATH"]}'} | variables)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.replace(f'{tmp_path}/', '').splitlines()
+
+
+@pytest.mark.parametrize('count, sets', [
+    (10, ['10c']), (5, ['5c']), (1, [f'1c-{index}' for index in CLASSES])])
+def test_convert(count, sets, tmp_path):
+    lines = commands(tmp_path, f'convert/convert_{count}c.sh', 'sim2', GPUS='2')
+    names = [f'inet-256-{name}-{num}' for num in (100, 500, 1000) for name in sets]
+    assert len(lines) == 2 * len(names)
+    for name, convert, encode in zip(names, lines[::2], lines[1::2], strict=True):
+        assert f'--dest=pixels/{name}.zip' in convert and '--sim_name=sim2 --seed=0' in convert
+        assert f'--source=pixels/{name}.zip --dest=latents/{name}.zip' in encode
+        assert '--nproc_per_node=2' in encode
+    listed = lines[0].split('--class_labels=')[1].split()[0]
+    assert listed == ('171' if count == 1 else ','.join(map(str, CLASSES[:count])))
+    assert (tmp_path / 'latents' / 'inet-256-1c-500.zip').is_symlink() == (count == 1)
+
+
+@pytest.mark.parametrize('count, sets', [(10, ['10c']), (1, [f'1c-{index}' for index in CLASSES])])
+def test_train(count, sets, tmp_path):
+    assert commands(tmp_path, f'train/train_{count}c_1000.sh', 'sim2', EXTRA='--cond=0') == [
+        f'torchrun --nproc_per_node=8 --master_port=25641 train_edm2.py --outdir={RUN}-{name}-1000 '
+        f'--data=latents/inet-256-{name}-1000.zip --preset=edm2-img256-xs-{count}c-1000 '
+        '--batch=8192 --status=64Ki --snapshot=16Mi --checkpoint=64Mi --cond=0' for name in sets]
+
+
+@pytest.mark.parametrize('count', [10, 5, 1])
+def test_generate(count, tmp_path):
+    lines = commands(tmp_path, f'generate/generate_{count}c.sh', 'sim2', SEEDS='0-9')
+    classes = CLASSES if count == 1 else CLASSES[:count]
+    assert lines == [
+        'torchrun --nproc_per_node=8 --master_port=25641 generate_images.py '
+        f'--net={RUN}-{f"1c-{index}" if count == 1 else f"{count}c"}-1000/'
+        f'network-snapshot-0000002-0.100.pkl --class={index} '
+        f'--outdir=out/sim2-{count}c-1000/{index} --subdirs --seeds=0-9 --batch=64'
+        for index in classes]
+
+
+def test_an_unknown_level_and_a_missing_network_are_named(tmp_path):
+    for args, words in ((['sim9'], 'sim9'), (['sim1'], 'no snapshot of width 0.100')):
+        done = subprocess.run(['bash', ROOT / 'bash_files' / 'generate' / 'generate_5c.sh', *args],
+                              env=os.environ | {'RUNS': str(tmp_path)}, capture_output=True, text=True)
+        assert done.returncode == 1 and words in done.stderr and done.stderr.count('\n') == 1
