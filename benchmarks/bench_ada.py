@@ -91,7 +91,7 @@ def main(batch, size):
     print(f'largest difference of the two: {np.abs(single - augment.transform(images, parameters).numpy()).max():.1e}')
 
     def one_by_one():
-        return [one_image(image, augment.draw_one().tolist()) for image in images[:16].numpy()]
+        return [one_image(image, augment.draw(1, GlobalRandom())[0].tolist()) for image in images[:16].numpy()]
 
     rates = {'one by one': len(images[:16]) / _seconds(one_by_one)}
     rates['batch, CPU'] = batch / _seconds(lambda: augment(images, GlobalRandom()))

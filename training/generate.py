@@ -315,6 +315,10 @@ class GridCollector:
             for label, row in part.items():
                 for seed, image in row.items():
                     self._add(seed, label, image)
+        self.write()
+
+    def write(self):
+        """The picture of the images of this process."""
         labels = sorted(self.images, key=lambda label: -1 if label is None else label)[:self.rows]
         tiles = []
         for label in labels:
@@ -331,15 +335,15 @@ def save_sample_grid(path: str, net, encoder, dataset, columns: int = 8, sampler
     `sampler` is a setting. Where the encoder cannot decode (its autoencoder is not at hand), it says so and writes
     nothing.
     """
-    rows = list(range(min(net.label_dim, 10))) if net.label_dim else None
-    count = len(rows or range(8)) * columns
-    labels = [row for row in rows for _ in range(columns)] if rows else None
     try:
         encoder.prepare(next(net.parameters()).device)
     except UserError as error:
         dist.print0(f'No sample grid: {error}')
         return
-    batches = generate_images(net, encoder, range(count), labels=labels, batch=columns * 4, split=False, sampler=sampler)
-    images = torch.cat([batch.images.cpu() for batch in batches])
-    names = dataset.class_names or dataset.classes or rows
-    pictures.save_image_grid(path, images, columns, [names[row] for row in rows] if rows else None)
+    labels = np.arange(min(net.label_dim, 10)).repeat(columns) if net.label_dim else None
+    count = 8 * columns if labels is None else len(labels)
+    grid = GridCollector(path, dataset.description(), columns, count // columns)
+    for batch in generate_images(net, encoder, range(count), labels=labels, batch=columns * 4, split=False,
+                                 sampler=sampler):
+        grid.add(batch)
+    grid.write()

@@ -24,7 +24,10 @@ class ADAAugment:
     """
 
     def __init__(self, p=0.12, scale=2**0.2, aniso=2**0.2, trans=1 / 8):
-        self.p, self.scale, self.aniso, self.trans = p, scale, aniso, trans
+        self.p = p
+        self.scale = scale
+        self.aniso = aniso
+        self.trans = trans
 
     def __call__(self, images, random):
         a = self.draw(len(images), random).to(images.device)
@@ -53,21 +56,6 @@ class ADAAugment:
         return torch.stack([
             flips[:, 0], flips[:, 1] * flip_y, normal[:, 0] * scale, angles[:, 0] * angle, angles[:, 1] * stretch,
             normal[:, 1] * stretch, normal[:, 2] * move, normal[:, 3] * move], dim=1)
-
-    def draw_one(self) -> torch.Tensor:
-        """Parameters [8] of one image by scalar draws from torch's global generator, in the reference's order."""
-        def gate():
-            return (torch.rand([]) < self.p).float()
-
-        def angle():
-            return 2 * math.pi * torch.rand([]) - math.pi
-
-        a = [torch.randint(2, []).float(), gate() * torch.randint(2, []), gate() * torch.randn([]), gate() * angle()]
-        g = gate()
-        a += [g * angle(), g * torch.randn([])]
-        g = gate()
-        a += [g * torch.randn([]), g * torch.randn([])]
-        return torch.stack(a)
 
     def matrices(self, a, height: int, width: int) -> torch.Tensor:
         """Where pixels go: [N,3,3] for parameters a [N,8]."""
