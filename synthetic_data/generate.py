@@ -9,7 +9,6 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 from tqdm import tqdm
 
 from dnnlib import UserError, cli, options
@@ -43,7 +42,7 @@ def prepare(outdir: str, classes, seeds, made_by: dict, shape: tuple) -> dict[in
     writers = {label: ClassWriter(outdir, label) for label in classes}
     if dist.get_rank() == 0:
         for writer in writers.values():
-            writer.prepare(np.array(list(dict.fromkeys(seeds)), dtype=np.int64), made_by, shape)
+            writer.prepare(seeds, made_by, shape)
     dist.barrier()
     return {label: writer for label, writer in writers.items() if writer.open().active}
 

@@ -91,7 +91,7 @@ def test_the_table(digits, generated, tmp_path):
              for data in ('real', 'generated', 'selected') for training in ('plain', 'adversarial')]
     for options_ in found:
         assert {key for key in found[0] if options_[key] != found[0][key]} <= {
-            'generated', 'share', 'adversarial', 'order', 'loss', 'starts'}
+            'generated', 'share', 'adversarial', 'dataset', 'order', 'loss', 'starts'}
     table = {line[:31].strip() for line in out.splitlines() if line.startswith(('plain  ', 'adversarial  '))}
     assert len(table) == 6
     line = fails(EVALUATE, *arguments, '--lr=0.05')

@@ -179,6 +179,8 @@ def test_mistakes_in_generating(made, network, tmp_path):
     other = save_network(tmp_path / 'other.pkl', width=16)
     assert 'another network' in fails(GENERATE, *options(other, made, '--seeds=0-19'))
     assert 'another rho' in fails(GENERATE, *options(network, made, '--seeds=0-30', '--rho=5'))
+    invoke(GENERATE, *options(network, tmp_path / 'min', '--seeds=0-3', '--sigma_min=0.1'))
+    assert 'another sigma_min (0.1 instead of None)' in fails(GENERATE, *options(network, tmp_path / 'min', '--seeds=0-3'))
     invoke(GENERATE, *options(network, tmp_path / 'out', '--seeds=0-3'))
     (tmp_path / 'out' / '1.json').unlink()
     assert '1.npy is there without its record' in fails(GENERATE, *options(network, tmp_path / 'out', '--seeds=0-3'))
