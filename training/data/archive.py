@@ -215,6 +215,23 @@ def labels_of(reader: ArchiveReader, names: list[str], description: dict) -> np.
     return vectors
 
 
+def count_classes(labels: np.ndarray, info: dict, where: str) -> int:
+    """Classes of labels int64 [n] or float32 [n,D]: as many as `info` names (see CLASS_TABLES), if any.
+
+    Raises UserError unless the tables are equally long lists of numbers or names for all labels.
+    """
+    count = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
+    tables = [info[key] for key in CLASS_TABLES if info.get(key) is not None]
+    for table in tables:
+        if not isinstance(table, list) or set(map(type, table)) not in ({int}, {str}):
+            raise UserError(f'{where}: classes in dataset.json must be lists of numbers or of names')
+    named = set(map(len, tables)) or {count}
+    if len(named) > 1 or max(named) < count:
+        raise UserError(f'{where}: dataset.json names {min(named)} classes, '
+                        f'but its labels need {count}')
+    return max(named)
+
+
 class _StoredZip:
     """Writes a zip of uncompressed files, without time stamps: the same files give the same bytes.
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from dnnlib.image_io import BadImage, decode_image, is_image_name
 from dnnlib.util import UserError, subset
-from training.data.archive import CLASS_TABLES, ArchiveReader, labels_of
+from training.data.archive import CLASS_TABLES, ArchiveReader, count_classes, labels_of
 
 CACHE_BYTES = 2 << 30
 
@@ -42,21 +42,9 @@ class Dataset:
         self.stored_labels = labels
         for key in CLASS_TABLES:
             setattr(self, key, None if labels is None else self.info.get(key))
-        self.label_dim = self._count_classes() if label_dim is None else label_dim
-
-    def _count_classes(self) -> int:
-        labels = self.stored_labels
-        if labels is None:
-            return 0
-        count = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
-        tables = (self.classes, self.class_names, self.wnids)
-        named = {len(table) for table in tables if table is not None}
-        if not named:
-            return count
-        if len(named) > 1 or max(named) < count:
-            raise UserError(f'{self.path}: dataset.json names {min(named)} classes, '
-                            f'but its labels need {count}')
-        return max(named)
+        if label_dim is None:
+            label_dim = 0 if labels is None else count_classes(labels, self.info, self.path)
+        self.label_dim = label_dim
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -146,7 +134,6 @@ class ImageDataset(Dataset):
         if use_labels:
             labels = labels_of(self._reader, [names[i] for i in self._files], info)
         info.pop('labels', None)
-        _check_tables(path, info)
         super().__init__(path, first.shape, first.dtype, labels, info=info)
         if max_size is not None:
             chosen = subset(len(self._files), max_size, seed)
@@ -234,13 +221,6 @@ class ImageDataset(Dataset):
         mirrored = np.flatnonzero(mirrored)
         out[mirrored] = out[mirrored, :, :, ::-1]
         return out
-
-
-def _check_tables(path: str, info: dict):
-    for key in CLASS_TABLES:
-        table = info.get(key)
-        if table is not None and (not isinstance(table, list) or len(set(map(type, table))) > 1):
-            raise UserError(f'{path}: {key!r} in dataset.json must be a list of one kind')
 
 
 def _decode_npy(data: bytes) -> np.ndarray:

@@ -31,7 +31,7 @@ from dnnlib.image_io import BadImage, decode_picture, is_image_name
 from dnnlib.util import UserError
 from torch_utils.files import pickles
 from training.data import imagenet
-from training.data.archive import CLASS_TABLES, ArchiveReader, labels_of
+from training.data.archive import CLASS_TABLES, ArchiveReader, count_classes, labels_of
 
 
 class Source:
@@ -95,18 +95,11 @@ class FileSource(Source):
         self.labels = labels_of(self.reader, names, description)
         if self.labels is None or self.labels.ndim == 2:
             return
-        count = int(self.labels.max()) + 1
-        tables = [description.get(key) for key in CLASS_TABLES]
-        for table, kind in zip(tables, (int, str, str), strict=True):
-            if table is None:
-                continue
-            if not isinstance(table, list) or not all(isinstance(value, kind) for value in table) \
-                    or len(table) < count:
-                raise UserError(f'{self.name}: dataset.json does not describe the {count} classes '
-                                'of its labels')
-        classes, class_names, wnids = tables
-        count = max([count] + [len(table) for table in tables if table is not None])
-        self.name_classes(self.labels, class_names, wnids, classes or range(count))
+        count = count_classes(self.labels, description, self.name)
+        classes, class_names, wnids = (description.get(key) for key in CLASS_TABLES)
+        if not classes or not isinstance(classes[0], int):
+            classes = range(count)
+        self.name_classes(self.labels, class_names, wnids, classes)
 
     def _folder_labels(self, names):
         tops = [name.partition('/')[0] if '/' in name else None for name in names]
