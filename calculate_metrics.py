@@ -58,8 +58,8 @@ detection = options.group(
     click.option('--metrics', metavar='LIST', type=METRIC_LIST,
                  help=f'What to calculate, see above  [default: {DEFAULT}]'),
     click.option('--inception', metavar='FILE|URL', envvar='INCEPTION_WEIGHTS', show_envvar=True,
-                 help='Weights of the FID network: pt_inception-2015-12-05 as torch, safetensors or '
-                      'TorchScript file'),
+                 help='Weights of the FID network: pt_inception-2015-12-05 as torch, '
+                      'safetensors or TorchScript file'),
     click.option('--dinov2', metavar='DIR|NAME', envvar='DINOV2_WEIGHTS', show_envvar=True,
                  help='DINOv2 ViT-L/14: folder of transformers, or hub name'),
 )
@@ -70,7 +70,8 @@ reading = options.group(
                  help='Only images of this class: original index, name or wnid'),
     click.option('--seed', metavar='INT', type=SEED, default=0, help='Which images --num takes'),
     options.batch(64),
-    click.option('--workers', metavar='INT', type=POSITIVE, default=2, help='Threads that read ahead'),
+    click.option('--workers', metavar='INT', type=POSITIVE, default=2,
+                 help='Threads that read ahead'),
 )
 # Options of commands that compare with a reference.
 comparison = options.group(
@@ -134,7 +135,8 @@ def ref(data, dest, detection, num, features, reading):
     dist.init()
     check_destination(dest)
     if detection['metrics'] == ['is']:
-        raise UserError(f'--metrics=is needs no reference; give some of {",".join(compute.FRECHET)}')
+        raise UserError('--metrics=is needs no reference; '
+                        f'give some of {",".join(compute.FRECHET)}')
     images = open_images(data)
     metrics, detectors = make_detectors(**detection)
     # The features of a space come with its Gaussian: the same pass finds it, and it says what the
@@ -147,7 +149,8 @@ def ref(data, dest, detection, num, features, reading):
                            num=num, detectors=detectors.description())
     if dist.get_rank() == 0:
         save_statistics(dest, statistics)
-    kept = [f', {len(values)} features of {space}' for space, values in statistics.features.items()]
+    kept = [f', {len(values)} features of {space}'
+            for space, values in statistics.features.items()]
     dist.print0(f'{dest}: {",".join(statistics.gaussians)} of {num} images' + ''.join(kept))
     dist.shutdown()
 
@@ -206,12 +209,14 @@ def gen(network, class_, sampler, seeds, num, batch, workers, detection, compari
     generator = open_generator(**network, class_=class_, sampler=sampler)
     batches = by_position(generator.images(seeds, batch=batch), seeds,
                           generator.snapshot.dataset.get('classes'))
-    measure_and_report(batches, len(seeds), dict(generator.record, seeds=seeds, num=num), detection,
-                       **comparison, seed=0, batch=batch, workers=workers)
+    what = dict(generator.record, seeds=seeds, num=num)
+    measure_and_report(batches, len(seeds), what, detection, **comparison, seed=0, batch=batch,
+                       workers=workers)
 
 
 @main.command()
-@click.option('--images', metavar='ZIP|DIR|NPZ', help='Images to measure, instead of those of --net')
+@click.option('--images', metavar='ZIP|DIR|NPZ',
+              help='Images to measure, instead of those of --net')
 @click.option('--data', metavar='ZIP|DIR', required=True, help='Training set')
 @click.option('--xflip', metavar='BOOL', type=bool, default=False,
               help='Compare with mirrored training images too')
@@ -227,9 +232,10 @@ def gen(network, class_, sampler, seeds, num, batch, workers, detection, compari
               help='Write ratio, distances and indices of the nearest training images')
 @click.option('--grid', metavar='PNG',
               help='Write a picture of the most memorized images above their training images')
-@click.option('--workers', metavar='INT', type=POSITIVE, default=2, help='Threads that read --images')
-def memorization(network, class_, sampler, images, data, xflip, seeds, num, seed, dest, grid, batch,
-                 workers):
+@click.option('--workers', metavar='INT', type=POSITIVE, default=2,
+              help='Threads that read --images')
+def memorization(network, class_, sampler, images, data, xflip, seeds, num, seed, dest, grid,
+                 batch, workers):
     """Measure how many images are copies of training images.
 
     Memorized is what is less than a third as far from its nearest training image as from the second nearest

@@ -53,7 +53,7 @@ class Evaluation:
     recognizer: Recognizer | None = None
     on_device: bool = False
 
-    def metrics(self, generated: Statistics, real: Statistics, num_classes: int) -> dict[str, float]:
+    def metrics(self, generated: Statistics, real: Statistics, num_classes: int) -> dict:
         """All metrics of images of so many classes."""
         a = generated.gaussians[self.space]
         b = real.gaussians[self.space]
@@ -77,8 +77,8 @@ class Evaluation:
     def of_classes(self, generated: Statistics, classes) -> dict[str, float]:
         """All metrics of some classes, with the real images of the same classes as reference."""
         real = self.reference
-        counts = [torch.isin(side.labels, torch.tensor(classes)).sum() for side in (generated, real)]
-        if min(counts) < 2:
+        wanted = torch.tensor(classes)
+        if any(torch.isin(side.labels, wanted).sum() < 2 for side in (generated, real)):
             return {}
         sides = (side.of_classes(classes, self.device) for side in (generated, real))
         return self.metrics(*sides, len(classes))
@@ -111,7 +111,8 @@ def evaluate(generated: Statistics, evaluation: Evaluation, counts=None, sizes=(
         return results
     missing = sorted({*labels.tolist()} - {*real.labels.tolist()})
     if missing:
-        raise UserError(f'{real.path} has no image of class {missing[0]}; make it from all classes')
+        raise UserError(f'{real.path} has no image of class {missing[0]}; '
+                        'make it from all classes')
     results['groups'] = {name: {'classes': classes} | evaluation.of_classes(generated, classes)
                          for name, classes in class_groups(counts, sizes).items()}
     by_class = dataclasses.replace(evaluation, prd=False, score=False)
@@ -127,6 +128,7 @@ def table(results: dict) -> str:
     names = [name for name in results['all'] if name != 'is_std']
     lines = [f'{"":8}{"classes":>8}' + ''.join(f'{name:>13}' for name in names)]
     for row, values in rows.items():
-        cells = ''.join(f'{values[name]:13.4f}' if name in values else f'{"-":>13}' for name in names)
+        cells = ''.join(f'{values[name]:13.4f}' if name in values else f'{"-":>13}'
+                        for name in names)
         lines.append(f'{row:8}{len(values["classes"]) if "classes" in values else "":>8}{cells}')
     return '\n'.join(lines)

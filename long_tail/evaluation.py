@@ -62,7 +62,7 @@ def save_grid(path: str, net, flags, class_names: list):
 def sample(net, flags) -> tuple[np.ndarray, np.ndarray | None]:
     """--num_images images uint8 [N,H,W,3] and labels int64 [N] (or None); on every process.
 
-    Image i depends on seed --seed * num_images + i alone, and its label is drawn from it, uniformly.
+    Image i depends on seed --seed * num_images + i alone; its label is drawn from it, uniformly.
     """
     first = flags['seed'] * flags['num_images']
     seeds = range(first, first + flags['num_images'])
@@ -124,10 +124,11 @@ class Evaluator:
     def _recognizer(self, reference: Statistics) -> Recognizer:
         features = reference.features.get('fd_pixels')
         if self.space != 'fd_pixels' or features is None or reference.labels is None:
-            raise UserError('--recognition needs --detector=pixels, and a --fid_cache with features')
+            raise UserError('--recognition needs --detector=pixels, '
+                            'and a --fid_cache with features')
         if len(features) > MOST_RECOGNISED:
-            raise UserError(f'--recognition: {len(features)} reference images are too many for its '
-                            f'classifier (at most {MOST_RECOGNISED}); make the --fid_cache with '
+            raise UserError(f'--recognition: {len(features)} reference images are too many for '
+                            f'its classifier (at most {MOST_RECOGNISED}); make the --fid_cache with '
                             f'--num={MOST_RECOGNISED}')
         return Recognizer(features.numpy(), reference.labels)
 
@@ -168,7 +169,8 @@ class Evaluator:
         num = self.flags['num_images']
         if self.flags['sampled']:
             if not os.path.isfile(path):
-                raise UserError(f'--sampled: {path} does not exist; sample first, without --sampled')
+                raise UserError(f'--sampled: {path} does not exist; '
+                                'sample first, without --sampled')
             images = NpzImages(path)
             if len(images) != num:
                 raise UserError(f'--sampled: {path} has {len(images)} images instead of '

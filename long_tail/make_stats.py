@@ -29,7 +29,7 @@ def balanced(labels, num: int) -> np.ndarray:
 
 def make(data_type, dest, detector, weights=None, root='./', split='train', download=False,
          img_size=None, num=None, features=True, batch=64):
-    """Writes the statistics of a data set to `dest`; the arguments are the options of the command."""
+    """Writes the statistics of a data set to `dest`; the arguments are those of the command."""
     check_destination(dest, ['.npz'])
     data = datasets.open_data(data_type, root, size=img_size, split=split, download=download)
     indices = np.arange(len(data)) if num is None else balanced(data.label_ids, num)
@@ -58,10 +58,12 @@ Under torchrun the processes share the work.
 """)
 @click.option('--data_type', '--data-type', metavar='NAME', required=True,
               type=click.Choice(datasets.DATA_TYPES),
-              help='Data set, as for main.py; of a long-tailed one ("lt") give the balanced original')
+              help='Data set, as for main.py; of a long-tailed one ("lt") give the balanced '
+                   'original')
 @click.option('--root', metavar='PATH', default='./',
               help='Where the CIFAR archive or its folder is; for zip, the zip or folder')
-@click.option('--download', is_flag=True, help='Fetch the CIFAR archive to --root if it is not there')
+@click.option('--download', is_flag=True,
+              help='Fetch the CIFAR archive to --root if it is not there')
 @click.option('--split', metavar='train|test', type=click.Choice(['train', 'test']),
               default='train', help='Images of CIFAR')
 @click.option('--dest', metavar='NPZ', required=True, help='File to write')

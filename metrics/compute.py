@@ -63,7 +63,8 @@ def manifold(generated: Statistics, real: Statistics, space, protocol: Protocol,
     return {f'precision{MANIFOLDS[space]}': precision, f'recall{MANIFOLDS[space]}': recall}
 
 
-def recognition(generated: Statistics, real: Statistics, space, protocol=None, device=None) -> dict:
+def recognition(generated: Statistics, real: Statistics, space, protocol=None,
+                device=None) -> dict:
     """Accuracy on the generated images of a classifier that is trained on the real ones."""
     for name, side in (('the images have', generated), (f'{real.path} has', real)):
         if side.labels is None:
@@ -158,7 +159,7 @@ def complete(reference: Statistics, metrics, detectors: Detectors, open_images,
 
 def evaluate(metrics, generated: Statistics, reference: Statistics, protocol: Protocol,
              device='cpu') -> dict[str, float]:
-    """{metric: value} in the order of `metrics`; 'is' also gives 'is_std', the spread of its parts.
+    """{metric: value} in the order of `metrics`; 'is' also gives 'is_std', its spread.
 
     Raises UserError if images and reference do not fit each other.
     """

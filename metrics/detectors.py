@@ -162,7 +162,7 @@ DETECTORS = {'inception': Inception, 'dinov2': DINOv2, 'pixels': Pixels}
 
 
 def read_tensors(path: str) -> dict[str, torch.Tensor]:
-    """Weights by name, of a state dictionary of torch, a safetensors file, or a TorchScript archive.
+    """Weights by name: a state dictionary (torch, safetensors) or a TorchScript archive.
 
     Nothing in the file is run. Raises UserError, naming the file, for anything else.
     """

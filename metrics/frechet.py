@@ -63,7 +63,7 @@ def _trace_on(device, sigma1, sigma2) -> float:
 
 
 def _factor(sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """(L, p, rank): lower triangular L [D, D], columns from `rank` on zero, L L^T = sigma[p][:, p]."""
+    """(L, p, rank): lower triangular L, columns from `rank` on zero, L L^T = sigma[p][:, p]."""
     # Pivots below D eps max(diag) are noise: LAPACK's own choice, asked for with tol < 0.
     lower, pivots, rank, _ = scipy.linalg.lapack.dpstrf(sigma, lower=1, tol=-1)
     lower = np.asfortranarray(np.tril(lower))

@@ -14,7 +14,7 @@ OUTPUTS = ('block0_mean', 'block1_mean', 'block2_mean', 'spatial', 'pool3', 'log
 
 
 class _Conv(nn.Module):
-    """Convolution without bias, batch norm, ReLU. Padding by default keeps the size at stride 1."""
+    """Convolution without bias, batch norm, ReLU. At stride 1 padding keeps the size."""
 
     def __init__(self, in_channels, out_channels, kernel, stride=1, padding=None):
         super().__init__()

@@ -4,7 +4,7 @@ import torch
 
 
 def equal_parts(num: int, parts: int = 10) -> list[int]:
-    """Bounds floor(i num / parts): the original rule, and CBDM's. Few images make one part each."""
+    """Bounds floor(i num / parts): the original rule, and CBDM's. At least an image in each."""
     parts = min(parts, num)
     return [i * num // parts for i in range(parts + 1)]
 

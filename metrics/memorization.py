@@ -35,7 +35,7 @@ class Copies:
 
     @property
     def memorized(self) -> np.ndarray:
-        """bool [N]: d1 / d2 < 1/3; False where both are 0 (the training set has the image twice)."""
+        """bool [N]: d1 / d2 < 1/3; False where both are 0, twice in the training set."""
         return _relative(self.distances) < 1 / 3
 
     def results(self) -> dict:

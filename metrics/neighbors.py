@@ -17,8 +17,8 @@ from dnnlib import UserError
 
 ROWS = 2048        # points of one side of a block of distances: 16 MiB
 NUMBERS = 2**20    # differences computed at a time: 8 MiB
-SPARE = 2          # candidates beyond the k asked for, so that rounding rarely leaves the choice open
-MAX_DIM = 1 << 15  # longest vectors of pixels whose squared distances fit into int32: 255^2 2^15 < 2^31
+SPARE = 2          # candidates beyond k, so that rounding rarely leaves the choice open
+MAX_DIM = 1 << 15  # pixels of an image whose squared distances fit into int32: 255^2 2^15 < 2^31
 
 
 def nearest(queries: torch.Tensor, points: torch.Tensor | None = None, k: int = 1):
@@ -37,7 +37,8 @@ def nearest(queries: torch.Tensor, points: torch.Tensor | None = None, k: int = 
     squares, index, floor = _settled(queries, points, others, k, torch.float32)
     unsure = (squares[:, -1] > floor).nonzero()[:, 0]
     if len(unsure):
-        squares[unsure], index[unsure], _ = _settled(queries[unsure], others, others, k, torch.float64)
+        squares[unsure], index[unsure], _ = _settled(queries[unsure], others, others, k,
+                                                     torch.float64)
     return squares, index
 
 
@@ -48,8 +49,11 @@ def _are_pixels(queries, points) -> bool:
 
 
 def _settled(queries, points, others, k, dtype):
-    """The k nearest among those that products in `dtype` select: exact squared distances and
-    indices; and squared distances [N] below which, despite the rounding, there is no other point."""
+    """The k nearest among those that products in `dtype` select.
+
+    Exact squared distances and indices [N, k]; and squared distances [N] below which, despite the
+    rounding, there is no other point.
+    """
     best, index, margin = _candidates(_Blocks(queries, points, dtype), k + SPARE)
     squares, order = _exact(queries, others, index).sort(dim=1)
     # A distance of exactly zero needs no certificate: nothing is nearer.
@@ -165,8 +169,10 @@ def _squares(x) -> torch.Tensor:
 
 
 def _candidates(blocks: _Blocks, keep: int):
-    """The nearest points by the distances of the blocks: these, float64, and indices [N, keep],
-    ascending, and the bound of their error [N]. All points if there are no more than `keep`."""
+    """The nearest points by the distances of the blocks, all if there are no more than `keep`.
+
+    These distances, float64, and indices [N, keep], ascending; and the bound of their error [N].
+    """
     keep = min(keep, len(blocks.points))
     n = len(blocks.queries)
     device = blocks.queries.device

@@ -1,4 +1,4 @@
-"""Statistics of features, and the one file that keeps them, in this project's layout and in published ones.
+"""Statistics of features, and the file that keeps them, in our layout and in published ones.
 
 A file holds {space: {'mu': [D], 'sigma': [D, D], 'num': images, 'features': [n, D] or missing}},
 `labels` [n] of the images whose features it has, and `meta`. The spaces are those of `SPACES`.

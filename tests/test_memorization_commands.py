@@ -157,6 +157,7 @@ def test_two_processes_find_the_same(experiment, digits, tmp_path):
     ([], '--images'), (['--images=a', '--net=b'], '--images'), (['--images=nowhere'], 'nowhere'),
     (['--images={made}', '--steps=3'], '--steps'), (['--images={made}', '--seeds=1'], '--seeds'),
     (['--net=optimal:{data}', '--workers=3'], '--workers'), (['--net=nowhere.pkl'], 'nowhere.pkl'),
+    (['--images={made}', '--grid=/proc/x.png'], '--grid=/proc/x.png cannot be written'),
     (['--net=optimal:nowhere.zip'], 'nowhere.zip'), (['--net=optimal:{data}', '--num=0'], '--num'),
     (['--net=optimal:{data}', '--class=eleven'], 'eleven')])
 def test_bad_options_of_memorization(digits, half_copied, tmp_path, options, message):
