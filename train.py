@@ -7,6 +7,7 @@ import secrets
 import click
 
 from dnnlib import UserError, cli, options
+from dnnlib.options import POSITIVE, option
 from dnnlib.util import renamed_fields
 from torch_utils import distributed as dist
 from training import recipe, runs
@@ -19,25 +20,28 @@ from training.networks import build_network
 from training.schedules import EMA_MODES, memorization_scaling
 from training.snapshot import copy_weights, load_snapshot
 
-# The published architectures (arXiv 2206.00364, Table 1 and Appendix F); widths, blocks, attention and embedding are what
-# options override.
+# The published architectures (arXiv 2206.00364, Table 1 and Appendix F); options override widths,
+# blocks, attention and embedding.
+_SONG = dict(model_type='SongUNet', decoder_type='standard', model_channels=128, channel_mult=[2, 2, 2],
+             num_blocks=4, attn_resolutions=[16])
 ARCHITECTURES = {
-    'ddpmpp': dict(model_type='SongUNet', embedding_type='positional', encoder_type='standard', decoder_type='standard',
-                   channel_mult_noise=1, resample_filter=[1, 1], model_channels=128, channel_mult=[2, 2, 2], num_blocks=4,
-                   attn_resolutions=[16]),
-    'ncsnpp': dict(model_type='SongUNet', embedding_type='fourier', encoder_type='residual', decoder_type='standard',
-                   channel_mult_noise=2, resample_filter=[1, 3, 3, 1], model_channels=128, channel_mult=[2, 2, 2],
-                   num_blocks=4, attn_resolutions=[16]),
+    'ddpmpp': _SONG | dict(embedding_type='positional', encoder_type='standard', channel_mult_noise=1,
+                           resample_filter=[1, 1]),
+    'ncsnpp': _SONG | dict(embedding_type='fourier', encoder_type='residual', channel_mult_noise=2,
+                           resample_filter=[1, 3, 3, 1]),
     'adm': dict(model_type='DhariwalUNet', model_channels=192, channel_mult=[1, 2, 3, 4], num_blocks=3,
                 attn_resolutions=[32, 16, 8]),
 }
-# Name of the loss -> class of the network.
-PRECONDITIONINGS = {'vp': 'VPPrecond', 've': 'VEPrecond', 'edm': 'EDMPrecond'}
+# Name of the loss -> class of the network, sampler.
+PRECONDITIONINGS = {'vp': ('VPPrecond', 'edm'), 've': ('VEPrecond', 'edm'), 'edm': ('EDMPrecond', 'edm')}
 PLACES = ('outdir', 'desc', 'nosubdir', 'dry_run', 'wandb', 'allow_changes')  # no part of what is trained
 # What fields of the recipe are called among the options.
 OPTION_NAMES = dict(optim='optimizer', mode='ema_mode', halflife_kimg='ema', rampup_kimg='rampup',
                     class_name='precond', model_type='arch', model_channels='num_channels')
-# Options that count only together with another: (option, default, other option, its values). Elsewhere they are refused.
+# Argument of the network -> option that sets it.
+OVERRIDES = dict(channel_mult='cres', num_blocks='num_blocks', attn_resolutions='attn_resolutions',
+                 embedding_type='embed', skip_connections='skip_connections')
+# Options that count only together with another, and are refused elsewhere: (option, default, other option, its values).
 DEPENDENT = [('momentum', 0.9, 'optimizer', ['SGD']), ('final_ema', 0.99929, 'ema_mode', ['mode4']),
              ('ema', 0.5, 'ema_mode', ['mode1', 'mode2', 'mode4']), ('embed', None, 'arch', ['ddpmpp', 'ncsnpp'])]
 
@@ -52,16 +56,17 @@ def build_config(opts: dict) -> dict:
             raise UserError(f'has a meaning only with --{other}={" or ".join(values)}', field=name)
     if config['batch'] < 1:
         raise UserError('must be at least 1', field='batch', value=config['batch'])
-    if None not in (config['cbase'], config['num_channels']) and config['cbase'] != config['num_channels']:
-        raise UserError(f'--cbase={config["cbase"]} contradicts --num-channels={config["num_channels"]}; give one of them')
+    widths = {config['cbase'], config['num_channels']} - {None}
+    if len(widths) > 1:
+        raise UserError(f'--cbase={config["cbase"]} contradicts --num-channels={config["num_channels"]}; '
+                        'give one of them')
     network = dict(ARCHITECTURES[config['arch']], dropout=config['dropout'], precision=config['precision'],
-                   class_name=PRECONDITIONINGS[config['precond']])
-    given = dict(model_channels=config['num_channels'] or config['cbase'], channel_mult=config['cres'],
-                 num_blocks=config['num_blocks'], attn_resolutions=config['attn_resolutions'],
-                 embedding_type=config['embed'], skip_connections=config['skip_connections'],
-                 augment_dim=_augmentation(config).label_dim if config['augment'] else None)
-    config['network'] = network | {key: value for key, value in given.items() if value is not None}
-    return config
+                   class_name=PRECONDITIONINGS[config['precond']][0])
+    overrides = {key: config[option] for key, option in OVERRIDES.items()} | dict(
+        model_channels=next(iter(widths), None),
+        augment_dim=_augmentation(config).label_dim if config['augment'] else None)
+    network |= {key: value for key, value in overrides.items() if value is not None}
+    return config | {'network': network}
 
 
 def _augmentation(config):
@@ -105,34 +110,34 @@ def run_name(config: dict, dataset, desc: str | None) -> str:
 def choose_run(config: dict, outdir: str, name: str, nosubdir: bool, total_kimg: int):
     """(folder, checkpoint to start from or None, seed) of the run. Nothing is written.
 
-    Without --resume that is the newest run of this name and these options that is not finished, else a new one.
+    Without --resume that is the newest run of this name and these options that is not finished, else
+    a new one.
     """
-    resume, start = config['resume'], None
+    resume = config['resume']
+    seeds = [config['seed']]
+    ours = json.loads(json.dumps(config))
+    del ours['network']                                        # follows from the others
+
+    def same(earlier):
+        return all(earlier.get(key) == value for key, value in ours.items()
+                   if (key, value) != ('seed', None))
+
+    def finished(path):
+        return runs.is_finished(path, total_kimg, config['snap'] > 0, config['dump'] > 0)
+
     if resume and os.path.isdir(resume):
         if not Checkpoints(resume).numbers():
             raise UserError('holds no training-state-*.pt', field='resume', value=resume)
-        return resume, None, _first_known(config['seed'], runs.read_options(resume).get('seed'))
-    if resume:
-        start = Checkpoints('').load(resume)
-
-    def same(earlier):
-        ours = json.loads(json.dumps(config))
-        del ours['network']                                    # follows from the others
-        return all(earlier.get(key) == value for key, value in ours.items() if (key, value) != ('seed', None))
-
-    def finished(path):
-        return runs.is_finished(path, total_kimg, snapshots=config['snap'] > 0, checkpoints=config['dump'] > 0)
-
-    folder = outdir if nosubdir else runs.find_unfinished(outdir, name, same, finished)
-    known = None
+        folder = resume
+        resume = None
+    else:
+        folder = outdir if nosubdir else runs.find_unfinished(outdir, name, same, finished)
     if folder and runs.has_options(folder):
-        known = runs.read_options(folder).get('seed')
-    seed = _first_known(config['seed'], known, start and recipe.seed_of(start), secrets.randbits(31))
+        seeds.append(runs.read_options(folder).get('seed'))
+    if resume:
+        seeds.append(recipe.seed_of(Checkpoints('').load(resume)))
+    seed = next((seed for seed in seeds if seed is not None), secrets.randbits(31))
     return folder or runs.next_folder(outdir, name), resume, seed
-
-
-def _first_known(*values):
-    return next(value for value in values if value is not None)
 
 
 def recipe_of(config: dict, dataset, encoder, network: dict, plan: dict, seed: int) -> recipe.Recipe:
@@ -148,9 +153,9 @@ def recipe_of(config: dict, dataset, encoder, network: dict, plan: dict, seed: i
         learning_rate={'name': 'edm', 'lr': config['lr'], 'rampup_kimg': plan['lr_rampup_kimg']},
         averages={'name': 'memorization', 'mode': config['ema_mode'], 'final_ema': config['final_ema'],
                   'halflife_kimg': plan['ema_halflife_kimg'], 'data_ratio': plan['data_ratio']},
-        encoder=encoder.config(), sampler={'name': 'edm'}, bad_gradients=(0, 1e5, -1e5),
+        encoder=encoder.config(), sampler={'name': PRECONDITIONINGS[config['precond']][1]}, bad_gradients=(0, 1e5, -1e5),
         snapshot_dtype='float32', status=tick, snapshot=config['snap'] * tick or None,
-        checkpoint=config['dump'] * tick or None, compile=config['compile'],
+        checkpoint=config['dump'] * tick or None,
         **{key: config[key] for key in options.MACHINE})
 
 
@@ -208,68 +213,55 @@ with the newest run of that name and these options that is not finished."""
 
 
 @click.command(cls=cli.Command, epilog=EXAMPLES)
-@options.run_folder('Folder of runs; each gets a numbered folder in it')
-@click.option('--cond', metavar='BOOL', type=bool, default=False, help='Train on class labels')
-@click.option('--arch', metavar='ddpmpp|ncsnpp|adm', type=click.Choice(list(ARCHITECTURES)), default='ddpmpp', help='Network')
-@click.option('--precond', metavar='vp|ve|edm', type=click.Choice(list(PRECONDITIONINGS)), default='edm',
-              help='Preconditioning and loss')
-@click.option('--duration', metavar='MIMG', type=click.FloatRange(0, min_open=True), default=200,
-              help='Millions of training images if there are 50,000 different ones')
-@click.option('--duration-rule', metavar='scaled|fixed', type=click.Choice(['scaled', 'fixed']), default='scaled',
-              help='scaled: --duration, --ema and --rampup shrink with the data set, so that each image is seen as '
-                   'often; fixed: they count as they are')
-@click.option('--batch', metavar='NIMG', type=cli.COUNT, default=512, help='Images of one step')
-@click.option('--cbase', metavar='INT', type=click.IntRange(min=1), help='Another name of --num-channels')
-@click.option('--cres', metavar='LIST', type=cli.INT_LIST,
-              help='Width of each resolution in --num-channels  [default: 2,2,2; adm 1,2,3,4]')
-@click.option('--lr', metavar='FLOAT', type=click.FloatRange(0, min_open=True), default=10e-4, help='Learning rate')
-@click.option('--ema', metavar='MIMG', type=click.FloatRange(0), help='Half-life of the average of weights  [default: 0.5]')
-@click.option('--rampup', metavar='MIMG', type=click.FloatRange(0), default=10,
-              help='The learning rate grows from zero over so many images')
-@click.option('--dropout', metavar='FLOAT', type=click.FloatRange(0, 1, max_open=True), default=0.13,
-              help='Dropout probability')
-@click.option('--augment', metavar='FLOAT', type=click.FloatRange(0, 1), default=0.12,
-              help='Augmentation probability, 0 = no augmentation')
-@click.option('--xflip', metavar='BOOL', type=bool, default=False, help='Add the mirror images to the data')
-@click.option('--window-size', metavar='FLOAT', type=click.FloatRange(0, 1), default=0.5,
-              help='Share of the data within which its order changes, 0 = one order for ever')
-@click.option('--num-blocks', metavar='INT', type=click.IntRange(min=1), help='Blocks of a resolution  [default: 4; adm 3]')
-@click.option('--num-channels', metavar='INT', type=click.IntRange(min=1),
-              help='Width of the network  [default: 128; adm 192]')
-@click.option('--embed', metavar='positional|fourier', type=click.Choice(['positional', 'fourier']),
-              help='Embedding of noise levels  [default: positional; ncsnpp fourier]')
-@click.option('--attn-resolutions', metavar='LIST', type=cli.INT_LIST,
-              help='Resolutions with attention  [default: 16; adm 32,16,8]')
-@click.option('--ema_mode', metavar='|'.join(EMA_MODES), type=click.Choice(EMA_MODES), default='mode2',
-              help="Average of weights. mode1: EDM's, --ema for each image; mode2: for 512 images, relative to the size of "
-                   'the data; mode3: half-life 0.5 Mimg whatever the data; mode4: as mode2, towards --final-ema')
-@click.option('--final-ema', metavar='FLOAT', type=click.FloatRange(0, 1, min_open=True, max_open=True),
-              help='Factor of each step that mode4 ends with (at batch 512)  [default: 0.99929]')
-@click.option('--skip-connections', metavar='LIST', type=cli.Parsed('list', parse_skips),
-              help='0 or 1 for each layer of the encoder, from the input down: (num_blocks + 1) x resolutions of them, '
-                   'e.g. [1,0,1,1,0,1]  [default: all 1]')
-@click.option('--weight-decay', metavar='FLOAT', type=click.FloatRange(0), default=0.0, help='Weight decay of the optimizer')
-@click.option('--optimizer', metavar='Adam|SGD', type=click.Choice(['Adam', 'SGD']), default='Adam', help='Optimizer')
-@click.option('--momentum', metavar='FLOAT', type=click.FloatRange(0, 1, max_open=True), help='Of SGD  [default: 0.9]')
-@click.option('--fp16', metavar='BOOL', type=bool, default=False, help='Half-precision activations')
-@click.option('--cache', metavar='BOOL', type=bool, default=True, help='Keep the decoded images in memory')
-@click.option('--workers', metavar='INT', type=click.IntRange(min=1), default=1, help='Threads that read images')
-@click.option('--desc', metavar='STR', help="Words at the end of the folder's name")
-@click.option('--nosubdir', is_flag=True, help='Write to --outdir itself')
-@click.option('--tick', metavar='KIMG', type=click.FloatRange(0.001), default=50, help='Report every KIMG thousand images')
-@click.option('--snap', metavar='TICKS', type=click.IntRange(min=0), default=50,
-              help='Save the network every so many ticks, 0 = never')
-@click.option('--dump', metavar='TICKS', type=click.IntRange(min=0), default=500,
-              help='Save the training state every so many ticks, 0 = never')
-@click.option('--compile', metavar='BOOL', type=bool, default=False, help='Compile the network (torch.compile)')
-@click.option('--seed', metavar='INT', type=click.IntRange(0, 2**31 - 1),
-              help='Seed of weights, data order and noise  [default: random]')
-@click.option('--transfer', metavar='PKL|URL', help='Start from the weights of a snapshot, of this project or of EDM')
-@click.option('--transfer-sha256', metavar='HEX', help='SHA-256 that the file of --transfer must have')
-@click.option('--resume', metavar='PT|DIR',
-              help='DIR: go on with that run, in its folder; PT: a new run that goes on from this training state. Without: '
-                   'the newest unfinished run of these options, if there is one')
-@options.machine
+@options.training(
+    'Folder of runs; each gets a numbered folder in it',
+    option('--cond BOOL', 'Train on class labels', False),
+    option('--arch ' + '|'.join(ARCHITECTURES), 'Network', 'ddpmpp'),
+    option('--precond ' + '|'.join(PRECONDITIONINGS), 'Preconditioning and loss', 'edm'),
+    option('--duration MIMG', 'Millions of training images if there are 50,000 different ones', 200, POSITIVE),
+    option('--duration-rule scaled|fixed', 'scaled: --duration, --ema and --rampup shrink with the data set, so '
+           'that each image is seen as often; fixed: they count as they are', 'scaled'),
+    option('--batch NIMG', 'Images of one step', 512),
+    option('--cbase INT', 'Another name of --num-channels'),
+    option('--cres LIST', 'Width of each resolution in --num-channels  [default: 2,2,2; adm 1,2,3,4]'),
+    option('--lr FLOAT', 'Learning rate', 10e-4, POSITIVE),
+    option('--ema MIMG', 'Half-life of the average of weights  [default: 0.5]'),
+    option('--rampup MIMG', 'The learning rate grows from zero over so many images', 10),
+    option('--dropout FLOAT', 'Dropout probability', 0.13, options.BELOW_ONE),
+    option('--augment FLOAT', 'Augmentation probability, 0 = no augmentation', 0.12, options.FRACTION),
+    option('--xflip BOOL', 'Add the mirror images to the data', False),
+    option('--window-size FLOAT', 'Share of the data within which its order changes, 0 = one order for ever',
+           0.5, options.FRACTION),
+    option('--num-blocks INT', 'Blocks of a resolution  [default: 4; adm 3]'),
+    option('--num-channels INT', 'Width of the network  [default: 128; adm 192]'),
+    option('--embed positional|fourier', 'Embedding of noise levels  [default: positional; ncsnpp fourier]'),
+    option('--attn-resolutions LIST', 'Resolutions with attention  [default: 16; adm 32,16,8]'),
+    option('--ema_mode ' + '|'.join(EMA_MODES),
+           "Average of weights. mode1: EDM's, --ema for each image; mode2: for 512 images, relative to the "
+           'size of the data; mode3: half-life 0.5 Mimg whatever the data; mode4: as mode2, towards '
+           '--final-ema', 'mode2'),
+    option('--final-ema FLOAT', 'Factor of each step that mode4 ends with (at batch 512)  [default: 0.99929]',
+           type=click.FloatRange(0, 1, min_open=True, max_open=True)),
+    option('--skip-connections LIST', '0 or 1 for each layer of the encoder, from the input down: '
+           '(num_blocks + 1) x resolutions of them, e.g. [1,0,1,1,0,1]  [default: all 1]',
+           type=cli.Parsed('list', parse_skips)),
+    option('--weight-decay FLOAT', 'Weight decay of the optimizer', 0.0, options.NOT_NEGATIVE),
+    option('--optimizer Adam|SGD', 'Optimizer', 'Adam'),
+    option('--momentum FLOAT', 'Of SGD  [default: 0.9]', type=options.BELOW_ONE),
+    option('--fp16 BOOL', 'Half-precision activations', False),
+    option('--cache BOOL', 'Keep the decoded images in memory', True),
+    option('--workers INT', 'Threads that read images', 1),
+    option('--desc STR', "Words at the end of the folder's name"),
+    click.option('--nosubdir', is_flag=True, help='Write to --outdir itself'),
+    option('--tick KIMG', 'Report every KIMG thousand images', 50, click.FloatRange(0.001)),
+    option('--snap TICKS', 'Save the network every so many ticks, 0 = never', 50),
+    option('--dump TICKS', 'Save the training state every so many ticks, 0 = never', 500),
+    option('--seed INT', 'Seed of weights, data order and noise  [default: random]',
+           type=click.IntRange(0, 2**31 - 1)),
+    option('--transfer PKL|URL', 'Start from the weights of a snapshot, of this project or of EDM', type=str),
+    option('--transfer-sha256 HEX', 'SHA-256 that the file of --transfer must have'),
+    option('--resume PT|DIR', 'DIR: go on with that run, in its folder; PT: a new run that goes on from this '
+           'training state. Without: the newest unfinished run of these options, if there is one', type=str))
 def main(outdir, desc, nosubdir, dry_run, wandb, allow_changes, **opts):
     """Train a diffusion model with the EDM recipe, for the study of memorization.
 

@@ -5,6 +5,7 @@ import json
 import click
 
 from dnnlib import UserError, cli, options
+from dnnlib.options import option
 from dnnlib.util import renamed_fields
 from torch_utils import distributed as dist
 from training import recipe
@@ -50,14 +51,13 @@ for _name, _preset in PRESETS.items():
 PRESETS['digits'] |= dict(
     rampup_Mimg=0.02, ema_stds=[0.05, 0.10], intervals=dict(status=8 << 10, snapshot=72 << 10, checkpoint=24 << 10),
     network=dict(channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], channels_per_head=32))
-SCHEDULES = ['edm2', 'multisource']
 INTERVALS = dict(status=128 << 10, snapshot=8 << 20, checkpoint=128 << 20)  # of all other presets
 
 
 def build_config(opts: dict) -> dict:
     """All settings of a run, from the preset and the options that override it."""
     preset = PRESETS[opts['preset']]
-    config = {key: opts[key] for key in ('preset', 'data', 'cond', 'seed', 'compile', *options.MACHINE)}
+    config = {key: opts[key] for key in ('preset', 'data', 'cond', 'seed', *options.MACHINE)}
     for key in (*_KEYS, 'lr_schedule'):
         config[key] = preset[key] if opts[key] is None else opts[key]
     for key, default in (INTERVALS | preset.get('intervals', {})).items():
@@ -85,7 +85,7 @@ def prepare(config: dict):
                        'rampup_Mimg': config['rampup_Mimg']},
         averages={'name': 'power', 'stds': config['ema_stds']}, encoder=encoder.config(),
         sampler={'name': 'edm2'},
-        **{key: config[key] for key in ('status', 'snapshot', 'checkpoint', 'compile', *options.MACHINE)})
+        **{key: config[key] for key in ('status', 'snapshot', 'checkpoint', *options.MACHINE)})
 
 
 def train(config: dict, outdir: str, **running) -> int:
@@ -114,36 +114,28 @@ The same command resumes an interrupted run from its newest whole checkpoint."""
 
 
 @click.command(cls=cli.Command, epilog=EXAMPLES)
-@options.run_folder('Folder of the run: results, and where to resume from')
-@click.option('--cond', metavar='BOOL', type=bool, default=True, help='Train on class labels')
-@click.option('--preset', metavar='NAME', type=click.Choice(list(PRESETS)), default='edm2-img512-s',
-              help='Settings that the options below override; one of ' + ', '.join(PRESETS))
-@click.option('--duration', metavar='NIMG', type=cli.COUNT, help='Training images in all  [default: of the preset]')
-@click.option('--batch', metavar='NIMG', type=cli.COUNT, help='Images of one step  [default: of the preset]')
-@click.option('--channels', metavar='INT', type=click.IntRange(min=1), help='Width of the network  [default: of the preset]')
-@click.option('--dropout', metavar='FLOAT', type=click.FloatRange(0, 1, max_open=True),
-              help='Dropout probability  [default: of the preset]')
-@click.option('--P_mean', 'P_mean', metavar='FLOAT', type=float, help='Mean of ln(sigma)  [default: of the preset]')
-@click.option('--P_std', 'P_std', metavar='FLOAT', type=click.FloatRange(0, min_open=True),
-              help='Standard deviation of ln(sigma)  [default: of the preset]')
-@click.option('--lr', metavar='FLOAT', type=click.FloatRange(0, min_open=True),
-              help='Reference learning rate  [default: of the preset]')
-@click.option('--decay', metavar='BATCHES', type=click.FloatRange(0),
-              help='Steps after which the rate decays, 0 = never  [default: of the preset]')
-@click.option('--lr-schedule', metavar='NAME', type=click.Choice(SCHEDULES),
-              help='edm2, or multisource, which halves the rate when decay starts  '
-                   '[default: multisource for img256, else edm2]')
-@click.option('--precision', metavar='TYPE', type=click.Choice(['fp32', 'fp16', 'bf16']),
-              help='Type of the activations  [default: fp16 on a GPU, else fp32]')
-@click.option('--fp16', metavar='BOOL', type=bool, help='--precision=fp16 or fp32')
-@click.option('--compile', metavar='BOOL', type=bool, default=False, help='Compile the network (torch.compile)')
-@click.option('--status', metavar='NIMG', type=cli.COUNT, help='Report every NIMG images, 0 = never  [default: 128Ki]')
-@click.option('--snapshot', metavar='NIMG', type=cli.COUNT,
-              help='Save networks every NIMG images, 0 = never  [default: 8Mi]')
-@click.option('--checkpoint', metavar='NIMG', type=cli.COUNT,
-              help='Save the state every NIMG images, 0 = never  [default: 128Mi]')
-@click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0, help='Seed of weights, data order and noise')
-@options.machine
+@options.training(
+    'Folder of the run: results, and where to resume from',
+    option('--cond BOOL', 'Train on class labels', True),
+    option('--preset NAME', 'Settings that the options below override; one of ' + ', '.join(PRESETS),
+           'edm2-img512-s', click.Choice(list(PRESETS))),
+    option('--duration NIMG', 'Training images in all  [default: of the preset]'),
+    option('--batch NIMG', 'Images of one step  [default: of the preset]'),
+    option('--channels INT', 'Width of the network  [default: of the preset]'),
+    option('--dropout FLOAT', 'Dropout probability  [default: of the preset]', type=options.BELOW_ONE),
+    option('--P_mean FLOAT', 'Mean of ln(sigma)  [default: of the preset]', type=float),
+    option('--P_std FLOAT', 'Standard deviation of ln(sigma)  [default: of the preset]', type=options.POSITIVE),
+    option('--lr FLOAT', 'Reference learning rate  [default: of the preset]', type=options.POSITIVE),
+    option('--decay BATCHES', 'Steps after which the rate decays, 0 = never  [default: of the preset]',
+           type=options.NOT_NEGATIVE),
+    option('--lr-schedule edm2|multisource', 'multisource halves the rate when decay starts  '
+           '[default: multisource for img256, else edm2]'),
+    option('--precision fp32|fp16|bf16', 'Type of the activations  [default: fp16 on a GPU, else fp32]'),
+    option('--fp16 BOOL', '--precision=fp16 or fp32'),
+    option('--status NIMG', 'Report every NIMG images, 0 = never  [default: 128Ki]'),
+    option('--snapshot NIMG', 'Save networks every NIMG images, 0 = never  [default: 8Mi]'),
+    option('--checkpoint NIMG', 'Save the state every NIMG images, 0 = never  [default: 128Mi]'),
+    option('--seed INT', 'Seed of weights, data order and noise', 0, click.IntRange(min=0)))
 def main(outdir, dry_run, wandb, allow_changes, **opts):
     """Train a diffusion model with the EDM2 recipe.
 

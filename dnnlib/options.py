@@ -39,21 +39,30 @@ def group(name: str, *options):
     return decorate
 
 
-def nimg(name: str, default: str | None, text: str):
-    """An option for a number of training images, e.g. 64Ki."""
-    return click.option(name, metavar='NIMG', type=cli.COUNT, default=default, help=text)
+FRACTION = click.FloatRange(0, 1)
+BELOW_ONE = click.FloatRange(0, 1, max_open=True)
 
 
-def boolean(name: str, default: bool, text: str):
-    return click.option(name, metavar='BOOL', type=bool, default=default, help=text)
+def _maker(metavar: str, type):  # noqa: A002
+    """(name, default, text) -> option; a name may be '--option parameter'."""
+    def make(name: str, default, text: str, type=type):  # noqa: A002
+        return click.option(*name.split(), metavar=metavar, type=type, default=default, help=text)
+    return make
 
 
-def number(name: str, default: float, text: str, type=POSITIVE):  # noqa: A002
-    return click.option(name, metavar='FLOAT', type=type, default=default, help=text)
+nimg = _maker('NIMG', cli.COUNT)                            # training images, e.g. 64Ki
+boolean = _maker('BOOL', bool)
+number = _maker('FLOAT', POSITIVE)
+integers = _maker('LIST', cli.INT_LIST)
 
 
 def integer(name: str, default: int | None, text: str, least: int = 1):
-    return click.option(name, metavar='INT', type=click.IntRange(least), default=default, help=text)
+    return _maker('INT', click.IntRange(least))(name, default, text)
+
+
+def choice(name: str, default: str | None, text: str, values):
+    """One of several words."""
+    return _maker('|'.join(values), click.Choice(list(values)))(name, default, text)
 
 
 def _interval(text: str) -> tuple[float, float]:
@@ -68,10 +77,6 @@ def _number(name, *, type=POSITIVE, of='network', **settings):  # noqa: A002
     """An option for a number that a sampler knows."""
     settings['help'] += f'  [default: of the {of}]'
     return click.option(*name.split(), metavar='FLOAT', type=type, **settings)
-
-
-def _choice(name: str, values: str, text: str):
-    return click.option(*name.split(), metavar=values, type=click.Choice(values.split('|')), help=text)
 
 
 # What makes the images.
@@ -107,10 +112,10 @@ sampling = group(
     _number('--S_min S_min', type=NOT_NEGATIVE, help='Lowest level that gets noise'),
     _number('--S_max S_max', type=NOT_NEGATIVE, help='Highest level that gets noise'),
     _number('--S_noise S_noise', type=NOT_NEGATIVE, help='Inflation of added noise'),
-    _choice('--solver', 'euler|heun', 'Ablation: solver'),
-    _choice('--disc discretization', 'vp|ve|iddpm|edm', 'Ablation: time steps'),
-    _choice('--schedule', 'vp|ve|linear', 'Ablation: noise schedule'),
-    _choice('--scaling', 'vp|none', 'Ablation: signal scaling'),
+    choice('--solver', None, 'Ablation: solver', ['euler', 'heun']),
+    choice('--disc discretization', None, 'Ablation: time steps', ['vp', 've', 'iddpm', 'edm']),
+    choice('--schedule', None, 'Ablation: noise schedule', ['vp', 've', 'linear']),
+    choice('--scaling', None, 'Ablation: signal scaling', ['vp', 'none']),
     _number('--beta-d', of='ablation', help='Ablation: slope of the vp schedule'),
     _number('--beta-min', of='ablation', help='Ablation: start of the vp schedule'),
     _number('--epsilon-s', of='ablation', help='Ablation: last time of the vp time steps'),
@@ -134,27 +139,21 @@ image_class = click.option('--class', 'class_', metavar='CLASS',
 
 # --- Training -------------------------------------------------------------------------------------
 
-
-def run_folder(outdir_help: str):
-    """Decorator: --outdir and --data."""
+def training(outdir_help: str, *options):
+    """Decorator: options of a command that trains; MACHINE says which of them go into its recipe."""
     return together(
         click.option('--outdir', metavar='DIR', required=True, help=outdir_help),
         click.option('--data', metavar='ZIP|DIR', required=True,
-                     help='Data set made by dataset_tool.py'))
+                     help='Data set made by dataset_tool.py'),
+        *options,
+        nimg('--batch-gpu', None, 'Images of one forward pass  [default: all of a process]'),
+        number('--ls', 1, 'Loss scaling against underflow of float16 gradients'),
+        boolean('--bench', True, 'Let cuDNN choose the fastest convolutions'),
+        click.option('--wandb', metavar='PROJECT', help='Log to Weights & Biases too, if installed'),
+        click.option('--allow-changes', is_flag=True,
+                     help='Go on with a run though its settings have changed; what has is logged'),
+        click.option('-n', '--dry-run', is_flag=True, help='Print the settings and exit'))
 
 
-MACHINE = ('batch_gpu', 'ls', 'bench')  # fields of a recipe that `machine` sets
-
-batch_gpu = nimg('--batch-gpu', None, 'Images of one forward pass  [default: all of a process]')
-
-# Decorator: how the work is done, and how it is reported.
-machine = together(
-    batch_gpu,
-    click.option('--ls', metavar='FLOAT', type=click.FloatRange(0, min_open=True), default=1,
-                 help='Loss scaling against underflow of float16 gradients'),
-    click.option('--bench', metavar='BOOL', type=bool, default=True,
-                 help='Let cuDNN choose the fastest convolutions'),
-    click.option('--wandb', metavar='PROJECT', help='Log to Weights & Biases too, if installed'),
-    click.option('--allow-changes', is_flag=True,
-                 help='Go on with a run though its settings have changed; what has is logged'),
-    click.option('-n', '--dry-run', is_flag=True, help='Print the settings and exit'))
+MACHINE = ('batch_gpu', 'ls', 'bench')
+compiled = boolean('--compile', False, 'Compile the network (torch.compile)')
