@@ -7,7 +7,7 @@ import secrets
 import click
 
 from dnnlib import UserError, cli, options
-from dnnlib.options import POSITIVE, option
+from dnnlib.options import boolean, choice, integer, integers, mimg, nimg, number
 from dnnlib.util import renamed_fields
 from torch_utils import distributed as dist
 from training import recipe, runs
@@ -155,7 +155,7 @@ def recipe_of(config: dict, dataset, encoder, network: dict, plan: dict, seed: i
                   'halflife_kimg': plan['ema_halflife_kimg'], 'data_ratio': plan['data_ratio']},
         encoder=encoder.config(), sampler={'name': PRECONDITIONINGS[config['precond']][1]}, bad_gradients=(0, 1e5, -1e5),
         snapshot_dtype='float32', status=tick, snapshot=config['snap'] * tick or None,
-        checkpoint=config['dump'] * tick or None,
+        checkpoint=config['dump'] * tick or None, compile=config['compile'],
         **{key: config[key] for key in options.MACHINE})
 
 
@@ -215,53 +215,57 @@ with the newest run of that name and these options that is not finished."""
 @click.command(cls=cli.Command, epilog=EXAMPLES)
 @options.training(
     'Folder of runs; each gets a numbered folder in it',
-    option('--cond BOOL', 'Train on class labels', False),
-    option('--arch ' + '|'.join(ARCHITECTURES), 'Network', 'ddpmpp'),
-    option('--precond ' + '|'.join(PRECONDITIONINGS), 'Preconditioning and loss', 'edm'),
-    option('--duration MIMG', 'Millions of training images if there are 50,000 different ones', 200, POSITIVE),
-    option('--duration-rule scaled|fixed', 'scaled: --duration, --ema and --rampup shrink with the data set, so '
-           'that each image is seen as often; fixed: they count as they are', 'scaled'),
-    option('--batch NIMG', 'Images of one step', 512),
-    option('--cbase INT', 'Another name of --num-channels'),
-    option('--cres LIST', 'Width of each resolution in --num-channels  [default: 2,2,2; adm 1,2,3,4]'),
-    option('--lr FLOAT', 'Learning rate', 10e-4, POSITIVE),
-    option('--ema MIMG', 'Half-life of the average of weights  [default: 0.5]'),
-    option('--rampup MIMG', 'The learning rate grows from zero over so many images', 10),
-    option('--dropout FLOAT', 'Dropout probability', 0.13, options.BELOW_ONE),
-    option('--augment FLOAT', 'Augmentation probability, 0 = no augmentation', 0.12, options.FRACTION),
-    option('--xflip BOOL', 'Add the mirror images to the data', False),
-    option('--window-size FLOAT', 'Share of the data within which its order changes, 0 = one order for ever',
-           0.5, options.FRACTION),
-    option('--num-blocks INT', 'Blocks of a resolution  [default: 4; adm 3]'),
-    option('--num-channels INT', 'Width of the network  [default: 128; adm 192]'),
-    option('--embed positional|fourier', 'Embedding of noise levels  [default: positional; ncsnpp fourier]'),
-    option('--attn-resolutions LIST', 'Resolutions with attention  [default: 16; adm 32,16,8]'),
-    option('--ema_mode ' + '|'.join(EMA_MODES),
-           "Average of weights. mode1: EDM's, --ema for each image; mode2: for 512 images, relative to the "
-           'size of the data; mode3: half-life 0.5 Mimg whatever the data; mode4: as mode2, towards '
-           '--final-ema', 'mode2'),
-    option('--final-ema FLOAT', 'Factor of each step that mode4 ends with (at batch 512)  [default: 0.99929]',
-           type=click.FloatRange(0, 1, min_open=True, max_open=True)),
-    option('--skip-connections LIST', '0 or 1 for each layer of the encoder, from the input down: '
-           '(num_blocks + 1) x resolutions of them, e.g. [1,0,1,1,0,1]  [default: all 1]',
-           type=cli.Parsed('list', parse_skips)),
-    option('--weight-decay FLOAT', 'Weight decay of the optimizer', 0.0, options.NOT_NEGATIVE),
-    option('--optimizer Adam|SGD', 'Optimizer', 'Adam'),
-    option('--momentum FLOAT', 'Of SGD  [default: 0.9]', type=options.BELOW_ONE),
-    option('--fp16 BOOL', 'Half-precision activations', False),
-    option('--cache BOOL', 'Keep the decoded images in memory', True),
-    option('--workers INT', 'Threads that read images', 1),
-    option('--desc STR', "Words at the end of the folder's name"),
+    boolean('--cond', False, 'Train on class labels'),
+    choice('--arch', 'ddpmpp', 'Network', ARCHITECTURES),
+    choice('--precond', 'edm', 'Preconditioning and loss', PRECONDITIONINGS),
+    mimg('--duration', 200, 'Millions of training images if there are 50,000 different ones', options.POSITIVE),
+    choice('--duration-rule', 'scaled', 'scaled: --duration, --ema and --rampup shrink with the data set, so '
+           'that each image is seen as often; fixed: they count as they are', ['scaled', 'fixed']),
+    nimg('--batch', 512, 'Images of one step'),
+    integer('--cbase', None, 'Another name of --num-channels'),
+    integers('--cres', None, 'Width of each resolution in --num-channels  [default: 2,2,2; adm 1,2,3,4]'),
+    number('--lr', 10e-4, 'Learning rate'),
+    mimg('--ema', None, 'Half-life of the average of weights  [default: 0.5]'),
+    mimg('--rampup', 10, 'The learning rate grows from zero over so many images'),
+    number('--dropout', 0.13, 'Dropout probability', options.BELOW_ONE),
+    number('--augment', 0.12, 'Augmentation probability, 0 = no augmentation', options.FRACTION),
+    boolean('--xflip', False, 'Add the mirror images to the data'),
+    number('--window-size', 0.5, 'Share of the data within which its order changes, 0 = one order for ever',
+           options.FRACTION),
+    integer('--num-blocks', None, 'Blocks of a resolution  [default: 4; adm 3]'),
+    integer('--num-channels', None, 'Width of the network  [default: 128; adm 192]'),
+    choice('--embed', None, 'Embedding of noise levels  [default: positional; ncsnpp fourier]',
+           ['positional', 'fourier']),
+    integers('--attn-resolutions', None, 'Resolutions with attention  [default: 16; adm 32,16,8]'),
+    choice('--ema_mode', 'mode2', "Average of weights. mode1: EDM's, --ema for each image; mode2: for 512 "
+           'images, relative to the size of the data; mode3: half-life 0.5 Mimg whatever the data; mode4: '
+           'as mode2, towards --final-ema', EMA_MODES),
+    number('--final-ema', None, 'Factor of each step that mode4 ends with (at batch 512)  [default: 0.99929]',
+           click.FloatRange(0, 1, min_open=True, max_open=True)),
+    integers('--skip-connections', None, '0 or 1 for each layer of the encoder, from the input down: '
+             '(num_blocks + 1) x resolutions of them, e.g. [1,0,1,1,0,1]  [default: all 1]',
+             cli.Parsed('list', parse_skips)),
+    number('--weight-decay', 0.0, 'Weight decay of the optimizer', options.NOT_NEGATIVE),
+    choice('--optimizer', 'Adam', 'Optimizer', ['Adam', 'SGD']),
+    number('--momentum', None, 'Of SGD  [default: 0.9]', options.BELOW_ONE),
+    boolean('--fp16', False, 'Half-precision activations'),
+    boolean('--cache', True, 'Keep the decoded images in memory'),
+    integer('--workers', 1, 'Threads that read images'),
+    click.option('--desc', metavar='STR', help="Words at the end of the folder's name"),
     click.option('--nosubdir', is_flag=True, help='Write to --outdir itself'),
-    option('--tick KIMG', 'Report every KIMG thousand images', 50, click.FloatRange(0.001)),
-    option('--snap TICKS', 'Save the network every so many ticks, 0 = never', 50),
-    option('--dump TICKS', 'Save the training state every so many ticks, 0 = never', 500),
-    option('--seed INT', 'Seed of weights, data order and noise  [default: random]',
-           type=click.IntRange(0, 2**31 - 1)),
-    option('--transfer PKL|URL', 'Start from the weights of a snapshot, of this project or of EDM', type=str),
-    option('--transfer-sha256 HEX', 'SHA-256 that the file of --transfer must have'),
-    option('--resume PT|DIR', 'DIR: go on with that run, in its folder; PT: a new run that goes on from this '
-           'training state. Without: the newest unfinished run of these options, if there is one', type=str))
+    click.option('--tick', metavar='KIMG', type=click.FloatRange(0.001), default=50,
+                 help='Report every KIMG thousand images'),
+    integer('--snap', 50, 'Save the network every so many ticks, 0 = never', 0),
+    integer('--dump', 500, 'Save the training state every so many ticks, 0 = never', 0),
+    options.compiled,
+    click.option('--seed', metavar='INT', type=click.IntRange(0, 2**31 - 1),
+                 help='Seed of weights, data order and noise  [default: random]'),
+    click.option('--transfer', metavar='PKL|URL',
+                 help='Start from the weights of a snapshot, of this project or of EDM'),
+    click.option('--transfer-sha256', metavar='HEX', help='SHA-256 that the file of --transfer must have'),
+    click.option('--resume', metavar='PT|DIR',
+                 help='DIR: go on with that run, in its folder; PT: a new run that goes on from this training '
+                      'state. Without: the newest unfinished run of these options, if there is one'))
 def main(outdir, desc, nosubdir, dry_run, wandb, allow_changes, **opts):
     """Train a diffusion model with the EDM recipe, for the study of memorization.
 

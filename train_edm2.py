@@ -5,7 +5,7 @@ import json
 import click
 
 from dnnlib import UserError, cli, options
-from dnnlib.options import option
+from dnnlib.options import boolean, choice, integer, nimg, number
 from dnnlib.util import renamed_fields
 from torch_utils import distributed as dist
 from training import recipe
@@ -57,7 +57,7 @@ INTERVALS = dict(status=128 << 10, snapshot=8 << 20, checkpoint=128 << 20)  # of
 def build_config(opts: dict) -> dict:
     """All settings of a run, from the preset and the options that override it."""
     preset = PRESETS[opts['preset']]
-    config = {key: opts[key] for key in ('preset', 'data', 'cond', 'seed', *options.MACHINE)}
+    config = {key: opts[key] for key in ('preset', 'data', 'cond', 'seed', 'compile', *options.MACHINE)}
     for key in (*_KEYS, 'lr_schedule'):
         config[key] = preset[key] if opts[key] is None else opts[key]
     for key, default in (INTERVALS | preset.get('intervals', {})).items():
@@ -85,7 +85,7 @@ def prepare(config: dict):
                        'rampup_Mimg': config['rampup_Mimg']},
         averages={'name': 'power', 'stds': config['ema_stds']}, encoder=encoder.config(),
         sampler={'name': 'edm2'},
-        **{key: config[key] for key in ('status', 'snapshot', 'checkpoint', *options.MACHINE)})
+        **{key: config[key] for key in ('status', 'snapshot', 'checkpoint', 'compile', *options.MACHINE)})
 
 
 def train(config: dict, outdir: str, **running) -> int:
@@ -100,6 +100,7 @@ def train(config: dict, outdir: str, **running) -> int:
         return recipe.fit(plan, outdir, net, loss, batches, options=config, callbacks=[grids], **running)
 
 
+OF_PRESET = '  [default: of the preset]'
 EXAMPLES = """\b
 Examples:
   # A small class-conditional model of handwritten digits, on any CPU
@@ -116,26 +117,28 @@ The same command resumes an interrupted run from its newest whole checkpoint."""
 @click.command(cls=cli.Command, epilog=EXAMPLES)
 @options.training(
     'Folder of the run: results, and where to resume from',
-    option('--cond BOOL', 'Train on class labels', True),
-    option('--preset NAME', 'Settings that the options below override; one of ' + ', '.join(PRESETS),
-           'edm2-img512-s', click.Choice(list(PRESETS))),
-    option('--duration NIMG', 'Training images in all  [default: of the preset]'),
-    option('--batch NIMG', 'Images of one step  [default: of the preset]'),
-    option('--channels INT', 'Width of the network  [default: of the preset]'),
-    option('--dropout FLOAT', 'Dropout probability  [default: of the preset]', type=options.BELOW_ONE),
-    option('--P_mean FLOAT', 'Mean of ln(sigma)  [default: of the preset]', type=float),
-    option('--P_std FLOAT', 'Standard deviation of ln(sigma)  [default: of the preset]', type=options.POSITIVE),
-    option('--lr FLOAT', 'Reference learning rate  [default: of the preset]', type=options.POSITIVE),
-    option('--decay BATCHES', 'Steps after which the rate decays, 0 = never  [default: of the preset]',
-           type=options.NOT_NEGATIVE),
-    option('--lr-schedule edm2|multisource', 'multisource halves the rate when decay starts  '
-           '[default: multisource for img256, else edm2]'),
-    option('--precision fp32|fp16|bf16', 'Type of the activations  [default: fp16 on a GPU, else fp32]'),
-    option('--fp16 BOOL', '--precision=fp16 or fp32'),
-    option('--status NIMG', 'Report every NIMG images, 0 = never  [default: 128Ki]'),
-    option('--snapshot NIMG', 'Save networks every NIMG images, 0 = never  [default: 8Mi]'),
-    option('--checkpoint NIMG', 'Save the state every NIMG images, 0 = never  [default: 128Mi]'),
-    option('--seed INT', 'Seed of weights, data order and noise', 0, click.IntRange(min=0)))
+    boolean('--cond', True, 'Train on class labels'),
+    click.option('--preset', metavar='NAME', type=click.Choice(list(PRESETS)), default='edm2-img512-s',
+                 help='Settings that the options below override; one of ' + ', '.join(PRESETS)),
+    nimg('--duration', None, 'Training images in all' + OF_PRESET),
+    nimg('--batch', None, 'Images of one step' + OF_PRESET),
+    integer('--channels', None, 'Width of the network' + OF_PRESET),
+    number('--dropout', None, 'Dropout probability' + OF_PRESET, options.BELOW_ONE),
+    number('--P_mean P_mean', None, 'Mean of ln(sigma)' + OF_PRESET, float),
+    number('--P_std P_std', None, 'Standard deviation of ln(sigma)' + OF_PRESET),
+    number('--lr', None, 'Reference learning rate' + OF_PRESET),
+    click.option('--decay', metavar='BATCHES', type=options.NOT_NEGATIVE,
+                 help='Steps after which the rate decays, 0 = never' + OF_PRESET),
+    choice('--lr-schedule', None, 'multisource halves the rate when decay starts  '
+           '[default: multisource for img256, else edm2]', ['edm2', 'multisource']),
+    choice('--precision', None, 'Type of the activations  [default: fp16 on a GPU, else fp32]',
+           ['fp32', 'fp16', 'bf16']),
+    boolean('--fp16', None, '--precision=fp16 or fp32'),
+    options.compiled,
+    nimg('--status', None, 'Report every NIMG images, 0 = never  [default: 128Ki]'),
+    nimg('--snapshot', None, 'Save networks every NIMG images, 0 = never  [default: 8Mi]'),
+    nimg('--checkpoint', None, 'Save the state every NIMG images, 0 = never  [default: 128Mi]'),
+    integer('--seed', 0, 'Seed of weights, data order and noise', 0))
 def main(outdir, dry_run, wandb, allow_changes, **opts):
     """Train a diffusion model with the EDM2 recipe.
 

@@ -52,6 +52,7 @@ def _maker(metavar: str, type):  # noqa: A002
 
 nimg = _maker('NIMG', cli.COUNT)                            # training images, e.g. 64Ki
 boolean = _maker('BOOL', bool)
+mimg = _maker('MIMG', NOT_NEGATIVE)                         # millions of them
 number = _maker('FLOAT', POSITIVE)
 integers = _maker('LIST', cli.INT_LIST)
 

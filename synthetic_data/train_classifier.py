@@ -170,7 +170,7 @@ Examples:
 The same command resumes an interrupted run from its newest whole checkpoint. select_1M.py takes the
 snapshots."""
 
-FRACTION = click.FloatRange(0, 1)
+FRACTION = options.FRACTION
 NEVER = ', 0 = never'
 # How a classifier is trained and attacked, and what is reported.
 training_options = options.together(
@@ -204,17 +204,17 @@ training_options = options.together(
 
 
 @click.command(cls=cli.Command, epilog=EXAMPLES)
-@options.run_folder('Folder of the run: results, and where to resume from')
-@click.option('--test', metavar='ZIP|DIR', help='Data set to measure the accuracy on')
-@click.option('--generated', metavar='DIR|NPZ',
-              help='Generated images: a folder of generate.py, or an .npz of its successors')
-@boolean('--adversarial', False, 'Train on images that PGD has changed')
-@boolean('--robust', True, 'Test under attack too')
-@training_options
-@nimg('--test-every', '0', 'Test every NIMG images, 0 = at the end')
-@nimg('--snapshot', '5M', 'Save the network every NIMG images' + NEVER)
-@integer('--seed', 0, 'Seed of weights, data order and attacks', least=0)
-@options.machine
+@options.training(
+    'Folder of the run: results, and where to resume from',
+    click.option('--test', metavar='ZIP|DIR', help='Data set to measure the accuracy on'),
+    click.option('--generated', metavar='DIR|NPZ',
+                 help='Generated images: a folder of generate.py, or an .npz of its successors'),
+    boolean('--adversarial', False, 'Train on images that PGD has changed'),
+    boolean('--robust', True, 'Test under attack too'),
+    training_options,
+    nimg('--test-every', '0', 'Test every NIMG images, 0 = at the end'),
+    nimg('--snapshot', '5M', 'Save the network every NIMG images' + NEVER),
+    integer('--seed', 0, 'Seed of weights, data order and attacks', least=0))
 def main(outdir, dry_run, wandb, allow_changes, **opts):
     """Train a wide residual network on labelled images: SGD, cosine, averaged weights, moved and
     mirrored images.
