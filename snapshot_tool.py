@@ -5,11 +5,12 @@ import os
 import click
 
 from dnnlib import UserError, cli, url
+from dnnlib.options import together
 from torch_utils.files.identify import Found, family, identify
 from torch_utils.files.persistence import Persistent
 from training import export
 from training.data.archive import check_parent
-from training.networks.infer import infer
+from training.networks.infer import READERS, infer
 from training.snapshot import load_denoiser, load_snapshot
 
 
@@ -26,20 +27,12 @@ def parse_setting(text: str) -> tuple[str, object]:
         return name, value
 
 
-SOURCE_OPTIONS = [
+source_options = together(
     click.argument('file', metavar='FILE|URL'),
     click.option('--sha256', metavar='HEX', help='SHA-256 that the file must have'),
     click.option('--weights', metavar='KEY', help='Weights of a checkpoint, e.g. net_model  [default: the averaged ones]'),
     click.option('--set', 'settings', metavar='NAME=VALUE', multiple=True, type=cli.Parsed('setting', parse_setting),
-                 help='Argument of a network that its weights leave open, e.g. num_heads=4'),
-]
-
-
-def source_options(function):
-    """FILE, --sha256, --weights and --set."""
-    for option in reversed(SOURCE_OPTIONS):
-        function = option(function)
-    return function
+                 help='Argument of a network that its weights leave open, e.g. num_heads=4'))
 
 
 @click.group(cls=cli.Group)
@@ -88,63 +81,72 @@ def convert(file, dest, dtype, overwrite, sha256, weights, settings):
     python snapshot_tool.py convert https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-cond-vp.pkl \\
         --dest=cifar10.safetensors
     """
-    form = os.path.splitext(dest.rstrip('/'))[1].lower()
-    if form not in ('.pkl', '.safetensors', ''):
+    dest = dest.rstrip('/')
+    form = os.path.splitext(dest)[1].lower()
+    if form not in export.EXPORTS:
         raise UserError(f'--dest={dest}: the name must end in .pkl or .safetensors, or be that of a folder')
-    export.check_destination(dest.rstrip('/'), form, overwrite)
-    check_parent(dest.rstrip('/'))
-    open_network = load_denoiser if form == '' else load_snapshot
+    export.check_destination(dest, form, overwrite)
+    check_parent(dest)
+    open_network = load_snapshot if form else load_denoiser
     snapshot = open_network(file, sha256=sha256, weights=weights, options=dict(settings))
     for name, value in snapshot.recipe.get('assumed', {}).items():
         print(f'Assumed: {name}={value}')
-    export.EXPORTS[form](dest.rstrip('/'), snapshot, export.DTYPES[dtype])
+    export.EXPORTS[form](dest, snapshot, export.DTYPES[dtype])
     numbers = sum(p.numel() for p in snapshot.net.parameters())
-    print(f'{dest}: {identify(dest.rstrip("/")).what}, {numbers:,} parameters')
+    print(f'{dest}: {identify(dest).what}, {numbers:,} parameters')
 
 
 def describe(found: Found, options: dict | None = None) -> dict:
     """What there is to say about a file, {name: text}; `options` sets arguments that a state dict leaves open."""
-    lines = {'type': found.what} | {key: value for key, value in found.facts.items() if key != 'what'}
-    network = network_of(found, options)
-    if network is not None:
-        class_name, kwargs, assumed = network
-        lines['architecture'] = class_name
-        lines |= {f'  {key}': f'{value}{"   (assumed)" if key in assumed else ""}' for key, value in kwargs.items()}
-        inner = kwargs.get('network', kwargs)
-        resolution = inner.get('img_resolution', inner.get('image_size'))
-        lines['resolution'] = f'{resolution}x{resolution}' if resolution else 'any'
-        labels = inner.get('label_dim', inner.get('num_classes', inner.get('num_class')))
-        conditional = inner.get('class_cond', inner.get('cond', bool(labels)))
-        lines['labels'] = f'{labels or "1000"} classes' if conditional else 'none (unconditional)'
+    lines = {'type': found.what} | found.facts | describe_network(*network_of(found, options))
+    lines.pop('what', None)
     if found.state is not None:
         numbers = sum(value.numel() for value in found.state.values())
         lines['parameters'] = f'{numbers:,} numbers in {len(found.state)} tensors (buffers included)'
-    content = found.content if isinstance(found.content, dict) else {}
     if found.kind in ('snapshot', 'safetensors'):
-        dataset = content['dataset']
+        dataset = found.content['dataset']
         names = dataset.get('class_names') or dataset.get('classes') or []
-        lines['encoder'] = content['encoder'].get('name')
-        lines['data set'] = f'{dataset.get("name")}, {dataset.get("size", "?")} images'
-        lines['classes'] = ', '.join(map(str, names[:10])) + (f', ... ({len(names)})' if len(names) > 10 else '') or 'none'
-        lines['trained on'] = f'{content["nimg"]} images'
-        lines['EMA width'] = content['ema_std']
+        more = f', ... ({len(names)})' if len(names) > 10 else ''
+        lines |= {
+            'encoder': found.content['encoder'].get('name'),
+            'data set': f'{dataset.get("name")}, {dataset.get("size", "?")} images',
+            'classes': ', '.join(map(str, names[:10])) + more or 'none',
+            'trained on': f'{found.content["nimg"]} images',
+            'EMA width': found.content['ema_std'],
+        }
     if found.kind == 'edm':
-        encoder = content.get('encoder')
+        encoder = found.content.get('encoder')
         lines['encoder'] = encoder.class_name if isinstance(encoder, Persistent) else 'none'
     return {key: ' '.join(str(value)[:300].split()) for key, value in lines.items()}
 
 
 def network_of(found: Found, options: dict | None = None):
-    """(class name, arguments, assumed arguments) of the network in a file, None if there is none that is known."""
+    """(class name, arguments, assumed arguments) of the network in a file; (None, {}, {}) if there is none that is known."""
     if found.kind in ('snapshot', 'safetensors'):
         network = found.content['network']
         return network['class_name'], network['kwargs'], {}
     if found.kind == 'edm':
         return found.content['ema'].class_name, found.content['ema'].kwargs, {}
-    if found.kind == 'weights' and family(found.state) in ('adm', 'ddpm', 'wrn'):
-        made = infer(found.state, options)
-        return made.class_name, made.kwargs | (made.diffusion or {}), made.assumed
-    return None
+    if found.kind == 'weights' and family(found.state) in READERS:
+        inferred = infer(found.state, options)
+        return inferred.class_name, inferred.kwargs | (inferred.diffusion or {}), inferred.assumed
+    return None, {}, {}
+
+
+def describe_network(class_name: str | None, kwargs: dict, assumed) -> dict:
+    """Architecture, arguments, resolution and labels, {name: text}."""
+    if class_name is None:
+        return {}
+    inner = kwargs.get('network', kwargs)
+    resolution = inner.get('img_resolution', inner.get('image_size'))
+    labels = inner.get('label_dim', inner.get('num_classes', inner.get('num_class')))
+    conditional = inner.get('class_cond', inner.get('cond', bool(labels)))
+    return {'architecture': class_name} | {
+        f'  {key}': f'{value}{"   (assumed)" if key in assumed else ""}' for key, value in kwargs.items()
+    } | {
+        'resolution': f'{resolution}x{resolution}' if resolution else 'any',
+        'labels': f'{labels or "1000"} classes' if conditional else 'none (unconditional)',
+    }
 
 
 if __name__ == '__main__':

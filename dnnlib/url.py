@@ -37,7 +37,7 @@ def cache_path(url: str) -> str:
 def check_sha256(path: str, sha256: str, name: str):
     """Raises UserError unless the file `path`, called `name`, has this SHA-256."""
     if not os.path.isfile(path):
-        raise util.UserError(f'--sha256: {name} is no file')
+        raise util.UserError(f'{name} is no file')
     digest = util.hash_file(path)
     if digest != sha256.lower():
         raise util.UserError(f'{name} has the SHA-256 {digest} instead of {sha256.lower()}; it is another file, or damaged')
@@ -51,27 +51,27 @@ def download(url: str, hint: str = 'download it elsewhere and give the path of t
     one file: one fetches it. Raises UserError, ending in `hint`, if it cannot be fetched.
     """
     if sha256 and re.fullmatch('[0-9a-fA-F]{64}', sha256) is None:
-        raise util.UserError(f'--sha256={sha256[:80]} is not 64 hexadecimal digits')
+        raise util.UserError('is not 64 hexadecimal digits', field='sha256', value=sha256[:80])
     path = cache_path(url) if is_url(url) else url
-    if is_url(url) and not os.path.isfile(path):
-        try:
-            os.makedirs(cache_folder(), exist_ok=True)
-            with _locked(path + '.part') as part:
-                if os.path.isfile(path):  # another process has just fetched it
-                    return path
+    if path == url or os.path.isfile(path):
+        if sha256:
+            check_sha256(path, sha256, url if path == url else f'{url} (in the cache: {path})')
+        return path
+    try:
+        os.makedirs(cache_folder(), exist_ok=True)
+        with _locked(path + '.part') as part:
+            if not os.path.isfile(path):  # else another process has just fetched it
                 _fetch(url, part)
                 if sha256:
-                    _accept(part, sha256, url)
+                    _check_part(part, sha256, url)
                 os.replace(part.name, path)
                 _remove(part.name + '.json')
-        except (requests.RequestException, OSError) as error:
-            raise util.UserError(f'{url} cannot be downloaded ({_reason(error)}); {hint}') from None
-    elif sha256:
-        check_sha256(path, sha256, url if path == url else f'{url} (in the cache: {path})')
+    except (requests.RequestException, OSError) as error:
+        raise util.UserError(f'{url} cannot be downloaded ({_reason(error)}); {hint}') from None
     return path
 
 
-def _accept(part, sha256, url):
+def _check_part(part, sha256, url):
     try:
         check_sha256(part.name, sha256, url)
     except util.UserError:

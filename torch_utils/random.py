@@ -6,6 +6,7 @@ Both classes draw `[N, ...]` arrays whose row i depends on its own seed alone, a
 
 import contextlib
 import contextvars
+import functools
 
 import torch
 
@@ -15,36 +16,52 @@ def tuple_seed(*values: int) -> int:
     return hash(tuple(values)) % (1 << 31)
 
 
-class _Stack:
-    """Rows of several generators, drawn in whole blocks of `self.block` rows and cut to [first, first + count)."""
+class GlobalRandom:
+    """Random numbers of torch's global generator: what the reference implementations use."""
 
-    def _draw(self, function, size, dim, device, **kwargs):
+    def __init__(self, device='cpu'):
+        self.device = torch.device(device)
+
+    def _draw(self, function, size, dim, device):
+        """function(size, generator=..., device=...), whose axis `dim` is the batch."""
+        return function(list(size), generator=None, device=device or self.device)
+
+    def randn(self, size, dim=0, device=None, dtype=torch.float32):
+        """Standard normal numbers of shape `size`; `size[dim]` is the batch."""
+        return self._draw(functools.partial(torch.randn, dtype=dtype), size, dim, device)
+
+    def rand(self, size, dim=0, device=None, dtype=torch.float32):
+        """Uniform numbers in [0, 1)."""
+        return self._draw(functools.partial(torch.rand, dtype=dtype), size, dim, device)
+
+    def randint(self, high, size, dim=0, device=None):
+        """Whole numbers in 0..high-1 (int64)."""
+        return self._draw(functools.partial(torch.randint, high), size, dim, device)
+
+    def randn_like(self, x):
+        return self.randn(x.shape, device=x.device, dtype=x.dtype)
+
+
+class _Stack(GlobalRandom):
+    """Rows of several generators, drawn in whole blocks of `block` rows and cut to [first, first + count)."""
+
+    def __init__(self, device, seeds, block: int, first: int, count: int, generator_device='cpu'):
+        super().__init__(device)
+        self.generators = [torch.Generator(generator_device).manual_seed(seed) for seed in seeds]
+        self.block = block
+        self.first = first
+        self.count = count
+
+    def _draw(self, function, size, dim, device):
         size = list(size)
         if size[dim] != self.count:
             raise ValueError(f'drawing {size} along axis {dim} for a batch of {self.count}')
         size[dim] = self.block
-        rows = [function(size, generator=g, device=g.device, **kwargs) for g in self.generators]
+        rows = [function(size, generator=generator, device=generator.device) for generator in self.generators]
         out = torch.cat(rows, dim=dim) if len(rows) > 1 else rows[0]
         if out.shape[dim] != self.count:
             out = out.narrow(dim, self.first, self.count)
-        return out.to(device) if device is not None else out
-
-    def randn(self, size, dim=0, device=None, dtype=torch.float32):
-        """Standard normal numbers of shape `size`; `size[dim]` is the batch."""
-        return self._draw(torch.randn, size, dim, device or self.device, dtype=dtype)
-
-    def rand(self, size, dim=0, device=None, dtype=torch.float32):
-        """Uniform numbers in [0, 1)."""
-        return self._draw(torch.rand, size, dim, device or self.device, dtype=dtype)
-
-    def randint(self, high, size, dim=0, device=None):
-        """Whole numbers in 0..high-1 (int64)."""
-        def function(shape, generator, device):
-            return torch.randint(high, shape, generator=generator, device=device)
-        return self._draw(function, size, dim, device or self.device)
-
-    def randn_like(self, x):
-        return self.randn(x.shape, device=x.device, dtype=x.dtype)
+        return out.to(device or self.device)
 
 
 class StackedRandomGenerator(_Stack):
@@ -54,9 +71,8 @@ class StackedRandomGenerator(_Stack):
     """
 
     def __init__(self, device, seeds):
-        self.device = torch.device(device)
-        self.generators = [torch.Generator('cpu').manual_seed(int(seed) % (1 << 32)) for seed in seeds]
-        self.block, self.first, self.count = 1, 0, len(self.generators)
+        seeds = [int(seed) % (1 << 32) for seed in seeds]
+        super().__init__(device, seeds, block=1, first=0, count=len(seeds))
 
 
 class BlockRandomGenerator(_Stack):
@@ -68,30 +84,9 @@ class BlockRandomGenerator(_Stack):
     """
 
     def __init__(self, device, seed: int, start: int, count: int, block: int = 32):
-        self.device = torch.device(device)
-        first, last = start // block, (start + count - 1) // block
-        self.generators = [
-            torch.Generator(self.device).manual_seed(tuple_seed(seed, index)) for index in range(first, last + 1)]
-        self.block, self.first, self.count = block, start - first * block, count
-
-
-class GlobalRandom:
-    """The same methods over torch's global generator: what the reference implementations use."""
-
-    def __init__(self, device='cpu'):
-        self.device = torch.device(device)
-
-    def randn(self, size, dim=0, device=None, dtype=torch.float32):
-        return torch.randn(list(size), device=device or self.device, dtype=dtype)
-
-    def rand(self, size, dim=0, device=None, dtype=torch.float32):
-        return torch.rand(list(size), device=device or self.device, dtype=dtype)
-
-    def randint(self, high, size, dim=0, device=None):
-        return torch.randint(high, list(size), device=device or self.device)
-
-    def randn_like(self, x):
-        return self.randn(x.shape, device=x.device, dtype=x.dtype)
+        blocks = range(start // block, (start + count - 1) // block + 1)
+        seeds = [tuple_seed(seed, index) for index in blocks]
+        super().__init__(device, seeds, block, start - blocks[0] * block, count, generator_device=device)
 
 
 _network_random = contextvars.ContextVar('network_random', default=None)

@@ -19,7 +19,7 @@ from dnnlib.util import atomic_path
 from torch_utils.files import persistence, torchfile
 from torch_utils.files.identify import Found, identify
 from torch_utils.files.own import SNAPSHOT_FORMAT, read_own
-from torch_utils.files.pickles import ForeignPickleError
+from torch_utils.files.pickles import ForeignPickleError, errors_of
 from training import encoders
 from training.diffusion.samplers import family_sampler
 from training.networks import check_arguments, rebuild_network
@@ -141,7 +141,7 @@ def restore(state: dict, path: str, device='cpu') -> Snapshot:
 def restore_foreign(found: Found, device='cpu') -> Snapshot:
     """The network of a pickle of EDM or EDM2, built with this project's classes; the file's source is never run."""
     path, ema, encoder = found.path, found.content['ema'], found.content.get('encoder')
-    try:
+    with errors_of(path):
         net = rebuild_network(ema.class_name, ema.kwargs, found.state, path)
         config = {'name': 'rgb'}
         kind = encoder.class_name if isinstance(encoder, persistence.Persistent) else None
@@ -149,9 +149,7 @@ def restore_foreign(found: Found, device='cpu') -> Snapshot:
             config = {'name': 'sd-vae'} | {key: encoder.kwargs[key] for key in _VAE_SETTINGS if key in encoder.kwargs}
             check_arguments(config)
         elif encoder is not None and kind != 'StandardRGBEncoder':
-            raise ValueError(f'unknown encoder {kind}')
-    except (ForeignPickleError, ValueError) as error:
-        raise UserError(f'{path}: {error}') from None
+            raise ForeignPickleError(f'unknown encoder {kind}')
     trained_on = found.content.get('dataset_kwargs')
     name = trained_on.get('path') if isinstance(trained_on, dict) else None
     name = os.path.basename(name[:1000]).removesuffix('.zip') if isinstance(name, str) else ''
@@ -165,10 +163,8 @@ def restore_weights(found: Found, options: dict | None = None, device='cpu') -> 
     first two become denoisers (training.networks.discrete). What was assumed is in `recipe['assumed']`.
     """
     path = found.path
-    try:
+    with errors_of(path):
         made = infer(found.state, options)
-    except ForeignPickleError as error:
-        raise UserError(f'{path}: {error}') from None
     name, kwargs, state = made.class_name, made.kwargs, found.state
     if made.diffusion is not None:
         kwargs = dict(network=dict(class_name=name, **kwargs), diffusion=made.diffusion, clip=True,

@@ -26,15 +26,6 @@ class Persistent:
         return pickles.check_plain(plain(self.state.get('_init_kwargs') or {}), 'its list of arguments')
 
 
-class _Module(pickles.StandIn):
-    """Stand-in for a plain torch module: its attributes."""
-
-    state = None
-
-    def set_state(self, state):
-        self.state = state
-
-
 def _reconstruct(meta):
     if not isinstance(meta, dict) or meta.get('type') != 'class' or not isinstance(meta.get('state'), dict):
         raise pickles.ForeignPickleError('it holds a malformed persistent object')
@@ -51,7 +42,7 @@ def plain(value):
 _ALLOWED = pickles.NUMPY_ARRAYS | torchfile.TENSORS | {
     ('torch_utils.persistence', '_reconstruct_persistent_obj'): _reconstruct,
     ('dnnlib.util', 'EasyDict'): lambda: {},
-} | {('torch.nn.modules.container', name): _Module for name in ('ModuleDict', 'ModuleList', 'Sequential')}
+} | {('torch.nn.modules.container', name): pickles.StandIn for name in ('ModuleDict', 'ModuleList', 'Sequential')}
 
 
 class _Unpickler(pickles.RestrictedUnpickler):

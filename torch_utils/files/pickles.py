@@ -43,10 +43,10 @@ def errors_of(path: str, prefix: str = ''):
 
 
 class StandIn:
-    """Base of what takes the place of a pickled object; `set_state` gets its attributes."""
+    """What takes the place of a pickled object: `state` is what was pickled of it."""
 
-    def set_state(self, state):
-        raise ForeignPickleError('it holds a malformed object')
+    def __init__(self, *_):
+        self.state = None
 
 
 class _Global:
@@ -269,7 +269,7 @@ class RestrictedUnpickler:
     def op_BUILD(self, _):
         state, target = self._stack.pop(), self._stack[-1]
         if isinstance(target, StandIn):
-            target.set_state(state)
+            target.state = state
         elif isinstance(target, _Global):
             raise ForeignPickleError(f'it tries to change {target.name}')
         elif type(target) is not dict:  # attributes of a dictionary, such as the versions in a state dict, say nothing
@@ -321,14 +321,13 @@ def check_plain(value, what: str, max_size: int = 1_000_000, max_depth: int = 16
     size, pending = 0, [(value, 0)]
     while pending:
         item, depth = pending.pop()
+        if not isinstance(item, str | int | float | bool | list | tuple | dict | None):
+            raise ForeignPickleError(f'{what} holds a {type(item).__name__} instead of plain values')
+        children = item if isinstance(item, list | tuple) else ()
         if isinstance(item, dict):
-            if not all(isinstance(key, str | int | float | bool | None) for key in item):
+            if not all(type(key) in _KEYS for key in item):
                 raise ForeignPickleError(f'{what} has strange keys')
-            children = [*item.values(), *(key for key in item if isinstance(key, str))]
-        else:
-            children = item if isinstance(item, list | tuple) else ()
-            if not isinstance(item, str | int | float | bool | list | tuple | None):
-                raise ForeignPickleError(f'{what} holds a {type(item).__name__} instead of plain values')
+            children = [*item, *item.values()]
         size += 1 + (len(item) // 16 if isinstance(item, str) else len(children))
         if size > max_size or depth > max_depth or (isinstance(item, int) and item.bit_length() > 64):
             raise ForeignPickleError(f'{what} is too large or too deeply nested')
@@ -340,12 +339,7 @@ def check_plain(value, what: str, max_size: int = 1_000_000, max_depth: int = 16
 
 
 class NumpyArray(StandIn):
-    """Stand-in for numpy.ndarray: keeps the pickled state, and makes the array when asked."""
-
-    state = None
-
-    def set_state(self, state):
-        self.state = state
+    """Stand-in for numpy.ndarray, which makes the array when asked."""
 
     def array(self) -> np.ndarray:
         """The array, a view of the file's bytes. Raises ForeignPickleError unless it holds plain numbers."""
@@ -361,34 +355,31 @@ class NumpyArray(StandIn):
             raise ForeignPickleError(f'it holds a malformed array ({error})') from None
 
 
+_NUMBERS = {'b1', 'u1', 'u2', 'u4', 'u8', 'i1', 'i2', 'i4', 'i8', 'f2', 'f4', 'f8'}
+
+
 class NumpyDtype(StandIn):
     """Stand-in for numpy.dtype of plain numbers."""
 
     def __init__(self, code, *_):
-        self.code, self.order = code, '|'
-
-    def set_state(self, state):
-        self.order = _as_text(state[1])
+        super().__init__()
+        self.code = _as_text(code)
 
     def numpy(self) -> np.dtype:
-        code = _as_text(self.code)
-        if len(code) != 2 or code[0] not in 'buif' or code[1] not in '1248' or code in ('f1', 'b2', 'b4', 'b8'):
-            raise ValueError(f'type {code[:20]!r}')
-        return np.dtype((self.order if self.order in ('<', '>') else '=') + code)
+        if self.code not in _NUMBERS:
+            raise ValueError(f'type {self.code[:20]!r}')
+        order = _as_text(self.state[1]) if self.state else '|'
+        return np.dtype((order if order in ('<', '>') else '=') + self.code)
 
 
 def _as_text(value) -> str:
     return value.decode('latin1') if isinstance(value, bytes) else str(value)
 
 
-def _new_array(*_):
-    return NumpyArray()
-
-
 def _from_buffer(data, dtype, shape, order):
     """Stand-in for the function that makes arrays in pickles of protocol 5."""
     array = NumpyArray()
-    array.set_state((1, shape, dtype, order == 'F', data))
+    array.state = (1, shape, dtype, order == 'F', data)
     return array
 
 
@@ -416,5 +407,5 @@ NUMPY_ARRAYS = {
     ('numpy', 'dtype'): NumpyDtype,
     ('_codecs', 'encode'): encode,
 } | {(module, name): function for module in ('numpy.core', 'numpy._core') for module, name, function in (
-    (f'{module}.multiarray', '_reconstruct', _new_array), (f'{module}.multiarray', 'scalar', scalar),
+    (f'{module}.multiarray', '_reconstruct', NumpyArray), (f'{module}.multiarray', 'scalar', scalar),
     (f'{module}.numeric', '_frombuffer', _from_buffer))}

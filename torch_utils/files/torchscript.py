@@ -7,15 +7,6 @@ from torch_utils.files import pickles, torchfile
 MAX_MODULES = 100_000
 
 
-class _Record(pickles.StandIn):
-    """Stand-in for every module and object of the archive's program: its attributes, nothing else."""
-
-    attributes = {}
-
-    def set_state(self, state):
-        self.attributes = state if isinstance(state, dict) else {}
-
-
 _ALLOWED = torchfile.TENSORS | {
     ('torch.jit._pickle', f'build_{kind}list'): lambda values: values for kind in ('int', 'double', 'bool', 'tensor')
 } | {('torch.jit._pickle', 'restore_type_tag'): lambda value, _: value}
@@ -23,7 +14,7 @@ _ALLOWED = torchfile.TENSORS | {
 
 class _Unpickler(torchfile.StorageUnpickler):
     def find_class(self, module, name):
-        return _Record if module.partition('.')[0] == '__torch__' else super().find_class(module, name)
+        return pickles.StandIn if module.partition('.')[0] == '__torch__' else super().find_class(module, name)
 
 
 def read_tensors(records: torchfile.ZipRecords) -> dict[str, torch.Tensor]:
@@ -38,8 +29,8 @@ def _walk(record, prefix, count):
     count[0] += 1
     if count[0] > MAX_MODULES:
         raise pickles.ForeignPickleError('its modules are nested without end')
-    if isinstance(record, _Record):
-        for name, value in record.attributes.items():
+    if isinstance(record, pickles.StandIn) and isinstance(record.state, dict):
+        for name, value in record.state.items():
             if isinstance(value, torch.Tensor):
                 yield prefix + name, value
             else:

@@ -173,9 +173,8 @@ def check_skip_connections(skip_connections, count: int) -> list[bool]:
     if skip_connections is None:
         return [True] * count
     if len(skip_connections) != count or any(value not in (0, 1) for value in skip_connections):
-        raise UserError(
-            f'--skip-connections: needs {count} entries of 0 or 1 for this network '
-            f'((num_blocks + 1) x number of resolutions), got {list(skip_connections)}')
+        raise UserError(f'needs {count} entries of 0 or 1 for this network ((num_blocks + 1) x number of resolutions), '
+                        f'got {list(skip_connections)}', field='skip_connections')
     return [bool(value) for value in skip_connections]
 
 
