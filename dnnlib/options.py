@@ -140,6 +140,9 @@ image_class = click.option('--class', 'class_', metavar='CLASS',
 
 # --- Training -------------------------------------------------------------------------------------
 
+batch_gpu = nimg('--batch-gpu', None, 'Images of one forward pass  [default: all of a process]')
+
+
 def training(outdir_help: str, *options):
     """Decorator: options of a command that trains; MACHINE says which of them go into its recipe."""
     return together(
@@ -147,7 +150,7 @@ def training(outdir_help: str, *options):
         click.option('--data', metavar='ZIP|DIR', required=True,
                      help='Data set made by dataset_tool.py'),
         *options,
-        nimg('--batch-gpu', None, 'Images of one forward pass  [default: all of a process]'),
+        batch_gpu,
         number('--ls', 1, 'Loss scaling against underflow of float16 gradients'),
         boolean('--bench', True, 'Let cuDNN choose the fastest convolutions'),
         click.option('--wandb', metavar='PROJECT', help='Log to Weights & Biases too, if installed'),
