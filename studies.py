@@ -250,7 +250,8 @@ def save_figure(figure, stem: str) -> list[str]:
             with util.atomic_path(path) as temp:
                 figure.savefig(temp, format=kind, metadata=metadata)
         except OSError as error:
-            raise UserError(f'cannot write {path} ({error.strerror})') from None
+            raise UserError(f'cannot write {path} ({error.strerror}); make its folder writable, or '
+                            'copy the results to one of your own') from None
         paths.append(path)
     plt.close(figure)
     return paths

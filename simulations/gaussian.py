@@ -1,9 +1,9 @@
-"""Conditional Gaussian estimation from K sources (arXiv 2502.14583): the estimators, their error and the bounds.
+"""Conditional Gaussian estimation from K sources (arXiv 2502.14583): estimators, errors and bounds.
 
-Source k of 1..K is a Gaussian in D dimensions with unit covariance. Its mean is k in the first D - D_sim dimensions
-and 0 in the last D_sim = int(sim * D), which all sources share. Sources are equally likely. From n labelled samples
-every mean is estimated twice: from the samples of its source alone ("single"), and with the shared dimensions pooled
-over all samples ("multi").
+Source k of 1..K is a Gaussian in D dimensions with unit covariance. Its mean is k in the first
+D - D_sim dimensions and 0 in the last D_sim = int(sim * D), which all sources share. Sources are
+equally likely. From n labelled samples every mean is estimated twice: from the samples of its
+source alone ("single"), and with the shared dimensions pooled over all samples ("multi").
 """
 
 import concurrent.futures
@@ -17,13 +17,13 @@ import tqdm
 
 from dnnlib.util import core_count
 
-SIMULATIONS_PER_WORKER = 10_000  # as many as are worth the two seconds in which a process imports torch
-BATCH_NUMBERS = 200_000  # random numbers in one batch of seeds: they stay in the cache of a core
+SIMULATIONS_PER_WORKER = 10_000  # they are worth the two seconds in which a process imports torch
+BATCH_NUMBERS = 200_000          # random numbers of a batch of seeds: they stay in a core's cache
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One experiment: K sources in D dimensions, the share `sim` of them common to all, n training samples."""
+    """One experiment: K sources in D dimensions, the share `sim` of them common to all, n samples."""
 
     K: int
     D: int
@@ -36,7 +36,8 @@ class Setting:
         return int(self.sim * self.D)
 
     def bounds(self) -> tuple[float, float]:
-        """Bounds on the total variation error: sqrt(K D / n) and sqrt(((K-1)(D - D_sim) + D) / n)."""
+        """Bounds on the total variation error, single and multi: sqrt(K D / n) and
+        sqrt(((K-1)(D - D_sim) + D) / n)."""
         single = math.sqrt(self.K * self.D / self.n)
         multi = math.sqrt(((self.K - 1) * (self.D - self.shared) + self.D) / self.n)
         return single, multi
@@ -49,14 +50,17 @@ class Setting:
 
 
 def draw(means: torch.Tensor, count: int, streams: list[torch.Generator]):
-    """Draws `count` samples of the mixture from each of S streams: points [S, count, D] float32, labels [S, count].
+    """Draws `count` samples of the mixture from each of S streams: points [S, count, D] float32,
+    labels [S, count].
 
-    Labels are in 0..K-1. The order of the draws in each stream is the paper's: all labels, then one block of normal
-    numbers for each source that has any samples.
+    Labels are in 0..K-1. The order of the draws in each stream is the paper's: all labels, then a
+    block of normal numbers for each source that has any samples.
     """
     K, D = means.shape
     weights = torch.full((K,), 1 / K)
-    labels = torch.stack([torch.multinomial(weights, count, replacement=True, generator=g) for g in streams])
+    labels = torch.stack([
+        torch.multinomial(weights, count, replacement=True, generator=stream)
+        for stream in streams])
     sources, order = labels.sort(stable=True)
     points = torch.empty(len(streams), count, D)
     for rows, sizes, generator in zip(points, sizes_of(labels, K), streams, strict=True):
@@ -68,7 +72,8 @@ def draw(means: torch.Tensor, count: int, streams: list[torch.Generator]):
 
 def sizes_of(labels: torch.Tensor, K: int) -> list[list[int]]:
     """Number of samples from each of the K sources, for each row of labels [S, N]."""
-    return torch.zeros(len(labels), K, dtype=torch.int64).scatter_add_(1, labels, torch.ones_like(labels)).tolist()
+    counts = torch.zeros(len(labels), K, dtype=torch.int64)
+    return counts.scatter_add_(1, labels, torch.ones_like(labels)).tolist()
 
 
 def estimate(points: torch.Tensor, labels: torch.Tensor, K: int, shared: int) -> torch.Tensor:
@@ -77,19 +82,22 @@ def estimate(points: torch.Tensor, labels: torch.Tensor, K: int, shared: int) ->
     The mean of a source that has no sample does not exist: its row is NaN.
     """
     blocks = points.gather(1, labels.argsort(stable=True)[..., None].expand_as(points))
-    single = torch.stack([block.mean(0) for rows, sizes in zip(blocks, sizes_of(labels, K), strict=True)
-                          for block in rows.split(sizes)]).view(len(points), K, -1)
+    single = torch.stack([
+        block.mean(0) for rows, sizes in zip(blocks, sizes_of(labels, K), strict=True)
+        for block in rows.split(sizes)]).view(len(points), K, -1)
     multi = single.clone()
     if shared > 0:
         multi[..., -shared:] = points.mean(1, keepdim=True)[..., -shared:]
     return torch.stack([single, multi])
 
 
-def total_variation(estimates: torch.Tensor, means: torch.Tensor, points: torch.Tensor, labels: torch.Tensor):
-    """Empirical total variation error, 0.5 * mean |p_hat/p - 1| over the test points x of p, for each estimate: [2, S].
+def total_variation(estimates: torch.Tensor, means: torch.Tensor, points: torch.Tensor,
+                    labels: torch.Tensor):
+    """Empirical total variation error, 0.5 * mean |p_hat/p - 1| over the test points x of p, for
+    each estimate: [2, S].
 
-    `estimates` is [2, S, K, D], `means` [K, D], `points` [S, N, D] with `labels` [S, N]. The densities are the closed
-    form exp(-|x - m|^2 / 2 - (D/2) ln(2 pi)) in float32, all points at once.
+    `estimates` is [2, S, K, D], `means` [K, D], `points` [S, N, D] with `labels` [S, N]. The
+    densities are the closed form exp(-|x - m|^2 / 2 - (D/2) ln(2 pi)) in float32.
     """
     D = points.shape[-1]
 
@@ -97,19 +105,22 @@ def total_variation(estimates: torch.Tensor, means: torch.Tensor, points: torch.
         return -(points - m).square().sum(-1) / 2 - D / 2 * math.log(2 * math.pi)
 
     index = labels[..., None].expand_as(points).expand(len(estimates), *points.shape)
-    log_hat, log_true = log_density(estimates.gather(2, index)), log_density(means[labels])
-    hat, true = log_hat.exp(), log_true.exp()
-    # From about 60 dimensions on densities underflow in float32, where the ratio still exists as a difference of logs.
+    log_hat = log_density(estimates.gather(2, index))
+    log_true = log_density(means[labels])
+    hat = log_hat.exp()
+    true = log_true.exp()
+    # From about 60 dimensions on densities underflow in float32, where the ratio still exists as a
+    # difference of logs.
     normal = torch.minimum(hat, true) > torch.finfo(true.dtype).tiny
     change = torch.where(normal, hat / true - 1, torch.expm1(log_hat - log_true))
     return change.abs().mean(-1) / 2
 
 
-def simulate(setting: Setting, seeds: list[int], test_points: int = 500) -> list[tuple[float, float]]:
+def simulate(setting: Setting, seeds: list[int], test_points=500) -> list[tuple[float, float]]:
     """Total variation error of the single- and of the multi-source estimate, for each seed.
 
-    NaN if one of the sources has no sample in the training set. The random numbers of a seed are torch's CPU stream
-    of that seed, whatever the other seeds are.
+    NaN if one of the sources has no sample in the training set. The random numbers of a seed are
+    torch's CPU stream of that seed, whatever the other seeds are.
     """
     streams = [torch.Generator().manual_seed(seed) for seed in seeds]
     means = setting.means()
@@ -119,8 +130,10 @@ def simulate(setting: Setting, seeds: list[int], test_points: int = 500) -> list
     return [tuple(pair) for pair in errors.T.tolist()]
 
 
-def simulate_many(settings: list[Setting], seeds: list[int], test_points: int = 500, workers: int | None = None):
-    """`simulate` for every setting, settings first, as one list of errors; with a progress bar if it takes long.
+def simulate_many(settings: list[Setting], seeds: list[int], test_points: int = 500,
+                  workers: int | None = None):
+    """`simulate` for every setting, settings first, as one list of errors; with a progress bar if
+    it takes long.
 
     By default large jobs are spread over the cores. The numbers do not depend on `workers`.
     """
