@@ -22,8 +22,20 @@ from training.generate import open_generator
 
 METRIC_LIST = cli.Parsed('list', compute.parse_metrics)
 DEFAULT = 'fid,fd_dinov2'
-POSITIVE = click.IntRange(min=1)
-SEED = click.IntRange(min=0)
+
+
+def number(names: str, text: str, smallest: int = 1, **settings):
+    """An option that is a whole number."""
+    settings = {'type': click.IntRange(min=smallest)} | settings
+    return click.option(*names.split(), metavar='INT', help=text, **settings)
+
+
+def num(text: str):
+    return number('--num --num-images', text, type=cli.COUNT)
+
+
+def workers(text: str):
+    return number('--workers', text, default=2)
 
 
 @click.group(cls=cli.Group)
@@ -34,21 +46,22 @@ def main():
     python calculate_metrics.py ref --data=datasets/img256.zip --dest=dataset-refs/img256.pkl
     python calculate_metrics.py calc --images=out --ref=dataset-refs/img256.pkl
     python calculate_metrics.py gen --net=NET.pkl --ref=dataset-refs/img256.pkl --seeds=0-49999
-    python calculate_metrics.py memorization --net=NET.pkl --data=datasets/cifar10/cifar10-16x16-2000.zip
+    python calculate_metrics.py memorization --net=NET.pkl --data=datasets/cifar10-2000.zip
 
     \b
     Metrics (--metrics=LIST):
-      fid fd_dinov2 fd_pixels   Frechet distance of features: Inception, DINOv2, the pixels of small images
+      fid fd_dinov2 fd_pixels   Frechet distance of features: Inception, DINOv2, the pixels of
+                                small images
       sfid                      the same for Inception's spatial features
       is                        Inception Score (needs no reference)
       precision recall          of k-nearest-neighbour manifolds in Inception features;
                                 with _dinov2 or _pixels appended, in those features
-      recognition               share of small images recognised as their class by a classifier trained on the
-                                reference images
+      recognition               share of small images recognised as their class by a classifier
+                                trained on the reference images
 
-    Inception and DINOv2 are downloaded on first use, or read from --inception and --dinov2; pixel metrics need neither.
-    All commands run under torchrun as well, with the same results. Some versions of torchrun take --num for an option of
-    their own: write --num-images there.
+    Inception and DINOv2 are downloaded on first use, or read from --inception and --dinov2; pixel
+    metrics need neither. All commands run under torchrun as well, with the same results. Some
+    versions of torchrun take --num for an option of their own: write --num-images there.
     """
 
 
@@ -68,10 +81,9 @@ reading = options.group(
     'reading',
     click.option('--class', 'class_name', metavar='CLASS',
                  help='Only images of this class: original index, name or wnid'),
-    click.option('--seed', metavar='INT', type=SEED, default=0, help='Which images --num takes'),
+    number('--seed', 'Which images --num takes', smallest=0, default=0),
     options.batch(64),
-    click.option('--workers', metavar='INT', type=POSITIVE, default=2,
-                 help='Threads that read ahead'),
+    workers('Threads that read ahead'),
 )
 # Options of commands that compare with a reference.
 comparison = options.group(
@@ -120,17 +132,17 @@ def make_detectors(metrics, inception, dinov2, reference=None):
 @click.option('--data', metavar='ZIP|DIR|NPZ', required=True, help='Reference images')
 @click.option('--dest', metavar='FILE', required=True, help='Statistics to write: .pkl or .npz')
 @detection
-@click.option('--num', '--num-images', metavar='INT', type=cli.COUNT,
-              help='Use a random subset of this size  [default: all]')
-@click.option('--features', metavar='INT', type=cli.COUNT, default=10000,
-              help='Keep the features of at most this many images, if the metrics need features')
+@num('Use a random subset of this size  [default: all]')
+@number('--features', 'Keep the features of at most this many images, if the metrics need them',
+        type=cli.COUNT, default=10000)
 @reading
 def ref(data, dest, detection, num, features, reading):
     """Make reference statistics of a data set, for the metrics that are to use them.
 
     \b
     python calculate_metrics.py ref --data=datasets/img256.zip --dest=dataset-refs/img256.pkl
-    python calculate_metrics.py ref --data=datasets/digits.zip --dest=digits.pkl --metrics=fd_pixels,precision_pixels
+    python calculate_metrics.py ref --data=datasets/digits.zip --dest=digits.pkl \\
+        --metrics=fd_pixels,precision_pixels
     """
     dist.init()
     check_destination(dest)
@@ -159,8 +171,7 @@ def ref(data, dest, detection, num, features, reading):
 @click.option('--images', metavar='ZIP|DIR|NPZ', required=True, help='Images to measure')
 @detection
 @comparison
-@click.option('--num', '--num-images', metavar='INT', type=cli.COUNT,
-              help='Images to use, a random subset  [default: 50000]')
+@num('Images to use, a random subset  [default: 50000]')
 @reading
 def calc(images, detection, comparison, num, reading):
     """Measure images in files.
@@ -169,7 +180,8 @@ def calc(images, detection, comparison, num, reading):
     python calculate_metrics.py calc --images=out --ref=dataset-refs/img256.pkl
     python calculate_metrics.py calc --images=samples.npz --ref=VIRTUAL_imagenet256_labeled.npz \\
         --metrics=fid,sfid,is,precision,recall --dest=results.json
-    python calculate_metrics.py calc --images=out --class=171 --ref=heldout.zip --ref-class=171 --metrics=fd_pixels
+    python calculate_metrics.py calc --images=out --class=171 --ref=heldout.zip --ref-class=171 \\
+        --metrics=fd_pixels
     """
     dist.init()
     class_name = reading.pop('class_name')
@@ -191,18 +203,18 @@ def calc(images, detection, comparison, num, reading):
 @detection
 @comparison
 @options.seeds('0-49999')
-@click.option('--num', '--num-images', metavar='INT', type=cli.COUNT,
-              help='Only the first ones of --seeds')
-@click.option('--workers', metavar='INT', type=POSITIVE, default=2,
-              help='Threads that read reference images')
+@num('Only the first ones of --seeds')
+@workers('Threads that read reference images')
 def gen(network, class_, sampler, seeds, num, batch, workers, detection, comparison):
     """Generate images and measure them, without writing them to files.
 
     The images are those of generate_images.py with the same options.
 
     \b
-    torchrun --standalone --nproc_per_node=8 calculate_metrics.py gen --net=NET.pkl --ref=dataset-refs/img256.pkl
-    python calculate_metrics.py gen --net=NET.pkl --seeds=0-999 --ref=datasets/digits.zip --metrics=fd_pixels
+    torchrun --standalone --nproc_per_node=8 calculate_metrics.py gen --net=NET.pkl \\
+        --ref=dataset-refs/img256.pkl
+    python calculate_metrics.py gen --net=NET.pkl --seeds=0-999 --ref=datasets/digits.zip \\
+        --metrics=fd_pixels
     """
     dist.init()
     seeds = first_seeds(seeds, num)
@@ -225,27 +237,26 @@ def gen(network, class_, sampler, seeds, num, batch, workers, detection, compari
 @options.batch(32)
 @options.sampling
 @options.seeds('0-9999')
-@click.option('--num', '--num-images', metavar='INT', type=cli.COUNT,
-              help='Only the first ones of --seeds; of --images a random subset')
-@click.option('--seed', metavar='INT', type=SEED, default=0, help='Which of --images --num takes')
+@num('Only the first ones of --seeds; of --images a random subset')
+@number('--seed', 'Which of --images --num takes', smallest=0, default=0)
 @click.option('--dest', metavar='JSON',
               help='Write ratio, distances and indices of the nearest training images')
 @click.option('--grid', metavar='PNG',
               help='Write a picture of the most memorized images above their training images')
-@click.option('--workers', metavar='INT', type=POSITIVE, default=2,
-              help='Threads that read --images')
+@workers('Threads that read --images')
 def memorization(network, class_, sampler, images, data, xflip, seeds, num, seed, dest, grid,
                  batch, workers):
     """Measure how many images are copies of training images.
 
-    Memorized is what is less than a third as far from its nearest training image as from the second nearest
-    (L2 distance of pixels 0..255; arXiv 2310.02664).
+    Memorized is what is less than a third as far from its nearest training image as from the
+    second nearest (L2 distance of pixels 0..255; arXiv 2310.02664).
 
     \b
-    python calculate_metrics.py memorization --net=NET.pkl --data=datasets/cifar10/cifar10-16x16-2000.zip \\
+    python calculate_metrics.py memorization --net=NET.pkl --data=datasets/cifar10-2000.zip \\
         --dest=memorization.json --grid=memorization.png
     python calculate_metrics.py memorization --images=out --data=datasets/digits.zip
-    python calculate_metrics.py memorization --net=optimal:datasets/digits.zip --data=datasets/digits.zip --num=500
+    python calculate_metrics.py memorization --net=optimal:datasets/digits.zip \\
+        --data=datasets/digits.zip --num=500
     """
     dist.init()
     if (images is None) == (network['net'] is None and network['preset'] is None):
