@@ -88,6 +88,9 @@ class Mixture(_Parts):
                          [len(real), len(generated)], [real.images, generated.images])
         self.real = real
 
+    def description(self) -> dict:
+        return self.real.description() | {'size': len(self)}
+
 
 class MixtureOrder:
     """The order of training on a mixture: position g is generated if floor((g + 1) f) > floor(g

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dnnlib.npz import npy_header
 from dnnlib.util import atomic_path
 
-ALIGNMENT = 32 << 10    # of the images: systems copy faster between equal places in their pages
+ALIGNMENT = 32 << 10    # where images begin: systems copy faster between equal places in pages
 PADDING_FIELD = 0xD935  # of a zip's header, as others pad too
 
 
@@ -32,7 +32,7 @@ def write_npz(dest: str, image_shape: Sequence[int], counts: Sequence[int], appe
     image.header_offset = 0
     image.file_size = image.compress_size = len(header) + math.prod(shape)
     image.CRC = zlib.crc32(header)
-    padding = -(len(image.FileHeader(zip64=True)) + 4) % ALIGNMENT
+    padding = ALIGNMENT - len(image.FileHeader(zip64=True)) - 4
     image.extra = struct.pack('<HH', PADDING_FIELD, padding) + bytes(padding)
     # Not synchronised, as with cp: the files that it was made of are still there if the power
     # fails.
@@ -40,11 +40,12 @@ def write_npz(dest: str, image_shape: Sequence[int], counts: Sequence[int], appe
           zipfile.ZipFile(file, 'w') as z):
         if hasattr(os, 'posix_fallocate'):  # a full disk is noticed now; copying is faster
             os.posix_fallocate(file.fileno(), 0, image.file_size)
-        file.write(image.FileHeader(zip64=True) + header)
+        file.seek(ALIGNMENT)
+        file.write(header)
         image.CRC = append(file, image.CRC)
         z.start_dir = file.tell()
         file.seek(0)
-        file.write(image.FileHeader(zip64=True))  # now with the checksum
+        file.write(image.FileHeader(zip64=True))
         image.extra = b''
         z.filelist.append(image)
         z.NameToInfo[image.filename] = image

@@ -121,8 +121,7 @@ def recipe_of(config: dict, data) -> recipe.Recipe:
                                          'step_size', 'attack_steps', 'precision')}
     return recipe.Recipe(
         batch=config['batch'], total_nimg=config['duration'], seed=config['seed'],
-        dataset=getattr(data, 'real', data).description() | {'size': len(data)},
-        order={'name': 'mixture', 'share': config['share']},
+        dataset=data.description(), order={'name': 'mixture', 'share': config['share']},
         network=dict(class_name='WideResNet', name=config['model'], num_classes=data.label_dim,
                      normalize_input=config['normalize']),
         loss={'name': 'classification', **loss},
