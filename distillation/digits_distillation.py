@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 import studies
-from distillation import common
+from distillation import configs, runs
 from dnnlib import UserError, cli, util
 from metrics.recognition import Recognizer
 from training.data.images import open_images
@@ -160,7 +160,7 @@ def run_stage(study: Study, arguments: list, dest: str):
     os.makedirs(os.path.dirname(log), exist_ok=True)
     start = time.monotonic()
     environment = os.environ | ENVIRONMENT
-    environment.pop(common.OUTDIR_VARIABLE, None)
+    environment.pop(configs.OUTDIR_VARIABLE, None)
     with open(log, 'a') as file, subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, env=environment,
             start_new_session=True) as process:
@@ -218,7 +218,7 @@ def measure(study: Study) -> list[dict]:
     rows = []
     for name, (origin, rho, config) in study.origins.items():
         samples, classes = all_images(study.samples_of(name))
-        network = common.build(common.read_network(str(config)))
+        network = runs.build(configs.read_network(str(config)))
         weights = os.path.relpath(study.weights(name), study.outdir)
         rows.append({
             'model': name, 'learned from': origin, 'rho': rho,

@@ -101,13 +101,12 @@ class Preparation:
     the teacher and taken up again from `state_dict`, with the same result.
     """
 
-    def __init__(self, teacher: Teacher, size: int, image_shape, rng: ProcessRandom,
-                 teacher_batch: int):
+    def __init__(self, teacher: Teacher, size: int, rng: ProcessRandom, teacher_batch: int):
         self.teacher = teacher
         self.rng = rng
         self.batch = teacher_batch
         self.num_steps = teacher.diffusion.num_steps
-        noise = rng.randn([size, *image_shape]).cpu()
+        noise = rng.randn([size, *teacher.image_shape]).cpu()
         levels = torch.full([size], self.num_steps, dtype=torch.int64)
         self.cache = Cache(noise, levels, rng.classes(size, teacher.num_classes))
         self.targets = torch.tensor(rng.python.choices(range(1, self.num_steps), k=size))
@@ -181,8 +180,6 @@ class Source:
     def __init__(self, teacher: Teacher, cache: Cache, batch: int, rng: ProcessRandom, prob=1.0):
         if len(cache) < batch:
             raise UserError(f'a cache of {len(cache)} images cannot give batches of {batch}')
-        if not 0 < prob <= 1:
-            raise UserError(f'prob: {prob} is not a probability above 0')
         self.teacher = teacher
         self.cache = cache
         self.batch = batch
@@ -272,9 +269,9 @@ class IterativeSource(Source):
     next one starts.
     """
 
-    def __init__(self, teacher, image_shape, batch, rng, prob=1.0):
+    def __init__(self, teacher, batch, rng, prob=1.0):
         finished = torch.zeros([batch], dtype=torch.int64)
-        x = torch.zeros([batch, *image_shape], device=rng.device)
+        x = torch.zeros([batch, *teacher.image_shape], device=rng.device)
         cache = Cache(x, finished, finished.clone() if teacher.num_classes else None)
         super().__init__(teacher, cache, batch, rng, prob)
 

@@ -25,6 +25,9 @@ def _option_of(ctx, field: str | None) -> str | None:
 
 
 class _OneLineErrors:
+    # Whether fields that are no options go by their own names: those of a configuration.
+    names_fields = False
+
     def __init__(self, *args, **kwargs):
         settings = dict(show_default=True, max_content_width=110, help_option_names=['-h', '--help'])
         kwargs['context_settings'] = settings | (kwargs.get('context_settings') or {})
@@ -35,7 +38,8 @@ class _OneLineErrors:
             return super().invoke(ctx)
         except util.UserError as error:
             where = f'[rank {_rank()}] ' if _rank() else ''
-            line = error.line(_option_of(ctx, error.field))
+            option = _option_of(ctx, error.field) or (error.field if self.names_fields else None)
+            line = error.line(option)
             print(f'{where}Error: {line}', file=sys.stderr, flush=True)
             # Not sys.exit: the other ranks may be waiting in a collective that would never end.
             ctx.exit(1)

@@ -37,7 +37,8 @@ from training.snapshot import load_snapshot
 class _GoldenTeacher:
     """eps = tanh(x) (0.5 + t/T) + 0.1 c[:3]; variance channels 0.5 tanh(x reversed) - t/T + 0.1 c[3:]."""
 
-    def __init__(self, num_steps, clip):
+    def __init__(self, num_steps, clip, image_shape):
+        self.image_shape = image_shape
         self.diffusion = GaussianDiffusion('cosine', num_steps)
         self.num_steps, self.num_classes, self.clip = num_steps, 0, clip
         self.c = 0.1 * torch.from_numpy(fill.array('m6.tscale', [6])).reshape(1, 6, 1, 1)
@@ -52,7 +53,7 @@ class _GoldenTeacher:
 
 def _golden(case):
     arguments = case.json['arguments']
-    teacher = _GoldenTeacher(arguments['T'], arguments['clip_denoised'])
+    teacher = _GoldenTeacher(arguments['T'], arguments['clip_denoised'], arguments['image'])
     assert cache_size(arguments['rho'], arguments['T'], arguments['batch']) == arguments['cache_size']
     return arguments, teacher
 
@@ -61,7 +62,7 @@ def _golden(case):
 def test_preparation(case):
     arguments, teacher = _golden(case)
     seed = int(case.json['seeds']['prepare'].split('(')[1].split(')')[0])
-    run = Preparation(teacher, arguments['cache_size'], arguments['image'], ProcessRandom(seed), arguments['teacher_batch'])
+    run = Preparation(teacher, arguments['cache_size'], ProcessRandom(seed), arguments['teacher_batch'])
     np.testing.assert_array_equal(run.targets, case.arrays['prepare.t_end'])
     cache = run.run()
     assert run.remaining == 0
@@ -74,7 +75,7 @@ def _golden_source(case, variant):
     draws = ProcessRandom(int(case.json['seeds']['each variant'].split('(')[1].split(')')[0]))
     cls = SOURCES[f'{variant}_distillation' if variant == 'iterative' else f'{variant}_iterative_distillation']
     if cls is IterativeSource:
-        return cls(teacher, arguments['image'], arguments['batch'], draws, arguments['prob'])
+        return cls(teacher, arguments['batch'], draws, arguments['prob'])
     cache = Cache(case.tensor('prepare.total_x').clone(), case.tensor('prepare.total_t').clone())
     return cls(teacher, cache, arguments['batch'], draws, arguments['prob'])
 
@@ -120,7 +121,7 @@ def _teacher(T=10, dropout=0.0, clip=True, num_classes=0):
 
 
 def _prepared(teacher, size=12, seed=0):
-    return Preparation(teacher, size, [3, 4, 4], ProcessRandom(seed), teacher_batch=5).run()
+    return Preparation(teacher, size, ProcessRandom(seed), teacher_batch=5).run()
 
 
 def test_sizes_of_the_paper():
@@ -162,7 +163,7 @@ def test_shuffled_advances_the_first_images_of_the_cache():
 
 def test_processes_work_equally_long():
     teacher = _teacher()
-    runs = [Preparation(teacher, 12, [3, 4, 4], ProcessRandom(seed), 5) for seed in range(3)]
+    runs = [Preparation(teacher, 12, ProcessRandom(seed), 5) for seed in range(3)]
     before = [run.targets.clone() for run in runs]
     least = min(run.remaining for run in runs)
     for run, targets in zip(runs, before, strict=True):
@@ -178,7 +179,7 @@ def test_resumes_exactly(kind, num_classes, tmp_path):
 
     def source(seed):
         if kind == 'iterative':
-            return IterativeSource(teacher, [3, 4, 4], 4, ProcessRandom(seed), 0.7)
+            return IterativeSource(teacher, 4, ProcessRandom(seed), 0.7)
         cls = DynamicSource if kind == 'dynamic' else ShuffledSource
         return cls(teacher, _prepared(teacher, seed=seed), 4, ProcessRandom(seed), 0.7)
 
@@ -219,7 +220,7 @@ def test_every_image_has_a_class_that_teacher_and_student_see():
     assert drawn == set(range(5))
     loss, _ = objective(student, batch | {'random': ProcessRandom(0)})
     assert loss.abs().max() < 1e-5 and torch.equal(seen[0], batch['labels'])
-    iterative = IterativeSource(teacher, [3, 4, 4], 4, ProcessRandom(0))
+    iterative = IterativeSource(teacher, 4, ProcessRandom(0))
     chains = [[next(iterative)['labels'] for _ in range(10)] for _ in range(2)]
     assert all(torch.equal(labels, chain[0]) for chain in chains for labels in chain)
     assert not torch.equal(chains[0][0], chains[1][0])
@@ -228,11 +229,11 @@ def test_every_image_has_a_class_that_teacher_and_student_see():
 def test_preparation_resumes_exactly(tmp_path):
     teacher = _teacher()
     whole = _prepared(teacher)
-    run = Preparation(teacher, 12, [3, 4, 4], ProcessRandom(0), 5)
+    run = Preparation(teacher, 12, ProcessRandom(0), 5)
     for _ in range(6):
         run.advance()
     torch.save(run.state_dict(), tmp_path / 'state.pt')
-    other = Preparation(teacher, 12, [3, 4, 4], ProcessRandom(9), 5)
+    other = Preparation(teacher, 12, ProcessRandom(9), 5)
     other.load_state_dict(torch.load(tmp_path / 'state.pt', weights_only=True))
     cache = other.run()
     assert torch.equal(cache.x, whole.x) and torch.equal(cache.levels, whole.levels)

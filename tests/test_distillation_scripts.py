@@ -18,7 +18,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 
-from distillation import common, distill, fitting
+from distillation import configs, runs
 from distillation.cache import CacheFile
 from distillation.dkdm import SOURCES, Preparation
 from distillation.sample_shards import SampleShards
@@ -90,84 +90,85 @@ def test_golden_configurations(case, kind, name):
     found = yaml.safe_load((helpers.ROOT / 'distillation' / file).read_text())
     assert found == case.json[kind][name]
     if kind == 'experiments':
-        section = common.read_network(str(helpers.ROOT / 'distillation' / file))
+        section = configs.read_network(str(helpers.ROOT / 'distillation' / file))
         published = dict(case.json[kind][name].get('student', case.json[kind][name]))
         for key in ('model', 'diffusion'):
             values = yaml.safe_load((helpers.ROOT / 'distillation' / published.pop(key)).read_text())
             assert dataclasses.asdict(getattr(section, key)).items() >= values.items()
-        assert fitting.plain(section).items() >= published.items()
+        assert dataclasses.asdict(section).items() >= published.items()
 
 
 def test_the_ablations_differ_in_what_their_names_say():
-    base = common.read_experiment(str(YAML / 'cifar10_32/exp/CIFAR10-57M-Dynamic-0.4.yaml'))
+    base = configs.read_experiment(str(YAML / 'cifar10_32/exp/CIFAR10-57M-Dynamic-0.4.yaml'))
     folder = YAML / 'cifar10_32' / 'exp' / 'ablation'
     for rho in (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.4):
-        found = common.read_experiment(str(folder / 'dynamic-iterative-distillation' / f'CIFAR10-57M-Dynamic-{rho}.yaml'))
-        assert found['student'] == base['student']
-        assert dataclasses.replace(base['teacher'], BATCH=rho, tempfile=f'experiments/cache/CIFAR10-Dynamic-{rho}.cache') \
-            == found['teacher']
+        found = configs.read_experiment(str(folder / 'dynamic-iterative-distillation' / f'CIFAR10-57M-Dynamic-{rho}.yaml'))
+        assert found.student == base.student
+        assert dataclasses.replace(base.teacher, BATCH=rho, tempfile=f'experiments/cache/CIFAR10-Dynamic-{rho}.cache') \
+            == found.teacher
     for kind, name in (('iterative', 'CIFAR10-57M-Iterative'), ('shuffled-iterative', 'CIFAR10-57M-Shuffled')):
-        found = common.read_experiment(str(folder / f'{kind}-distillation' / f'{name}.yaml'))
-        assert found['student'] == base['student']
-        assert found['teacher'].iter_choice == f'{kind.replace("shuffled-", "shffled_")}_distillation'
+        found = configs.read_experiment(str(folder / f'{kind}-distillation' / f'{name}.yaml'))
+        assert found.student == base.student
+        assert found.teacher.iter_choice == f'{kind.replace("shuffled-", "shffled_")}_distillation'
     for name in ('celeba_64/exp/CelebA64-57M', 'imagenet_32/exp/ImageNet32-14M', *(
             f'cifar10_32/exp/CIFAR10-{size}M' for size in (57, 44, 32, 24, 14))):
-        assert common.read_network(str(YAML / f'{name}-Baseline.yaml')) == common.read_network(
+        assert configs.read_network(str(YAML / f'{name}-Baseline.yaml')) == configs.read_network(
             str(YAML / f'{name}-Dynamic-0.4.yaml'))
 
 
 @pytest.mark.parametrize('path', sorted((YAML / 'arch').glob('*.yaml')), ids=lambda path: path.stem)
 def test_parameter_counts_are_those_of_the_names(path):
-    section = common.read_network(str(BASELINE), [f'model={path}'])
+    section = configs.read_network(str(BASELINE), [f'model={path}'])
     with torch.device('meta'):
-        net = build_network(**common.network_arguments(section))
+        net = build_network(**section.arguments()['network'])
     millions = sum(p.numel() for p in net.parameters()) / 1e6
     assert int(millions) == int(path.stem.split('M')[0])
 
 
 def test_every_value_can_be_overridden_and_reaches_network_and_diffusion():
-    section = common.read_network(str(EXPERIMENT), [
+    section = configs.read_network(str(EXPERIMENT), [
         'student.model=yaml/arch/24M-CNN.yaml', 'student.model.channel_mult=1,2', 'student.diffusion.learn_sigma=false',
         'student.diffusion.predict_xstart=true', 'student.diffusion.rescale_timesteps=true', 'student.lr=2e-3',
         'student.diffusion.noise_schedule=linear', 'student.diffusion.timestep_respacing=25', 'student.ema_rate=0.5'])
-    network, diffusion = common.network_arguments(section), common.diffusion_arguments(section.diffusion)
+    network, diffusion = section.arguments()['network'], section.diffusion.arguments()
     assert (network['num_channels'], network['channel_mult'], network['learn_sigma'], section.lr) == (96, '1,2', False, 2e-3)
     assert diffusion == dict(schedule='linear', steps=1000, respacing='25', variance='fixed_large', loss='mse',
                              predict='start', rescale_timesteps=True)
-    assert common.ema_rates(section.ema_rate) == [0.5]
-    celeba = common.read_network(str(YAML / 'celeba_64' / 'teacher.yaml'), ['use_fp16=false'])
-    assert common.diffusion_arguments(celeba.diffusion)['loss'] == 'rescaled_mse'
-    assert common.network_arguments(celeba)['precision'] == 'fp32'
-    assert common.network_arguments(common.read_network(str(TEACHER)))['precision'] == 'fp16'
-    assert common.network_arguments(common.read_network(str(TEACHER), ['model.use_fp16=false']))['precision'] == 'fp32'
-    kl = common.read_network(str(TEACHER), ['diffusion.use_kl=true'])
-    assert common.diffusion_arguments(kl.diffusion)['loss'] == 'rescaled_kl'
+    assert configs.ema_rates(section.ema_rate) == [0.5]
+    celeba = configs.read_network(str(YAML / 'celeba_64' / 'teacher.yaml'), ['use_fp16=false'])
+    assert celeba.diffusion.arguments()['loss'] == 'rescaled_mse'
+    assert celeba.arguments()['network']['precision'] == 'fp32'
+    for overrides, precision in (([], 'fp16'), (['model.use_fp16=false'], 'fp32')):
+        network = configs.read_network(str(TEACHER), overrides).arguments()['network']
+        assert network['precision'] == precision
+    kl = configs.read_network(str(TEACHER), ['diffusion.use_kl=true'])
+    assert kl.diffusion.arguments()['loss'] == 'rescaled_kl'
 
 
 BAD_CONFIGS = {
     'no key student.learning_rate': ['student.learning_rate=1'],
     'no key student.model.width': ['student.model.width=3'],
-    'no key lr; keys of an experiment begin with': ['lr=1'],
-    'no key teacher.foo.bar': ['teacher.foo.bar=1'],
+    'no key lr; there are teacher, student': ['lr=1'],
+    'no key teacher.foo': ['teacher.foo.bar=1'],
     "student.lr: Value 'fast'": ['student.lr=fast'],
     'student.model: there is no file none.yaml': ['student.model=none.yaml'],
     "overrides are written key=value": ['student.lr'],
     'schedule_sampler': ['student.schedule_sampler=loss-second-moment'],
-    'clip_last: only false': ['student.diffusion.clip_last=true'],
-    'ema_rate': ['student.ema_rate=1.5'],
-    'student.batch_size: 0': ['student.batch_size=0'],
-    'student.microbatch': ['student.microbatch=0'],
-    'student.save_interval: 0': ['student.save_interval=0'],
-    'student.total_steps: -1': ['student.total_steps=-1'],
-    'iter_choice': ['teacher.iter_choice=random'],
-    'rho = 0': ['teacher.BATCH=0'],
+    'student.diffusion.clip_last=True must be false': ['student.diffusion.clip_last=true'],
+    'student.ema_rate=1.5': ['student.ema_rate=1.5'],
+    'student.batch_size=0 must be at least 1': ['student.batch_size=0'],
+    'student.microbatch=0': ['student.microbatch=0'],
+    'student.save_interval=0': ['student.save_interval=0'],
+    'student.total_steps=-1': ['student.total_steps=-1'],
+    'teacher.iter_choice=random': ['teacher.iter_choice=random'],
+    'teacher.BATCH=0.0': ['teacher.BATCH=0'],
     'noise_schedule': ['teacher.diffusion.noise_schedule=wavy'],
-    'prob: 0': ['teacher.prob=0'],
+    'teacher.prob=0.0': ['teacher.prob=0'],
     "student.model.image_size: 16 differs from the teacher's 8": ['student.model.image_size=16'],
     "student.model.class_cond: True differs from the teacher's False": ['student.model.class_cond=true'],
     'no pure KL loss': ['student.diffusion.use_kl=true'],
-    'teacher.model_path: there is no file none.pt': ['teacher.model_path=none.pt'],
-    'model_path: there is no file none.pt': ['student.model_path=none.pt'],
+    'none.pt: no such file': ['teacher.model_path=none.pt'],
+    'other.pt: no such file': ['student.model_path=other.pt'],
     'resume_checkpoint: there is no file': ['student.resume_checkpoint=model000002.pt'],
     'there is no such cache; make it with dynamic_prepare.py': ['teacher.tempfile=none.cache'],
     'tempfile is missing': ['teacher.tempfile='],
@@ -194,7 +195,7 @@ def test_bad_files_are_named(tmp_path):
     (tmp_path / 'a.yaml').write_text('teacher: [')
     assert 'a.yaml is not YAML' in helpers.fails(PREPARE, '--config', tmp_path / 'a.yaml')
     assert '--config: there is no file none.yaml' in helpers.fails(PREPARE, '--config', 'none.yaml')
-    assert 'an experiment has the sections teacher and student' in helpers.fails(PREPARE, '--config', TEACHER)
+    assert 'there are teacher, student' in helpers.fails(PREPARE, '--config', TEACHER)
 
 
 def test_a_foreign_teacher_is_told_by_its_keys(world, tmp_path):
@@ -222,7 +223,7 @@ def test_the_cache_has_mixed_levels_and_says_how_it_was_made(world):
     levels = file.piece('levels', 0, len(file))
     assert levels.min() >= 1 and levels.max() <= 9 and len(set(levels)) > 3
     assert file.description.items() >= {'rho': 0.4, 'batch_size': 8, 'processes': 1, 'seed': 0}.items()
-    assert file.description['teacher'] == common.fingerprint(world.teacher)
+    assert file.description['teacher'] == runs.fingerprint(world.teacher)
 
 
 def test_a_finished_cache_is_never_overwritten(world):
@@ -456,7 +457,7 @@ def test_processes_of_mpiexec_share_the_samples(world, tmp_path):
 def test_bad_samplings_end_in_one_line(world, tmp_path):
     base = ['--config', TEACHER, '--dest', tmp_path / 'x.npz', *TINY]
     model = ['--model_path', world.teacher]
-    assert '--model_path: there is no file none.pt' in helpers.fails(SAMPLE, *base, '--model_path=none.pt')
+    assert 'none.pt: no such file' in helpers.fails(SAMPLE, *base, '--model_path=none.pt')
     assert 'timestep_respacing' in helpers.fails(SAMPLE, *base, *model, '--timestep_respacing=11')
     assert 'must end in .npz' in helpers.fails(SAMPLE, *base, *model, '--dest', tmp_path / 'x.zip')
     assert 'does not fit the network' in helpers.fails(SAMPLE, *base, *model, 'model.num_res_blocks=2')
@@ -494,7 +495,7 @@ def test_classes_go_through_training_and_sampling(world, tmp_path):
          '--dest', tmp_path / 'x.npz', '--timestep_respacing=3', *TINY, *classes)
     made = NpzImages(str(tmp_path / 'x.npz'))
     assert made.label_ids.shape == (6,) and made.label_ids.min() >= 0 and made.label_ids.max() < 10
-    assert 'has 10 classes, but the network 1000' in helpers.fails(
+    assert 'has 10 classes, but the network has 1000' in helpers.fails(
         TRAIN, '--data_dir', world.data, '--config', BASELINE, '--outdir', tmp_path / 'y', *TINY, 'model.class_cond=true')
 
 
@@ -618,7 +619,7 @@ def test_the_loop_skips_steps_that_overflow(tmp_path):
 
 
 def test_students_start_from_their_seed():
-    section = common.read_network(str(BASELINE), TINY)
-    a, b, c = (fitting.new_network(section, seed, 'cpu').state_dict() for seed in (1, 1, 2))
+    section = configs.read_network(str(BASELINE), TINY)
+    a, b, c = (runs.new_network(section, seed).state_dict() for seed in (1, 1, 2))
     assert same(a, b) and not same(a, c)
-    assert distill.draws(1, 0, 'cpu').seed != distill.draws(1, 1, 'cpu').seed
+    assert runs.process_random(1, 0, 'cpu').seed != runs.process_random(1, 1, 'cpu').seed

@@ -29,7 +29,8 @@ import studies
 from data_utils import digits_memorization as memorization
 from distillation import digits_distillation as distillation
 from distillation.cache import CacheFile
-from distillation.common import build, read_experiment, read_network
+from distillation.configs import read_experiment, read_network
+from distillation.runs import build
 from dnnlib import UserError
 from long_tail import digits_long_tail as long_tail
 from metrics.recognition import Recognizer
@@ -518,11 +519,11 @@ def test_the_configurations_agree():
     """The experiment's student is the baseline's, and its teacher the one that is trained."""
     experiment = read_experiment(str(distillation.DISTILLED))
     teacher = read_network(str(distillation.TEACHER))
-    assert experiment['student'] == read_network(str(distillation.BASELINE))
-    assert experiment['teacher'].model == teacher.model
-    assert experiment['teacher'].diffusion == teacher.diffusion
+    assert experiment.student == read_network(str(distillation.BASELINE))
+    assert experiment.teacher.model == teacher.model
+    assert experiment.teacher.diffusion == teacher.diffusion
     sizes = [sum(p.numel() for p in build(part).parameters())
-             for part in (teacher, experiment['student'])]
+             for part in (teacher, experiment.student)]
     assert sizes[0] > 2 * sizes[1]
 
 

@@ -12,10 +12,10 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from distillation import common, distill
+from distillation import configs, runs
 from distillation.cache import CacheFile, write_cache
 from distillation.dkdm import SOURCES, IterativeSource, Preparation
-from dnnlib import UserError, cli
+from dnnlib import UserError
 from dnnlib.util import require_same
 from torch_utils import distributed as dist
 from training.snapshot import read_state, write_state
@@ -23,25 +23,26 @@ from training.snapshot import read_state, write_state
 
 def resume(preparation: Preparation, path: str, description: dict):
     """Takes up the unfinished share of an earlier run, if there is one of the same settings."""
-    if not os.path.exists(path):
-        return
-    state = read_state(path)
-    if not isinstance(state, dict) or state.get('description') != description:
-        raise UserError(f'{path} is the unfinished cache of other settings; remove it to start anew')
-    preparation.load_state_dict(state['preparation'])
-    print(f'Going on with {path}', flush=True)
+    if os.path.exists(path):
+        state = read_state(path)
+        if not isinstance(state, dict) or state.get('description') != description:
+            raise UserError(f'{path} is the unfinished cache of other settings; '
+                            'remove it to start anew')
+        preparation.load_state_dict(state['preparation'])
+        print(f'Going on with {path}', flush=True)
 
 
-class Saver:
-    """Saves the state of a preparation every so many seconds."""
+def saver(path: str, description: dict, seconds: float):
+    """A function for `Preparation.run` that saves its state every so many seconds."""
+    last = time.monotonic()
 
-    def __init__(self, path: str, description: dict, seconds: float):
-        self.path, self.description, self.seconds, self.last = path, description, seconds, time.monotonic()
-
-    def __call__(self, preparation: Preparation):
-        if time.monotonic() - self.last >= self.seconds:
-            write_state(self.path, {'description': self.description, 'preparation': preparation.state_dict()})
-            self.last = time.monotonic()
+    def save(preparation: Preparation):
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            state = {'description': description, 'preparation': preparation.state_dict()}
+            write_state(path, state)
+            last = time.monotonic()
+    return save
 
 
 def merge(path: str, part: str, cache, description: dict):
@@ -61,58 +62,59 @@ def merge(path: str, part: str, cache, description: dict):
             os.remove(leftover)
 
 
-@click.command(cls=cli.Command, epilog="""\b
+@click.command(cls=configs.Command, epilog="""\b
 Examples:
   # The cache of the CIFAR-10 experiments: 51,200 images
   python scripts/dynamic_prepare.py --config yaml/cifar10_32/exp/CIFAR10-57M-Dynamic-0.4.yaml
 \b
   # For a distillation on four GPUs: four times as many
-  mpiexec -n 4 python scripts/dynamic_prepare.py --config yaml/cifar10_32/exp/CIFAR10-57M-Dynamic-0.4.yaml
+  mpiexec -n 4 python scripts/dynamic_prepare.py \\
+      --config yaml/cifar10_32/exp/CIFAR10-57M-Dynamic-0.4.yaml
 \b
   # Another rho, elsewhere
   python scripts/dynamic_prepare.py --config yaml/cifar10_32/exp/CIFAR10-57M-Dynamic-0.4.yaml \\
       teacher.BATCH=0.1 teacher.tempfile=experiments/cache/CIFAR10-mine.cache
 \b
-The same command goes on with a preparation that was stopped. Under several processes the cache has a share for each;
-image_kd.py then needs as many, on a common file system.
+The same command goes on with a preparation that was stopped. Under several processes the cache
+has a share for each; image_kd.py then needs as many, on a common file system.
 """)
-@common.config_option
-@common.seed_option
-@click.option('--save_every', metavar='SECONDS', type=click.FloatRange(0), default=600, help='Save unfinished work this often')
-@common.overrides_argument
+@click.option('--save_every', metavar='SECONDS', type=click.FloatRange(0), default=600,
+              help='Save unfinished work this often')
 def main(config, seed, save_every, overrides):
-    """Make the cache of a distillation (teacher.tempfile): every image is denoised down to a
-    random time step.
+    """Make the cache of a distillation (teacher.tempfile): images denoised down to random time
+    steps.
 
     Needs teacher.model_path; of the student, only batch_size counts. teacher.batch_size images go
     through the teacher at once. The file is in the safetensors format: x [M,C,H,W], levels [M],
     classes [M] if the teacher has them, and what it was made with.
     """
     dist.init()
-    experiment = common.read_experiment(config, overrides)
-    section = experiment['teacher']
-    if SOURCES.get(section.iter_choice) is IterativeSource:
-        raise UserError(f'teacher.iter_choice: {section.iter_choice} needs no cache; start image_kd.py')
-    if not section.tempfile:
+    experiment = configs.read_experiment(config, overrides)
+    section = experiment.teacher
+    dest = section.tempfile
+    if SOURCES[section.iter_choice] is IterativeSource:
+        raise UserError(f'teacher.iter_choice: {section.iter_choice} needs no cache; '
+                        'start image_kd.py')
+    if not dest:
         raise UserError('teacher.tempfile is missing; it names the cache to make')
-    teacher = distill.open_teacher(experiment, dist.get_device())
-    expected = distill.cache_description(experiment, teacher)
-    description = expected | {'processes': dist.get_world_size(), 'seed': seed}
-    if os.path.exists(section.tempfile):
-        require_same(section.tempfile, CacheFile(section.tempfile).description, description,
+    teacher = runs.open_teacher(section)
+    description = runs.cache_description(experiment, teacher)
+    size = description['images of a process']
+    description |= {'processes': dist.get_world_size(), 'seed': seed}
+    if os.path.exists(dest):
+        require_same(dest, CacheFile(dest).description, description,
                      'remove it, or choose another teacher.tempfile')
-        dist.print0(f'{section.tempfile} is there already')
+        dist.print0(f'{dest} is there already')
         return
-    common.describe('Teacher', teacher.net)
-    size, part = distill.share_size(experiment, teacher), distill.part_path(section.tempfile)
-    dist.print0(f'Cache: {size} images for each of {dist.get_world_size()} process(es), rho {section.BATCH}')
-    preparation = Preparation(teacher, size, distill.image_shape(teacher), distill.preparation_draws(seed, dist.get_device()),
-                              section.batch_size)
+    dist.print0(f'Cache: {size} images for each of {dist.get_world_size()} process(es), '
+                f'rho {section.BATCH}')
+    rng = runs.process_random(seed, runs.PREPARING, dist.get_device())
+    preparation = Preparation(teacher, size, rng, section.batch_size)
     preparation.equalize(min(dist.gather_objects(preparation.remaining)))
+    part = f'{os.path.abspath(dest)}.part-{dist.get_rank()}-of-{dist.get_world_size()}'
     resume(preparation, part, description)
-    cache = preparation.run(Saver(part, description, save_every))
-    merge(section.tempfile, part, cache, description)
-    dist.print0(f'Done: {section.tempfile}')
+    merge(dest, part, preparation.run(saver(part, description, save_every)), description)
+    dist.print0(f'Done: {dest}')
     dist.shutdown()
 
 

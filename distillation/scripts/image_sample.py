@@ -10,9 +10,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tqdm import tqdm
 
-from distillation import common
+from distillation import configs, runs
 from distillation.sample_shards import SampleShards
-from dnnlib import UserError, cli, options
+from dnnlib import UserError, options
 from torch_utils import distributed as dist
 from training.diffusion.samplers import choose_setting
 from training.encoders import make_encoder
@@ -21,9 +21,9 @@ from training.generate import generate_images
 
 def default_dest(config: str, model_path: str, num_samples: int, net, chain: str) -> str:
     """experiments/NAME/MODEL-CHAIN/samples_NxHxWxC.npz, or in $OPENAI_LOGDIR."""
-    folder = os.environ.get(common.OUTDIR_VARIABLE) or common.default_outdir(config)
+    folder = os.environ.get(configs.OUTDIR_VARIABLE) or configs.default_outdir(config)
     model = os.path.splitext(os.path.basename(model_path))[0]
-    shape = 'x'.join(map(str, (num_samples, net.img_resolution, net.img_resolution, net.img_channels)))
+    shape = f'{num_samples}x{net.img_resolution}x{net.img_resolution}x{net.img_channels}'
     return os.path.join(folder, f'{model}-{chain}', f'samples_{shape}.npz')
 
 
@@ -33,60 +33,73 @@ def sample(net, shards: SampleShards, seed: int, sampler: dict):
     encoder = make_encoder({'name': 'rgb'})
     for start, end in tqdm(missing, unit='batch', desc='Sampling', leave=False,
                            disable=True if dist.get_rank() != 0 else None):
-        seeds = range(seed * shards.count + start, seed * shards.count + end)
-        for made in generate_images(net, encoder, seeds, batch=end - start, split=False, sampler=sampler):
-            shards.save(start, made.images.permute(0, 2, 3, 1).cpu().numpy(), made.labels)
+        first = seed * shards.count
+        for batch in generate_images(net, encoder, range(first + start, first + end),
+                                     batch=end - start, split=False, sampler=sampler):
+            images = batch.images.permute(0, 2, 3, 1).cpu().numpy()
+            shards.save(start, images, batch.labels)
 
 
-@click.command(cls=cli.Command, epilog="""\b
+@click.command(cls=configs.Command, epilog="""\b
 Examples:
   # The synthetic data set of the CIFAR-10 teacher, on four GPUs
-  mpiexec -n 4 python scripts/image_sample.py --config yaml/cifar10_32/teacher.yaml --timestep_respacing 1000 \\
-      --model_path model/32x32_diffusion_cifar10.pt --batch_size 2500 --num_samples 50000 --use_ddim False
+  mpiexec -n 4 python scripts/image_sample.py --config yaml/cifar10_32/teacher.yaml \\
+      --model_path model/32x32_diffusion_cifar10.pt --timestep_respacing 1000 --batch_size 2500 \\
+      --num_samples 50000 --use_ddim False
 \b
   # A student, in 50 steps
-  python scripts/image_sample.py --config yaml/cifar10_32/exp/CIFAR10-14M-Dynamic-0.4.yaml --timestep_respacing 50 \\
-      --model_path experiments/CIFAR10-14M-Dynamic-0.4/ema_0.9999_500000.pt --num_samples 50000 --dest samples.npz
+  python scripts/image_sample.py --config yaml/cifar10_32/exp/CIFAR10-14M-Dynamic-0.4.yaml \\
+      --model_path experiments/CIFAR10-14M-Dynamic-0.4/ema_0.9999_500000.pt \\
+      --timestep_respacing 50 --num_samples 50000 --dest samples.npz
 \b
 The same command goes on where it was stopped, also with another number of processes.
 """)
-@common.config_option
-@click.option('--model_path', metavar='PT', required=True, help='Weights: a teacher, modelNNNNNN.pt or ema_RATE_NNNNNN.pt')
-@click.option('--batch_size', metavar='INT', type=click.IntRange(min=1), default=16, help='Images at a time in each process')
-@click.option('--num_samples', metavar='INT', type=click.IntRange(min=1), default=10000, help='Images in all')
-@click.option('--timestep_respacing', metavar='STR', help='Steps to take: 50, 10,15,20 or ddim50  [default: configuration]')
-@click.option('--use_ddim', metavar='BOOL', type=bool, help='DDIM instead of ancestral sampling  [default: configuration]')
-@click.option('--dest', metavar='NPZ', help='Where the samples go  [default: experiments/NAME/MODEL-CHAIN/samples_NxHxWxC.npz]')
+@click.option('--model_path', metavar='PT', required=True,
+              help='Weights: a teacher, modelNNNNNN.pt or ema_RATE_NNNNNN.pt')
+@click.option('--batch_size', metavar='INT', type=click.IntRange(min=1), default=16,
+              help='Images at a time in each process')
+@click.option('--num_samples', metavar='INT', type=click.IntRange(min=1), default=10000,
+              help='Images in all')
+@click.option('--timestep_respacing', metavar='STR',
+              help='Steps to take: 50, 10,15,20 or ddim50  [default: configuration]')
+@click.option('--use_ddim', metavar='BOOL', type=bool,
+              help='DDIM instead of ancestral sampling  [default: configuration]')
+@click.option('--dest', metavar='NPZ',
+              help='Where the samples go  '
+                   '[default: experiments/NAME/MODEL-CHAIN/samples_NxHxWxC.npz]')
 @options.sampling
-@common.seed_option
-@common.overrides_argument
-def main(config, model_path, batch_size, num_samples, timestep_respacing, use_ddim, sampler, dest, seed, overrides):
-    """Sample images: `arr_0` uint8 [N,H,W,C] in an .npz, with the classes as `arr_1` if the network has classes.
+def main(config, model_path, batch_size, num_samples, timestep_respacing, use_ddim, sampler, dest,
+         seed, overrides):
+    """Sample images: `arr_0` uint8 [N,H,W,C] in an .npz, with classes as `arr_1` if the network
+    has any.
 
-    --config is a teacher.yaml, a baseline or an experiment, of which the student is taken. Many processes share the work;
-    the images are those of one. A .json beside the .npz says how they were made.
+    --config is a teacher.yaml, a baseline or an experiment, of which the student is taken. Many
+    processes share the work; the images are those of one. A .json beside the .npz says how they
+    were made.
     """
     dist.init()
-    section = common.read_network(config, overrides)
-    net = common.load_model(common.build(section), model_path, '--model_path').eval().requires_grad_(False)
-    respacing = section.diffusion.timestep_respacing if timestep_respacing is None else timestep_respacing
-    ddim = section.diffusion.use_ddim if use_ddim is None else use_ddim
+    section = configs.read_network(config, overrides)
+    net = runs.load_model(section, model_path).eval().requires_grad_(False)
+    diffusion = section.diffusion
+    respacing = diffusion.timestep_respacing if timestep_respacing is None else timestep_respacing
+    ddim = diffusion.use_ddim if use_ddim is None else use_ddim
     steps = net.diffusion.respaced(respacing).num_steps        # fails early for what does not fit
-    own = dict(name='ddim' if ddim else 'ddpm', num_steps=respacing, clip=section.diffusion.clip_denoised)
+    own = dict(name='ddim' if ddim else 'ddpm', num_steps=respacing, clip=diffusion.clip_denoised)
     setting = choose_setting(own, sampler)
     chosen = {key: value for key, value in sampler.items() if value is not None}
     chain = '-'.join(map(str, chosen.values())) or f'{"ddim" if ddim else "ancestral"}{steps}'
     dest = dest or default_dest(config, model_path, num_samples, net, chain)
     if not dest.endswith('.npz'):
-        raise UserError(f'--dest={dest}: the name must end in .npz')
+        raise UserError('must end in .npz', 'dest', dest)
+    arguments = section.arguments()
+    arguments['network'].pop('dropout')
     settings = dict(
-        model=common.fingerprint(model_path), seed=seed, timestep_respacing=respacing, use_ddim=ddim,
-        network={key: value for key, value in common.network_arguments(section).items() if key != 'dropout'},
-        diffusion=common.diffusion_arguments(section.diffusion), clip_denoised=section.diffusion.clip_denoised)
-    settings |= {'sampler': chosen} if chosen else {}
+        model=runs.fingerprint(model_path), seed=seed, timestep_respacing=respacing, use_ddim=ddim,
+        network=arguments['network'], diffusion=arguments['diffusion'],
+        clip_denoised=diffusion.clip_denoised, **({'sampler': chosen} if chosen else {}))
     shards = SampleShards(dest, num_samples, batch_size, settings)
     if dist.broadcast_object(shards.open() if dist.get_rank() == 0 else None):
-        common.describe('Network', net)
+        runs.describe('Network', net)
         sample(net.to(dist.get_device()), shards, seed, setting)
         dist.barrier()
         if dist.get_rank() == 0:

@@ -21,46 +21,52 @@ def mixture(total: int, share: float, num_real: int, num_synthetic: int, seed: i
 
     All are chosen without replacement.
     """
-    real = round(total * share)
-    for name, count, available in (('real', real, num_real), ('synthetic', total - real, num_synthetic)):
+    counts = [round(total * share), total - round(total * share)]
+    for name, count, available in zip(('real', 'synthetic'), counts, (num_real, num_synthetic),
+                                      strict=True):
         if not 0 <= count <= available:
             raise UserError(f'a mixture of {total} with a share of {share} takes {count} of '
                             f'{available} {name} images')
     generator = np.random.RandomState(seed)
-    return (generator.choice(num_real, real, replace=False),
-            generator.choice(num_synthetic, total - real, replace=False))
+    return [generator.choice(available, count, replace=False)
+            for count, available in zip(counts, (num_real, num_synthetic), strict=True)]
 
 
 @click.command(cls=cli.Command, epilog="""\b
 Example:
   # As many images as the real set has, a tenth of them real
-  python scripts/mix_data.py --real datasets/cifar10.zip --synthetic experiments/samples/samples_50000x32x32x3.npz \\
-      --share 0.1 --dest datasets/mix-0.1
+  python scripts/mix_data.py --real datasets/cifar10.zip --share 0.1 --dest datasets/mix-0.1 \\
+      --synthetic experiments/samples/samples_50000x32x32x3.npz
 """)
 @click.option('--real', metavar='DIR|ZIP|NPZ', required=True, help='Real images')
 @click.option('--synthetic', metavar='DIR|ZIP|NPZ', required=True, help="The teacher's samples")
-@click.option('--share', metavar='FLOAT', type=click.FloatRange(0, 1), required=True, help='Share of real images')
-@click.option('--count', metavar='INT', type=click.IntRange(min=1), help='Images in all  [default: as many as --real has]')
-@click.option('--seed', metavar='INT', type=click.IntRange(0, 2**32 - 1), default=0, help='Seed of the choice')
-@click.option('--dest', metavar='DIR|ZIP', required=True, help='Folder or zip to write, for image_train.py')
+@click.option('--share', metavar='FLOAT', type=click.FloatRange(0, 1), required=True,
+              help='Share of real images')
+@click.option('--count', metavar='INT', type=click.IntRange(min=1),
+              help='Images in all  [default: as many as --real has]')
+@click.option('--seed', metavar='INT', type=click.IntRange(0, 2**32 - 1), default=0,
+              help='Seed of the choice')
+@click.option('--dest', metavar='DIR|ZIP', required=True,
+              help='Folder or zip to write, for image_train.py')
 def main(real, synthetic, share, count, seed, dest):
-    """Write round(count share) real images and as many synthetic ones as are left, all chosen without replacement.
+    """Write round(count share) real images and as many synthetic ones as are left.
 
-    The files are 000000.png, 000001.png, ..., real images first; dataset.json says where each comes from.
+    All are chosen without replacement. The files are 000000.png, 000001.png, ..., real images
+    first; dataset.json says where each comes from.
     """
     folders = [open_images(real), open_images(synthetic)]
-    shapes = [folder.images([0]).shape[1:] for folder in folders]
+    shapes = [list(folder.image_shape) for folder in folders]
     if shapes[0] != shapes[1]:
-        raise UserError(f'--real has images of {list(shapes[0])}, --synthetic of {list(shapes[1])}')
-    count = count or len(folders[0])
-    chosen = mixture(count, share, len(folders[0]), len(folders[1]), seed)
+        raise UserError(f'--real has images of {shapes[0]}, --synthetic of {shapes[1]}')
+    chosen = mixture(count or len(folders[0]), share, *map(len, folders), seed)
+    pairs = [(folder, index) for folder, indices in zip(folders, chosen, strict=True)
+             for index in indices]
     with ArchiveWriter(dest) as out:
-        number = 0
-        for folder, indices in zip(folders, chosen, strict=True):
-            for index in tqdm(indices, desc=folder.name, unit='img', leave=False, disable=None):
-                image = folder.images([index])[0]
-                out.add(f'{number:06d}.png', encode_png(image[0] if len(image) == 1 else image.transpose(1, 2, 0)))
-                number += 1
+        bar = tqdm(pairs, unit='img', leave=False, disable=None)
+        for number, (folder, index) in enumerate(bar):
+            image = folder.images([index])[0]
+            pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+            out.add(f'{number:06d}.png', encode_png(pixels))
         out.add_description({'labels': None, 'selection': {
             'rule': 'mixture', 'real': real, 'synthetic': synthetic, 'share': share, 'seed': seed,
             'real images': chosen[0].tolist(), 'synthetic images': chosen[1].tolist()}})

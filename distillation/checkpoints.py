@@ -11,7 +11,7 @@ from distillation.cache import Cache, CacheFile, write_cache
 from torch_utils import distributed as dist
 from training.checkpoint import GuidedCheckpoints
 
-_KEPT_CACHES = 2                                   # the newest; an older one is needed only if the newest is damaged
+_KEPT_CACHES = 2  # the newest; an older one is needed only if the newest is damaged
 
 
 class CacheCheckpoints(GuidedCheckpoints):
@@ -27,18 +27,19 @@ class CacheCheckpoints(GuidedCheckpoints):
         self.cache_interval = cache_interval
 
     def save_share(self, nimg, batches):
-        cache = batches.get('cache')
-        rest = {key: value for key, value in batches.items() if key != 'cache'}
+        rest = dict(batches)
+        cache = rest.pop('cache', None)
         step = self.number(nimg)
         if cache is None or (self.cache_interval > 0 and step % self.cache_interval):
             return rest
         rank = f'-{dist.get_rank()}' if dist.get_rank() else ''
         name = f'teacher-state-{step:06d}{rank}.cache'
-        write_cache(os.path.join(self.folder, name), [Cache(**cache)], {'step': step, 'rank': dist.get_rank()})
-        pattern = re.compile(rf'teacher-state-(\d{{6,}}){rank}\.cache')
-        caches = [match for match in map(pattern.fullmatch, os.listdir(self.folder)) if match]
-        for old in sorted(caches, key=lambda match: int(match[1]))[:-_KEPT_CACHES]:
-            os.remove(os.path.join(self.folder, old[0]))
+        description = {'step': step, 'rank': dist.get_rank()}
+        write_cache(os.path.join(self.folder, name), [Cache(**cache)], description)
+        pattern = re.compile(rf'teacher-state-\d{{6,}}{rank}\.cache')
+        names = filter(pattern.fullmatch, os.listdir(self.folder))
+        for old in sorted(names, key=lambda name: (len(name), name))[:-_KEPT_CACHES]:
+            os.remove(os.path.join(self.folder, old))
         return rest | {'cache': name}
 
     def read(self, path):
@@ -57,6 +58,4 @@ class CacheCheckpoints(GuidedCheckpoints):
 
     def load_share(self, path, batches):
         file = self._cache(path, batches)
-        if file is None:
-            return batches
-        return batches | {'cache': file.mapped()}
+        return batches if file is None else batches | {'cache': file.mapped()}

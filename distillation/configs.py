@@ -1,0 +1,298 @@
+"""Configurations of the distillation study: YAML files, what may be in them, and `key=value`
+overrides.
+
+A configuration is an experiment with the sections `teacher` and `student`, or a flat file with
+the keys of one network (baselines; teacher.yaml for sampling). `model` and `diffusion` name
+further files, found from the current folder or from distillation/. Overrides change any value:
+`student.lr=2e-4`, `student.model=yaml/arch/24M-CNN.yaml`, `student.model.dropout=0.1`.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import click
+import omegaconf
+import yaml
+from omegaconf import MISSING, OmegaConf
+
+from distillation.dkdm import SOURCES
+from dnnlib import UserError, cli
+
+FOLDER = Path(__file__).resolve().parent
+
+# --- What may be in a configuration --------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Architecture:
+    """A file of yaml/arch: the options of guided diffusion's U-Net."""
+
+    image_size: int = MISSING
+    num_channels: int = MISSING
+    num_res_blocks: int = MISSING
+    num_heads: int = 4
+    num_heads_upsample: int = -1
+    num_head_channels: int = -1
+    attention_resolutions: str = MISSING
+    channel_mult: str = ''
+    dropout: float = 0.0
+    class_cond: bool = False
+    use_checkpoint: bool = False
+    use_scale_shift_norm: bool = True
+    resblock_updown: bool = False
+    use_fp16: bool = False
+    use_new_attention_order: bool = False
+    img_channels: int = 3
+    num_classes: int = 1000
+
+
+@dataclasses.dataclass
+class Diffusion:
+    """A diffusion file: the process of T = `diffusion_steps` steps, and what networks predict of
+    it.
+    """
+
+    learn_sigma: bool = MISSING
+    diffusion_steps: int = MISSING
+    noise_schedule: str = MISSING
+    timestep_respacing: str = ''
+    use_ddim: bool = False
+    use_kl: bool = False
+    predict_xstart: bool = False
+    rescale_timesteps: bool = False
+    rescale_learned_sigmas: bool = False
+    clip_denoised: bool = True
+    clip_last: bool = False
+    clip_first: bool = False
+
+    def arguments(self) -> dict:
+        """Arguments of GaussianDiffusion."""
+        loss = 'mse'
+        if self.use_kl:
+            loss = 'rescaled_kl'
+        elif self.rescale_learned_sigmas:
+            loss = 'rescaled_mse'
+        return dict(
+            schedule=self.noise_schedule, steps=self.diffusion_steps,
+            respacing=self.timestep_respacing, loss=loss,
+            variance='learned_range' if self.learn_sigma else 'fixed_large',
+            predict='start' if self.predict_xstart else 'epsilon',
+            rescale_timesteps=self.rescale_timesteps)
+
+
+@dataclasses.dataclass
+class Network:
+    """What all sections have: a network, and where its weights are."""
+
+    model: Architecture = MISSING
+    diffusion: Diffusion = MISSING
+    model_path: str = ''
+    use_fp16: bool | None = None
+
+    def arguments(self) -> dict:
+        """Arguments of `build_network` for a DiscreteDenoiser with an ADMUNet.
+
+        It is in half precision if the section and its architecture both say so.
+        """
+        unet = dataclasses.asdict(self.model)
+        half = unet.pop('use_fp16') and self.use_fp16 is not False
+        unet |= dict(class_name='ADMUNet', learn_sigma=self.diffusion.learn_sigma,
+                     precision='fp16' if half else 'fp32')
+        return dict(class_name='DiscreteDenoiser', network=unet,
+                    diffusion=self.diffusion.arguments(), clip=self.diffusion.clip_denoised)
+
+
+@dataclasses.dataclass
+class Teacher(Network):
+    """What is distilled, and how its chains make the batches. `BATCH` is rho."""
+
+    model_path: str = MISSING
+    iter_choice: str = MISSING
+    BATCH: float = MISSING
+    tempfile: str = ''
+    batch_size: int = MISSING
+    prob: float = 1.0
+    input_perturb: float = 0.0
+
+
+@dataclasses.dataclass
+class Training(Network):
+    """A network and how it is trained. `batch_size` is that of one process."""
+
+    batch_size: int = 128
+    microbatch: int = -1
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    lr_anneal_steps: int = 0
+    total_steps: int = 0
+    ema_rate: str = '0.9999'
+    schedule_sampler: str = 'uniform'
+    fp16_scale_growth: float = 0.001
+    resume_checkpoint: str = ''
+    log_interval: int = 10
+    save_interval: int = 10000
+    cache_save_interval: int = -1
+    allow_changes: bool = False
+
+
+@dataclasses.dataclass
+class Experiment:
+    """A network and its teacher."""
+
+    teacher: Teacher = MISSING
+    student: Training = MISSING
+
+
+def ema_rates(text: str) -> list[float]:
+    """'0.99,0.9999' -> [0.99, 0.9999]. Raises ValueError for anything else than different rates
+    below 1.
+    """
+    rates = [float(part) for part in text.split(',')]
+    if not all(0 <= rate < 1 for rate in rates) or len(set(rates)) < len(rates):
+        raise ValueError(f'{text} are no different rates below 1')
+    return rates
+
+
+def _has_rates(text: str) -> bool:
+    try:
+        return bool(ema_rates(text))
+    except ValueError:
+        return False
+
+
+# What types alone do not tell: (keys, test of a value, what it must be).
+_RULES = [
+    ('clip_last clip_first', lambda value: not value, 'must be false, as all experiments have it'),
+    ('batch_size log_interval save_interval', lambda value: value >= 1, 'must be at least 1'),
+    ('lr_anneal_steps total_steps', lambda value: value >= 0, 'must be at least 0 (no end)'),
+    ('microbatch', lambda value: value == -1 or value > 0, 'must be -1 or a number of images'),
+    ('BATCH', lambda value: 0 < value <= 1, 'must be a fraction rho of the time steps, above 0'),
+    ('prob', lambda value: 0 < value <= 1, 'must be a probability above 0'),
+    ('schedule_sampler', lambda value: value == 'uniform', 'is not supported; write uniform'),
+    ('iter_choice', lambda value: value in SOURCES, f'is not one of {", ".join(SOURCES)}'),
+    ('ema_rate', _has_rates, 'must be different rates below 1, e.g. 0.99,0.9999'),
+]
+
+# --- Reading -------------------------------------------------------------------------------------
+
+_FILES = {'model': Architecture, 'diffusion': Diffusion}
+
+
+def _merge(where: str, *configs) -> omegaconf.DictConfig:
+    """Values of the later ones win. Raises UserError that names `where` and the key."""
+    try:
+        return OmegaConf.merge(*configs)
+    except omegaconf.errors.ConfigKeyError as error:
+        keys = ', '.join(error.parent_node)
+        raise UserError(f'{where}: there is no key {error.full_key}; there are {keys}') from None
+    except omegaconf.errors.OmegaConfBaseException as error:
+        raise UserError(f'{where}: {error.full_key}: {str(error).splitlines()[0]}') from None
+
+
+def _load(path: str, what: str) -> omegaconf.DictConfig:
+    """A YAML file, found from the current folder or from distillation/."""
+    places = [place for place in (Path(path), FOLDER / path) if place.is_file()]
+    if not places:
+        raise UserError(f'{what}: there is no file {path}')
+    try:
+        content = OmegaConf.load(places[0])
+    except (yaml.YAMLError, UnicodeDecodeError, omegaconf.errors.OmegaConfBaseException) as error:
+        raise UserError(f'{path} is not YAML ({" ".join(str(error).split())[:150]})') from None
+    if not isinstance(content, omegaconf.DictConfig):
+        raise UserError(f'{path} is not a configuration: it has no keys')
+    return content
+
+
+def _parse(override: str) -> omegaconf.DictConfig:
+    """The configuration with the one value that `a.b=c` sets; nothing after the = is an empty
+    text.
+    """
+    name, equals, value = override.partition('=')
+    if not equals or not all(part.isidentifier() for part in name.split('.')):
+        raise UserError(f'{override!r}: overrides are written key=value, e.g. student.lr=2e-4')
+    try:
+        return OmegaConf.from_dotlist([override if value else override + '""'])
+    except (yaml.YAMLError, omegaconf.errors.OmegaConfBaseException) as error:
+        raise UserError(f'{override!r}: {str(error).splitlines()[0]}') from None
+
+
+def _open_files(config, prefix: str = ''):
+    """Puts the content of files in place of their names."""
+    for key in [key for key in config if not OmegaConf.is_missing(config, key)]:
+        value = config[key]
+        if key in _FILES and isinstance(value, str):
+            content = _load(value, prefix + key)
+            config[key] = _merge(value, OmegaConf.structured(_FILES[key]), content)
+        elif isinstance(value, omegaconf.DictConfig):
+            _open_files(value, f'{prefix}{key}.')
+
+
+def _check(config, prefix: str = ''):
+    for key, value in config.items():
+        if isinstance(value, omegaconf.DictConfig):
+            _check(value, f'{prefix}{key}.')
+        for keys, test, words in _RULES:
+            if key in keys.split() and not test(value):
+                raise UserError(f'{prefix}{key}={value} {words}')
+
+
+def _read(schema, path: str, content, overrides):
+    parsed = {text: _parse(text) for text in overrides}
+    # Names of files come first, so that other overrides can change what is in them.
+    files = [text for text in parsed if text.partition('=')[0].split('.')[-1] in _FILES]
+    config = _merge(path, content, *(parsed[text] for text in files))
+    _open_files(config)
+    config = _merge(path, OmegaConf.structured(schema), config)
+    for text in parsed:
+        if text not in files:
+            config = _merge(text, config, parsed[text])
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise UserError(f'{path}: {missing[0]} is missing')
+    _check(config)
+    return OmegaConf.to_object(config)
+
+
+def read_experiment(path: str, overrides=()) -> Experiment:
+    """An experiment file. Raises UserError for what is wrong in it."""
+    return _read(Experiment, path, _load(path, '--config'), overrides)
+
+
+def read_network(path: str, overrides=()) -> Training:
+    """A flat file, or the student of an experiment (overrides then begin with `student.`)."""
+    content = _load(path, '--config')
+    if 'teacher' in content or 'student' in content:
+        return _read(Experiment, path, content, overrides).student
+    return _read(Training, path, content, overrides)
+
+
+# --- Command lines -------------------------------------------------------------------------------
+
+# What guided diffusion takes from the environment has the same name here.
+OUTDIR_VARIABLE = 'OPENAI_LOGDIR'
+
+
+class Command(cli.Command):
+    """A command with a configuration, in which the fields of errors are keys."""
+
+    names_fields = True
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.params[:0] = [
+            click.Option(['--config'], metavar='YAML', required=True,
+                         help='Experiment or network, see yaml/'),
+            click.Option(['--seed'], metavar='INT', type=click.IntRange(0, 2**31 - 1), default=0,
+                         help='Seed of everything random'),
+            click.Argument(['overrides'], metavar='[KEY=VALUE]...', nargs=-1)]
+
+
+outdir_option = click.option(
+    '--outdir', metavar='DIR', envvar=OUTDIR_VARIABLE, show_envvar=True,
+    help='Where checkpoints go  [default: experiments/NAME of the configuration]')
+
+
+def default_outdir(config: str) -> str:
+    """experiments/NAME for the configuration .../NAME.yaml."""
+    return os.path.join('experiments', os.path.splitext(os.path.basename(config))[0])

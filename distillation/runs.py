@@ -1,0 +1,171 @@
+"""What a configuration describes: networks, a teacher with its batches, and a run of training."""
+
+import functools
+import os
+
+import torch
+
+from distillation import configs
+from distillation.cache import cache_size, load_cache
+from distillation.checkpoints import CacheCheckpoints
+from distillation.dkdm import SOURCES, IterativeSource, ProcessRandom, ShuffledSource, Teacher
+from dnnlib import UserError
+from dnnlib.util import hash_file
+from torch_utils import distributed as dist
+from torch_utils.files.weights import load_weights, read_state_dict
+from torch_utils.random import tuple_seed
+from training import recipe
+from training.networks import build_network
+
+PREPARING, TRAINING = 0, 1  # what random numbers are for
+ENDLESS = 10**9             # steps
+
+# --- Networks ------------------------------------------------------------------------------------
+
+
+def build(section: configs.Network) -> torch.nn.Module:
+    """The DiscreteDenoiser of a section, on the CPU. Raises UserError for sizes that do not fit.
+    """
+    return build_network(**section.arguments())
+
+
+def load_model(section: configs.Network, path: str) -> torch.nn.Module:
+    """The same with weights in guided diffusion's format. Raises UserError saying what differs."""
+    net = build(section)
+    load_weights(net.model, read_state_dict(path), path)
+    return net
+
+
+def fingerprint(path: str) -> str:
+    """First half of the SHA-256 of a file: what tells teachers apart."""
+    return hash_file(path)[:32]
+
+
+def describe(name: str, net):
+    """Prints what a network is."""
+    parameters = sum(p.numel() for p in net.model.parameters())
+    dist.print0(f'{name}: {parameters / 1e6:.2f}M parameters, '
+                f'{net.img_resolution}x{net.img_resolution}, {net.diffusion.num_steps} steps, '
+                f'{net.model.precision}')
+
+
+# --- The teacher and its batches -----------------------------------------------------------------
+
+
+def process_random(seed: int, purpose: int, device) -> ProcessRandom:
+    """The random numbers of this process."""
+    return ProcessRandom(tuple_seed(seed, dist.get_rank(), purpose), device)
+
+
+def open_teacher(section: configs.Teacher) -> Teacher:
+    """The teacher with its weights, on the device of this process."""
+    net = load_model(section, section.model_path).to(dist.get_device())
+    describe('Teacher', net)
+    return Teacher(net, clip=section.diffusion.clip_denoised)
+
+
+def cache_description(experiment: configs.Experiment, teacher: Teacher) -> dict:
+    """What a cache is made with, and must agree with where it is used."""
+    section, batch = experiment.teacher, experiment.student.batch_size
+    return {'rho': section.BATCH, 'batch_size': batch,
+            'images of a process': cache_size(section.BATCH, teacher.diffusion.num_steps, batch),
+            'image_shape': teacher.image_shape, 'diffusion': section.diffusion.arguments(),
+            'clip_denoised': section.diffusion.clip_denoised,
+            'teacher': fingerprint(section.model_path)}
+
+
+def align(experiment: configs.Experiment):
+    """Gives the student its teacher's time steps, with a warning where it had others.
+
+    Raises UserError for other images or classes.
+    """
+    teacher, student = experiment.teacher, experiment.student
+    for name in ('diffusion_steps', 'timestep_respacing'):
+        steps, own = getattr(teacher.diffusion, name), getattr(student.diffusion, name)
+        if steps != own:
+            dist.print0(f"Warning: student.diffusion.{name}={own} differs from the teacher's; "
+                        f'{steps} is used')
+            setattr(student.diffusion, name, steps)
+    names = ['image_size', 'img_channels', 'class_cond']
+    for name in names + ['num_classes'] * teacher.model.class_cond:
+        value, own = getattr(teacher.model, name), getattr(student.model, name)
+        if value != own:
+            raise UserError(f"student.model.{name}: {own} differs from the teacher's {value}")
+    if student.diffusion.use_kl:
+        raise UserError('student.diffusion.use_kl: distillation has no pure KL loss; write false')
+
+
+def open_source(experiment: configs.Experiment, teacher: Teacher, seed: int):
+    """This process's batches of teacher steps.
+
+    Raises UserError if the cache is missing, or made with something else.
+    """
+    section, batch = experiment.teacher, experiment.student.batch_size
+    rng = process_random(seed, TRAINING, dist.get_device())
+    source = SOURCES[section.iter_choice]
+    if source is IterativeSource:
+        return source(teacher, batch, rng, section.prob)
+    if not section.tempfile:
+        raise UserError('teacher.tempfile is missing; it names the cache of dynamic_prepare.py')
+    description = cache_description(experiment, teacher)
+    # The shuffled variant works on a batch only.
+    cache = load_cache(section.tempfile, description['images of a process'], description,
+                       count=batch if source is ShuffledSource else None)
+    return source(teacher, cache, batch, rng, section.prob)
+
+
+# --- Training ------------------------------------------------------------------------------------
+
+
+def new_network(section: configs.Training, seed: int) -> torch.nn.Module:
+    """The network of a section, with random weights by `seed` or those of its `model_path`."""
+    torch.manual_seed(seed)
+    net = load_model(section, section.model_path) if section.model_path else build(section)
+    return net.train().to(dist.get_device())
+
+
+def description(net, name: str, size: int = 0) -> dict:
+    """What snapshots keep of the data of a network."""
+    return {'name': name, 'size': size, 'resolution': net.img_resolution,
+            'num_channels': net.img_channels, 'label_dim': net.label_dim,
+            'classes': None, 'class_names': None, 'wnids': None}
+
+
+def train(section: configs.Training, net, loss, batches, outdir: str, *, rule: dict, seed: int,
+          dataset: dict, options: dict):
+    """Trains `net` as the section says, with checkpoints in `outdir`, from the newest one there.
+
+    rule     name and settings of the loss, for the recipe
+    dataset  description of what is learned
+    options  settings, for training_options.json
+
+    Raises UserError for a checkpoint of another run.
+    """
+    batch = section.batch_size * dist.get_world_size()
+    steps = section.total_steps or section.lr_anneal_steps or ENDLESS
+    half = net.model.precision == 'fp16'
+    on_gpu = dist.get_device().type == 'cuda'
+    if half and not on_gpu:
+        dist.print0('Note: float16 is for GPUs; this CPU computes in float32')
+    if section.resume_checkpoint and not os.path.isfile(section.resume_checkpoint):
+        raise UserError(f'resume_checkpoint: there is no file {section.resume_checkpoint}')
+    if steps == ENDLESS:
+        dist.print0('Training until it is stopped: Ctrl-C or SIGTERM saves a checkpoint '
+                    '(total_steps=N sets an end)')
+    rules = recipe.Recipe(
+        batch=batch, total_nimg=steps * batch, seed=seed, dataset=dataset, loss=rule,
+        network=section.arguments(),
+        optim={'name': 'AdamW', 'weight_decay': section.weight_decay},
+        learning_rate={'name': 'anneal', 'lr': section.lr,
+                       'anneal_steps': section.lr_anneal_steps},
+        averages={'name': 'constant', 'rates': configs.ema_rates(section.ema_rate)},
+        sampler={'name': 'ddpm'}, bad_gradients=None, layout='guided',
+        batch_gpu=None if section.microbatch == -1 else section.microbatch,
+        status=section.log_interval * batch, snapshot=section.save_interval * batch,
+        checkpoint=section.save_interval * batch,
+        loss_scale={'growth': section.fp16_scale_growth} if half and on_gpu else None)
+    layout = functools.partial(CacheCheckpoints, cache_interval=section.cache_save_interval)
+    nimg = recipe.fit(rules, outdir, net, loss, batches, options=options, layout=layout,
+                      resume_from=section.resume_checkpoint or None,
+                      allow_changes=section.allow_changes)
+    dist.print0(f'{nimg // batch} steps done')
