@@ -338,7 +338,7 @@ def test_two_processes_train_the_same(trained, tmp_path):
     run(MAIN, *args, f'--logdir={tmp_path}/torchrun', processes=2)
     script = (f'import sys; sys.path.insert(0, {str(ROOT)!r})\n'
               'from long_tail import main\nfrom torch_utils import distributed\n'
-              'if __name__ == "__main__": sys.exit(distributed.launch(main.worker, (main.settings(sys.argv[1:]),), 2))\n')
+              'if __name__ == "__main__": sys.exit(distributed.launch(main.worker, (sys.argv[1:],), 2))\n')
     (tmp_path / 'launch.py').write_text(script)
     result = subprocess.run([*command('x')[:1], str(tmp_path / 'launch.py'), *args, f'--logdir={tmp_path}/launched'],
                             env=environment(), capture_output=True, text=True, timeout=300)
