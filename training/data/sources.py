@@ -14,6 +14,7 @@ Sources travel to worker processes: they can be pickled and forked. A new kind i
 `kind` and `matches`, listed in SOURCES.
 """
 
+import contextlib
 import dataclasses
 import gzip
 import itertools
@@ -193,11 +194,9 @@ class LmdbSource(Source):
 
     def __init__(self, path: str):
         super().__init__(path)
-        self._environment = None
-        with self._begin() as transaction:
+        with self._transaction() as transaction:
             keys = transaction.cursor().iternext(keys=True, values=False)
             self.keys = [bytes(key) for key in keys]
-        self._environment = None
         if not self.keys:
             raise UserError(f'{path} is an empty database')
 
@@ -205,29 +204,26 @@ class LmdbSource(Source):
     def matches(path):
         return os.path.isfile(os.path.join(path, 'data.mdb'))
 
-    def _begin(self):
+    @contextlib.contextmanager
+    def _transaction(self):
+        """The database, opened for this once: it must not be open in a process that forks."""
         try:
             import lmdb
         except ImportError:
             raise UserError(f'{self.name} is an LMDB database; install its reader: '
                             'pip install lmdb') from None
-        process = os.getpid()  # an environment is not to be used across a fork
-        if self._environment is None or self._environment[0] != process:
-            try:
-                environment = lmdb.open(self.name, readonly=True, lock=False, readahead=False)
-            except lmdb.Error as error:
-                raise UserError(f'{self.name} is no readable LMDB database ({error})') from None
-            self._environment = process, environment
-        return self._environment[1].begin(buffers=False)
-
-    def __getstate__(self):
-        return self.__dict__ | {'_environment': None}
+        try:
+            with lmdb.open(self.name, readonly=True, lock=False, readahead=False) as environment:
+                with environment.begin() as transaction:
+                    yield transaction
+        except lmdb.Error as error:
+            raise UserError(f'{self.name} is no readable LMDB database ({error})') from None
 
     def __len__(self):
         return len(self.keys)
 
     def picture(self, index):
-        with self._begin() as transaction:
+        with self._transaction() as transaction:
             return decode_picture(transaction.get(self.keys[index]) or b'')
 
     def where(self, index):
