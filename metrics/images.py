@@ -4,7 +4,6 @@ They come as a data set with `images(indices)`, `label_ids`, `has_labels`, `clas
 `class_index(name)` and a length, as `training.data.images.open_images` opens them.
 """
 
-import collections
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 
 from dnnlib import UserError
-from dnnlib.util import subset
+from dnnlib.util import map_ahead, subset
 from torch_utils import distributed
 
 
@@ -58,10 +57,4 @@ def read_batches(images, indices, batch: int = 64, workers: int = 2) -> Iterator
 
     starts = range(0, len(indices), batch)[distributed.get_rank()::distributed.get_world_size()]
     with ThreadPoolExecutor(workers, thread_name_prefix='images') as pool:
-        ahead = collections.deque()
-        for start in starts:
-            ahead.append(pool.submit(read, start))
-            if len(ahead) > workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+        yield from map_ahead(pool, read, starts, workers)
