@@ -26,16 +26,19 @@ Published presets: """ + ', '.join(f'edm2-{name}' for name in PRESETS)
 @options.network
 @click.option('--outdir', metavar='DIR', help='Folder of the images, with labels in dataset.json')
 @click.option('--subdirs', is_flag=True, help='A folder for each 1000 seeds')
-@click.option('--grid', metavar='FILE.png', help='Write a picture of the first samples, a row for each class')
+@click.option(
+    '--grid', metavar='FILE.png', help='Write a picture of the first samples, a row for each class'
+)
 @options.seeds('16-19')
 @options.image_class
 @options.batch(32)
 @options.sampling
 def main(network, sampler, class_, outdir, subdirs, grid, seeds, batch):
-    """Generate images: one for each seed, the same whatever the batch size and the number of processes.
+    """Generate images: one for each seed, the same whatever the batch size and the number of
+    processes.
 
-    Each network is sampled as it was meant to be, unless options say otherwise. Runs on a CPU, a GPU, or under torchrun
-    on many.
+    Each network is sampled as it was meant to be, unless options say otherwise. Runs on a CPU, a
+    GPU, or under torchrun on many.
     """
     dist.init()
     if outdir is None and grid is None:
@@ -52,7 +55,9 @@ def main(network, sampler, class_, outdir, subdirs, grid, seeds, batch):
         if existing:
             dist.print0(f'{len(existing)} of {len(seeds)} images are there already')
     side = snapshot.net.img_resolution
-    dist.print0(f'Generating {len(missing)} images of {side}x{side} on {dist.get_world_size()} x {dist.get_device().type}')
+    dist.print0(
+        f'Generating {len(missing)} images of {side}x{side} on {dist.get_world_size()} x {dist.get_device().type}'
+    )
     sinks = [sink for sink in (folder, collector) if sink]
     for made in generator.images(missing, batch=batch, progress=True):
         for sink in sinks:

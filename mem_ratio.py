@@ -1,4 +1,5 @@
-"""Memorization during training: the ratio of every snapshot of a run, as a table and as a curve."""
+"""Memorization during training: the ratio of every snapshot of a run, as a table and as a
+curve."""
 
 import json
 import os
@@ -22,7 +23,9 @@ def find_snapshots(expdir: str) -> list[tuple[int, str, str]]:
     found = [(int(match[1]), match[2] or '', name) for name in names
              if (match := re.fullmatch(r'network-snapshot-(\d+)(?:-([\d.]+))?\.pkl', name))]
     if not found:
-        raise UserError(f'--expdir={expdir} holds no network-snapshot-*.pkl; give the folder of a run')
+        raise UserError(
+            f'--expdir={expdir} holds no network-snapshot-*.pkl; give the folder of a run'
+        )
     return sorted(found)
 
 
@@ -36,7 +39,9 @@ def load_log(path: str, settings: dict) -> list[dict]:
         if log['settings'] == json.loads(json.dumps(settings)):
             return log['snapshots']
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f'--log={path} is no log of mem_ratio.py; remove it or choose another name') from None
+        raise UserError(
+            f'--log={path} is no log of mem_ratio.py; remove it or choose another name'
+        ) from None
     return []
 
 
@@ -46,7 +51,9 @@ def measure(expdir, name, seeds, training, batch, subdirs, sampler):
     folder = None
     if subdirs:
         path = os.path.join(expdir, 'samples', name.removesuffix('.pkl'))
-        folder = OutputFolder(path, True, generator.record | dict(net=name), generator.snapshot.dataset)
+        folder = OutputFolder(
+            path, True, generator.record | dict(net=name), generator.snapshot.dataset
+        )
 
     def batches():
         for made in generator.images(seeds, batch=batch, progress=True):
@@ -64,9 +71,23 @@ def save_trajectory(path: str, rows: list[dict], title: str):
     """Memorization ratio against thousands of training images, a curve for each EMA width."""
     figure, axes = pictures.figure()
     for width in sorted({row['ema'] for row in rows}):
-        points = [(row['nimg'] / 1000, 100 * row['memorization_ratio']) for row in rows if row['ema'] == width]
-        axes.plot(*zip(*points, strict=True), marker='o', markersize=4, label=f'EMA {width}' if width else None)
-    axes.set(xlabel='thousands of training images', ylabel='memorized samples (%)', ylim=(-3, 103), title=title)
+        points = [
+            (row['nimg'] / 1000, 100 * row['memorization_ratio'])
+            for row in rows
+            if row['ema'] == width
+        ]
+        axes.plot(
+            *zip(*points, strict=True),
+            marker='o',
+            markersize=4,
+            label=f'EMA {width}' if width else None,
+        )
+    axes.set(
+        xlabel='thousands of training images',
+        ylabel='memorized samples (%)',
+        ylim=(-3, 103),
+        title=title,
+    )
     axes.grid(alpha=0.3)
     if any(row['ema'] for row in rows):
         axes.legend()
@@ -77,21 +98,32 @@ def save_trajectory(path: str, rows: list[dict], title: str):
 @click.command(cls=cli.Command)
 @click.option('--expdir', metavar='DIR', required=True, help='Folder of a run')
 @click.option('--knn-ref', metavar='ZIP|DIR', help='Training set  [default: that of the run]')
-@click.option('--log', metavar='JSON', help='Table to write; pictures get its name  [default: EXPDIR/mem_ratio.json]')
+@click.option(
+    '--log',
+    metavar='JSON',
+    help='Table to write; pictures get its name  [default: EXPDIR/mem_ratio.json]',
+)
 @options.seeds('0-9999')
-@click.option('--subdirs', is_flag=True, help='Keep the samples: EXPDIR/samples/SNAPSHOT, a folder for each 1000 seeds')
+@click.option(
+    '--subdirs',
+    is_flag=True,
+    help='Keep the samples: EXPDIR/samples/SNAPSHOT, a folder for each 1000 seeds',
+)
 @options.batch(64)
 @options.sampling
 def main(expdir, knn_ref, log, seeds, subdirs, batch, sampler):
-    """Measure the memorization ratio of every snapshot of a run (see calculate_metrics.py memorization).
+    """Measure the memorization ratio of every snapshot of a run (see calculate_metrics.py
+    memorization).
 
-    Writes a table, the curve of the ratio over training (.png), and the most memorized samples of the last snapshot
-    above their training images (-pairs.png). Called again, it measures only what is new. All networks are sampled by
-    EDM's sampler in 18 steps, as published, unless options say otherwise.
+    Writes a table, the curve of the ratio over training (.png), and the most memorized samples of
+    the last snapshot above their training images (-pairs.png). Called again, it measures only what
+    is new. All networks are sampled by EDM's sampler in 18 steps, as published, unless options say
+    otherwise.
 
     \b
     python mem_ratio.py --expdir=runs/00000-cifar10-2000-uncond-ddpmpp-vp-gpus8-batch512-fp32
-    torchrun --standalone --nproc_per_node=8 mem_ratio.py --expdir=RUN --knn-ref=datasets/cifar10/cifar10-2000.zip \\
+    torchrun --standalone --nproc_per_node=8 mem_ratio.py --expdir=RUN
+    --knn-ref=datasets/cifar10/cifar10-2000.zip \\
         --log=RUN/ratio.json --seeds=0-9999 --subdirs --batch=512
     """
     dist.init()
@@ -108,12 +140,19 @@ def main(expdir, knn_ref, log, seeds, subdirs, batch, sampler):
         raise UserError(f'--log={log} is the name of a picture; give e.g. {log[:-4]}.json')
     check_parent(log)
     stem = os.path.splitext(log)[0]
-    settings = dict(expdir=os.path.abspath(expdir), knn_ref=os.path.abspath(data), num_training=len(training),
-                    seeds=seeds, sampler={key: str(value) for key, value in sampler.items()})
+    settings = dict(
+        expdir=os.path.abspath(expdir),
+        knn_ref=os.path.abspath(data),
+        num_training=len(training),
+        seeds=seeds,
+        sampler={key: str(value) for key, value in sampler.items()},
+    )
     known = {(row['snapshot'], row['modified']): row for row in load_log(log, settings)}
     rows, last = [], snapshots[-1][2]
-    dist.print0(f'{len(seeds)} samples of each of {len(snapshots)} snapshots against {len(training)} images of {data}\n'
-                f'{"kimg":>8}  {"EMA":5}  {"ratio":>7}  {"distance":>8}')
+    dist.print0(
+        f'{len(seeds)} samples of each of {len(snapshots)} snapshots against {len(training)} images of {data}\n'
+        f'{"kimg":>8}  {"EMA":5}  {"ratio":>7}  {"distance":>8}'
+    )
     for kimg, width, name in snapshots:
         modified = os.path.getmtime(os.path.join(expdir, name))
         row = dist.broadcast_object(known.get((name, modified)))
@@ -123,7 +162,9 @@ def main(expdir, knn_ref, log, seeds, subdirs, batch, sampler):
             if name == last and dist.get_rank() == 0:
                 copies.save_picture(stem + '-pairs.png', training)
         rows.append(row)
-        dist.print0(f'{kimg:8d}  {width or "-":5}  {100 * row["memorization_ratio"]:6.2f}%  {row["mean_distance"]:8.3f}')
+        dist.print0(
+            f'{kimg:8d}  {width or "-":5}  {100 * row["memorization_ratio"]:6.2f}%  {row["mean_distance"]:8.3f}'
+        )
         if dist.get_rank() == 0:
             util.write_json(log, dict(settings=settings, snapshots=rows))
     if dist.get_rank() == 0:

@@ -28,7 +28,8 @@ RECORDED = ('num_steps', 'rho', 'S_churn', 'S_min', 'S_max', 'S_noise')
 
 
 def check_network(snapshot, path: str, class_num: int | None) -> tuple:
-    """(number of classes, (H, W, 3) of the images); UserError for another number than `class_num`."""
+    """(number of classes, (H, W, 3) of the images); UserError for another number than
+    `class_num`."""
     count = max(snapshot.net.label_dim, 1)
     if class_num not in (None, count):
         kind = f'has {count} classes' if snapshot.net.label_dim else 'is unconditional (one class)'
@@ -63,8 +64,12 @@ def generate(generator, writers: dict, batch: int):
             if number % dist.get_world_size() != dist.get_rank():
                 continue
             writer = writers[label]
-            for made in generator.images(writer.seeds[start:stop], labels=label, batch=stop - start, split=False):
-                writer.write(start, made.images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy())
+            for made in generator.images(
+                writer.seeds[start:stop], labels=label, batch=stop - start, split=False
+            ):
+                writer.write(
+                    start, made.images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+                )
             if dist.get_rank() == 0:
                 finish(writers)
     dist.barrier()
@@ -92,20 +97,32 @@ EDM's ablations, with the rest at its defaults. The same command goes on with a 
 
 
 @click.command(cls=cli.Command, epilog=EXAMPLES)
-@click.option('--outdir', metavar='DIR', required=True, help='Where <class>.npy go, uint8 [N,H,W,3]')
+@click.option(
+    '--outdir', metavar='DIR', required=True, help='Where <class>.npy go, uint8 [N,H,W,3]'
+)
 @options.seeds('0-499999')
 @options.batch(2048)
 @click.option('--class_num', metavar='INT', type=click.IntRange(min=1),
               help='Classes that the network must have, 1 without labels  [default: any]')
-@click.option('--class', 'classes', metavar='LIST', type=cli.INT_LIST, help='Only these classes, e.g. 0-4  [default: all]')
-@click.option('--network', metavar='FILE|URL', required=True, help='Snapshot of this project or EDM; without labels there '
-                                                                   'is one class')
+@click.option(
+    '--class',
+    'classes',
+    metavar='LIST',
+    type=cli.INT_LIST,
+    help='Only these classes, e.g. 0-4  [default: all]',
+)
+@click.option(
+    '--network',
+    metavar='FILE|URL',
+    required=True,
+    help='Snapshot of this project or EDM; without labels there is one class',
+)
 @options.sampling
 def main(outdir, seeds, batch, class_num, classes, network, sampler):
     """Generate labelled images by the million, one file for each class.
 
-    Every image depends on its seed and class alone. The work is split over the processes of torchrun; images are written
-    as they are made, so memory does not grow with their number.
+    Every image depends on its seed and class alone. The work is split over the processes of
+    torchrun; images are written as they are made, so memory does not grow with their number.
     """
     dist.init()
     with dist.rank0_first():
@@ -118,8 +135,10 @@ def main(outdir, seeds, batch, class_num, classes, network, sampler):
     if sampler['num_steps'] is None:
         sampler['num_steps'] = STEPS.get(name)
     generator = open_generator(snapshot, sampler=sampler)
-    made_by = dict(network=fingerprint(snapshot.net.state_dict().items(), type(snapshot.net).__name__),
-                   sampler=f'{name}_sampler')
+    made_by = dict(
+        network=fingerprint(snapshot.net.state_dict().items(), type(snapshot.net).__name__),
+        sampler=f'{name}_sampler',
+    )
     made_by |= {key: value for key, value in generator.sampler.items()
                 if key in RECORDED or (key != 'name' and sampler.get(key) is not None)}
     with contextlib.ExitStack() as stack:
@@ -128,8 +147,10 @@ def main(outdir, seeds, batch, class_num, classes, network, sampler):
             os.makedirs(outdir, exist_ok=True)
             stack.enter_context(runs.locked(outdir, 'generating'))
         writers = prepare(outdir, classes, seeds, made_by, shape)
-        dist.print0(f'{len(writers)} of {len(classes)} classes have images to be made, {shape[0]}x{shape[1]} pixels, on '
-                    f'{dist.get_world_size()} x {dist.get_device().type}')
+        dist.print0(
+            f'{len(writers)} of {len(classes)} classes have images to be made, {shape[0]}x{shape[1]} pixels, on '
+            f'{dist.get_world_size()} x {dist.get_device().type}'
+        )
         generate(generator, writers, batch)
     dist.print0(f'All classes are in {outdir}')
     dist.shutdown()

@@ -36,38 +36,68 @@ images = pipe(seeds=range(4)).images
 
 
 def check_destination(dest: str, form: str, overwrite: bool):
-    """Raises UserError if something is at `dest` already, or with `overwrite` something that is no network."""
+    """Raises UserError if something is at `dest` already, or with `overwrite` something that is no
+    network."""
     places = [dest, os.path.splitext(dest)[0] + '.json'] if form == '.safetensors' else [dest]
     for place in filter(os.path.lexists, places):
         if not overwrite:
-            raise UserError(f'--dest={place} exists; remove it, choose another name or give --overwrite')
+            raise UserError(
+                f'--dest={place} exists; remove it, choose another name or give --overwrite'
+            )
         if os.path.isdir(place) and (form or not os.path.isfile(os.path.join(place, DESCRIPTION))):
-            raise UserError(f'--dest={place} is a folder that is no network, which --overwrite does not remove')
+            raise UserError(
+                f'--dest={place} is a folder that is no network, which --overwrite does not remove'
+            )
 
 
 def _description(snapshot: Snapshot) -> dict:
     net = snapshot.net
-    return dict(format=FORMAT, network=dict(class_name=net.class_name, kwargs=net.init_kwargs),
-                encoder=snapshot.encoder.config(), dataset=snapshot.dataset, recipe=snapshot.recipe,
-                nimg=int(snapshot.nimg), ema_std=snapshot.ema_std, sampler=snapshot.sampler)
+    return dict(
+        format=FORMAT,
+        network=dict(class_name=net.class_name, kwargs=net.init_kwargs),
+        encoder=snapshot.encoder.config(),
+        dataset=snapshot.dataset,
+        recipe=snapshot.recipe,
+        nimg=int(snapshot.nimg),
+        ema_std=snapshot.ema_std,
+        sampler=snapshot.sampler,
+    )
 
 
 def _weights(snapshot: Snapshot, dtype, prefix='') -> bytes:
     """The weights as safetensors; parameters as `dtype`, buffers as they are."""
     parameters = {name for name, _ in snapshot.net.named_parameters()}
-    return safetensors.torch.save({
-        prefix + name: (value.to(dtype) if name in parameters and value.is_floating_point() else value).cpu().contiguous()
-        for name, value in snapshot.net.state_dict().items()}, metadata={'format': 'pt'})
+    return safetensors.torch.save(
+        {
+            prefix + name: (
+                value.to(dtype) if name in parameters and value.is_floating_point() else value
+            )
+            .cpu()
+            .contiguous()
+            for name, value in snapshot.net.state_dict().items()
+        },
+        metadata={'format': 'pt'},
+    )
 
 
 def save_pickle(dest: str, snapshot: Snapshot, dtype=torch.float32):
     """Writes a snapshot of this project."""
-    save_snapshot(dest, snapshot.net, encoder=snapshot.encoder, dataset=snapshot.dataset, recipe=snapshot.recipe,
-                  nimg=snapshot.nimg, ema_std=snapshot.ema_std, sampler=snapshot.sampler, dtype=dtype)
+    save_snapshot(
+        dest,
+        snapshot.net,
+        encoder=snapshot.encoder,
+        dataset=snapshot.dataset,
+        recipe=snapshot.recipe,
+        nimg=snapshot.nimg,
+        ema_std=snapshot.ema_std,
+        sampler=snapshot.sampler,
+        dtype=dtype,
+    )
 
 
 def save_safetensors(dest: str, snapshot: Snapshot, dtype=torch.float32):
-    """Writes X.safetensors, and X.json with all that a snapshot says besides. The weights come last."""
+    """Writes X.safetensors, and X.json with all that a snapshot says besides. The weights come
+    last."""
     if os.path.exists(dest):
         os.remove(dest)  # old weights must not meet the new description
     write_json(os.path.splitext(dest)[0] + '.json', _description(snapshot))
@@ -75,8 +105,9 @@ def save_safetensors(dest: str, snapshot: Snapshot, dtype=torch.float32):
 
 
 def save_folder(dest: str, snapshot: Snapshot, dtype=torch.float32):
-    """Writes a folder that `diffusers.DiffusionPipeline.from_pretrained` opens: configuration, weights as safetensors, and
-    copies of the modules of this project that network and sampler need. It appears only when complete."""
+    """Writes a folder that `diffusers.DiffusionPipeline.from_pretrained` opens: configuration,
+    weights as safetensors, and copies of the modules of this project that network and sampler
+    need. It appears only when complete."""
     import diffusers
     parent = os.path.dirname(os.path.abspath(dest))
     os.makedirs(parent, exist_ok=True)
@@ -84,19 +115,40 @@ def save_folder(dest: str, snapshot: Snapshot, dtype=torch.float32):
     try:
         description = _description(snapshot)
         network, unet = description['network'], os.path.join(temp, 'unet')
-        write_json(os.path.join(temp, 'model_index.json'), {
-            '_class_name': ['pipeline', 'SnapshotPipeline'], '_diffusers_version': diffusers.__version__,
-            'unet': ['network', 'SnapshotNetwork'], 'encoder': description['encoder'],
-            'sampler': description['sampler']})
+        write_json(
+            os.path.join(temp, 'model_index.json'),
+            {
+                '_class_name': ['pipeline', 'SnapshotPipeline'],
+                '_diffusers_version': diffusers.__version__,
+                'unet': ['network', 'SnapshotNetwork'],
+                'encoder': description['encoder'],
+                'sampler': description['sampler'],
+            },
+        )
         write_json(os.path.join(temp, DESCRIPTION), description)
-        write_bytes(os.path.join(temp, 'README.md'), README.replace('FOLDER', os.path.basename(dest)).encode())
-        write_json(os.path.join(unet, 'config.json'), dict(
-            _class_name='SnapshotNetwork', _diffusers_version=diffusers.__version__, class_name=network['class_name'],
-            arguments=network['kwargs']))
+        write_bytes(
+            os.path.join(temp, 'README.md'),
+            README.replace('FOLDER', os.path.basename(dest)).encode(),
+        )
+        write_json(
+            os.path.join(unet, 'config.json'),
+            dict(
+                _class_name='SnapshotNetwork',
+                _diffusers_version=diffusers.__version__,
+                class_name=network['class_name'],
+                arguments=network['kwargs'],
+            ),
+        )
         write_bytes(os.path.join(temp, FOLDER_WEIGHTS), _weights(snapshot, dtype, 'net.'))
         _write_code(temp, 'pipeline', {})
-        _write_code(unet, 'network', dict(
-            architecture=network['class_name'], inner=network['kwargs'].get('network', {}).get('class_name')))
+        _write_code(
+            unet,
+            'network',
+            dict(
+                architecture=network['class_name'],
+                inner=network['kwargs'].get('network', {}).get('class_name'),
+            ),
+        )
         os.chmod(temp, 0o755)
         if os.path.isdir(dest) and not os.path.islink(dest):
             shutil.rmtree(dest)
@@ -108,7 +160,9 @@ def save_folder(dest: str, snapshot: Snapshot, dtype=torch.float32):
         raise
 
 
-_IMPORT = re.compile(r'^( *)from (dnnlib|torch_utils|training)((?:\.\w+)*) import ([^\n]*)$', re.MULTILINE)
+_IMPORT = re.compile(
+    r'^( *)from (dnnlib|torch_utils|training)((?:\.\w+)*) import ([^\n]*)$', re.MULTILINE
+)
 _BESIDE = re.compile(r'^from \.(\w+) import', re.MULTILINE)
 _PLACES = {'encoders': 'training', 'samplers': 'training/diffusion'}  # what the templates import
 
@@ -116,16 +170,19 @@ _PLACES = {'encoders': 'training', 'samplers': 'training/diffusion'}  # what the
 def _write_code(folder: str, name: str, networks: dict):
     """Writes the template `name` with copies of all modules of this project that it needs.
 
-    `networks`: {module: class name of the network that its `build_network` makes}. diffusers copies all code that it
-    loads into one folder and keeps modules by name: so the copies are named by their content, and the template imports
-    each of them, since diffusers copies no others.
+    `networks`: {module: class name of the network that its `build_network` makes}. diffusers
+    copies all code that it loads into one folder and keeps modules by name: so the copies are
+    named by their content, and the template imports each of them, since diffusers copies no
+    others.
     """
     sources = {}
     for module, class_name in networks.items():
         if class_name is not None:
             place = NETWORKS[class_name]
-            sources[module] = (f'"""The architecture of this network."""\n\nfrom .{place} import {class_name}\n\n\n'
-                               f'def build_network(class_name, **kwargs):\n    return {class_name}(**kwargs)\n')
+            sources[module] = (
+                f'"""The architecture of this network."""\n\nfrom .{place} import {class_name}\n\n\n'
+                f'def build_network(class_name, **kwargs):\n    return {class_name}(**kwargs)\n'
+            )
             _gather(_ROOT / 'training' / 'networks' / f'{place}.py', sources)
     template = (_CODE / f'{name}.py').read_text()
     for module in set(_BESIDE.findall(template)) & _PLACES.keys():
@@ -133,18 +190,26 @@ def _write_code(folder: str, name: str, networks: dict):
     prefix = 'code_' + hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()[:8]
 
     def renamed(text):
-        return re.sub(r'^( *)from \.(\w+) import', rf'\1from .{prefix}_\2 import', text, flags=re.MULTILINE)
+        return re.sub(
+            r'^( *)from \.(\w+) import', rf'\1from .{prefix}_\2 import', text, flags=re.MULTILINE
+        )
 
     for module, text in sources.items():
         write_bytes(os.path.join(folder, f'{prefix}_{module}.py'), renamed(text).encode())
-    others = ''.join(f'from .{prefix}_{module} import __doc__ as _{module}  # noqa: F401 for diffusers, which copies it\n'
-                     for module in sorted(sources.keys() - set(_BESIDE.findall(template))))
+    others = ''.join(
+        f'from .{prefix}_{module} import __doc__ as _{module}  # noqa: F401 for diffusers, which copies it\n'
+        for module in sorted(sources.keys() - set(_BESIDE.findall(template)))
+    )
     first = _BESIDE.search(template).start()
-    write_bytes(os.path.join(folder, f'{name}.py'), (renamed(template[:first]) + others + renamed(template[first:])).encode())
+    write_bytes(
+        os.path.join(folder, f'{name}.py'),
+        (renamed(template[:first]) + others + renamed(template[first:])).encode(),
+    )
 
 
 def _gather(path: Path, sources: dict):
-    """Adds a module and all of this project that it imports, with imports from beside, to {name: source}."""
+    """Adds a module and all of this project that it imports, with imports from beside, to {name:
+    source}."""
     if path.stem in sources:
         return
     text = path.read_text().replace('\nimport dnnlib\n', '\nfrom dnnlib.util import UserError\n')

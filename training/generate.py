@@ -80,15 +80,20 @@ def preset_options(name: str) -> dict:
         known = ', '.join(f'edm2-{key}' for key in PRESETS)
         raise UserError(f'is unknown; one of: {known}', field='preset', value=name)
     net, gnet, guidance = PRESETS[key]
-    return dict(net=f'{POSTHOC}/edm2-{net}.pkl', gnet=gnet and f'{POSTHOC}/edm2-{gnet}.pkl', guidance=guidance)
+    return dict(
+        net=f'{POSTHOC}/edm2-{net}.pkl',
+        gnet=gnet and f'{POSTHOC}/edm2-{gnet}.pkl',
+        guidance=guidance,
+    )
 
 
-# --- Seeds to images --------------------------------------------------------------------------------------------------
+# --- Seeds to images -----------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class GeneratedBatch:
-    """Images of one batch: uint8 [N,3,H,W] on the device, their seeds, and their labels (or None)."""
+    """Images of one batch: uint8 [N,3,H,W] on the device, their seeds, and their labels (or
+    None)."""
 
     images: torch.Tensor
     seeds: list[int]
@@ -101,19 +106,35 @@ class GeneratedBatch:
 
 
 def split_seeds(seeds, batch: int, rank: int, world_size: int) -> list[np.ndarray]:
-    """The batches of one process: as equal in size as can be, the same number for every process (some may be empty)."""
+    """The batches of one process: as equal in size as can be, the same number for every process
+    (some may be empty)."""
     count = max(-(-len(seeds) // (batch * world_size)), 1) * world_size
     return np.array_split(np.asarray(seeds, dtype=np.int64), count)[rank::world_size]
 
 
-def generate_images(net, encoder, seeds, *, labels=None, batch=32, device=None, guide=None, guidance=1,
-                    guidance_interval=None, sampler=None, split=True, progress=False,
-                    **options) -> Iterator[GeneratedBatch]:
-    """Samples one image for each seed; under several processes each yields its share (`split=False`: all of them).
+def generate_images(
+    net,
+    encoder,
+    seeds,
+    *,
+    labels=None,
+    batch=32,
+    device=None,
+    guide=None,
+    guidance=1,
+    guidance_interval=None,
+    sampler=None,
+    split=True,
+    progress=False,
+    **options,
+) -> Iterator[GeneratedBatch]:
+    """Samples one image for each seed; under several processes each yields its share
+    (`split=False`: all of them).
 
-    `labels`: None draws the class of each image from its seed; an int is the class of all; a sequence has one class for
-    each seed. Draws of a seed, in order: initial noise, label (also where it is overridden), churn noise. `sampler` is a
-    setting (default: of the network's family), which `options` change; see `training.diffusion.samplers`.
+    `labels`: None draws the class of each image from its seed; an int is the class of all; a
+    sequence has one class for each seed. Draws of a seed, in order: initial noise, label (also
+    where it is overridden), churn noise. `sampler` is a setting (default: of the network's
+    family), which `options` change; see `training.diffusion.samplers`.
     """
     device = torch.device(device) if device is not None else next(net.parameters()).device
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if split else (0, 1)
@@ -128,14 +149,23 @@ def generate_images(net, encoder, seeds, *, labels=None, batch=32, device=None, 
         chosen = seeds[positions].tolist()
         with torch.inference_mode():
             images, ids = sample_seeds(
-                net, encoder, chosen, None if labels is None else labels[positions].tolist(), device, guide=guide,
-                guidance=guidance, guidance_interval=guidance_interval, **setting)
+                net,
+                encoder,
+                chosen,
+                None if labels is None else labels[positions].tolist(),
+                device,
+                guide=guide,
+                guidance=guidance,
+                guidance_interval=guidance_interval,
+                **setting,
+            )
         yield GeneratedBatch(images, chosen, None if ids is None else ids.tolist())
 
 
 @dataclasses.dataclass
 class Generator:
-    """A network with all that decides its images but the seeds; `record` says it in plain values."""
+    """A network with all that decides its images but the seeds; `record` says it in plain
+    values."""
 
     snapshot: Snapshot
     label: int | None
@@ -163,20 +193,35 @@ class Generator:
         return found
 
 
-def open_generator(net=None, *, preset=None, gnet=None, guidance=None, guidance_interval=None, class_=None,
-                   sampler=None, model_url=None, sha256=None, gnet_sha256=None, device=None) -> Generator:
-    """Opens a network, and its guide, to make images by the options of a command line; None is what was not given.
+def open_generator(
+    net=None,
+    *,
+    preset=None,
+    gnet=None,
+    guidance=None,
+    guidance_interval=None,
+    class_=None,
+    sampler=None,
+    model_url=None,
+    sha256=None,
+    gnet_sha256=None,
+    device=None,
+) -> Generator:
+    """Opens a network, and its guide, to make images by the options of a command line; None is
+    what was not given.
 
     net, gnet   file or URL of a network (see `load_snapshot`); `net` may also be a Snapshot
-    sampler     a sampler's name and options (see `choose_setting`); the default is the network's own
-    class_      class of all images, by index, name or wnid; the default is to draw it from the seed
+    sampler     a sampler's name and options (see `choose_setting`); by default the network's own
+    class_      class of all images, by index, name or wnid; by default it is drawn from the seed
 
     Raises UserError for options that do not fit the network or each other.
     """
     chosen = preset_options(preset) if preset else {}
     net = net or chosen.get('net')
     gnet = gnet or chosen.get('gnet')
-    guidance = next(float(value) for value in (guidance, chosen.get('guidance'), 1) if value is not None)
+    guidance = next(
+        float(value) for value in (guidance, chosen.get('guidance'), 1) if value is not None
+    )
     if net is None:
         raise UserError('give a network, or a preset', field='net')
     device = device or dist.get_device()
@@ -193,32 +238,56 @@ def open_generator(net=None, *, preset=None, gnet=None, guidance=None, guidance_
         _check_guide(snapshot.net, guide, setting['name'], gnet)
     plain = {key: value if not isinstance(value, float) or math.isfinite(value) else str(value)
              for key, value in setting.items()}
-    record = dict(net=None if net is snapshot else net, gnet=gnet, guidance=guidance,
-                  guidance_interval=guidance_interval, nimg=snapshot.nimg, class_name=class_, sampler=plain)
+    record = dict(
+        net=None if net is snapshot else net,
+        gnet=gnet,
+        guidance=guidance,
+        guidance_interval=guidance_interval,
+        nimg=snapshot.nimg,
+        class_name=class_,
+        sampler=plain,
+    )
     return Generator(snapshot, label, guide, guidance, guidance_interval, setting, record)
 
 
 def _check_guide(net, guide, sampler: str, path: str):
     """Raises UserError for a guide that does not fit the network."""
     if (guide.img_resolution, guide.img_channels) != (net.img_resolution, net.img_channels):
-        raise UserError('makes images of another shape than the network that it guides', field='gnet', value=path)
+        raise UserError(
+            'makes images of another shape than the network that it guides',
+            field='gnet',
+            value=path,
+        )
     if guide.label_dim and net.label_dim not in (0, guide.label_dim):
-        raise UserError('has other classes than the network that it guides', field='gnet', value=path)
-    if sampler in ('ddim', 'ddpm') and hasattr(net, 'diffusion') and not (
-            hasattr(guide, 'diffusion') and np.array_equal(guide.diffusion.sigmas, net.diffusion.sigmas)):
-        raise UserError('has other time steps than the network that it guides; choose another sampler, e.g. edm',
-                        field='gnet', value=path)
+        raise UserError(
+            'has other classes than the network that it guides', field='gnet', value=path
+        )
+    if (
+        sampler in ('ddim', 'ddpm')
+        and hasattr(net, 'diffusion')
+        and not (
+            hasattr(guide, 'diffusion')
+            and np.array_equal(guide.diffusion.sigmas, net.diffusion.sigmas)
+        )
+    ):
+        raise UserError(
+            'has other time steps than the network that it guides; choose another sampler, e.g. edm',
+            field='gnet',
+            value=path,
+        )
 
 
 def _open(path: str, device, sha256) -> Snapshot:
     snapshot = load_denoiser(path, device, sha256=sha256)
     if assumed := snapshot.recipe.get('assumed'):
-        dist.print0(f'Assumed of {path}: {", ".join(f"{key}={value}" for key, value in assumed.items())}; '
-                    'snapshot_tool.py convert can set them')
+        dist.print0(
+            f'Assumed of {path}: {", ".join(f"{key}={value}" for key, value in assumed.items())}; '
+            'snapshot_tool.py convert can set them'
+        )
     return snapshot
 
 
-# --- What becomes of them ---------------------------------------------------------------------------------------------
+# --- What becomes of them ------------------------------------------------------------------------
 
 
 def image_name(seed: int, subdirs: bool) -> str:
@@ -229,8 +298,8 @@ def image_name(seed: int, subdirs: bool) -> str:
 class OutputFolder:
     """Images by seed, and a dataset.json with their labels: the folder is a data set as it stands.
 
-    It remembers the `record` of what made them: with the same one, images that exist are not made again. Raises
-    UserError if it holds others.
+    It remembers the `record` of what made them: with the same one, images that exist are not made
+    again. Raises UserError if it holds others.
     """
 
     def __init__(self, path: str, subdirs: bool, record: dict, dataset: dict):
@@ -239,7 +308,7 @@ class OutputFolder:
         self.record = json.loads(json.dumps(record))
         self.dataset = dataset
         self.json_path = os.path.join(path, 'dataset.json')
-        self.labels = {}                                        # of this process, {seed: label or None}
+        self.labels = {}  # of this process, {seed: label or None}
         self.old_labels = {}
         if os.path.isfile(self.json_path):
             try:
@@ -250,10 +319,15 @@ class OutputFolder:
             except (ValueError, AttributeError, TypeError):
                 raise UserError(f'{self.json_path} is damaged; remove the folder') from None
             if not same:
-                raise UserError('holds images made with other options; remove it or choose another', field='outdir',
-                                value=path)
+                raise UserError(
+                    'holds images made with other options; remove it or choose another',
+                    field='outdir',
+                    value=path,
+                )
         elif os.path.isdir(path) and os.listdir(path):
-            raise UserError('is not empty; remove it or choose another', field='outdir', value=path)
+            raise UserError(
+                'is not empty; remove it or choose another', field='outdir', value=path
+            )
         dist.barrier()
         if dist.get_rank() == 0:
             self._write(self.old_labels)
@@ -264,29 +338,44 @@ class OutputFolder:
 
     def missing(self, seeds) -> list[int]:
         """Those whose images are not there; the same on every process."""
-        return dist.broadcast_object([seed for seed in seeds if not os.path.isfile(self.file(seed))])
+        return dist.broadcast_object(
+            [seed for seed in seeds if not os.path.isfile(self.file(seed))]
+        )
 
     def add(self, batch: GeneratedBatch):
         for seed, label, image in batch:
             pixels = image.transpose(1, 2, 0)
-            write_bytes(self.file(seed), encode_png(pixels if pixels.shape[2] == 3 else pixels[:, :, 0]))
+            write_bytes(
+                self.file(seed), encode_png(pixels if pixels.shape[2] == 3 else pixels[:, :, 0])
+            )
             self.labels[seed] = label
 
     def finish(self):
         """Writes the labels of all images, from every process."""
         parts = dist.gather_objects(self.labels)
         if dist.get_rank() == 0:
-            named = {image_name(seed, self.subdirs): label for part in parts for seed, label in part.items()}
+            named = {
+                image_name(seed, self.subdirs): label
+                for part in parts
+                for seed, label in part.items()
+            }
             self._write(self.old_labels | named)
 
     def _write(self, labels):
-        rows = sorted(labels.items()) if all(label is not None for label in labels.values()) else None
-        described = {key: self.dataset[key] for key in ('classes', 'class_names') if self.dataset.get(key)}
-        write_json(self.json_path, {'labels': rows or None, 'generated_by': self.record, **described})
+        rows = (
+            sorted(labels.items()) if all(label is not None for label in labels.values()) else None
+        )
+        described = {
+            key: self.dataset[key] for key in ('classes', 'class_names') if self.dataset.get(key)
+        }
+        write_json(
+            self.json_path, {'labels': rows or None, 'generated_by': self.record, **described}
+        )
 
 
 class GridCollector:
-    """Keeps the first images of each class for a picture: a row for each class, or a square without classes."""
+    """Keeps the first images of each class for a picture: a row for each class, or a square
+    without classes."""
 
     def __init__(self, path: str, dataset: dict, columns: int = 8, rows: int = 16):
         self.path = path
@@ -325,15 +414,20 @@ class GridCollector:
             row = [image for _, image in sorted(self.images[label].items())]
             tiles += row + [np.full_like(row[0], 255)] * (-len(row) % self.columns)
         names = self.dataset.get('class_names') or self.dataset.get('classes')
-        titles = None if labels == [None] else [names[label] if names else label for label in labels]
+        titles = (
+            None if labels == [None] else [names[label] if names else label for label in labels]
+        )
         pictures.save_image_grid(self.path, np.stack(tiles), self.columns, titles)
 
 
-def save_sample_grid(path: str, net, encoder, dataset, columns: int = 8, sampler: dict | None = None):
-    """Samples of fixed seeds as a picture: a row for each of the first ten classes, or eight rows without classes.
+def save_sample_grid(
+    path: str, net, encoder, dataset, columns: int = 8, sampler: dict | None = None
+):
+    """Samples of fixed seeds as a picture: a row for each of the first ten classes, or eight rows
+    without classes.
 
-    `sampler` is a setting. Where the encoder cannot decode (its autoencoder is not at hand), it says so and writes
-    nothing.
+    `sampler` is a setting. Where the encoder cannot decode (its autoencoder is not at hand), it
+    says so and writes nothing.
     """
     try:
         encoder.prepare(next(net.parameters()).device)
@@ -343,7 +437,8 @@ def save_sample_grid(path: str, net, encoder, dataset, columns: int = 8, sampler
     labels = np.arange(min(net.label_dim, 10)).repeat(columns) if net.label_dim else None
     count = 8 * columns if labels is None else len(labels)
     grid = GridCollector(path, dataset.description(), columns, count // columns)
-    for batch in generate_images(net, encoder, range(count), labels=labels, batch=columns * 4, split=False,
-                                 sampler=sampler):
+    for batch in generate_images(
+        net, encoder, range(count), labels=labels, batch=columns * 4, split=False, sampler=sampler
+    ):
         grid.add(batch)
     grid.write()

@@ -7,7 +7,8 @@ from .architecture import build_network
 
 
 class SnapshotNetwork(ModelMixin, ConfigMixin):
-    """D(x; sigma, labels): images [N,C,H,W], noise levels [N] or one, one-hot labels [N,classes] or None -> [N,C,H,W].
+    """D(x; sigma, labels): images [N,C,H,W], noise levels [N] or one, one-hot labels [N,classes]
+    or None -> [N,C,H,W].
 
     class_name, arguments    of the network, as a snapshot of this project names them
     """
@@ -19,7 +20,8 @@ class SnapshotNetwork(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, path, **kwargs):
-        """As of diffusers; the network computes tables when it is made, so it is never made without memory."""
+        """As of diffusers; the network computes tables when it is made, so it is never made
+        without memory."""
         return super().from_pretrained(path, **(kwargs | {'low_cpu_mem_usage': False}))
 
     def forward(self, x, sigma, class_labels=None):

@@ -1,8 +1,10 @@
-"""EDM's augmentation of training images, with labels that tell the network what was done (arXiv 2206.00364, App. F.2).
+"""EDM's augmentation of training images, with labels that tell the network what was done (arXiv
+2206.00364, App. F.2).
 
-The network sees the labels (9 numbers for the usual six operations) and zeros when sampling, so the augmentation does
-not leak into the samples. Everything runs on the batch, on its device. Geometric operations follow StyleGAN2-ADA: the
-image is enlarged twice with a wavelet low-pass filter, sampled bilinearly, and reduced with the same filter.
+The network sees the labels (9 numbers for the usual six operations) and zeros when sampling, so
+the augmentation does not leak into the samples. Everything runs on the batch, on its device.
+Geometric operations follow StyleGAN2-ADA: the image is enlarged twice with a wavelet low-pass
+filter, sampled bilinearly, and reduced with the same filter.
 """
 
 import functools
@@ -12,9 +14,20 @@ import torch
 import torch.nn.functional as F
 
 # Low-pass filter of the symlet-6 wavelet.
-SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633, 0.4910559419267466,
-        0.787641141030194, 0.3379294217276218, -0.07263752278646252, -0.021060292512300564, 0.04472490177066578,
-        0.0017677118642428036, -0.007800708325034148)
+SYM6 = (
+    0.015404109327027373,
+    0.0034907120842174702,
+    -0.11799011114819057,
+    -0.048311742585633,
+    0.4910559419267466,
+    0.787641141030194,
+    0.3379294217276218,
+    -0.07263752278646252,
+    -0.021060292512300564,
+    0.04472490177066578,
+    0.0017677118642428036,
+    -0.007800708325034148,
+)
 MARGIN = len(SYM6) // 4  # reach of the filter to each side, in pixels of the image
 
 # What EDM trains with: probability 0.12 of each, but half of the images are always mirrored.
@@ -22,23 +35,39 @@ EDM_MULTIPLIERS = dict(xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, tran
 
 
 class AugmentPipe:
-    """Random augmentation: each operation is applied with probability `p` times its multiplier, 0 switches it off.
+    """Random augmentation: each operation is applied with probability `p` times its multiplier, 0
+    switches it off.
 
-    `pipe(images [N,C,H,W], random)` returns (images [N,C,H,W], labels [N, label_dim]); labels are 0 for what was
-    not applied. `random` is an object of torch_utils.random; image i depends on its own random numbers alone.
+    `pipe(images [N,C,H,W], random)` returns (images [N,C,H,W], labels [N, label_dim]); labels are
+    0 for what was not applied. `random` is an object of torch_utils.random; image i depends on its
+    own random numbers alone.
 
-    The image is mirrored at its border as far as its transformation reaches. By default this padding is the largest
-    possible, size - 1, so what happens to an image does not depend on the others and nothing waits for the device.
-    `shared_padding` chooses the padding that serves the corners of the whole batch, as the reference implementation
-    does: strongly shrunk images then differ slightly at their border, where the filter reaches past the padding.
+    The image is mirrored at its border as far as its transformation reaches. By default this
+    padding is the largest possible, size - 1, so what happens to an image does not depend on the
+    others and nothing waits for the device. `shared_padding` chooses the padding that serves the
+    corners of the whole batch, as the reference implementation does: strongly shrunk images then
+    differ slightly at their border, where the filter reaches past the padding.
 
-    Raises ValueError for unknown operations, for integer rotations of images that are not square, and for colour
-    operations on images that have neither 1 nor 3 channels.
+    Raises ValueError for unknown operations, for integer rotations of images that are not square,
+    and for colour operations on images that have neither 1 nor 3 channels.
     """
 
     # Operation -> number of labels, in the order in which they are applied.
-    OPERATIONS = dict(xflip=1, yflip=1, rotate_int=2, translate_int=2, scale=1, rotate_frac=2, aniso=2,
-                      translate_frac=2, brightness=1, contrast=1, lumaflip=1, hue=2, saturation=1)
+    OPERATIONS = dict(
+        xflip=1,
+        yflip=1,
+        rotate_int=2,
+        translate_int=2,
+        scale=1,
+        rotate_frac=2,
+        aniso=2,
+        translate_frac=2,
+        brightness=1,
+        contrast=1,
+        lumaflip=1,
+        hue=2,
+        saturation=1,
+    )
     PIXEL = ('xflip', 'yflip', 'rotate_int', 'translate_int')
     GEOMETRIC = ('scale', 'rotate_frac', 'aniso', 'translate_frac')
     COLOR = ('brightness', 'contrast', 'lumaflip', 'hue', 'saturation')
@@ -46,7 +75,9 @@ class AugmentPipe:
     def __init__(self, p: float = 1.0, shared_padding: bool = False, **multipliers):
         unknown = set(multipliers) - set(self.OPERATIONS)
         if unknown:
-            raise ValueError(f'unknown operations {sorted(unknown)}; known: {", ".join(self.OPERATIONS)}')
+            raise ValueError(
+                f'unknown operations {sorted(unknown)}; known: {", ".join(self.OPERATIONS)}'
+            )
         self.p = p
         self.shared_padding = shared_padding
         self.multipliers = {name: float(multipliers.get(name, 0)) for name in self.OPERATIONS}
@@ -64,14 +95,17 @@ class AugmentPipe:
         for name in self._active(self.PIXEL):
             images, new = getattr(self, '_' + name)(images, draws)
             labels += new
-        for names, apply in ((self._active(self.GEOMETRIC), self._geometry), (self._active(self.COLOR), self._color)):
+        for names, apply in (
+            (self._active(self.GEOMETRIC), self._geometry),
+            (self._active(self.COLOR), self._color),
+        ):
             if names:
                 images, new = apply(images, draws, names)
                 labels += new
         labels = [label.flatten().float() for label in labels]
         return images, torch.stack(labels, dim=1) if labels else images.new_zeros([len(images), 0])
 
-    # --- Pixel operations: nothing is interpolated -------------------------------------------------------------------
+    # --- Pixel operations: nothing is interpolated -----------------------------------------------
 
     def _xflip(self, images, draws):
         w = draws.integer('xflip', 2)
@@ -89,7 +123,10 @@ class AugmentPipe:
         y_flipped = (w == 2) | (w == 3)
         images = torch.where(_each(x_flipped), images.flip(3), images)
         images = torch.where(_each(y_flipped), images.flip(2), images)
-        return torch.where(_each(w % 2 == 1), images.transpose(2, 3), images), [x_flipped, y_flipped]
+        return torch.where(_each(w % 2 == 1), images.transpose(2, 3), images), [
+            x_flipped,
+            y_flipped,
+        ]
 
     def _translate_int(self, images, draws):
         n, c, h, w = images.shape
@@ -105,10 +142,11 @@ class AugmentPipe:
         images = images.gather(2, source(h, -ty)[:, None, :, None].expand(n, c, h, w))
         return images, [tx / (w / 8), ty / (h / 8)]
 
-    # --- Geometry ----------------------------------------------------------------------------------------------------
+    # --- Geometry --------------------------------------------------------------------------------
 
     def _geometry(self, images, draws, names):
-        """Scaling, rotation, anisotropic scaling and translation, composed into one inverse map G of coordinates."""
+        """Scaling, rotation, anisotropic scaling and translation, composed into one inverse map G
+        of coordinates."""
         n, _, h, w = images.shape
         G = torch.eye(3, device=images.device).expand(n, 3, 3)
         labels = []
@@ -127,7 +165,11 @@ class AugmentPipe:
                 x = draws.gate(name, x)
                 angle = draws.where(0.5, angle)
                 labels += [x * angle.cos(), x * angle.sin()]
-                matrix = rotation(-angle) @ scaling(torch.exp2(-0.2 * x), torch.exp2(0.2 * x)) @ rotation(angle)
+                matrix = (
+                    rotation(-angle)
+                    @ scaling(torch.exp2(-0.2 * x), torch.exp2(0.2 * x))
+                    @ rotation(angle)
+                )
             else:
                 x, y = draws.gate(name, draws.normal(2))
                 labels += [x, y]
@@ -145,24 +187,37 @@ class AugmentPipe:
         low = -reached.amin(dim=(0, 2)) - centre + 2 * MARGIN
         high = reached.amax(dim=(0, 2)) - centre + 2 * MARGIN
         reach = torch.stack([low, high], dim=1).flatten().ceil().clamp(min=0).tolist()
-        return [int(min(v, limit)) for v, limit in zip(reach, [w - 1, w - 1, h - 1, h - 1], strict=True)]
+        return [
+            int(min(v, limit))
+            for v, limit in zip(reach, [w - 1, w - 1, h - 1, h - 1], strict=True)
+        ]
 
-    # --- Colour ------------------------------------------------------------------------------------------------------
+    # --- Colour ----------------------------------------------------------------------------------
 
     def _color(self, images, draws, names):
-        """Brightness, contrast, luma inversion, hue and saturation, composed into one affine map of RGB."""
+        """Brightness, contrast, luma inversion, hue and saturation, composed into one affine map
+        of RGB."""
         n, channels = images.shape[:2]
         device = images.device
         if channels not in (1, 3):
             raise ValueError(f'colour operations need 1 or 3 channels, not {channels}')
         eye = torch.eye(3, device=device)
-        gray = torch.full([3, 3], 1 / 3, device=device)         # v v^T, v = (1,1,1) / sqrt(3): the luma axis
+        gray = torch.full(
+            [3, 3], 1 / 3, device=device
+        )  # v v^T, v = (1,1,1) / sqrt(3): the luma axis
         rest = eye - gray
         # The generator of rotations around v: (v x ..)
         cross = torch.tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=device) / math.sqrt(3)
-        drawn = {'lumaflip': lambda: draws.integer('lumaflip', 2), 'hue': lambda: draws.gate('hue', draws.angle())}
-        maps = {'contrast': lambda w: eye * torch.exp2(0.5 * w), 'lumaflip': lambda w: eye - 2 * gray * w,
-                'hue': lambda w: gray + rest * w.cos() + cross * w.sin(), 'saturation': lambda w: gray + rest * torch.exp2(w)}
+        drawn = {
+            'lumaflip': lambda: draws.integer('lumaflip', 2),
+            'hue': lambda: draws.gate('hue', draws.angle()),
+        }
+        maps = {
+            'contrast': lambda w: eye * torch.exp2(0.5 * w),
+            'lumaflip': lambda w: eye - 2 * gray * w,
+            'hue': lambda w: gray + rest * w.cos() + cross * w.sin(),
+            'saturation': lambda w: gray + rest * torch.exp2(w),
+        }
         matrix = eye.expand(n, 3, 3)
         offset = torch.zeros([n, 3, 1], device=device)
         labels = []
@@ -175,7 +230,7 @@ class AugmentPipe:
             else:
                 matrix = maps[name](w) @ matrix
                 offset = maps[name](w) @ offset
-        if channels == 1:                                       # (g, g, g) is mapped, and its mean taken
+        if channels == 1:  # (g, g, g) is mapped, and its mean taken
             matrix = matrix.sum(dim=(1, 2), keepdim=True) / 3
             offset = offset.mean(dim=1, keepdim=True)
         return (matrix @ images.flatten(2) + offset).reshape(images.shape), labels
@@ -197,7 +252,9 @@ class _Draws:
         self.multipliers = multipliers
 
     def _size(self, count):
-        return dict(size=[count, self.n] if count else [self.n], dim=1 if count else 0, device=self.device)
+        return dict(
+            size=[count, self.n] if count else [self.n], dim=1 if count else 0, device=self.device
+        )
 
     def normal(self, count=None):
         return self.random.randn(**self._size(count))
@@ -215,7 +272,9 @@ class _Draws:
 
     def where(self, p: float, values):
         """`values` with probability p, 0 elsewhere; one draw for each image."""
-        return torch.where(self.random.rand(**self._size(None)) < p, values, torch.zeros_like(values))
+        return torch.where(
+            self.random.rand(**self._size(None)) < p, values, torch.zeros_like(values)
+        )
 
     def gate(self, name: str, values):
         """`values` where the operation is applied, 0 elsewhere."""
@@ -225,8 +284,19 @@ class _Draws:
 def _matrix(rows) -> torch.Tensor:
     """[N,3,3] from rows of [N] tensors and numbers."""
     like = next(value for row in rows for value in row if torch.is_tensor(value))
-    return torch.stack([torch.stack([torch.as_tensor(value, dtype=like.dtype, device=like.device).expand_as(like)
-                                     for value in row], dim=-1) for row in rows], dim=-2)
+    return torch.stack(
+        [
+            torch.stack(
+                [
+                    torch.as_tensor(value, dtype=like.dtype, device=like.device).expand_as(like)
+                    for value in row
+                ],
+                dim=-1,
+            )
+            for row in rows
+        ],
+        dim=-2,
+    )
 
 
 def scaling(x, y) -> torch.Tensor:
@@ -245,16 +315,20 @@ def rotation(angle) -> torch.Tensor:
     return _matrix([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
 
 
-# Doubling and halving along one axis are linear maps of short vectors: as matrices they run at the speed of matrix
-# products, which on a CPU is several times that of depthwise convolutions.
+# Doubling and halving along one axis are linear maps of short vectors: as matrices they run at the
+# speed of matrix products, which on a CPU is several times that of depthwise convolutions.
 
 
 @functools.lru_cache(maxsize=32)
 def _upsampling(size: int, before: int, after: int, device) -> torch.Tensor:
-    """[2 (before + size + after), size]: mirrors at the ends, puts zeros between the pixels, and filters."""
+    """[2 (before + size + after), size]: mirrors at the ends, puts zeros between the pixels, and
+    filters."""
     units = F.pad(torch.eye(size)[:, None], [before, after], mode='reflect')
-    # The filter's sum is sqrt(2): with the zeros the mean changes by sqrt(1/2) here, and back when halving.
-    rows = F.conv_transpose1d(units, torch.tensor(SYM6)[None, None], stride=2, padding=len(SYM6) // 2 - 1)
+    # The filter's sum is sqrt(2): with the zeros the mean changes by sqrt(1/2) here, and back when
+    # halving.
+    rows = F.conv_transpose1d(
+        units, torch.tensor(SYM6)[None, None], stride=2, padding=len(SYM6) // 2 - 1
+    )
     return rows[:, 0].t().contiguous().to(device)
 
 
@@ -262,12 +336,15 @@ def _upsampling(size: int, before: int, after: int, device) -> torch.Tensor:
 def _downsampling(size: int, device) -> torch.Tensor:
     """[size, 2 (size + 2 MARGIN)]: filters, keeps every second pixel, and cuts off the margin."""
     units = torch.eye(2 * (size + 2 * MARGIN))[:, None, 1:-1]
-    return F.conv1d(units, torch.tensor(SYM6)[None, None], stride=2)[:, 0].t().contiguous().to(device)
+    return (
+        F.conv1d(units, torch.tensor(SYM6)[None, None], stride=2)[:, 0].t().contiguous().to(device)
+    )
 
 
 def resample(images, G, padding=None):
-    """`images` [N,C,H,W] seen through G [N,3,3], which maps output to input positions (pixels from the centre, x to
-    the right, y down). Outside, the image is mirrored as far as `padding` (left, right, top, bottom; default size - 1).
+    """`images` [N,C,H,W] seen through G [N,3,3], which maps output to input positions (pixels from
+    the centre, x to the right, y down). Outside, the image is mirrored as far as `padding` (left,
+    right, top, bottom; default size - 1).
     """
     n, c, h, w = images.shape
     left, right, top, bottom = padding or [w - 1, w - 1, h - 1, h - 1]
@@ -275,7 +352,11 @@ def resample(images, G, padding=None):
     G = translation(ones * (left - right) / 2, ones * (top - bottom) / 2) @ G
 
     # Twice as large.
-    images = _upsampling(h, top, bottom, G.device) @ images.to(torch.float32) @ _upsampling(w, left, right, G.device).t()
+    images = (
+        _upsampling(h, top, bottom, G.device)
+        @ images.to(torch.float32)
+        @ _upsampling(w, left, right, G.device).t()
+    )
     G = scaling(2 * ones, 2 * ones) @ G @ scaling(ones / 2, ones / 2)
     G = translation(-ones / 2, -ones / 2) @ G @ translation(ones / 2, ones / 2)
 
@@ -283,6 +364,8 @@ def resample(images, G, padding=None):
     theta = scaling(2 / images.shape[3] * ones, 2 / images.shape[2] * ones) @ G @ scaling(
         size[3] / 2 * ones, size[2] / 2 * ones)
     grid = F.affine_grid(theta[:, :2], size, align_corners=False)
-    images = F.grid_sample(images, grid, mode='bilinear', padding_mode='zeros', align_corners=False)
+    images = F.grid_sample(
+        images, grid, mode='bilinear', padding_mode='zeros', align_corners=False
+    )
 
     return _downsampling(h, G.device) @ images @ _downsampling(w, G.device).t()

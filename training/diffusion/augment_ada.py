@@ -1,7 +1,9 @@
-"""The augmentation of class-balancing diffusion (k-diffusion's): flips, scaling, rotation, stretching and translation
-as one matrix for each image, cubic interpolation, and a vector of nine numbers that tells the network what was done.
+"""The augmentation of class-balancing diffusion (k-diffusion's): flips, scaling, rotation,
+stretching and translation as one matrix for each image, cubic interpolation, and a vector of nine
+numbers that tells the network what was done.
 
-On whole batches and on their device. Matrices act on pixel coordinates (x right, y down, pixel centres at integers).
+On whole batches and on their device. Matrices act on pixel coordinates (x right, y down, pixel
+centres at integers).
 """
 
 import functools
@@ -12,15 +14,17 @@ import torch.nn.functional as F
 
 from training.diffusion.augment import rotation, scaling, translation
 
-# a0, a1: flips; a2: scale; a3: angle; a4, a5: direction and amount of the stretching; a6, a7: translation.
+# a0, a1: flips; a2: scale; a3: angle; a4, a5: direction and amount of the stretching; a6, a7:
+# translation.
 _FLIP_X, _FLIP_Y, _SCALE, _ANGLE, _DIRECTION, _STRETCH, _MOVE_X, _MOVE_Y = range(8)
 
 
 class ADAAugment:
     """images [N,C,H,W] in [-1, 1] -> (augmented images, condition vectors [N,9]).
 
-    Each operation happens with probability `p`, but for the horizontal flip, which takes half of the images. `scale`
-    and `aniso` are the factors of one standard deviation, `trans` that of the translation as a share of the image.
+    Each operation happens with probability `p`, but for the horizontal flip, which takes half of
+    the images. `scale` and `aniso` are the factors of one standard deviation, `trans` that of the
+    translation as a share of the image.
     """
 
     def __init__(self, p=0.12, scale=2**0.2, aniso=2**0.2, trans=1 / 8):
@@ -38,7 +42,8 @@ class ADAAugment:
         matrices = self.matrices(a, *images.shape[2:])
         if images.device.type != 'cpu':
             return warp(images, matrices)
-        # On the CPU it pays to warp only what a flip cannot do; on a GPU, to find out would be to wait for it.
+        # On the CPU it pays to warp only what a flip cannot do; on a GPU, to find out would be to
+        # wait for it.
         out = torch.where((a[:, _FLIP_X] > 0)[:, None, None, None], images.flip(3), images)
         out = torch.where((a[:, _FLIP_Y] > 0)[:, None, None, None], out.flip(2), out)
         moved = (a[:, _SCALE:] != 0).any(1).nonzero().flatten()
@@ -53,34 +58,63 @@ class ADAAugment:
         angles = 2 * math.pi * random.rand([n, 2]) - math.pi
         normal = random.randn([n, 4])
         flip_y, scale, angle, stretch, move = gates.unbind(1)
-        return torch.stack([
-            flips[:, 0], flips[:, 1] * flip_y, normal[:, 0] * scale, angles[:, 0] * angle, angles[:, 1] * stretch,
-            normal[:, 1] * stretch, normal[:, 2] * move, normal[:, 3] * move], dim=1)
+        return torch.stack(
+            [
+                flips[:, 0],
+                flips[:, 1] * flip_y,
+                normal[:, 0] * scale,
+                angles[:, 0] * angle,
+                angles[:, 1] * stretch,
+                normal[:, 1] * stretch,
+                normal[:, 2] * move,
+                normal[:, 3] * move,
+            ],
+            dim=1,
+        )
 
     def matrices(self, a, height: int, width: int) -> torch.Tensor:
         """Where pixels go: [N,3,3] for parameters a [N,8]."""
         cx, cy = width / 2 - 0.5, height / 2 - 0.5
         stretch = self.aniso ** a[:, _STRETCH]
         zoom = self.scale ** a[:, _SCALE]
-        return functools.reduce(torch.matmul, [
-            translation(torch.full_like(zoom, cx), cy),
-            scaling((1 - 2 * a[:, _FLIP_X]) * zoom, (1 - 2 * a[:, _FLIP_Y]) * zoom),
-            rotation(a[:, _DIRECTION] - a[:, _ANGLE]),
-            scaling(stretch, 1 / stretch),
-            rotation(-a[:, _DIRECTION]),
-            translation(a[:, _MOVE_X] * width * self.trans - cx, a[:, _MOVE_Y] * height * self.trans - cy)])
+        return functools.reduce(
+            torch.matmul,
+            [
+                translation(torch.full_like(zoom, cx), cy),
+                scaling((1 - 2 * a[:, _FLIP_X]) * zoom, (1 - 2 * a[:, _FLIP_Y]) * zoom),
+                rotation(a[:, _DIRECTION] - a[:, _ANGLE]),
+                scaling(stretch, 1 / stretch),
+                rotation(-a[:, _DIRECTION]),
+                translation(
+                    a[:, _MOVE_X] * width * self.trans - cx,
+                    a[:, _MOVE_Y] * height * self.trans - cy,
+                ),
+            ],
+        )
 
     @staticmethod
     def conditions(a) -> torch.Tensor:
         """What the network is told, [N,9]; zeros for an untouched image."""
         angle, direction, stretch = a[:, _ANGLE], a[:, _DIRECTION], a[:, _STRETCH]
-        return torch.stack([
-            a[:, _FLIP_X], a[:, _FLIP_Y], a[:, _SCALE], angle.cos() - 1, angle.sin(), stretch * direction.cos(),
-            stretch * direction.sin(), a[:, _MOVE_X], a[:, _MOVE_Y]], dim=1)
+        return torch.stack(
+            [
+                a[:, _FLIP_X],
+                a[:, _FLIP_Y],
+                a[:, _SCALE],
+                angle.cos() - 1,
+                angle.sin(),
+                stretch * direction.cos(),
+                stretch * direction.sin(),
+                a[:, _MOVE_X],
+                a[:, _MOVE_Y],
+            ],
+            dim=1,
+        )
 
 
 def _axis(q, size: int):
-    """A coordinate for `warp`: (grid position with smoothed fraction, plain grid position, weight of the slope).
+    """A coordinate for `warp`: (grid position with smoothed fraction, plain grid position, weight
+    of the slope).
 
     The position is folded into 0..size-1, with the border pixels as mirrors.
     """
@@ -95,26 +129,34 @@ def _axis(q, size: int):
 
 
 def _slope(padded, dim: int):
-    """Half the difference of the two neighbours along `dim`, with the sign (-1)^i; the axis loses its ends."""
+    """Half the difference of the two neighbours along `dim`, with the sign (-1)^i; the axis loses
+    its ends."""
     n = padded.shape[dim] - 2
     sign = (0.5 - torch.arange(n, device=padded.device) % 2).to(padded.dtype)
-    return (padded.narrow(dim, 2, n) - padded.narrow(dim, 0, n)) * (sign if dim == 3 else sign[:, None])
+    return (padded.narrow(dim, 2, n) - padded.narrow(dim, 0, n)) * (
+        sign if dim == 3 else sign[:, None]
+    )
 
 
 def warp(images, matrices) -> torch.Tensor:
-    """Images [N,C,H,W] whose pixels have moved by matrices [N,3,3]: output p takes the input at matrix^-1 p.
+    """Images [N,C,H,W] whose pixels have moved by matrices [N,3,3]: output p takes the input at
+    matrix^-1 p.
 
-    Cubic (Catmull-Rom) interpolation, reflecting border; H, W >= 2. In Hermite form along one axis, with slopes
-    d_i = (f_(i+1) - f_(i-1)) / 2 and the fraction u of a position between pixels 0 and 1,
+    Cubic (Catmull-Rom) interpolation, reflecting border; H, W >= 2. In Hermite form along one
+    axis, with slopes d_i = (f_(i+1) - f_(i-1)) / 2 and the fraction u of a position between pixels
+    0 and 1,
 
         f(u) = (1 - s) f_0 + s f_1 + u (1 - u) ((1 - u) d_0 - u d_1),   s = u^2 (3 - 2u).
 
-    Both brackets are linear interpolations, the second one of (-1)^i d_i up to a sign. So in two dimensions four
-    bilinear look-ups (of the image, its slopes in x and y, and their product) do the work of sixteen taps.
+    Both brackets are linear interpolations, the second one of (-1)^i d_i up to a sign. So in two
+    dimensions four bilinear look-ups (of the image, its slopes in x and y, and their product) do
+    the work of sixteen taps.
     """
     N, C, H, W = images.shape
     inverse = torch.linalg.inv_ex(matrices.double())[0].to(images.dtype)
-    y, x = torch.meshgrid(torch.arange(H, device=images.device), torch.arange(W, device=images.device), indexing='ij')
+    y, x = torch.meshgrid(
+        torch.arange(H, device=images.device), torch.arange(W, device=images.device), indexing='ij'
+    )
     pixels = torch.stack([x, y, torch.ones_like(x)]).reshape(3, H * W).to(images.dtype)
     source = (inverse[:, :2] @ pixels).reshape(N, 2, H, W)
     x_smooth, x_plain, x_slope = _axis(source[:, 0], W)
@@ -128,9 +170,11 @@ def warp(images, matrices) -> torch.Tensor:
     grid = images.new_empty([N, H, W, 2])
 
     def look_up(values, **coordinates):
-        for name, value in coordinates.items():                         # the other coordinate stays as it was
+        for name, value in coordinates.items():  # the other coordinate stays as it was
             grid[..., 'xy'.index(name)] = value
-        return F.grid_sample(values, grid, mode='bilinear', padding_mode='border', align_corners=True)
+        return F.grid_sample(
+            values, grid, mode='bilinear', padding_mode='border', align_corners=True
+        )
 
     out = look_up(images, x=x_smooth, y=y_smooth)
     out += x_slope * look_up(dx, x=x_plain)

@@ -1,8 +1,10 @@
-"""Discrete-time Gaussian diffusion: T noising steps x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) z and their reversal.
+"""Discrete-time Gaussian diffusion: T noising steps x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) z
+and their reversal.
 
-DDPM (arXiv 2006.11239), improved DDPM (2102.09672), DDIM (2010.02502). Notation: images x [N,C,H,W] in [-1, 1]; t int64
-[N] in 0..T-1 counts from 0, the least noisy step; abar is `alphas_cumprod`. Tables are float64, and float32 once
-gathered. A network's `output` is [N,C,H,W], or [N,2C,H,W] with the variance channels last.
+DDPM (arXiv 2006.11239), improved DDPM (2102.09672), DDIM (2010.02502). Notation: images x
+[N,C,H,W] in [-1, 1]; t int64 [N] in 0..T-1 counts from 0, the least noisy step; abar is
+`alphas_cumprod`. Tables are float64, and float32 once gathered. A network's `output` is [N,C,H,W],
+or [N,2C,H,W] with the variance channels last.
 """
 
 import math
@@ -14,11 +16,12 @@ import torch
 from dnnlib import UserError
 from training.diffusion.noise import betas_from_alphas_cumprod, make_betas, spaced_steps
 
-# --- The process ------------------------------------------------------------------------------------------------------
+# --- The process ---------------------------------------------------------------------------------
 
 
 class Prediction(NamedTuple):
-    """What a network's output says of x_(t-1): predicted x_0 and noise, mean and log variance of the Gaussian."""
+    """What a network's output says of x_(t-1): predicted x_0 and noise, mean and log variance of
+    the Gaussian."""
 
     start: torch.Tensor
     epsilon: torch.Tensor
@@ -38,9 +41,11 @@ def gaussian_kl(mean1, log_variance1, mean2, log_variance2):
 
 
 def discretized_nll(x, mean, log_variance):
-    """-ln P(x +- 1/255) under a Gaussian, in nats, for x in [-1, 1] of 8 bits; tails belong to the end values.
+    """-ln P(x +- 1/255) under a Gaussian, in nats, for x in [-1, 1] of 8 bits; tails belong to the
+    end values.
 
-    The normal distribution function is approximated by (1 + tanh(sqrt(2/pi) (y + 0.044715 y^3))) / 2.
+    The normal distribution function is approximated by (1 + tanh(sqrt(2/pi) (y + 0.044715 y^3))) /
+    2.
     """
     def cdf(y):
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
@@ -59,30 +64,53 @@ class GaussianDiffusion:
     """A noising process and what is computed with it.
 
     schedule    name in `SCHEDULES`; `steps` before respacing
-    respacing   steps that are kept (see `spaced_steps`); the betas follow from the abar that remain
-    variance    'learned_range' (interpolated between the two bounds by the network), 'fixed_small' (posterior
-                variance) or 'fixed_large' (beta)
-    loss        'mse', 'rescaled_mse' (variational term times T/1000), 'kl' or 'rescaled_kl' (times T)
+    respacing   steps that are kept (see `spaced_steps`); the betas follow from what remains
+    variance    'learned_range' (interpolated between the two bounds by the network), 'fixed_small'
+                (posterior variance) or 'fixed_large' (beta)
+    loss        'mse', 'rescaled_mse' (variational term times T/1000), 'kl' or 'rescaled_kl'
+                (times T)
     predict     what the network predicts: 'epsilon' or 'start'
     rescale_timesteps  give the network times in 0..1000 whatever `steps` is
-    beta_range  the first and the last beta of the 'linear_float32' schedule (default: 1e-4 and 0.02)
+    beta_range  the first and the last beta of the 'linear_float32' schedule (default: 1e-4 and
+                0.02)
     """
 
-    def __init__(self, schedule='linear', steps=1000, respacing='', variance='learned_range', loss='mse',
-                 predict='epsilon', rescale_timesteps=False, beta_range=None):
+    def __init__(
+        self,
+        schedule='linear',
+        steps=1000,
+        respacing='',
+        variance='learned_range',
+        loss='mse',
+        predict='epsilon',
+        rescale_timesteps=False,
+        beta_range=None,
+    ):
         for name, value, known in (('variance', variance, VARIANCES), ('loss', loss, LOSSES),
                                    ('predict', predict, ('epsilon', 'start'))):
             if value not in known:
                 raise UserError(f'{value!r} is not one of {", ".join(known)}', field=name)
-        self.config = dict(schedule=schedule, steps=steps, respacing=respacing, variance=variance, loss=loss,
-                           predict=predict, rescale_timesteps=rescale_timesteps, beta_range=beta_range)
+        self.config = dict(
+            schedule=schedule,
+            steps=steps,
+            respacing=respacing,
+            variance=variance,
+            loss=loss,
+            predict=predict,
+            rescale_timesteps=rescale_timesteps,
+            beta_range=beta_range,
+        )
         betas = make_betas(schedule, steps, beta_range)
         self.learned, self.loss, self.predict = variance == 'learned_range', loss, predict
         self.kept = np.array(spaced_steps(steps, respacing))
         if len(self.kept) < 2:
-            raise UserError(f'{respacing!r} leaves fewer than two steps', field='timestep_respacing')
+            raise UserError(
+                f'{respacing!r} leaves fewer than two steps', field='timestep_respacing'
+            )
         if betas.max() >= 1:
-            raise UserError(f'the {schedule} schedule needs more steps than {steps}', field='diffusion_steps')
+            raise UserError(
+                f'the {schedule} schedule needs more steps than {steps}', field='diffusion_steps'
+            )
         self.num_steps = len(self.kept)
         self.betas = betas_from_alphas_cumprod(np.cumprod(1 - betas)[self.kept])
 
@@ -94,7 +122,7 @@ class GaussianDiffusion:
         self.sqrt_1m_abar = np.sqrt(1 - abar)
         self.sqrt_recip = np.sqrt(1 / abar)
         self.sqrt_recipm1 = np.sqrt(1 / abar - 1)
-        self.sigmas = np.sqrt((1 - abar) / abar)                        # noise level of x_t / sqrt(abar_t)
+        self.sigmas = np.sqrt((1 - abar) / abar)  # noise level of x_t / sqrt(abar_t)
         self.posterior_mean_coef1 = self.betas * np.sqrt(abar_prev) / (1 - abar)
         self.posterior_mean_coef2 = (1 - abar_prev) * np.sqrt(1 - self.betas) / (1 - abar)
         self.posterior_variance = self.betas * (1 - abar_prev) / (1 - abar)
@@ -115,12 +143,13 @@ class GaussianDiffusion:
         """Table `name` at t, [N,1,1,1] float32."""
         key = name, t.device
         if key not in self._on_device:
-            with torch.inference_mode(False):                           # sampling may come before training
+            with torch.inference_mode(False):  # sampling may come before training
                 self._on_device[key] = torch.from_numpy(getattr(self, name)).float().to(t.device)
         return self._on_device[key][t].reshape(-1, 1, 1, 1)
 
     def model_steps(self, t):
-        """What the network is told for t [N]: the step's number before respacing (int64), or its time in 0..1000."""
+        """What the network is told for t [N]: the step's number before respacing (int64), or its
+        time in 0..1000."""
         given = self._at('model_step', t).flatten()
         return given if self.config['rescale_timesteps'] else given.long()
 
@@ -132,7 +161,9 @@ class GaussianDiffusion:
 
     def q_posterior(self, x_0, x_t, t):
         """Mean [N,C,H,W] and log variance [N,1,1,1] of q(x_(t-1) | x_t, x_0)."""
-        mean = self._at('posterior_mean_coef1', t) * x_0 + self._at('posterior_mean_coef2', t) * x_t
+        mean = (
+            self._at('posterior_mean_coef1', t) * x_0 + self._at('posterior_mean_coef2', t) * x_t
+        )
         return mean, self._at('posterior_log_variance_clipped', t)
 
     # The reverse process.
@@ -153,7 +184,9 @@ class GaussianDiffusion:
         log_variance = self._at('log_variance', t)
         if self.learned:
             share = (output[:, C:] + 1) / 2
-            log_variance = share * self._at('log_beta', t) + (1 - share) * self._at('posterior_log_variance_clipped', t)
+            log_variance = share * self._at('log_beta', t) + (1 - share) * self._at(
+                'posterior_log_variance_clipped', t
+            )
         return Prediction(start, epsilon, mean, log_variance)
 
     def _epsilon(self, start, x_t, t):
@@ -168,12 +201,16 @@ class GaussianDiffusion:
     @staticmethod
     def add_noise(prediction, t, noise):
         """A draw from the Gaussian of a prediction; its mean at t = 0."""
-        return prediction.mean + (t != 0).reshape(-1, 1, 1, 1) * (0.5 * prediction.log_variance).exp() * noise
+        return (
+            prediction.mean
+            + (t != 0).reshape(-1, 1, 1, 1) * (0.5 * prediction.log_variance).exp() * noise
+        )
 
     def ddim_step(self, output, x_t, t, noise=None, eta=0.0, clip=True):
-        """x_(t-1) of DDIM (arXiv 2010.02502, Eq. 12); `eta=0` is deterministic and needs no noise."""
+        """x_(t-1) of DDIM (arXiv 2010.02502, Eq. 12); `eta=0` is deterministic and needs no
+        noise."""
         start = self.prediction(output, x_t, t, clip).start
-        epsilon = self._epsilon(start, x_t, t)                          # again, as clipping changes it
+        epsilon = self._epsilon(start, x_t, t)  # again, as clipping changes it
         abar, abar_prev = self._at('alphas_cumprod', t), self._at('alphas_cumprod_prev', t)
         sd = eta * ((1 - abar_prev) / (1 - abar)).sqrt() * (1 - abar / abar_prev).sqrt()
         x = start * abar_prev.sqrt() + (1 - abar_prev - sd**2).sqrt() * epsilon
@@ -188,7 +225,8 @@ class GaussianDiffusion:
     # Losses, [N].
 
     def vb_term(self, output, x_0, x_t, t, clip=False):
-        """A term of the variational bound in bits per dimension: the KL of x_(t-1), at t = 0 the likelihood of x_0."""
+        """A term of the variational bound in bits per dimension: the KL of x_(t-1), at t = 0 the
+        likelihood of x_0."""
         mean, log_variance = self.q_posterior(x_0, x_t, t)
         p = self.prediction(output, x_t, t, clip)
         kl = mean_flat(gaussian_kl(mean, log_variance, p.mean, p.log_variance))
@@ -196,12 +234,14 @@ class GaussianDiffusion:
         return torch.where(t == 0, nll, kl) / math.log(2)
 
     def _frozen_mean(self, output):
-        """`output` with no gradient into the image channels: the variational term trains the variance alone."""
+        """`output` with no gradient into the image channels: the variational term trains the
+        variance alone."""
         values, variance = output.chunk(2, dim=1)
         return torch.cat([values.detach(), variance], dim=1)
 
     def training_losses(self, output, x_0, x_t, t, noise) -> dict:
-        """Loss of a network's output at x_t = q_sample(x_0, t, noise): {'loss', and its terms 'mse' and 'vb'}."""
+        """Loss of a network's output at x_t = q_sample(x_0, t, noise): {'loss', and its terms
+        'mse' and 'vb'}."""
         if self.loss.endswith('kl'):
             loss = self.vb_term(output, x_0, x_t, t)
             return {'loss': loss * self.num_steps if self.loss == 'rescaled_kl' else loss}
@@ -214,16 +254,20 @@ class GaussianDiffusion:
     def distillation_losses(self, output, teacher: Prediction, x_t, t, clip=False) -> dict:
         """Loss of a student against the teacher's prediction at the same x_t (arXiv 2409.03550).
 
-        mse between the two noises, and with a learned variance the KL of the two Gaussians over x_(t-1) in bits,
-        also at t = 0, with the student's noise frozen.
+        mse between the two noises, and with a learned variance the KL of the two Gaussians over
+        x_(t-1) in bits, also at t = 0, with the student's noise frozen.
         """
         if self.loss.endswith('kl'):
-            raise UserError('distillation has no pure KL loss; use mse or rescaled_mse', field='use_kl')
+            raise UserError(
+                'distillation has no pure KL loss; use mse or rescaled_mse', field='use_kl'
+            )
         student = self.prediction(output, x_t, t)
         terms = {'mse': mean_flat((teacher.epsilon - student.epsilon) ** 2)}
         if self.learned:
             student = self.prediction(self._frozen_mean(output), x_t, t, clip)
-            kl = gaussian_kl(teacher.mean, teacher.log_variance, student.mean, student.log_variance)
+            kl = gaussian_kl(
+                teacher.mean, teacher.log_variance, student.mean, student.log_variance
+            )
             terms['vb'] = self._rescaled(mean_flat(kl) / math.log(2))
         return {'loss': sum(terms.values()), **terms}
 

@@ -1,9 +1,10 @@
 """Losses of all studies: a network and a batch in, the loss of each sample out.
 
-A batch is a dictionary with `images` [N,C,H,W] (what the network models, already encoded), `labels` [N, label_dim] or
-None, and `random`, from which all random numbers are drawn (see torch_utils.random), in the order of the reference
-implementations. Losses return `(loss [N], terms)`: the loss that is summed and divided by the batch size, and
-named per-sample terms for the log.
+A batch is a dictionary with `images` [N,C,H,W] (what the network models, already encoded),
+`labels` [N, label_dim] or None, and `random`, from which all random numbers are drawn (see
+torch_utils.random), in the order of the reference implementations. Losses return `(loss [N],
+terms)`: the loss that is summed and divided by the batch size, and named per-sample terms for the
+log.
 """
 
 import numpy as np
@@ -17,11 +18,12 @@ from training.diffusion.noise import VP, geometric_levels
 
 
 class _NoisyImageLoss:
-    """Weighted squared error of denoised images: weight(sigma) (D(y + n; sigma, labels) - y)^2, n ~ N(0, sigma^2 I).
+    """Weighted squared error of denoised images: weight(sigma) (D(y + n; sigma, labels) - y)^2, n
+    ~ N(0, sigma^2 I).
 
-    Summed over all elements for training, averaged over them for the log. `augment` (see training.diffusion.augment)
-    transforms y first; its labels go to the network. Subclasses define `noise_levels(random, n)`, which draws
-    sigma [n,1,1,1], and `weight(sigma)`.
+    Summed over all elements for training, averaged over them for the log. `augment` (see
+    training.diffusion.augment) transforms y first; its labels go to the network. Subclasses define
+    `noise_levels(random, n)`, which draws sigma [n,1,1,1], and `weight(sigma)`.
     """
 
     def __init__(self, augment=None):
@@ -72,8 +74,8 @@ class EDMLoss(_NoisyImageLoss):
 
 
 class EDM2Loss(EDMLoss):
-    """EDM2's loss: EDM's noise levels and weights, and a learned uncertainty u(sigma) (arXiv 2312.02696, Eq. 14-15):
-    weight / exp(u) * (D(y + n; sigma) - y)^2 + u.
+    """EDM2's loss: EDM's noise levels and weights, and a learned uncertainty u(sigma) (arXiv
+    2312.02696, Eq. 14-15): weight / exp(u) * (D(y + n; sigma) - y)^2 + u.
     """
 
     def __init__(self, P_mean=-0.4, P_std=1.0, sigma_data=0.5):
@@ -88,8 +90,8 @@ class EDM2Loss(EDMLoss):
 
 
 class VPLoss(_NoisyImageLoss):
-    """The variance-preserving loss of Song et al. in the terms of EDM (Table 1): t ~ U(epsilon_t, 1),
-    sigma = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1), weight = 1 / sigma^2.
+    """The variance-preserving loss of Song et al. in the terms of EDM (Table 1): t ~ U(epsilon_t,
+    1), sigma = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1), weight = 1 / sigma^2.
     """
 
     def __init__(self, beta_d=19.9, beta_min=0.1, epsilon_t=1e-5, augment=None):
@@ -102,8 +104,8 @@ class VPLoss(_NoisyImageLoss):
 
 
 class VELoss(_NoisyImageLoss):
-    """The variance-exploding loss of Song et al. in the terms of EDM (Table 1): ln(sigma) uniform between
-    ln(sigma_min) and ln(sigma_max), weight = 1 / sigma^2.
+    """The variance-exploding loss of Song et al. in the terms of EDM (Table 1): ln(sigma) uniform
+    between ln(sigma_min) and ln(sigma_max), weight = 1 / sigma^2.
     """
 
     def __init__(self, sigma_min=0.02, sigma_max=100, augment=None):
@@ -128,7 +130,8 @@ def _with_log(terms: dict):
 
 
 class DDPMLoss:
-    """DDPM's training loss for a DiscreteDenoiser, with uniform time steps (see `GaussianDiffusion.training_losses`)."""
+    """DDPM's training loss for a DiscreteDenoiser, with uniform time steps (see
+    `GaussianDiffusion.training_losses`)."""
 
     def __init__(self, diffusion: GaussianDiffusion):
         self.diffusion = diffusion
@@ -142,7 +145,8 @@ class DDPMLoss:
 
 
 def balancing_terms(h, h_other, weight):
-    """(regularisation, commitment) [N,C,H,W] of the noises predicted for the true label and for another one.
+    """(regularisation, commitment) [N,C,H,W] of the noises predicted for the true label and for
+    another one.
 
     w (h - sg[h'])^2 and (w/4) (sg[h] - h')^2, where sg stops the gradient (the paper's Eq. 8).
     """
@@ -152,21 +156,40 @@ def balancing_terms(h, h_other, weight):
 class CBDMLoss:
     """DDPM's loss, with the class-balancing term (`cb`) and dropped labels (`cb` or `cfg`).
 
-    loss = (h - z)^2 + w (h - sg[h'])^2 + (w/4) (sg[h] - h')^2 with w = tau t/T, h = eps(x_t, t, y) and
-    h' = eps(x_t, t, y'), averaged over the elements of an image. y' follows `class_counts` when training from scratch
-    and is uniform when they are None, as for fine-tuning. The labels of a whole step are dropped with probability
-    `label_drop`, and then there is no class-balancing term.
+    loss = (h - z)^2 + w (h - sg[h'])^2 + (w/4) (sg[h] - h')^2 with w = tau t/T, h = eps(x_t, t, y)
+    and h' = eps(x_t, t, y'), averaged over the elements of an image. y' follows `class_counts`
+    when training from scratch and is uniform when they are None, as for fine-tuning. The labels of
+    a whole step are dropped with probability `label_drop`, and then there is no class-balancing
+    term.
 
-    Whether labels are dropped is one draw for all processes and micro-batches of a step: with `batch_size` it comes
-    from `seed` and the step, otherwise (as in the reference) from the batch's random numbers. Draws, in order: the
-    augmentation's, t, noise, label drop, y'. `augment` takes (images, random) to (images, vectors [N,9]).
+    Whether labels are dropped is one draw for all processes and micro-batches of a step: with
+    `batch_size` it comes from `seed` and the step, otherwise (as in the reference) from the
+    batch's random numbers. Draws, in order: the augmentation's, t, noise, label drop, y'.
+    `augment` takes (images, random) to (images, vectors [N,9]).
     """
 
-    def __init__(self, diffusion: GaussianDiffusion, num_classes: int, cb=False, cfg=False, tau=1.0, class_counts=None,
-                 label_drop=0.1, augment=None, batch_size=None, seed=0):
-        if cb and class_counts is not None and not (len(class_counts) == num_classes and min(class_counts) > 0):
-            raise UserError(f'class-balancing training needs images of each of the {num_classes} classes; their '
-                            f'numbers are {[int(n) for n in class_counts]}')
+    def __init__(
+        self,
+        diffusion: GaussianDiffusion,
+        num_classes: int,
+        cb=False,
+        cfg=False,
+        tau=1.0,
+        class_counts=None,
+        label_drop=0.1,
+        augment=None,
+        batch_size=None,
+        seed=0,
+    ):
+        if (
+            cb
+            and class_counts is not None
+            and not (len(class_counts) == num_classes and min(class_counts) > 0)
+        ):
+            raise UserError(
+                f'class-balancing training needs images of each of the {num_classes} classes; their '
+                f'numbers are {[int(n) for n in class_counts]}'
+            )
         self.diffusion = diffusion
         self.num_classes = num_classes
         self.cb = cb
@@ -189,12 +212,14 @@ class CBDMLoss:
     def _labels_dropped(self, batch):
         if self.batch_size is None:
             return batch['random'].rand([1], device='cpu').item() < self.label_drop
-        shared = StackedRandomGenerator('cpu', [tuple_seed(self.seed, batch['start'] // self.batch_size)])
+        shared = StackedRandomGenerator(
+            'cpu', [tuple_seed(self.seed, batch['start'] // self.batch_size)]
+        )
         return shared.rand([1]).item() < self.label_drop
 
     def elementwise(self, net, batch) -> dict:
-        """What was drawn and the unreduced losses: `t`, `noise`, `ddpm` [N,C,H,W]; with a class-balancing term also
-        `other` (y'), `reg` and `com` [N,C,H,W].
+        """What was drawn and the unreduced losses: `t`, `noise`, `ddpm` [N,C,H,W]; with a
+        class-balancing term also `other` (y'), `reg` and `com` [N,C,H,W].
         """
         images, y, random = batch['images'], batch['labels'], batch['random']
         extra = {}
@@ -209,7 +234,9 @@ class CBDMLoss:
         if self.cb and not dropped:
             other = self.other_labels(len(images), random).to(images.device)
             with drawing_from(random):
-                h_other = net(x_t, step=step, class_labels=F.one_hot(other, self.num_classes).to(y), **extra)
+                h_other = net(
+                    x_t, step=step, class_labels=F.one_hot(other, self.num_classes).to(y), **extra
+                )
             weight = (self.tau * t / self.diffusion.num_steps).reshape(-1, 1, 1, 1)
             reg, com = balancing_terms(h, h_other, weight)
             values |= {'other': other, 'reg': reg, 'com': com}
@@ -220,21 +247,27 @@ class CBDMLoss:
         terms = {'ddpm': mean_flat(values['ddpm'])}
         if self.cb:
             for name in ('reg', 'com'):
-                terms[name] = mean_flat(values[name]) if name in values else torch.zeros_like(terms['ddpm'])
+                terms[name] = (
+                    mean_flat(values[name]) if name in values else torch.zeros_like(terms['ddpm'])
+                )
         return _with_log({'loss': sum(terms.values())} | terms)
 
 
 class DKDMLoss:
-    """A student learns the teacher's step at (x_t, t) (see `GaussianDiffusion.distillation_losses`).
+    """A student learns the teacher's step at (x_t, t) (see
+    `GaussianDiffusion.distillation_losses`).
 
-    `diffusion` is the student's process, with the teacher's steps. `input_perturb` p shows the student
-    x_t + sqrt(1 - abar_t) p z in place of x_t.
+    `diffusion` is the student's process, with the teacher's steps. `input_perturb` p shows the
+    student x_t + sqrt(1 - abar_t) p z in place of x_t.
     """
 
     def __init__(self, diffusion: GaussianDiffusion, teacher, input_perturb=0.0):
         if list(diffusion.kept) != list(teacher.diffusion.kept) or not np.allclose(
                 diffusion.betas, teacher.diffusion.betas):
-            raise UserError('the student needs the noise schedule and time steps of its teacher', field='diffusion')
+            raise UserError(
+                'the student needs the noise schedule and time steps of its teacher',
+                field='diffusion',
+            )
         self.diffusion = diffusion
         self.teacher = teacher
         self.input_perturb = input_perturb
@@ -252,5 +285,12 @@ class DKDMLoss:
 
 
 # The losses by name.
-LOSSES = {'edm2': EDM2Loss, 'edm': EDMLoss, 'vp': VPLoss, 've': VELoss, 'ddpm': DDPMLoss, 'cbdm': CBDMLoss,
-          'dkdm': DKDMLoss}
+LOSSES = {
+    'edm2': EDM2Loss,
+    'edm': EDMLoss,
+    'vp': VPLoss,
+    've': VELoss,
+    'ddpm': DDPMLoss,
+    'cbdm': CBDMLoss,
+    'dkdm': DKDMLoss,
+}

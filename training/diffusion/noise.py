@@ -1,7 +1,8 @@
-"""Noise: its level sigma at a time t, the levels that samplers visit, and the schedules of discrete time.
+"""Noise: its level sigma at a time t, the levels that samplers visit, and the schedules of
+discrete time.
 
-A noisy image is x = s (x_0 + sigma z), z ~ N(0, I); the scale s is 1 unless a sampler says otherwise. Times and
-levels are tensors of any shape, in the type of the computation.
+A noisy image is x = s (x_0 + sigma z), z ~ N(0, I); the scale s is 1 unless a sampler says
+otherwise. Times and levels are tensors of any shape, in the type of the computation.
 """
 
 import math
@@ -11,11 +12,12 @@ import torch
 
 from dnnlib import UserError
 
-# --- sigma(t) ---------------------------------------------------------------------------------------------------------
+# --- sigma(t) ------------------------------------------------------------------------------------
 
 
 class VP:
-    """Variance preserving (arXiv 2206.00364, Table 1): sigma(t) = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1)."""
+    """Variance preserving (arXiv 2206.00364, Table 1): sigma(t) = sqrt(exp(beta_d t^2 / 2 +
+    beta_min t) - 1)."""
 
     def __init__(self, beta_d=19.9, beta_min=0.1):
         self.beta_d = beta_d
@@ -64,7 +66,7 @@ class Linear:
         return 1.0
 
 
-# --- Levels -----------------------------------------------------------------------------------------------------------
+# --- Levels --------------------------------------------------------------------------------------
 
 
 def geometric_levels(u, first: float, last: float):
@@ -72,7 +74,9 @@ def geometric_levels(u, first: float, last: float):
     return first * (last / first) ** u
 
 
-def edm_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float, dtype=torch.float32):
+def edm_sigmas(
+    num_steps: int, sigma_min: float, sigma_max: float, rho: float, dtype=torch.float32
+):
     """t_0 = sigma_max ... t_(N-1) = sigma_min without the final zero (arXiv 2206.00364, Eq. 5)."""
     ramp = unit_steps(num_steps, dtype)
     ends = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
@@ -86,12 +90,15 @@ def unit_steps(num_steps: int, dtype=torch.float64):
     return torch.arange(num_steps, dtype=dtype) / max(num_steps - 1, 1)
 
 
-def iddpm_levels(M: int = 1000, C_1: float = 0.001, C_2: float = 0.008, dtype=torch.float32) -> torch.Tensor:
+def iddpm_levels(
+    M: int = 1000, C_1: float = 0.001, C_2: float = 0.008, dtype=torch.float32
+) -> torch.Tensor:
     """Noise levels u_0 > ... > u_M = 0 of improved DDPM in the terms of EDM (Table 1), [M + 1]:
-    u_{j-1} = sqrt((u_j^2 + 1) / max(abar_{j-1} / abar_j, C_1) - 1), abar_j = sin(pi/2 j / (M (C_2 + 1)))^2.
+    u_{j-1} = sqrt((u_j^2 + 1) / max(abar_{j-1} / abar_j, C_1) - 1), abar_j = sin(pi/2 j / (M (C_2
+    + 1)))^2.
 
-    abar and its ratios are float32 as in the reference, which decides the last levels (up to 5e-4 of their size);
-    `dtype` is that of the recursion.
+    abar and its ratios are float32 as in the reference, which decides the last levels (up to 5e-4
+    of their size); `dtype` is that of the recursion.
     """
     abar = (0.5 * math.pi * torch.arange(M + 1) / M / (C_2 + 1)).sin().square()
     ratio = (abar[:-1] / abar[1:]).clip(min=C_1)
@@ -101,7 +108,7 @@ def iddpm_levels(M: int = 1000, C_1: float = 0.001, C_2: float = 0.008, dtype=to
     return u
 
 
-# --- Discrete time ----------------------------------------------------------------------------------------------------
+# --- Discrete time -------------------------------------------------------------------------------
 
 
 def betas_from_alphas_cumprod(abar):
@@ -122,11 +129,14 @@ def _cosine(steps):
 
 def _linear_float32(steps, first=1e-4, last=0.02):
     """What CBDM uses: from `first` to `last` whatever the number of steps, spaced in float32."""
-    return torch.linspace(first, last, steps, device='cpu').double().numpy()  # wherever networks are being built
+    return (
+        torch.linspace(first, last, steps, device='cpu').double().numpy()
+    )  # wherever networks are being built
 
 
 def _progressive_cosine(steps):
-    """log-SNR l(u) = -2 ln tan(a u + b), from 20 at u = 0 to -20 at u = 1; abar = 1 / (1 + exp(-l))."""
+    """log-SNR l(u) = -2 ln tan(a u + b), from 20 at u = 0 to -20 at u = 1; abar = 1 / (1 +
+    exp(-l))."""
     b = math.atan(math.exp(-10))
     a = math.atan(math.exp(10)) - b
     log_snr = -2 * np.log(np.tan(a * np.arange(1, steps + 1) / steps + b))
@@ -138,37 +148,48 @@ SCHEDULES = {'linear': _linear, 'cosine': _cosine, 'linear_float32': _linear_flo
 
 
 def make_betas(schedule: str, steps: int, beta_range=None) -> np.ndarray:
-    """The noise schedule beta_0 .. beta_(T-1), float64; `beta_range` sets the ends of 'linear_float32'.
+    """The noise schedule beta_0 .. beta_(T-1), float64; `beta_range` sets the ends of
+    'linear_float32'.
 
     Raises UserError for an unknown name.
     """
     if schedule not in SCHEDULES:
-        raise UserError(f'{schedule!r} is not one of {", ".join(SCHEDULES)}', field='noise_schedule')
+        raise UserError(
+            f'{schedule!r} is not one of {", ".join(SCHEDULES)}', field='noise_schedule'
+        )
     return SCHEDULES[schedule](steps, *(beta_range or ()))
 
 
 def spaced_steps(total: int, spec) -> list[int]:
     """The steps of 0..total-1 that a respaced process keeps, ascending.
 
-    '' keeps all; 'ddimN' keeps N at the smallest integer stride that gives exactly N; 'a,b,...' cuts the range into
-    equal sections and keeps a evenly spaced steps of the first, b of the second. Raises UserError if it cannot.
+    '' keeps all; 'ddimN' keeps N at the smallest integer stride that gives exactly N; 'a,b,...'
+    cuts the range into equal sections and keeps a evenly spaced steps of the first, b of the
+    second. Raises UserError if it cannot.
     """
     spec = str(spec).strip() or str(total)
     if spec.startswith('ddim') and spec[4:].isdigit():
         for stride in range(1, total):
             if len(range(0, total, stride)) == int(spec[4:]):
                 return list(range(0, total, stride))
-        raise UserError(f'no whole stride leaves {spec[4:]} of {total} steps', field='timestep_respacing')
+        raise UserError(
+            f'no whole stride leaves {spec[4:]} of {total} steps', field='timestep_respacing'
+        )
     if not all(part.strip().isdigit() for part in spec.split(',')):
-        raise UserError(f'{spec!r} is not a list such as 250 or 10,15,20, nor e.g. ddim50', field='timestep_respacing')
+        raise UserError(
+            f'{spec!r} is not a list such as 250 or 10,15,20, nor e.g. ddim50',
+            field='timestep_respacing',
+        )
     counts = [int(part) for part in spec.split(',')]
     kept, start = [], 0
     for index, count in enumerate(counts):
         size = total // len(counts) + (index < total % len(counts))
         if count > size:
-            raise UserError(f'{count} steps do not fit into a section of {size}', field='timestep_respacing')
+            raise UserError(
+                f'{count} steps do not fit into a section of {size}', field='timestep_respacing'
+            )
         stride = (size - 1) / (count - 1) if count > 1 else 1
-        position = 0.0                                                  # repeated addition, as published
+        position = 0.0  # repeated addition, as published
         for _ in range(count):
             kept.append(start + round(position))
             position += stride

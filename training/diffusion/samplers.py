@@ -1,11 +1,13 @@
 """Samplers by name: how images come out of noise.
 
-A solver is a plain function `(denoiser, noise, levels, ...) -> samples [N,C,H,W]`. `denoiser(x, sigma)` is
-D(x; sigma) (see `Guided`), `noise` [N,C,H,W] is standard normal, and `levels` are the noise levels
-sigma_0 > ... > sigma_N = 0, a tensor [N + 1] on the CPU, so that no step waits for the device; its type is that of the
-computation. `SAMPLERS` gives each solver its levels and its options, and `sample` is the door to all of them.
+A solver is a plain function `(denoiser, noise, levels, ...) -> samples [N,C,H,W]`. `denoiser(x,
+sigma)` is D(x; sigma) (see `Guided`), `noise` [N,C,H,W] is standard normal, and `levels` are the
+noise levels sigma_0 > ... > sigma_N = 0, a tensor [N + 1] on the CPU, so that no step waits for
+the device; its type is that of the computation. `SAMPLERS` gives each solver its levels and its
+options, and `sample` is the door to all of them.
 
-A sampler's setting is a dictionary of plain values, `{'name': 'edm', 'num_steps': 18, ...}`; snapshots keep one.
+A sampler's setting is a dictionary of plain values, `{'name': 'edm', 'num_steps': 18, ...}`;
+snapshots keep one.
 """
 
 import math
@@ -18,17 +20,27 @@ import torch
 from dnnlib import UserError
 from dnnlib.util import renamed_fields
 from torch_utils.random import GlobalRandom, StackedRandomGenerator
-from training.diffusion.noise import VE, VP, Linear, edm_sigmas, geometric_levels, iddpm_levels, unit_steps
+from training.diffusion.noise import (
+    VE,
+    VP,
+    Linear,
+    edm_sigmas,
+    geometric_levels,
+    iddpm_levels,
+    unit_steps,
+)
 
-# --- Denoisers --------------------------------------------------------------------------------------------------------
+# --- Denoisers -----------------------------------------------------------------------------------
 
 
 class Guided:
-    """A network with its labels and its guide as the denoiser D = D_guide + guidance (D_net - D_guide).
+    """A network with its labels and its guide as the denoiser D = D_guide + guidance (D_net -
+    D_guide).
 
-    Classifier-free guidance or autoguidance, whatever the guide is. It acts at levels lo < sigma <= hi of `interval`
-    (arXiv 2404.07724) and leaves the network alone elsewhere. `guidance=1` never calls the guide, 0 calls nothing else.
-    Raises UserError for guidance without a guide and for an interval that nothing is guided in.
+    Classifier-free guidance or autoguidance, whatever the guide is. It acts at levels lo < sigma
+    <= hi of `interval` (arXiv 2404.07724) and leaves the network alone elsewhere. `guidance=1`
+    never calls the guide, 0 calls nothing else. Raises UserError for guidance without a guide and
+    for an interval that nothing is guided in.
     """
 
     def __init__(self, net, labels=None, guide=None, guidance=1, interval=None):
@@ -44,23 +56,31 @@ class Guided:
         self.guidance = guidance
 
     def _evaluate(self, call, sigma, channels: int):
-        """`call` of the network, guided in its first channels; others, such as variances, are the network's."""
+        """`call` of the network, guided in its first channels; others, such as variances, are the
+        network's."""
         if self.guidance == 1 or not self.low < sigma <= self.high:
             return call(self.net)
         if self.guidance == 0:
             return call(self.guide)
         main = call(self.net)
         guided = call(self.guide)[:, :channels].lerp(main[:, :channels], self.guidance)
-        return guided if main.shape[1] == channels else torch.cat([guided, main[:, channels:]], dim=1)
+        return (
+            guided if main.shape[1] == channels else torch.cat([guided, main[:, channels:]], dim=1)
+        )
 
     def __call__(self, x, sigma):
         """D(x; sigma) in the type of x [N,C,H,W], for one level `sigma` on the host."""
         level = x.new_full([], float(sigma))
-        return self._evaluate(lambda net: net(x, level, self.labels), sigma, x.shape[1]).to(x.dtype)
+        return self._evaluate(lambda net: net(x, level, self.labels), sigma, x.shape[1]).to(
+            x.dtype
+        )
 
     def output(self, x_t, step, sigma: float):
-        """What a network of discrete time says of x_t [N,C,H,W] at `step` [N], of level sigma: [N, C or 2C, H, W]."""
-        return self._evaluate(lambda net: net(x_t, step=step, class_labels=self.labels), sigma, x_t.shape[1])
+        """What a network of discrete time says of x_t [N,C,H,W] at `step` [N], of level sigma: [N,
+        C or 2C, H, W]."""
+        return self._evaluate(
+            lambda net: net(x_t, step=step, class_labels=self.labels), sigma, x_t.shape[1]
+        )
 
     def cut(self, sigma_min: float, sigma_max: float):
         """A range of noise levels cut to what the network was trained on, where it says so."""
@@ -79,8 +99,8 @@ class Guided:
 
 
 def without_labels(net):
-    """A network that is told no class, as the guide of itself: classifier-free guidance of a network whose labels were
-    dropped in training.
+    """A network that is told no class, as the guide of itself: classifier-free guidance of a
+    network whose labels were dropped in training.
     """
     def call(x, *sigma, class_labels=None, **step):
         return net(x, *sigma[:1], **step)
@@ -88,22 +108,39 @@ def without_labels(net):
     return call
 
 
-# --- Solvers ----------------------------------------------------------------------------------------------------------
+# --- Solvers -------------------------------------------------------------------------------------
 
 
-def heun(denoiser, noise, levels, random, path=None, scaling='none', solver='heun', alpha=1, S_churn=0, S_min=0,
-         S_max=math.inf, S_noise=1, always_draw=False):
-    """EDM's stochastic sampler (arXiv 2206.00364, Algorithm 2), for every sigma(t) and s(t) of its Table 1.
+def heun(
+    denoiser,
+    noise,
+    levels,
+    random,
+    path=None,
+    scaling='none',
+    solver='heun',
+    alpha=1,
+    S_churn=0,
+    S_min=0,
+    S_max=math.inf,
+    S_noise=1,
+    always_draw=False,
+):
+    """EDM's stochastic sampler (arXiv 2206.00364, Algorithm 2), for every sigma(t) and s(t) of its
+    Table 1.
 
-    dx/dt = s'/s x + s sigma'/sigma (x / s - D(x / s; sigma)) is integrated from noise to image with `solver`: euler or
-    heun (`alpha` 1: Heun, 1/2: midpoint, 2/3: Ralston), for the noise `path` sigma(t) (default: t) and the `scaling`
-    s(t): vp (1 / sqrt(1 + sigma^2)) | none. Levels between S_min and S_max get noise: as much of it as if they were
-    higher by the factor 1 + min(S_churn / N, sqrt(2) - 1). `always_draw`: other levels draw and do not use it.
+    dx/dt = s'/s x + s sigma'/sigma (x / s - D(x / s; sigma)) is integrated from noise to image
+    with `solver`: euler or heun (`alpha` 1: Heun, 1/2: midpoint, 2/3: Ralston), for the noise
+    `path` sigma(t) (default: t) and the `scaling` s(t): vp (1 / sqrt(1 + sigma^2)) | none. Levels
+    between S_min and S_max get noise: as much of it as if they were higher by the factor 1 +
+    min(S_churn / N, sqrt(2) - 1). `always_draw`: other levels draw and do not use it.
     """
     path = path or Linear()
     num_steps = len(levels) - 1
     gamma = min(S_churn / num_steps, math.sqrt(2) - 1)
-    low, high = levels.new_tensor([S_min, S_max])               # the working precision decides, as in the reference
+    low, high = levels.new_tensor(
+        [S_min, S_max]
+    )  # the working precision decides, as in the reference
 
     def s(t):
         return 1 / (1 + path.sigma(t).square()).sqrt() if scaling == 'vp' else 1.0
@@ -113,7 +150,9 @@ def heun(denoiser, noise, levels, random, path=None, scaling='none', solver='heu
         derivative = path.derivative(t)
         unscaled = x / s(t)
         d = (unscaled - denoiser(unscaled, sigma)) / sigma * (s(t) * derivative)
-        return d - sigma * derivative * s(t) ** 2 * x if scaling == 'vp' else d     # s' / s = -sigma sigma' s^2
+        return (
+            d - sigma * derivative * s(t) ** 2 * x if scaling == 'vp' else d
+        )  # s' / s = -sigma sigma' s^2
 
     times = path.inverse(levels[:-1])
     times = torch.cat([times, times.new_zeros([1])])
@@ -139,15 +178,17 @@ def heun(denoiser, noise, levels, random, path=None, scaling='none', solver='heu
 
 
 def dpmpp_2m(denoiser, noise, levels, random=None):
-    """DPM-Solver++(2M) (arXiv 2211.01095, Algorithm 2) for the scale alpha = 1, where lambda = -ln(sigma):
+    """DPM-Solver++(2M) (arXiv 2211.01095, Algorithm 2) for the scale alpha = 1, where lambda =
+    -ln(sigma):
 
     x_i = sigma_i / sigma_(i-1) x_(i-1) - (exp(-h_i) - 1) D_i, h_i = lambda_i - lambda_(i-1),
     D_i = (1 + 1 / (2 r_i)) x_0(i-1) - 1 / (2 r_i) x_0(i-2), r_i = h_(i-1) / h_i,
 
-    with x_0(i) = D(x_i; sigma_i). The first step, and the last one to sigma = 0 (h = inf), are of first order.
+    with x_0(i) = D(x_i; sigma_i). The first step, and the last one to sigma = 0 (h = inf), are of
+    first order.
     """
     x = noise.to(levels.dtype) * levels[0]
-    before = None                                               # the level and the denoised images of the last step
+    before = None  # the level and the denoised images of the last step
     for sigma, sigma_next in zip(levels[:-1], levels[1:], strict=True):
         denoised = denoiser(x, sigma)
         D = denoised
@@ -160,10 +201,11 @@ def dpmpp_2m(denoiser, noise, levels, random=None):
 
 
 def ancestral(denoiser, noise, levels, random, eta=1.0, clip=False):
-    """DDIM (arXiv 2010.02502, Eq. 12) for the scale 1; `eta=1` is DDPM's chain, `eta=0` draws no noise.
+    """DDIM (arXiv 2010.02502, Eq. 12) for the scale 1; `eta=1` is DDPM's chain, `eta=0` draws no
+    noise.
 
-    x' = D + sqrt(sigma'^2 - sd^2) (x - D) / sigma + sd z, sd = eta sigma' / sigma sqrt(sigma^2 - sigma'^2).
-    `clip` clamps D to [-1, 1].
+    x' = D + sqrt(sigma'^2 - sd^2) (x - D) / sigma + sd z, sd = eta sigma' / sigma sqrt(sigma^2 -
+    sigma'^2). `clip` clamps D to [-1, 1].
     """
     x = noise.to(levels.dtype) * levels[0]
     for sigma, sigma_next in zip(levels[:-1], levels[1:], strict=True):
@@ -177,9 +219,11 @@ def ancestral(denoiser, noise, levels, random, eta=1.0, clip=False):
 
 
 def chain(denoiser, noise, diffusion, random, ddim=False, eta=0.0, clip=True):
-    """x_T -> x_0 by the network's own chain through the steps of `diffusion`: ancestral (DDPM), or DDIM.
+    """x_T -> x_0 by the network's own chain through the steps of `diffusion`: ancestral (DDPM), or
+    DDIM.
 
-    `clip` clamps every predicted x_0. Noise is drawn in every step but the last, and never for DDIM with `eta=0`.
+    `clip` clamps every predicted x_0. Noise is drawn in every step but the last, and never for
+    DDIM with `eta=0`.
     """
     x = noise
     for index in reversed(range(diffusion.num_steps)):
@@ -193,10 +237,12 @@ def chain(denoiser, noise, diffusion, random, ddim=False, eta=0.0, clip=True):
     return x
 
 
-# --- Solvers with their levels ----------------------------------------------------------------------------------------
+# --- Solvers with their levels -------------------------------------------------------------------
 
 
-def _edm_levels(solve, denoiser, noise, random, *, num_steps, sigma_min, sigma_max, rho, dtype, **options):
+def _edm_levels(
+    solve, denoiser, noise, random, *, num_steps, sigma_min, sigma_max, rho, dtype, **options
+):
     """`solve` over EDM's levels, cut to the network's range and rounded."""
     sigmas = edm_sigmas(num_steps, *denoiser.cut(sigma_min, sigma_max), rho, getattr(torch, dtype))
     return solve(denoiser, noise, denoiser.levels(sigmas), random, **options)
@@ -204,15 +250,42 @@ def _edm_levels(solve, denoiser, noise, random, *, num_steps, sigma_min, sigma_m
 
 # The range of noise levels of each discretization; None is set by beta_d, beta_min and epsilon_s.
 RANGES = {'vp': None, 've': (0.02, 100), 'iddpm': (0.002, 81), 'edm': (0.002, 80)}
-CHOICES = {'solver': ('euler', 'heun'), 'discretization': tuple(RANGES), 'schedule': ('vp', 've', 'linear'),
-           'scaling': ('vp', 'none')}
+CHOICES = {
+    'solver': ('euler', 'heun'),
+    'discretization': tuple(RANGES),
+    'schedule': ('vp', 've', 'linear'),
+    'scaling': ('vp', 'none'),
+}
 
 
-def _ablation(denoiser, noise, random, *, num_steps, sigma_min, sigma_max, rho, discretization, schedule, epsilon_s,
-              beta_d, beta_min, C_1, C_2, M, **options):
-    """The samplers that EDM generalises (arXiv 2206.00364, Table 1): every schedule over every discretization."""
-    ends = RANGES[discretization] or VP(beta_d, beta_min).sigma(torch.tensor([epsilon_s, 1.0]).double()).tolist()
-    low, high = denoiser.cut(ends[0] if sigma_min is None else sigma_min, ends[1] if sigma_max is None else sigma_max)
+def _ablation(
+    denoiser,
+    noise,
+    random,
+    *,
+    num_steps,
+    sigma_min,
+    sigma_max,
+    rho,
+    discretization,
+    schedule,
+    epsilon_s,
+    beta_d,
+    beta_min,
+    C_1,
+    C_2,
+    M,
+    **options,
+):
+    """The samplers that EDM generalises (arXiv 2206.00364, Table 1): every schedule over every
+    discretization."""
+    ends = (
+        RANGES[discretization]
+        or VP(beta_d, beta_min).sigma(torch.tensor([epsilon_s, 1.0]).double()).tolist()
+    )
+    low, high = denoiser.cut(
+        ends[0] if sigma_min is None else sigma_min, ends[1] if sigma_max is None else sigma_max
+    )
     vp = VP.of_range(low, high, epsilon_s)
     if discretization == 'vp':
         sigmas = vp.sigma(1 + unit_steps(num_steps) * (epsilon_s - 1))
@@ -226,22 +299,32 @@ def _ablation(denoiser, noise, random, *, num_steps, sigma_min, sigma_max, rho, 
     else:
         sigmas = edm_sigmas(num_steps, low, high, rho, torch.float64)
     path = {'vp': vp, 've': VE(), 'linear': Linear()}[schedule]
-    return heun(denoiser, noise, denoiser.levels(sigmas), random, path, always_draw=True, **options)
+    return heun(
+        denoiser, noise, denoiser.levels(sigmas), random, path, always_draw=True, **options
+    )
 
 
 def _discrete(ddim, denoiser, noise, random, *, num_steps, clip, eta=1.0, **levels):
-    """The chain of a network with discrete time, over its own steps; over EDM's levels for any other network."""
+    """The chain of a network with discrete time, over its own steps; over EDM's levels for any
+    other network."""
     clip = getattr(denoiser.net, 'clip', False) if clip is None else clip
     diffusion = getattr(denoiser.net, 'diffusion', None)
     levels = {key: value for key, value in levels.items() if value is not None}
     if diffusion is None:
-        return _edm_levels(partial(ancestral, eta=eta, clip=clip), denoiser, noise, random, dtype='float64',
-                           num_steps=num_steps or (50 if ddim else 1000), **_RANGE | levels)
+        return _edm_levels(
+            partial(ancestral, eta=eta, clip=clip),
+            denoiser,
+            noise,
+            random,
+            dtype='float64',
+            num_steps=num_steps or (50 if ddim else 1000),
+            **_RANGE | levels,
+        )
     diffusion = diffusion if num_steps is None else diffusion.respaced(num_steps)
     return chain(denoiser, noise, diffusion, random, ddim, eta, clip)
 
 
-# --- By name ----------------------------------------------------------------------------------------------------------
+# --- By name -------------------------------------------------------------------------------------
 
 
 class Sampler(NamedTuple):
@@ -254,33 +337,62 @@ class Sampler(NamedTuple):
 _RANGE = dict(sigma_min=0.002, sigma_max=80, rho=7)
 _CHURN = dict(S_churn=0, S_min=0, S_max=math.inf, S_noise=1)
 _OWN = dict(num_steps=None, clip=None, sigma_min=None, sigma_max=None, rho=None)
-# `dtype` is the type of the computation; None stands for what the network or the discretization says.
+# `dtype` is the type of the computation; None stands for what the network or the discretization
+# says.
 SAMPLERS = {
-    'edm': Sampler(partial(_edm_levels, partial(heun, always_draw=True)),
-                   dict(num_steps=18, **_RANGE, **_CHURN, dtype='float64')),
-    'edm2': Sampler(partial(_edm_levels, heun), dict(num_steps=32, **_RANGE, **_CHURN, dtype='float32')),
-    'ablation': Sampler(_ablation, dict(
-        num_steps=18, sigma_min=None, sigma_max=None, rho=7, solver='heun', alpha=1, discretization='edm',
-        schedule='linear', scaling='none', epsilon_s=1e-3, beta_d=19.9, beta_min=0.1, C_1=0.001, C_2=0.008, M=1000,
-        **_CHURN)),
-    'dpmpp-2m': Sampler(partial(_edm_levels, dpmpp_2m), dict(num_steps=20, **_RANGE, dtype='float64')),
+    'edm': Sampler(
+        partial(_edm_levels, partial(heun, always_draw=True)),
+        dict(num_steps=18, **_RANGE, **_CHURN, dtype='float64'),
+    ),
+    'edm2': Sampler(
+        partial(_edm_levels, heun), dict(num_steps=32, **_RANGE, **_CHURN, dtype='float32')
+    ),
+    'ablation': Sampler(
+        _ablation,
+        dict(
+            num_steps=18,
+            sigma_min=None,
+            sigma_max=None,
+            rho=7,
+            solver='heun',
+            alpha=1,
+            discretization='edm',
+            schedule='linear',
+            scaling='none',
+            epsilon_s=1e-3,
+            beta_d=19.9,
+            beta_min=0.1,
+            C_1=0.001,
+            C_2=0.008,
+            M=1000,
+            **_CHURN,
+        ),
+    ),
+    'dpmpp-2m': Sampler(
+        partial(_edm_levels, dpmpp_2m), dict(num_steps=20, **_RANGE, dtype='float64')
+    ),
     'ddim': Sampler(partial(_discrete, True), _OWN | dict(eta=0.0)),
     'ddpm': Sampler(partial(_discrete, False), _OWN),
 }
 
 
 def family_sampler(net) -> dict:
-    """The sampler of a network whose snapshot names none: that of the study which published its class."""
+    """The sampler of a network whose snapshot names none: that of the study which published its
+    class."""
     if type(net).__name__ == 'Precond':
         return {'name': 'edm2'}
     if type(net).__name__ == 'DiscreteDenoiser':
-        # Guided diffusion clips the predicted images as the network says, class-balancing diffusion never does.
-        return {'name': 'ddpm'} | ({'clip': False} if type(net.model).__name__ == 'DDPMUNet' else {})
+        # Guided diffusion clips the predicted images as the network says, class-balancing
+        # diffusion never does.
+        return {'name': 'ddpm'} | (
+            {'clip': False} if type(net.model).__name__ == 'DDPMUNet' else {}
+        )
     return {'name': 'edm'}
 
 
 def complete_setting(setting: dict) -> dict:
-    """A sampler's setting with all of its options. Raises UserError for an unknown name, option or value."""
+    """A sampler's setting with all of its options. Raises UserError for an unknown name, option or
+    value."""
     options = dict(setting)
     name = options.pop('name')
     if name not in SAMPLERS:
@@ -288,7 +400,11 @@ def complete_setting(setting: dict) -> dict:
     defaults = SAMPLERS[name].options
     for key, value in options.items():
         if key not in defaults:
-            raise UserError(f'is no option of the sampler {name}, which has {", ".join(defaults)}', field=key, value=value)
+            raise UserError(
+                f'is no option of the sampler {name}, which has {", ".join(defaults)}',
+                field=key,
+                value=value,
+            )
         if key in CHOICES and value not in CHOICES[key]:
             raise UserError(f'{value!r} is not one of {", ".join(CHOICES[key])}', field=key)
         if isinstance(defaults[key], int | float) and not isinstance(value, int | float):
@@ -302,14 +418,19 @@ def check_setting(net, setting: dict):
         return
     for key in _RANGE:
         if setting[key] is not None:
-            raise UserError('has no meaning for a network with time steps of its own', field=key, value=setting[key])
+            raise UserError(
+                'has no meaning for a network with time steps of its own',
+                field=key,
+                value=setting[key],
+            )
     if setting['num_steps'] is not None:
         with renamed_fields(timestep_respacing='num_steps'):
             net.diffusion.respaced(setting['num_steps'])
 
 
 def choose_setting(own: dict, given: dict) -> dict:
-    """The complete setting of a network's `own` sampler or the one called given['name'], with the options `given`.
+    """The complete setting of a network's `own` sampler or the one called given['name'], with the
+    options `given`.
 
     None is not given. Without a name, any option that only EDM's ablations have chooses these.
     """
@@ -318,23 +439,40 @@ def choose_setting(own: dict, given: dict) -> dict:
     return complete_setting((own if name == own['name'] else {}) | {'name': name} | given)
 
 
-def sample(net, noise, labels=None, *, name, guide=None, guidance=1, guidance_interval=None, random=None, **options):
-    """Samples [N,C,H,W] of a network from standard normal `noise` [N,C,H,W], by the sampler `name` with its options.
+def sample(
+    net,
+    noise,
+    labels=None,
+    *,
+    name,
+    guide=None,
+    guidance=1,
+    guidance_interval=None,
+    random=None,
+    **options,
+):
+    """Samples [N,C,H,W] of a network from standard normal `noise` [N,C,H,W], by the sampler `name`
+    with its options.
 
-    `labels` [N, label_dim] or None go to the network and its guide (see `Guided`); `random` (see torch_utils.random) draws
-    what noise the sampler adds. Raises UserError for what the sampler does not know.
+    `labels` [N, label_dim] or None go to the network and its guide (see `Guided`); `random` (see
+    torch_utils.random) draws what noise the sampler adds. Raises UserError for what the sampler
+    does not know.
     """
     setting = complete_setting({'name': name, **options})
     check_setting(net, setting)
     del setting['name']
     denoiser = Guided(net, labels, guide, guidance, guidance_interval)
-    return SAMPLERS[name].run(denoiser, noise, random=random or GlobalRandom(noise.device), **setting)
+    return SAMPLERS[name].run(
+        denoiser, noise, random=random or GlobalRandom(noise.device), **setting
+    )
 
 
 def seed_inputs(net, seeds, labels, device):
-    """(noise [N,C,H,W], label ids [N] or None, random numbers for the sampler) of seeds, in EDM2's order of draws.
+    """(noise [N,C,H,W], label ids [N] or None, random numbers for the sampler) of seeds, in EDM2's
+    order of draws.
 
-    `labels` has one class for each seed, which takes the place of the drawn one; None, as a whole or for a seed, keeps it.
+    `labels` has one class for each seed, which takes the place of the drawn one; None, as a whole
+    or for a seed, keeps it.
     """
     random = StackedRandomGenerator(device, seeds)
     noise = random.randn([len(seeds), net.img_channels, net.img_resolution, net.img_resolution])
@@ -342,13 +480,19 @@ def seed_inputs(net, seeds, labels, device):
         return noise, None, random
     ids = random.randint(net.label_dim, [len(seeds)])
     if labels is not None:
-        ids = torch.tensor([drawn if label is None else label for drawn, label in zip(ids.tolist(), labels, strict=True)],
-                           device=device)
+        ids = torch.tensor(
+            [
+                drawn if label is None else label
+                for drawn, label in zip(ids.tolist(), labels, strict=True)
+            ],
+            device=device,
+        )
     return noise, ids, random
 
 
 def sample_seeds(net, encoder, seeds, labels=None, device='cpu', **setting):
-    """(images uint8 [N,3,H,W], label ids [N] or None), one for each seed (see `seed_inputs` and `sample`)."""
+    """(images uint8 [N,3,H,W], label ids [N] or None), one for each seed (see `seed_inputs` and
+    `sample`)."""
     noise, ids, random = seed_inputs(net, seeds, labels, device)
     one_hot = None if ids is None else torch.nn.functional.one_hot(ids, net.label_dim).float()
     return encoder.decode(sample(net, noise, one_hot, random=random, **setting)), ids
