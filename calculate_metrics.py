@@ -291,7 +291,7 @@ def memorization(network, class_, sampler, images, data, xflip, seeds, num, seed
         if dest:
             write_json(dest, dict(
                 results=results, **what, data=data, xflip=xflip, num_training=len(training),
-                num=num, batch=batch, command=sys.argv, **compute.environment(),
+                num=num, batch=batch, command=sys.argv, **dist.environment(),
                 samples=copies.table()), indent=None)
         if grid:
             copies.save_picture(grid, training)
@@ -369,7 +369,7 @@ def measure_and_report(batches, count: int, what: dict, detection, *, ref, ref_s
                 results=results, num_images=count, **what, seed=seed, ref=ref, ref_class=ref_class,
                 ref_images={space: part.num for space, part in reference.gaussians.items()},
                 ref_meta=reference.meta, protocol=protocol, batch=batch, notes=notes,
-                detectors=detectors.description(), command=sys.argv, **compute.environment()))
+                detectors=detectors.description(), command=sys.argv, **dist.environment()))
     dist.shutdown()
 
 

@@ -8,7 +8,6 @@ import torch
 
 from dnnlib import UserError, pictures, util
 from long_tail import classwise
-from metrics import compute
 from metrics.features import Detectors, measure_images
 from metrics.recognition import Recognizer
 from metrics.statistics import USUAL, Statistics, load_statistics
@@ -159,7 +158,7 @@ class Evaluator:
         results = classwise.evaluate(generated, self.evaluation, self.counts, flags['group_sizes'])
         util.write_json(self.file(step, '.json'), results | {
             'step': step, 'settings': {key: flags[key] for key in SETTINGS},
-            'environment': compute.environment()})
+            'environment': dist.environment()})
         print(f'{len(images)} images of step {step}, {flags["detector"]} features:\n'
               f'{classwise.table(results)}\nBy class in {self.file(step, ".json")}', flush=True)
         return results

@@ -1,12 +1,7 @@
 """From features to numbers: the metrics by name, what each needs, and their values."""
 
 import dataclasses
-import datetime
-import platform
 from collections.abc import Callable, Iterable
-
-import numpy as np
-import torch
 
 from dnnlib import UserError
 from metrics.features import Detectors, measure_images
@@ -15,7 +10,6 @@ from metrics.inception_score import chunks, equal_parts, inception_score
 from metrics.precision_recall import precision_recall
 from metrics.recognition import Recognizer
 from metrics.statistics import SPACES, Statistics
-from torch_utils import distributed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,14 +180,3 @@ def notes(generated: Statistics, reference: Statistics, detectors: Detectors) ->
             lines.append(f'{name}: the reference was made with other weights '
                          f'({stored[name]["weights"]}); distances mean nothing')
     return lines
-
-
-def environment() -> dict:
-    """Versions and machine, for the record."""
-    device = distributed.get_device()
-    return {
-        'time': datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
-        'python': platform.python_version(), 'torch': torch.__version__, 'numpy': np.__version__,
-        'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu',
-        'processes': distributed.get_world_size(),
-    }

@@ -6,11 +6,15 @@ Rank and world size come from the environment of the launcher; no MPI library is
 import contextlib
 import datetime
 import os
+import platform
 import signal
 import socket
 
+import numpy as np
 import torch
 import torch.distributed
+
+from dnnlib.util import project_version
 
 # (rank, world size, local rank) as the launchers name them: torchrun, Open MPI, MPICH/Intel MPI, SLURM.
 _LAUNCHERS = [
@@ -99,6 +103,18 @@ def get_world_size() -> int:
 def get_device() -> torch.device:
     """This process's GPU, else the CPU."""
     return torch.device('cuda', torch.cuda.current_device()) if torch.cuda.is_available() else torch.device('cpu')
+
+
+def environment() -> dict:
+    """Versions and machine, for the record."""
+    device = get_device()
+    return {
+        'time': datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
+        'python': platform.python_version(), 'torch': torch.__version__, 'numpy': np.__version__,
+        'project': project_version(),
+        'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu',
+        'processes': get_world_size(),
+    }
 
 
 def print0(*args, **kwargs):

@@ -293,7 +293,7 @@ class Trainer:
         self._wandb = None
         if dist.get_rank() != 0:
             return
-        runs.add_start(self.run_dir, self.settings, self.device, world_size=dist.get_world_size(),
+        runs.add_start(self.run_dir, self.settings, world_size=dist.get_world_size(),
                        nimg=self.nimg, changes=list(changes))
         for name, text in files.items():
             write_bytes(self._path(name), text.encode())

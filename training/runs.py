@@ -1,18 +1,15 @@
 """Folders of runs: numbered like 00000-name, found again by their options, used by one run at a time."""
 
 import contextlib
-import datetime
 import fcntl
 import json
 import os
-import platform
 import re
 import time
 
-import torch
-
 from dnnlib import UserError
-from dnnlib.util import command_line, project_version, write_json
+from dnnlib.util import command_line, write_json
+from torch_utils.distributed import environment
 from training.checkpoint import Checkpoints
 from training.snapshot import list_snapshots
 
@@ -63,17 +60,13 @@ def read_options(run_dir: str) -> dict:
     return options
 
 
-def add_start(run_dir: str, settings: dict, device: torch.device, **start):
+def add_start(run_dir: str, settings: dict, **start):
     """Writes `training_options.json`: the settings, and a list of all starts of the run.
 
     start  what else is to be remembered of this one: first nimg, changes, ...
     """
     starts = read_options(run_dir).get('starts', []) if has_options(run_dir) else []
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
-    starts.append({
-        'time': now, 'command': command_line(), 'python': platform.python_version(),
-        'torch': torch.__version__, 'project': project_version(), 'device': name, **start})
+    starts.append(environment() | {'command': command_line(), **start})
     write_json(os.path.join(run_dir, RECORD), settings | {'starts': starts})
 
 
