@@ -10,7 +10,7 @@ import torch
 import tqdm
 
 from dnnlib.image_io import encode_png
-from dnnlib.util import UserError
+from dnnlib.util import UserError, map_ahead
 from torch_utils import distributed as dist
 from training.data.archive import ArchiveWriter, check_destination, image_name, latent_name
 from training.data.dataset import ImageDataset
@@ -83,14 +83,10 @@ def _map(dataset, dest, function, to_bytes, name_of, batch, overwrite, encoder) 
     names = [name_of(i) for i in range(len(dataset))]
     writer = contextlib.nullcontext() if rank else ArchiveWriter(dest, overwrite)
     with ThreadPoolExecutor(1) as pool, _parallel(function) as function, writer as out:
-        def read(number):
-            return pool.submit(dataset.images, batches[number]) if number < len(batches) else None
-
-        ahead = read(rank)
+        ahead = map_ahead(pool, dataset.images, batches[rank::size], 1)
         starts = range(0, len(batches), size)
         for first in tqdm.tqdm(starts, unit='batch', delay=2, disable=True if rank else None):
-            images = ahead and ahead.result()
-            ahead = read(first + size + rank)
+            images = next(ahead, None)
             result = None if images is None else function(torch.from_numpy(images)).numpy()
             for number, values in enumerate(_gather(result), start=first):
                 for index, value in zip(batches[number], values, strict=True):
