@@ -3,7 +3,6 @@ curve."""
 
 import json
 import os
-import re
 
 import click
 
@@ -15,18 +14,7 @@ from training import runs
 from training.data.archive import check_parent
 from training.diffusion.samplers import choose_setting
 from training.generate import OutputFolder, open_generator
-
-
-def find_snapshots(expdir: str) -> list[tuple[int, str, str]]:
-    """(thousands of images, EMA width or '', file name) of the snapshots of a run, in order."""
-    names = os.listdir(expdir) if os.path.isdir(expdir) else []
-    found = [(int(match[1]), match[2] or '', name) for name in names
-             if (match := re.fullmatch(r'network-snapshot-(\d+)(?:-([\d.]+))?\.pkl', name))]
-    if not found:
-        raise UserError(
-            f'--expdir={expdir} holds no network-snapshot-*.pkl; give the folder of a run'
-        )
-    return sorted(found)
+from training.snapshot import list_snapshots
 
 
 def load_log(path: str, settings: dict) -> list[dict]:
@@ -128,9 +116,10 @@ def main(expdir, knn_ref, log, seeds, subdirs, batch, sampler):
     """
     dist.init()
     sampler = choose_setting({'name': 'edm'}, sampler)
-    snapshots = find_snapshots(expdir)
-    run_options = runs.read_options(expdir) if knn_ref is None or os.path.isfile(
-        os.path.join(expdir, 'training_options.json')) else {}
+    snapshots = list_snapshots(expdir)
+    if not snapshots:
+        raise UserError(f'--expdir={expdir} holds no network-snapshot-*.pkl; give the folder of a run')
+    run_options = runs.read_options(expdir) if knn_ref is None or runs.has_options(expdir) else {}
     data = knn_ref or run_options.get('data')
     if data is None:
         raise UserError(f'{expdir}/training_options.json names no training set; give --knn-ref')
@@ -148,23 +137,22 @@ def main(expdir, knn_ref, log, seeds, subdirs, batch, sampler):
         sampler={key: str(value) for key, value in sampler.items()},
     )
     known = {(row['snapshot'], row['modified']): row for row in load_log(log, settings)}
-    rows, last = [], snapshots[-1][2]
-    dist.print0(
-        f'{len(seeds)} samples of each of {len(snapshots)} snapshots against {len(training)} images of {data}\n'
-        f'{"kimg":>8}  {"EMA":5}  {"ratio":>7}  {"distance":>8}'
-    )
-    for kimg, width, name in snapshots:
-        modified = os.path.getmtime(os.path.join(expdir, name))
+    rows, last = [], snapshots[-1]
+    dist.print0(f'{len(seeds)} samples of each of {len(snapshots)} snapshots '
+                f'against {len(training)} images of {data}\n'
+                f'{"kimg":>8}  {"EMA":5}  {"ratio":>7}  {"distance":>8}')
+    for file in snapshots:
+        name = os.path.basename(file.path)
+        modified = os.path.getmtime(file.path)
         row = dist.broadcast_object(known.get((name, modified)))
-        if row is None or (name == last and not os.path.isfile(stem + '-pairs.png')):
+        if row is None or (file == last and not os.path.isfile(stem + '-pairs.png')):
             nimg, copies = measure(expdir, name, seeds, training, batch, subdirs, sampler)
-            row = dict(snapshot=name, modified=modified, nimg=nimg, ema=width, **copies.results())
-            if name == last and dist.get_rank() == 0:
+            row = dict(snapshot=name, modified=modified, nimg=nimg, ema=file.average, **copies.results())
+            if file == last and dist.get_rank() == 0:
                 copies.save_picture(stem + '-pairs.png', training)
         rows.append(row)
-        dist.print0(
-            f'{kimg:8d}  {width or "-":5}  {100 * row["memorization_ratio"]:6.2f}%  {row["mean_distance"]:8.3f}'
-        )
+        dist.print0(f'{file.kimg:8d}  {file.average or "-":5}  '
+                    f'{100 * row["memorization_ratio"]:6.2f}%  {row["mean_distance"]:8.3f}')
         if dist.get_rank() == 0:
             util.write_json(log, dict(settings=settings, snapshots=rows))
     if dist.get_rank() == 0:

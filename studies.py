@@ -213,8 +213,8 @@ def edm2_settings(data: str, duration: int, **options) -> dict:
 
 def edm2_snapshot(run_dir: str, duration: int) -> str:
     """Path of the network that training with `edm2_settings` ends with."""
-    name = f'network-snapshot-{duration // 1000:07d}-{EMA_STD:.3f}.pkl'
-    return os.path.join(run_dir, name)
+    from training.snapshot import snapshot_name
+    return os.path.join(run_dir, snapshot_name(duration, f'-{EMA_STD:.3f}'))
 
 
 # --- Results --------------------------------------------------------------------------------------

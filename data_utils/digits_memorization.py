@@ -121,7 +121,7 @@ def settings(study: Study, model: Model) -> dict:
 def run_model(study: Study, model: Model):
     """Trains a model and measures it, as far as that is not done."""
     run_dir = study.run_dir(model)
-    network = os.path.join(run_dir, f'network-snapshot-{study.kimg:07d}.pkl')
+    network = os.path.join(run_dir, snapshot.snapshot_name(study.kimg * 1000))
     studies.make(network, lambda: train.train(settings(study, model), run_dir, nosubdir=True))
     for denoiser in model.denoisers:
         net = network if denoiser == 'network' else f'optimal:{study.data(model)}'

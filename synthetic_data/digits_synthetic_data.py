@@ -25,6 +25,7 @@ from synthetic_data import evaluate_data, generate, select_1M
 from synthetic_data.mixture import GeneratedImages
 from training.data import convert, sources
 from training.data.dataset import ImageDataset
+from training.snapshot import snapshot_name
 
 CLASSES = 10
 GRID_COLUMNS = 12
@@ -127,7 +128,7 @@ def make_images(study: Study, seed: int):
 def select(study: Study, seed: int):
     """The best share of the images, by the classifier of the real digits."""
     classifier, = (run for run in study.runs(seed) if is_first(run))
-    network = f'network-snapshot-{study.duration // 1000:07d}.pkl'
+    network = snapshot_name(study.duration)
     folder, name = os.path.split(study.selected(seed))
     studies.make(study.selected(seed), select_1M.run, None,
                  os.path.join(classifier.folder, network), [study.images(seed)], folder, CLASSES,

@@ -1,7 +1,7 @@
-"""Power-function EMA profiles and their reconstruction after training (arXiv 2312.02696, Section 3 and Appendix C).
+"""Power-function EMA profiles and their reconstruction after training (arXiv 2312.02696, Section 3, App. C).
 
-A profile is given by the time `ofs` at which it ends (in training images) and its relative width `std`.
-All arithmetic is in double precision.
+A profile is given by the time `ofs` at which it ends (in training images) and its relative width
+`std`. All arithmetic is in double precision.
 """
 
 import os
@@ -21,7 +21,7 @@ def exp_to_std(exp):
 
 
 def std_to_exp(std):
-    """Exponent for a relative width: the largest real part of the roots of the cubic equation (Eq. 126)."""
+    """Exponent for a relative width: the largest real part of the roots of the cubic (Eq. 126)."""
     std = np.float64(std)
     inverse = std.flatten() ** -2.0
     roots = [np.roots([1, 7, 16 - t, 12 - t]).real.max() for t in inverse]
@@ -29,36 +29,47 @@ def std_to_exp(std):
 
 
 def power_function_beta(std, t_next, t_delta):
-    """beta = (1 - t_delta / t_next)^(exp + 1); t_next counts the images after the step, t_delta its batch (Eq. 127)."""
+    """beta = (1 - t_delta / t_next)^(exp + 1) (Eq. 127).
+
+    t_next   images after the step
+    t_delta  its batch
+    """
     return (1 - t_delta / np.float64(t_next)) ** (std_to_exp(std) + 1)
 
 
 def power_function_response(ofs, std, length):
     """Profiles sampled at the times 0 .. length-1, each with sum 1: [length, profiles] (Eq. 120)."""
     ofs, exp = np.broadcast_arrays(np.float64(ofs), std_to_exp(std))
-    t = np.arange(length, dtype=np.float64)[:, None] / ofs.flatten()
-    response = np.where(t <= 1, np.minimum(t, 1) ** exp.flatten() * (exp.flatten() + 1) / ofs.flatten(), 0)
+    ofs = ofs.flatten()
+    exp = exp.flatten()
+    t = np.arange(length, dtype=np.float64)[:, None] / ofs
+    response = np.where(t <= 1, np.minimum(t, 1) ** exp * (exp + 1) / ofs, 0)
     return response / response.sum(axis=0)
 
 
 def power_function_correlation(a_ofs, a_std, b_ofs, b_std):
     """Inner product of two profiles over time (Eq. 151)."""
-    a_exp, b_exp = std_to_exp(a_std), std_to_exp(b_std)
-    a_ofs, b_ofs = np.float64(a_ofs), np.float64(b_ofs)
+    a_exp = std_to_exp(a_std)
+    b_exp = std_to_exp(b_std)
+    a_ofs = np.float64(a_ofs)
+    b_ofs = np.float64(b_ofs)
     ratio = a_ofs / b_ofs
     exp = np.where(a_ofs < b_ofs, b_exp, -a_exp)
     return (a_exp + 1) * (b_exp + 1) * ratio**exp / ((a_exp + b_exp + 1) * np.maximum(a_ofs, b_ofs))
 
 
-def solve_coefficients(in_ofs, in_std, out_ofs, out_std):
-    """Weights [inputs, outputs] that make the output profiles from the input profiles (least squares, Eq. 143).
+def _columns(ofs, std):
+    """Profiles as two columns [profiles, 1]."""
+    arrays = np.broadcast_arrays(np.float64(ofs), np.float64(std))
+    return [array.reshape(-1, 1) for array in arrays]
 
-    The weights of an output sum to 1.
+
+def solve_coefficients(in_ofs, in_std, out_ofs, out_std):
+    """Weights [inputs, outputs] that make the output profiles from the input profiles (least squares,
+    Eq. 143). The weights of an output sum to 1.
     """
-    in_ofs, in_std = (np.broadcast_to(np.float64(v), np.broadcast(in_ofs, in_std).shape).reshape(-1, 1)
-                      for v in (in_ofs, in_std))
-    out_ofs, out_std = (np.broadcast_to(np.float64(v), np.broadcast(out_ofs, out_std).shape).reshape(-1, 1)
-                        for v in (out_ofs, out_std))
+    in_ofs, in_std = _columns(in_ofs, in_std)
+    out_ofs, out_std = _columns(out_ofs, out_std)
     A = power_function_correlation(in_ofs, in_std, in_ofs.T, in_std.T)
     B = power_function_correlation(in_ofs, in_std, out_ofs.T, out_std.T)
     X = np.linalg.solve(A, B)
@@ -66,7 +77,9 @@ def solve_coefficients(in_ofs, in_std, out_ofs, out_std):
 
 
 def kimg_to_nimg(kimg: int) -> int:
-    """Snapshot names round the number of images down to thousands; batches are multiples of 1024, which undoes it."""
+    """Images for the thousands in a snapshot's name, which are rounded down: batches are multiples of
+    1024, which undoes it.
+    """
     return (kimg * 1000 + 999) // 1024 * 1024
 
 
@@ -90,10 +103,12 @@ def list_profiles(folder: str, prefix: str | None = None) -> list[tuple[snapshot
 
 @torch.no_grad()
 def combine(states, coefficients, parameters):
-    """sum_i coefficients[i, k] states[i] for each output k, in float64, reading one state after the other.
+    """sum_i coefficients[i, k] states[i] for each output k, in float64, one state after the other.
 
-    `states` is an iterable of state dictionaries; entries that are not in `parameters` (buffers) are copied from the last
-    state. Returns one float32 state dictionary for each column of `coefficients`.
+    states      iterable of state dictionaries
+    parameters  names of what is averaged; other entries (buffers) are those of the last state
+
+    Returns one float32 state dictionary for each column of `coefficients`.
     """
     sums = [{} for _ in range(coefficients.shape[1])]
     for state, row in zip(states, coefficients, strict=True):

@@ -1,25 +1,26 @@
 """Snapshots: a network with everything that is needed to sample from it, as plain tensors and containers.
 
-A snapshot is a dictionary of plain values written by `torch.save` and read with `weights_only=True`, so opening one
-never runs code from the file. Keys: `format`, `network` (class name and keyword arguments), `state` (parameters in half
-precision by default, buffers as they are), `encoder`, `dataset` (description of the training set), `recipe`, `nimg`,
-`ema_std` and `sampler` (how it is sampled: name and options of a sampler, see training.diffusion.samplers).
+A snapshot is a dictionary of plain values written by `torch.save` and read with `weights_only=True`,
+so opening one never runs code from the file. Keys: `format`, `network` (class name and keyword
+arguments), `state` (parameters in half precision by default, buffers as they are), `encoder`,
+`dataset` (description of the training set), `recipe`, `nimg`, `ema_std` and `sampler` (how it is
+sampled: name and options of a sampler, see training.diffusion.samplers).
 """
 
 import dataclasses
 import os
 import re
-import sys
 from typing import NamedTuple
 
 import torch
 
 from dnnlib import UserError, url
 from dnnlib.util import atomic_path
-from torch_utils.files import persistence, torchfile
+from torch_utils.files import persistence
 from torch_utils.files.identify import Found, identify
 from torch_utils.files.own import SNAPSHOT_FORMAT, read_own
 from torch_utils.files.pickles import ForeignPickleError, errors_of
+from torch_utils.files.weights import load_weights
 from training import encoders
 from training.diffusion.samplers import family_sampler
 from training.networks import check_arguments, rebuild_network
@@ -32,9 +33,11 @@ _VAE_SETTINGS = ('vae_name', 'raw_mean', 'raw_std', 'final_mean', 'final_std')
 
 @dataclasses.dataclass
 class Snapshot:
-    """A network ready to sample: `net` in eval mode, float32, gradients off; what it was trained on and how.
+    """A network ready to sample, what it was trained on and how.
 
-    `sampler` is a name with options; where none was stored, that of the network's family. None for classifiers.
+    net      in eval mode, float32, gradients off
+    sampler  a name with options; where none was stored, that of the network's family. None for
+             classifiers.
     """
 
     net: torch.nn.Module
@@ -48,6 +51,15 @@ class Snapshot:
     def __post_init__(self):
         if self.sampler is None and hasattr(self.net, 'img_channels'):
             self.sampler = family_sampler(self.net)
+
+
+# --- Writing --------------------------------------------------------------------------------------
+
+
+def write_state(path, state: dict):
+    """torch.save to a file that appears only when complete. Equal states give equal bytes."""
+    with atomic_path(path) as temp, open(temp, 'wb') as file:
+        torch.save(state, file)  # given a path, it would write the temporary name into the file
 
 
 def describe(net, *, encoder, dataset, recipe, sampler=None) -> dict:
@@ -98,20 +110,15 @@ class SnapshotFile(NamedTuple):
 
 def list_snapshots(folder: str, prefix: str | None = PREFIX) -> list[SnapshotFile]:
     """Snapshots of a run, by time and average; `prefix=None`: whatever they are called."""
-    matches = [match for match in map(_NAME.fullmatch, os.listdir(folder))
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    matches = [match for match in map(_NAME.fullmatch, names)
                if match and prefix in (None, match['prefix'])]
     files = [SnapshotFile(os.path.join(folder, match[0]), match['prefix'], int(match['kimg']),
                           match['average'] or '') for match in matches]
     return sorted(files, key=lambda file: (file.kimg, file.average))
 
 
-# --- Reading and writing --------------------------------------------------------------------------
-
-
-def write_state(path, state: dict):
-    """torch.save to a file that appears only when complete. Equal states give equal bytes."""
-    with atomic_path(path) as temp, open(temp, 'wb') as file:
-        torch.save(state, file)  # given a path, it would write the temporary name into the file
+# --- Reading --------------------------------------------------------------------------------------
 
 
 def read_snapshot(path: str) -> dict:
@@ -122,91 +129,111 @@ def read_snapshot(path: str) -> dict:
     return found.content
 
 
-def restore(state: dict, path: str, device='cpu') -> Snapshot:
-    """Builds the network and the encoder that a snapshot's dictionary describes."""
-    weights = torchfile.state_of(state['state'], sys.maxsize)
-    net = rebuild_network(state['network']['class_name'], state['network']['kwargs'], weights, path).to(device)
-    sampler = state.get('sampler')
-    for part, value in (('encoder', state['encoder']), ('sampler', sampler)):
+def _restore(found: Found) -> Snapshot:
+    """The network and the encoder that a snapshot of this project describes."""
+    content = found.content
+    network = content['network']
+    net = rebuild_network(network['class_name'], network['kwargs'], found.state, found.path)
+    sampler = content.get('sampler')
+    for part in ('encoder', 'sampler'):
         try:
-            check_arguments(value)
+            check_arguments(content.get(part))
         except ValueError as error:
-            raise UserError(f'{path}: its {part} is malformed ({error})') from None
-    if not isinstance(sampler, dict | None) or sampler is not None and not isinstance(sampler.get('name'), str):
-        raise UserError(f'{path}: its sampler is malformed')
-    return Snapshot(net, encoders.make_encoder(state['encoder']), state['dataset'], state['recipe'],
-                    state['nimg'], state['ema_std'], sampler)
+            raise UserError(f'{found.path}: its {part} is malformed ({error})') from None
+    if sampler is not None and not (isinstance(sampler, dict) and isinstance(sampler.get('name'), str)):
+        raise UserError(f'{found.path}: its sampler is malformed')
+    return Snapshot(net, encoders.make_encoder(content['encoder']), content['dataset'],
+                    content['recipe'], content['nimg'], content['ema_std'], sampler)
 
 
-def restore_foreign(found: Found, device='cpu') -> Snapshot:
-    """The network of a pickle of EDM or EDM2, built with this project's classes; the file's source is never run."""
-    path, ema, encoder = found.path, found.content['ema'], found.content.get('encoder')
-    with errors_of(path):
-        net = rebuild_network(ema.class_name, ema.kwargs, found.state, path)
-        config = {'name': 'rgb'}
+def _restore_foreign(found: Found) -> Snapshot:
+    """The network of a pickle of EDM or EDM2, built with this project's classes.
+
+    The source in the file is never run.
+    """
+    ema = found.content['ema']
+    encoder = found.content.get('encoder')
+    config = {'name': 'rgb'}
+    with errors_of(found.path):
+        net = rebuild_network(ema.class_name, ema.kwargs, found.state, found.path)
         kind = encoder.class_name if isinstance(encoder, persistence.Persistent) else None
         if kind == 'StabilityVAEEncoder':
-            config = {'name': 'sd-vae'} | {key: encoder.kwargs[key] for key in _VAE_SETTINGS if key in encoder.kwargs}
+            config = {'name': 'sd-vae'} | {
+                key: encoder.kwargs[key] for key in _VAE_SETTINGS if key in encoder.kwargs}
             check_arguments(config)
         elif encoder is not None and kind != 'StandardRGBEncoder':
             raise ForeignPickleError(f'unknown encoder {kind}')
     trained_on = found.content.get('dataset_kwargs')
     name = trained_on.get('path') if isinstance(trained_on, dict) else None
     name = os.path.basename(name[:1000]).removesuffix('.zip') if isinstance(name, str) else ''
-    return Snapshot(net.to(device), encoders.make_encoder(config), {'name': name, 'label_dim': net.label_dim})
+    return Snapshot(net, encoders.make_encoder(config), {'name': name, 'label_dim': net.label_dim})
 
 
-def restore_weights(found: Found, options: dict | None = None, device='cpu') -> Snapshot:
-    """The network of a state dict of guided diffusion, class-balancing diffusion or a wide residual network.
+def _restore_weights(found: Found, options: dict | None) -> Snapshot:
+    """The network of a state dict of guided diffusion, class-balancing diffusion or a wide residual
+    network.
 
-    Its arguments follow from names and shapes (see training.networks.infer); `options` sets those that do not. The
-    first two become denoisers (training.networks.discrete). What was assumed is in `recipe['assumed']`.
+    Its arguments follow from names and shapes (see training.networks.infer); `options` sets those
+    that do not. The first two become denoisers (training.networks.discrete). What was assumed is in
+    `recipe['assumed']`.
     """
-    path = found.path
-    with errors_of(path):
-        made = infer(found.state, options)
-    name, kwargs, state = made.class_name, made.kwargs, found.state
-    if made.diffusion is not None:
-        kwargs = dict(network=dict(class_name=name, **kwargs), diffusion=made.diffusion, clip=True,
+    with errors_of(found.path):
+        inferred = infer(found.state, options)
+    name = inferred.class_name
+    kwargs = inferred.kwargs
+    state = found.state
+    if inferred.diffusion is not None:
+        kwargs = dict(network=dict(class_name=name, **kwargs), diffusion=inferred.diffusion, clip=True,
                       interpolate=name == 'ADMUNet')
-        name, state = 'DiscreteDenoiser', {f'model.{key}': value for key, value in state.items()}
-    net = rebuild_network(name, kwargs, state, path).to(device)
-    dataset = {'name': '', 'label_dim': getattr(net, 'label_dim', 0)}
-    return Snapshot(net, encoders.make_encoder({'name': 'rgb'}), dataset, dict(source=os.path.basename(path), **{
-        key: value for key, value in dict(weights=found.weights, assumed=made.assumed).items() if value}))
+        name = 'DiscreteDenoiser'
+        state = {f'model.{key}': value for key, value in state.items()}
+    net = rebuild_network(name, kwargs, state, found.path)
+    recipe = {'source': os.path.basename(found.path), 'weights': found.weights, 'assumed': inferred.assumed}
+    return Snapshot(net, encoders.make_encoder({'name': 'rgb'}),
+                    {'name': '', 'label_dim': getattr(net, 'label_dim', 0)},
+                    {key: value for key, value in recipe.items() if value})
 
 
 def load_snapshot(path: str, device='cpu', sha256: str | None = None, options: dict | None = None,
                   weights: str | None = None) -> Snapshot:
     """Opens a network from a file, folder or URL, whatever made it: its content decides what it is.
 
-    Snapshots of this project (.pkl, safetensors with JSON, diffusers folder), pickles of EDM and EDM2, state dicts of
-    guided diffusion, checkpoints of class-balancing diffusion, wide residual networks; or `optimal:DATASET`, the
-    closed-form denoiser of a data set. `sha256` is what a download must have; `options` and `weights` are for state
-    dicts (see `restore_weights` and `identify`). Raises UserError with one line that names the file.
+    Snapshots of this project (.pkl, safetensors with JSON, diffusers folder), pickles of EDM and
+    EDM2, state dicts of guided diffusion, checkpoints of class-balancing diffusion, wide residual
+    networks; or `optimal:DATASET`, the closed-form denoiser of a data set.
+
+    sha256            what a download must have
+    options, weights  for state dicts, see `infer` and `identify`
+
+    Raises UserError with one line that names the file.
     """
     if path.startswith('optimal:'):
         from training.data.dataset import ImageDataset
         from training.networks.optimal import optimal_denoiser
         dataset = ImageDataset(path.removeprefix('optimal:'))
-        return Snapshot(optimal_denoiser(dataset, device), encoders.make_encoder({'name': 'rgb'}), dataset.description())
+        return Snapshot(optimal_denoiser(dataset, device), encoders.make_encoder({'name': 'rgb'}),
+                        dataset.description())
     found = identify(url.download(path, sha256=sha256), weights)
     if options and found.kind != 'weights':
         raise UserError(f'{path} describes its own network; leave out {", ".join(options)}')
     if found.kind in ('snapshot', 'safetensors'):
-        return restore(found.content, path, device)
-    if found.kind == 'edm':
-        return restore_foreign(found, device)
-    if found.kind == 'weights':
-        return restore_weights(found, options, device)
-    raise UserError(f'{path} holds no network; it is {_an(found.what)}')
+        snapshot = _restore(found)
+    elif found.kind == 'edm':
+        snapshot = _restore_foreign(found)
+    elif found.kind == 'weights':
+        snapshot = _restore_weights(found, options)
+    else:
+        raise UserError(f'{path} holds no network; it is {_an(found.what)}')
+    snapshot.net.to(device)
+    return snapshot
 
 
 def load_denoiser(path: str, device='cpu', **options) -> Snapshot:
     """`load_snapshot` of a network that makes images; raises UserError for a classifier."""
     snapshot = load_snapshot(path, device, **options)
     if not hasattr(snapshot.net, 'img_channels'):
-        raise UserError(f'{path} holds a classifier, which makes no images; give the snapshot of a diffusion model')
+        raise UserError(f'{path} holds a classifier, which makes no images; '
+                        'give the snapshot of a diffusion model')
     return snapshot
 
 
@@ -219,15 +246,11 @@ def copy_weights(source: torch.nn.Module, net: torch.nn.Module, path: str) -> tu
 
     Returns (tensors taken, tensors of `net`). Raises UserError if none is, or one differs in shape.
     """
-    theirs, ours = source.state_dict(), net.state_dict()
-    common = [name for name in ours if name in theirs]
-    for name in common:
-        if theirs[name].shape != ours[name].shape:
-            raise UserError(f'{path}: {name} is {list(theirs[name].shape)} instead of {list(ours[name].shape)}; '
-                            'train with the architecture, image size and classes of the snapshot')
+    weights = source.state_dict()
+    state = net.state_dict()
+    common = {name: weights[name] for name in state if name in weights}
     if not common:
-        raise UserError(f'{path} has nothing in common with this network; train with the architecture of the snapshot')
-    with torch.no_grad():
-        for name in common:
-            ours[name].copy_(theirs[name])
-    return len(common), len(ours)
+        raise UserError(f'{path} has nothing in common with this network; '
+                        'train with the architecture of the snapshot')
+    load_weights(net, state | common, path)
+    return len(common), len(state)
