@@ -74,68 +74,66 @@ def _interval(text: str) -> tuple[float, float]:
     return low, high
 
 
-def _number(name, *, type=POSITIVE, of='network', **settings):  # noqa: A002
+def _of_sampler(name: str, text: str, type=POSITIVE, of='network'):  # noqa: A002
     """An option for a number that a sampler knows."""
-    settings['help'] += f'  [default: of the {of}]'
-    return click.option(*name.split(), metavar='FLOAT', type=type, **settings)
+    return number(name, None, f'{text}  [default: of the {of}]', type)
 
 
 # What makes the images.
 network = group(
     'network',
-    click.option('--preset', metavar='NAME', help='Published network, guide and guidance (see generate_images.py --help)'),
-    click.option('--net', metavar='FILE|URL',
-                 help='Network of this project, EDM, EDM2, guided or class-balancing diffusion; or optimal:DATASET for '
-                      'the closed-form denoiser of a data set'),
-    click.option('--gnet', metavar='FILE|URL', help='Guiding network: unconditional, or a weaker one (autoguidance)'),
-    click.option('--sha256', metavar='HEX', help='SHA-256 that the file of --net must have'),
-    click.option('--gnet-sha256', metavar='HEX', help='SHA-256 that the file of --gnet must have'),
-    click.option('--guidance', metavar='FLOAT', type=float,
-                 help='Strength of guidance, 1 = none  [default: 1, or of the preset]'),
-    click.option('--guidance-interval', metavar='LO,HI', type=cli.Parsed('interval', _interval),
-                 help='Guide only where the noise level is above LO and at most HI  [default: everywhere]'),
-    click.option('--model-url', metavar='NAME|DIR',
-                 help='Autoencoder of latents: hub name or folder  [default: of the snapshot]'),
+    _maker('NAME', str)('--preset', None, 'Published network, guide and guidance '
+                        '(see generate_images.py --help)'),
+    _maker('FILE|URL', str)('--net', None, 'Network of this project, EDM, EDM2, guided or '
+                            'class-balancing diffusion; or optimal:DATASET for the closed-form '
+                            'denoiser of a data set'),
+    _maker('FILE|URL', str)('--gnet', None, 'Guiding network: unconditional, or a weaker one '
+                            '(autoguidance)'),
+    _maker('HEX', str)('--sha256', None, 'SHA-256 that the file of --net must have'),
+    _maker('HEX', str)('--gnet-sha256', None, 'SHA-256 that the file of --gnet must have'),
+    number('--guidance', None, 'Strength of guidance, 1 = none  [default: 1, or of the preset]', float),
+    _maker('LO,HI', cli.Parsed('interval', _interval))(
+        '--guidance-interval', None, 'Guide only where the noise level is above LO and at most HI  '
+        '[default: everywhere]'),
+    _maker('NAME|DIR', str)('--model-url', None, 'Autoencoder of latents: hub name or folder  '
+                            '[default: of the snapshot]'),
 )
 
 # How they are sampled. An option that the sampler does not know is refused.
 sampling = group(
     'sampler',
-    click.option('--sampler', 'name', metavar='NAME',
-                 help='edm, edm2, ablation, dpmpp-2m, ddim or ddpm  [default: of the network; ablation with any of '
-                      '--solver --disc --schedule --scaling]'),
-    click.option('--steps', 'num_steps', metavar='INT', type=click.IntRange(min=1),
-                 help='Sampling steps  [default: of the network, e.g. 18 with edm, 32 with edm2]'),
-    _number('--sigma_min', help='Lowest noise level, at least that of the network'),
-    _number('--sigma_max', help='Highest noise level, at most that of the network'),
-    _number('--rho', help='Exponent of the time steps'),
-    _number('--S_churn S_churn', type=NOT_NEGATIVE, help='Strength of added noise'),
-    _number('--S_min S_min', type=NOT_NEGATIVE, help='Lowest level that gets noise'),
-    _number('--S_max S_max', type=NOT_NEGATIVE, help='Highest level that gets noise'),
-    _number('--S_noise S_noise', type=NOT_NEGATIVE, help='Inflation of added noise'),
+    _maker('NAME', str)('--sampler name', None, 'edm, edm2, ablation, dpmpp-2m, ddim or ddpm  '
+                        '[default: of the network; ablation with any of --solver --disc --schedule '
+                        '--scaling]'),
+    integer('--steps num_steps', None, 'Sampling steps  [default: of the network, e.g. 18 with edm, '
+            '32 with edm2]'),
+    _of_sampler('--sigma_min', 'Lowest noise level, at least that of the network'),
+    _of_sampler('--sigma_max', 'Highest noise level, at most that of the network'),
+    _of_sampler('--rho', 'Exponent of the time steps'),
+    _of_sampler('--S_churn S_churn', 'Strength of added noise', NOT_NEGATIVE),
+    _of_sampler('--S_min S_min', 'Lowest level that gets noise', NOT_NEGATIVE),
+    _of_sampler('--S_max S_max', 'Highest level that gets noise', NOT_NEGATIVE),
+    _of_sampler('--S_noise S_noise', 'Inflation of added noise', NOT_NEGATIVE),
     choice('--solver', None, 'Ablation: solver', ['euler', 'heun']),
     choice('--disc discretization', None, 'Ablation: time steps', ['vp', 've', 'iddpm', 'edm']),
     choice('--schedule', None, 'Ablation: noise schedule', ['vp', 've', 'linear']),
     choice('--scaling', None, 'Ablation: signal scaling', ['vp', 'none']),
-    _number('--beta-d', of='ablation', help='Ablation: slope of the vp schedule'),
-    _number('--beta-min', of='ablation', help='Ablation: start of the vp schedule'),
-    _number('--epsilon-s', of='ablation', help='Ablation: last time of the vp time steps'),
-    _number('--eta', type=NOT_NEGATIVE, help='DDIM: share of fresh noise, 0 = none, 1 = as much as DDPM'),
+    _of_sampler('--beta-d', 'Ablation: slope of the vp schedule', of='ablation'),
+    _of_sampler('--beta-min', 'Ablation: start of the vp schedule', of='ablation'),
+    _of_sampler('--epsilon-s', 'Ablation: last time of the vp time steps', of='ablation'),
+    _of_sampler('--eta', 'DDIM: share of fresh noise, 0 = none, 1 = as much as DDPM', NOT_NEGATIVE),
 )
+
+image_class = _maker('CLASS', str)(
+    '--class class_', None, 'Class: original index, name or wnid  [default: drawn from the seed]')
 
 
 def seeds(default: str):
-    return click.option('--seeds', metavar='LIST', type=cli.INT_LIST, default=default,
-                        help='Seeds, e.g. 1,2,5-10: one image each')
+    return integers('--seeds', default, 'Seeds, e.g. 1,2,5-10: one image each')
 
 
 def batch(default: int):
-    return click.option('--batch', metavar='INT', type=click.IntRange(min=1), default=default,
-                        help='Images at a time on each process')
-
-
-image_class = click.option('--class', 'class_', metavar='CLASS',
-                           help='Class: original index, name or wnid  [default: drawn from the seed]')
+    return integer('--batch', default, 'Images at a time on each process')
 
 
 # --- Training -------------------------------------------------------------------------------------
