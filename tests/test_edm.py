@@ -293,7 +293,7 @@ def test_all_skip_connections_on_is_the_plain_network():
 @pytest.mark.parametrize('model_type', ['SongUNet', 'DhariwalUNet'])
 @pytest.mark.parametrize('pattern', [[1, 1, 1], [1] * 5, [1, 2, 0, 1]])
 def test_wrong_skip_patterns_are_refused_in_one_line(model_type, pattern):
-    with pytest.raises(UserError, match='--skip-connections.* 4 entries') as error:
+    with pytest.raises(UserError, match='skip_connections.* 4 entries') as error:
         build_network('EDMPrecond', **(TINY | dict(model_type=model_type, skip_connections=pattern)))
     assert '\n' not in str(error.value)
 
