@@ -30,8 +30,10 @@ def parse_setting(text: str) -> tuple[str, object]:
 source_options = together(
     click.argument('file', metavar='FILE|URL'),
     click.option('--sha256', metavar='HEX', help='SHA-256 that the file must have'),
-    click.option('--weights', metavar='KEY', help='Weights of a checkpoint, e.g. net_model  [default: the averaged ones]'),
-    click.option('--set', 'settings', metavar='NAME=VALUE', multiple=True, type=cli.Parsed('setting', parse_setting),
+    click.option('--weights', metavar='KEY',
+                 help='Weights of a checkpoint, e.g. net_model  [default: the averaged ones]'),
+    click.option('--set', 'settings', metavar='NAME=VALUE', multiple=True,
+                 type=cli.Parsed('setting', parse_setting),
                  help='Argument of a network that its weights leave open, e.g. num_heads=4'))
 
 
@@ -63,13 +65,14 @@ def inspect(file, sha256, weights, settings):
 @source_options
 @click.option('--dest', metavar='FILE|DIR', required=True,
               help='FILE.pkl: snapshot; FILE.safetensors: with FILE.json beside it; DIR: folder for diffusers')
-@click.option('--dtype', type=click.Choice(list(export.DTYPES)), default='float32', help='Type of the weights')
+@click.option('--dtype', type=click.Choice(list(export.DTYPES)), default='float32',
+              help='Type of the weights')
 @click.option('--overwrite', is_flag=True, help='Replace what is at --dest')
 def convert(file, dest, dtype, overwrite, sha256, weights, settings):
     """Convert a network, whatever made it, to another form; all of them make the same images.
 
-    A folder has the weights as safetensors, and the code of this project that its network and sampler need. To load it with
-    diffusers is to run that code:
+    A folder has the weights as safetensors, and the code of this project that its network and
+    sampler need. To load it with diffusers is to run that code:
 
     \b
     from diffusers import DiffusionPipeline
@@ -97,7 +100,9 @@ def convert(file, dest, dtype, overwrite, sha256, weights, settings):
 
 
 def describe(found: Found, options: dict | None = None) -> dict:
-    """What there is to say about a file, {name: text}; `options` sets arguments that a state dict leaves open."""
+    """What there is to say about a file, {name: text}; `options` sets arguments that a state dict
+    leaves open.
+    """
     lines = {'type': found.what} | found.facts | describe_network(*network_of(found, options))
     lines.pop('what', None)
     if found.state is not None:
@@ -121,7 +126,9 @@ def describe(found: Found, options: dict | None = None) -> dict:
 
 
 def network_of(found: Found, options: dict | None = None):
-    """(class name, arguments, assumed arguments) of the network in a file; (None, {}, {}) if there is none that is known."""
+    """(class name, arguments, assumed arguments) of the network in a file; (None, {}, {}) if there
+    is none that is known.
+    """
     if found.kind in ('snapshot', 'safetensors'):
         network = found.content['network']
         return network['class_name'], network['kwargs'], {}
@@ -142,7 +149,8 @@ def describe_network(class_name: str | None, kwargs: dict, assumed) -> dict:
     labels = inner.get('label_dim', inner.get('num_classes', inner.get('num_class')))
     conditional = inner.get('class_cond', inner.get('cond', bool(labels)))
     return {'architecture': class_name} | {
-        f'  {key}': f'{value}{"   (assumed)" if key in assumed else ""}' for key, value in kwargs.items()
+        f'  {key}': f'{value}{"   (assumed)" if key in assumed else ""}'
+        for key, value in kwargs.items()
     } | {
         'resolution': f'{resolution}x{resolution}' if resolution else 'any',
         'labels': f'{labels or "1000"} classes' if conditional else 'none (unconditional)',

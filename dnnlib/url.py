@@ -1,4 +1,6 @@
-"""Downloads into a cache folder: complete or not at all, resumed where they were cut, and not needed again."""
+"""Downloads into a cache folder: complete or not at all, resumed where they were cut, and not
+needed again.
+"""
 
 import contextlib
 import fcntl
@@ -19,7 +21,8 @@ ATTEMPTS = 5    # in which nothing new came, one after the other
 
 def cache_folder() -> str:
     """Where downloads are kept: $DNNLIB_CACHE_DIR, else ~/.cache/dnnlib."""
-    return os.environ.get('DNNLIB_CACHE_DIR') or os.path.join(os.path.expanduser('~'), '.cache', 'dnnlib')
+    return os.environ.get('DNNLIB_CACHE_DIR') or os.path.join(os.path.expanduser('~'), '.cache',
+                                                              'dnnlib')
 
 
 def is_url(path) -> bool:
@@ -43,12 +46,15 @@ def check_sha256(path: str, sha256: str, name: str):
         raise util.UserError(f'{name} has the SHA-256 {digest} instead of {sha256.lower()}; it is another file, or damaged')
 
 
-def download(url: str, hint: str = 'download it elsewhere and give the path of the file', sha256: str | None = None) -> str:
-    """Path of a local copy of `url`, fetched if the cache does not have it. Any other path is returned as it is.
+def download(url: str, hint: str = 'download it elsewhere and give the path of the file',
+             sha256: str | None = None) -> str:
+    """Path of a local copy of `url`, fetched if the cache does not have it. Any other path is
+    returned as it is.
 
-    The file appears in the cache only when complete and, with `sha256`, right. What came of a broken download stays
-    beside it, and the next call goes on from there if the server still has the same file. Several processes may ask for
-    one file: one fetches it. Raises UserError, ending in `hint`, if it cannot be fetched.
+    The file appears in the cache only when complete and, with `sha256`, right. What came of a
+    broken download stays beside it, and the next call goes on from there if the server still has
+    the same file. Several processes may ask for one file: one fetches it. Raises UserError, ending
+    in `hint`, if it cannot be fetched.
     """
     if sha256 and re.fullmatch('[0-9a-fA-F]{64}', sha256) is None:
         raise util.UserError('is not 64 hexadecimal digits', field='sha256', value=sha256[:80])
@@ -86,7 +92,9 @@ def _remove(path):
 
 @contextlib.contextmanager
 def _locked(path: str):
-    """The file of a download, open and locked: other processes wait. The system drops the lock when a process dies."""
+    """The file of a download, open and locked: other processes wait. The system drops the lock
+    when a process dies.
+    """
     with open(path, 'ab', buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o644)) as part:
         with contextlib.suppress(OSError):  # file systems without locks
             fcntl.flock(part, fcntl.LOCK_EX)
@@ -99,23 +107,29 @@ def _locked(path: str):
 
 
 def _fetch(url: str, part):
-    """Fetches `url` into the file `part`, going on with what is there as long as attempts bring something new."""
+    """Fetches `url` into the file `part`, going on with what is there as long as attempts bring
+    something new.
+    """
     left = ATTEMPTS
     while True:
         before = _size(part.name)
         try:
             return _attempt(url, part)
-        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError):
+        except (requests.ConnectionError, requests.Timeout,
+                requests.exceptions.ChunkedEncodingError):
             after = _size(part.name)
             left = ATTEMPTS if after > before else left - 1
             if not left or not after:  # without a connection there is nothing to wait for
                 if not _read_validator(part.name):
-                    part.truncate(0)  # the server does not say whether its file is still the same: no use going on
+                    # the server does not say whether its file is still the same: no use going on
+                    part.truncate(0)
                 raise
 
 
 def _attempt(url: str, part):
-    """One connection. The validator of the server's file is kept, so that parts of two versions are never joined."""
+    """One connection. The validator of the server's file is kept, so that parts of two versions
+    are never joined.
+    """
     have, validator = _size(part.name), _read_validator(part.name)
     headers = {'Accept-Encoding': 'identity'}
     if have and validator:
@@ -132,7 +146,8 @@ def _attempt(url: str, part):
         etag = response.headers.get('ETag', '')
         validator = etag if etag and not etag.startswith('W/') else response.headers.get('Last-Modified')
         util.write_json(part.name + '.json', dict(url=url, validator=validator))
-        # A compressed transfer has fewer bytes on the way than in the file: then the length says nothing.
+        # A compressed transfer has fewer bytes on the way than in the file: then the length says
+        # nothing.
         size = int(response.headers.get('Content-Length') or 0) if not response.headers.get('Content-Encoding') else 0
         total = have + size if size else None
         with tqdm.tqdm(total=total, initial=have, unit='B', unit_scale=True,

@@ -16,7 +16,8 @@ import torch.distributed
 
 from dnnlib.util import project_version
 
-# (rank, world size, local rank) as the launchers name them: torchrun, Open MPI, MPICH/Intel MPI, SLURM.
+# (rank, world size, local rank) as the launchers name them: torchrun, Open MPI, MPICH/Intel MPI,
+# SLURM.
 _LAUNCHERS = [
     ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
     ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'),
@@ -28,12 +29,15 @@ _host_group = None  # gloo group for agreements between hosts that must not touc
 
 
 def init():
-    """Joins the process group of the launcher, or sets up a world of one. Calling it again does nothing."""
+    """Joins the process group of the launcher, or sets up a world of one. Calling it again does
+    nothing.
+    """
     global _host_group
     if torch.distributed.is_initialized():
         return
     for rank_name, size_name, local_name in _LAUNCHERS:
-        # A SLURM allocation sets SLURM_* for plain `python` too: only `srun` starts several tasks of one step.
+        # A SLURM allocation sets SLURM_* for plain `python` too: only `srun` starts several tasks
+        # of one step.
         if rank_name == 'SLURM_PROCID' and 'SLURM_STEP_ID' not in os.environ:
             continue
         if rank_name in os.environ and size_name in os.environ:
@@ -45,28 +49,33 @@ def init():
         os.environ.update(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0')
     else:
         os.environ.setdefault('MASTER_ADDR', _master_addr())
-        os.environ.setdefault('MASTER_PORT', str(29500 + int(os.environ.get('SLURM_JOB_ID', 0)) % 10000))
+        os.environ.setdefault('MASTER_PORT',
+                              str(29500 + int(os.environ.get('SLURM_JOB_ID', 0)) % 10000))
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ['LOCAL_RANK']) % torch.cuda.device_count())
         torch.distributed.init_process_group(
-            'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo', timeout=datetime.timedelta(hours=2))
+            'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo',
+            timeout=datetime.timedelta(hours=2))
         _host_group = torch.distributed.new_group(backend='gloo')
 
 
 def launch(function, args: tuple, processes: int) -> int:
-    """Runs function(*args) in so many new processes of this machine, which find each other in `init`.
+    """Runs function(*args) in so many new processes of this machine, which find each other in
+    `init`.
 
-    `function` and `args` can be pickled. SIGTERM and SIGINT are passed on. Returns 0, or the exit status of the process that
-    failed first, after which the others are ended.
+    `function` and `args` can be pickled. SIGTERM and SIGINT are passed on. Returns 0, or the exit
+    status of the process that failed first, after which the others are ended.
     """
     from torch import multiprocessing
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    children = multiprocessing.start_processes(_launched, (function, args, processes, port), processes, join=False,
+    children = multiprocessing.start_processes(_launched, (function, args, processes, port),
+                                               processes, join=False,
                                                start_method='spawn')
     for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda number, frame: [os.kill(pid, number) for pid in children.pids()])
+        signal.signal(name, lambda number, frame: [os.kill(pid, number)
+                                                   for pid in children.pids()])
     try:
         while not children.join():
             pass
@@ -76,7 +85,8 @@ def launch(function, args: tuple, processes: int) -> int:
 
 
 def _launched(rank, function, args, processes, port):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR='127.0.0.1',
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
+                      MASTER_ADDR='127.0.0.1',
                       MASTER_PORT=str(port))
     function(*args)
 
@@ -130,7 +140,9 @@ def barrier():
 
 
 def any_rank(flag: bool) -> bool:
-    """True on every process if `flag` is true on any. Hosts agree among themselves, the GPU is not synchronised."""
+    """True on every process if `flag` is true on any. Hosts agree among themselves, the GPU is not
+    synchronised.
+    """
     if get_world_size() == 1:
         return flag
     value = torch.tensor(int(flag))
@@ -146,7 +158,9 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gather_objects(value) -> list:
-    """The value of every process, in rank order, on every process. Plain containers and tensors of our own making."""
+    """The value of every process, in rank order, on every process. Plain containers and tensors of
+    our own making.
+    """
     if get_world_size() == 1:
         return [value]
     values = [None] * get_world_size()
@@ -164,7 +178,9 @@ def broadcast_object(value):
 
 @contextlib.contextmanager
 def rank0_first():
-    """Rank 0 runs the block before the others do: for downloads and caches that the others then find."""
+    """Rank 0 runs the block before the others do: for downloads and caches that the others then
+    find.
+    """
     if get_rank() != 0:
         barrier()
     yield

@@ -12,7 +12,9 @@ import torch
 
 
 def tuple_seed(*values: int) -> int:
-    """Seed in [0, 2^31) for a tuple of integers: CPython's tuple hash (the same since 3.8), as EDM2 uses it."""
+    """Seed in [0, 2^31) for a tuple of integers: CPython's tuple hash (the same since 3.8), as
+    EDM2 uses it.
+    """
     return hash(tuple(values)) % (1 << 31)
 
 
@@ -43,7 +45,9 @@ class GlobalRandom:
 
 
 class _Stack(GlobalRandom):
-    """Rows of several generators, drawn in whole blocks of `block` rows and cut to [first, first + count)."""
+    """Rows of several generators, drawn in whole blocks of `block` rows and cut to [first, first +
+    count).
+    """
 
     def __init__(self, device, seeds, block: int, first: int, count: int, generator_device='cpu'):
         super().__init__(device)
@@ -57,7 +61,8 @@ class _Stack(GlobalRandom):
         if size[dim] != self.count:
             raise ValueError(f'drawing {size} along axis {dim} for a batch of {self.count}')
         size[dim] = self.block
-        rows = [function(size, generator=generator, device=generator.device) for generator in self.generators]
+        rows = [function(size, generator=generator, device=generator.device)
+                for generator in self.generators]
         out = torch.cat(rows, dim=dim) if len(rows) > 1 else rows[0]
         if out.shape[dim] != self.count:
             out = out.narrow(dim, self.first, self.count)
@@ -65,9 +70,11 @@ class _Stack(GlobalRandom):
 
 
 class StackedRandomGenerator(_Stack):
-    """One CPU generator for each sample, seeded with `seed mod 2^32`: image i depends on seeds[i] alone.
+    """One CPU generator for each sample, seeded with `seed mod 2^32`: image i depends on seeds[i]
+    alone.
 
-    Numbers are drawn on the CPU, where torch's stream is the same on every machine, and moved to `device`.
+    Numbers are drawn on the CPU, where torch's stream is the same on every machine, and moved to
+    `device`.
     """
 
     def __init__(self, device, seeds):
@@ -76,17 +83,20 @@ class StackedRandomGenerator(_Stack):
 
 
 class BlockRandomGenerator(_Stack):
-    """Random numbers of training images `start .. start + count - 1` of an endless stream, drawn on `device`.
+    """Random numbers of training images `start .. start + count - 1` of an endless stream, drawn
+    on `device`.
 
-    The stream is cut into blocks of `block` images with one generator each, seeded by (seed, block index); a
-    process draws the blocks that its images touch. So the numbers of an image depend on `seed` and on its position
-    in the stream alone: not on the number of processes, the batch, or the micro-batch.
+    The stream is cut into blocks of `block` images with one generator each, seeded by (seed, block
+    index); a process draws the blocks that its images touch. So the numbers of an image depend on
+    `seed` and on its position in the stream alone: not on the number of processes, the batch, or
+    the micro-batch.
     """
 
     def __init__(self, device, seed: int, start: int, count: int, block: int = 32):
         blocks = range(start // block, (start + count - 1) // block + 1)
         seeds = [tuple_seed(seed, index) for index in blocks]
-        super().__init__(device, seeds, block, start - blocks[0] * block, count, generator_device=device)
+        super().__init__(device, seeds, block, start - blocks[0] * block, count,
+                         generator_device=device)
 
 
 _network_random = contextvars.ContextVar('network_random', default=None)

@@ -6,21 +6,24 @@ from torch_utils import distributed as dist
 
 
 class RunningMeans:
-    """Mean and standard deviation of named per-sample values since the last report, over all processes.
+    """Mean and standard deviation of named per-sample values since the last report, over all
+    processes.
 
     `add` never waits for the device; `report` does, once, and starts anew.
     """
 
     def __init__(self, device):
         self.device = torch.device(device)
-        self._sums = {}                                   # name -> [count, sum, sum of squares], float64
+        # name -> [count, sum, sum of squares], float64
+        self._sums = {}
 
     @torch.no_grad()
     def add(self, terms: dict):
         """Adds tensors of any shape by name."""
         for name, values in terms.items():
             values = values.detach().flatten().double()
-            moments = torch.stack([torch.full_like(values, 1).sum(), values.sum(), values.square().sum()])
+            moments = torch.stack([torch.full_like(values, 1).sum(), values.sum(),
+                                   values.square().sum()])
             if name in self._sums:
                 self._sums[name] += moments
             else:
@@ -40,9 +43,12 @@ class RunningMeans:
 
     def state_dict(self) -> dict:
         """Sums over all processes; every process must call it."""
-        return {name: dist.all_reduce_sum(sums.clone()).cpu() for name, sums in sorted(self._sums.items())}
+        return {name: dist.all_reduce_sum(sums.clone()).cpu()
+                for name, sums in sorted(self._sums.items())}
 
     def load_state_dict(self, state: dict):
-        """The first process takes over the sums, the others start from zero: together they are as they were."""
+        """The first process takes over the sums, the others start from zero: together they are as
+        they were.
+        """
         first = 1.0 if dist.get_rank() == 0 else 0.0
         self._sums = {name: sums.to(self.device) * first for name, sums in state.items()}

@@ -1,7 +1,8 @@
-"""What a file is, decided from its content and never from its name, without running anything from it.
+"""What a file is, decided from its content and never from its name, without running anything from
+it.
 
-`identify` is the one door for files of this project and of others; whoever needs a network, statistics or images
-looks at the `kind` of what it found.
+`identify` is the one door for files of this project and of others; whoever needs a network,
+statistics or images looks at the `kind` of what it found.
 """
 
 import dataclasses
@@ -19,7 +20,8 @@ from torch_utils.files import own, persistence, pickles, torchfile, torchscript
 from torch_utils.files.own import SNAPSHOT_FORMAT, STATISTICS_FORMAT
 from torch_utils.files.pickles import ForeignPickleError
 
-DESCRIPTION = 'snapshot.json'               # of a network in a folder; a .safetensors file has its own name with .json
+# of a network in a folder; a .safetensors file has its own name with .json
+DESCRIPTION = 'snapshot.json'
 FOLDER_WEIGHTS = 'unet/diffusion_pytorch_model.safetensors'
 MAX_JSON = 16 << 20                         # bytes of a description
 MAX_RATIO = 100                             # how far a record of a zip may expand, ...
@@ -53,7 +55,8 @@ WEIGHT_KEYS = ('ema_model', 'model_state_dict', 'state_dict', 'model', 'net_mode
 # Family of networks -> (a layer that no other has, what their weights are in words).
 FAMILIES = {
     'adm': ('input_blocks.0.0.weight', 'weights of a guided-diffusion U-Net'),
-    'ddpm': ('time_embedding.timembedding.0.weight', 'weights of a DDPM U-Net (class-balancing diffusion)'),
+    'ddpm': ('time_embedding.timembedding.0.weight',
+             'weights of a DDPM U-Net (class-balancing diffusion)'),
     'wrn': ('block1.layer.0.bn1.weight', 'weights of a wide residual network (classifier)'),
     'inception': ('Mixed_5b.branch1x1.conv.weight', 'weights of the FID Inception network'),
 }
@@ -62,8 +65,10 @@ PICTURES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.npy')
 
 @dataclasses.dataclass
 class Found:
-    """What is in a file: `kind` (a key of KINDS), `content` (what was read, by kind), `state` (weights by name, without a
-    data-parallel prefix), `weights` (the key they were under), `facts` (more about it, for people)."""
+    """What is in a file: `kind` (a key of KINDS), `content` (what was read, by kind), `state`
+    (weights by name, without a data-parallel prefix), `weights` (the key they were under), `facts`
+    (more about it, for people).
+    """
 
     path: str
     kind: str
@@ -78,10 +83,11 @@ class Found:
 
 
 def identify(path: str, weights: str | None = None) -> Found:
-    """What is at `path`, a file or a folder. Of a checkpoint with several sets of weights, `weights` names one.
+    """What is at `path`, a file or a folder. Of a checkpoint with several sets of weights,
+    `weights` names one.
 
-    Nothing from it is run, and no part of it is written anywhere. Raises UserError with one line that names the file if it
-    is damaged, hostile or of no known kind.
+    Nothing from it is run, and no part of it is written anywhere. Raises UserError with one line
+    that names the file if it is damaged, hostile or of no known kind.
     """
     with pickles.errors_of(path):
         if not os.path.exists(path):
@@ -89,7 +95,8 @@ def identify(path: str, weights: str | None = None) -> Found:
         if not os.path.isdir(path):
             return _file(path, weights)
         if os.path.isfile(os.path.join(path, DESCRIPTION)):
-            return _safetensors(path, os.path.join(path, FOLDER_WEIGHTS), os.path.join(path, DESCRIPTION))
+            return _safetensors(path, os.path.join(path, FOLDER_WEIGHTS),
+                                os.path.join(path, DESCRIPTION))
         return Found(path, 'folder')
 
 
@@ -100,7 +107,8 @@ def _file(path, weights) -> Found:
         return _zip(path, data, weights)
     if torchfile.is_legacy(data):
         return _torch(path, torchfile.read(path, data), weights)
-    if head[8:10] == b'{"' and 2 <= int.from_bytes(head[:8], 'little') <= len(data) - 8:  # may begin with any byte
+    # may begin with any byte
+    if head[8:10] == b'{"' and 2 <= int.from_bytes(head[:8], 'little') <= len(data) - 8:
         return _safetensors(path, path, os.path.splitext(path)[0] + '.json')
     if head[:1] == b'\x80':
         return _pickle(path, data)
@@ -112,7 +120,7 @@ def _file(path, weights) -> Found:
     raise ForeignPickleError('it is of no known kind, or damaged')
 
 
-# --- Files of torch --------------------------------------------------------------------------------------------------
+# --- Files of torch ------------------------------------------------------------------------------
 
 
 def _zip(path, data, weights) -> Found:
@@ -126,10 +134,12 @@ def _zip(path, data, weights) -> Found:
         records = torchfile.ZipRecords(path, data)
         if records.root + 'constants.pkl' in names:
             return Found(path, 'torchscript', state=torchscript.read_tensors(records))
-        return _torch(path, own.read_own(path) if own.is_own(records) else torchfile.read(path, data), weights)
+        return _torch(path, own.read_own(path) if own.is_own(records)
+                      else torchfile.read(path, data), weights)
     if names and all(name.endswith('.npy') for name in names):
         arrays = NpzArrays(path)
-        facts = {name: ' '.join(map(str, description)) for name, description in arrays.descriptions.items()}
+        facts = {name: ' '.join(map(str, description))
+                 for name, description in arrays.descriptions.items()}
         statistics = {'mu', 'sigma'} <= facts.keys() or any(name.endswith('/mu') for name in facts)
         return Found(path, 'statistics' if statistics else 'samples', arrays, facts=facts)
     pictures = sum(name.lower().endswith(PICTURES) for name in names)
@@ -155,14 +165,15 @@ def _torch(path, content, weights) -> Found:
     if not keys:
         raise ForeignPickleError('it does not hold the weights of a network')
     key = weights or keys[0]
-    facts = {name: value for name, value in content.items() if isinstance(value, bool | int | float | str)
-             and isinstance(name, str)}
+    facts = {name: value for name, value in content.items()
+             if isinstance(name, str) and isinstance(value, bool | int | float | str)}
     return _weights(path, content[key], key, dict(weights=f'{key} (of {", ".join(keys)})') | facts)
 
 
 def _is_state(value) -> bool:
     return isinstance(value, dict) and bool(value) and all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items())
+        isinstance(name, str) and isinstance(tensor, torch.Tensor)
+        for name, tensor in value.items())
 
 
 def family(names) -> str | None:
@@ -181,7 +192,9 @@ def _weights(path, state, key, facts) -> Found:
 
 
 def _snapshot(path, kind, content) -> Found:
-    """A snapshot of this project, its parts checked: weights by name, and plain values of modest size."""
+    """A snapshot of this project, its parts checked: weights by name, and plain values of modest
+    size.
+    """
     network, state = content.get('network'), content.get('state')
     if not isinstance(network, dict) or not isinstance(network.get('class_name'), str) \
             or not isinstance(network.get('kwargs'), dict) or not _is_state(state):
@@ -199,7 +212,9 @@ def _snapshot(path, kind, content) -> Found:
 
 
 def _safetensors(path, weights, description) -> Found:
-    """Weights in safetensors; with a description in JSON beside them they are a network of this project."""
+    """Weights in safetensors; with a description in JSON beside them they are a network of this
+    project.
+    """
     import safetensors.torch
     if int.from_bytes(pickles.map_file(weights)[:8], 'little') > MAX_JSON:
         raise ForeignPickleError('its header is too large')
@@ -221,7 +236,7 @@ def _safetensors(path, weights, description) -> Found:
     return _snapshot(path, 'safetensors', content | dict(state=state))
 
 
-# --- Pickles and arrays ----------------------------------------------------------------------------------------------
+# --- Pickles and arrays --------------------------------------------------------------------------
 
 
 def _pickle(path, data) -> Found:
@@ -229,26 +244,31 @@ def _pickle(path, data) -> Found:
     if not isinstance(content, dict):
         content = {}
     # Python 3 writes the bytes of Python 2 as such.
-    content = {key.decode('latin1') if isinstance(key, bytes) else key: value for key, value in content.items()}
+    content = {key.decode('latin1') if isinstance(key, bytes) else key: value
+               for key, value in content.items()}
     if persistence.is_network(content):
         return Found(path, 'edm', content, persistence.state_dict(content['ema'], len(data)))
     if isinstance(content.get('data'), pickles.NumpyArray) and {'labels', 'fine_labels'} & content.keys():
         array = content['data'].array()
-        return Found(path, 'cifar', content, facts=dict(images=len(array), array=f'{array.dtype} {list(array.shape)}'))
+        return Found(path, 'cifar', content, facts=dict(images=len(array),
+                                                        array=f'{array.dtype} {list(array.shape)}'))
     if not _has_statistics(content):
         raise ForeignPickleError('it is a pickle that holds no network of EDM or EDM2, no statistics and no CIFAR images')
     return _statistics(path, _arrays(content))
 
 
 def _arrays(value, depth: int = 2):
-    """An array of a pickle as one of NumPy; in a dictionary, and in those that it holds, all of them."""
+    """An array of a pickle as one of NumPy; in a dictionary, and in those that it holds, all of
+    them.
+    """
     if isinstance(value, dict) and depth:
         return {key: _arrays(item, depth - 1) for key, item in value.items()}
     return value.array() if isinstance(value, pickles.NumpyArray) else value
 
 
 def _has_statistics(content) -> bool:
-    return any(isinstance(value, dict) and {'mu', 'sigma'} <= value.keys() for value in (content, *content.values()))
+    tables = [content, *content.values()]
+    return any(isinstance(table, dict) and {'mu', 'sigma'} <= table.keys() for table in tables)
 
 
 def _statistics(path, content) -> Found:
@@ -260,8 +280,9 @@ def _statistics(path, content) -> Found:
 
 
 class NpzArrays:
-    """The arrays of an .npz file, by name. Headers are read first, so that no array is larger than its file says, and a file
-    that expands beyond measure is refused."""
+    """The arrays of an .npz file, by name. Headers are read first, so that no array is larger than
+    its file says, and a file that expands beyond measure is refused.
+    """
 
     def __init__(self, path: str):
         self.path = path
@@ -293,7 +314,8 @@ def _tar(path) -> Found:
         for count, member in enumerate(tar):
             name = os.path.basename(member.name)
             if member.isfile() and name in ('batches.meta', 'meta', 'data_batch_1', 'test_batch'):
-                return Found(path, 'cifar-archive', facts=dict(layout='CIFAR-10' if 'batch' in name else 'CIFAR-100'))
+                layout = 'CIFAR-10' if 'batch' in name else 'CIFAR-100'
+                return Found(path, 'cifar-archive', facts=dict(layout=layout))
             if count > 50 or member.size > 1 << 29:
                 break
     raise ForeignPickleError('it is an archive without CIFAR batches')

@@ -15,7 +15,8 @@ def _set(items=()):
         raise pickles.ForeignPickleError('it has a set of strange values')
 
 
-# What a pickle of ours may name. torch allows more, such as bytearray(10**12); nothing here makes anything from a number.
+# What a pickle of ours may name. torch allows more, such as bytearray(10**12); nothing here makes
+# anything from a number.
 _NAMES = {
     ('collections', 'OrderedDict'): lambda: {},
     ('_codecs', 'encode'): pickles.encode,
@@ -32,12 +33,14 @@ def is_own(records: torchfile.ZipRecords) -> bool:
 
 
 def read_own(path: str):
-    """What `torch.save` wrote to `path`: plain values, lists, dictionaries, and tensors of every type on the CPU.
+    """What `torch.save` wrote to `path`: plain values, lists, dictionaries, and tensors of every
+    type on the CPU.
 
-    Every byte is verified first, by the CRCs that the zip holds. Then the pickle is followed by the bounded reader, which
-    refuses what torch.load would spend memory or time on (nested keys, records that share bytes, constructors of
-    other types); what is left cannot ask for more memory than the file has, since tensors are views of the mapped file.
-    Their values can be changed; that stays in memory. Raises UserError that names the file.
+    Every byte is verified first, by the CRCs that the zip holds. Then the pickle is followed by
+    the bounded reader, which refuses what torch.load would spend memory or time on (nested keys,
+    records that share bytes, constructors of other types); what is left cannot ask for more memory
+    than the file has, since tensors are views of the mapped file. Their values can be changed;
+    that stays in memory. Raises UserError that names the file.
     """
     with pickles.errors_of(path, 'not a file that this project wrote, or damaged: '):
         records = torchfile.ZipRecords(path, pickles.map_file(path))

@@ -1,7 +1,8 @@
 """Network pickles of EDM and EDM2, read without running the source text that they carry.
 
-Such a file holds "persistent" objects: class name, constructor arguments and state of each, and the source of its
-module, which the original loader executes. Here the source is skipped, and what remains are names, plain values and tensors.
+Such a file holds "persistent" objects: class name, constructor arguments and state of each, and
+the source of its module, which the original loader executes. Here the source is skipped, and what
+remains are names, plain values and tensors.
 """
 
 import dataclasses
@@ -22,8 +23,11 @@ class Persistent:
 
     @property
     def kwargs(self) -> dict:
-        """Keyword arguments that it was constructed with. Raises ForeignPickleError unless they are plain values."""
-        return pickles.check_plain(plain(self.state.get('_init_kwargs') or {}), 'its list of arguments')
+        """Keyword arguments that it was constructed with. Raises ForeignPickleError unless they
+        are plain values.
+        """
+        return pickles.check_plain(plain(self.state.get('_init_kwargs') or {}),
+                                   'its list of arguments')
 
 
 def _reconstruct(meta):
@@ -36,17 +40,21 @@ def plain(value):
     """Values of a dictionary with those that are arrays as lists."""
     if not isinstance(value, dict):
         return value
-    return {key: item.array().tolist() if isinstance(item, pickles.NumpyArray) else item for key, item in value.items()}
+    return {key: item.array().tolist() if isinstance(item, pickles.NumpyArray) else item
+            for key, item in value.items()}
 
 
 _ALLOWED = pickles.NUMPY_ARRAYS | torchfile.TENSORS | {
     ('torch_utils.persistence', '_reconstruct_persistent_obj'): _reconstruct,
     ('dnnlib.util', 'EasyDict'): lambda: {},
-} | {('torch.nn.modules.container', name): pickles.StandIn for name in ('ModuleDict', 'ModuleList', 'Sequential')}
+} | {('torch.nn.modules.container', name): pickles.StandIn
+     for name in ('ModuleDict', 'ModuleList', 'Sequential')}
 
 
 class _Unpickler(pickles.RestrictedUnpickler):
-    """Reads storages as well, which together must not be larger than the file: one can be opened again and again."""
+    """Reads storages as well, which together must not be larger than the file: one can be opened
+    again and again.
+    """
 
     stored = 0
 
@@ -71,7 +79,9 @@ def is_network(value) -> bool:
 
 
 def state_dict(obj, file_size: int) -> dict[str, torch.Tensor]:
-    """Parameters and buffers of a `Persistent` network by dotted name, half precision as float32."""
+    """Parameters and buffers of a `Persistent` network by dotted name, half precision as
+    float32.
+    """
     return torchfile.state_of(dict(_walk(obj, '', 0, [0])), file_size)
 
 

@@ -1,9 +1,10 @@
 """Reading pickles that other programs wrote, without running anything from them.
 
-A pickle is a program for a small stack machine, and it names functions to call. This is a machine of our own that has
-no way to import anything: names are looked up in an allow-list whose entries are inert stand-ins written for the
-purpose, and any other name, and any other instruction, ends the reading. What a file can make it do is bounded: steps
-are counted, lengths are compared with the file before anything is read, and large strings of bytes are not copied.
+A pickle is a program for a small stack machine, and it names functions to call. This is a machine
+of our own that has no way to import anything: names are looked up in an allow-list whose entries
+are inert stand-ins written for the purpose, and any other name, and any other instruction, ends
+the reading. What a file can make it do is bounded: steps are counted, lengths are compared with
+the file before anything is read, and large strings of bytes are not copied.
 """
 
 import contextlib
@@ -20,7 +21,8 @@ from dnnlib import UserError
 
 MAX_STEPS = 3_000_000       # of one pickle; the largest published files take a tenth of it
 _LARGE = 4096               # strings of bytes from this length on stay where they are
-# Other keys of dictionaries never occur, and hashing deeply nested ones overflows the stack of the interpreter.
+# Other keys of dictionaries never occur, and hashing deeply nested ones overflows the stack of the
+# interpreter.
 _KEYS = (str, int, bytes, float, bool, type(None))
 
 
@@ -30,7 +32,9 @@ class ForeignPickleError(Exception):
 
 @contextlib.contextmanager
 def errors_of(path: str, prefix: str = ''):
-    """Whatever goes wrong within while the file `path` is read ends in a UserError of one line that names it."""
+    """Whatever goes wrong within while the file `path` is read ends in a UserError of one line
+    that names it.
+    """
     try:
         yield
     except UserError:
@@ -59,7 +63,8 @@ class _Global:
 
 
 def map_file(path: str) -> memoryview:
-    """The bytes of a regular file, mapped (private, so that tensors over them can be written to without harm).
+    """The bytes of a regular file, mapped (private, so that tensors over them can be written to
+    without harm).
 
     Raises ForeignPickleError for anything that is no regular file, or is empty.
     """
@@ -78,9 +83,10 @@ def map_file(path: str) -> memoryview:
 class RestrictedUnpickler:
     """Reads pickles one after the other from `data` (bytes or a view of them), from `position` on.
 
-    `allowed`, {(module, name): function}, has the only names that a pickle may use. Subclasses can add to it in
-    `find_class` and read references in `persistent_load`. An instruction is the method `op_NAME`; one that has none is
-    refused. Bytes of some length are handed on as views of `data`. Sets become lists, texts of Python 2 are latin1.
+    `allowed`, {(module, name): function}, has the only names that a pickle may use. Subclasses can
+    add to it in `find_class` and read references in `persistent_load`. An instruction is the
+    method `op_NAME`; one that has none is refused. Bytes of some length are handed on as views of
+    `data`. Sets become lists, texts of Python 2 are latin1.
     """
 
     def __init__(self, data, allowed: dict, position: int = 0):
@@ -91,7 +97,9 @@ class RestrictedUnpickler:
         self._new_bytes = 0
 
     def load(self):
-        """The next object. Raises ForeignPickleError with one line for damaged or unexpected content."""
+        """The next object. Raises ForeignPickleError with one line for damaged or unexpected
+        content.
+        """
         self._stack = []
         self._marks = []
         self._memo = {}
@@ -128,7 +136,7 @@ class RestrictedUnpickler:
         """The object of a reference to data outside the pickle."""
         raise ForeignPickleError('it refers to data outside the file')
 
-    # --- What the readers of pickletools call -------------------------------------------------------------------------
+    # --- What the readers of pickletools call ----------------------------------------------------
 
     def read(self, count: int):
         """The next bytes; many of them as a view."""
@@ -146,7 +154,7 @@ class RestrictedUnpickler:
         self.position += length
         return text[:length]
 
-    # --- Instructions: (argument) -------------------------------------------------------------------------------------
+    # --- Instructions: (argument) ----------------------------------------------------------------
 
     def _push(self, value):
         if isinstance(value, int) and value.bit_length() > 4096:
@@ -295,7 +303,8 @@ class RestrictedUnpickler:
 def _instructions():
     """(code, (name, reader of its argument, method)) of every instruction of the language."""
     # The reader of long texts of Python 2 wants bytes; here they may be a view.
-    readers = {'BINSTRING': lambda machine: str(machine.read(pickletools.read_uint4(machine)), 'latin1')}
+    readers = {'BINSTRING': lambda machine: str(machine.read(pickletools.read_uint4(machine)),
+                                                'latin1')}
     for op in pickletools.opcodes:
         reader = readers.get(op.name, op.arg and op.arg.reader)
         yield ord(op.code), (op.name, reader, getattr(RestrictedUnpickler, f'op_{op.name}', None))
@@ -305,18 +314,21 @@ _INSTRUCTIONS = dict(_instructions())
 
 
 def load(data, allowed: dict):
-    """The object in a pickle, given as bytes. Raises ForeignPickleError with one line for anything unexpected."""
+    """The object in a pickle, given as bytes. Raises ForeignPickleError with one line for anything
+    unexpected.
+    """
     return RestrictedUnpickler(data, allowed).load()
 
 
-# --- Plain values ----------------------------------------------------------------------------------------------------
+# --- Plain values --------------------------------------------------------------------------------
 
 
 def check_plain(value, what: str, max_size: int = 1_000_000, max_depth: int = 16):
-    """`value`, if it consists of dictionaries, lists, strings and numbers and is small when written out.
+    """`value`, if it consists of dictionaries, lists, strings and numbers and is small when
+    written out.
 
-    A file can hold one list a thousand times in another, and so on: a few bytes that are endless for whoever walks
-    through them. Raises ForeignPickleError that names `what`.
+    A file can hold one list a thousand times in another, and so on: a few bytes that are endless
+    for whoever walks through them. Raises ForeignPickleError that names `what`.
     """
     size, pending = 0, [(value, 0)]
     while pending:
@@ -329,20 +341,23 @@ def check_plain(value, what: str, max_size: int = 1_000_000, max_depth: int = 16
                 raise ForeignPickleError(f'{what} has strange keys')
             children = [*item, *item.values()]
         size += 1 + (len(item) // 16 if isinstance(item, str) else len(children))
-        if size > max_size or depth > max_depth or (isinstance(item, int) and item.bit_length() > 64):
+        if size > max_size or depth > max_depth or (isinstance(item, int)
+                                                    and item.bit_length() > 64):
             raise ForeignPickleError(f'{what} is too large or too deeply nested')
         pending += [(child, depth + 1) for child in children]
     return value
 
 
-# --- Arrays of NumPy -------------------------------------------------------------------------------------------------
+# --- Arrays of NumPy -----------------------------------------------------------------------------
 
 
 class NumpyArray(StandIn):
     """Stand-in for numpy.ndarray, which makes the array when asked."""
 
     def array(self) -> np.ndarray:
-        """The array, a view of the file's bytes. Raises ForeignPickleError unless it holds plain numbers."""
+        """The array, a view of the file's bytes. Raises ForeignPickleError unless it holds plain
+        numbers.
+        """
         try:
             _, shape, dtype, fortran, data = self.state
             if isinstance(data, str):  # bytes as Python 3 wrote them for protocol 2
@@ -350,7 +365,8 @@ class NumpyArray(StandIn):
             dtype = dtype.numpy()
             if not all(type(n) is int and n >= 0 for n in shape) or math.prod(shape) * dtype.itemsize != len(data):
                 raise ValueError(f'{len(data)} bytes for the shape {list(shape)}'[:100])
-            return np.frombuffer(data, dtype=dtype).reshape(tuple(shape), order='F' if fortran else 'C')
+            order = 'F' if fortran else 'C'
+            return np.frombuffer(data, dtype=dtype).reshape(tuple(shape), order=order)
         except (AttributeError, TypeError, ValueError) as error:
             raise ForeignPickleError(f'it holds a malformed array ({error})') from None
 
@@ -406,6 +422,8 @@ NUMPY_ARRAYS = {
     ('numpy', 'ndarray'): _only_named,
     ('numpy', 'dtype'): NumpyDtype,
     ('_codecs', 'encode'): encode,
-} | {(module, name): function for module in ('numpy.core', 'numpy._core') for module, name, function in (
-    (f'{module}.multiarray', '_reconstruct', NumpyArray), (f'{module}.multiarray', 'scalar', scalar),
-    (f'{module}.numeric', '_frombuffer', _from_buffer))}
+} | {(module, name): function for module in ('numpy.core', 'numpy._core')
+     for module, name, function in (
+         (f'{module}.multiarray', '_reconstruct', NumpyArray),
+         (f'{module}.multiarray', 'scalar', scalar),
+         (f'{module}.numeric', '_frombuffer', _from_buffer))}

@@ -1,8 +1,9 @@
 """What torch.save wrote, today's zips and the older format, read by our own reader of pickles.
 
-torch.load(weights_only=True) runs no code either. This reader has the limits of the one for pickles as well (steps, names,
-no strange keys, no compressed records), the same whatever the version of torch, and says in one line what is wrong.
-Numbers of zips stay in the file, which is mapped, until they are used.
+torch.load(weights_only=True) runs no code either. This reader has the limits of the one for
+pickles as well (steps, names, no strange keys, no compressed records), the same whatever the
+version of torch, and says in one line what is wrong. Numbers of zips stay in the file, which is
+mapped, until they are used.
 """
 
 import functools
@@ -19,16 +20,19 @@ from torch_utils.files.pickles import ForeignPickleError
 LEGACY_MAGIC = 0x1950a86a20f9469cfc6c  # first number of the older format
 _LEGACY_HEAD = b'\x80\x02\x8a\x0a' + LEGACY_MAGIC.to_bytes(10, 'little') + b'.'
 STORAGES = {
-    'UntypedStorage': torch.uint8, 'ComplexFloatStorage': torch.complex64, 'ComplexDoubleStorage': torch.complex128,
+    'UntypedStorage': torch.uint8, 'ComplexFloatStorage': torch.complex64,
+    'ComplexDoubleStorage': torch.complex128,
     'DoubleStorage': torch.float64, 'FloatStorage': torch.float32, 'HalfStorage': torch.float16,
     'BFloat16Storage': torch.bfloat16, 'LongStorage': torch.int64, 'IntStorage': torch.int32,
-    'ShortStorage': torch.int16, 'CharStorage': torch.int8, 'ByteStorage': torch.uint8, 'BoolStorage': torch.bool,
+    'ShortStorage': torch.int16, 'CharStorage': torch.int8, 'ByteStorage': torch.uint8,
+    'BoolStorage': torch.bool,
 }
 
 
 def tensor_from(data, dtype: torch.dtype) -> torch.Tensor:
-    """The numbers in `data` (bytes or a view) as a flat tensor: over the same memory if that can be written to and is
-    aligned as the type needs."""
+    """The numbers in `data` (bytes or a view) as a flat tensor: over the same memory if that can
+    be written to and is aligned as the type needs.
+    """
     if not len(data):
         return torch.empty(0, dtype=dtype)
     view = memoryview(data)
@@ -37,7 +41,9 @@ def tensor_from(data, dtype: torch.dtype) -> torch.Tensor:
 
 
 def rebuild_tensor(storage, offset, size, stride, *_):
-    """Stand-in for torch's: a view of a flat tensor, refused where it reaches outside or has more elements."""
+    """Stand-in for torch's: a view of a flat tensor, refused where it reaches outside or has more
+    elements.
+    """
     if not isinstance(storage, torch.Tensor):
         raise ForeignPickleError('it holds a tensor without a storage')
     if type(size) is not tuple or type(stride) is not tuple or len(size) != len(stride) or len(size) > 16 \
@@ -50,7 +56,9 @@ def rebuild_tensor(storage, offset, size, stride, *_):
 
 
 def _rebuild_untyped(storage, offset, size, stride, requires_grad, hooks, dtype, *_):
-    """Stand-in for torch's rebuilding of tensors whose storage has no type (uint16, float8, ...)."""
+    """Stand-in for torch's rebuilding of tensors whose storage has no type (uint16, float8,
+    ...).
+    """
     return rebuild_tensor(storage.view(dtype), offset, size, stride)
 
 
@@ -72,7 +80,9 @@ def is_legacy(data) -> bool:
 
 
 class StorageUnpickler(pickles.RestrictedUnpickler):
-    """A pickle of plain values and tensors; `storage(key, dtype, count)` gives the numbers of each storage."""
+    """A pickle of plain values and tensors; `storage(key, dtype, count)` gives the numbers of each
+    storage.
+    """
 
     def __init__(self, data, storage, allowed=_ALLOWED):
         super().__init__(data, allowed)
@@ -86,8 +96,8 @@ class StorageUnpickler(pickles.RestrictedUnpickler):
         return super().find_class(module, name)
 
     def persistent_load(self, pid):
-        if type(pid) is not tuple or len(pid) < 5 or pid[0] != 'storage' or not isinstance(pid[1], torch.dtype) \
-                or type(pid[4]) is not int or pid[4] < 0:
+        valid = type(pid) is tuple and len(pid) >= 5 and pid[0] == 'storage'
+        if not valid or not isinstance(pid[1], torch.dtype) or type(pid[4]) is not int or pid[4] < 0:
             raise ForeignPickleError('it refers to something that is no storage')
         _, dtype, key, _, count = pid[:5]
         return self._storage(str(key)[:200], dtype, count)
@@ -100,7 +110,8 @@ class ZipRecords:
         self.data, self.left = data, len(data)
         with zipfile.ZipFile(path) as z:
             infos = z.infolist()
-        roots = [info.filename.removesuffix('data.pkl') for info in infos if info.filename.endswith('/data.pkl')]
+        roots = [info.filename.removesuffix('data.pkl') for info in infos
+                 if info.filename.endswith('/data.pkl')]
         if len(roots) != 1:
             raise ForeignPickleError(f'it is a zip with {len(roots)} data.pkl instead of one')
         self.root = roots[0]
@@ -153,8 +164,8 @@ class ZipRecords:
 
 
 def read(path: str, data: memoryview | None = None):
-    """The object in a file of torch.save: plain values, lists, dictionaries and tensors, whose memory is the mapped file
-    (changes stay in memory). Arrays of NumPy stay `pickles.NumpyArray`.
+    """The object in a file of torch.save: plain values, lists, dictionaries and tensors, whose
+    memory is the mapped file (changes stay in memory). Arrays of NumPy stay `pickles.NumpyArray`.
 
     Raises ForeignPickleError with one line for anything else.
     """
@@ -168,7 +179,9 @@ def read(path: str, data: memoryview | None = None):
 
 
 def _read_legacy(data):
-    """Magic number, version and machine, the object, the keys of its storages, and these in that order."""
+    """Magic number, version and machine, the object, the keys of its storages, and these in that
+    order.
+    """
     storages, left = {}, len(data)
 
     def storage(key, dtype, count):
@@ -192,7 +205,9 @@ def _read_legacy(data):
 
 
 def read_storage(data) -> torch.Tensor:
-    """The flat tensor in a little file of the older format that holds one storage: its bytes `data` where they are."""
+    """The flat tensor in a little file of the older format that holds one storage: its bytes
+    `data` where they are.
+    """
     reader = StorageUnpickler(data, lambda key, dtype, count: (dtype, count), {})
     magic, _, _, (dtype, count), _ = (reader.load() for _ in range(5))
     if magic != LEGACY_MAGIC or int.from_bytes(reader.read(8), 'little') != count:
@@ -201,10 +216,12 @@ def read_storage(data) -> torch.Tensor:
 
 
 def state_of(tensors: dict, file_size: int) -> dict[str, torch.Tensor]:
-    """Tensors by name with half precision as float32, unless together they are much larger than their file: several
-    may show the same numbers."""
+    """Tensors by name with half precision as float32, unless together they are much larger than
+    their file: several may show the same numbers.
+    """
     total = sum(value.numel() * 4 for value in tensors.values())
     if total > 4 * file_size + (1 << 20):
         raise ForeignPickleError('its tensors are larger than the file')
     half = (torch.float16, torch.bfloat16)
-    return {name: value.float() if value.dtype in half else value for name, value in tensors.items()}
+    return {name: value.float() if value.dtype in half else value
+            for name, value in tensors.items()}

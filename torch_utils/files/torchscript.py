@@ -1,4 +1,6 @@
-"""Tensors out of a TorchScript archive, without loading, let alone running, the program that it holds."""
+"""Tensors out of a TorchScript archive, without loading, let alone running, the program that it
+holds.
+"""
 
 import torch
 
@@ -8,7 +10,8 @@ MAX_MODULES = 100_000
 
 
 _ALLOWED = torchfile.TENSORS | {
-    ('torch.jit._pickle', f'build_{kind}list'): lambda values: values for kind in ('int', 'double', 'bool', 'tensor')
+    ('torch.jit._pickle', f'build_{kind}list'): lambda values: values
+    for kind in ('int', 'double', 'bool', 'tensor')
 } | {('torch.jit._pickle', 'restore_type_tag'): lambda value, _: value}
 
 
@@ -18,11 +21,13 @@ class _Unpickler(torchfile.StorageUnpickler):
 
 
 def read_tensors(records: torchfile.ZipRecords) -> dict[str, torch.Tensor]:
-    """State dictionary (parameters and buffers by dotted name) of the module in a TorchScript archive.
+    """State dictionary (parameters and buffers by dotted name) of the module in a TorchScript
+    archive.
 
     Raises ForeignPickleError if the archive holds anything unexpected.
     """
-    return dict(_walk(_Unpickler(records.record('data.pkl'), records.storage, _ALLOWED).load(), '', [0]))
+    return dict(_walk(_Unpickler(records.record('data.pkl'), records.storage, _ALLOWED).load(), '',
+                      [0]))
 
 
 def _walk(record, prefix, count):

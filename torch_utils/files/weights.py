@@ -9,11 +9,12 @@ from torch_utils.files.identify import identify
 
 
 def read_state_dict(path: str) -> dict:
-    """The name -> tensor dictionary in a checkpoint file, without a data-parallel prefix `module.`; half precision
-    becomes float32.
+    """The name -> tensor dictionary in a checkpoint file, without a data-parallel prefix
+    `module.`; half precision becomes float32.
 
-    Takes a plain state dict, or one that a checkpoint holds under one of `identify.WEIGHT_KEYS` (averaged weights first); in
-    files of torch or safetensors. Nothing in the file is executed. Raises UserError naming the file.
+    Takes a plain state dict, or one that a checkpoint holds under one of `identify.WEIGHT_KEYS`
+    (averaged weights first); in files of torch or safetensors. Nothing in the file is executed.
+    Raises UserError naming the file.
     """
     found = identify(path)
     if found.kind != 'weights':
@@ -22,7 +23,9 @@ def read_state_dict(path: str) -> dict:
 
 
 def check_weights(net: torch.nn.Module, state: dict, source: str):
-    """Raises a UserError that says what differs unless the weights `state` have the names and shapes of `net`."""
+    """Raises a UserError that says what differs unless the weights `state` have the names and
+    shapes of `net`.
+    """
     expected = net.state_dict()
     differences = {
         'lacks': [name for name in expected if name not in state],
@@ -46,7 +49,9 @@ def load_weights(net: torch.nn.Module, state: dict, source: str) -> torch.nn.Mod
 
 
 def fingerprint(state, head: str = '') -> str:
-    """16 hexadecimal digits that depend on `head` and on the (name, tensor) pairs `state` alone, not on their file."""
+    """16 hexadecimal digits that depend on `head` and on the (name, tensor) pairs `state` alone,
+    not on their file.
+    """
     digest = hashlib.sha256(head.encode())
     for name, value in state:
         digest.update(name.encode())

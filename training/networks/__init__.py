@@ -27,7 +27,8 @@ def network_class(name: str):
 
 
 def build_network(class_name: str, **kwargs):
-    """Builds a network from its class name and keyword arguments, and remembers both for snapshots.
+    """Builds a network from its class name and keyword arguments, and remembers both for
+    snapshots.
 
     Raises UserError for an unknown name and for arguments that the class does not take.
     """
@@ -41,12 +42,15 @@ def build_network(class_name: str, **kwargs):
 
 
 def check_arguments(value):
-    """Raises ValueError unless constructor arguments from a file are plain values of a modest size."""
+    """Raises ValueError unless constructor arguments from a file are plain values of a modest
+    size.
+    """
     if isinstance(value, dict | list | tuple):
         if len(value) > MAX_ENTRIES:
             raise ValueError(f'an argument has {len(value)} entries')
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            if key in ('img_resolution', 'image_size') and not (type(item) is int and 0 < item <= MAX_RESOLUTION):
+            is_size = key in ('img_resolution', 'image_size')
+            if is_size and not (type(item) is int and 0 < item <= MAX_RESOLUTION):
                 raise ValueError(f'{key} is {str(item)[:20]}')
             check_arguments(item)
     elif isinstance(value, str):
@@ -59,11 +63,12 @@ def check_arguments(value):
 
 
 def rebuild_network(class_name: str, kwargs: dict, state: dict, path: str):
-    """The network that a file describes, with the weights `state` from the same file; in evaluation mode, without
-    gradients.
+    """The network that a file describes, with the weights `state` from the same file; in
+    evaluation mode, without gradients.
 
-    It is built without memory for its weights, and gets some when their shapes are those of `state`: a file cannot ask
-    for more than it holds. Raises UserError that names `path` if they do not fit together.
+    It is built without memory for its weights, and gets some when their shapes are those of
+    `state`: a file cannot ask for more than it holds. Raises UserError that names `path` if they
+    do not fit together.
     """
     left = 1000 + 4 * len(state)
 

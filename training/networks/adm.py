@@ -1,7 +1,9 @@
-"""The U-Net of guided diffusion (ADM, arXiv 2105.05233) with the learned variance of improved DDPM (2102.09672).
+"""The U-Net of guided diffusion (ADM, arXiv 2105.05233) with the learned variance of improved DDPM
+(2102.09672).
 
-State names and shapes are those of the published weights (`ADM_cifar10_baseline.pt`, `DDPM_IP_celeba64.pt`, ...), so
-these load by name. Shapes: images x_NCHW, time steps [N] (fractions allowed), embedding emb_NE.
+State names and shapes are those of the published weights (`ADM_cifar10_baseline.pt`,
+`DDPM_IP_celeba64.pt`, ...), so these load by name. Shapes: images x_NCHW, time steps [N]
+(fractions allowed), embedding emb_NE.
 """
 
 import torch
@@ -24,7 +26,8 @@ from training.networks.layers import (
 )
 
 # Widths of the levels relative to the base width, where the configuration leaves them open.
-CHANNEL_MULT = {512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4),
+CHANNEL_MULT = {512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4),
+                64: (1, 2, 3, 4),
                  32: (1, 2, 2, 2)}
 
 
@@ -61,25 +64,30 @@ class Upsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Residual block modulated by the embedding; `resample` is 'keep', 'up' (nearest) or 'down' (2x2 average)."""
+    """Residual block modulated by the embedding; `resample` is 'keep', 'up' (nearest) or 'down'
+    (2x2 average).
+    """
 
-    def __init__(self, in_channels, out_channels, emb_channels, dropout, scale_shift, resample='keep',
-                 use_checkpoint=False):
+    def __init__(self, in_channels, out_channels, emb_channels, dropout, scale_shift,
+                 resample='keep', use_checkpoint=False):
         super().__init__()
         self.scale_shift, self.use_checkpoint = scale_shift, use_checkpoint
         self.resample = {'keep': lambda x: x, 'up': _double, 'down': lambda x: F.avg_pool2d(x, 2)}[resample]
         self.in_layers = nn.Sequential(
             GroupNorm(in_channels), nn.SiLU(), Conv2d(in_channels, out_channels, 3, padding=1))
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels * (2 if scale_shift else 1)))
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(), nn.Linear(emb_channels, out_channels * (2 if scale_shift else 1)))
         self.out_layers = nn.Sequential(
             GroupNorm(out_channels), nn.SiLU(), Dropout(dropout),
             _zeroed(Conv2d(out_channels, out_channels, 3, padding=1)))
-        self.skip_connection = nn.Identity() if in_channels == out_channels else Conv2d(in_channels, out_channels, 1)
+        same = in_channels == out_channels
+        self.skip_connection = nn.Identity() if same else Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x_NCHW, emb_NE):
         if self.use_checkpoint and torch.is_grad_enabled():
             h = self.resample(x_NCHW)
-            # The mask is drawn here once: the block runs again in the backward pass and must not draw another.
+            # The mask is drawn here once: the block runs again in the backward pass and must not
+            # draw another.
             mask = self.out_layers[2](h.new_ones([len(h), self.out_layers[3].in_channels, *h.shape[2:]]))
             return checkpoint(self._forward, x_NCHW, emb_NE, mask, use_reentrant=False)
         return self._forward(x_NCHW, emb_NE)
@@ -101,7 +109,8 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention over the pixels with a residual connection.
 
-    The channels of `qkv` are [all q | all k | all v] in the new order, [q | k | v] head by head in the old one.
+    The channels of `qkv` are [all q | all k | all v] in the new order, [q | k | v] head by head in
+    the old one.
     """
 
     def __init__(self, channels: int, num_heads: int, new_order: bool, use_checkpoint=False):
@@ -135,22 +144,26 @@ class _Layers(nn.Sequential):
 class ADMUNet(nn.Module):
     """ADM's U-Net, built from the options of its configuration files.
 
-    net(x [N,C,H,W], t [N], labels) -> [N, C or 2C, H, W]: the predicted noise, then, with `learn_sigma`, the
-    interpolation values of the variance. `labels` ([N] class numbers, or vectors [N, num_classes] with zeros for "no
-    label") belong to networks with `class_cond`. `attention_resolutions` and `channel_mult` are lists with commas;
-    an empty `channel_mult` stands for the published widths at `image_size`. `num_head_channels=-1` means `num_heads`
-    heads (`num_heads_upsample` in the decoder, -1 = the same), otherwise heads of that width.
-    `precision` is 'fp32', 'fp16' (on GPUs) or 'bf16'; `use_fp16` is the published name for the first two. Weights
-    stay float32; in half precision everything but embeddings and the output layers is computed in it.
-    Raises UserError for sizes that do not fit.
+    net(x [N,C,H,W], t [N], labels) -> [N, C or 2C, H, W]: the predicted noise, then, with
+    `learn_sigma`, the interpolation values of the variance. `labels` ([N] class numbers, or
+    vectors [N, num_classes] with zeros for "no label") belong to networks with `class_cond`.
+    `attention_resolutions` and `channel_mult` are lists with commas; an empty `channel_mult`
+    stands for the published widths at `image_size`. `num_head_channels=-1` means `num_heads` heads
+    (`num_heads_upsample` in the decoder, -1 = the same), otherwise heads of that width.
+    `precision` is 'fp32', 'fp16' (on GPUs) or 'bf16'; `use_fp16` is the published name for the
+    first two. Weights stay float32; in half precision everything but embeddings and the output
+    layers is computed in it. Raises UserError for sizes that do not fit.
     """
 
-    def __init__(self, image_size, num_channels, num_res_blocks, channel_mult='', learn_sigma=False, class_cond=False,
-                 use_checkpoint=False, attention_resolutions='16', num_heads=1, num_head_channels=-1,
-                 num_heads_upsample=-1, use_scale_shift_norm=False, dropout=0.0, resblock_updown=False, use_fp16=False,
-                 use_new_attention_order=False, img_channels=3, num_classes=1000, precision=None):
+    def __init__(self, image_size, num_channels, num_res_blocks, channel_mult='',
+                 learn_sigma=False, class_cond=False, use_checkpoint=False,
+                 attention_resolutions='16', num_heads=1, num_head_channels=-1,
+                 num_heads_upsample=-1, use_scale_shift_norm=False, dropout=0.0,
+                 resblock_updown=False, use_fp16=False, use_new_attention_order=False,
+                 img_channels=3, num_classes=1000, precision=None):
         super().__init__()
-        widths = [int(mult * num_channels) for mult in _parse_channel_mult(channel_mult, image_size)]
+        widths = [int(mult * num_channels)
+                  for mult in _parse_channel_mult(channel_mult, image_size)]
         attention_at = _parse_resolutions(attention_resolutions, image_size)
         self.img_resolution, self.img_channels = image_size, img_channels
         self.label_dim = num_classes if class_cond else 0
@@ -159,7 +172,8 @@ class ADMUNet(nn.Module):
         emb_channels = num_channels * 4
 
         def block(c_in, c_out, resample='keep'):
-            return ResBlock(c_in, c_out, emb_channels, dropout, use_scale_shift_norm, resample, use_checkpoint)
+            return ResBlock(c_in, c_out, emb_channels, dropout, use_scale_shift_norm, resample,
+                            use_checkpoint)
 
         def attention_block(channels, heads):
             heads = heads if num_head_channels == -1 else channels // num_head_channels
@@ -172,7 +186,8 @@ class ADMUNet(nn.Module):
             return _Layers(block(c_in, c_out), *attention)
 
         self.time_embed = nn.Sequential(
-            nn.Linear(num_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels))
+            nn.Linear(num_channels, emb_channels), nn.SiLU(),
+            nn.Linear(emb_channels, emb_channels))
         if class_cond:
             self.label_emb = nn.Embedding(num_classes, emb_channels)
 
@@ -181,20 +196,24 @@ class ADMUNet(nn.Module):
             if kind == 'conv':
                 self.input_blocks.append(_Layers(Conv2d(img_channels, c_out, 3, padding=1)))
             elif kind == 'down':
-                self.input_blocks.append(_Layers(block(c_in, c_out, 'down') if resblock_updown else Downsample(c_in)))
+                self.input_blocks.append(_Layers(block(c_in, c_out, 'down') if resblock_updown
+                                                 else Downsample(c_in)))
             else:
                 self.input_blocks.append(layers(level, c_in, c_out, num_heads))
         c_mid = skips[-1]
-        self.middle_block = _Layers(block(c_mid, c_mid), attention_block(c_mid, num_heads), block(c_mid, c_mid))
+        self.middle_block = _Layers(block(c_mid, c_mid), attention_block(c_mid, num_heads),
+                                    block(c_mid, c_mid))
         self.output_blocks = nn.ModuleList()
         heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
         for kind, level, c_in, c_out in decoder_layers(skips, widths, num_res_blocks):
             if kind == 'up':
-                self.output_blocks[-1].append(block(c_in, c_out, 'up') if resblock_updown else Upsample(c_in))
+                self.output_blocks[-1].append(block(c_in, c_out, 'up') if resblock_updown
+                                              else Upsample(c_in))
             elif 'block' in kind:
                 self.output_blocks.append(layers(level, c_in, c_out, heads_up))
         self.out = nn.Sequential(
-            GroupNorm(c_out), nn.SiLU(), _zeroed(Conv2d(c_out, img_channels * (2 if learn_sigma else 1), 3, padding=1)))
+            GroupNorm(c_out), nn.SiLU(),
+            _zeroed(Conv2d(c_out, img_channels * (2 if learn_sigma else 1), 3, padding=1)))
 
     def forward(self, x, t, labels=None):
         if (labels is not None) != bool(self.label_dim):

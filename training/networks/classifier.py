@@ -1,4 +1,5 @@
-"""Wide residual networks (arXiv 1605.07146): the classifiers that score, select and evaluate generated images.
+"""Wide residual networks (arXiv 1605.07146): the classifiers that score, select and evaluate
+generated images.
 
 State names and shapes are those of the published selection models (`cifar10_pseudo.pt`, ...).
 """
@@ -17,7 +18,9 @@ from training.networks.infer import infer
 
 
 class BasicBlock(nn.Module):
-    """Pre-activation block. Where the width changes, the shortcut too starts from the activated input."""
+    """Pre-activation block. Where the width changes, the shortcut too starts from the activated
+    input.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -41,7 +44,7 @@ class NetworkBlock(nn.Module):
     def __init__(self, count: int, in_channels: int, out_channels: int, stride: int):
         super().__init__()
         self.layer = nn.Sequential(*[
-            BasicBlock(in_channels if i == 0 else out_channels, out_channels, stride if i == 0 else 1)
+            BasicBlock(out_channels if i else in_channels, out_channels, 1 if i else stride)
             for i in range(count)])
 
     def forward(self, x):
@@ -57,7 +60,8 @@ class _WideResNet(nn.Module):
         widths = [16, 16 * widen, 32 * widen, 64 * widen]
         self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
         self.block1 = NetworkBlock(count, widths[0], widths[1], 1)
-        self.sub_block1 = NetworkBlock(count, widths[0], widths[1], 1)  # never used; published weights hold it
+        # never used; published weights hold it
+        self.sub_block1 = NetworkBlock(count, widths[0], widths[1], 1)
         self.block2 = NetworkBlock(count, widths[1], widths[2], 2)
         self.block3 = NetworkBlock(count, widths[2], widths[3], 2)
         self.bn1 = nn.BatchNorm2d(widths[3])
@@ -66,10 +70,12 @@ class _WideResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out')  # variance 2 / (k k out)
         nn.init.zeros_(self.fc.bias)
-        self.sub_block1.requires_grad_(False)                           # or data-parallel training waits for it
+        # or data-parallel training waits for it
+        self.sub_block1.requires_grad_(False)
 
     def forward(self, x, return_prelogit=False):
-        features = F.relu(self.bn1(self.block3(self.block2(self.block1(self.conv1(x)))))).mean([2, 3])
+        h = self.block3(self.block2(self.block1(self.conv1(x))))
+        features = F.relu(self.bn1(h)).mean([2, 3])
         logits = self.fc(features)
         return (logits, features) if return_prelogit else logits
 
@@ -91,11 +97,13 @@ class _Normalized(nn.Sequential):
         return self[1](self[0](x), return_prelogit=return_prelogit)
 
 
-def WideResNet(name: str = 'wrn-28-10', num_classes: int = 10, normalize_input: bool = False) -> nn.Module:
+def WideResNet(name: str = 'wrn-28-10', num_classes: int = 10,
+               normalize_input: bool = False) -> nn.Module:
     """The classifier `wrn-<depth>-<widen>`: net(x [N,3,H,W] in [0,1]) -> logits [N, num_classes].
 
-    `net(x, return_prelogit=True)` also gives the input of the last layer, [N, 64 widen]. `normalize_input` puts a
-    layer in front, and the state names become `0.mean`, `0.std` and `1.<name>`. Raises UserError for other names.
+    `net(x, return_prelogit=True)` also gives the input of the last layer, [N, 64 widen].
+    `normalize_input` puts a layer in front, and the state names become `0.mean`, `0.std` and
+    `1.<name>`. Raises UserError for other names.
     """
     match = re.fullmatch(r'wrn-(\d+)-(\d+)', name)
     if match is None or int(match[1]) < 10 or (int(match[1]) - 4) % 6 or int(match[2]) < 1:
@@ -107,12 +115,13 @@ def WideResNet(name: str = 'wrn-28-10', num_classes: int = 10, normalize_input: 
     return net
 
 
-def load_classifier(path: str, name: str | None = None, num_classes: int | None = None) -> nn.Module:
+def load_classifier(path: str, name: str | None = None,
+                    num_classes: int | None = None) -> nn.Module:
     """The classifier whose weights are in the file `path`, in evaluation mode, without gradients.
 
-    `name` None: depth and width follow from the weights. A data-parallel prefix is taken off, and a normalising layer is
-    recognised by its names. Raises UserError naming
-    the file when weights are missing or of another shape, or the number of classes is not `num_classes`.
+    `name` None: depth and width follow from the weights. A data-parallel prefix is taken off, and
+    a normalising layer is recognised by its names. Raises UserError naming the file when weights
+    are missing or of another shape, or the number of classes is not `num_classes`.
     """
     state = read_state_dict(path)
     normalized = '0.mean' in state
@@ -124,4 +133,6 @@ def load_classifier(path: str, name: str | None = None, num_classes: int | None 
     if name is None:
         with errors_of(path):
             name = infer(state).kwargs['name']
-    return rebuild_network('WideResNet', dict(name=name, num_classes=len(bias), normalize_input=normalized), state, path)
+    return rebuild_network('WideResNet',
+                           dict(name=name, num_classes=len(bias), normalize_input=normalized),
+                           state, path)

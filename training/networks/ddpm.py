@@ -1,5 +1,5 @@
-"""The DDPM U-Net (arXiv 2006.11239) with label and augmentation embeddings, as class-balancing diffusion uses it
-(arXiv 2305.00562). State names and shapes are those of that paper's checkpoints.
+"""The DDPM U-Net (arXiv 2006.11239) with label and augmentation embeddings, as class-balancing
+diffusion uses it (arXiv 2305.00562). State names and shapes are those of that paper's checkpoints.
 
 Shapes: images x_NCHW, whole time steps [N], embedding temb_NE.
 """
@@ -32,7 +32,8 @@ class TimestepTable(nn.Module):
         super().__init__()
         frequencies = torch.exp(torch.arange(0, width, 2) / width * -math.log(10000))
         angles = torch.arange(steps).float().outer(frequencies)
-        self.register_buffer('weight', torch.stack([angles.sin(), angles.cos()], dim=-1).reshape(steps, width))
+        table = torch.stack([angles.sin(), angles.cos()], dim=-1)
+        self.register_buffer('weight', table.reshape(steps, width))
 
     def forward(self, t):
         return F.embedding(t, self.weight)
@@ -91,8 +92,10 @@ class ResBlock(nn.Module):
             GroupNorm(in_channels), nn.SiLU(), Conv2d(in_channels, out_channels, 3, padding=1))
         self.temb_proj = nn.Sequential(nn.SiLU(), nn.Linear(temb_channels, out_channels))
         self.block2 = nn.Sequential(
-            GroupNorm(out_channels), nn.SiLU(), Dropout(dropout), Conv2d(out_channels, out_channels, 3, padding=1))
-        self.shortcut = nn.Identity() if in_channels == out_channels else Conv2d(in_channels, out_channels, 1)
+            GroupNorm(out_channels), nn.SiLU(), Dropout(dropout),
+            Conv2d(out_channels, out_channels, 3, padding=1))
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else Conv2d(in_channels, out_channels, 1)
         self.attn = AttnBlock(out_channels) if attn else nn.Identity()
 
     def forward(self, x, temb):
@@ -104,15 +107,16 @@ class ResBlock(nn.Module):
 class DDPMUNet(nn.Module):
     """net(x [N,C,H,W], t int64 [N] in 0..T-1, y, augm) -> predicted noise [N,C,H,W].
 
-    `y` (with `cond`): class numbers [N], or vectors [N, num_class] with zeros for "no label"; None leaves labels out.
-    `augm` (with `augm=True`): augmentation vectors [N, 9], None leaves them out. `attn` lists LEVELS with attention,
-    not resolutions. `ch` times every entry of `ch_mult` must be a multiple of 32; on a level of exactly 32 channels
-    each channel is a group of its normalisation, which takes the embedding out again, so use 64 or more. `precision`
-    as in ADMUNet.
+    `y` (with `cond`): class numbers [N], or vectors [N, num_class] with zeros for "no label"; None
+    leaves labels out. `augm` (with `augm=True`): augmentation vectors [N, 9], None leaves them
+    out. `attn` lists LEVELS with attention, not resolutions. `ch` times every entry of `ch_mult`
+    must be a multiple of 32; on a level of exactly 32 channels each channel is a group of its
+    normalisation, which takes the embedding out again, so use 64 or more. `precision` as in
+    ADMUNet.
     """
 
-    def __init__(self, T, ch, ch_mult, attn, num_res_blocks, dropout, cond, augm, num_class, img_resolution=32,
-                 img_channels=3, precision='fp32'):
+    def __init__(self, T, ch, ch_mult, attn, num_res_blocks, dropout, cond, augm, num_class,
+                 img_resolution=32, img_channels=3, precision='fp32'):
         super().__init__()
         self.T, self.cond, self.augm, self.precision = T, cond, augm, precision
         self.img_resolution, self.img_channels = img_resolution, img_channels
@@ -132,22 +136,28 @@ class DDPMUNet(nn.Module):
         widths = [ch * mult for mult in ch_mult]
         for kind, level, c_in, c_out in encoder_layers(ch, widths, num_res_blocks, skips):
             if kind != 'conv':
-                self.downblocks.append(DownSample(c_in) if kind == 'down' else block(level, c_in, c_out))
+                self.downblocks.append(
+                    DownSample(c_in) if kind == 'down' else block(level, c_in, c_out))
         c_mid = skips[-1]
         self.middleblocks = nn.ModuleList([
-            ResBlock(c_mid, c_mid, tdim, dropout, attn=True), ResBlock(c_mid, c_mid, tdim, dropout)])
+            ResBlock(c_mid, c_mid, tdim, dropout, attn=True),
+            ResBlock(c_mid, c_mid, tdim, dropout)])
         self.upblocks = nn.ModuleList()
         for kind, level, c_in, c_out in decoder_layers(skips, widths, num_res_blocks):
             if 'in' not in kind:
                 self.upblocks.append(UpSample(c_in) if kind == 'up' else block(level, c_in, c_out))
-        self.tail = nn.Sequential(GroupNorm(c_out), nn.SiLU(), Conv2d(c_out, img_channels, 3, padding=1))
+        self.tail = nn.Sequential(
+            GroupNorm(c_out), nn.SiLU(), Conv2d(c_out, img_channels, 3, padding=1))
         self._initialize()
 
     def _initialize(self):
-        """Xavier weights and zero biases; the layers that end a residual branch or the network start near zero."""
+        """Xavier weights and zero biases; the layers that end a residual branch or the network
+        start near zero.
+        """
         small = {self.tail[2], *(m.block2[3] for m in self.modules() if isinstance(m, ResBlock))}
         for module in self.modules():
-            if isinstance(module, nn.Conv2d) or (isinstance(module, nn.Linear) and module.bias is not None):
+            if isinstance(module, nn.Conv2d) or (isinstance(module, nn.Linear)
+                                                 and module.bias is not None):
                 nn.init.xavier_uniform_(module.weight, gain=1e-5 if module in small else 1)
                 nn.init.zeros_(module.bias)
 

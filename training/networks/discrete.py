@@ -8,20 +8,24 @@ from training.networks.layers import Denoiser
 
 
 class DiscreteDenoiser(Denoiser):
-    """A discrete-time network as a denoiser D(x; sigma, labels), for every sampler and for snapshots.
+    """A discrete-time network as a denoiser D(x; sigma, labels), for every sampler and for
+    snapshots.
 
-    x = x_t / sqrt(abar_t) has noise level sigma_t = sqrt((1 - abar_t) / abar_t), so D = x - sigma eps(x / sqrt(1 +
-    sigma^2), t(sigma)). t(sigma) is the step of the nearest level, or with `interpolate` a fraction between two, linear
-    in ln(sigma) (for networks that take fractions). `network` holds `class_name` and the arguments of the network,
-    `diffusion` those of GaussianDiffusion. `clip` clamps D to [-1, 1].
+    x = x_t / sqrt(abar_t) has noise level sigma_t = sqrt((1 - abar_t) / abar_t), so D = x - sigma
+    eps(x / sqrt(1 + sigma^2), t(sigma)). t(sigma) is the step of the nearest level, or with
+    `interpolate` a fraction between two, linear in ln(sigma) (for networks that take fractions).
+    `network` holds `class_name` and the arguments of the network, `diffusion` those of
+    GaussianDiffusion. `clip` clamps D to [-1, 1].
 
-    `net(x_t, step=..., class_labels=...)` calls the network itself: this is how objectives train it.
+    `net(x_t, step=..., class_labels=...)` calls the network itself: this is how objectives train
+    it.
     """
 
     def __init__(self, network: dict, diffusion: dict, interpolate=False, clip=False):
         arguments = dict(network)
         model = build_network(arguments.pop('class_name'), **arguments)
-        super().__init__(model.img_resolution, model.img_channels, model.label_dim, model.precision)
+        super().__init__(model.img_resolution, model.img_channels, model.label_dim,
+                         model.precision)
         self.model = model
         self.diffusion = GaussianDiffusion(**diffusion)
         self.interpolate = interpolate
@@ -58,6 +62,8 @@ class DiscreteDenoiser(Denoiser):
         return self.diffusion.model_steps(upper - 1).float().lerp(self.diffusion.model_steps(upper).float(), share)
 
     def round_sigma(self, sigma):
-        """The nearest noise level that the network was trained on (any level, if it interpolates)."""
+        """The nearest noise level that the network was trained on (any level, if it
+        interpolates).
+        """
         sigma = torch.as_tensor(sigma, device=self.levels.device)
         return sigma if self.interpolate else self.levels[self._nearest(sigma)].to(sigma.dtype)

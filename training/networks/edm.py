@@ -1,7 +1,9 @@
-"""The networks and preconditionings that EDM compares: DDPM++ and NCSN++ (Song et al.), ADM (Dhariwal and Nichol);
-VP, VE, iDDPM and EDM (Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", 2206.00364).
+"""The networks and preconditionings that EDM compares: DDPM++ and NCSN++ (Song et al.), ADM
+(Dhariwal and Nichol); VP, VE, iDDPM and EDM (Karras et al., "Elucidating the Design Space of
+Diffusion-Based Generative Models", 2206.00364).
 
-Names and shapes of the state dict are those of the published weights. Shapes: N images, C channels, H x W pixels.
+Names and shapes of the state dict are those of the published weights. Shapes: N images, C
+channels, H x W pixels.
 """
 
 import dataclasses
@@ -28,13 +30,15 @@ from training.networks.layers import (
     time_features,
 )
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Layers
 
 
 INITIAL = {
-    'xavier_uniform': lambda shape, inputs, outputs: math.sqrt(6 / (inputs + outputs)) * (2 * torch.rand(shape) - 1),
-    'kaiming_uniform': lambda shape, inputs, outputs: math.sqrt(3 / inputs) * (2 * torch.rand(shape) - 1),
+    'xavier_uniform': lambda shape, inputs, outputs: math.sqrt(6 / (inputs + outputs))
+    * (2 * torch.rand(shape) - 1),
+    'kaiming_uniform': lambda shape, inputs, outputs: math.sqrt(3 / inputs)
+    * (2 * torch.rand(shape) - 1),
     'kaiming_normal': lambda shape, inputs, outputs: torch.randn(shape) / math.sqrt(inputs),
 }
 
@@ -48,7 +52,9 @@ class Init:
     bias: float = 0.0
 
     def parameters(self, weight_shape, fan_in: int, fan_out: int, bias: bool):
-        """(weight, bias or None) of a layer whose bias has `weight_shape[0]` entries and the same fans."""
+        """(weight, bias or None) of a layer whose bias has `weight_shape[0]` entries and the same
+        fans.
+        """
         draw = INITIAL[self.mode]
         weight = nn.Parameter(draw(weight_shape, fan_in, fan_out) * self.weight)
         return weight, nn.Parameter(draw(weight_shape[:1], fan_in, fan_out) * self.bias) if bias else None
@@ -57,24 +63,28 @@ class Init:
 class Linear(nn.Module):
     """x W^T + b with weights cast to the precision of x."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, init: Init = Init()):
+    def __init__(self, in_features: int, out_features: int, bias: bool = True,
+                 init: Init = Init()):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.weight, self.bias = init.parameters([out_features, in_features], in_features, out_features, bias)
+        self.weight, self.bias = init.parameters([out_features, in_features], in_features,
+                                                 out_features, bias)
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None
+                        else self.bias.to(x.dtype))
 
 
 class Conv2d(nn.Module):
     """Convolution with zero padding that keeps the size, after a resampling by 2 (`up` or `down`).
 
-    `kernel=0` resamples only. `fused_resample` (with `down`): the convolution comes first, padded so that the filter
-    then needs no padding.
+    `kernel=0` resamples only. `fused_resample` (with `down`): the convolution comes first, padded
+    so that the filter then needs no padding.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, up: bool = False, down: bool = False,
-                 resample_filter=(1, 1), fused_resample: bool = False, init: Init = Init()):
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, up: bool = False,
+                 down: bool = False, resample_filter=(1, 1), fused_resample: bool = False,
+                 init: Init = Init()):
         super().__init__()
         self.kernel = kernel
         self.up = up
@@ -82,7 +92,8 @@ class Conv2d(nn.Module):
         self.weight = self.bias = None
         if kernel:
             shape = [out_channels, in_channels, kernel, kernel]
-            self.weight, self.bias = init.parameters(shape, in_channels * kernel**2, out_channels * kernel**2, True)
+            self.weight, self.bias = init.parameters(shape, in_channels * kernel**2,
+                                                     out_channels * kernel**2, True)
         low = low_pass(resample_filter)
         self.is_box = is_box(low)
         self.pad = (low.shape[-1] - 1) // 2 if up or down else 0
@@ -120,15 +131,16 @@ class FourierEmbedding(nn.Module):
 class UNetBlock(nn.Module):
     """Residual block with optional resampling and self-attention, for all U-Nets of this file.
 
-    `num_heads=0` switches attention off. `adaptive_scale`: the embedding scales and shifts the normalised
-    activations (ADM), else it is added to them (DDPM++, NCSN++). `resample_proj`: the skip path of a resampling
-    block has a 1x1 convolution even where the channels stay.
+    `num_heads=0` switches attention off. `adaptive_scale`: the embedding scales and shifts the
+    normalised activations (ADM), else it is added to them (DDPM++, NCSN++). `resample_proj`: the
+    skip path of a resampling block has a 1x1 convolution even where the channels stay.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, emb_channels: int, up: bool = False, down: bool = False,
-                 num_heads: int = 0, dropout: float = 0.0, skip_scale: float = 1.0, eps: float = 1e-5,
-                 resample_filter=(1, 1), resample_proj: bool = False, adaptive_scale: bool = True,
-                 init: Init = Init(), init_zero: Init = Init(), init_attn: Init = None):
+    def __init__(self, in_channels: int, out_channels: int, emb_channels: int, up: bool = False,
+                 down: bool = False, num_heads: int = 0, dropout: float = 0.0,
+                 skip_scale: float = 1.0, eps: float = 1e-5, resample_filter=(1, 1),
+                 resample_proj: bool = False, adaptive_scale: bool = True, init: Init = Init(),
+                 init_zero: Init = Init(), init_attn: Init = None):
         super().__init__()
         self.in_channels, self.out_channels, self.num_heads = in_channels, out_channels, num_heads
         self.dropout, self.skip_scale, self.adaptive_scale = dropout, skip_scale, adaptive_scale
@@ -163,13 +175,15 @@ class UNetBlock(nn.Module):
         return x
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# U-Nets. All are called as model(x [N,C,H,W], noise_labels [N], class_labels [N or 1, label_dim] or None,
-# augment_labels [N, augment_dim] or None) and return [N, out_channels, H, W].
+# -------------------------------------------------------------------------------------------------
+# U-Nets. All are called as model(x [N,C,H,W], noise_labels [N], class_labels [N or 1, label_dim]
+# or None, augment_labels [N, augment_dim] or None) and return [N, out_channels, H, W].
 
 
 def check_skip_connections(skip_connections, count: int) -> list[bool]:
-    """The pattern as booleans, `count` of them; all True if it is None. Raises UserError for another length."""
+    """The pattern as booleans, `count` of them; all True if it is None. Raises UserError for
+    another length.
+    """
     if skip_connections is None:
         return [True] * count
     if len(skip_connections) != count or any(value not in (0, 1) for value in skip_connections):
@@ -179,10 +193,12 @@ def check_skip_connections(skip_connections, count: int) -> list[bool]:
 
 
 class _UNet(nn.Module):
-    """The way through a U-Net of this file; subclasses make `enc`, `dec` and the layers of `embed`.
+    """The way through a U-Net of this file; subclasses make `enc`, `dec` and the layers of
+    `embed`.
 
-    `skip_connections`: one 0 or 1 for each encoder layer (first convolution, blocks of level 0, down of level 1,
-    blocks of level 1, ...); where 0 the decoder gets zeros instead of the activation.
+    `skip_connections`: one 0 or 1 for each encoder layer (first convolution, blocks of level 0,
+    down of level 1, blocks of level 1, ...); where 0 the decoder gets zeros instead of the
+    activation.
     """
 
     def __init__(self, skip_connections, num_layers: int, label_dropout: float):
@@ -195,7 +211,9 @@ class _UNet(nn.Module):
         raise NotImplementedError
 
     def encode(self, x, emb) -> list[torch.Tensor]:
-        """Activations for the decoder, in order, zeros where a skip connection is off; last the encoder's output."""
+        """Activations for the decoder, in order, zeros where a skip connection is off; last the
+        encoder's output.
+        """
         skips, aux = [], x
         for name, block in self.enc.items():
             if 'aux_down' in name:
@@ -230,18 +248,22 @@ class _UNet(nn.Module):
 
 
 class SongUNet(_UNet):
-    """DDPM++ (positional embedding, standard encoder, box filter) and NCSN++ (Fourier embedding, residual encoder,
-    [1,3,3,1] filter) of Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations".
+    """DDPM++ (positional embedding, standard encoder, box filter) and NCSN++ (Fourier embedding,
+    residual encoder, [1,3,3,1] filter) of Song et al., "Score-Based Generative Modeling through
+    Stochastic Differential Equations".
     """
 
-    def __init__(self, img_resolution: int, in_channels: int, out_channels: int, label_dim: int = 0,
-                 augment_dim: int = 0, model_channels: int = 128, channel_mult=(1, 2, 2, 2), channel_mult_emb: int = 4,
-                 num_blocks: int = 4, attn_resolutions=(16,), dropout: float = 0.10, label_dropout: float = 0.0,
-                 embedding_type: str = 'positional', channel_mult_noise: int = 1, encoder_type: str = 'standard',
-                 decoder_type: str = 'standard', resample_filter=(1, 1), skip_connections=None):
+    def __init__(self, img_resolution: int, in_channels: int, out_channels: int,
+                 label_dim: int = 0, augment_dim: int = 0, model_channels: int = 128,
+                 channel_mult=(1, 2, 2, 2), channel_mult_emb: int = 4, num_blocks: int = 4,
+                 attn_resolutions=(16,), dropout: float = 0.10, label_dropout: float = 0.0,
+                 embedding_type: str = 'positional', channel_mult_noise: int = 1,
+                 encoder_type: str = 'standard', decoder_type: str = 'standard',
+                 resample_filter=(1, 1), skip_connections=None):
         super().__init__(skip_connections, (num_blocks + 1) * len(channel_mult), label_dropout)
         for name, value, choices in [('embedding_type', embedding_type, ['positional', 'fourier']),
-                                     ('encoder_type', encoder_type, ['standard', 'skip', 'residual']),
+                                     ('encoder_type', encoder_type,
+                                      ['standard', 'skip', 'residual']),
                                      ('decoder_type', decoder_type, ['standard', 'skip'])]:
             if value not in choices:
                 raise ValueError(f'{name} {value!r} is unknown; choose {" or ".join(choices)}')
@@ -260,8 +282,10 @@ class SongUNet(_UNet):
         self.map_layer1 = Linear(emb_channels, emb_channels, init=init)
 
         def block(c_in, c_out, attention, up=False, down=False):
-            return UNetBlock(c_in, c_out, emb_channels, up, down, int(attention), dropout, math.sqrt(0.5), eps=1e-6,
-                             resample_proj=True, adaptive_scale=False, init_zero=zero, init_attn=attn, **resampling)
+            return UNetBlock(c_in, c_out, emb_channels, up, down, int(attention), dropout,
+                             math.sqrt(0.5), eps=1e-6,
+                             resample_proj=True, adaptive_scale=False, init_zero=zero,
+                             init_attn=attn, **resampling)
 
         self.enc = nn.ModuleDict()
         self.dec = nn.ModuleDict()
@@ -278,7 +302,8 @@ class SongUNet(_UNet):
                 self.enc[f'{res}x{res}_aux_down'] = Conv2d(aux, aux, 0, down=True, **resampling)
                 self.enc[f'{res}x{res}_aux_skip'] = Conv2d(aux, c_out, 1, init=init)
             if kind == 'down' and encoder_type == 'residual':
-                self.enc[f'{res}x{res}_aux_residual'] = Conv2d(aux, c_out, 3, down=True, fused_resample=True, **resampling)
+                self.enc[f'{res}x{res}_aux_residual'] = Conv2d(aux, c_out, 3, down=True,
+                                                               fused_resample=True, **resampling)
                 aux = c_out
         for kind, level, c_in, c_out in decoder_layers(skips, widths, num_blocks):
             res = img_resolution >> level
@@ -287,7 +312,8 @@ class SongUNet(_UNet):
             self.dec[f'{res}x{res}_{kind}'] = block(c_in, c_out, attention, up=kind == 'up')
             if last and (decoder_type == 'skip' or level == 0):
                 if decoder_type == 'skip' and level < len(widths) - 1:
-                    self.dec[f'{res}x{res}_aux_up'] = Conv2d(out_channels, out_channels, 0, up=True, **resampling)
+                    self.dec[f'{res}x{res}_aux_up'] = Conv2d(out_channels, out_channels, 0,
+                                                             up=True, **resampling)
                 self.dec[f'{res}x{res}_aux_norm'] = norm(c_out, eps=1e-6)
                 self.dec[f'{res}x{res}_aux_conv'] = Conv2d(c_out, out_channels, 3, init=zero)
 
@@ -306,11 +332,14 @@ class SongUNet(_UNet):
 
 
 class DhariwalUNet(_UNet):
-    """ADM of Dhariwal and Nichol, "Diffusion Models Beat GANs on Image Synthesis", with 64 channels per head."""
+    """ADM of Dhariwal and Nichol, "Diffusion Models Beat GANs on Image Synthesis", with 64
+    channels per head.
+    """
 
-    def __init__(self, img_resolution: int, in_channels: int, out_channels: int, label_dim: int = 0,
-                 augment_dim: int = 0, model_channels: int = 192, channel_mult=(1, 2, 3, 4), channel_mult_emb: int = 4,
-                 num_blocks: int = 3, attn_resolutions=(32, 16, 8), dropout: float = 0.10, label_dropout: float = 0.0,
+    def __init__(self, img_resolution: int, in_channels: int, out_channels: int,
+                 label_dim: int = 0, augment_dim: int = 0, model_channels: int = 192,
+                 channel_mult=(1, 2, 3, 4), channel_mult_emb: int = 4, num_blocks: int = 3,
+                 attn_resolutions=(32, 16, 8), dropout: float = 0.10, label_dropout: float = 0.0,
                  skip_connections=None):
         super().__init__(skip_connections, (num_blocks + 1) * len(channel_mult), label_dropout)
         emb_channels = model_channels * channel_mult_emb
@@ -319,7 +348,8 @@ class DhariwalUNet(_UNet):
 
         def block(c_in, c_out, attention, **resampling):
             heads = c_out // 64 if attention else 0
-            return UNetBlock(c_in, c_out, emb_channels, num_heads=heads, dropout=dropout, init=init, init_zero=zero,
+            return UNetBlock(c_in, c_out, emb_channels, num_heads=heads, dropout=dropout,
+                             init=init, init_zero=zero,
                              **resampling)
 
         self.noise_channels = model_channels
@@ -361,27 +391,31 @@ class DhariwalUNet(_UNet):
 
 MODELS = {'SongUNet': SongUNet, 'DhariwalUNet': DhariwalUNet}
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Preconditionings: D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), table 1 of the paper.
 
 
 class Precond(Denoiser):
-    """What the four preconditionings share; subclasses define `coefficients(sigma)` and the range of sigma.
+    """What the four preconditionings share; subclasses define `coefficients(sigma)` and the range
+    of sigma.
 
-    Called as net(x [N,C,H,W], sigma [N] or a single value, class_labels [N, label_dim] or None, augment_labels=...),
-    it returns the denoised images [N,C,H,W] in float32. Labels None in a conditional network mean "no label".
+    Called as net(x [N,C,H,W], sigma [N] or a single value, class_labels [N, label_dim] or None,
+    augment_labels=...), it returns the denoised images [N,C,H,W] in float32. Labels None in a
+    conditional network mean "no label".
     """
 
-    def __init__(self, img_resolution: int, img_channels: int, label_dim: int = 0, use_fp16: bool = False,
-                 sigma_min: float = 0.0, sigma_max: float = math.inf, model_type: str = 'SongUNet',
-                 out_channels: int = None, precision: str = None, **model_kwargs):
+    def __init__(self, img_resolution: int, img_channels: int, label_dim: int = 0,
+                 use_fp16: bool = False, sigma_min: float = 0.0, sigma_max: float = math.inf,
+                 model_type: str = 'SongUNet', out_channels: int = None, precision: str = None,
+                 **model_kwargs):
         super().__init__(img_resolution, img_channels, label_dim, precision, use_fp16)
         if model_type not in MODELS:
             raise ValueError(f'model_type {model_type!r} is unknown; choose {" or ".join(MODELS)}')
         self.sigma_min = sigma_min
         self.sigma_max = sigma_max
         self.model = MODELS[model_type](img_resolution=img_resolution, in_channels=img_channels,
-                                        out_channels=out_channels or img_channels, label_dim=label_dim, **model_kwargs)
+                                        out_channels=out_channels or img_channels,
+                                        label_dim=label_dim, **model_kwargs)
 
     def coefficients(self, sigma):
         """(c_skip, c_out, c_in, c_noise) at `sigma` [N,1,1,1]."""
@@ -391,15 +425,17 @@ class Precond(Denoiser):
         x, sigma, class_labels = self.conditions(x, sigma, class_labels, rows=len(x))
         dtype = torch.float32 if force_fp32 else compute_dtype(self.precision, x.device)
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
-        F_x = self.model((c_in * x).to(dtype), c_noise.flatten(), class_labels=class_labels, **model_kwargs)
+        F_x = self.model((c_in * x).to(dtype), c_noise.flatten(), class_labels=class_labels,
+                         **model_kwargs)
         return c_skip * x + c_out * F_x[:, :self.img_channels].float()
 
 
 class VPPrecond(Precond, VP):
     """Variance preserving: sigma(t) = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1)."""
 
-    def __init__(self, img_resolution: int, img_channels: int, beta_d: float = 19.9, beta_min: float = 0.1,
-                 M: int = 1000, epsilon_t: float = 1e-5, model_type: str = 'SongUNet', **kwargs):
+    def __init__(self, img_resolution: int, img_channels: int, beta_d: float = 19.9,
+                 beta_min: float = 0.1, M: int = 1000, epsilon_t: float = 1e-5,
+                 model_type: str = 'SongUNet', **kwargs):
         super().__init__(img_resolution, img_channels, model_type=model_type, **kwargs)
         VP.__init__(self, beta_d, beta_min)
         self.M = M
@@ -416,8 +452,8 @@ class VPPrecond(Precond, VP):
 class VEPrecond(Precond):
     """Variance exploding."""
 
-    def __init__(self, img_resolution: int, img_channels: int, sigma_min: float = 0.02, sigma_max: float = 100,
-                 model_type: str = 'SongUNet', **kwargs):
+    def __init__(self, img_resolution: int, img_channels: int, sigma_min: float = 0.02,
+                 sigma_max: float = 100, model_type: str = 'SongUNet', **kwargs):
         super().__init__(img_resolution, img_channels, sigma_min=sigma_min, sigma_max=sigma_max,
                          model_type=model_type, **kwargs)
 
@@ -426,11 +462,14 @@ class VEPrecond(Precond):
 
 
 class iDDPMPrecond(Precond):
-    """Improved DDPM: a table of noise levels; the network also predicts a variance, which is not used here."""
+    """Improved DDPM: a table of noise levels; the network also predicts a variance, which is not
+    used here.
+    """
 
-    def __init__(self, img_resolution: int, img_channels: int, C_1: float = 0.001, C_2: float = 0.008, M: int = 1000,
-                 model_type: str = 'DhariwalUNet', **kwargs):
-        super().__init__(img_resolution, img_channels, model_type=model_type, out_channels=img_channels * 2, **kwargs)
+    def __init__(self, img_resolution: int, img_channels: int, C_1: float = 0.001,
+                 C_2: float = 0.008, M: int = 1000, model_type: str = 'DhariwalUNet', **kwargs):
+        super().__init__(img_resolution, img_channels, model_type=model_type,
+                         out_channels=img_channels * 2, **kwargs)
         self.M = M
         with torch.device('cpu'):  # wherever the network is being built
             self.register_buffer('u', iddpm_levels(M, C_1, C_2))

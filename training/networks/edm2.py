@@ -1,7 +1,9 @@
-"""EDM2 networks (arXiv 2312.02696): a U-Net in which activations, weights and updates keep their magnitude.
+"""EDM2 networks (arXiv 2312.02696): a U-Net in which activations, weights and updates keep their
+magnitude.
 
-Shapes: images [N, C, H, W], noise levels sigma [N] or scalar, class labels [N, label_dim] (one-hot, or zeros for "no
-label"). Equation numbers are those of the paper. State names and shapes are those of the published snapshots.
+Shapes: images [N, C, H, W], noise levels sigma [N] or scalar, class labels [N, label_dim]
+(one-hot, or zeros for "no label"). Equation numbers are those of the paper. State names and shapes
+are those of the published snapshots.
 """
 
 import math
@@ -37,11 +39,14 @@ def _dot(a, b, dim):
     return (a * b).sum(dim=dim, keepdim=True, dtype=torch.float32)
 
 
-# The backward passes below are written out because autograd, which sees division and norm apart, makes three times as many
-# passes over the memory. torch.compile finds the short way by itself and is given the plain formulas.
+# The backward passes below are written out because autograd, which sees division and norm apart,
+# makes three times as many passes over the memory. torch.compile finds the short way by itself and
+# is given the plain formulas.
 
 class _Normalize(torch.autograd.Function):
-    """y = x / (eps + r), r = RMS of x. dx = g / (eps + r) - y <g, y> / (n r), with means over the n elements of a group."""
+    """y = x / (eps + r), r = RMS of x. dx = g / (eps + r) - y <g, y> / (n r), with means over the
+    n elements of a group.
+    """
 
     @staticmethod
     def forward(ctx, x, dim, eps):
@@ -60,7 +65,9 @@ class _Normalize(torch.autograd.Function):
 
 
 def normalize(x, dim=None, eps=EPS):
-    """x / (eps + RMS of x over `dim`), by default over all but the first axis (Eq. 47). The RMS is in float32."""
+    """x / (eps + RMS of x over `dim`), by default over all but the first axis (Eq. 47). The RMS is
+    in float32.
+    """
     dim = list(range(1, x.ndim)) if dim is None else [dim] if isinstance(dim, int) else list(dim)
     if torch.compiler.is_compiling():
         return x / (_rms(x, dim) + eps).to(x.dtype)
@@ -68,9 +75,11 @@ def normalize(x, dim=None, eps=EPS):
 
 
 class _EffectiveWeight(torch.autograd.Function):
-    """w gain / (sqrt(n) (EPS + r)) in `dtype`, for rows w of n elements and RMS r (Eq. 66); `gain` may be a tensor [].
+    """w gain / (sqrt(n) (EPS + r)) in `dtype`, for rows w of n elements and RMS r (Eq. 66); `gain`
+    may be a tensor [].
 
-    With s = 1 / (sqrt(n) (EPS + r)): dgain = s <g, w>, dw = gain s (g - w <g, w> / (n r (EPS + r))).
+    With s = 1 / (sqrt(n) (EPS + r)): dgain = s <g, w>, dw = gain s (g - w <g, w> / (n r (EPS +
+    r))).
     """
 
     @staticmethod
@@ -94,13 +103,16 @@ class _EffectiveWeight(torch.autograd.Function):
 
 
 class _MPCat(torch.autograd.Function):
-    """Channels of `a` times wa, then those of `b` times wb, each written once to where it belongs."""
+    """Channels of `a` times wa, then those of `b` times wb, each written once to where it
+    belongs.
+    """
 
     @staticmethod
     def forward(ctx, a, b, wa, wb):
         ctx.channels, ctx.weights = a.shape[1], (wa, wb)
         last = a.is_contiguous(memory_format=torch.channels_last)
-        out = torch.empty([a.shape[0], a.shape[1] + b.shape[1], *a.shape[2:]], dtype=a.dtype, device=a.device,
+        out = torch.empty([a.shape[0], a.shape[1] + b.shape[1], *a.shape[2:]], dtype=a.dtype,
+                          device=a.device,
                           memory_format=torch.channels_last if last else torch.contiguous_format)
         torch.mul(a, wa, out=out[:, :ctx.channels])
         torch.mul(b, wb, out=out[:, ctx.channels:])
@@ -141,7 +153,9 @@ def mp_cat(a, b, t=0.5):
 
 
 class Resample(torch.nn.Module):
-    """Resolution times 1 (`keep`), 1/2 (`down`) or 2 (`up`) with a separable low-pass filter of even length."""
+    """Resolution times 1 (`keep`), 1/2 (`down`) or 2 (`up`) with a separable low-pass filter of
+    even length.
+    """
 
     def __init__(self, mode: str, taps):
         super().__init__()
@@ -157,7 +171,9 @@ class Resample(torch.nn.Module):
 
 
 class MPFourier(torch.nn.Module):
-    """Random Fourier features of unit magnitude, [N] -> [N, K] (Eq. 75). `freqs` include the factor 2 pi."""
+    """Random Fourier features of unit magnitude, [N] -> [N, K] (Eq. 75). `freqs` include the
+    factor 2 pi.
+    """
 
     def __init__(self, num_channels: int):
         super().__init__()
@@ -169,10 +185,11 @@ class MPFourier(torch.nn.Module):
 
 
 class MPConv(torch.nn.Module):
-    """Convolution (`kernel=[k, k]`) or linear layer (`kernel=[]`) with normalised weights (Eq. 47, 66).
+    """Convolution (`kernel=[k, k]`) or linear layer (`kernel=[]`) with normalised weights (Eq. 47,
+    66).
 
-    In training the stored weight is itself kept normalised: every forward pass rewrites it first. Out of training, the
-    weights that the convolution uses are kept until the stored ones change.
+    In training the stored weight is itself kept normalised: every forward pass rewrites it first.
+    Out of training, the weights that the convolution uses are kept until the stored ones change.
     """
 
     _kept = None  # (what they were computed from, weights)
@@ -191,7 +208,9 @@ class MPConv(torch.nn.Module):
         return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
 
     def effective_weight(self, gain, dtype):
-        """The weight times `gain` (number or tensor []), normalised to unit magnitude of the outputs, in `dtype`."""
+        """The weight times `gain` (number or tensor []), normalised to unit magnitude of the
+        outputs, in `dtype`.
+        """
         if self.training:
             return self._scaled(gain, dtype, self._forced_normalize())
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.weight.is_inference():
@@ -199,7 +218,9 @@ class MPConv(torch.nn.Module):
         return self._cached(gain, dtype)
 
     def _scaled(self, gain, dtype, rms=None):
-        """w gain / (sqrt(n) (EPS + RMS of w)) for rows w of n elements; `rms`: their RMS where it is known."""
+        """w gain / (sqrt(n) (EPS + RMS of w)) for rows w of n elements; `rms`: their RMS where it
+        is known.
+        """
         weight = self.weight.float()
         if torch.compiler.is_compiling():
             return (normalize(weight) * (gain / math.sqrt(weight[0].numel()))).to(dtype)
@@ -208,13 +229,17 @@ class MPConv(torch.nn.Module):
 
     @torch.no_grad()
     def _forced_normalize(self):
-        """Rewrites the stored weight with rows of unit magnitude; returns their RMS, [out, 1, ...], afterwards."""
+        """Rewrites the stored weight with rows of unit magnitude; returns their RMS, [out, 1,
+        ...], afterwards.
+        """
         rms = _rms(self.weight.float(), list(range(1, self.weight.ndim)))
         self.weight.div_(rms + EPS)
         return rms / (rms + EPS)
 
     def _cached(self, gain, dtype):
-        """The weight that was computed last, as long as all that it was computed from is the same."""
+        """The weight that was computed last, as long as all that it was computed from is the
+        same.
+        """
         source = [(t.data_ptr(), t._version) if torch.is_tensor(t) else t for t in (self.weight, gain)] + [dtype]
         if self._kept is None or self._kept[0] != source:
             self._kept = source, self._scaled(gain, dtype)
@@ -233,18 +258,21 @@ class MPConv(torch.nn.Module):
 
 
 class Block(torch.nn.Module):
-    """One encoder or decoder block: resampling, residual branch modulated by the embedding, attention."""
+    """One encoder or decoder block: resampling, residual branch modulated by the embedding,
+    attention.
+    """
 
     def __init__(self, in_channels, out_channels, emb_channels, flavor='enc', resample_mode='keep',
-                 resample_filter=(1, 1), attention=False, channels_per_head=64, dropout=0, res_balance=0.3,
-                 attn_balance=0.3, clip_act=256):
+                 resample_filter=(1, 1), attention=False, channels_per_head=64, dropout=0,
+                 res_balance=0.3, attn_balance=0.3, clip_act=256):
         super().__init__()
         self.flavor, self.dropout = flavor, dropout
         self.res_balance, self.attn_balance, self.clip_act = res_balance, attn_balance, clip_act
         self.num_heads = out_channels // channels_per_head if attention else 0
         self.resample = Resample(resample_mode, resample_filter)
         self.emb_gain = torch.nn.Parameter(torch.zeros([]))
-        self.conv_res0 = MPConv(out_channels if flavor == 'enc' else in_channels, out_channels, [3, 3])
+        self.conv_res0 = MPConv(out_channels if flavor == 'enc' else in_channels, out_channels,
+                                [3, 3])
         self.emb_linear = MPConv(emb_channels, out_channels, [])
         self.conv_res1 = MPConv(out_channels, out_channels, [3, 3])
         self.conv_skip = MPConv(in_channels, out_channels, [1, 1]) if in_channels != out_channels else None
@@ -258,8 +286,8 @@ class Block(torch.nn.Module):
                 x = self.conv_skip(x)
             x = normalize(x, dim=1)  # pixel norm
 
-        # Constant factors of activations go into the weights of the next convolution, which are fewer: 1 / 0.596 of the
-        # SiLU, and the weights of the two sums at the end.
+        # Constant factors of activations go into the weights of the next convolution, which are
+        # fewer: 1 / 0.596 of the SiLU, and the weights of the two sums at the end.
         keep, add = mp_sum_weights(self.res_balance)
         y = self.conv_res0(F.silu(x), gain=SILU_GAIN)
         c = self.emb_linear(emb, gain=self.emb_gain) + 1
@@ -275,7 +303,8 @@ class Block(torch.nn.Module):
             keep, add = mp_sum_weights(self.attn_balance)
             x = self.attn_proj(self._attention(x), gain=add).add_(x, alpha=keep)
         if self.clip_act is not None:
-            x = F.hardtanh(x, -self.clip_act, self.clip_act, inplace=True)  # clamp, with a cheaper backward pass
+            # clamp, with a cheaper backward pass
+            x = F.hardtanh(x, -self.clip_act, self.clip_act, inplace=True)
         return x
 
     def _attention(self, x_NCHW):
@@ -283,8 +312,8 @@ class Block(torch.nn.Module):
         N, C, H, W = x_NCHW.shape
         heads = self.num_heads
         weight = self.attn_qkv.effective_weight(1, x_NCHW.dtype)
-        # Output channels are numbered (head, channel, q|k|v). With q, k and v in front, and channels last in memory, no
-        # activation has to be moved.
+        # Output channels are numbered (head, channel, q|k|v). With q, k and v in front, and
+        # channels last in memory, no activation has to be moved.
         weight = weight.reshape(heads, C // heads, 3, C).permute(2, 0, 1, 3).reshape(3 * C, C)
         qkv = x_NCHW.permute(0, 2, 3, 1).reshape(N * H * W, C) @ weight.t()
         qkv = normalize(qkv.view(N, H * W, 3, heads, C // heads), dim=4)
@@ -294,11 +323,14 @@ class Block(torch.nn.Module):
 
 
 class UNet(torch.nn.Module):
-    """The U-Net of EDM2: encoder, decoder with every encoder output as a skip, noise and class embedding."""
+    """The U-Net of EDM2: encoder, decoder with every encoder output as a skip, noise and class
+    embedding.
+    """
 
-    def __init__(self, img_resolution, img_channels, label_dim, model_channels=192, channel_mult=(1, 2, 3, 4),
-                 channel_mult_noise=None, channel_mult_emb=None, num_blocks=3, attn_resolutions=(16, 8),
-                 label_balance=0.5, concat_balance=0.5, **block_kwargs):
+    def __init__(self, img_resolution, img_channels, label_dim, model_channels=192,
+                 channel_mult=(1, 2, 3, 4), channel_mult_noise=None, channel_mult_emb=None,
+                 num_blocks=3, attn_resolutions=(16, 8), label_balance=0.5, concat_balance=0.5,
+                 **block_kwargs):
         super().__init__()
         cblock = [model_channels * m for m in channel_mult]
         cnoise = model_channels * channel_mult_noise if channel_mult_noise is not None else cblock[0]
@@ -321,18 +353,22 @@ class UNet(torch.nn.Module):
             res = img_resolution >> level
             attention = kind == 'in0' or ('block' in kind and res in attn_resolutions)
             self.dec[f'{res}x{res}_{kind}'] = Block(
-                c_in, c_out, cemb, 'dec', 'up' if kind == 'up' else 'keep', attention=attention, **block_kwargs)
+                c_in, c_out, cemb, 'dec', 'up' if kind == 'up' else 'keep', attention=attention,
+                **block_kwargs)
         self.out_conv = MPConv(c_out, img_channels, [3, 3])
 
     def forward(self, x, noise_labels, class_labels=None):
-        """x [N,C,H,W] (its type is the type of the computation), noise_labels [N] or [1] -> [N,C,H,W]."""
+        """x [N,C,H,W] (its type is the type of the computation), noise_labels [N] or [1] ->
+        [N,C,H,W].
+        """
         emb = self.emb_noise(self.emb_fourier(noise_labels))
         if self.emb_label is not None:
             scaled = class_labels.float() * math.sqrt(class_labels.shape[1])
             emb = mp_sum(emb, self.emb_label(scaled), self.label_balance)
         emb = mp_silu(emb).to(x.dtype)
 
-        # The constant channel takes the place of biases. All that follows keeps the channels last in memory.
+        # The constant channel takes the place of biases. All that follows keeps the channels last
+        # in memory.
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1).contiguous(memory_format=torch.channels_last)
         skips = []
         for name, layer in self.enc.items():
@@ -346,13 +382,15 @@ class UNet(torch.nn.Module):
 
 
 class Precond(Denoiser):
-    """EDM preconditioning (arXiv 2206.00364, Table 1) around the EDM2 U-Net: the denoiser D(x; sigma, labels).
+    """EDM preconditioning (arXiv 2206.00364, Table 1) around the EDM2 U-Net: the denoiser D(x;
+    sigma, labels).
 
-    `return_logvar=True` also gives the uncertainty u(sigma) [N,1,1,1] of the training loss (Eq. 15).
+    `return_logvar=True` also gives the uncertainty u(sigma) [N,1,1,1] of the training loss (Eq.
+    15).
     """
 
-    def __init__(self, img_resolution, img_channels, label_dim, use_fp16=True, sigma_data=0.5, logvar_channels=128,
-                 precision=None, **unet_kwargs):
+    def __init__(self, img_resolution, img_channels, label_dim, use_fp16=True, sigma_data=0.5,
+                 logvar_channels=128, precision=None, **unet_kwargs):
         super().__init__(img_resolution, img_channels, label_dim, precision, use_fp16)
         self.sigma_data = sigma_data
         self.unet = UNet(img_resolution, img_channels, label_dim, **unet_kwargs)

@@ -1,7 +1,9 @@
-"""What a state dict without any description says of its network: class and constructor arguments, from names and shapes.
+"""What a state dict without any description says of its network: class and constructor arguments,
+from names and shapes.
 
-What names and shapes leave open (heads, order of the attention's channels, image size, noise schedule) is filled in as
-the published models have it, and reported, so that users can say otherwise.
+What names and shapes leave open (heads, order of the attention's channels, image size, noise
+schedule) is filled in as the published models have it, and reported, so that users can say
+otherwise.
 """
 
 import dataclasses
@@ -13,8 +15,9 @@ from training.networks.adm import CHANNEL_MULT
 
 @dataclasses.dataclass
 class Architecture:
-    """Class name and arguments of a network, those of its noising process (None for classifiers), and what of all this
-    was assumed: {name: value}."""
+    """Class name and arguments of a network, those of its noising process (None for classifiers),
+    and what of all this was assumed: {name: value}.
+    """
 
     class_name: str
     kwargs: dict
@@ -23,9 +26,11 @@ class Architecture:
 
 
 def infer(state: dict, options: dict | None = None) -> Architecture:
-    """The architecture behind the weights `state` ({name: tensor}); `options` overrides arguments by name.
+    """The architecture behind the weights `state` ({name: tensor}); `options` overrides arguments
+    by name.
 
-    Raises ForeignPickleError for weights of no known kind, or that are incomplete, or unknown options.
+    Raises ForeignPickleError for weights of no known kind, or that are incomplete, or unknown
+    options.
     """
     kind, options = family(state), options or {}
     if kind not in READERS:
@@ -51,18 +56,23 @@ def _count(names, prefix: str) -> int:
 
 
 def _adm(state, options) -> Architecture:
-    """Guided diffusion (also improved DDPM): blocks are counted, levels end where the decoder doubles the resolution."""
+    """Guided diffusion (also improved DDPM): blocks are counted, levels end where the decoder
+    doubles the resolution.
+    """
     width, in_channels = state['time_embed.0.weight'].shape[1], state['input_blocks.0.0.weight'].shape[1]
     blocks = _count(state, 'input_blocks.')
-    # The layer that doubles the resolution is the second or third of its block; in guided diffusion it is residual.
-    ends = [(i, kind) for i in range(_count(state, 'output_blocks.')) for j in (1, 2) for kind in ('conv', 'in_layers.0')
+    # The layer that doubles the resolution is the second or third of its block; in guided
+    # diffusion it is residual.
+    ends = [(i, kind) for i in range(_count(state, 'output_blocks.')) for j in (1, 2)
+            for kind in ('conv', 'in_layers.0')
             if f'output_blocks.{i}.{j}.{kind}.weight' in state]
     period = ends[0][0] + 1 if ends else blocks
     if blocks % period or period < 2:
         raise KeyError('numbers of blocks')
     firsts = range(1, blocks, period)
     mult = tuple(state[f'input_blocks.{i}.0.in_layers.2.weight'].shape[0] / width for i in firsts)
-    factors = [2**level for level, i in enumerate(firsts) if f'input_blocks.{i}.1.qkv.weight' in state]
+    factors = [2**level for level, i in enumerate(firsts)
+               if f'input_blocks.{i}.1.qkv.weight' in state]
     updown = any(kind == 'in_layers.0' for _, kind in ends)
     learned = state['out.2.weight'].shape[0] == 2 * in_channels
     published = {widths: size for size, widths in CHANNEL_MULT.items()}.get(mult, 32)
@@ -72,9 +82,11 @@ def _adm(state, options) -> Architecture:
     if updown:
         assumed['num_head_channels'] = 64 if width >= 192 else 32
     kwargs = assumed | dict(
-        num_channels=width, num_res_blocks=period - 1, img_channels=in_channels, learn_sigma=learned,
+        num_channels=width, num_res_blocks=period - 1, img_channels=in_channels,
+        learn_sigma=learned,
         class_cond='label_emb.weight' in state, resblock_updown=updown,
-        use_scale_shift_norm=state['input_blocks.1.0.emb_layers.1.weight'].shape[0] == 2 * round(mult[0] * width),
+        use_scale_shift_norm=state['input_blocks.1.0.emb_layers.1.weight'].shape[0] == 2
+        * round(mult[0] * width),
         attention_resolutions=','.join(str(size // factor) for factor in factors) or str(2 * size),  # none of them: no level
         channel_mult=','.join(f'{m:g}' for m in mult) if all(m == int(m) for m in mult) else '')
     if kwargs['class_cond']:
@@ -92,14 +104,17 @@ def _ddpm(state, options) -> Architecture:
     firsts = [0, *(i + 1 for i in ends)]
     cond = 'label_embedding.weight' in state
     kwargs = dict(
-        T=len(state['time_embedding.timembedding.0.weight']), ch=ch, num_res_blocks=firsts[1] - 1 if ends else blocks,
+        T=len(state['time_embedding.timembedding.0.weight']), ch=ch, num_res_blocks=firsts[1] - 1
+        if ends else blocks,
         ch_mult=[len(state[f'downblocks.{i}.block1.2.weight']) // ch for i in firsts],
-        attn=[level for level, i in enumerate(firsts) if f'downblocks.{i}.attn.proj_q.weight' in state],
+        attn=[level for level, i in enumerate(firsts)
+              if f'downblocks.{i}.attn.proj_q.weight' in state],
         dropout=0.1, cond=cond, augm='augm_embedding.weight' in state,
         num_class=len(state['label_embedding.weight']) if cond else 1,
         img_resolution=options.get('img_resolution', 32), img_channels=in_channels)
     assumed = dict(schedule='linear_float32', variance='fixed_large')
-    return Architecture('DDPMUNet', kwargs, dict(steps=kwargs['T']) | assumed, dict(img_resolution=32) | assumed)
+    return Architecture('DDPMUNet', kwargs, dict(steps=kwargs['T']) | assumed,
+                        dict(img_resolution=32) | assumed)
 
 
 def _wrn(state, options) -> Architecture:
@@ -107,7 +122,8 @@ def _wrn(state, options) -> Architecture:
     prefix = '1.' if '0.mean' in state else ''
     classes, features = state[f'{prefix}fc.weight'].shape
     depth = 6 * _count(state, f'{prefix}block1.layer.') + 4
-    return Architecture('WideResNet', dict(name=f'wrn-{depth}-{features // 64}', num_classes=classes,
+    return Architecture('WideResNet', dict(name=f'wrn-{depth}-{features // 64}',
+                                           num_classes=classes,
                                            normalize_input=bool(prefix)))
 
 

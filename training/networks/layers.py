@@ -1,8 +1,10 @@
-"""What several architectures share: precision, dropout, attention, normalisation, resampling, the order of a U-Net.
+"""What several architectures share: precision, dropout, attention, normalisation, resampling, the
+order of a U-Net.
 
-Masks of dropout depend on the training image, not on how the batch is split over processes. The loss opens
-`torch_utils.random.drawing_from(batch['random'])` around the forward pass; `dropout` and `drop_labels` inside then draw
-from it, one row for each image. Outside of it they use torch's global generator, like torch's own dropout.
+Masks of dropout depend on the training image, not on how the batch is split over processes. The
+loss opens `torch_utils.random.drawing_from(batch['random'])` around the forward pass; `dropout`
+and `drop_labels` inside then draw from it, one row for each image. Outside of it they use torch's
+global generator, like torch's own dropout.
 
 Shapes: N images, C channels, H x W pixels, E numbers of an embedding.
 """
@@ -21,22 +23,26 @@ DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Type of the activations on `device`: float16 is for GPUs only, the CPU computes such networks in float32."""
+    """Type of the activations on `device`: float16 is for GPUs only, the CPU computes such
+    networks in float32.
+    """
     if precision == 'fp16' and device.type != 'cuda':
         return torch.float32
     return DTYPES[precision]
 
 
 class Denoiser(nn.Module):
-    """What denoisers D(x; sigma, labels) share; these are continuous in the noise level, from 0 to any.
+    """What denoisers D(x; sigma, labels) share; these are continuous in the noise level, from 0 to
+    any.
 
-    `precision` is 'fp32', 'fp16' (on GPUs; float32 on the CPU) or 'bf16'; `use_fp16` is the published name for the
-    first two.
+    `precision` is 'fp32', 'fp16' (on GPUs; float32 on the CPU) or 'bf16'; `use_fp16` is the
+    published name for the first two.
     """
 
     sigma_min, sigma_max = 0.0, math.inf
 
-    def __init__(self, img_resolution: int, img_channels: int, label_dim: int, precision=None, use_fp16=False):
+    def __init__(self, img_resolution: int, img_channels: int, label_dim: int, precision=None,
+                 use_fp16=False):
         super().__init__()
         self.img_resolution = img_resolution
         self.img_channels = img_channels
@@ -48,7 +54,8 @@ class Denoiser(nn.Module):
         return torch.as_tensor(sigma)
 
     def conditions(self, x_NCHW, sigma, labels, rows: int):
-        """x in float32, sigma [N or 1, 1, 1, 1], labels [N, label_dim]: if None, `rows` of zeros ("no label").
+        """x in float32, sigma [N or 1, 1, 1, 1], labels [N, label_dim]: if None, `rows` of zeros
+        ("no label").
 
         The labels of an unconditional network are None.
         """
@@ -61,11 +68,13 @@ class Denoiser(nn.Module):
         return x_NCHW, sigma, labels.float().reshape(-1, self.label_dim)
 
 
-# --- Dropout ----------------------------------------------------------------------------------------------------------
+# --- Dropout -------------------------------------------------------------------------------------
 
 
 def dropout(x, p: float, training: bool):
-    """Zeroes elements of x [N, ...] with probability p and divides the others by 1 - p, in training only."""
+    """Zeroes elements of x [N, ...] with probability p and divides the others by 1 - p, in
+    training only.
+    """
     if not training or p == 0:
         return x
     random = network_random()
@@ -83,14 +92,16 @@ class Dropout(nn.Dropout):
 
 
 def drop_labels(labels, p: float, training: bool):
-    """Sets whole rows of labels [N, label_dim] to zero ("no label") with probability p, in training only."""
+    """Sets whole rows of labels [N, label_dim] to zero ("no label") with probability p, in
+    training only.
+    """
     if not training or p == 0:
         return labels
     random = network_random() or GlobalRandom(labels.device)
     return labels * (random.rand([len(labels), 1], device=labels.device) >= p)
 
 
-# --- Layers: weights stay in float32 and are cast to the type of the activations --------------------------------------
+# --- Layers: weights stay in float32 and are cast to the type of the activations -----------------
 
 
 class Conv2d(nn.Conv2d):
@@ -104,7 +115,9 @@ class Conv1d(nn.Conv1d):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Normalisation of x [N, C, ...] over groups of channels. Raises UserError where they do not divide the channels."""
+    """Normalisation of x [N, C, ...] over groups of channels. Raises UserError where they do not
+    divide the channels.
+    """
 
     def __init__(self, num_channels: int, num_groups: int = 32, eps: float = 1e-5):
         if num_groups < 1 or num_channels % num_groups:
@@ -118,7 +131,8 @@ class GroupNorm(nn.GroupNorm):
 
 
 def time_features(t_N, width: int, endpoint: bool = False) -> torch.Tensor:
-    """[cos(t f), sin(t f)] with f_i = 10000^(-i / (E/2)), i = 0 .. E/2 - 1, in float32; [N] -> [N, E].
+    """[cos(t f), sin(t f)] with f_i = 10000^(-i / (E/2)), i = 0 .. E/2 - 1, in float32; [N] -> [N,
+    E].
 
     `endpoint`: the last frequency is 1/10000 exactly.
     """
@@ -129,15 +143,17 @@ def time_features(t_N, width: int, endpoint: bool = False) -> torch.Tensor:
 
 
 def embed_labels(embedding: nn.Embedding, labels: torch.Tensor) -> torch.Tensor:
-    """Embedding of class numbers [N], or of label vectors [N, classes] where zeros mean "no label"; [N, E]."""
+    """Embedding of class numbers [N], or of label vectors [N, classes] where zeros mean "no
+    label"; [N, E].
+    """
     return labels @ embedding.weight if labels.is_floating_point() else embedding(labels)
 
 
 def attention(qkv_NCHW, num_heads: int, order: str) -> torch.Tensor:
     """Self-attention over the pixels: [N, 3C, H, W] -> [N, C, H, W].
 
-    `order` is how the 3C channels are numbered, the slowest index first: q (query, key, value), h (head) and c (channel
-    of a head).
+    `order` is how the 3C channels are numbered, the slowest index first: q (query, key, value), h
+    (head) and c (channel of a head).
     """
     N, C, H, W = qkv_NCHW.shape
     C //= 3
@@ -150,7 +166,9 @@ def attention(qkv_NCHW, num_heads: int, order: str) -> torch.Tensor:
 
 
 def low_pass(taps) -> np.ndarray:
-    """The separable filter [1, 1, k, k] of sum 1 with these taps. Raises ValueError unless they are an even number."""
+    """The separable filter [1, 1, k, k] of sum 1 with these taps. Raises ValueError unless they
+    are an even number.
+    """
     taps = np.float32(taps)
     if taps.ndim != 1 or len(taps) % 2:
         raise ValueError(f'resample_filter must be a list of even length, not {taps.tolist()}')
@@ -164,7 +182,9 @@ def is_box(kernel: np.ndarray) -> bool:
 
 
 def resample(x_NCHW, kernel, up: bool, pad: int, box: bool) -> torch.Tensor:
-    """Resolution times 2 or 1/2 with a low-pass filter [1, 1, k, k]; depthwise. `box` says that it is that of [1, 1]."""
+    """Resolution times 2 or 1/2 with a low-pass filter [1, 1, k, k]; depthwise. `box` says that it
+    is that of [1, 1].
+    """
     if box:                                             # what repetition and pooling do, faster
         return F.interpolate(x_NCHW, scale_factor=2) if up else F.avg_pool2d(x_NCHW, 2)
     C = x_NCHW.shape[1]
@@ -174,13 +194,15 @@ def resample(x_NCHW, kernel, up: bool, pad: int, box: bool) -> torch.Tensor:
     return F.conv2d(x_NCHW, kernel, groups=C, stride=2, padding=pad)
 
 
-# --- The order of a U-Net ---------------------------------------------------------------------------------------------
+# --- The order of a U-Net ------------------------------------------------------------------------
 
 
 def encoder_layers(channels: int, widths, num_blocks: int, skips: list):
-    """Yields (kind, level, channels in, channels out) of encoder layers: conv, block0, ..., down, block0, ...
+    """Yields (kind, level, channels in, channels out) of encoder layers: conv, block0, ..., down,
+    block0, ...
 
-    Level 0 has the full resolution, each further one half of it. The outputs' channels are appended to `skips`.
+    Level 0 has the full resolution, each further one half of it. The outputs' channels are
+    appended to `skips`.
     """
     for level, width in enumerate(widths):
         skips.append(channels)
@@ -192,8 +214,9 @@ def encoder_layers(channels: int, widths, num_blocks: int, skips: list):
 
 
 def decoder_layers(skips: list, widths, num_blocks: int):
-    """Yields the same of decoder layers: in0, in1, block0, ..., up, block0, ...; each block also takes the last of `skips`,
-    which are used up."""
+    """Yields the same of decoder layers: in0, in1, block0, ..., up, block0, ...; each block also
+    takes the last of `skips`, which are used up.
+    """
     channels, deepest = skips[-1], len(widths) - 1
     yield 'in0', deepest, channels, channels
     yield 'in1', deepest, channels, channels

@@ -1,8 +1,8 @@
 """The denoiser with the smallest loss on a training set, in closed form: it memorizes all of it.
 
-D(x; sigma) = sum_i w_i y_i, w_i proportional to exp(-|x - y_i|^2 / (2 sigma^2)), is the mean of the training images
-y_i given their noisy version (arXiv 2310.02664, Eq. 3). Samplers take it like any network; what they make of it is
-the training set itself.
+D(x; sigma) = sum_i w_i y_i, w_i proportional to exp(-|x - y_i|^2 / (2 sigma^2)), is the mean of
+the training images y_i given their noisy version (arXiv 2310.02664, Eq. 3). Samplers take it like
+any network; what they make of it is the training set itself.
 """
 
 import numpy as np
@@ -16,7 +16,8 @@ EXACT_CANDIDATES = 16       # nearest images whose distances are computed from d
 
 
 class OptimalDenoiser(Denoiser):
-    """Called like the networks: net(x [N,C,H,W], sigma [N] or one value, labels [N, label_dim] or None) -> [N,C,H,W].
+    """Called like the networks: net(x [N,C,H,W], sigma [N] or one value, labels [N, label_dim] or
+    None) -> [N,C,H,W].
 
     images      uint8 [M,C,H,W], kept as they are; the network's scale is [-1, 1]
     label_ids   int [M] classes, or None; a one-hot label restricts the mean to the images of its class, a label of
@@ -32,7 +33,8 @@ class OptimalDenoiser(Denoiser):
         self.images = torch.nn.Parameter(torch.as_tensor(images).flatten(1), requires_grad=False)
         ids = torch.as_tensor(label_ids, dtype=torch.int64) if label_dim else None
         self.register_buffer('label_ids', ids)
-        self.register_buffer('class_counts', torch.bincount(ids, minlength=label_dim) if label_dim else None)
+        self.register_buffer('class_counts', torch.bincount(ids, minlength=label_dim) if label_dim
+                             else None)
         self.register_buffer('squared_norms', torch.cat([y.square().sum(dim=1) for y in self._blocks()]))
 
     def _blocks(self):
@@ -55,8 +57,8 @@ class OptimalDenoiser(Denoiser):
         return mean.reshape(x.shape)
 
     def _squared_distances(self, x):
-        """|x - y|^2 [N,M]: from matrix products, and for the nearest few from differences, which at small noise
-        levels decide the weights and of which products keep too few digits.
+        """|x - y|^2 [N,M]: from matrix products, and for the nearest few from differences, which
+        at small noise levels decide the weights and of which products keep too few digits.
         """
         products = torch.cat([x @ y.t() for y in self._blocks()], dim=1)
         distances = products.mul_(-2).add_(x.square().sum(dim=1, keepdim=True)).add_(self.squared_norms)
@@ -78,9 +80,11 @@ class OptimalDenoiser(Denoiser):
 
 
 def optimal_denoiser(dataset, device='cpu') -> OptimalDenoiser:
-    """The optimal denoiser of a data set (see training.data.dataset), class-conditional if it has labels.
+    """The optimal denoiser of a data set (see training.data.dataset), class-conditional if it has
+    labels.
 
-    All its images are kept on `device` as bytes. Raises UserError for latents and for labels that are not classes.
+    All its images are kept on `device` as bytes. Raises UserError for latents and for labels that
+    are not classes.
     """
     images = dataset.images(np.arange(len(dataset)))
     if images.dtype != np.uint8:
