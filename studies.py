@@ -1,5 +1,5 @@
-"""What the five studies in miniature share: options and their folder, models side by side, stopping,
-data and networks of handwritten digits, tables, pictures.
+"""What the five studies in miniature share: options and their folder, models side by side,
+stopping, data and networks of handwritten digits, tables, pictures.
 
 A study is a dataclass of its options, which `command` turns into a command line:
 
@@ -55,7 +55,11 @@ STYLE = {
 }
 styled = plt.rc_context(STYLE)                                 # decorator of functions that draw
 
-# --- Options and the folder -----------------------------------------------------------------------
+# --- Options and the folder ----------------------------------------------------------------------
+
+
+def option_of(field: str) -> str:
+    return '--' + field.replace('_', '-')
 
 
 def setting(default, type, help: str, **field):
@@ -82,6 +86,9 @@ class Study:
     def path(self, *parts) -> str:
         return os.path.join(self.outdir, *parts)
 
+    def run_dir(self, model) -> str:
+        return self.path('models', model.name)
+
     @property
     def settings(self) -> dict:
         """What study.json keeps: plain values."""
@@ -102,7 +109,7 @@ class Study:
                             'outdir', self.outdir) from None
         for key, value in ours.items():
             if kept.get(key) != value:
-                option = self.names.get(key, '--' + key.replace('_', '-'))
+                option = self.names.get(key, option_of(key))
                 raise UserError(f'holds a study with another {option} ({kept.get(key)} instead of '
                                 f'{value}); choose another folder, or remove it',
                                 'outdir', self.outdir)
@@ -119,6 +126,16 @@ class Study:
                 progress.update(size(item))
 
 
+    def save(self, figure=None, **tables):
+        """Writes pandas tables as <name>.csv, with six digits, and a figure as study.png and
+        study.svg."""
+        for name, table in tables.items():
+            with util.atomic_path(self.path(f'{name.replace("_", "-")}.csv')) as temp:
+                table.to_csv(temp, index=False, float_format='%.6g', lineterminator='\n')
+        if figure is not None:
+            save_figure(figure, self.path('study'))
+
+
 def command(study: type[Study], folder: str, script: str, more: str = '') -> Callable:
     """Decorator: the command line of function(study), whose results go to training-runs/<folder>.
 
@@ -130,14 +147,14 @@ def command(study: type[Study], folder: str, script: str, more: str = '') -> Cal
         for field in sorted(dataclasses.fields(study)[1:], key=lambda field: field.name == 'jobs'):
             kind = field.metadata['type']
             yield click.Option(
-                ['--' + field.name.replace('_', '-')], type=kind, default=field.default,
+                [option_of(field.name)], type=kind, default=field.default,
                 metavar=METAVARS.get(kind.name, kind.name.upper()),
                 help=field.metadata['help'].format(most=study.most_jobs))
 
     def decorate(function):
         @functools.wraps(function)
         def callback(outdir, jobs, **values):
-            from torch_utils import distributed, parallel  # torch takes seconds, and figures need none
+            from torch_utils import distributed, parallel
 
             distributed.init()
             if distributed.get_world_size() > 1:
@@ -161,7 +178,7 @@ The same command goes on with a study that was stopped; what is finished is not 
     return decorate
 
 
-# --- Models ---------------------------------------------------------------------------------------
+# --- Models --------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -181,6 +198,13 @@ def make(path: str, function: Callable, *args, **kwargs):
         function(*args, **kwargs)
     if not os.path.exists(path):
         raise KeyboardInterrupt
+
+
+def make_archive(path: str, source, selection):
+    """Converts a selection of a source, unless that is done."""
+    from training.data import convert
+
+    make(path, convert.convert, source, selection, path, workers=1)
 
 
 def held_out(source, classes, count: int, seed: int, option: str):
@@ -217,11 +241,12 @@ def edm2_snapshot(run_dir: str, duration: int) -> str:
     return os.path.join(run_dir, snapshot_name(duration, f'-{EMA_STD:.3f}'))
 
 
-# --- Results --------------------------------------------------------------------------------------
+# --- Results -------------------------------------------------------------------------------------
 
 
 def pixel_distance(path: str, reference: str, digit: int | None = None) -> float:
-    """Frechet distance of the pixels of the images in two files, of all of them or of one digit."""
+    """Frechet distance of the pixels of the images in two files, of all of them or of one
+    digit."""
     from metrics import features, frechet
     from training.data.images import open_images
 
@@ -233,16 +258,10 @@ def pixel_distance(path: str, reference: str, digit: int | None = None) -> float
     return frechet.frechet_distance(ours.mu, ours.sigma, theirs.mu, theirs.sigma)
 
 
-def save_table(table, path: str):
-    """Writes a pandas table as CSV, with six digits."""
-    with util.atomic_path(path) as temp:
-        table.to_csv(temp, index=False, float_format='%.6g', lineterminator='\n')
-
-
 @styled
 def save_figure(figure, stem: str) -> list[str]:
-    """Writes a matplotlib figure as <stem>.png and <stem>.svg, each whole or not at all, and closes
-    it. The same figure gives the same bytes. Raises UserError if the place cannot be written."""
+    """Writes a matplotlib figure as <stem>.png and <stem>.svg, each whole or not at all, and
+    closes it. The same figure gives the same bytes. Raises UserError if the place cannot be written."""
     paths = []
     for kind, metadata in (('png', None), ('svg', {'Date': None})):
         path = f'{stem}.{kind}'

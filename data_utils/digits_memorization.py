@@ -23,7 +23,7 @@ from dnnlib import UserError, cli, util
 from metrics.memorization import find_copies
 from torch_utils import distributed
 from training import snapshot
-from training.data import convert, sources
+from training.data import sources
 from training.data.dataset import ImageDataset
 from training.generate import generate_images
 
@@ -52,7 +52,8 @@ class Model:
 
     @property
     def denoisers(self) -> list[str]:
-        """What is measured: the network, and once for each set of images their optimal denoiser."""
+        """What is measured: the network, and once for each set of images their optimal
+        denoiser."""
         return ['network', 'optimal'] if self.labels == 'none' else ['network']
 
 
@@ -73,16 +74,13 @@ class Study(studies.Study):
         kind = 'random' if model.labels == 'random' else 'true'
         return self.path('data', f'{model.size}-{model.classes}classes-{kind}.zip')
 
-    def run_dir(self, model: Model) -> str:
-        return self.path('models', model.name)
-
     def result(self, model: Model, denoiser: str, suffix: str = '.json') -> str:
-        return self.path('models', model.name, f'memorization-{denoiser}{suffix}')
+        return os.path.join(self.run_dir(model), f'memorization-{denoiser}{suffix}')
 
 
 def plan(study: Study) -> list[Model]:
-    """All models: every size with each number of classes (as far as there are digits) and each kind
-    of labels. Raises UserError for lists that make no comparison."""
+    """All models: every size with each number of classes (as far as there are digits) and each
+    kind of labels. Raises UserError for lists that make no comparison."""
     if any(size % 10 or size < 10 for size in study.sizes) or len(study.sizes) < 2:
         raise UserError('give at least two multiples of 10', 'sizes')
     if any(not 1 <= count <= 10 for count in study.classes):
@@ -94,7 +92,8 @@ def plan(study: Study) -> list[Model]:
 
 
 def make_data(study: Study, models: list[Model]):
-    """The archives, by the rules of dataset_size.py, dataset_diversity.py and dataset_random.py."""
+    """The archives, by the rules of dataset_size.py, dataset_diversity.py and
+    dataset_random.py."""
     source = sources.open_source('digits')
     for model in models:
         indices = selection.diversity_subset(source.labels, model.size, model.classes)
@@ -105,8 +104,7 @@ def make_data(study: Study, models: list[Model]):
         if model.labels == 'random':
             rule = ('random labels', selection.random_labels(model.size, model.classes))
         chosen = common.choose(source, indices, *rule, model.classes)
-        path = study.data(model)
-        studies.make(path, convert.convert, source, chosen, path, workers=1)
+        studies.make_archive(study.data(model), source, chosen)
 
 
 def settings(study: Study, model: Model) -> dict:
@@ -192,8 +190,7 @@ def main(study):
     for _ in study.run(run_model, models, unit='model'):
         pass
     results = collect(study, models)
-    studies.save_table(results, study.path('results.csv'))
-    studies.save_figure(draw(results), study.path('study'))
+    study.save(draw(results), results=results)
     results['ratio'] = (100 * results['memorization_ratio']).round(1)
     table = results.pivot_table('ratio', ['denoiser', 'classes', 'labels'], 'size')
     print(f'\nMemorized samples (%):\n{table.to_string(na_rep="-")}')

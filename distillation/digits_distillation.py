@@ -261,13 +261,14 @@ def main(study):
     checkpoints of each model.
     """
     study.claim()
-    convert = studies.ROOT / 'dataset_tool.py', 'convert', '--source=digits', f'--dest={study.data}'
+    convert = [studies.ROOT / 'dataset_tool.py', 'convert', '--source=digits',
+               f'--dest={study.data}']
     run_chain(study, [(convert, study.data), train_teacher(study)])
     for _ in study.run(run_chain, chains(study), disable=True):
         pass
     rows = measure(study)
     table = pd.DataFrame(rows).astype(dict.fromkeys(('parameters', 'steps', 'seconds'), 'Int64'))
-    studies.save_table(table, study.path('results.csv'))
+    study.save(results=table)
     files = {'real digits': study.data} | {name: study.samples_of(name) for name in study.origins}
     studies.save_rows({name: all_images(file)[0] for name, file in files.items()}, GRID_COLUMNS,
                       study.path('samples.png'), min_side=32)

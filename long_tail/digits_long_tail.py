@@ -1,9 +1,9 @@
 """Does class-balancing training help rare classes? In miniature, on handwritten digits.
 
-Trains on a long tail of the digits, several seeds each: a plain conditional model, a class-balancing
-one, and a plain one that is fine-tuned with class-balancing for the last third, all with the same
-number of steps; then measures how many samples of each class a classifier recognises, and how much
-of the real digits they cover.
+Trains on a long tail of the digits, several seeds each: a plain conditional model, a
+class-balancing one, and a plain one that is fine-tuned with class-balancing for the last third,
+all with the same number of steps; then measures how many samples of each class a classifier
+recognises, and how much of the real digits they cover.
 """
 
 import dataclasses
@@ -30,14 +30,14 @@ from training.snapshot import load_snapshot
 
 METHODS = {'plain': 'plain', 'cb': 'class-balancing', 'finetune': 'fine-tuned'}
 COLORS = {'plain': studies.BLUE, 'cb': studies.VERMILION, 'finetune': studies.GREEN}
-# A network that a CPU trains in minutes: two levels of 64 channels, one block at each on the way up.
-# Levels of 32 channels would not see the labels, see training/networks/ddpm.py.
+# A network that a CPU trains in minutes: two levels of 64 channels, one block at each on the way
+# up. Levels of 32 channels would not see the labels, see training/networks/ddpm.py.
 NETWORK = ['--ch=64', '--ch_mult=1', '--ch_mult=1', '--attn=', '--num_res_blocks=0']
 DATA = ['--data_type=digitslt', '--imb_factor=0.05', '--img_size=8', '--conditional',
         '--num_workers=1']
 # Less noise at the end than usual (abar_T = 0.0066, not 0.00004): it is enough for 8x8 pixels, and
-# from x_T the first prediction of x_0, which this sampler does not clip, is then 12 times the error
-# of the network, not 157 times.
+# from x_T the first prediction of x_0, which this sampler does not clip, is then 12 times the
+# error of the network, not 157 times.
 RECIPE = ['--beta_T=0.01', '--lr=1e-3', '--warmup=100', '--ema_decay=0.995', '--sample_step=0']
 GRID_COLUMNS = 8
 MEASURES = ['fid', 'precision', 'recall', 'recognition']
@@ -94,9 +94,6 @@ class Study(studies.Study):
         the number of its checkpoint; so after as many steps in all it ends one number earlier."""
         return self.steps - 1 - (model.method == 'finetune')
 
-    def run_dir(self, model: Model) -> str:
-        return self.path('models', model.name)
-
     def checkpoint(self, model: Model) -> str:
         return StepCheckpoints(self.run_dir(model)).path(self.last(model))
 
@@ -147,7 +144,7 @@ def evaluate(study: Study, model: Model, omega: float):
         fid_cache=study.reference, num_images=study.samples, ddim_steps=study.ddim_steps))
 
 
-# --- Results --------------------------------------------------------------------------------------
+# --- Results -------------------------------------------------------------------------------------
 
 
 def collect(study: Study, models: list[Model]) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -169,10 +166,11 @@ def collect(study: Study, models: list[Model]) -> tuple[pd.DataFrame, pd.DataFra
 
 
 def best_omegas(results: pd.DataFrame) -> dict[str, float]:
-    """For each method the guidance with the lowest distance, mean over all classes and seeds: as the
-    paper chooses it."""
+    """For each method the guidance with the lowest distance, mean over all classes and seeds: as
+    the paper chooses it."""
     means = results[results['group'] == 'all'].groupby(['method', 'omega'])['fid'].mean().unstack()
-    return {method: float(means.loc[method].idxmin()) for method in METHODS if method in means.index}
+    return {method: float(means.loc[method].idxmin()) for method in METHODS
+            if method in means.index}
 
 
 def verdict(results: pd.DataFrame, omegas: dict[str, float], group: str = 'few') -> list[str]:
@@ -278,7 +276,7 @@ def show(results: pd.DataFrame, omegas: dict[str, float]):
         print('\n'.join(verdict(results, dict.fromkeys(omegas, omega))))
 
 
-# --- Pictures -------------------------------------------------------------------------------------
+# --- Pictures ------------------------------------------------------------------------------------
 
 
 def draw_classes(axis, classes: pd.DataFrame, omegas, name: str):
@@ -346,22 +344,22 @@ def main(study):
     """Compares plain, class-balancing and fine-tuned diffusion models on long-tailed handwritten
     digits.
 
-    Writes classes.csv, results.csv, label-effect.csv, study.png and study.svg, and in models/ a run
-    folder of main.py for each model.
+    Writes classes.csv, results.csv, label-effect.csv, study.png and study.svg, and in models/ a
+    run folder of main.py for each model.
     """
     chains = plan(study)
     study.claim()
     studies.make(study.reference, make_stats.make, 'digits', study.reference, 'pixels')
-    models = sorted(sum(chains, []), key=lambda model: (model.seed, [*METHODS].index(model.method)))
+    models = [Model(method, seed) for seed in study.seeds for method in METHODS
+              if method in study.methods]
     print(f'{len(models)} models of {study.steps} steps, in {study.outdir}', flush=True)
     for _ in study.run(run_chain, chains, len, unit='model'):
         pass
     classes, results = collect(study, models)
     best = best_omegas(results)
     effect = label_effect(study, models)
-    for name, table in (('classes', classes), ('results', results), ('label-effect', effect)):
-        studies.save_table(table, study.path(f'{name}.csv'))
-    studies.save_figure(draw(study, classes, results, best), study.path('study'))
+    study.save(draw(study, classes, results, best), classes=classes, results=results,
+               label_effect=effect)
     show(results, best)
     print('\nHow much labels change the prediction, in shares of plain:\n'
           + effect.round(2).to_string(index=False))

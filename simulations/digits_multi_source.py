@@ -1,4 +1,5 @@
-"""Does training on several similar sources beat training on each alone? In miniature, on real data.
+"""Does training on several similar sources beat training on each alone? In miniature, on real
+data.
 
 For n handwritten digits of each class, one EDM2 model of a single class against conditional models
 of several classes: Frechet distance, for each class, between samples and real digits that no model
@@ -6,6 +7,7 @@ has seen.
 """
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -27,8 +29,8 @@ from training.data import convert, sources
 from training.data.images import open_images
 from training.generate import generate_images
 
-# Similar classes first: the three whose mean images are the closest, then always the one closest to
-# those before it (mean Euclidean distance between mean images).
+# Similar classes first: the three whose mean images are the closest, then always the one closest
+# to those before it (mean Euclidean distance between mean images).
 ORDER = (3, 8, 9, 5, 1, 2, 7, 4, 0, 6)
 COMPARED = 3                                                   # the first ones are measured
 GRID_COLUMNS = 12
@@ -82,11 +84,8 @@ class Study(studies.Study):
     def held_out(self, seed: int) -> str:
         return self.path('data', f'seed{seed}-held-out.zip')
 
-    def run_dir(self, model: Model) -> str:
-        return self.path('models', model.name)
-
     def samples_file(self, model: Model) -> str:
-        return self.path('models', model.name, 'samples.npz')
+        return os.path.join(self.run_dir(model), 'samples.npz')
 
     def duration(self, model: Model) -> int:
         """Training images of a model: whole batches, so that all models take as many steps."""
@@ -121,12 +120,10 @@ def make_data(study: Study, models: list[Model]):
     source = sources.open_source('digits')
     for seed in study.seeds:
         rest = studies.held_out(source, list(ORDER), max(study.nums), seed, 'nums')
-        path = study.held_out(seed)
-        studies.make(path, convert.convert, source, rest, path, workers=1)
+        studies.make_archive(study.held_out(seed), source, rest)
     for model in models:
         selection = convert.by_class(source, list(model.classes), model.n, model.seed)
-        path = study.data(model)
-        studies.make(path, convert.convert, source, selection, path, workers=1)
+        studies.make_archive(study.data(model), source, selection)
 
 
 def settings(study: Study, model: Model) -> dict:
@@ -177,8 +174,8 @@ def measure(study: Study, model: Model) -> list[dict]:
 def summarise(results: pd.DataFrame) -> pd.DataFrame:
     """Means over classes and seeds, with half-widths of 95% intervals over seeds (Student's t).
 
-    `single - multi` is the difference to the models of one class at the same seed: positive if many
-    sources help.
+    `single - multi` is the difference to the models of one class at the same seed: positive if
+    many sources help.
     """
     means = results.groupby(['n', 'sources', 'seed'])[['fd', TRAINING]].mean()
     single = means['fd'].xs(1, level='sources').rename('single')
@@ -295,11 +292,9 @@ def main(study):
                         f'distance of {text}')
     results = pd.DataFrame(rows).sort_values(['seed', 'n', 'sources', 'class'], ignore_index=True)
     summary = summarise(results)
-    studies.save_table(results, study.path('results.csv'))
-    studies.save_table(summary, study.path('summary.csv'))
+    study.save(draw(results, summary), results=results, summary=summary)
     for n in study.nums:
         save_sample_grid(study, models, n)
-    studies.save_figure(draw(results, summary), study.path('study'))
     show(summary)
     print(f'\nresults.csv, summary.csv, study.png, study.svg and '
           f'{", ".join(f"samples-n{n}.png" for n in study.nums)} are in {study.outdir}')

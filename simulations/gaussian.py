@@ -1,4 +1,5 @@
-"""Conditional Gaussian estimation from K sources (arXiv 2502.14583): estimators, errors and bounds.
+"""Conditional Gaussian estimation from K sources (arXiv 2502.14583): estimators, errors and
+bounds.
 
 Source k of 1..K is a Gaussian in D dimensions with unit covariance. Its mean is k in the first
 D - D_sim dimensions and 0 in the last D_sim = int(sim * D), which all sources share. Sources are
@@ -23,7 +24,8 @@ BATCH_NUMBERS = 200_000          # random numbers of a batch of seeds: they stay
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One experiment: K sources in D dimensions, the share `sim` of them common to all, n samples."""
+    """One experiment: K sources in D dimensions, the share `sim` of them common to all, n
+    samples."""
 
     K: int
     D: int

@@ -11,7 +11,7 @@ from dnnlib import UserError, cli
 from simulations import tables
 from studies import plt
 
-SINGLE = studies.BLUE                                          # told apart by lightness in grey too
+SINGLE = studies.BLUE  # told apart by lightness in grey too
 MULTI = studies.VERMILION
 # (label, error, bound, colour, marker) of the two estimates.
 ESTIMATES = (('single-source', tables.ERROR_SINGLE, tables.BOUND_SINGLE, SINGLE, 'o'),
@@ -96,8 +96,8 @@ def draw_curves(rows: list[dict], seed_rows: list[dict], varied: str):
 def draw_slope(rows: list[dict], seed_rows: list[dict], varied: str):
     """Error against n on logarithmic axes, with the fitted lines and a guide of slope -1/2."""
     if not seed_rows:
-        raise UserError('the slopes are fitted to the rows of each seed, in the file ...-seeds.csv '
-                        'beside the table, which is missing', 'result')
+        raise UserError('the slopes are fitted to the rows of each seed, in the file '
+                        '...-seeds.csv beside the table, which is missing', 'result')
     figure, axis = plt.subplots(figsize=(3.5, 2.9))
     n = column(rows, 'n')
     for label, error, _, color, marker in ESTIMATES:
@@ -135,8 +135,8 @@ def draw_heat_map(axis, values: np.ndarray, intervals: np.ndarray):
 
 
 def draw_grid(rows: list[dict], seed_rows: list[dict], x: str, y: str):
-    """Advantage of many sources (single - multi) over two parameters: empirical, and the difference
-    of the bounds."""
+    """Advantage of many sources (single - multi) over two parameters: empirical, and the
+    difference of the bounds."""
     xs = sorted({row[x] for row in rows})
     ys = sorted({row[y] for row in rows})
     cells = {(row[x], row[y]): row for row in rows}
@@ -163,7 +163,8 @@ def draw_grid(rows: list[dict], seed_rows: list[dict], x: str, y: str):
 def draw(tag: str, rows: list[dict], seed_rows: list[dict]):
     """The figure of a tag. The varied parameters are the first columns of the table."""
     varied = list(rows[0])[:2 if tag == 'grid' else 1]
-    if not set(varied) <= set(LABELS) or varied[0] != {'grid': varied[0], 'slope': 'n'}.get(tag, tag):
+    expected = {'grid': varied[0], 'slope': 'n'}.get(tag, tag)
+    if not set(varied) <= set(LABELS) or varied[0] != expected:
         raise UserError(f'--result: the table varies {" and ".join(varied)}; '
                         f'give one made with --tag={tag}')
     function = dict(grid=draw_grid, slope=draw_slope).get(tag, draw_curves)

@@ -26,7 +26,9 @@ def parse_values(option: str, name: str, text: str) -> list:
     """'1,3,5' as sorted values of a parameter: integers from 1 for K and n, numbers in 0..1 for
     sim."""
     share = name == 'sim'
-    form = 'numbers from 0 to 1, e.g. 0,0.3,1' if share else 'whole numbers from 1 up, e.g. 1,3,5-8'
+    form = 'whole numbers from 1 up, e.g. 1,3,5-8'
+    if share:
+        form = 'numbers from 0 to 1, e.g. 0,0.3,1'
     try:
         values = [float(part) for part in text.split(',')] if share else util.parse_int_list(text)
     except ValueError:
@@ -42,8 +44,8 @@ def plan(tag: str, values: dict, given: dict) -> tuple[dict, dict]:
     """What is varied, {name: values}, and what is fixed, {name: value}. Raises UserError for options
     that clash.
 
-    `values`: {option: text} of --values, --x, --y, --x-values, --y-values; `given`: {name: value} of
-    --K, --n, --sim; None where an option was not given.
+    `values`: {option: text} of --values, --x, --y, --x-values, --y-values; `given`: {name: value}
+    of --K, --n, --sim; None where an option was not given.
     """
     for option, text in values.items():
         if text is not None and (option == '--values') == (tag == 'grid'):
@@ -97,8 +99,8 @@ def report_undefined(rows: list[dict]):
     """Says how many simulations have no error because a source had no training sample."""
     undefined = [row for row in rows if math.isnan(row[tables.ERROR_SINGLE])]
     if undefined:
-        print(f'Warning: {len(undefined)} of {len(rows)} simulations have no error and are left out '
-              'of the averages: a source had no training sample (e.g. '
+        print(f'Warning: {len(undefined)} of {len(rows)} simulations have no error and are left '
+              'out of the averages: a source had no training sample (e.g. '
               'seed {seed}, K={K}, n={n})'.format(**undefined[0]), file=sys.stderr)
 
 
@@ -113,7 +115,8 @@ def check_slope(rows: list[dict]):
             wrong.append(name)
     if wrong:
         raise UserError(f'the slope of {wrong[0]} is not within {SLOPE_TOLERANCE} of -1/2; give '
-                        '--values far above K times --dim, where the rate holds, and enough --seeds')
+                        '--values far above K times --dim, where the rate holds, and enough '
+                        '--seeds')
 
 
 @click.command(cls=cli.Command, epilog="""\b
@@ -132,8 +135,8 @@ Examples:
   # Does the error fall as n^(-1/2)?
   python simulations/run_gaussian.py --tag=slope
 """)
-@click.option('--tag', help='What to vary: one parameter, two (grid), or n far out, to check the rate '
-              '(slope)', type=click.Choice(['K', 'n', 'sim', 'grid', 'slope']), required=True)
+@click.option('--tag', help='What to vary: one parameter, two (grid), or n far out, to check the '
+              'rate (slope)', type=click.Choice(['K', 'n', 'sim', 'grid', 'slope']), required=True)
 @click.option('--values', help="Values of what is varied  [default: the paper's]", metavar='LIST')
 @click.option('--x', help='First parameter of a grid', type=PARAMETER)
 @click.option('--y', help='Second parameter of a grid', type=PARAMETER)
@@ -145,21 +148,22 @@ Examples:
               type=WHOLE)
 @click.option('--n', help='Training samples of all sources together, where not varied  '
               '[default: 500]', metavar='INT', type=WHOLE)
-@click.option('--sim', help='Share of the dimensions that is common to all sources, where not varied'
-              '  [default: 0.5]', metavar='FLOAT', type=click.FloatRange(0, 1))
+@click.option('--sim', help='Share of the dimensions that is common to all sources, where not '
+              'varied  [default: 0.5]', metavar='FLOAT', type=click.FloatRange(0, 1))
 @click.option('--dim', help='Number of dimensions', metavar='INT', type=WHOLE, default=10)
 @click.option('--test-points', help='Samples on which the error is measured', metavar='INT',
               type=WHOLE, default=500)
-@click.option('--seeds', help="Random seeds, e.g. 3,33,520 or 0-9999; more than the paper's five add "
-              "95% intervals  [default: the paper's; 0-199 for slope]", metavar='LIST',
+@click.option('--seeds', help="Random seeds, e.g. 3,33,520 or 0-9999; more than the paper's five "
+              "add 95% intervals  [default: the paper's; 0-199 for slope]", metavar='LIST',
               type=cli.INT_LIST)
 @click.option('--outdir', help='Where results go, in a folder for each tag', metavar='DIR',
               default=str(tables.RESULTS))
 def main(tag, seeds, dim, test_points, outdir, values, x, y, x_values, y_values, **given):
-    """Estimates Gaussian means from several sources, alone and together, and compares the error with
-    theory.
+    """Estimates Gaussian means from several sources, alone and together, and compares the error
+    with theory.
 
-    Writes the averages over seeds (columns as in the paper) and the rows of each seed as CSV files.
+    Writes the averages over seeds (columns as in the paper) and the rows of each seed as CSV
+    files.
     """
     varied, fixed = plan(tag, {'--values': values, '--x': x, '--y': y, '--x-values': x_values,
                                '--y-values': y_values}, given)

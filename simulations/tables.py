@@ -35,8 +35,8 @@ def columns(varied: tuple[str, ...]) -> list[str]:
 
 
 def row(setting, seed: int, single: float, multi: float) -> dict:
-    """One row of results: the setting (see `gaussian.Setting`), its bounds, and the two errors of one
-    seed."""
+    """One row of results: the setting (see `gaussian.Setting`), its bounds, and the two errors of
+    one seed."""
     bounds = setting.bounds()
     measures = (*bounds, bounds[0] - bounds[1], single, multi, single - multi)
     return dict(seed=seed, K=setting.K, D=setting.D, sim=setting.sim, n=setting.n) | dict(
@@ -55,9 +55,9 @@ def half_width(values: np.ndarray) -> np.ndarray:
 def average(rows: list[dict], varied: tuple[str, ...], intervals: bool) -> list[dict]:
     """Means over seeds, one row for each value of what is varied, in ascending order.
 
-    Errors that do not exist (NaN) are left out; where none exists the mean is NaN. With `intervals`,
-    columns are added: `seeds`, the number of errors that went into the mean, and the half-width of
-    each 95% interval.
+    Errors that do not exist (NaN) are left out; where none exists the mean is NaN. With
+    `intervals`, columns are added: `seeds`, the number of errors that went into the mean, and the
+    half-width of each 95% interval.
     """
     groups = {}
     for one in rows:
@@ -83,8 +83,8 @@ def average(rows: list[dict], varied: tuple[str, ...], intervals: bool) -> list[
 def slope(rows: list[dict], column: str) -> tuple[float, float]:
     """Slope of log(error) against log(n) and the half-width of its 95% interval.
 
-    A line is fitted for each seed by least squares; the mean over seeds is the slope of the mean log
-    error. Raises UserError if fewer than two values of n have errors.
+    A line is fitted for each seed by least squares; the mean over seeds is the slope of the mean
+    log error. Raises UserError if fewer than two values of n have errors.
     """
     sizes = sorted({one['n'] for one in rows})
     errors = {}
@@ -118,8 +118,8 @@ def folder(outdir: str, tag: str) -> pathlib.Path:
 
 
 def save(outdir: str, tag: str, table: list[dict], rows: list[dict]) -> pathlib.Path:
-    """Writes `<outdir>/<tag>/gaussian_<tag>-<UTC time>.csv` and, before it, the rows of each seed as
-    `...-seeds.csv`.
+    """Writes `<outdir>/<tag>/gaussian_<tag>-<UTC time>.csv` and, before it, the rows of each seed
+    as `...-seeds.csv`.
 
     Returns the path of the table. Names sort by time, and a result is never overwritten.
     """

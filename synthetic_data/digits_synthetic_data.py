@@ -39,7 +39,8 @@ GENERATOR_BATCH = 64
 
 
 def whole_batches(batch: int):
-    """The type of a number of training images, rounded up: the last snapshot is then of that name."""
+    """The type of a number of training images, rounded up: the last snapshot is then of that
+    name."""
     def parse(text):
         count = util.parse_count(text)
         if count < 1:
@@ -92,7 +93,7 @@ class Study(studies.Study):
             evaluate_data.TRAINING, [seed], options)
 
 
-# --- The steps ------------------------------------------------------------------------------------
+# --- The steps -----------------------------------------------------------------------------------
 
 
 def make_data(study: Study, seed: int):
@@ -102,8 +103,8 @@ def make_data(study: Study, seed: int):
     chosen = np.sort(np.random.RandomState(seed).permutation(len(rest))[:study.test_images])
     rest = dataclasses.replace(rest, indices=rest.indices[chosen], labels=rest.labels[chosen])
     real = convert.by_class(source, None, study.real, seed)
-    for path, selection in ((study.real_data(seed), real), (study.test_data(seed), rest)):
-        studies.make(path, convert.convert, source, selection, path, workers=1)
+    studies.make_archive(study.real_data(seed), source, real)
+    studies.make_archive(study.test_data(seed), source, rest)
 
 
 def generator_settings(study: Study, seed: int) -> dict:
@@ -139,7 +140,7 @@ def is_first(run: evaluate_data.Run) -> bool:
     return (run.data, run.training) == ('real', 'plain')
 
 
-# --- Results --------------------------------------------------------------------------------------
+# --- Results -------------------------------------------------------------------------------------
 
 
 def draw_panel(axis, by_seed: pd.DataFrame):
@@ -180,8 +181,11 @@ def save_samples(study: Study, seed: int):
     data = {'real': ImageDataset(study.real_data(seed)),
             'generated': GeneratedImages(study.images(seed), CLASSES),
             'selected': GeneratedImages(study.selected(seed), CLASSES)}
-    rows = {f'{digit} {name}': images.images(np.flatnonzero(images.label_ids == digit)[:GRID_COLUMNS])
-            for digit in range(CLASSES) for name, images in data.items()}
+    rows = {}
+    for digit in range(CLASSES):
+        for name, images in data.items():
+            indices = np.flatnonzero(images.label_ids == digit)[:GRID_COLUMNS]
+            rows[f'{digit} {name}'] = images.images(indices)
     studies.save_rows(rows, GRID_COLUMNS, study.path('samples.png'), min_side=24)
 
 
@@ -213,9 +217,7 @@ def main(study):
     evaluate_data.train_all(sorted(runs, key=lambda run: run.training), study.jobs)
     results = evaluate_data.table(runs)
     summary = evaluate_data.summarise(results)
-    studies.save_table(results, study.path('results.csv'))
-    studies.save_table(summary, study.path('summary.csv'))
-    studies.save_figure(draw(results, study.eps), study.path('study'))
+    study.save(draw(results, study.eps), results=results, summary=summary)
     save_samples(study, study.seeds[0])
     evaluate_data.show(summary, study.eps)
     print('\nresults.csv, summary.csv, study.png, study.svg and samples.png are in '

@@ -100,13 +100,15 @@ class Trainer:
             self.model = self._wrap()
             self.net.train()
             steps = self.batches.iterate(self._plan())
+            start = self.nimg
             with contextlib.closing(steps), self._progress_bar() as bar:
                 while self.nimg < self.recipe.total_nimg and not dist.any_rank(self.stop_requested):
                     self._step(steps)
                     bar.update(self.recipe.batch)
                     self._after_step()
             if self.nimg < self.recipe.total_nimg:
-                self._save_checkpoint()
+                if self.nimg > start:                          # else there is nothing to keep
+                    self._save_checkpoint()
                 self._log(f'Stopped at {self.nimg} images; the same command goes on from here.')
             self._close_logs()
         return self.nimg
