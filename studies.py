@@ -261,7 +261,8 @@ def pixel_distance(path: str, reference: str, digit: int | None = None) -> float
 @styled
 def save_figure(figure, stem: str) -> list[str]:
     """Writes a matplotlib figure as <stem>.png and <stem>.svg, each whole or not at all, and
-    closes it. The same figure gives the same bytes. Raises UserError if the place cannot be written."""
+    closes it. The same figure gives the same bytes. Raises UserError if the place cannot be
+    written."""
     paths = []
     for kind, metadata in (('png', None), ('svg', {'Date': None})):
         path = f'{stem}.{kind}'

@@ -1,6 +1,7 @@
-"""Claims of the five studies in miniature: their comparisons are fair, their numbers are those of the
-metrics, nothing that is finished is done again, and a study that is stopped or killed goes on."""
+"""Claims of the five studies in miniature: their comparisons are fair, their numbers are those of
+the metrics, nothing that is finished is done again, and a study that is stopped or killed goes on."""
 
+import contextlib
 import dataclasses
 import importlib
 import itertools
@@ -49,8 +50,9 @@ class Case:
 
     settings  study.json with these options, as earlier versions wrote it
     tables    CSV files, and pictures with their least width
+    first     one of the first results to be there, as a pattern
     lost      a result that is done again, alone, if it is gone
-    long      more options, with which it runs for ever, and the logs of what then runs side by side
+    long      more options, with which it runs for ever; `logs`: of what then runs side by side
     """
 
     script: str
@@ -58,6 +60,7 @@ class Case:
     settings: dict
     tables: list
     pictures: dict
+    first: str
     lost: str
     long: list
     logs: list
@@ -74,7 +77,7 @@ CASES = {
          '--batch-per-class=8', '--channels=16', '--samples=12', '--steps=1'],
         dict(most=12, images_per_class=16, batch_per_class=8, channels=16, samples=12, steps=1),
         ['results', 'summary'], {'study': 1500, 'samples-n3': 100, 'samples-n12': 100},
-        'models/seed1-n12-38/samples.npz', ['--images-per-class=1Gi'],
+        'models/*/samples.npz', 'models/seed1-n12-38/samples.npz', ['--images-per-class=1Gi'],
         ['models/seed0-n3-38/log.txt', 'models/seed0-n12-38/log.txt']),
     'memorization': Case(
         'data_utils/digits_memorization.py',
@@ -82,7 +85,8 @@ CASES = {
          '--steps=2'],
         dict(kimg=1, batch=16, lr=2e-3, channels=8, samples=24, steps=2, seed=0),
         ['results'], {'study': 1000, 'models/20-10classes-none/memorization-network': 100},
-        'models/20-10classes-none/memorization-optimal.json', ['--kimg=1000000'],
+        'models/*/memorization-*.json', 'models/20-10classes-none/memorization-optimal.json',
+        ['--kimg=1000000'],
         ['models/10-10classes-none/log.txt', 'models/10-10classes-true/log.txt']),
     'distillation': Case(
         'distillation/digits_distillation.py',
@@ -90,7 +94,8 @@ CASES = {
          '--batch=4'],
         dict(teacher_steps=3, student_steps=2, rhos=[0.4, 0.02], teacher_samples=16, samples=16,
              seed=0, batch=4),
-        ['results'], {'samples': 500}, 'samples/on-data.npz', ['--student-steps=100000'],
+        ['results'], {'samples': 500}, 'samples/on-samples.npz',
+        'samples/on-data.npz', ['--student-steps=100000'],
         ['on-samples/log.txt', 'distilled-rho0.4/log.txt']),
     'long_tail': Case(
         'long_tail/digits_long_tail.py',
@@ -102,7 +107,8 @@ CASES = {
             '--num_workers=1', '--beta_T=0.01', '--lr=1e-3', '--warmup=100', '--ema_decay=0.995',
             '--sample_step=0']),
         ['results', 'classes', 'label-effect'], {'study': 1500},
-        'models/cb-seed1/saved_5_cfg_omega0_ddim2.json', ['--steps=1000000'],
+        'models/*/saved_*.json', 'models/cb-seed1/saved_5_cfg_omega0_ddim2.json',
+        ['--steps=1000000'],
         ['models/cb-seed0/log.txt', 'models/cb-seed1/log.txt']),
     'synthetic_data': Case(
         'synthetic_data/digits_synthetic_data.py',
@@ -111,15 +117,16 @@ CASES = {
         dict(real=3, generated=6, top_scale=0.5, generator_duration=64, channels=8, steps=2,
              duration=64, eps=0.1, test_images=100),
         ['results', 'summary'], {'study': 1000, 'samples': 100},
-        'seed0/selected/best.npz', ['--generator-duration=1Gi'],
+        'seed?/classifiers/*/accuracy.json', 'seed0/selected/best.npz',
+        ['--generator-duration=1Gi'],
         ['seed0/generator/log.txt', 'seed1/generator/log.txt'])}
 of_all = pytest.mark.parametrize('name', CASES)
 
 
 @pytest.fixture
 def here(monkeypatch):
-    """Stages of distillation run in this process, which spares a dozen starts of Python. The value:
-    the stages that ran."""
+    """Stages of distillation run in this process, which spares a dozen starts of Python. The
+    value: the stages that ran."""
     stages = []
 
     def run_stage(study, arguments, dest):
@@ -210,18 +217,19 @@ def test_nothing_finished_is_done_again(name, finished):
     assert lost.is_file()
 
 
-def wait_for(paths, process):
+def wait_for(logs, process, words):
     until = time.monotonic() + 200
-    while not all(path.is_file() and path.stat().st_size for path in paths):
-        assert process.poll() is None and time.monotonic() < until, process.communicate()
+    while not all(log.is_file() and words in log.read_text() for log in logs):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
         time.sleep(0.05)
 
 
 def wait_for_work(process, seconds=4):
     """Until the processes of a study have worked for some time: some steps of training."""
     def worked():
-        times = [child.cpu_times() for child in psutil.Process(process.pid).children(recursive=True)]
-        return sum(time.user for time in times)
+        children = psutil.Process(process.pid).children(recursive=True)
+        return sum(child.cpu_times().user for child in children)
 
     begin = worked()
     while worked() < begin + seconds:
@@ -229,13 +237,19 @@ def wait_for_work(process, seconds=4):
         time.sleep(0.05)
 
 
-def start(case: Case, folder, *args) -> subprocess.Popen:
-    """The script of the study, with a path of the caller."""
+@contextlib.contextmanager
+def start(case: Case, folder, *args):
+    """A process: the script of the study, with a path of the caller."""
     script = helpers.ROOT / 'bash_files' / f'study_{pathlib.Path(case.script).stem[7:]}.sh'
-    return subprocess.Popen(
+    process = subprocess.Popen(
         ['bash', str(script), '--outdir=here', *case.tiny, '--jobs=2', *args], cwd=folder,
         env=helpers.environment(PYTHON=sys.executable), text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        yield process
+    finally:
+        process.kill()                                         # the others follow
+        process.wait()
 
 
 @pytest.mark.slow
@@ -249,20 +263,19 @@ def test_a_stopped_study_goes_on(name, finished, tmp_path):
             'study.json', 'on-*', 'distilled-*.npz', 'distilled-rho0.4', 'distilled-rho0.02'))
     logs = [tmp_path / 'here' / log for log in case.logs]
     for send in (os.kill, os.killpg):
-        process = start(case, tmp_path, *case.long)
-        wait_for(logs, process)
-        wait_for_work(process)
-        if send is os.killpg:
-            assert all('Resuming from' in log.read_text() for log in logs)
-        family = psutil.Process(process.pid).children(recursive=True)
-        send(process.pid, signal.SIGINT if send is os.killpg else signal.SIGTERM)
-        _, errors = process.communicate(timeout=100)
-        last = errors.strip().splitlines()[-1]
-        assert last == 'Error: stopped; the same command goes on from here', errors
-        assert process.returncode == 1 and 'Traceback' not in errors
-        assert len(family) >= 2 and not psutil.wait_procs(family, timeout=5)[1]
-        for log in logs:
-            assert list(log.parent.glob('*.pt'))
+        with start(case, tmp_path, *case.long) as process:
+            words = 'Starting at 0' if send is os.kill else 'Resuming from'
+            wait_for(logs, process, words)
+            wait_for_work(process)
+            family = psutil.Process(process.pid).children(recursive=True)
+            send(process.pid, signal.SIGINT if send is os.killpg else signal.SIGTERM)
+            _, errors = process.communicate(timeout=100)
+            last = errors.strip().splitlines()[-1]
+            assert last == 'Error: stopped; the same command goes on from here', errors
+            assert process.returncode == 1 and 'Traceback' not in errors
+            assert len(family) >= 2 and not psutil.wait_procs(family, timeout=5)[1]
+            for log in logs:
+                assert list(log.parent.glob('*.pt'))
 
 
 @pytest.mark.slow
@@ -271,18 +284,12 @@ def test_a_killed_study_ends_with_the_same_numbers(name, finished, tmp_path):
     """kill -9 when the first result is there, two at a time; its processes end too."""
     outdir, _ = finished
     case = CASES[name]
-    process = start(case, tmp_path)
-    pattern = re.sub(r'[^/]+(?=/[^/]*$)', '*', case.lost, count=1) if '/' in case.lost else case.lost
-    until = time.monotonic() + 300
-    while not list((tmp_path / 'here').glob(pattern)):
-        assert process.poll() is None and time.monotonic() < until, process.communicate()
-        time.sleep(0.02)
-    family = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.communicate()
-    if name != 'distillation':                                 # whose stages come to their end
-        assert not psutil.wait_procs(family, timeout=60)[1]
-    psutil.wait_procs(family, timeout=60)
+    with start(case, tmp_path) as process:
+        while not list((tmp_path / 'here').glob(case.first)):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        family = psutil.Process(process.pid).children(recursive=True)
+    assert not psutil.wait_procs(family, timeout=60)[1]
     assert not (tmp_path / 'here' / 'results.csv').exists()
     run(case, tmp_path / 'here')
     ours, theirs = (pd.read_csv(folder / 'results.csv') for folder in (tmp_path / 'here', outdir))
@@ -456,8 +463,8 @@ def test_summary_pairs_the_seeds():
 
 
 def test_models_differ_in_one_factor_each(tmp_path):
-    """Of one size: the same images with no labels, true ones and random ones; fewer classes fill up
-    with more of each."""
+    """Of one size: the same images with no labels, true ones and random ones; fewer classes fill
+    up with more of each."""
     study = open_study(memorization, tmp_path, '--sizes=20,170')
     models = memorization.plan(study)
     assert len(models) == len(set(models)) == 2 * (3 + 2)
@@ -600,12 +607,12 @@ def test_recognition_tells_digits_from_what_is_none():
     controls = distillation.controls(pixels, digits.target, 0)
     assert recognizer.recognised_clearly(controls['noise']).mean() < 0.01
     assert recognizer.recognised_clearly(controls['two digits at once']).mean() < 0.3
-    low = digits.target < 2                                    # two classes have one decision value
+    low = digits.target < 2                                    # two classes: one decision value
     assert Recognizer(pixels[low], digits.target[low]).recognised_clearly(pixels[low]).mean() > 0.9
 
 
 def test_a_stage_that_fails_is_named(tmp_path):
-    arguments = [distillation.SCRIPTS / 'image_sample.py', '--config', 'none.yaml', '--model_path=x']
+    arguments = [distillation.SCRIPTS / 'image_sample.py', '--config=none.yaml', '--model_path=x']
     words = r'x.npz could not be made \(Error: --config.*there is no file'
     with pytest.raises(UserError, match=words):
         study = open_study(distillation, tmp_path)
@@ -659,13 +666,15 @@ def test_the_verdict_needs_more_than_the_spread():
 
 
 def test_recall_is_compared_at_equal_recognition():
-    """A method that is plain with less guidance is no better; one with more recall all along is."""
+    """A method that is plain with less guidance is no better; one with more recall is."""
     rows = [dict(method=method, seed=0, omega=omega, group='few',
-                 recognition=0.3 + 0.2 * (omega - shift), recall=0.9 - 0.3 * (omega - shift) + gain)
+                 recognition=0.3 + 0.2 * (omega - shift),
+                 recall=0.9 - 0.3 * (omega - shift) + gain)
             for method, shift, gain in (('plain', 0, 0), ('cb', 0.5, 0), ('finetune', 0.5, 0.1))
             for omega in (0, 1, 2)]
     found = long_tail.matched(pd.DataFrame(rows))
-    np.testing.assert_allclose(found.loc[['class-balancing', 'fine-tuned'], 0], [0, 0.1], atol=1e-9)
+    gains = found.loc[['class-balancing', 'fine-tuned'], 0]
+    np.testing.assert_allclose(gains, [0, 0.1], atol=1e-9)
 
 
 def test_the_guidance_of_each_method_is_its_best():
@@ -731,7 +740,8 @@ def test_the_classifier_of_real_digits_selects(name, finished):
 
 def test_summary_has_means_and_paired_gains():
     rows = [{'training': 'plain', 'data': data, 'seed': seed, 'clean': clean + 0.1 * seed,
-             'robust': 0.1} for data, clean in (('real', 0.5), ('generated', 0.7)) for seed in (0, 1)]
+             'robust': 0.1}
+            for data, clean in (('real', 0.5), ('generated', 0.7)) for seed in (0, 1)]
     summary = evaluate_data.summarise(pd.DataFrame(rows)).set_index('data')
     assert summary.loc['generated', 'clean'] == pytest.approx(0.75)
     assert summary.loc['generated', 'clean error'] == pytest.approx(0.05)
