@@ -89,7 +89,7 @@ class GaussianDiffusion:
         for name, value, known in (('variance', variance, VARIANCES), ('loss', loss, LOSSES),
                                    ('predict', predict, ('epsilon', 'start'))):
             if value not in known:
-                raise UserError(f'{value!r} is not one of {", ".join(known)}', field=name)
+                raise UserError(f'{name}: {value!r} is not one of {", ".join(known)}')
         self.config = dict(
             schedule=schedule,
             steps=steps,
@@ -104,13 +104,9 @@ class GaussianDiffusion:
         self.learned, self.loss, self.predict = variance == 'learned_range', loss, predict
         self.kept = np.array(spaced_steps(steps, respacing))
         if len(self.kept) < 2:
-            raise UserError(
-                f'{respacing!r} leaves fewer than two steps', field='timestep_respacing'
-            )
+            raise UserError(f'time steps: {respacing!r} leaves fewer than two', field='timestep_respacing')
         if betas.max() >= 1:
-            raise UserError(
-                f'the {schedule} schedule needs more steps than {steps}', field='diffusion_steps'
-            )
+            raise UserError(f'diffusion_steps: the {schedule} schedule needs more than {steps}')
         self.num_steps = len(self.kept)
         self.betas = betas_from_alphas_cumprod(np.cumprod(1 - betas)[self.kept])
 
@@ -258,9 +254,7 @@ class GaussianDiffusion:
         x_(t-1) in bits, also at t = 0, with the student's noise frozen.
         """
         if self.loss.endswith('kl'):
-            raise UserError(
-                'distillation has no pure KL loss; use mse or rescaled_mse', field='use_kl'
-            )
+            raise UserError('use_kl: distillation has no pure KL loss; use mse or rescaled_mse')
         student = self.prediction(output, x_t, t)
         terms = {'mse': mean_flat((teacher.epsilon - student.epsilon) ** 2)}
         if self.learned:

@@ -154,10 +154,12 @@ def make_betas(schedule: str, steps: int, beta_range=None) -> np.ndarray:
     Raises UserError for an unknown name.
     """
     if schedule not in SCHEDULES:
-        raise UserError(
-            f'{schedule!r} is not one of {", ".join(SCHEDULES)}', field='noise_schedule'
-        )
+        raise UserError(f'noise_schedule: {schedule!r} is not one of {", ".join(SCHEDULES)}')
     return SCHEDULES[schedule](steps, *(beta_range or ()))
+
+
+def _unfit(text: str) -> UserError:
+    return UserError(f'time steps: {text}', field='timestep_respacing')
 
 
 def spaced_steps(total: int, spec) -> list[int]:
@@ -172,22 +174,15 @@ def spaced_steps(total: int, spec) -> list[int]:
         for stride in range(1, total):
             if len(range(0, total, stride)) == int(spec[4:]):
                 return list(range(0, total, stride))
-        raise UserError(
-            f'no whole stride leaves {spec[4:]} of {total} steps', field='timestep_respacing'
-        )
+        raise _unfit(f'no whole stride leaves {spec[4:]} of {total} steps')
     if not all(part.strip().isdigit() for part in spec.split(',')):
-        raise UserError(
-            f'{spec!r} is not a list such as 250 or 10,15,20, nor e.g. ddim50',
-            field='timestep_respacing',
-        )
+        raise _unfit(f'{spec!r} is not a list such as 250 or 10,15,20, nor e.g. ddim50')
     counts = [int(part) for part in spec.split(',')]
     kept, start = [], 0
     for index, count in enumerate(counts):
         size = total // len(counts) + (index < total % len(counts))
         if count > size:
-            raise UserError(
-                f'{count} steps do not fit into a section of {size}', field='timestep_respacing'
-            )
+            raise _unfit(f'{count} steps do not fit into a section of {size}')
         stride = (size - 1) / (count - 1) if count > 1 else 1
         position = 0.0  # repeated addition, as published
         for _ in range(count):
