@@ -274,8 +274,8 @@ def memorization(network, class_, sampler, images, data, xflip, seeds, num, seed
         seeds = first_seeds(seeds, num)
         generator = open_generator(**network, class_=class_, sampler=sampler)
         what = dict(generator.record, seeds=seeds)
-        made = generator.images(seeds, batch=batch, progress=True)
-        batches = ((part.seeds, part.images) for part in made)
+        batches = ((part.seeds, part.images)
+                   for part in generator.images(seeds, batch=batch, progress=True))
     else:
         opened = open_images(images)
         indices = select(opened, num, seed, class_)
@@ -324,10 +324,10 @@ def first_seeds(seeds, num: int | None) -> list[int]:
     return seeds
 
 
-def by_position(made, seeds, classes):
+def by_position(batches, seeds, classes):
     """Generated batches as `measure` takes them: an image's position is that of its seed."""
     place = {seed: i for i, seed in enumerate(seeds)}
-    for batch in made:
+    for batch in batches:
         ids = None if batch.labels is None else torch.from_numpy(class_ids(batch.labels, classes))
         yield torch.tensor([place[seed] for seed in batch.seeds]), batch.images, ids
 

@@ -63,14 +63,14 @@ class Evaluation:
             values |= compute.score(generated, real, self.space, PROTOCOL)
         if self.space not in real.features:
             return values
-        made, ref = (side.features[self.space] for side in (generated, real))
+        gen, ref = (side.features[self.space] for side in (generated, real))
         if self.prd:
-            values |= _prd(made, ref, CLUSTERS_PER_CLASS * num_classes)
-        if self.manifold and min(len(made), len(ref)) > PROTOCOL.k:
+            values |= _prd(gen, ref, CLUSTERS_PER_CLASS * num_classes)
+        if self.manifold and min(len(gen), len(ref)) > PROTOCOL.k:
             values['precision'], values['recall'] = precision_recall(
-                ref.to(self.device), made.to(self.device), PROTOCOL.k, PROTOCOL.strict)
+                ref.to(self.device), gen.to(self.device), PROTOCOL.k, PROTOCOL.strict)
         if self.recognizer is not None and generated.labels is not None:
-            recognised = self.recognizer.recognised(made.numpy(), generated.labels)
+            recognised = self.recognizer.recognised(gen.numpy(), generated.labels)
             values['recognition'] = float(recognised.mean())
         return values
 
@@ -84,11 +84,11 @@ class Evaluation:
         return self.metrics(*sides, len(classes))
 
 
-def _prd(made, real, clusters: int) -> dict[str, float]:
+def _prd(gen, ref, clusters: int) -> dict[str, float]:
     """F_8 (recall) and F_1/8 (precision) of equal numbers of images, and no more clusters."""
-    num = min(len(made), len(real))
-    made, real = (x[subset(len(x), num, seed=0)].numpy() for x in (made, real))
-    f8, f1_8 = prd.prd_from_features(made, real, min(clusters, num)).max_f(8)
+    num = min(len(gen), len(ref))
+    gen, ref = (x[subset(len(x), num, seed=0)].numpy() for x in (gen, ref))
+    f8, f1_8 = prd.prd_from_features(gen, ref, min(clusters, num)).max_f(8)
     return {'prd_f8': f8, 'prd_f1_8': f1_8}
 
 

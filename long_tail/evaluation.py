@@ -152,7 +152,7 @@ class Evaluator:
         if flags['detector'] == 'inception':
             features.append(classwise.PROTOCOL.probs)
         generated = measure_images(images, self.detectors, batch=flags['batch_size'],
-                                           gaussians=[self.space], features=features)
+                                   gaussians=[self.space], features=features)
         if dist.get_rank() != 0:
             return {'all': {}}
         results = classwise.evaluate(generated, self.evaluation, self.counts, flags['group_sizes'])

@@ -116,8 +116,8 @@ def needs(metrics: Iterable[str], protocol: Protocol | None = None,
     spaces = {'gaussians': [], 'features': []}
     for metric in (METRICS[name] for name in metrics):
         space = metric.space or (protocol.probs if protocol else None)
-        known = getattr(stored, metric.kind, {})
-        if space and space not in known and space not in spaces[metric.kind]:
+        present = getattr(stored, metric.kind, {})
+        if space and space not in present and space not in spaces[metric.kind]:
             spaces[metric.kind].append(space)
     return spaces
 

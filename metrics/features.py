@@ -14,7 +14,7 @@ from torch_utils import distributed
 
 
 class Detectors:
-    """The detectors, made when they are first needed. `weights`: paths or URLs by name."""
+    """The detectors, loaded when they are first needed. `weights`: paths or URLs by name."""
 
     def __init__(self, weights: dict | None = None, device=None):
         self.weights = {name: path for name, path in (weights or {}).items() if path}
@@ -38,7 +38,7 @@ def measure(batches: Iterable, num: int, detectors: Detectors, *, gaussians=(), 
     """One pass over `num` images: Gaussians of some spaces, the features themselves of some.
 
     batches  yields (positions int64 [n], images uint8 [n, C, H, W], class ids int64 [n] or None);
-             under several processes each has its share, and all get the whole result
+             under several processes each has its share, and all get the result of all
     keep     positions of the images whose features and labels are kept (default: all)
 
     Raises UserError for fewer than two images, and for features that are not finite.

@@ -376,6 +376,20 @@ def test_our_reference_files(name, tmp_path):
     assert torch.equal(found.labels, made.labels)
 
 
+def test_one_space_in_an_npz_is_what_other_programs_read(tmp_path):
+    """Bare mu and sigma; and files of earlier versions, with the name of the space before each."""
+    a = gaussian(6, 0, 50)
+    save_statistics(str(tmp_path / 'new.npz'), Statistics('', {'fd_pixels': a}))
+    with np.load(tmp_path / 'new.npz') as z:
+        np.testing.assert_array_equal(z['mu'], a.mu)
+        np.testing.assert_array_equal(z['sigma'], a.sigma)
+    np.savez(tmp_path / 'old.npz', meta=np.array('{}'), **{f'fd_pixels/{key}': value for key, value in vars(a).items()})
+    meta = np.array('{"detector": "pixels", "fingerprint": null}')
+    np.savez(tmp_path / 'long_tail.npz', mu=a.mu, sigma=a.sigma, meta=meta, num=50)
+    for name in ('new', 'old', 'long_tail'):
+        assert_same(load_statistics(str(tmp_path / f'{name}.npz')).gaussians['fd_pixels'], a)
+
+
 @pytest.mark.parametrize('protocol', range(2, 6))
 def test_published_pickles(protocol, tmp_path):
     a, b = gaussian(6, 0), gaussian(4, 1)
