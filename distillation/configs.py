@@ -7,6 +7,7 @@ further files, found from the current folder or from distillation/. Overrides ch
 `student.lr=2e-4`, `student.model=yaml/arch/24M-CNN.yaml`, `student.model.dropout=0.1`.
 """
 
+import contextlib
 import dataclasses
 import os
 from pathlib import Path
@@ -179,15 +180,18 @@ _RULES = [
 _FILES = {'model': Architecture, 'diffusion': Diffusion}
 
 
-def _merge(where: str, *configs) -> omegaconf.DictConfig:
-    """Values of the later ones win. Raises UserError that names `where` and the key."""
+@contextlib.contextmanager
+def _one_line_errors(where: str):
+    """Errors of YAML and OmegaConf as a UserError that names `where` and the key."""
     try:
-        return OmegaConf.merge(*configs)
+        yield
     except omegaconf.errors.ConfigKeyError as error:
         keys = ', '.join(error.parent_node)
         raise UserError(f'{where}: there is no key {error.full_key}; there are {keys}') from None
-    except omegaconf.errors.OmegaConfBaseException as error:
-        raise UserError(f'{where}: {error.full_key}: {str(error).splitlines()[0]}') from None
+    except (yaml.YAMLError, UnicodeDecodeError, omegaconf.errors.OmegaConfBaseException) as error:
+        key = getattr(error, 'full_key', None)
+        reason = ' '.join(str(error).partition('full_key:')[0].split())[:150]
+        raise UserError(f'{where}: {key}: {reason}' if key else f'{where}: {reason}') from None
 
 
 def _load(path: str, what: str) -> omegaconf.DictConfig:
@@ -195,26 +199,20 @@ def _load(path: str, what: str) -> omegaconf.DictConfig:
     places = [place for place in (Path(path), FOLDER / path) if place.is_file()]
     if not places:
         raise UserError(f'{what}: there is no file {path}')
-    try:
+    with _one_line_errors(f'{path} is not YAML'):
         content = OmegaConf.load(places[0])
-    except (yaml.YAMLError, UnicodeDecodeError, omegaconf.errors.OmegaConfBaseException) as error:
-        raise UserError(f'{path} is not YAML ({" ".join(str(error).split())[:150]})') from None
     if not isinstance(content, omegaconf.DictConfig):
         raise UserError(f'{path} is not a configuration: it has no keys')
     return content
 
 
 def _parse(override: str) -> omegaconf.DictConfig:
-    """The configuration with the one value that `a.b=c` sets; nothing after the = is an empty
-    text.
-    """
+    """The configuration with the one value that `a.b=c` sets; nothing after = is an empty text."""
     name, equals, value = override.partition('=')
     if not equals or not all(part.isidentifier() for part in name.split('.')):
         raise UserError(f'{override!r}: overrides are written key=value, e.g. student.lr=2e-4')
-    try:
+    with _one_line_errors(override):
         return OmegaConf.from_dotlist([override if value else override + '""'])
-    except (yaml.YAMLError, omegaconf.errors.OmegaConfBaseException) as error:
-        raise UserError(f'{override!r}: {str(error).splitlines()[0]}') from None
 
 
 def _open_files(config, prefix: str = ''):
@@ -223,7 +221,8 @@ def _open_files(config, prefix: str = ''):
         value = config[key]
         if key in _FILES and isinstance(value, str):
             content = _load(value, prefix + key)
-            config[key] = _merge(value, OmegaConf.structured(_FILES[key]), content)
+            with _one_line_errors(value):
+                config[key] = OmegaConf.merge(OmegaConf.structured(_FILES[key]), content)
         elif isinstance(value, omegaconf.DictConfig):
             _open_files(value, f'{prefix}{key}.')
 
@@ -241,17 +240,18 @@ def _read(schema, path: str, content, overrides):
     parsed = {text: _parse(text) for text in overrides}
     # Names of files come first, so that other overrides can change what is in them.
     files = [text for text in parsed if text.partition('=')[0].split('.')[-1] in _FILES]
-    config = _merge(path, content, *(parsed[text] for text in files))
-    _open_files(config)
-    config = _merge(path, OmegaConf.structured(schema), config)
-    for text in parsed:
-        if text not in files:
-            config = _merge(text, config, parsed[text])
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise UserError(f'{path}: {missing[0]} is missing')
-    _check(config)
-    return OmegaConf.to_object(config)
+    with _one_line_errors(path):
+        config = OmegaConf.merge(content, *(parsed.pop(text) for text in files))
+        _open_files(config)
+        config = OmegaConf.merge(OmegaConf.structured(schema), config)
+        for text, override in parsed.items():
+            with _one_line_errors(text):
+                config = OmegaConf.merge(config, override)
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise UserError(f'{path}: {missing[0]} is missing')
+        _check(config)
+        return OmegaConf.to_object(config)
 
 
 def read_experiment(path: str, overrides=()) -> Experiment:

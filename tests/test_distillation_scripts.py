@@ -151,6 +151,7 @@ BAD_CONFIGS = {
     'no key lr; there are teacher, student': ['lr=1'],
     'no key teacher.foo': ['teacher.foo.bar=1'],
     "student.lr: Value 'fast'": ['student.lr=fast'],
+    'student.lr: Interpolation key': ['student.lr=${speed}'],
     'student.model: there is no file none.yaml': ['student.model=none.yaml'],
     "overrides are written key=value": ['student.lr'],
     'schedule_sampler': ['student.schedule_sampler=loss-second-moment'],
