@@ -55,7 +55,7 @@ class ClassWriter:
         finished = Record.load(self.json)
         begun = Record.load(self.part_json)
         record = begun or finished or Record([], made_by)
-        wanted = dict.fromkeys(record.made_by) | made_by  # also what is no longer given has changed
+        wanted = dict.fromkeys(record.made_by) | made_by  # what is no longer given has changed
         require_same(f'class {self.label} in {self.folder}', record.made_by, wanted,
                      'choose another folder, or remove it')
         if finished is None and os.path.exists(self.npy):

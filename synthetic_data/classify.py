@@ -88,8 +88,8 @@ def open_classifier(path: str, model: str | None = None, num_classes: int | None
 
 
 @torch.no_grad()
-def accuracy(net, dataset, attack: Attack | None = None, batch: int = 256, seed: int = 0,
-             progress: bool = False) -> dict:
+def accuracy(net, dataset, attack: Attack | None = None, batch: int = 256,
+             seed: int = 0) -> dict:
     """{'clean', 'robust'}: the part of a labelled data set's images that `net` classifies
     correctly, and that is still correct under `attack`, None without one.
 
@@ -98,8 +98,7 @@ def accuracy(net, dataset, attack: Attack | None = None, batch: int = 256, seed:
     device = next(net.parameters()).device
     clean = 0
     robust = 0
-    hidden = None if progress else True  # None: on a terminal only
-    for start in tqdm(range(0, len(dataset), batch), unit='batch', delay=2, disable=hidden):
+    for start in tqdm(range(0, len(dataset), batch), unit='batch', delay=2, disable=None):
         indices = np.arange(start, min(start + batch, len(dataset)))
         images = torch.from_numpy(dataset.images(indices)).to(device).float() / 255
         labels = torch.from_numpy(dataset.label_ids[indices]).to(device)

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from dnnlib import UserError, cli, options, util
+from studies import save_table
 from synthetic_data import train_classifier
 from synthetic_data.mixture import GeneratedImages
 from torch_utils import distributed as dist
@@ -132,11 +133,6 @@ def show(summary: pd.DataFrame, eps: float):
         print(cells)
 
 
-def save_table(frame: pd.DataFrame, path: str):
-    with util.atomic_path(path) as temp:
-        frame.to_csv(temp, index=False, float_format='%.6g', lineterminator='\n')
-
-
 EXAMPLES = """\b
 Examples:
   # The study's question on CIFAR-10, on 4 GPUs
@@ -156,8 +152,7 @@ The same command goes on where it was stopped; finished classifiers are not trai
 @click.option('--selected', metavar='DIR|NPZ', help='Selected images: an .npz of select_1M.py')
 @click.option('--training', metavar='LIST', default='plain,adversarial',
               help='plain, adversarial, or both')
-@click.option('--seeds', metavar='LIST', type=cli.INT_LIST, default='0',
-              help='Classifiers of each kind, by seed')
+@options.integers('--seeds', '0', 'Classifiers of each kind, by seed')
 @train_classifier.training_options
 @options.batch_gpu
 @options.integer('--jobs', None, 'Classifiers that train at a time  [default: one for each core, '

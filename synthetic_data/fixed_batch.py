@@ -26,7 +26,8 @@ def fix_batch(net: torch.nn.Module, size: int) -> torch.nn.Module:
 
         parts = zip(*map(cut, (x, *args, *options.values())), strict=False)
         split = 1 + len(args)
-        outputs = [forward(*part[:split], **dict(zip(options, part[split:], strict=True))) for part in parts]
+        outputs = [forward(*part[:split], **dict(zip(options, part[split:], strict=True)))
+                   for part in parts]
         return torch.cat(outputs)[:len(x)]
 
     net.forward = in_parts

@@ -64,8 +64,8 @@ def open_data(config: dict):
         test = open_labelled('test', config['test'])
         if (test.image_shape, test.classes) != (data.image_shape, data.classes) \
                 or test.label_dim > data.label_dim:
-            raise UserError(f'has {test.label_dim} classes of images {list(test.image_shape)}, which '
-                            f'are not those of {data.path}: {data.label_dim} of '
+            raise UserError(f'has {test.label_dim} classes of images {list(test.image_shape)}, '
+                            f'which are not those of {data.path}: {data.label_dim} of '
                             f'{list(data.image_shape)}', 'test', test.path)
     if config['generated'] is None:
         return data, EpochShuffle(len(data), config['seed']), test
@@ -91,8 +91,7 @@ class TestAccuracy:
     def __call__(self, nimg: int, nets) -> dict:
         if dist.get_rank() != 0:
             return {}
-        accuracy = classify.accuracy(nets[0], self.test, self.attack, seed=self.seed,
-                                     progress=True)
+        accuracy = classify.accuracy(nets[0], self.test, self.attack, seed=self.seed)
         # A run that was killed after a test and before its checkpoint comes here twice with the
         # same numbers.
         rows = [row for row in read_accuracy(self.path) if row['nimg'] < nimg]
@@ -163,11 +162,11 @@ Examples:
 \b
   # Adversarial training on real images and a million generated ones
   torchrun --standalone --nproc_per_node=4 train_classifier.py --outdir=runs/at \\
-      --data=cifar10-train.zip --test=cifar10-test.zip --generated=npz_cifar10/1m.npz --share=0.7 \\
-      --adversarial=True
+      --data=cifar10-train.zip --test=cifar10-test.zip --generated=npz_cifar10/1m.npz \\
+      --share=0.7 --adversarial=True
 \b
-The same command resumes an interrupted run from its newest whole checkpoint. select_1M.py takes the
-snapshots."""
+The same command resumes an interrupted run from its newest whole checkpoint. select_1M.py takes
+the snapshots."""
 
 FRACTION = options.FRACTION
 NEVER = ', 0 = never'
@@ -176,7 +175,8 @@ training_options = options.together(
     click.option('--model', metavar='wrn-D-W', default='wrn-28-10',
                  help='Network, of depth D (6n + 4) and width W'),
     boolean('--normalize', False, "Normalise the input by CIFAR-10's statistics"),
-    number('--share', 0.7, 'Part of every batch that is generated, with --generated', FRACTION),
+    number('--share', 0.7, 'Part of every batch that is generated, with --generated',
+           options.FRACTION),
     click.option('--eps', metavar='FRACTION', type=common.FRACTION, default='8/255',
                  help='Largest change of a pixel by an attack'),
     click.option('--step-size', metavar='FRACTION', type=common.FRACTION, default='2/255',
@@ -190,8 +190,8 @@ training_options = options.together(
            click.FloatRange(0, 1, min_open=True, max_open=True)),
     number('--weight-decay', 5e-4, 'Weight decay', options.NOT_NEGATIVE),
     number('--ema', 0.995, 'Factor of a step in the average of weights, which is what is tested '
-                           'and saved; 0 = no average', click.FloatRange(0, 1, max_open=True)),
-    number('--smoothing', 0.1, 'Label smoothing', FRACTION),
+                           'and saved; 0 = no average', options.BELOW_ONE),
+    number('--smoothing', 0.1, 'Label smoothing', options.FRACTION),
     integer('--pad', None, 'Images are moved by up to so many pixels  [default: an eighth of the '
                            'side]', least=0),
     boolean('--xflip', True, 'Mirror half of the images'),
