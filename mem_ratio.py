@@ -100,8 +100,7 @@ def save_trajectory(path: str, rows: list[dict], title: str):
 @options.batch(64)
 @options.sampling
 def main(expdir, knn_ref, log, seeds, subdirs, batch, sampler):
-    """Measure the memorization ratio of every snapshot of a run (see calculate_metrics.py
-    memorization).
+    """Measure the memorization ratio of every snapshot of a run (calculate_metrics.py memorization).
 
     Writes a table, the curve of the ratio over training (.png), and the most memorized samples of
     the last snapshot above their training images (-pairs.png). Called again, it measures only what
@@ -110,9 +109,9 @@ def main(expdir, knn_ref, log, seeds, subdirs, batch, sampler):
 
     \b
     python mem_ratio.py --expdir=runs/00000-cifar10-2000-uncond-ddpmpp-vp-gpus8-batch512-fp32
-    torchrun --standalone --nproc_per_node=8 mem_ratio.py --expdir=RUN
-    --knn-ref=datasets/cifar10/cifar10-2000.zip \\
-        --log=RUN/ratio.json --seeds=0-9999 --subdirs --batch=512
+    torchrun --standalone --nproc_per_node=8 mem_ratio.py --expdir=RUN \\
+        --knn-ref=datasets/cifar10/cifar10-2000.zip --log=RUN/ratio.json --seeds=0-9999 --subdirs \\
+        --batch=512
     """
     dist.init()
     sampler = choose_setting({'name': 'edm'}, sampler)

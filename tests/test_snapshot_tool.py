@@ -62,6 +62,15 @@ import sys, numpy as np
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained(sys.argv[1], custom_pipeline=sys.argv[1], trust_remote_code=True)
 made = pipe(seeds=range(3), num_steps=3)
+for options in (dict(guidance=3), dict(eta=0.5, sampler='edm')):
+    try:
+        pipe(seeds=[0], **options)
+    except Exception as error:
+        assert type(error).__name__ == 'UserError', error
+    else:
+        raise AssertionError(options)
+assert not np.array_equal(pipe(seeds=[0], num_steps=3, guide=pipe, guidance=0.999, output_type='pt').images,
+                          pipe(seeds=[1], num_steps=3, output_type='pt').images)
 np.save(sys.argv[2], np.stack([np.asarray(image) for image in made.images]))
 """
 

@@ -1,7 +1,9 @@
 """Sampling from a denoiser of this project with diffusers.
 
-    from diffusers import DiffusionPipeline pipe = DiffusionPipeline.from_pretrained('FOLDER',
-    custom_pipeline='FOLDER', trust_remote_code=True) pipe(seeds=range(4)).images[0].save('0.png')
+    from diffusers import DiffusionPipeline
+    pipe = DiffusionPipeline.from_pretrained(
+        'FOLDER', custom_pipeline='FOLDER', trust_remote_code=True)
+    pipe(seeds=range(4)).images[0].save('0.png')
 """
 
 import torch

@@ -34,8 +34,9 @@ from training.diffusion.noise import (
 
 
 class Guided:
-    """A network with its labels and its guide as the denoiser D = D_guide + guidance (D_net -
-    D_guide).
+    """A network with its labels and its guide as one denoiser:
+
+    D = D_guide + guidance (D_net - D_guide).
 
     Classifier-free guidance or autoguidance, whatever the guide is. It acts at levels lo < sigma
     <= hi of `interval` (arXiv 2404.07724) and leaves the network alone elsewhere. `guidance=1`
@@ -204,8 +205,8 @@ def ancestral(denoiser, noise, levels, random, eta=1.0, clip=False):
     """DDIM (arXiv 2010.02502, Eq. 12) for the scale 1; `eta=1` is DDPM's chain, `eta=0` draws no
     noise.
 
-    x' = D + sqrt(sigma'^2 - sd^2) (x - D) / sigma + sd z, sd = eta sigma' / sigma sqrt(sigma^2 -
-    sigma'^2). `clip` clamps D to [-1, 1].
+    x' = D + sqrt(sigma'^2 - sd^2) (x - D) / sigma + sd z,
+    sd = eta sigma' / sigma sqrt(sigma^2 - sigma'^2). `clip` clamps D to [-1, 1].
     """
     x = noise.to(levels.dtype) * levels[0]
     for sigma, sigma_next in zip(levels[:-1], levels[1:], strict=True):
