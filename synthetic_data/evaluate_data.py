@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 
 from dnnlib import UserError, cli, options, util
-from studies import save_table
 from synthetic_data import train_classifier
 from synthetic_data.mixture import GeneratedImages
 from torch_utils import distributed as dist
@@ -191,8 +190,9 @@ def main(outdir, data, test, generated, selected, training, seeds, jobs, **setti
     if dist.get_rank() == 0:
         results = table(planned)
         summary = summarise(results)
-        save_table(results, os.path.join(outdir, 'results.csv'))
-        save_table(summary, os.path.join(outdir, 'summary.csv'))
+        for name, frame in (('results.csv', results), ('summary.csv', summary)):
+            with util.atomic_path(os.path.join(outdir, name)) as temp:
+                frame.to_csv(temp, index=False, float_format='%.6g', lineterminator='\n')
         show(summary, settings['eps'])
         print(f'\nresults.csv and summary.csv are in {outdir}')
     dist.shutdown()
