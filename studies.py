@@ -35,6 +35,7 @@ from dnnlib import UserError, cli, pictures, util
 ROOT = Path(__file__).resolve().parent
 WHOLE = click.IntRange(min=1)
 POSITIVE = click.FloatRange(0, min_open=True)
+NUMBERS = cli.Parsed('list', lambda text: [float(part) for part in text.split(',')])
 LEAST_HELD_OUT = 20                                            # real digits of a class
 # Runs of some hundreds of steps get further with a higher learning rate than that of the preset,
 # which soon falls.

@@ -24,7 +24,7 @@ import pandas as pd
 
 import studies
 from distillation import configs, runs
-from dnnlib import UserError, cli, util
+from dnnlib import UserError, util
 from metrics.recognition import Recognizer
 from training.data.images import open_images
 
@@ -38,23 +38,12 @@ SHARE = 0.95         # of real digits, unseen by the classifier, that count as c
 ENVIRONMENT = {'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
 
 
-def parse_rhos(text: str) -> tuple[float, ...]:
-    """'0.4,0.02' -> (0.4, 0.02)."""
-    try:
-        rhos = tuple(float(part) for part in text.split(','))
-    except ValueError:
-        rhos = (0.0,)
-    if not all(0 < rho <= 1 for rho in rhos) or len(set(rhos)) < len(rhos):
-        raise ValueError(f'{text!r} is not a list of different shares above 0, e.g. 0.4,0.02')
-    return rhos
-
-
 @dataclasses.dataclass(frozen=True)
 class Study(studies.Study):
     teacher_steps: int = studies.setting(2400, studies.WHOLE, 'Steps of the teacher')
     student_steps: int = studies.setting(1200, studies.WHOLE, 'Steps of each student')
-    rhos: tuple = studies.setting('0.4,0.02', cli.Parsed('list', parse_rhos),
-                                  'Sizes of the cache, as shares of the 50 time steps')
+    rhos: list = studies.setting('0.4,0.02', studies.NUMBERS,
+                                 'Sizes of the cache, as shares of the 50 time steps')
     batch: int = studies.setting(32, studies.WHOLE, 'Images of a step')
     teacher_samples: int = studies.setting(
         1024, click.IntRange(min=GRID_COLUMNS),
@@ -260,6 +249,8 @@ def main(study):
     Writes results.csv, samples.png (real digits, teacher, students), and a folder with the
     checkpoints of each model.
     """
+    if not all(0 < rho <= 1 for rho in study.rhos) or len(set(study.rhos)) < len(study.rhos):
+        raise UserError('give different shares above 0, e.g. 0.4,0.02', 'rhos')
     study.claim()
     convert = [studies.ROOT / 'dataset_tool.py', 'convert', '--source=digits',
                f'--dest={study.data}']

@@ -43,14 +43,6 @@ GRID_COLUMNS = 8
 MEASURES = ['fid', 'precision', 'recall', 'recognition']
 
 
-def parse_omegas(text: str) -> list[float]:
-    """'0,0.8' -> [0.0, 0.8]."""
-    try:
-        return [float(omega) for omega in text.split(',')]
-    except ValueError:
-        raise ValueError(f'{text!r}: give numbers with commas between them') from None
-
-
 @dataclasses.dataclass(frozen=True)
 class Model:
     """One network to train."""
@@ -68,7 +60,7 @@ class Study(studies.Study):
     seeds: list = studies.compared('0-2', cli.INT_LIST, 'Seeds of weights, data order and noise')
     methods: list = studies.compared(
         ','.join(METHODS), cli.Parsed('list', lambda text: text.split(',')), 'What to compare')
-    omegas: list = studies.compared('0,0.8,1.6,2.4', cli.Parsed('list', parse_omegas),
+    omegas: list = studies.compared('0,0.8,1.6,2.4', studies.NUMBERS,
                                     'Strengths of guidance to sample with')
     steps: int = studies.setting(1500, click.IntRange(min=3), 'Training steps of every model')
     batch: int = studies.setting(32, studies.WHOLE, 'Images of one step')
