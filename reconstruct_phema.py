@@ -5,7 +5,7 @@ import os
 import click
 from tqdm import tqdm
 
-from dnnlib import UserError, cli
+from dnnlib import UserError, cli, options
 from training import phema, snapshot
 
 
@@ -29,7 +29,8 @@ def reconstruct(indir, inprefix, outdir, outprefix, outstd, outkimg, batch):
     if outkimg is None:
         outkimg = max(times)
     elif outkimg not in times:
-        raise UserError(f'--outkimg={outkimg}: no snapshot of that time; there are {sorted(times)}')
+        raise UserError(f'--outkimg={outkimg}: no snapshot of that time; '
+                        f'there are {sorted(times)}')
     last = times[outkimg]
     files, in_nimg, in_std = zip(*(entry for entry in entries if entry[1] <= last), strict=True)
     prefix = files[0].prefix
@@ -55,20 +56,27 @@ def reconstruct(indir, inprefix, outdir, outprefix, outstd, outkimg, batch):
 EXAMPLES = """\b
 Examples:
   python reconstruct_phema.py --indir=training-runs/digits --outstd=0.150
-  python reconstruct_phema.py --indir=training-runs/big --outdir=phema --outstd=0.02,0.05,0.10,0.15,0.20 --batch=2"""
+  python reconstruct_phema.py --indir=training-runs/big --outdir=phema \\
+      --outstd=0.02,0.05,0.10,0.15,0.20 --batch=2"""
 
 
 @click.command(cls=cli.Command, epilog=EXAMPLES)
-@click.option('--indir', metavar='DIR', required=True, help='Run with snapshots PREFIX-KIMG-STD.pkl')
+@click.option('--indir', metavar='DIR', required=True,
+              help='Run with snapshots PREFIX-KIMG-STD.pkl')
 @click.option('--inprefix', metavar='TEXT', help='Which snapshots, if there are several kinds')
 @click.option('--outdir', metavar='DIR', help='Where to write  [default: --indir]')
-@click.option('--outprefix', metavar='TEXT', help='Start of the new names  [default: phema, or the prefix of the inputs]')
+@click.option('--outprefix', metavar='TEXT',
+              help='Start of the new names  [default: phema, or the prefix of the inputs]')
 @click.option('--outstd', metavar='LIST', type=cli.Parsed('list', parse_stds), required=True,
               help='Relative widths, e.g. 0.05,0.1')
-@click.option('--outkimg', metavar='KIMG', type=int, help='Training time of the result  [default: the latest snapshot]')
-@click.option('--batch', metavar='INT', type=click.IntRange(min=1), help='Widths at a time, to save memory  [default: all]')
+@click.option('--outkimg', metavar='KIMG', type=int,
+              help='Training time of the result  [default: the latest snapshot]')
+@options.integer('--batch', None, 'Widths at a time, to save memory  [default: all]')
 def main(**opts):
-    """Reconstruct networks with any EMA width from the snapshots of a run (arXiv 2312.02696, Section 3)."""
+    """Reconstruct networks with any EMA width from the snapshots of a run.
+
+    See arXiv 2312.02696, Section 3.
+    """
     for path in reconstruct(**opts):
         print(path)
 

@@ -1,4 +1,4 @@
-"""Train diffusion models with the EDM recipe, on data sets whose size sets the length of the run."""
+"""Train diffusion models with the EDM recipe, for as long as the size of the data set says."""
 
 import json
 import os
@@ -22,28 +22,38 @@ from training.snapshot import copy_weights, load_snapshot
 
 # The published architectures (arXiv 2206.00364, Table 1 and Appendix F); options override widths,
 # blocks, attention and embedding.
-_SONG = dict(model_type='SongUNet', decoder_type='standard', model_channels=128, channel_mult=[2, 2, 2],
-             num_blocks=4, attn_resolutions=[16])
+_SONG = dict(model_type='SongUNet', decoder_type='standard', model_channels=128,
+             channel_mult=[2, 2, 2], num_blocks=4, attn_resolutions=[16])
 ARCHITECTURES = {
-    'ddpmpp': _SONG | dict(embedding_type='positional', encoder_type='standard', channel_mult_noise=1,
-                           resample_filter=[1, 1]),
-    'ncsnpp': _SONG | dict(embedding_type='fourier', encoder_type='residual', channel_mult_noise=2,
-                           resample_filter=[1, 3, 3, 1]),
-    'adm': dict(model_type='DhariwalUNet', model_channels=192, channel_mult=[1, 2, 3, 4], num_blocks=3,
-                attn_resolutions=[32, 16, 8]),
+    'ddpmpp': _SONG | dict(embedding_type='positional', encoder_type='standard',
+                           channel_mult_noise=1, resample_filter=[1, 1]),
+    'ncsnpp': _SONG | dict(embedding_type='fourier', encoder_type='residual',
+                           channel_mult_noise=2, resample_filter=[1, 3, 3, 1]),
+    'adm': dict(model_type='DhariwalUNet', model_channels=192, channel_mult=[1, 2, 3, 4],
+                num_blocks=3, attn_resolutions=[32, 16, 8]),
 }
 # Name of the loss -> class of the network, sampler.
-PRECONDITIONINGS = {'vp': ('VPPrecond', 'edm'), 've': ('VEPrecond', 'edm'), 'edm': ('EDMPrecond', 'edm')}
-PLACES = ('outdir', 'desc', 'nosubdir', 'dry_run', 'wandb', 'allow_changes')  # no part of what is trained
+PRECONDITIONINGS = {
+    'vp': ('VPPrecond', 'edm'),
+    've': ('VEPrecond', 'edm'),
+    'edm': ('EDMPrecond', 'edm'),
+}
+# Options that are no part of what is trained.
+PLACES = ('outdir', 'desc', 'nosubdir', 'dry_run', 'wandb', 'allow_changes')
 # What fields of the recipe are called among the options.
 OPTION_NAMES = dict(optim='optimizer', mode='ema_mode', halflife_kimg='ema', rampup_kimg='rampup',
                     class_name='precond', model_type='arch', model_channels='num_channels')
 # Argument of the network -> option that sets it.
 OVERRIDES = dict(channel_mult='cres', num_blocks='num_blocks', attn_resolutions='attn_resolutions',
                  embedding_type='embed', skip_connections='skip_connections')
-# Options that count only together with another, and are refused elsewhere: (option, default, other option, its values).
-DEPENDENT = [('momentum', 0.9, 'optimizer', ['SGD']), ('final_ema', 0.99929, 'ema_mode', ['mode4']),
-             ('ema', 0.5, 'ema_mode', ['mode1', 'mode2', 'mode4']), ('embed', None, 'arch', ['ddpmpp', 'ncsnpp'])]
+# Options that count only together with another, and are refused elsewhere: (option, default, other
+# option, its values).
+DEPENDENT = [
+    ('momentum', 0.9, 'optimizer', ['SGD']),
+    ('final_ema', 0.99929, 'ema_mode', ['mode4']),
+    ('ema', 0.5, 'ema_mode', ['mode1', 'mode2', 'mode4']),
+    ('embed', None, 'arch', ['ddpmpp', 'ncsnpp']),
+]
 
 
 def build_config(opts: dict) -> dict:
@@ -58,10 +68,11 @@ def build_config(opts: dict) -> dict:
         raise UserError('must be at least 1', field='batch', value=config['batch'])
     widths = {config['cbase'], config['num_channels']} - {None}
     if len(widths) > 1:
-        raise UserError(f'--cbase={config["cbase"]} contradicts --num-channels={config["num_channels"]}; '
-                        'give one of them')
-    network = dict(ARCHITECTURES[config['arch']], dropout=config['dropout'], precision=config['precision'],
-                   class_name=PRECONDITIONINGS[config['precond']][0])
+        raise UserError(f'contradicts --num-channels={config["num_channels"]}; give one of them',
+                        'cbase', config['cbase'])
+    network = ARCHITECTURES[config['arch']] | dict(
+        dropout=config['dropout'], precision=config['precision'],
+        class_name=PRECONDITIONINGS[config['precond']][0])
     overrides = {key: config[option] for key, option in OVERRIDES.items()} | dict(
         model_channels=next(iter(widths), None),
         augment_dim=_augmentation(config).label_dim if config['augment'] else None)
@@ -74,7 +85,7 @@ def _augmentation(config):
 
 
 def schedule(config: dict, num_images: int) -> dict:
-    """Length of the run, EMA half-life and learning-rate ramp in thousands of images, and 50,000 / size."""
+    """Length of the run, EMA half-life and learning-rate ramp in kimg, and 50,000 / size."""
     size = num_images if config['duration_rule'] == 'scaled' else 50_000
     return memorization_scaling(size, config['duration'], config['ema'] or 0, config['rampup'])
 
@@ -84,15 +95,17 @@ def prepare(config: dict):
 
     Raises UserError where they do not fit together.
     """
-    dataset, encoder, shape = recipe.open_data(config['data'], config['cond'], xflip=config['xflip'],
-                                               cache=config['cache'])
+    dataset, encoder, shape = recipe.open_data(
+        config['data'], config['cond'], xflip=config['xflip'], cache=config['cache'])
     network = config['network'] | shape
     width = network['model_channels']
     levels = [shape['img_resolution'] >> level for level in range(len(network['channel_mult']))]
     if levels[-1] < 1:
-        raise UserError(f'--cres: {len(levels)} resolutions are too many for {levels[0]}x{levels[0]} images')
+        raise UserError(f'{len(levels)} resolutions are too many for images of '
+                        f'{levels[0]}x{levels[0]} pixels', 'cres')
     if config['attn_resolutions'] and not set(levels) & set(config['attn_resolutions']):
-        dist.print0(f'Note: --attn-resolutions names none of the resolutions of this network: {levels}')
+        dist.print0('Note: --attn-resolutions names none of the resolutions of this network: '
+                    f'{levels}')
     if width % 2:
         raise UserError('must be even', field='num_channels', value=width)
     build_network(**network)                                    # fails early for what does not fit
@@ -102,16 +115,17 @@ def prepare(config: dict):
 
 def run_name(config: dict, dataset, desc: str | None) -> str:
     """Name of the run's folder after its number."""
-    parts = [dataset.name, 'cond' if dataset.has_labels else 'uncond', config['arch'], config['precond'],
-             f'gpus{dist.get_world_size()}', f'batch{config["batch"]}', config['precision']]
+    parts = [dataset.name, 'cond' if dataset.has_labels else 'uncond', config['arch'],
+             config['precond'], f'gpus{dist.get_world_size()}', f'batch{config["batch"]}',
+             config['precision']]
     return '-'.join(parts + [desc] * bool(desc))
 
 
 def choose_run(config: dict, outdir: str, name: str, nosubdir: bool, total_kimg: int):
     """(folder, checkpoint to start from or None, seed) of the run. Nothing is written.
 
-    Without --resume that is the newest run of this name and these options that is not finished, else
-    a new one.
+    Without --resume that is the newest run of this name and these options that is not finished,
+    else a new one.
     """
     resume = config['resume']
     seeds = [config['seed']]
@@ -140,7 +154,7 @@ def choose_run(config: dict, outdir: str, name: str, nosubdir: bool, total_kimg:
     return folder or runs.next_folder(outdir, name), resume, seed
 
 
-def recipe_of(config: dict, dataset, encoder, network: dict, plan: dict, seed: int) -> recipe.Recipe:
+def recipe_of(config, dataset, encoder, network: dict, plan: dict, seed: int) -> recipe.Recipe:
     """The recipe of the settings; `network` and `plan` are those of `prepare`."""
     tick = round(config['tick'] * 1000)
     momentum = {'momentum': config['momentum']} if config['optimizer'] == 'SGD' else {}
@@ -151,20 +165,24 @@ def recipe_of(config: dict, dataset, encoder, network: dict, plan: dict, seed: i
         loss={'name': config['precond'], 'augment': config['augment']},
         optim={'name': config['optimizer'], 'weight_decay': config['weight_decay'], **momentum},
         learning_rate={'name': 'edm', 'lr': config['lr'], 'rampup_kimg': plan['lr_rampup_kimg']},
-        averages={'name': 'memorization', 'mode': config['ema_mode'], 'final_ema': config['final_ema'],
-                  'halflife_kimg': plan['ema_halflife_kimg'], 'data_ratio': plan['data_ratio']},
-        encoder=encoder.config(), sampler={'name': PRECONDITIONINGS[config['precond']][1]}, bad_gradients=(0, 1e5, -1e5),
-        snapshot_dtype='float32', status=tick, snapshot=config['snap'] * tick or None,
+        averages={'name': 'memorization', 'mode': config['ema_mode'],
+                  'final_ema': config['final_ema'], 'halflife_kimg': plan['ema_halflife_kimg'],
+                  'data_ratio': plan['data_ratio']},
+        encoder=encoder.config(), sampler={'name': PRECONDITIONINGS[config['precond']][1]},
+        bad_gradients=(0, 1e5, -1e5), snapshot_dtype='float32', status=tick,
+        snapshot=config['snap'] * tick or None,
         checkpoint=config['dump'] * tick or None, compile=config['compile'],
         **{key: config[key] for key in options.MACHINE})
 
 
-def train(config: dict, outdir: str, desc: str | None = None, nosubdir: bool = False, **running) -> str:
+def train(config: dict, outdir: str, desc=None, nosubdir: bool = False, **running) -> str:
     """Trains by the settings; `running` goes to `recipe.fit`. Returns the run's folder."""
     dist.init()
     dataset, encoder, network, plan = prepare(config)
-    chosen = choose_run(config, outdir, run_name(config, dataset, desc), nosubdir, plan['total_kimg']) \
-        if dist.get_rank() == 0 else None
+    chosen = None
+    if dist.get_rank() == 0:
+        name = run_name(config, dataset, desc)
+        chosen = choose_run(config, outdir, name, nosubdir, plan['total_kimg'])
     run_dir, resume_from, seed = dist.broadcast_object(chosen)
     rules = recipe_of(config, dataset, encoder, network, plan, seed)
     net = recipe.new_network(rules)
@@ -174,11 +192,13 @@ def train(config: dict, outdir: str, desc: str | None = None, nosubdir: bool = F
         taken, total = copy_weights(source.net, net, f'--transfer={config["transfer"]}')
         dist.print0(f'Weights: {taken} of {total} tensors of {config["transfer"]}')
     batches = DatasetBatches(
-        dataset, encoder, dist.get_device(), seed, workers=config['workers'], resident=config['cache'],
+        dataset, encoder, dist.get_device(), seed, workers=config['workers'],
+        resident=config['cache'],
         order=WindowShuffle(len(dataset), seed, window=config['window_size']))
+    loss = LOSSES[config['precond']](augment=_augmentation(config))
     with renamed_fields(**OPTION_NAMES):
-        recipe.fit(rules, run_dir, net, LOSSES[config['precond']](augment=_augmentation(config)), batches,
-                   options=config | dict(seed=seed, schedule=plan), resume_from=resume_from,
+        recipe.fit(rules, run_dir, net, loss, batches, resume_from=resume_from,
+                   options=config | dict(seed=seed, schedule=plan),
                    callbacks=[recipe.sample_grids(run_dir, encoder, dataset, rules)], **running)
     return run_dir
 
@@ -201,15 +221,17 @@ EXAMPLES = """\b
 Examples:
   # 2000 pictures of CIFAR-10 at 16x16, on 8 GPUs
   torchrun --standalone --nproc_per_node=8 train.py --outdir=runs \\
-      --data=datasets/cifar10/data_dimension/cifar10-16x16-2000.zip --cond=0 --arch=ddpmpp --precond=vp --augment=0.0 \\
-      --window-size=0.0 --seed=1024 --duration=2000 --num-blocks=2 --num-channels=128 --lr=2e-4 --attn-resolutions=8
+      --data=datasets/cifar10/data_dimension/cifar10-16x16-2000.zip --cond=0 --arch=ddpmpp \\
+      --precond=vp --augment=0.0 --window-size=0.0 --seed=1024 --duration=2000 --num-blocks=2 \\
+      --num-channels=128 --lr=2e-4 --attn-resolutions=8
 \b
   # On a CPU: handwritten digits, a small network, 300,000 images
-  python train.py --outdir=runs --data=datasets/digits.zip --duration=0.3 --duration-rule=fixed --rampup=0.02 --batch=128 \\
-      --num-channels=32 --num-blocks=1 --cres=1,2 --augment=0 --ema_mode=mode1 --tick=20 --snap=5 --dump=5
+  python train.py --outdir=runs --data=datasets/digits.zip --duration=0.3 --duration-rule=fixed \\
+      --rampup=0.02 --batch=128 --num-channels=32 --num-blocks=1 --cres=1,2 --augment=0 \\
+      --ema_mode=mode1 --tick=20 --snap=5 --dump=5
 \b
-A run is OUTDIR/00000-DATA-uncond-ddpmpp-vp-gpus8-batch512-fp32, each with the next number. The same command goes on
-with the newest run of that name and these options that is not finished."""
+A run is OUTDIR/00000-DATA-uncond-ddpmpp-vp-gpus8-batch512-fp32, each with the next number. The
+same command goes on with the newest run of that name and these options that is not finished."""
 
 
 @click.command(cls=cli.Command, epilog=EXAMPLES)
@@ -218,32 +240,35 @@ with the newest run of that name and these options that is not finished."""
     boolean('--cond', False, 'Train on class labels'),
     choice('--arch', 'ddpmpp', 'Network', ARCHITECTURES),
     choice('--precond', 'edm', 'Preconditioning and loss', PRECONDITIONINGS),
-    mimg('--duration', 200, 'Millions of training images if there are 50,000 different ones', options.POSITIVE),
-    choice('--duration-rule', 'scaled', 'scaled: --duration, --ema and --rampup shrink with the data set, so '
-           'that each image is seen as often; fixed: they count as they are', ['scaled', 'fixed']),
+    mimg('--duration', 200, 'Millions of training images if there are 50,000 different ones',
+         options.POSITIVE),
+    choice('--duration-rule', 'scaled', 'scaled: --duration, --ema and --rampup shrink with the '
+           'data set, so that each image is seen as often; fixed: they count as they are',
+           ['scaled', 'fixed']),
     nimg('--batch', 512, 'Images of one step'),
     integer('--cbase', None, 'Another name of --num-channels'),
-    integers('--cres', None, 'Width of each resolution in --num-channels  [default: 2,2,2; adm 1,2,3,4]'),
+    integers('--cres', None, 'Width of each resolution in --num-channels  '
+             '[default: 2,2,2; adm 1,2,3,4]'),
     number('--lr', 10e-4, 'Learning rate'),
     mimg('--ema', None, 'Half-life of the average of weights  [default: 0.5]'),
     mimg('--rampup', 10, 'The learning rate grows from zero over so many images'),
     number('--dropout', 0.13, 'Dropout probability', options.BELOW_ONE),
     number('--augment', 0.12, 'Augmentation probability, 0 = no augmentation', options.FRACTION),
     boolean('--xflip', False, 'Add the mirror images to the data'),
-    number('--window-size', 0.5, 'Share of the data within which its order changes, 0 = one order for ever',
-           options.FRACTION),
+    number('--window-size', 0.5, 'Share of the data within which its order changes, '
+           '0 = one order for ever', options.FRACTION),
     integer('--num-blocks', None, 'Blocks of a resolution  [default: 4; adm 3]'),
     integer('--num-channels', None, 'Width of the network  [default: 128; adm 192]'),
     choice('--embed', None, 'Embedding of noise levels  [default: positional; ncsnpp fourier]',
            ['positional', 'fourier']),
     integers('--attn-resolutions', None, 'Resolutions with attention  [default: 16; adm 32,16,8]'),
-    choice('--ema_mode', 'mode2', "Average of weights. mode1: EDM's, --ema for each image; mode2: for 512 "
-           'images, relative to the size of the data; mode3: half-life 0.5 Mimg whatever the data; mode4: '
-           'as mode2, towards --final-ema', EMA_MODES),
-    number('--final-ema', None, 'Factor of each step that mode4 ends with (at batch 512)  [default: 0.99929]',
-           click.FloatRange(0, 1, min_open=True, max_open=True)),
-    integers('--skip-connections', None, '0 or 1 for each layer of the encoder, from the input down: '
-             '(num_blocks + 1) x resolutions of them, e.g. [1,0,1,1,0,1]  [default: all 1]',
+    choice('--ema_mode', 'mode2', "Average of weights. mode1: EDM's, --ema for each image; mode2: "
+           'for 512 images, relative to the size of the data; mode3: half-life 0.5 Mimg whatever '
+           'the data; mode4: as mode2, towards --final-ema', EMA_MODES),
+    number('--final-ema', None, 'Factor of each step that mode4 ends with (at batch 512)  '
+           '[default: 0.99929]', click.FloatRange(0, 1, min_open=True, max_open=True)),
+    integers('--skip-connections', None, '0 or 1 for each layer of the encoder, from the input '
+             'down: (num_blocks + 1) x resolutions of them, e.g. [1,0,1,1,0,1]  [default: all 1]',
              cli.Parsed('list', parse_skips)),
     number('--weight-decay', 0.0, 'Weight decay of the optimizer', options.NOT_NEGATIVE),
     choice('--optimizer', 'Adam', 'Optimizer', ['Adam', 'SGD']),
@@ -262,19 +287,23 @@ with the newest run of that name and these options that is not finished."""
                  help='Seed of weights, data order and noise  [default: random]'),
     click.option('--transfer', metavar='PKL|URL',
                  help='Start from the weights of a snapshot, of this project or of EDM'),
-    click.option('--transfer-sha256', metavar='HEX', help='SHA-256 that the file of --transfer must have'),
+    click.option('--transfer-sha256', metavar='HEX',
+                 help='SHA-256 that the file of --transfer must have'),
     click.option('--resume', metavar='PT|DIR',
-                 help='DIR: go on with that run, in its folder; PT: a new run that goes on from this training '
-                      'state. Without: the newest unfinished run of these options, if there is one'))
+                 help='DIR: go on with that run, in its folder; PT: a new run that goes on from '
+                      'this training state. Without: the newest unfinished run of these options, '
+                      'if there is one'))
 def main(outdir, desc, nosubdir, dry_run, wandb, allow_changes, **opts):
     """Train a diffusion model with the EDM recipe, for the study of memorization.
 
-    On one process, or under torchrun on any number of GPUs; the result does not depend on the number of processes.
+    On one process, or under torchrun on any number of GPUs; the result does not depend on the
+    number of processes.
     """
     for key in ('data', 'transfer', 'resume'):
         opts[key] = opts[key] and opts[key].rstrip('/')
     if opts['resume'] and not os.path.exists(opts['resume']):
-        raise UserError(f'--resume={opts["resume"]} does not exist; give a training-state-*.pt or the folder of a run')
+        raise UserError('does not exist; give a training-state-*.pt or the folder of a run',
+                        'resume', opts['resume'])
     if desc and '/' in desc:
         raise UserError(f'--desc={desc} becomes part of a folder name; leave out the slash')
     config = build_config(opts)

@@ -28,7 +28,7 @@ PRESETS = {name: dict(zip(_KEYS, values, strict=True)) for name, values in {
     'edm2-img64-m':    (2048 << 20, 2048, 256, 0.0090, 35000, 0.10, -0.8, 1.6),
     'edm2-img64-l':    (1024 << 20, 2048, 320, 0.0080, 35000, 0.10, -0.8, 1.6),
     'edm2-img64-xl':   ( 640 << 20, 2048, 384, 0.0070, 35000, 0.10, -0.8, 1.6),
-    # Multi-source study (arXiv 2502.14583): latents of 256x256; number of classes, images of each class.
+    # Multi-source study (arXiv 2502.14583): latents of 256x256; classes, images of each class.
     'edm2-img256-xs-1c-100':       (  48 << 20, 2048, 128, 0.004, 4000, 0.00, -0.4, 1.0),
     'edm2-img256-xs-1c-500':       ( 128 << 20, 2048, 128, 0.004, 2000, 0.00, -0.4, 1.0),
     'edm2-img256-xs-1c-1000':      ( 176 << 20, 2048, 128, 0.005, 2500, 0.00, -0.4, 1.0),
@@ -49,7 +49,8 @@ PRESETS = {name: dict(zip(_KEYS, values, strict=True)) for name, values in {
 for _name, _preset in PRESETS.items():
     _preset['lr_schedule'] = 'multisource' if 'img256' in _name else 'edm2'
 PRESETS['digits'] |= dict(
-    rampup_Mimg=0.02, ema_stds=[0.05, 0.10], intervals=dict(status=8 << 10, snapshot=72 << 10, checkpoint=24 << 10),
+    rampup_Mimg=0.02, ema_stds=[0.05, 0.10],
+    intervals=dict(status=8 << 10, snapshot=72 << 10, checkpoint=24 << 10),
     network=dict(channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], channels_per_head=32))
 INTERVALS = dict(status=128 << 10, snapshot=8 << 20, checkpoint=128 << 20)  # of all other presets
 
@@ -57,7 +58,8 @@ INTERVALS = dict(status=128 << 10, snapshot=8 << 20, checkpoint=128 << 20)  # of
 def build_config(opts: dict) -> dict:
     """All settings of a run, from the preset and the options that override it."""
     preset = PRESETS[opts['preset']]
-    config = {key: opts[key] for key in ('preset', 'data', 'cond', 'seed', 'compile', *options.MACHINE)}
+    config = {key: opts[key] for key in
+              ('preset', 'data', 'cond', 'seed', 'compile', *options.MACHINE)}
     for key in (*_KEYS, 'lr_schedule'):
         config[key] = preset[key] if opts[key] is None else opts[key]
     for key, default in (INTERVALS | preset.get('intervals', {})).items():
@@ -69,12 +71,12 @@ def build_config(opts: dict) -> dict:
     return config | dict(
         rampup_Mimg=preset.get('rampup_Mimg', 10), ema_stds=preset.get('ema_stds', [0.05, 0.10]),
         precision=precision,
-        network=dict(class_name='Precond', model_channels=config['channels'], dropout=config['dropout'],
-                     precision=precision, **preset.get('network', {})))
+        network=dict(class_name='Precond', model_channels=config['channels'],
+                     dropout=config['dropout'], precision=precision, **preset.get('network', {})))
 
 
 def prepare(config: dict):
-    """(data set, encoder, recipe) of the settings; raises UserError where they do not fit together."""
+    """(data set, encoder, recipe); raises UserError where the settings do not fit together."""
     dataset, encoder, shape = recipe.open_data(config['data'], config['cond'])
     return dataset, encoder, recipe.Recipe(
         batch=config['batch'], total_nimg=config['duration'], seed=config['seed'],
@@ -85,7 +87,8 @@ def prepare(config: dict):
                        'rampup_Mimg': config['rampup_Mimg']},
         averages={'name': 'power', 'stds': config['ema_stds']}, encoder=encoder.config(),
         sampler={'name': 'edm2'},
-        **{key: config[key] for key in ('status', 'snapshot', 'checkpoint', 'compile', *options.MACHINE)})
+        **{key: config[key] for key in
+           ('status', 'snapshot', 'checkpoint', 'compile', *options.MACHINE)})
 
 
 def train(config: dict, outdir: str, **running) -> int:
@@ -97,7 +100,8 @@ def train(config: dict, outdir: str, **running) -> int:
     batches = DatasetBatches(dataset, encoder, dist.get_device(), config['seed'])
     grids = recipe.sample_grids(outdir, encoder, dataset, plan)
     with renamed_fields(learning_rate='lr_schedule'):
-        return recipe.fit(plan, outdir, net, loss, batches, options=config, callbacks=[grids], **running)
+        return recipe.fit(plan, outdir, net, loss, batches, options=config, callbacks=[grids],
+                          **running)
 
 
 OF_PRESET = '  [default: of the preset]'
@@ -108,8 +112,8 @@ Examples:
   python train_edm2.py --outdir=training-runs/digits --data=datasets/digits.zip --preset=digits
 \b
   # Ten classes of ImageNet latents, 1000 images each, on 8 GPUs
-  torchrun --nproc_per_node=8 train_edm2.py --outdir=training-runs/sim3-10c-1000 \\
-      --data=datasets/latent_datasets/sim3/inet-256-10c-1000.zip --preset=edm2-img256-xs-10c-1000 --batch=8192
+  torchrun --nproc_per_node=8 train_edm2.py --outdir=training-runs/sim3-10c-1000 --batch=8192 \\
+      --data=datasets/latent_datasets/sim3/inet-256-10c-1000.zip --preset=edm2-img256-xs-10c-1000
 \b
 The same command resumes an interrupted run from its newest whole checkpoint."""
 
@@ -118,7 +122,8 @@ The same command resumes an interrupted run from its newest whole checkpoint."""
 @options.training(
     'Folder of the run: results, and where to resume from',
     boolean('--cond', True, 'Train on class labels'),
-    click.option('--preset', metavar='NAME', type=click.Choice(list(PRESETS)), default='edm2-img512-s',
+    click.option('--preset', metavar='NAME', type=click.Choice(list(PRESETS)),
+                 default='edm2-img512-s',
                  help='Settings that the options below override; one of ' + ', '.join(PRESETS)),
     nimg('--duration', None, 'Training images in all' + OF_PRESET),
     nimg('--batch', None, 'Images of one step' + OF_PRESET),
@@ -142,8 +147,8 @@ The same command resumes an interrupted run from its newest whole checkpoint."""
 def main(outdir, dry_run, wandb, allow_changes, **opts):
     """Train a diffusion model with the EDM2 recipe.
 
-    On one process, or under torchrun on any number of GPUs; the result does not depend on the number of processes.
-    NIMG takes suffixes: 64Ki, 16Mi, 1.5Gi.
+    On one process, or under torchrun on any number of GPUs; the result does not depend on the
+    number of processes. NIMG takes suffixes: 64Ki, 16Mi, 1.5Gi.
     """
     config = build_config(opts)
     if dry_run:

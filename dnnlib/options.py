@@ -136,13 +136,13 @@ def batch(default: int):
     return integer('--batch', default, 'Images at a time on each process')
 
 
-# --- Training -------------------------------------------------------------------------------------
+# --- Training -----------------------------------------------------------------------------------
 
 batch_gpu = nimg('--batch-gpu', None, 'Images of one forward pass  [default: all of a process]')
 
 
 def training(outdir_help: str, *options):
-    """Decorator: options of a command that trains; MACHINE says which of them go into its recipe."""
+    """Decorator: options of a command that trains; those in MACHINE go into its recipe."""
     return together(
         click.option('--outdir', metavar='DIR', required=True, help=outdir_help),
         click.option('--data', metavar='ZIP|DIR', required=True,
@@ -151,7 +151,8 @@ def training(outdir_help: str, *options):
         batch_gpu,
         number('--ls', 1, 'Loss scaling against underflow of float16 gradients'),
         boolean('--bench', True, 'Let cuDNN choose the fastest convolutions'),
-        click.option('--wandb', metavar='PROJECT', help='Log to Weights & Biases too, if installed'),
+        click.option('--wandb', metavar='PROJECT',
+                     help='Log to Weights & Biases too, if installed'),
         click.option('--allow-changes', is_flag=True,
                      help='Go on with a run though its settings have changed; what has is logged'),
         click.option('-n', '--dry-run', is_flag=True, help='Print the settings and exit'))

@@ -29,7 +29,8 @@ def _with_prefix(weights: dict) -> dict:
 
 
 class Checkpoints:
-    """The checkpoints in a run's folder, in the layout `training-state-<kimg>.pt`; base of the others.
+    """The checkpoints in a run's folder, in the layout `training-state-<kimg>.pt`; base of the
+    others.
 
     batch     images of a step over all processes
     describe  returns what a snapshot says besides its weights (see `training.snapshot.describe`)
@@ -57,7 +58,7 @@ class Checkpoints:
         return sorted(int(match[1]) for match in map(self.pattern.fullmatch, names) if match)
 
     def pack(self, state: dict) -> dict[str, dict]:
-        """{path: content} of the files of a checkpoint; the one that `pattern` matches is the last."""
+        """{path: content} of a checkpoint's files; the one that `pattern` matches is the last."""
         return {self.path(self.number(state['nimg'])): state}
 
     def read(self, path: str) -> dict:
@@ -65,7 +66,7 @@ class Checkpoints:
         return read_state(path)
 
     def unpack(self, content: dict, path: str) -> dict:
-        """The loop's state in what `read` returned. Raises UserError if another program made it."""
+        """The loop's state in what `read` returned. Raises UserError for other programs' files."""
         if not isinstance(content, dict) or not {'nimg', 'means'} <= set(content):
             raise UserError(f'{path} is no training state (training-state-*.pt)')
         return content
@@ -76,14 +77,14 @@ class Checkpoints:
             write_state(path, content)
 
     def load(self, path: str) -> dict:
-        """The loop's state in a checkpoint. Raises UserError if it is damaged or something else."""
+        """The loop's state in a checkpoint. Raises UserError if it is damaged or no checkpoint."""
         return self.unpack(self.read(path), path) | {'path': path}
 
     def load_newest(self, report=print) -> dict | None:
         """The newest whole checkpoint, or None. Damaged ones are reported and passed over.
 
-        Raises UserError if there are checkpoints but none can be read (training must not start anew
-        by accident), or if the newest is of another program.
+        Raises UserError if there are checkpoints but none can be read (training must not start
+        anew by accident), or if the newest is of another program.
         """
         numbers = self.numbers()
         for number in reversed(numbers):
@@ -117,9 +118,9 @@ class Checkpoints:
 class StepCheckpoints(Checkpoints):
     """`ckpt_<step>.pt` of a run on a DiscreteDenoiser: steps are counted from 0.
 
-    Keys `net_model` and `ema_model` (weights of the U-Net and their average), `optim` and `step` are
-    those of class-balancing diffusion's checkpoints. The rest is what the loop needs, and what makes
-    a checkpoint a snapshot too.
+    Keys `net_model` and `ema_model` (weights of the U-Net and their average), `optim` and `step`
+    are those of class-balancing diffusion's checkpoints. The rest is what the loop needs, and
+    what makes a checkpoint a snapshot too.
     """
 
     pattern = re.compile(r'ckpt_(\d+)\.pt')
@@ -135,7 +136,8 @@ class StepCheckpoints(Checkpoints):
     def pack(self, state):
         step = self.number(state['nimg'])
         average, = state['ema'].values()
-        loop = {key: value for key, value in state.items() if key not in ('net', 'ema', 'optimizer')}
+        loop = {key: value for key, value in state.items()
+                if key not in ('net', 'ema', 'optimizer')}
         # The average under its names in a snapshot takes no further room in the file.
         return {self.path(step): self.describe() | {
             'net_model': _without_prefix(state['net']), 'ema_model': _without_prefix(average),

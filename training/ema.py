@@ -71,9 +71,11 @@ class Averages:
         for ema in self.emas:
             for target, source in zip(ema.buffers(), net.buffers(), strict=True):
                 target.copy_(source)
-        several = len(self.averages) > 1
-        return [(ema, f'-{average.name}' if several or average.std is not None else '', average.std)
-                for ema, average in zip(self.emas, self.averages, strict=True)]
+        result = []
+        for ema, average in zip(self.emas, self.averages, strict=True):
+            named = len(self.averages) > 1 or average.std is not None
+            result.append((ema, f'-{average.name}' if named else '', average.std))
+        return result
 
     def state_dict(self) -> dict:
         """Weights of each average, by name."""

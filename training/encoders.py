@@ -1,7 +1,9 @@
-"""Pixels <-> what the network is trained on: RGB as it is, or the latents of Stable Diffusion's autoencoder.
+"""Pixels <-> what the network is trained on: RGB as it is, or the latents of Stable Diffusion's
+autoencoder.
 
-Three forms: *pixels* (uint8 [N,3,H,W]), what the archive stores (*raw*: pixels, or mean and standard deviation of the
-autoencoder's posterior, float32 [N,8,H/8,W/8]), and what the network sees (*latents*, float32).
+Three forms: *pixels* (uint8 [N,3,H,W]), what the archive stores (*raw*: pixels, or mean and
+standard deviation of the autoencoder's posterior, float32 [N,8,H/8,W/8]), and what the network
+sees (*latents*, float32).
 """
 
 import os
@@ -13,6 +15,7 @@ from dnnlib.util import UserError
 from torch_utils.random import GlobalRandom
 
 DEFAULT_VAE = 'stabilityai/sd-vae-ft-mse'
+_DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 
 
 class RGBEncoder:
@@ -25,7 +28,8 @@ class RGBEncoder:
     def latent_shape(self, raw_shape) -> tuple:
         """Shape [C,H,W] of the latents of stored images of shape [C,H,W]."""
         if raw_shape[0] not in (1, 3):
-            raise UserError(f'images with {raw_shape[0]} channels are no pixels; use the sd-vae encoder for latents')
+            raise UserError(f'images with {raw_shape[0]} channels are no pixels; '
+                            'use the sd-vae encoder for latents')
         return tuple(raw_shape)
 
     def prepare(self, device):
@@ -36,7 +40,9 @@ class RGBEncoder:
         return pixels
 
     def encode_latents(self, raw: torch.Tensor, random=None) -> torch.Tensor:
-        """Stored pixels uint8 [N,C,H,W] -> float32 in [-1, 1] on the same device. Draws nothing from `random`."""
+        """Stored pixels uint8 [N,C,H,W] -> float32 in [-1, 1] on the same device. Draws nothing
+        from `random`.
+        """
         return raw.to(torch.float32) / 127.5 - 1
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -47,12 +53,14 @@ class RGBEncoder:
 class StabilityVAEEncoder:
     """Latents of Stable Diffusion's autoencoder, whitened channel by channel.
 
-    Stored are mean and standard deviation of the posterior. A latent is z = (mean + std n) scale + bias with n normal,
-    scale = final_std/raw_std and bias = final_mean - raw_mean scale. As in EDM2, the autoencoder sees pixels in [0, 1].
+    Stored are mean and standard deviation of the posterior. A latent is z = (mean + std n) scale
+    + bias with n normal, scale = final_std/raw_std and bias = final_mean - raw_mean scale. As in
+    EDM2, the autoencoder sees pixels in [0, 1].
 
     Args:
-        vae_name:   Name on the Hugging Face hub, or a local folder. It is loaded when first needed: training on stored
-                    latents works without it as long as nothing is decoded.
+        vae_name:   Name on the Hugging Face hub, or a local folder. It is loaded when first
+                    needed: training on stored latents works without it as long as nothing is
+                    decoded.
         raw_mean, raw_std:     Statistics of unwhitened latents, per channel.
         final_mean, final_std: Those that the network sees.
         batch_size: Images that go through the autoencoder together.
@@ -61,15 +69,16 @@ class StabilityVAEEncoder:
 
     name = 'sd-vae'
 
-    def __init__(self, vae_name=DEFAULT_VAE, raw_mean=(5.81, 3.25, 0.12, -2.15), raw_std=(4.17, 4.62, 3.71, 3.28),
-                 final_mean=0, final_std=0.5, batch_size=8, precision='fp32'):
+    def __init__(self, vae_name=DEFAULT_VAE, raw_mean=(5.81, 3.25, 0.12, -2.15),
+                 raw_std=(4.17, 4.62, 3.71, 3.28), final_mean=0, final_std=0.5, batch_size=8,
+                 precision='fp32'):
         self.vae_name = vae_name
-        self._settings = dict(
-            raw_mean=list(raw_mean), raw_std=list(raw_std), final_mean=final_mean, final_std=final_std)
+        self._settings = dict(raw_mean=list(raw_mean), raw_std=list(raw_std),
+                              final_mean=final_mean, final_std=final_std)
         self.scale = final_std / torch.tensor(raw_std, dtype=torch.float32)
         self.bias = final_mean - torch.tensor(raw_mean, dtype=torch.float32) * self.scale
         self.batch_size = batch_size
-        self._dtype = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}[precision]
+        self._dtype = _DTYPES[precision]
         self._vae = None
 
     def config(self) -> dict:
@@ -77,24 +86,30 @@ class StabilityVAEEncoder:
         return {'name': self.name, 'vae_name': self.vae_name} | self._settings
 
     def latent_shape(self, raw_shape) -> tuple:
-        """Shape [C,H,W] of the latents of stored images of shape [C,H,W] (mean and std, or pixels)."""
+        """Shape [C,H,W] of the latents of stored images of shape [C,H,W] (mean and std, or
+        pixels).
+        """
         channels, height, width = raw_shape
         if channels == 2 * len(self.scale):
             return channels // 2, height, width
         if channels != 3:
-            raise UserError(f'images with {channels} channels are neither pixels nor stored latents with '
-                            f'{2 * len(self.scale)} channels; make them with dataset_tool.py encode')
+            raise UserError(f'images with {channels} channels are neither pixels nor stored '
+                            f'latents with {2 * len(self.scale)} channels; make them with '
+                            'dataset_tool.py encode')
         return len(self.scale), height // 8, width // 8
 
     def whitening(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(scale, bias), float32 [1,C,1,1] on the device of `like`: a latent is raw * scale + bias."""
+        """(scale, bias), float32 [1,C,1,1] on the device of `like`: a latent is raw * scale +
+        bias.
+        """
         # Kept on the device: a copy in every step would make the host wait.
-        if self.scale.device != like.device:
-            self.scale, self.bias = self.scale.to(like.device), self.bias.to(like.device)
+        self.scale = self.scale.to(like.device)
+        self.bias = self.bias.to(like.device)
         return self.scale.reshape(1, -1, 1, 1), self.bias.reshape(1, -1, 1, 1)
 
     def encode_latents(self, raw: torch.Tensor, random=None) -> torch.Tensor:
-        """Stored mean and std [N,8,h,w] (or pixels uint8) -> latents float32 [N,4,h,w]; one normal draw of that shape.
+        """Stored mean and std [N,8,h,w] (or pixels uint8) -> latents float32 [N,4,h,w]; one
+        normal draw of that shape.
 
         `random` has `randn_like`; torch's global generator by default.
         """
@@ -106,7 +121,9 @@ class StabilityVAEEncoder:
 
     @torch.no_grad()
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels uint8 [N,3,H,W] -> mean and standard deviation float32 [N,8,H/8,W/8] of the posterior."""
+        """Pixels uint8 [N,3,H,W] -> mean and standard deviation float32 [N,8,H/8,W/8] of the
+        posterior.
+        """
         def encode(x, vae):
             posterior = vae.encode(self._scale_pixels(x).to(self._dtype)).latent_dist
             return torch.cat([posterior.mean, posterior.std], dim=1).to(torch.float32)
@@ -115,7 +132,9 @@ class StabilityVAEEncoder:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents [N,4,h,w] -> pixels uint8 [N,3,8h,8w]: unwhitened, decoded, clamped, scaled to 0..255."""
+        """Latents [N,4,h,w] -> pixels uint8 [N,3,8h,8w]: unwhitened, decoded, clamped, scaled to
+        0..255.
+        """
         scale, bias = self.whitening(latents)
 
         def decode(x, vae):
@@ -131,9 +150,11 @@ class StabilityVAEEncoder:
         return x
 
     def _in_batches(self, function, x):
-        """Applies `function` to parts of one size, so that no image's result depends on how many there are.
+        """Applies `function` to parts of one size, so that no image's result depends on how many
+        there are.
 
-        On the GPU the last part is filled up. On the CPU parts are single images, which are no slower there.
+        On the GPU the last part is filled up. On the CPU parts are single images, which are no
+        slower there.
         """
         vae = self.prepare(x.device)
         size = self.batch_size if x.device.type == 'cuda' else 1
@@ -154,16 +175,18 @@ class StabilityVAEEncoder:
 
 
 class SimpleVAEEncoder(StabilityVAEEncoder):
-    """The multi-source project's simplified encoder: posterior samples times 0.1825, autoencoder in [-1, 1].
+    """The multi-source project's simplified encoder: posterior samples times 0.1825, autoencoder
+    in [-1, 1].
 
-    0.1825, not Stable Diffusion's 0.18215, is what that project uses. The pixels of decoded images are (x/2 + 0.5).
+    0.1825, not Stable Diffusion's 0.18215, is what that project uses. The pixels of decoded
+    images are (x/2 + 0.5).
     """
 
     name = 'sd-vae-0.1825'
 
-    def __init__(self, vae_name=DEFAULT_VAE, factor=0.1825, channels=4, batch_size=8, precision='fp32'):
-        super().__init__(vae_name, raw_mean=[0] * channels, raw_std=[1 / factor] * channels, final_mean=0, final_std=1,
-                         batch_size=batch_size, precision=precision)
+    def __init__(self, vae_name=DEFAULT_VAE, factor=0.1825, channels=4, **options):
+        super().__init__(vae_name, raw_mean=[0] * channels, raw_std=[1 / factor] * channels,
+                         final_std=1, **options)
         self.scale = torch.full([channels], float(factor))
         self.bias = torch.zeros([channels])
         self._settings = dict(factor=factor, channels=channels)
@@ -178,14 +201,16 @@ class SimpleVAEEncoder(StabilityVAEEncoder):
 def load_vae(name: str, dtype=torch.float32):
     """The `diffusers.AutoencoderKL` of a hub name or a local folder, for inference.
 
-    Raises UserError in one line if there is none. Weights are read without running code from the file.
+    Raises UserError in one line if there is none. Weights are read without running code from the
+    file.
     """
     subfolder = None
     if os.path.isdir(name):
         if not os.path.isfile(os.path.join(name, 'config.json')):
             subfolder = 'vae'  # a whole pipeline
             if not os.path.isfile(os.path.join(name, subfolder, 'config.json')):
-                raise UserError(f'autoencoder {name}: the folder has no config.json; give a folder saved by diffusers')
+                raise UserError(f'autoencoder {name}: the folder has no config.json; '
+                                'give a folder saved by diffusers')
     elif name.startswith(('/', '.', '~')) or name.count('/') != 1:
         raise UserError(f'autoencoder {name}: no such folder; give a folder saved by diffusers, '
                         f'or a hub name like {DEFAULT_VAE}')
@@ -199,8 +224,9 @@ def load_vae(name: str, dtype=torch.float32):
                 name, subfolder=subfolder, torch_dtype=dtype, low_cpu_mem_usage=False)
     except Exception as error:  # the hub client and the readers raise many kinds
         reason = ' '.join(str(error).split())[:300]
-        raise UserError(f'autoencoder {name} cannot be loaded; check --model-url and the network, '
-                        f'or download it and give its folder ({type(error).__name__}: {reason})') from None
+        raise UserError(
+            f'autoencoder {name} cannot be loaded; check its name and the network, or download it '
+            f'and give its folder ({type(error).__name__}: {reason})') from None
     return vae.eval().requires_grad_(False)
 
 
@@ -208,7 +234,9 @@ _ENCODERS = {'rgb': RGBEncoder, 'sd-vae': StabilityVAEEncoder, 'sd-vae-0.1825': 
 
 
 def make_encoder(config: dict):
-    """Encoder of a configuration such as {'name': 'rgb'} or `encoder.config()`. Raises UserError for unknown ones."""
+    """Encoder of a configuration such as {'name': 'rgb'} or `encoder.config()`. Raises UserError
+    for unknown ones.
+    """
     settings = dict(config)
     name = settings.pop('name', None)
     if name not in _ENCODERS:
@@ -216,11 +244,14 @@ def make_encoder(config: dict):
     try:
         return _ENCODERS[name](**settings)
     except TypeError as error:
-        raise UserError(f'encoder {name} does not take the settings {settings} ({error})') from None
+        raise UserError(
+            f'encoder {name} does not take the settings {settings} ({error})') from None
 
 
 def encoder_for(dataset) -> dict:
-    """Configuration of the encoder for a data set: the one its archive names, else by what it stores."""
+    """Configuration of the encoder for a data set: the one its archive names, else by what it
+    stores.
+    """
     stored = dataset.info.get('encoder')
     if stored is not None:
         return stored

@@ -73,17 +73,16 @@ class Trainer:
         if self.per_process * dist.get_world_size() != recipe.batch:
             raise UserError(f'cannot be split over {dist.get_world_size()} processes',
                             field='batch', value=recipe.batch)
-        for field in ('batch', 'total_nimg', 'batch_gpu'):
-            value = getattr(recipe, field)
-            if value is not None and value < 1:
-                raise UserError('must be at least 1', field=field.replace('total_nimg', 'duration'), value=value)
+        if recipe.batch_gpu is not None and recipe.batch_gpu < 1:
+            raise UserError('must be at least 1', field='batch_gpu', value=recipe.batch_gpu)
         self.batch_gpu = min(recipe.batch_gpu or self.per_process, self.per_process)
 
     def lr(self, nimg: int) -> float:
         """The learning rate of the step after `nimg` images."""
-        return self.lr_schedule(nimg - self.recipe.first_nimg, self.recipe.batch, **self.lr_settings)
+        nimg -= self.recipe.first_nimg
+        return self.lr_schedule(nimg, self.recipe.batch, **self.lr_settings)
 
-    # --- The run ----------------------------------------------------------------------------------
+    # --- The run --------------------------------------------------------------------------------
 
     def run(self, summary: str = '', changes=(), files=None, wandb: str | None = None) -> int:
         """Trains until `recipe.total_nimg`, or until SIGTERM or SIGINT; returns the images seen.
@@ -93,6 +92,7 @@ class Trainer:
         files    {name: text} of further files to write
         wandb    project of Weights & Biases
         """
+        total = self.recipe.total_nimg
         with self._folder(), self._signals():
             for line in (summary, self.start, *(f'Changed: {change}' for change in changes)):
                 self._log(line)
@@ -102,11 +102,11 @@ class Trainer:
             steps = self.batches.iterate(self._plan())
             start = self.nimg
             with contextlib.closing(steps), self._progress_bar() as bar:
-                while self.nimg < self.recipe.total_nimg and not dist.any_rank(self.stop_requested):
+                while self.nimg < total and not dist.any_rank(self.stop_requested):
                     self._step(steps)
                     bar.update(self.recipe.batch)
                     self._after_step()
-            if self.nimg < self.recipe.total_nimg:
+            if self.nimg < total:
                 if self.nimg > start:                          # else there is nothing to keep
                     self._save_checkpoint()
                 self._log(f'Stopped at {self.nimg} images; the same command goes on from here.')
@@ -128,7 +128,8 @@ class Trainer:
                 # The new name of broadcast_buffers is not known to older versions of torch.
                 warnings.filterwarnings('ignore', message='`broadcast_buffers` is deprecated')
                 model = torch.nn.parallel.DistributedDataParallel(
-                    model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+                    model, device_ids=devices, broadcast_buffers=False,
+                    gradient_as_bucket_view=True)
         return model
 
     def _step(self, steps):
@@ -139,7 +140,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group['lr'] = self.lr(self.nimg)
         self.optimizer.zero_grad(set_to_none=True)
-        scale = self._loss_scaling / self.per_process         # the gradient is the mean over processes
+        scale = self._loss_scaling / self.per_process   # the gradient is the mean over processes
         micro_batches = -(-self.per_process // self.batch_gpu)
         for index in range(micro_batches):
             with self._sync_if(last=index == micro_batches - 1):
@@ -161,7 +162,7 @@ class Trainer:
         return self.loss_scale.value if self.loss_scale else self.recipe.ls
 
     def _clean_gradients(self) -> bool:
-        """Brings the gradients to their own scale; False if they overflowed: the step is skipped."""
+        """Brings the gradients to their own scale; False if they overflowed, to skip the step."""
         scaling = self._loss_scaling
         grads = [p.grad for p in self.net.parameters() if p.grad is not None]
         if self.loss_scale and not self.loss_scale.update(grads):
@@ -220,7 +221,7 @@ class Trainer:
             for name, handler in previous.items():
                 signal.signal(name, handler)
 
-    # --- Files ------------------------------------------------------------------------------------
+    # --- Files ----------------------------------------------------------------------------------
 
     def _path(self, name):
         return os.path.join(self.run_dir, name)
@@ -255,8 +256,8 @@ class Trainer:
             batches = state['batches'][dist.get_rank()]
             self.batches.load_state_dict(self.checkpoints.load_share(path, batches))
         elif any(state['batches']):
-            raise UserError(f'{path} was trained by {len(state["batches"])} processes and its batches '
-                            f'have a state for each: resume with as many')
+            raise UserError(f'{path} was trained by {len(state["batches"])} processes and its '
+                            f'batches have a state for each: resume with as many')
         if self.loss_scale and 'loss_scale' in state:         # a run on a CPU has none
             self.loss_scale.load_state_dict(state['loss_scale'])
         self.nimg = state['nimg']
@@ -287,7 +288,7 @@ class Trainer:
                 pictures.save_loss_curve(self._path('stats.jsonl'), self._path('loss.png'))
         dist.barrier()
 
-    # --- Logs -------------------------------------------------------------------------------------
+    # --- Logs -----------------------------------------------------------------------------------
 
     def _open_logs(self, changes, files, wandb_project):
         self._session_start = self._tick_start = time.time()
@@ -316,7 +317,7 @@ class Trainer:
                                      id=os.path.basename(os.path.abspath(self.run_dir)))
 
     def _trim_stats(self):
-        """Drops what was logged after the checkpoint that we resume from, and a line cut in half."""
+        """Drops what was logged after the checkpoint that we resume from, and half a line."""
         path = self._path('stats.jsonl')
         if not os.path.exists(path):
             return
@@ -349,7 +350,7 @@ class Trainer:
         return self.train_seconds + time.time() - self._session_start
 
     def _report(self):
-        """One line for the log, one for `stats.jsonl`, scalars for TensorBoard: since the last report."""
+        """A line for the log and one for `stats.jsonl`, scalars for TensorBoard."""
         means = self.means.report()                           # waits for the device
         now = time.time()
         speed = (self.nimg - self._tick_nimg) / max(now - self._tick_start, 1e-9)

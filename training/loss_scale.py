@@ -1,10 +1,12 @@
-"""Loss scaling for float16 gradients that finds its own scale (mixed-precision training of guided diffusion)."""
+"""Loss scaling for float16 gradients that finds its own scale, as in guided diffusion."""
 
 import torch
 
 
 class DynamicLossScale:
-    """The loss is multiplied by 2^lg: lg grows by `growth` with every good step, and falls by 1 when gradients overflow."""
+    """The loss is multiplied by 2^lg: lg grows by `growth` with every good step, and falls by 1
+    when gradients overflow.
+    """
 
     def __init__(self, lg: float = 20.0, growth: float = 0.001):
         self.lg, self.growth = float(lg), growth
@@ -17,10 +19,12 @@ class DynamicLossScale:
     def update(self, grads: list[torch.Tensor]) -> bool:
         """Whether the scaled gradients have a finite norm; the next step's scale follows from it.
 
-        Processes whose gradients are equal (after their exchange) decide alike. Waits for the device.
+        Processes whose gradients are equal (after their exchange) decide alike. Waits for the
+        device.
         """
         # float64: the squares of finite gradients may overflow float32.
-        norms = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads])
+        norms = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float64)
+                             for grad in grads])
         finite = bool(torch.isfinite(norms).all())
         self.lg += self.growth if finite else -1
         return finite

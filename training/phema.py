@@ -1,4 +1,6 @@
-"""Power-function EMA profiles and their reconstruction after training (arXiv 2312.02696, Section 3, App. C).
+"""Power-function EMA profiles and their reconstruction after training.
+
+arXiv 2312.02696, Section 3 and Appendix C.
 
 A profile is given by the time `ofs` at which it ends (in training images) and its relative width
 `std`. All arithmetic is in double precision.
@@ -38,7 +40,7 @@ def power_function_beta(std, t_next, t_delta):
 
 
 def power_function_response(ofs, std, length):
-    """Profiles sampled at the times 0 .. length-1, each with sum 1: [length, profiles] (Eq. 120)."""
+    """Profiles at the times 0 .. length-1, each with sum 1: [length, profiles] (Eq. 120)."""
     ofs, exp = np.broadcast_arrays(np.float64(ofs), std_to_exp(std))
     ofs = ofs.flatten()
     exp = exp.flatten()
@@ -55,7 +57,8 @@ def power_function_correlation(a_ofs, a_std, b_ofs, b_std):
     b_ofs = np.float64(b_ofs)
     ratio = a_ofs / b_ofs
     exp = np.where(a_ofs < b_ofs, b_exp, -a_exp)
-    return (a_exp + 1) * (b_exp + 1) * ratio**exp / ((a_exp + b_exp + 1) * np.maximum(a_ofs, b_ofs))
+    scale = (a_exp + b_exp + 1) * np.maximum(a_ofs, b_ofs)
+    return (a_exp + 1) * (b_exp + 1) * ratio**exp / scale
 
 
 def _columns(ofs, std):
@@ -65,8 +68,8 @@ def _columns(ofs, std):
 
 
 def solve_coefficients(in_ofs, in_std, out_ofs, out_std):
-    """Weights [inputs, outputs] that make the output profiles from the input profiles (least squares,
-    Eq. 143). The weights of an output sum to 1.
+    """Weights [inputs, outputs] that make the output profiles from the input profiles (least
+    squares, Eq. 143). The weights of an output sum to 1.
     """
     in_ofs, in_std = _columns(in_ofs, in_std)
     out_ofs, out_std = _columns(out_ofs, out_std)
@@ -77,14 +80,14 @@ def solve_coefficients(in_ofs, in_std, out_ofs, out_std):
 
 
 def kimg_to_nimg(kimg: int) -> int:
-    """Images for the thousands in a snapshot's name, which are rounded down: batches are multiples of
-    1024, which undoes it.
+    """Images for the thousands in a snapshot's name, which are rounded down: batches are
+    multiples of 1024, which undoes it.
     """
     return (kimg * 1000 + 999) // 1024 * 1024
 
 
-def list_profiles(folder: str, prefix: str | None = None) -> list[tuple[snapshot.SnapshotFile, int, float]]:
-    """(file, nimg by its name, std) of the snapshots `<prefix>-<kimg>-<std>.pkl`, by nimg and std.
+def list_profiles(folder: str, prefix: str | None = None) -> list[tuple]:
+    """(SnapshotFile, nimg by its name, std) of snapshots `<prefix>-<kimg>-<std>.pkl`, in order.
 
     Raises UserError if there are none, or if `prefix` is None and there are several.
     """
@@ -96,8 +99,8 @@ def list_profiles(folder: str, prefix: str | None = None) -> list[tuple[snapshot
     if not files:
         raise UserError(f'{folder}: no snapshots called {prefix or "PREFIX"}-KIMG-STD.pkl')
     if len(prefixes) > 1:
-        raise UserError(f'is needed: {folder} has snapshots of several runs ({", ".join(prefixes)})',
-                        field='inprefix')
+        raise UserError(f'is needed: {folder} has snapshots of several runs '
+                        f'({", ".join(prefixes)})', 'inprefix')
     return [(file, kimg_to_nimg(file.kimg), float(file.average)) for file in files if file.kimg]
 
 
@@ -120,4 +123,5 @@ def combine(states, coefficients, parameters):
                     out[name].add_(value.double(), alpha=float(weight))
                 else:
                     out[name] = value.double() * float(weight)
-    return [{name: v.float() if v.is_floating_point() else v for name, v in out.items()} for out in sums]
+    return [{name: value.float() if value.is_floating_point() else value
+             for name, value in out.items()} for out in sums]

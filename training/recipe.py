@@ -21,6 +21,10 @@ from training.generate import save_sample_grid
 from training.networks import build_network
 
 
+def _settings(**values):
+    return dataclasses.field(default_factory=lambda: values)
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """How a network is trained. Counts are training images over all processes; None: never.
@@ -45,14 +49,14 @@ class Recipe:
     batch: int
     total_nimg: int
     seed: int = 0
-    dataset: dict = dataclasses.field(default_factory=dict)
-    order: dict = dataclasses.field(default_factory=dict)
-    network: dict = dataclasses.field(default_factory=dict)
-    loss: dict = dataclasses.field(default_factory=dict)
-    optim: dict = dataclasses.field(default_factory=lambda: {'name': 'Adam'})
-    learning_rate: dict = dataclasses.field(default_factory=lambda: {'name': 'constant', 'lr': 1e-3})
-    averages: dict = dataclasses.field(default_factory=lambda: {'name': 'power', 'stds': [0.05, 0.1]})
-    encoder: dict = dataclasses.field(default_factory=lambda: {'name': 'rgb'})
+    dataset: dict = _settings()
+    order: dict = _settings()
+    network: dict = _settings()
+    loss: dict = _settings()
+    optim: dict = _settings(name='Adam')
+    learning_rate: dict = _settings(name='constant', lr=1e-3)
+    averages: dict = _settings(name='power', stds=(0.05, 0.10))
+    encoder: dict = _settings(name='rgb')
     sampler: dict | None = None
     clip_grad_norm: float | None = None
     bad_gradients: tuple | None = (0, 0, 0)
@@ -69,19 +73,19 @@ class Recipe:
     compile: bool = False
 
     def settings(self, options: dict | None = None) -> dict:
-        """The recipe for training_options.json and snapshots, with a script's `options` beside it."""
+        """The recipe as files keep it, with a script's `options` beside it."""
         return json.loads(json.dumps((options or {}) | dataclasses.asdict(self)))
 
 
 # Fields that may change from one start of a run to the next.
-RUNNING = ('total_nimg', 'batch_gpu', 'status', 'snapshot', 'checkpoint', 'ls', 'loss_scale', 'bench',
-           'compile')
+RUNNING = ('total_nimg', 'batch_gpu', 'status', 'snapshot', 'checkpoint', 'ls', 'loss_scale',
+           'bench', 'compile')
 _FIELDS = [field.name for field in dataclasses.fields(Recipe)]
 
 
 @dataclasses.dataclass
 class Change:
-    """What differs between the recipe of a checkpoint and that of a run: `path` like network.dropout."""
+    """What differs between two recipes: a `path` like network.dropout, and its values."""
 
     path: str
     old: object
@@ -143,8 +147,8 @@ def seed_of(state: dict) -> int:
 def check_changes(state: dict, settings: dict, allow: bool) -> list[str]:
     """The changes since a checkpoint, for the log.
 
-    Raises UserError for those that make another run of it, unless `allow`, and where the checkpoint
-    has seen more images than the run is to see.
+    Raises UserError for those that make another run of it, unless `allow`, and where the
+    checkpoint has seen more images than the run is to see.
     """
     found = changes(state, settings)
     refused = [change for change in found if change.path.split('.')[0] not in RUNNING]
@@ -154,11 +158,11 @@ def check_changes(state: dict, settings: dict, allow: bool) -> list[str]:
                         'choose another folder, or allow changes', field=refused[0].field)
     if state['nimg'] > settings['total_nimg']:
         raise UserError(f'{state["path"]} has seen {state["nimg"]} images, more than the '
-                        f'{settings["total_nimg"]} asked for; choose another folder', field='duration')
+                        f'{settings["total_nimg"]} asked for; choose another folder', 'duration')
     return [str(change) for change in found]
 
 
-# --- Training -------------------------------------------------------------------------------------
+# --- Training -----------------------------------------------------------------------------------
 
 
 def open_data(data: str, cond: bool, **options):
@@ -168,7 +172,7 @@ def open_data(data: str, cond: bool, **options):
     """
     dataset = ImageDataset(data, use_labels=cond, **options)
     if cond and not dataset.has_labels:
-        raise UserError(f'needs labels, and {data} has none; train without: False', field='cond', value=cond)
+        raise UserError(f'needs labels, and {data} has none; train without: False', 'cond', cond)
     encoder = make_encoder(encoder_for(dataset))
     channels, resolution, _ = encoder.latent_shape(dataset.image_shape)
     return dataset, encoder, dict(img_resolution=resolution, img_channels=channels,
@@ -187,7 +191,7 @@ def choose_precision(precision: str | None, fp16: bool | None = None) -> str:
 
 
 def new_network(recipe: Recipe) -> torch.nn.Module:
-    """The network with the random weights of the seed, for training on the device of this process."""
+    """The network with the random weights of the seed, on the device of this process."""
     torch.manual_seed(recipe.seed)
     return build_network(**recipe.network).train().to(dist.get_device())
 
@@ -202,8 +206,9 @@ def sample_grids(run_dir: str, encoder, dataset, recipe: Recipe) -> tuple:
 
 
 def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: dict | None = None,
-        callbacks=(), layout=None, files: dict[str, str] | None = None, resume_from: str | None = None,
-        allow_changes: bool = False, wandb: str | None = None) -> int:
+        callbacks=(), layout=None, files: dict[str, str] | None = None,
+        resume_from: str | None = None, allow_changes: bool = False,
+        wandb: str | None = None) -> int:
     """Trains `net` (in place) by the recipe, going on from the newest checkpoint in `run_dir`.
 
     net            from `new_network`: the same on every process
@@ -211,17 +216,18 @@ def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: 
     batches        has `iterate(plan)`, a generator of batches for pairs (first image, count), and
                    `state_dict`s (see training.data.batches)
     options        a script's options, for training_options.json and the snapshots
-    callbacks      (every so many images, function): called on every process with (number of the step
-                   or nimg, [averaged network, ...]); scalars {name: value} that it returns are logged
+    callbacks      (every so many images, function): called on every process with (number of the
+                   step or nimg, [averaged network, ...]); scalars {name: value} that it returns
+                   are logged
     files          {name: text} of further files for the folder of the run
     layout         class of the checkpoints, where it is not that of the recipe's name
     resume_from    checkpoint to start from if the folder has none
     allow_changes  resume though the recipe has changed
     wandb          project of Weights & Biases to log to
 
-    SIGTERM and SIGINT end it after the current step, with a checkpoint. Returns the number of images
-    seen. Raises UserError, before anything is written, if a checkpoint is of another recipe or
-    another process trains in the folder.
+    SIGTERM and SIGINT end it after the current step, with a checkpoint. Returns the number of
+    images seen. Raises UserError, before anything is written, if a checkpoint is of another
+    recipe or another process trains in the folder.
     """
     torch.backends.cudnn.benchmark = recipe.bench
     settings = recipe.settings(options)

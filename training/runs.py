@@ -1,4 +1,4 @@
-"""Folders of runs: numbered like 00000-name, found again by their options, used by one run at a time."""
+"""Folders of runs: numbered like 00000-name, found again by options, used by one run at a time."""
 
 import contextlib
 import fcntl
@@ -44,7 +44,7 @@ def _in_use(run_dir: str) -> bool:
         return True
 
 
-# --- What a run says of itself --------------------------------------------------------------------
+# --- What a run says of itself ------------------------------------------------------------------
 
 
 def read_options(run_dir: str) -> dict:
@@ -54,7 +54,8 @@ def read_options(run_dir: str) -> dict:
         with open(path) as f:
             options = json.load(f)
     except (OSError, ValueError) as error:
-        raise UserError(f'{path} cannot be read ({error}); is {run_dir} the folder of a run?') from None
+        raise UserError(f'{path} cannot be read ({error}); '
+                        f'is {run_dir} the folder of a run?') from None
     if not isinstance(options, dict):
         raise UserError(f'{path} holds no options')
     return options
@@ -76,7 +77,8 @@ def has_options(run_dir: str) -> bool:
 
 
 def wait_for_later_events(run_dir: str):
-    """Waits until a new file of TensorBoard events has a name that sorts behind those in the folder.
+    """Waits until a new file of TensorBoard events has a name that sorts behind those in the
+    folder.
 
     TensorBoard reads the files in the order of their names, which begin with the second in which
     they were opened; within a second the number of the process decides.
@@ -87,11 +89,11 @@ def wait_for_later_events(run_dir: str):
     time.sleep(min(max(newest + 1 - time.time(), 0), 10))
 
 
-# --- Finding runs ---------------------------------------------------------------------------------
+# --- Finding runs -------------------------------------------------------------------------------
 
 
 def is_finished(run_dir: str, total_kimg: int, snapshots: bool, checkpoints: bool) -> bool:
-    """Whether the folder has all that the last step of a run of `total_kimg` thousand images writes."""
+    """Whether the folder has all that the last step of a run of `total_kimg` kimg writes."""
     if checkpoints and max(Checkpoints(run_dir).numbers(), default=-1) < total_kimg:
         return False
     kimgs = [file.kimg for file in list_snapshots(run_dir)]
@@ -113,7 +115,8 @@ def numbered_runs(outdir: str) -> list[tuple[int, str]]:
 
 def find_unfinished(outdir: str, name: str, same, finished) -> str | None:
     """The newest run in `outdir` called `name` (after its number) that nobody trains at present,
-    with `same(options)` of its training_options.json and not `finished(folder)`; None if there is none.
+    with `same(options)` of its training_options.json and not `finished(folder)`; None if there is
+    none.
     """
     for number, folder in reversed(numbered_runs(outdir)):
         path = os.path.join(outdir, folder)

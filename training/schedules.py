@@ -1,8 +1,8 @@
-"""Learning rates and factors of averages, as functions of the images seen before the step (`nimg`)."""
+"""Learning rates and factors of averages: functions of the images before the step (`nimg`)."""
 
 import math
 
-# --- Learning rates: (nimg, batch, lr, settings) -> rate of the step ------------------------------
+# --- Learning rates: (nimg, batch, lr, settings) -> rate of the step ----------------------------
 
 
 def _rampup(nimg, length):
@@ -19,7 +19,8 @@ def edm2_lr(nimg, batch, lr, decay=70000, rampup_Mimg=10):
 
 
 def multisource_lr(nimg, batch, lr, decay=70000, rampup_Mimg=10):
-    """The multi-source study (arXiv 2502.14583): EDM2's, but it halves at once when decay starts."""
+    """The multi-source study (arXiv 2502.14583): EDM2's, but it halves at once when decay starts.
+    """
     if decay > 0 and nimg / (decay * batch) > 1:
         lr = lr / math.sqrt(4 * nimg / (decay * batch))
     return lr * _rampup(nimg, rampup_Mimg * 1e6)
@@ -45,7 +46,9 @@ def anneal_lr(nimg, batch, lr, anneal_steps=0):
 
 
 def cosine_lr(nimg, batch, lr, duration, rampup=0):
-    """Half a cosine from `lr` to zero over `duration` images; linear warm-up over `rampup` images."""
+    """Half a cosine from `lr` to zero over `duration` images; linear warm-up over `rampup`
+    images.
+    """
     return lr / 2 * (1 + math.cos(math.pi * min(nimg / duration, 1))) * _rampup(nimg, rampup)
 
 
@@ -59,7 +62,7 @@ LR_SCHEDULES = {
 }
 
 
-# --- Factors of averages: settings -> beta(nimg, batch), see training.ema -------------------------
+# --- Factors of averages: settings -> beta(nimg, batch), see training.ema -----------------------
 
 
 def _half_life(nimg, halflife, rampup_ratio):

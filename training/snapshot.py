@@ -1,10 +1,11 @@
-"""Snapshots: a network with everything that is needed to sample from it, as plain tensors and containers.
+"""Snapshots: a network with everything that is needed to sample from it, as plain tensors and
+containers.
 
-A snapshot is a dictionary of plain values written by `torch.save` and read with `weights_only=True`,
-so opening one never runs code from the file. Keys: `format`, `network` (class name and keyword
-arguments), `state` (parameters in half precision by default, buffers as they are), `encoder`,
-`dataset` (description of the training set), `recipe`, `nimg`, `ema_std` and `sampler` (how it is
-sampled: name and options of a sampler, see training.diffusion.samplers).
+A snapshot is a dictionary of plain values written by `torch.save` and read with
+`weights_only=True`, so opening one never runs code from the file. Keys: `format`, `network`
+(class name and keyword arguments), `state` (parameters in half precision by default, buffers as
+they are), `encoder`, `dataset` (description of the training set), `recipe`, `nimg`, `ema_std` and
+`sampler` (how it is sampled: name and options of a sampler, see training.diffusion.samplers).
 """
 
 import dataclasses
@@ -53,7 +54,7 @@ class Snapshot:
             self.sampler = family_sampler(self.net)
 
 
-# --- Writing --------------------------------------------------------------------------------------
+# --- Writing ------------------------------------------------------------------------------------
 
 
 def write_state(path, state: dict):
@@ -65,7 +66,8 @@ def write_state(path, state: dict):
 def describe(net, *, encoder, dataset, recipe, sampler=None) -> dict:
     """What a snapshot says besides its weights. `net` must come from `build_network`.
 
-    sampler  of the recipe, `{'name': 'edm', 'num_steps': 18, ...}`; None: that of the network's family
+    sampler  of the recipe, `{'name': 'edm', 'num_steps': 18, ...}`; None: that of the network's
+             family
     """
     return {
         'format': FORMAT, 'network': {'class_name': net.class_name, 'kwargs': net.init_kwargs},
@@ -88,7 +90,7 @@ def save_snapshot(path, net, *, nimg, ema_std=None, dtype=torch.float16, **descr
         'state': state, 'nimg': int(nimg), 'ema_std': ema_std})
 
 
-# --- Names of files -------------------------------------------------------------------------------
+# --- Names of files -----------------------------------------------------------------------------
 
 _NAME = re.compile(r'(?P<prefix>.+?)-(?P<kimg>\d{7,})(?:-(?P<average>[\d.]+))?\.pkl')
 PREFIX = 'network-snapshot'
@@ -100,7 +102,9 @@ def snapshot_name(nimg: int, suffix: str = '', prefix: str = PREFIX) -> str:
 
 
 class SnapshotFile(NamedTuple):
-    """What the name of a snapshot says: thousands of images, and which average ('' if there is one)."""
+    """What the name of a snapshot says: thousands of images, and which average ('' if there is
+    one).
+    """
 
     path: str
     prefix: str
@@ -118,7 +122,7 @@ def list_snapshots(folder: str, prefix: str | None = PREFIX) -> list[SnapshotFil
     return sorted(files, key=lambda file: (file.kimg, file.average))
 
 
-# --- Reading --------------------------------------------------------------------------------------
+# --- Reading ------------------------------------------------------------------------------------
 
 
 def read_snapshot(path: str) -> dict:
@@ -140,7 +144,8 @@ def _restore(found: Found) -> Snapshot:
             check_arguments(content.get(part))
         except ValueError as error:
             raise UserError(f'{found.path}: its {part} is malformed ({error})') from None
-    if sampler is not None and not (isinstance(sampler, dict) and isinstance(sampler.get('name'), str)):
+    if sampler is not None and not (
+            isinstance(sampler, dict) and isinstance(sampler.get('name'), str)):
         raise UserError(f'{found.path}: its sampler is malformed')
     return Snapshot(net, encoders.make_encoder(content['encoder']), content['dataset'],
                     content['recipe'], content['nimg'], content['ema_std'], sampler)
@@ -170,12 +175,12 @@ def _restore_foreign(found: Found) -> Snapshot:
 
 
 def _restore_weights(found: Found, options: dict | None) -> Snapshot:
-    """The network of a state dict of guided diffusion, class-balancing diffusion or a wide residual
-    network.
+    """The network of a state dict of guided diffusion, class-balancing diffusion or a wide
+    residual network.
 
     Its arguments follow from names and shapes (see training.networks.infer); `options` sets those
-    that do not. The first two become denoisers (training.networks.discrete). What was assumed is in
-    `recipe['assumed']`.
+    that do not. The first two become denoisers (training.networks.discrete). What was assumed is
+    in `recipe['assumed']`.
     """
     with errors_of(found.path):
         inferred = infer(found.state, options)
@@ -183,12 +188,13 @@ def _restore_weights(found: Found, options: dict | None) -> Snapshot:
     kwargs = inferred.kwargs
     state = found.state
     if inferred.diffusion is not None:
-        kwargs = dict(network=dict(class_name=name, **kwargs), diffusion=inferred.diffusion, clip=True,
-                      interpolate=name == 'ADMUNet')
+        kwargs = dict(network=dict(class_name=name, **kwargs), diffusion=inferred.diffusion,
+                      clip=True, interpolate=name == 'ADMUNet')
         name = 'DiscreteDenoiser'
         state = {f'model.{key}': value for key, value in state.items()}
     net = rebuild_network(name, kwargs, state, found.path)
-    recipe = {'source': os.path.basename(found.path), 'weights': found.weights, 'assumed': inferred.assumed}
+    recipe = {'source': os.path.basename(found.path), 'weights': found.weights,
+              'assumed': inferred.assumed}
     return Snapshot(net, encoders.make_encoder({'name': 'rgb'}),
                     {'name': '', 'label_dim': getattr(net, 'label_dim', 0)},
                     {key: value for key, value in recipe.items() if value})
@@ -196,7 +202,8 @@ def _restore_weights(found: Found, options: dict | None) -> Snapshot:
 
 def load_snapshot(path: str, device='cpu', sha256: str | None = None, options: dict | None = None,
                   weights: str | None = None) -> Snapshot:
-    """Opens a network from a file, folder or URL, whatever made it: its content decides what it is.
+    """Opens a network from a file, folder or URL, whatever made it: its content decides what it
+    is.
 
     Snapshots of this project (.pkl, safetensors with JSON, diffusers folder), pickles of EDM and
     EDM2, state dicts of guided diffusion, checkpoints of class-balancing diffusion, wide residual
@@ -242,9 +249,11 @@ def _an(text: str) -> str:
 
 
 def copy_weights(source: torch.nn.Module, net: torch.nn.Module, path: str) -> tuple[int, int]:
-    """Takes over from `source`, the network of the snapshot `path`, what has the same name in `net`.
+    """Takes over from `source`, the network of the snapshot `path`, what has the same name in
+    `net`.
 
-    Returns (tensors taken, tensors of `net`). Raises UserError if none is, or one differs in shape.
+    Returns (tensors taken, tensors of `net`). Raises UserError if none is, or one differs in
+    shape.
     """
     weights = source.state_dict()
     state = net.state_dict()
