@@ -4,18 +4,16 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
 from dnnlib import UserError
-from dnnlib.util import write_bytes, write_json
+from dnnlib.util import atomic_path, write_bytes, write_json
 from torch_utils.files.identify import DESCRIPTION, FOLDER_WEIGHTS
 from training.networks import NETWORKS
-from training.snapshot import FORMAT, Snapshot, save_snapshot
+from training.snapshot import Snapshot, describe, save_snapshot, stored_state
 
 DTYPES = {'float32': torch.float32, 'float16': torch.float16}
 _ROOT = Path(__file__).resolve().parents[1]
@@ -41,58 +39,27 @@ def check_destination(dest: str, form: str, overwrite: bool):
     places = [dest, os.path.splitext(dest)[0] + '.json'] if form == '.safetensors' else [dest]
     for place in filter(os.path.lexists, places):
         if not overwrite:
-            raise UserError(
-                f'--dest={place} exists; remove it, choose another name or give --overwrite'
-            )
+            raise UserError('exists; remove it, choose another name or overwrite it', 'dest', place)
         if os.path.isdir(place) and (form or not os.path.isfile(os.path.join(place, DESCRIPTION))):
-            raise UserError(
-                f'--dest={place} is a folder that is no network, which --overwrite does not remove'
-            )
+            raise UserError('is a folder that is no network, and is not removed', 'dest', place)
 
 
 def _description(snapshot: Snapshot) -> dict:
-    net = snapshot.net
-    return dict(
-        format=FORMAT,
-        network=dict(class_name=net.class_name, kwargs=net.init_kwargs),
-        encoder=snapshot.encoder.config(),
-        dataset=snapshot.dataset,
-        recipe=snapshot.recipe,
-        nimg=int(snapshot.nimg),
-        ema_std=snapshot.ema_std,
-        sampler=snapshot.sampler,
-    )
+    known = dict(vars(snapshot))
+    state = {key: known.pop(key) for key in ('nimg', 'ema_std')}
+    return describe(**known) | state
 
 
 def _weights(snapshot: Snapshot, dtype, prefix='') -> bytes:
     """The weights as safetensors; parameters as `dtype`, buffers as they are."""
-    parameters = {name for name, _ in snapshot.net.named_parameters()}
+    state = stored_state(snapshot.net, dtype).items()
     return safetensors.torch.save(
-        {
-            prefix + name: (
-                value.to(dtype) if name in parameters and value.is_floating_point() else value
-            )
-            .cpu()
-            .contiguous()
-            for name, value in snapshot.net.state_dict().items()
-        },
-        metadata={'format': 'pt'},
-    )
+        {prefix + name: value.contiguous() for name, value in state}, metadata={'format': 'pt'})
 
 
 def save_pickle(dest: str, snapshot: Snapshot, dtype=torch.float32):
     """Writes a snapshot of this project."""
-    save_snapshot(
-        dest,
-        snapshot.net,
-        encoder=snapshot.encoder,
-        dataset=snapshot.dataset,
-        recipe=snapshot.recipe,
-        nimg=snapshot.nimg,
-        ema_std=snapshot.ema_std,
-        sampler=snapshot.sampler,
-        dtype=dtype,
-    )
+    save_snapshot(dest, **vars(snapshot), dtype=dtype)
 
 
 def save_safetensors(dest: str, snapshot: Snapshot, dtype=torch.float32):
@@ -109,55 +76,28 @@ def save_folder(dest: str, snapshot: Snapshot, dtype=torch.float32):
     weights as safetensors, and copies of the modules of this project that network and sampler
     need. It appears only when complete."""
     import diffusers
-    parent = os.path.dirname(os.path.abspath(dest))
-    os.makedirs(parent, exist_ok=True)
-    temp = tempfile.mkdtemp(prefix=f'.{os.path.basename(dest)[:100]}.', dir=parent)
-    try:
-        description = _description(snapshot)
-        network, unet = description['network'], os.path.join(temp, 'unet')
-        write_json(
-            os.path.join(temp, 'model_index.json'),
-            {
-                '_class_name': ['pipeline', 'SnapshotPipeline'],
-                '_diffusers_version': diffusers.__version__,
-                'unet': ['network', 'SnapshotNetwork'],
-                'encoder': description['encoder'],
-                'sampler': description['sampler'],
-            },
-        )
+    description = _description(snapshot)
+    class_name = description['network']['class_name']
+    arguments = description['network']['kwargs']
+    inner = arguments.get('network', {}).get('class_name')
+    version = dict(_diffusers_version=diffusers.__version__)
+    with atomic_path(dest) as temp:
+        os.remove(temp)
+        unet = os.path.join(temp, 'unet')
+        os.makedirs(unet)
+        write_json(os.path.join(temp, 'model_index.json'), dict(
+            _class_name=['pipeline', 'SnapshotPipeline'], unet=['network', 'SnapshotNetwork'],
+            encoder=description['encoder'], sampler=description['sampler'], **version))
         write_json(os.path.join(temp, DESCRIPTION), description)
-        write_bytes(
-            os.path.join(temp, 'README.md'),
-            README.replace('FOLDER', os.path.basename(dest)).encode(),
-        )
-        write_json(
-            os.path.join(unet, 'config.json'),
-            dict(
-                _class_name='SnapshotNetwork',
-                _diffusers_version=diffusers.__version__,
-                class_name=network['class_name'],
-                arguments=network['kwargs'],
-            ),
-        )
+        write_bytes(os.path.join(temp, 'README.md'),
+                    README.replace('FOLDER', os.path.basename(dest)).encode())
+        write_json(os.path.join(unet, 'config.json'), dict(
+            _class_name='SnapshotNetwork', class_name=class_name, arguments=arguments, **version))
         write_bytes(os.path.join(temp, FOLDER_WEIGHTS), _weights(snapshot, dtype, 'net.'))
         _write_code(temp, 'pipeline', {})
-        _write_code(
-            unet,
-            'network',
-            dict(
-                architecture=network['class_name'],
-                inner=network['kwargs'].get('network', {}).get('class_name'),
-            ),
-        )
-        os.chmod(temp, 0o755)
-        if os.path.isdir(dest) and not os.path.islink(dest):
-            shutil.rmtree(dest)
-        elif os.path.lexists(dest):
+        _write_code(unet, 'network', dict(architecture=class_name, inner=inner))
+        if os.path.isfile(dest) or os.path.islink(dest):
             os.remove(dest)
-        os.replace(temp, dest)
-    except BaseException:
-        shutil.rmtree(temp, ignore_errors=True)
-        raise
 
 
 _IMPORT = re.compile(

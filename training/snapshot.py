@@ -75,19 +75,22 @@ def describe(net, *, encoder, dataset, recipe, sampler=None) -> dict:
         'ema_std': None}
 
 
-def save_snapshot(path, net, *, nimg, ema_std=None, dtype=torch.float16, **description):
-    """Writes a snapshot; `path` appears only when complete.
-
-    Parameters are stored as `dtype`, buffers (frequencies, filters, statistics) as they are. For
-    `description` see `describe`.
+def stored_state(net, dtype) -> dict:
+    """The weights of a network on the CPU: parameters as `dtype`, buffers (frequencies, filters,
+    statistics) as they are.
     """
     parameters = {name for name, _ in net.named_parameters()}
     state = {}
     for name, value in net.state_dict().items():
         stored = dtype if name in parameters and value.is_floating_point() else value.dtype
         state[name] = value.to(stored).detach().cpu()
+    return state
+
+
+def save_snapshot(path, net, *, nimg, ema_std=None, dtype=torch.float16, **description):
+    """Writes a snapshot; `path` appears only when complete. See `describe` and `stored_state`."""
     write_state(path, describe(net, **description) | {
-        'state': state, 'nimg': int(nimg), 'ema_std': ema_std})
+        'state': stored_state(net, dtype), 'nimg': int(nimg), 'ema_std': ema_std})
 
 
 # --- Names of files -----------------------------------------------------------------------------
