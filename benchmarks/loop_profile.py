@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dnnlib.image_io import encode_pngs
+from dnnlib.image_io import encode_png
 from training.data.archive import ArchiveWriter, image_name
 from training.data.batches import DatasetBatches
 from training.data.dataset import ImageDataset
@@ -59,9 +59,9 @@ def profile_loop(net, batch: int, steps: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         count, side = max(4 * batch, 64), net.img_resolution
         with ArchiveWriter(f'{folder}/images.zip') as out:
-            files = encode_pngs(np.random.RandomState(0).randint(0, 256, (count, side, side, 3), dtype=np.uint8))
-            for i, file in enumerate(files):
-                out.add(image_name(i), file.tobytes())
+            images = np.random.RandomState(0).randint(0, 256, (count, side, side, 3), dtype=np.uint8)
+            for i, image in enumerate(images):
+                out.add(image_name(i), encode_png(image))
             out.add_description({'labels': None})
         data = _Images(ImageDataset(f'{folder}/images.zip'), net.img_channels, net.label_dim)
         batches = DatasetBatches(data, make_encoder({'name': 'rgb'}), device)

@@ -22,7 +22,6 @@ EXTENSIONS = frozenset('.png .jpg .jpeg .jpe .jfif .bmp .dib .gif .tif .tiff .we
 _FORMATS = ('PNG JPEG MPO BMP DIB GIF TIFF WEBP PPM TGA JPEG2000 AVIF QOI').split()
 
 _SIGNATURE = b'\x89PNG\r\n\x1a\n'
-_BLOCK = 0xFFFF  # bytes of an uncompressed block of zlib at most
 
 
 class BadImage(Exception):
@@ -35,51 +34,19 @@ def is_image_name(name: str) -> bool:
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    checksum = zlib.crc32(data, zlib.crc32(kind))
+    return b''.join([struct.pack('>I', len(data)), kind, data, struct.pack('>I', checksum)])
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
     """PNG of uint8 pixels [H,W,3] (or [H,W] gray), uncompressed: fast to write and to read."""
-    return encode_pngs(pixels[None]).tobytes()
-
-
-def encode_pngs(pixels: np.ndarray) -> np.ndarray:
-    """PNG files of uint8 images [n,H,W,3] (or [n,H,W] gray), one in each row of uint8 [n,bytes].
-
-    All that does not depend on the pixels is laid out once for all images.
-    """
-    count, height, width = pixels.shape[:3]
-    is_rgb = pixels.ndim == 4
-    row = 1 + width * (3 if is_rgb else 1)  # each row starts with filter type 0
-    raw = np.zeros((count, height, row), dtype=np.uint8)
-    raw[:, :, 1:] = pixels.reshape(count, height, -1)
-    raw = raw.reshape(count, -1)
-    size = raw.shape[1]
-    starts = range(0, size, _BLOCK)
-    length = 2 + 5 * len(starts) + size + 4  # of the zlib stream
-    header = struct.pack('>IIBBBBB', width, height, 8, 2 * is_rgb, 0, 0, 0)
-    head = _SIGNATURE + _chunk(b'IHDR', header) + struct.pack('>I', length) + b'IDAT\x78\x01'
-    tail = _chunk(b'IEND', b'')
-    files = np.empty((count, len(head) - 2 + length + 4 + len(tail)), dtype=np.uint8)
-    files[:, :len(head)] = np.frombuffer(head, np.uint8)
-    files[:, -len(tail):] = np.frombuffer(tail, np.uint8)
-    place = len(head)
-    for start in starts:
-        block = raw[:, start:start + _BLOCK]
-        block_size = block.shape[1]
-        is_last = start + block_size == size
-        block_head = struct.pack('<BHH', is_last, block_size, block_size ^ 0xFFFF)
-        files[:, place:place + 5] = np.frombuffer(block_head, np.uint8)
-        files[:, place + 5:place + 5 + block_size] = block
-        place += 5 + block_size
-    _put_checksums(files, place, zlib.adler32, raw)
-    _put_checksums(files, place + 4, zlib.crc32, files[:, len(head) - 6:place + 4])  # from IDAT on
-    return files
-
-
-def _put_checksums(files, place, checksum, rows):
-    sums = np.fromiter(map(checksum, rows), dtype='>u4', count=len(rows))
-    files[:, place:place + 4] = sums.view(np.uint8).reshape(-1, 4)
+    height, width = pixels.shape[:2]
+    rows = np.zeros((height, 1 + pixels.size // height), dtype=np.uint8)  # begin with filter type 0
+    rows[:, 1:] = pixels.reshape(height, -1)
+    color = 2 if pixels.ndim == 3 else 0
+    header = struct.pack('>IIBBBBB', width, height, 8, color, 0, 0, 0)
+    chunks = _chunk(b'IHDR', header), _chunk(b'IDAT', zlib.compress(rows, 0)), _chunk(b'IEND', b'')
+    return b''.join([_SIGNATURE, *chunks])
 
 
 def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:

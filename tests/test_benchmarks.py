@@ -17,7 +17,6 @@ from benchmarks import gpu
 from benchmarks.bench_training import NETWORKS
 from benchmarks.loop_profile import profile_loop
 from benchmarks.plain_edm2 import PlainConv, plain_network
-from dnnlib import image_io
 from training import checkpoint
 from training.data import convert, sources
 from training.networks import build_network, edm2
@@ -128,16 +127,6 @@ def _png(pixels, **options):
 def _photograph(side=32):
     """Pixels for which PNG writers choose filters of all kinds."""
     return np.asarray(PIL.Image.fromarray(_noise(6, 6, 3)).resize((side, side), PIL.Image.Resampling.BICUBIC))
-
-
-@pytest.mark.parametrize('shape', [(3, 8, 8, 3), (2, 8, 8), (2, 1, 1, 3), (1, 147, 149, 3), (2, 256, 256, 3)], ids=str)
-def test_pngs_of_many_images_are_those_of_each(shape):
-    images = _noise(*shape)
-    for image, file in zip(images, image_io.encode_pngs(images), strict=True):
-        assert file.tobytes() == image_io.encode_png(image)
-        with PIL.Image.open(io.BytesIO(file.tobytes())) as opened:
-            opened.verify()
-        np.testing.assert_array_equal(PIL.Image.open(io.BytesIO(file.tobytes())), image)
 
 
 def _folder_of_pngs(path, count=300):

@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 import tqdm
 
-from dnnlib.image_io import BadImage, encode_pngs
+from dnnlib.image_io import BadImage, encode_png
 from dnnlib.util import UserError, core_count, map_ahead
 from training.data.archive import CLASS_TABLES, ArchiveWriter, image_name
 from training.data.sources import Source
@@ -232,26 +232,25 @@ class _Job:
             waits = resizes and isinstance(picture, np.ndarray) and _is_small_square(picture)
             results.append(picture if waits else transform(picture))
         if resizes:
-            _together(results, lambda pixels: resize_stack(pixels, width))
-        _together(results, lambda pixels: [
-            _Png(file.tobytes(), pixels.shape[1:3]) for file in encode_pngs(pixels)])
-        return results
+            _resize_together(results, width)
+        return [_Png(encode_png(result), result.shape[:2]) if isinstance(result, np.ndarray) else result
+                for result in results]
 
 
 def _is_small_square(pixels: np.ndarray) -> bool:
     return pixels.shape[0] == pixels.shape[1] <= 64
 
 
-def _together(results: list, function):
-    """Replaces the arrays among the results, those of one shape at once: faster for small images."""
-    by_shape = collections.defaultdict(list)
+def _resize_together(results: list, side: int):
+    """Resizes the square arrays among the results, those of one size at once."""
+    by_size = collections.defaultdict(list)
     for place, result in enumerate(results):
         if isinstance(result, np.ndarray):
-            by_shape[result.shape].append(place)
-    for places in by_shape.values():
-        values = function(np.stack([results[place] for place in places]))
-        for place, value in zip(places, values, strict=True):
-            results[place] = value
+            by_size[len(result)].append(place)
+    for places in by_size.values():
+        stack = resize_stack(np.stack([results[place] for place in places]), side)
+        for place, pixels in zip(places, stack, strict=True):
+            results[place] = pixels
 
 
 _job = None
