@@ -7,11 +7,12 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from dnnlib import UserError
 from torch_utils.files.weights import check_weights
+from training.networks import edm
 
 # Class name -> module of this package. A snapshot stores the name and the keyword arguments.
 NETWORKS = {
     'Precond': 'edm2',
-    'VPPrecond': 'edm', 'VEPrecond': 'edm', 'iDDPMPrecond': 'edm', 'EDMPrecond': 'edm',
+    **dict.fromkeys(edm.PRECONDITIONINGS, 'edm'),
     'ADMUNet': 'adm', 'DDPMUNet': 'ddpm', 'DiscreteDenoiser': 'discrete',
     'WideResNet': 'classifier',
 }

@@ -498,3 +498,6 @@ class EDMPrecond(Precond):
     def coefficients(self, sigma):
         total = (sigma.square() + self.sigma_data**2).sqrt()
         return (self.sigma_data / total).square(), sigma * self.sigma_data / total, 1 / total, sigma.log() / 4
+
+
+PRECONDITIONINGS = ('VPPrecond', 'VEPrecond', 'iDDPMPrecond', 'EDMPrecond')
