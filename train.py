@@ -37,6 +37,7 @@ PRECONDITIONINGS = {
     'vp': ('VPPrecond', 'edm'),
     've': ('VEPrecond', 'edm'),
     'edm': ('EDMPrecond', 'edm'),
+    'flow': ('FlowPrecond', 'flow'),
 }
 # Options that are no part of what is trained.
 PLACES = ('outdir', 'desc', 'nosubdir', 'dry_run', 'wandb', 'allow_changes')

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from dnnlib import UserError
 from torch_utils.random import StackedRandomGenerator, drawing_from, tuple_seed
 from training.diffusion.gaussian import GaussianDiffusion, mean_flat
-from training.diffusion.noise import VP, geometric_levels
+from training.diffusion.noise import VP, Flow, geometric_levels
 
 
 class _NoisyImageLoss:
@@ -127,6 +127,24 @@ def _noised(diffusion: GaussianDiffusion, images, random):
 def _with_log(terms: dict):
     """(terms['loss'], all terms without gradients)."""
     return terms['loss'], {name: value.detach() for name, value in terms.items()}
+
+
+class FlowLoss(_NoisyImageLoss):
+    """Flow matching on the straight path x_t = (1 - t) x_0 + t z (arXiv 2209.03003, Eq. 1; 2210.02747,
+    Eq. 23): |v(x_t, t) - (z - x_0)|^2 with t ~ U(epsilon_t, 1 - epsilon_t).
+
+    In the terms of D = x_t - t v and sigma = t / (1 - t): weight = 1 / t^2.
+    """
+
+    def __init__(self, epsilon_t=1e-3, augment=None):
+        super().__init__(augment)
+        self.epsilon_t = epsilon_t
+
+    def noise_levels(self, random, n):
+        return Flow().sigma(self.epsilon_t + (1 - 2 * self.epsilon_t) * random.rand([n, 1, 1, 1]))
+
+    def weight(self, sigma):
+        return Flow().inverse(sigma) ** -2
 
 
 class DDPMLoss:
@@ -290,6 +308,7 @@ LOSSES = {
     'edm': EDMLoss,
     'vp': VPLoss,
     've': VELoss,
+    'flow': FlowLoss,
     'ddpm': DDPMLoss,
     'cbdm': CBDMLoss,
     'dkdm': DKDMLoss,

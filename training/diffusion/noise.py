@@ -66,6 +66,22 @@ class Linear:
         return 1.0
 
 
+class Flow:
+    """The straight path of flow matching (arXiv 2209.03003, 2210.02747): (1 - t) x_0 + t z.
+
+    sigma(t) = t / (1 - t), and the scale is s = 1 - t = 1 / (1 + sigma).
+    """
+
+    def sigma(self, t):
+        return t / (1 - t)
+
+    def derivative(self, t):
+        return (1 - t) ** -2
+
+    def inverse(self, sigma):
+        return sigma / (1 + sigma)
+
+
 # --- Levels --------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ from torch_utils.random import GlobalRandom, StackedRandomGenerator
 from training.diffusion.noise import (
     VE,
     VP,
+    Flow,
     Linear,
     edm_sigmas,
     geometric_levels,
@@ -112,6 +113,14 @@ def without_labels(net):
 # --- Solvers -------------------------------------------------------------------------------------
 
 
+# Scalings s(sigma), and -s' / (s sigma').
+SCALES = {
+    'none': (lambda sigma: 1.0, None),
+    'vp': (lambda sigma: 1 / (1 + sigma.square()).sqrt(), lambda sigma: sigma / (1 + sigma.square())),
+    'flow': (lambda sigma: 1 / (1 + sigma), lambda sigma: 1 / (1 + sigma)),
+}
+
+
 def heun(
     denoiser,
     noise,
@@ -132,9 +141,9 @@ def heun(
 
     dx/dt = s'/s x + s sigma'/sigma (x / s - D(x / s; sigma)) is integrated from noise to image
     with `solver`: euler or heun (`alpha` 1: Heun, 1/2: midpoint, 2/3: Ralston), for the noise
-    `path` sigma(t) (default: t) and the `scaling` s(t): vp (1 / sqrt(1 + sigma^2)) | none. Levels
-    between S_min and S_max get noise: as much of it as if they were higher by the factor 1 +
-    min(S_churn / N, sqrt(2) - 1). `always_draw`: other levels draw and do not use it.
+    `path` sigma(t) (default: t) and the `scaling` s(t) (see SCALES). Levels between S_min and S_max
+    get noise: as much of it as if they were higher by the factor 1 + min(S_churn / N, sqrt(2) - 1).
+    `always_draw`: other levels draw and do not use it.
     """
     path = path or Linear()
     num_steps = len(levels) - 1
@@ -143,17 +152,17 @@ def heun(
         [S_min, S_max]
     )  # the working precision decides, as in the reference
 
+    scale, shrinkage = SCALES[scaling]
+
     def s(t):
-        return 1 / (1 + path.sigma(t).square()).sqrt() if scaling == 'vp' else 1.0
+        return scale(path.sigma(t))
 
     def slope(x, t):
         sigma = path.sigma(t)
         derivative = path.derivative(t)
         unscaled = x / s(t)
         d = (unscaled - denoiser(unscaled, sigma)) / sigma * (s(t) * derivative)
-        return (
-            d - sigma * derivative * s(t) ** 2 * x if scaling == 'vp' else d
-        )  # s' / s = -sigma sigma' s^2
+        return d - shrinkage(sigma) * derivative * x if scaling != 'none' else d
 
     times = path.inverse(levels[:-1])
     times = torch.cat([times, times.new_zeros([1])])
@@ -305,6 +314,15 @@ def _ablation(
     )
 
 
+def _flow(denoiser, noise, random, *, num_steps, sigma_max, solver):
+    """The straight path of flow matching, with even steps of t from that of sigma_max to 0."""
+    path = Flow()
+    start = path.inverse(denoiser.cut(0, sigma_max)[1])
+    times = start * (1 - torch.arange(num_steps, dtype=torch.float64) / num_steps)
+    levels = denoiser.levels(path.sigma(times))
+    return heun(denoiser, noise, levels, random, path, scaling='flow', solver=solver)
+
+
 def _discrete(ddim, denoiser, noise, random, *, num_steps, clip, eta=1.0, **levels):
     """The chain of a network with discrete time, over its own steps; over EDM's levels for any
     other network."""
@@ -372,6 +390,7 @@ SAMPLERS = {
     'dpmpp-2m': Sampler(
         partial(_edm_levels, dpmpp_2m), dict(num_steps=20, **_RANGE, dtype='float64')
     ),
+    'flow': Sampler(_flow, dict(num_steps=32, sigma_max=999, solver='heun')),
     'ddim': Sampler(partial(_discrete, True), _OWN | dict(eta=0.0)),
     'ddpm': Sampler(partial(_discrete, False), _OWN),
 }
@@ -388,7 +407,7 @@ def family_sampler(net) -> dict:
         return {'name': 'ddpm'} | (
             {'clip': False} if type(net.model).__name__ == 'DDPMUNet' else {}
         )
-    return {'name': 'edm'}
+    return {'name': 'flow' if type(net).__name__ == 'FlowPrecond' else 'edm'}
 
 
 def complete_setting(setting: dict) -> dict:
@@ -436,7 +455,8 @@ def choose_setting(own: dict, given: dict) -> dict:
     None is not given. Without a name, any option that only EDM's ablations have chooses these.
     """
     given = {key: value for key, value in given.items() if value is not None}
-    name = given.pop('name', 'ablation' if CHOICES.keys() & given.keys() else own['name'])
+    ablation = CHOICES.keys() & given.keys() - SAMPLERS[own['name']].options.keys()
+    name = given.pop('name', 'ablation' if ablation else own['name'])
     return complete_setting((own if name == own['name'] else {}) | {'name': name} | given)
 
 

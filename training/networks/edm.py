@@ -500,4 +500,21 @@ class EDMPrecond(Precond):
         return (self.sigma_data / total).square(), sigma * self.sigma_data / total, 1 / total, sigma.log() / 4
 
 
-PRECONDITIONINGS = ('VPPrecond', 'VEPrecond', 'iDDPMPrecond', 'EDMPrecond')
+class FlowPrecond(Precond):
+    """Flow matching: the model is the velocity v of x_t = (1 - t) x_0 + t z, t = sigma / (1 + sigma).
+
+    D(x; sigma) = x_t - t v(x_t; t) with x_t = x / (1 + sigma). Levels are those of t from
+    `epsilon_t` to 1 - `epsilon_t`.
+    """
+
+    def __init__(self, img_resolution: int, img_channels: int, epsilon_t: float = 1e-3,
+                 model_type: str = 'SongUNet', **kwargs):
+        levels = dict(sigma_min=epsilon_t / (1 - epsilon_t), sigma_max=(1 - epsilon_t) / epsilon_t)
+        super().__init__(img_resolution, img_channels, model_type=model_type, **levels | kwargs)
+
+    def coefficients(self, sigma):
+        scale = 1 / (1 + sigma)
+        return scale, -sigma * scale, scale, sigma.log() / 4
+
+
+PRECONDITIONINGS = ('VPPrecond', 'VEPrecond', 'iDDPMPrecond', 'EDMPrecond', 'FlowPrecond')
