@@ -169,12 +169,11 @@ def write_cache(path: str, shares: list, description: dict):
                     file.write(np.ascontiguousarray(rows, dtype=TYPES[name][1]).data)
 
 
-def load_cache(path: str, size: int, expected: dict, rank: int | None = None,
-               count: int | None = None) -> Cache:
+def load_cache(path: str, size: int, expected: dict, rank: int | None = None) -> Cache:
     """This process's share of a cache file: images `rank * size .. (rank + 1) * size - 1`.
 
-    Of these only the first `count`, where it is given. `expected` are entries that the file's
-    description must agree with. Raises UserError saying what differs, or if the file is too small.
+    `expected` are entries that the file's description must agree with. Raises UserError saying what
+    differs, or if the file is too small.
     """
     file = CacheFile(path)
     require_same(path, file.description, expected, 'make another one with dynamic_prepare.py')
@@ -183,9 +182,8 @@ def load_cache(path: str, size: int, expected: dict, rank: int | None = None,
         raise UserError(f'{path} holds {len(file)} images, and process {first // size} needs '
                         f'those up to {first + size}: prepare it for as many processes, this '
                         'batch size and this rho')
-    count = size if count is None else min(count, size)
-    x = torch.empty([count, *file.image_shape])
-    for start, end in _pieces(count, file.image_shape):
+    x = torch.empty([size, *file.image_shape])
+    for start, end in _pieces(size, file.image_shape):
         x[start:end] = torch.from_numpy(file.piece('x', first + start, first + end))
-    others = [file.piece(name, first, first + count) for name in file.names if name != 'x']
+    others = [file.piece(name, first, first + size) for name in file.names if name != 'x']
     return Cache(x, *map(torch.from_numpy, others))

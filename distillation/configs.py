@@ -76,8 +76,8 @@ class Diffusion:
             loss = 'rescaled_mse'
         return dict(
             schedule=self.noise_schedule, steps=self.diffusion_steps,
-            respacing=self.timestep_respacing, loss=loss,
-            variance='learned_range' if self.learn_sigma else 'fixed_large',
+            respacing=self.timestep_respacing,
+            variance='learned_range' if self.learn_sigma else 'fixed_large', loss=loss,
             predict='start' if self.predict_xstart else 'epsilon',
             rescale_timesteps=self.rescale_timesteps)
 

@@ -8,7 +8,7 @@ import torch
 from distillation import configs
 from distillation.cache import cache_size, load_cache
 from distillation.checkpoints import CacheCheckpoints
-from distillation.dkdm import SOURCES, IterativeSource, ProcessRandom, ShuffledSource, Teacher
+from distillation.dkdm import SOURCES, IterativeSource, ProcessRandom, Teacher
 from dnnlib import UserError
 from dnnlib.util import hash_file
 from torch_utils import distributed as dist
@@ -108,9 +108,7 @@ def open_source(experiment: configs.Experiment, teacher: Teacher, seed: int):
     if not section.tempfile:
         raise UserError('teacher.tempfile is missing; it names the cache of dynamic_prepare.py')
     description = cache_description(experiment, teacher)
-    # The shuffled variant works on a batch only.
-    cache = load_cache(section.tempfile, description['images of a process'], description,
-                       count=batch if source is ShuffledSource else None)
+    cache = load_cache(section.tempfile, description['images of a process'], description)
     return source(teacher, cache, batch, rng, section.prob)
 
 
