@@ -143,10 +143,11 @@ def loss(net, batch):
     return values, {'loss': values}
 
 
-def train(folder, total_nimg, **fields):
+def train(folder, total_nimg, allow_changes=False, **fields):
     """Trains `Line` and returns it."""
     net = Line()
-    fit(Recipe(batch=2, total_nimg=total_nimg, checkpoint=2, status=2, **fields), str(folder), net, loss, Batches())
+    rules = Recipe(batch=2, total_nimg=total_nimg, checkpoint=2, status=2, **fields)
+    fit(rules, str(folder), net, loss, Batches(), allow_changes=allow_changes)
     return net
 
 
@@ -171,6 +172,23 @@ def test_events_of_a_later_start_sort_behind(tmp_path, monkeypatch):
             first, = tmp_path.glob('events.*')
     names = sorted(path.name for path in tmp_path.glob('events.*'))
     assert len(names) == 2 and names[0] == first.name
+
+
+@pytest.mark.parametrize('old, new', [('SGD', 'Adam'), ('Adam', 'SGD')])
+def test_another_optimizer_begins_anew(tmp_path, old, new):
+    train(tmp_path, 8, optim={'name': old}, learning_rate={'name': 'constant', 'lr': 0.125})
+    with pytest.raises(UserError, match=f'optim.name {old} -> {new}'):
+        train(tmp_path, 16, optim={'name': new})
+    net = train(tmp_path, 16, True, optim={'name': new, 'weight_decay': 0.0})
+    assert 0 < net.w.item() < 0.6
+
+
+def test_settings_of_the_optimizer_change_too(tmp_path):
+    """What the checkpoint remembers of them does not come back."""
+    train(tmp_path, 4, optim={'name': 'SGD'}, learning_rate={'name': 'constant', 'lr': 0.5})
+    net = train(tmp_path, 8, True, optim={'name': 'SGD', 'weight_decay': 1.0},
+                learning_rate={'name': 'constant', 'lr': 0.5})
+    assert net.w.item() == -0.75                     # 1, 0.5, 0, then w -= 0.5 (1 + w): -0.5, -0.75
 
 
 # --- Checkpoints ----------------------------------------------------------------------------------

@@ -246,9 +246,12 @@ class Trainer:
         """Goes on from a checkpoint's state. Raises UserError if it does not fit."""
         path = state['path']
         load_weights(self.net, state['net'], path)
+        optimizer = self.recipe.optim['name']
         try:
             self.ema.load_state_dict(state['ema'])
-            load_optimizer(self.optimizer, state['optimizer'])
+            # Another optimizer, if such a change is allowed, begins anew.
+            if state.get('recipe', {}).get('optim', {'name': optimizer})['name'] == optimizer:
+                load_optimizer(self.optimizer, state['optimizer'])
         except (UserError, ValueError, KeyError) as error:
             raise UserError(f'{path} is of another recipe ({error})') from None
         self.means.load_state_dict(state['means'])
