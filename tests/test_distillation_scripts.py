@@ -409,10 +409,18 @@ def test_samples_are_one_array_that_depends_on_seed_and_chain_alone(world, tmp_p
                         tiny=[item for item in SMALL if item.startswith('student')])
     assert np.abs(experiment.astype(int) - base).max() <= 1    # batches of other sizes may round differently
     for number, change in enumerate((['--use_ddim=True'], ['--timestep_respacing=10'], ['--seed=1'],
-                                     ['diffusion.clip_denoised=false'])):
+                                     ['diffusion.clip_denoised=false'], ['--sampler=edm', '--steps=3'],
+                                     ['--sampler=dpmpp-2m'], ['--sampler=ddim', '--eta=0.5'])):
         assert not np.array_equal(base, sample(world, tmp_path / f'{number}.npz', *change)), change
     ddim = sample(world, tmp_path / 'd.npz', '--use_ddim=True')
     assert np.array_equal(ddim, sample(world, tmp_path / 'e.npz', 'diffusion.use_ddim=true'))
+
+
+def test_options_of_other_samplers_are_refused(world, tmp_path):
+    base = ['--config', TEACHER, '--model_path', world.teacher, '--dest', tmp_path / 'a.npz', *TINY]
+    assert '--rho=3.0 has no meaning' in helpers.fails(SAMPLE, *base, '--rho=3')
+    assert '--eta=1.0 is no option of the sampler edm' in helpers.fails(SAMPLE, *base, '--sampler=edm', '--eta=1')
+    assert '--sampler=heun is no sampler' in helpers.fails(SAMPLE, *base, '--sampler=heun')
 
 
 def test_sampling_goes_on_where_it_was_stopped(world, tmp_path, monkeypatch):
