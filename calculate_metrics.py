@@ -3,7 +3,6 @@
 import sys
 
 import click
-import numpy as np
 import torch
 from click.core import ParameterSource
 
@@ -17,7 +16,7 @@ from metrics.statistics import Statistics, check_destination, load_statistics, s
 from torch_utils import distributed as dist
 from training.data.archive import check_parent
 from training.data.dataset import ImageDataset
-from training.data.images import open_images
+from training.data.images import open_images, pixels_of
 from training.generate import open_generator
 
 METRIC_LIST = cli.Parsed('list', compute.parse_metrics)
@@ -269,7 +268,7 @@ def memorization(network, class_, sampler, images, data, xflip, seeds, num, seed
         if path:
             with renamed_fields(dest=option):
                 check_parent(path)
-    training = open_training_set(data, xflip)
+    training = pixels_of(ImageDataset(data, use_labels=False, xflip=xflip))
     if images is None:
         seeds = first_seeds(seeds, num)
         generator = open_generator(**network, class_=class_, sampler=sampler)
@@ -305,15 +304,6 @@ def refuse_unused(names, where: str):
         source = context.get_parameter_source(param.name)
         if param.name in names and source == ParameterSource.COMMANDLINE:
             raise UserError(f'{param.opts[0]} has no meaning with {where}; leave it out')
-
-
-def open_training_set(path: str, xflip: bool = False) -> ImageDataset:
-    """A data set of pixels to compare with."""
-    training = ImageDataset(path, use_labels=False, xflip=xflip)
-    if training.dtype != np.uint8:
-        raise UserError(f'--data={path} holds latents; memorization is measured in pixels: '
-                        'give the data set that was encoded')
-    return training
 
 
 def first_seeds(seeds, num: int | None) -> list[int]:

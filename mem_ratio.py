@@ -6,12 +6,13 @@ import os
 
 import click
 
-from calculate_metrics import open_training_set
 from dnnlib import UserError, cli, options, pictures, util
 from metrics.memorization import find_copies
 from torch_utils import distributed as dist
 from training import runs
 from training.data.archive import check_parent
+from training.data.dataset import ImageDataset
+from training.data.images import pixels_of
 from training.diffusion.samplers import choose_setting
 from training.generate import OutputFolder, open_generator
 from training.snapshot import list_snapshots
@@ -122,7 +123,8 @@ def main(expdir, knn_ref, log, seeds, subdirs, batch, sampler):
     data = knn_ref or run_options.get('data')
     if data is None:
         raise UserError(f'{expdir}/training_options.json names no training set; give --knn-ref')
-    training = open_training_set(data, bool(run_options.get('xflip')))
+    xflip = bool(run_options.get('xflip'))
+    training = pixels_of(ImageDataset(data, use_labels=False, xflip=xflip))
     log = log or os.path.join(expdir, 'mem_ratio.json')
     if log.endswith('.png'):
         raise UserError(f'--log={log} is the name of a picture; give e.g. {log[:-4]}.json')

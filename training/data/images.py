@@ -57,9 +57,13 @@ def open_dataset(path: str, **options) -> Dataset:
 
 
 def open_images(path: str) -> Dataset:
-    """The same for images to be measured. Raises UserError for latents too."""
-    images = open_dataset(path, cache=False)
+    """The same for images to be measured; like `pixels_of`."""
+    return pixels_of(open_dataset(path, cache=False))
+
+
+def pixels_of(images: Dataset) -> Dataset:
+    """The data set, if it holds pixels. Raises UserError for latents."""
     if images.dtype != np.uint8:
-        raise UserError(f'{path} holds latents; metrics need pixels: give the data set that was '
-                        'encoded, or its decoding (dataset_tool.py decode)')
+        raise UserError(f'{images.path} holds latents; metrics need pixels: give the data set that '
+                        'was encoded, or its decoding (dataset_tool.py decode)')
     return images
