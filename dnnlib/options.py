@@ -102,7 +102,7 @@ network = group(
 # How they are sampled. An option that the sampler does not know is refused.
 sampling = group(
     'sampler',
-    _maker('NAME', str)('--sampler name', None, 'edm, edm2, ablation, dpmpp-2m, ddim or ddpm  '
+    _maker('NAME', str)('--sampler name', None, 'edm, edm2, ablation, dpmpp-2m, ddim, ddpm or flow  '
                         '[default: of the network; ablation with any of --solver --disc --schedule '
                         '--scaling]'),
     integer('--steps num_steps', None, 'Sampling steps  [default: of the network, e.g. 18 with edm, '

@@ -242,6 +242,14 @@ def test_a_damaged_sampler_is_named(tmp_path, sampler):
         load_snapshot(save(tmp_path / 'a.pkl', 've', sampler=sampler))
 
 
+def test_a_sampler_of_a_later_version_is_named_and_can_be_overridden(tmp_path):
+    path = save(tmp_path / 'a.pkl', 've', sampler={'name': 'later'})
+    with pytest.raises(UserError, match='later is no sampler'):
+        open_generator(path)
+    assert open_generator(path, sampler={'name': 'edm'}).sampler['name'] == 'edm'
+    assert open_generator(path, sampler={'solver': 'euler'}).sampler['name'] == 'ablation'
+
+
 @pytest.mark.parametrize('setting, text', [
     ({'name': 'euler'}, 'euler is no sampler; one of: edm, edm2'),
     ({'name': 'edm', 'eta': 1}, 'eta=1 is no option of the sampler edm'),

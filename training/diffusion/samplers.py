@@ -455,7 +455,8 @@ def choose_setting(own: dict, given: dict) -> dict:
     None is not given. Without a name, any option that only EDM's ablations have chooses these.
     """
     given = {key: value for key, value in given.items() if value is not None}
-    ablation = CHOICES.keys() & given.keys() - SAMPLERS[own['name']].options.keys()
+    options = SAMPLERS[own['name']].options if own['name'] in SAMPLERS else {}
+    ablation = CHOICES.keys() & given.keys() - options.keys()
     name = given.pop('name', 'ablation' if ablation else own['name'])
     return complete_setting((own if name == own['name'] else {}) | {'name': name} | given)
 
