@@ -131,7 +131,7 @@ def test_images_resized_together_are_those_resized_alone(before, side):
     stack = np.random.RandomState(0).randint(256, size=(9, before, before, 3), dtype=np.uint8)
     stack[0] = stack[0] // 128 * 255
     alone = [make_transform(None, side, side)(image) for image in stack]
-    np.testing.assert_array_equal(resize_stack(stack, side), alone)
+    np.testing.assert_array_equal(resize_stack(stack, side, side), alone)
 
 
 @pytest.mark.parametrize('name,width,height', [('nonsense', 8, 8), ('center-crop', 8, None), ('center-crop-dhariwal', 8, 16),

@@ -526,7 +526,7 @@ def test_all_workers_have_work_to_the_end(side):
 
         def convert(self, indices):
             parts.append(len(indices))
-            return [convert._Png(b'', (side, side))] * len(indices)
+            return [convert._Pngs(np.zeros((1, 1), np.uint8), [0], (side, side))] * len(indices)
 
     assert len(list(convert._convert_all(Job(), np.arange(200), workers=2))) == 200
     assert len(parts) - 1 == 29 and max(parts) == 7  # one tells the size

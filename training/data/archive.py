@@ -34,12 +34,14 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 def image_name(index: int) -> str:
     """12 -> '00000/img00000012.png'."""
-    return f'{index:08d}'[:5] + f'/img{index:08d}.png'
+    digits = str(index).zfill(8)
+    return f'{digits[:5]}/img{digits}.png'
 
 
 def latent_name(index: int) -> str:
     """12 -> '00000/img-mean-std-00000012.npy'."""
-    return f'{index:08d}'[:5] + f'/img-mean-std-{index:08d}.npy'
+    digits = str(index).zfill(8)
+    return f'{digits[:5]}/img-mean-std-{digits}.npy'
 
 
 def _hidden(name: str) -> bool:
@@ -247,22 +249,45 @@ class _StoredZip:
         self.count = 0
         self.directory = bytearray()
 
-    def add(self, name: str, data: bytes):
+    def _headers(self, name: str, size: int, crc: int, offset: int) -> tuple[bytes, bytes]:
+        """What stands before a file's bytes, and its entry in the directory."""
         raw = name.encode()
         # Flag: names are UTF-8. Date: 1 January 1980, the first day that a zip can name.
-        size = len(data)
-        common = struct.pack('<4H3IH', 0x800, 0, 0, 0x21, zlib.crc32(data), size, size, len(raw))
-        is_far = self.offset >= self.limit
-        extra = struct.pack('<2HQ', 1, 8, self.offset) if is_far else b''
-        offset = 0xFFFFFFFF if is_far else self.offset
+        common = struct.pack('<4H3IH', 0x800, 0, 0, 0x21, crc, size, size, len(raw))
+        is_far = offset >= self.limit
+        extra = struct.pack('<2HQ', 1, 8, offset) if is_far else b''
+        offset = 0xFFFFFFFF if is_far else offset
         place = struct.pack('<4H2I', len(extra), 0, 0, 0, 0o100644 << 16, offset)
-        self.directory += struct.pack('<4s2H', b'PK\1\2', 3 << 8 | 45, 45 if is_far else 20)
-        self.directory += common + place + raw + extra
-        header = struct.pack('<4sH', b'PK\3\4', 20) + common + struct.pack('<H', 0) + raw
+        entry = struct.pack('<4s2H', b'PK\1\2', 3 << 8 | 45, 45 if is_far else 20)
+        return (struct.pack('<4sH', b'PK\3\4', 20) + common + struct.pack('<H', 0) + raw,
+                entry + common + place + raw + extra)
+
+    def add(self, name: str, data: bytes, crc: int | None = None):
+        crc = zlib.crc32(data) if crc is None else crc
+        header, entry = self._headers(name, len(data), crc, self.offset)
         self.file.write(header)
         self.file.write(data)
-        self.offset += len(header) + size
+        self.directory += entry
+        self.offset += len(header) + len(data)
         self.count += 1
+
+    def add_alike(self, names: list[str], files: np.ndarray, crcs: list[int]):
+        """The same for the rows of uint8 [n,bytes], faster if names are equally long."""
+        count, size = files.shape
+        header, entry = self._headers(names[0], size, 0, self.offset)
+        length = len(header) + size
+        if self.offset + count * length >= self.limit or len(set(map(len, names))) > 1:
+            for row in zip(names, files, crcs, strict=True):
+                self.add(*row)
+            return
+        headers, entries = (np.tile(np.frombuffer(x, np.uint8), (count, 1)) for x in (header, entry))
+        headers[:, 14:18] = entries[:, 16:20] = _numbers(crcs)
+        headers[:, 30:] = entries[:, 46:] = np.array(names, 'S').view(np.uint8).reshape(count, -1)
+        entries[:, 42:46] = _numbers(self.offset + length * np.arange(count))
+        self.file.write(np.hstack([headers, files]))
+        self.directory += entries.tobytes()
+        self.offset += count * length
+        self.count += count
 
     def close(self):
         size = len(self.directory)
@@ -277,6 +302,11 @@ class _StoredZip:
         numbers = (0, 0, count, count, min(size, 0xFFFFFFFF), start, 0)
         self.file.write(struct.pack('<4s4H2IH', b'PK\5\6', *numbers))
         self.file.close()
+
+
+def _numbers(values) -> np.ndarray:
+    """uint8 [n,4]: numbers as a zip has them."""
+    return np.array(values, dtype='<u4').view(np.uint8).reshape(-1, 4)
 
 
 class ArchiveWriter:
@@ -321,6 +351,14 @@ class ArchiveWriter:
             self._folders.add(folder)
         with open(os.path.join(self._temp, name), 'wb') as file:
             file.write(data)
+
+    def add_alike(self, names: list[str], files: np.ndarray, crcs: list[int]):
+        """Adds the rows of `files`, uint8 [n,bytes]; `crcs` are their CRC-32."""
+        if self.is_zip:
+            self._zip.add_alike(names, files, crcs)
+            return
+        for name, data in zip(names, files, strict=True):
+            self.add(name, data)
 
     def add_description(self, description: dict):
         """Adds dataset.json; `description['labels']` is a list of [name, label] or None."""

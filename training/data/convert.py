@@ -1,6 +1,5 @@
 """From a source to an archive: images chosen, read, made equal in size, stored as plain PNG."""
 
-import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -10,9 +9,10 @@ import sys
 from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
+import threadpoolctl
 import tqdm
 
-from dnnlib.image_io import BadImage, encode_png
+from dnnlib.image_io import BadImage, encode_pngs
 from dnnlib.util import UserError, core_count, map_ahead
 from training.data.archive import CLASS_TABLES, ArchiveWriter, image_name
 from training.data.sources import Source
@@ -139,14 +139,21 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
     rejected = 0
     shape = None
     with contextlib.ExitStack() as stack:
+        # Products of small matrices are no work for more threads than workers.
+        stack.enter_context(threadpoolctl.threadpool_limits(1))
         # No waiting for the disk: the source is still there if the power fails.
         out = stack.enter_context(ArchiveWriter(dest, overwrite, sync=False))
         workers = core_count() if workers is None else workers
         results = _convert_all(job, selection.indices, workers)
         stack.enter_context(contextlib.closing(results))
-        bar = tqdm.tqdm(results, total=len(selection), unit='image', delay=2, disable=None)
-        for position, result in enumerate(stack.enter_context(bar)):
+        bar = tqdm.tqdm(total=len(selection), unit='image', delay=2, disable=None)
+        stack.enter_context(bar)
+        position = 0
+        for result in results:
             where = source.where(int(selection.indices[position]))
+            positions = range(position, position + getattr(result, 'count', 1))
+            position = positions.stop
+            bar.update(len(positions))
             match result:
                 case None:
                     rejected += 1
@@ -155,7 +162,7 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
                     if not skip_corrupt:
                         raise UserError(f'{message}; mend the file, or skip corrupt files')
                     skipped.append(message)
-                case _Png(data, image_shape):
+                case _Pngs(files, crcs, image_shape):
                     if shape is None:
                         shape = image_shape
                         _check_size(shape[1], shape[0], where)
@@ -163,8 +170,8 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
                         raise UserError(f'{where} gives {image_shape[1]}x{image_shape[0]} pixels, '
                                         f'but images before it {shape[1]}x{shape[0]}; '
                                         'give a resolution (and a transform)')
-                    out.add(image_name(position), data)
-                    kept.append(position)
+                    out.add_alike([image_name(i) for i in positions], files, crcs)
+                    kept += positions
         if shape is None:
             raise UserError(f'{source.name}: none of {len(selection)} images is left '
                             f'({rejected} rejected by {transform}, {len(skipped)} damaged)')
@@ -195,11 +202,21 @@ def _check_size(width: int, height: int, where: str | None = None):
 
 
 @dataclasses.dataclass
-class _Png:
-    """A converted image: its PNG file and (height, width)."""
+class _Pngs:
+    """Converted images of one size: their PNG files, uint8 [n,bytes], CRC-32, (height, width)."""
 
-    data: bytes
+    files: np.ndarray
+    crcs: list[int]
     shape: tuple
+
+    @classmethod
+    def of(cls, pixels):
+        """Of images uint8 [n,H,W,3]."""
+        return cls(*encode_pngs(pixels), pixels.shape[1:3])
+
+    @property
+    def count(self):
+        return len(self.files)
 
 
 @dataclasses.dataclass
@@ -218,39 +235,38 @@ class _Job:
         make_transform(*rule)  # raises for what cannot be made
 
     def convert(self, indices) -> list:
-        """What became of each image: a `_Png`, a `_Damaged`, or None for a rejected one."""
+        """What became of the images: `_Pngs` of all, or a list of what became of each.
+
+        That is `_Pngs` of one, `_Damaged`, or None for a rejected one.
+        """
         name, width, height = self.rule
-        transform = make_transform(*self.rule)
-        resizes = name is None and width is not None and width == height
-        results = []
-        for index in indices:
-            try:
-                picture = self.source.picture(int(index))
-            except (BadImage, UserError) as error:
-                results.append(_Damaged(str(error)))
-                continue
-            waits = resizes and isinstance(picture, np.ndarray) and _is_small_square(picture)
-            results.append(picture if waits else transform(picture))
-        if resizes:
-            _resize_together(results, width)
-        return [_Png(encode_png(result), result.shape[:2]) if isinstance(result, np.ndarray) else result
-                for result in results]
+        images = self.source.stack(indices)
+        if images is None:
+            images = _stacked([self._picture(index) for index in indices])
+        if name is None and isinstance(images, np.ndarray):
+            images = resize_stack(images, width, height)
+        else:
+            transform = make_transform(*self.rule)
+            images = _stacked([image if isinstance(image, _Damaged) else transform(image)
+                               for image in images])
+        if isinstance(images, np.ndarray):
+            return [_Pngs.of(images)]
+        return [_Pngs.of(image[None]) if isinstance(image, np.ndarray) else image
+                for image in images]
+
+    def _picture(self, index):
+        try:
+            return self.source.picture(int(index))
+        except (BadImage, UserError) as error:
+            return _Damaged(str(error))
 
 
-def _is_small_square(pixels: np.ndarray) -> bool:
-    return pixels.shape[0] == pixels.shape[1] <= 64
-
-
-def _resize_together(results: list, side: int):
-    """Resizes the square arrays among the results, those of one size at once."""
-    by_size = collections.defaultdict(list)
-    for place, result in enumerate(results):
-        if isinstance(result, np.ndarray):
-            by_size[len(result)].append(place)
-    for places in by_size.values():
-        stack = resize_stack(np.stack([results[place] for place in places]), side)
-        for place, pixels in zip(places, stack, strict=True):
-            results[place] = pixels
+def _stacked(images: list):
+    """The images as one array, if they are arrays of one shape."""
+    if all(isinstance(image, np.ndarray) for image in images):
+        if len({image.shape for image in images}) == 1:
+            return np.stack(images)
+    return images
 
 
 _job = None
@@ -299,7 +315,7 @@ def _chunk_size(job, indices, workers) -> int:
     And so few that all workers are busy to the end: one image can take longer than another.
     """
     for result in (job.convert([index])[0] for index in indices[:8]):
-        if isinstance(result, _Png):
+        if isinstance(result, _Pngs):
             height, width = result.shape
             most = int(np.clip(CHUNK_BYTES // (3 * height * width), 1, 256))
             return min(most, -(-len(indices) // (16 * workers)))

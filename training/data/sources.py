@@ -57,6 +57,10 @@ class Source:
         """The same as `read`, or Pillow's image of mode RGB where Pillow has decoded it."""
         raise NotImplementedError
 
+    def stack(self, indices) -> np.ndarray | None:
+        """The images at `indices`, uint8 [n,H,W,3], if they are in memory; else None."""
+        return None
+
     def name_classes(self, labels, names=None, wnids=None, classes=None):
         """Sets labels and what is known of their classes."""
         self.labels = np.asarray(labels, dtype=np.int64)
@@ -247,10 +251,13 @@ class ArraySource(Source):
         return len(self.images)
 
     def picture(self, index):
-        image = self.images[index]
-        if image.ndim == 2:
-            return np.repeat(image[:, :, None], 3, axis=2)
-        return image.transpose(1, 2, 0)
+        return self.stack([index])[0]
+
+    def stack(self, indices):
+        images = self.images[indices]
+        if images.ndim == 3:
+            return np.repeat(images[..., None], 3, axis=3)
+        return images.transpose(0, 2, 3, 1)
 
     def where(self, index):
         return f'{self.name}: image {index}'
