@@ -6,6 +6,8 @@ State names and shapes are those of the published weights (`ADM_cifar10_baseline
 (fractions allowed), embedding emb_NE.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,6 +19,7 @@ from training.networks.layers import (
     Conv2d,
     Dropout,
     GroupNorm,
+    ResampleConv,
     attention,
     compute_dtype,
     decoder_layers,
@@ -37,30 +40,12 @@ def _zeroed(layer):
     return layer
 
 
-def _double(x_NCHW):
-    return F.interpolate(x_NCHW, scale_factor=2, mode='nearest')
-
-
-class Downsample(nn.Module):
-    """Half the resolution by a convolution with stride 2."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.op = Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x_NCHW):
-        return self.op(x_NCHW)
-
-
-class Upsample(nn.Module):
-    """Twice the resolution: nearest neighbour, then a convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x_NCHW):
-        return self.conv(_double(x_NCHW))
+# How a residual block resamples.
+RESAMPLE = {
+    'keep': lambda x_NCHW: x_NCHW,
+    'up': functools.partial(F.interpolate, scale_factor=2),
+    'down': functools.partial(F.avg_pool2d, kernel_size=2),
+}
 
 
 class ResBlock(nn.Module):
@@ -72,7 +57,7 @@ class ResBlock(nn.Module):
                  resample='keep', use_checkpoint=False):
         super().__init__()
         self.scale_shift, self.use_checkpoint = scale_shift, use_checkpoint
-        self.resample = {'keep': lambda x: x, 'up': _double, 'down': lambda x: F.avg_pool2d(x, 2)}[resample]
+        self.resample = RESAMPLE[resample]
         self.in_layers = nn.Sequential(
             GroupNorm(in_channels), nn.SiLU(), Conv2d(in_channels, out_channels, 3, padding=1))
         self.emb_layers = nn.Sequential(
@@ -182,8 +167,10 @@ class ADMUNet(nn.Module):
             return AttentionBlock(channels, heads, use_new_attention_order, use_checkpoint)
 
         def layers(level, c_in, c_out, heads):
-            attention = [attention_block(c_out, heads)] if 2**level in attention_at else []
-            return _Layers(block(c_in, c_out), *attention)
+            sequence = _Layers(block(c_in, c_out))
+            if 2**level in attention_at:
+                sequence.append(attention_block(c_out, heads))
+            return sequence
 
         self.time_embed = nn.Sequential(
             nn.Linear(num_channels, emb_channels), nn.SiLU(),
@@ -197,7 +184,7 @@ class ADMUNet(nn.Module):
                 self.input_blocks.append(_Layers(Conv2d(img_channels, c_out, 3, padding=1)))
             elif kind == 'down':
                 self.input_blocks.append(_Layers(block(c_in, c_out, 'down') if resblock_updown
-                                                 else Downsample(c_in)))
+                                                 else ResampleConv(c_in, 'op', up=False)))
             else:
                 self.input_blocks.append(layers(level, c_in, c_out, num_heads))
         c_mid = skips[-1]
@@ -208,7 +195,7 @@ class ADMUNet(nn.Module):
         for kind, level, c_in, c_out in decoder_layers(skips, widths, num_res_blocks):
             if kind == 'up':
                 self.output_blocks[-1].append(block(c_in, c_out, 'up') if resblock_updown
-                                              else Upsample(c_in))
+                                              else ResampleConv(c_in, 'conv', up=True))
             elif 'block' in kind:
                 self.output_blocks.append(layers(level, c_in, c_out, heads_up))
         self.out = nn.Sequential(

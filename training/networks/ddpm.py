@@ -14,6 +14,7 @@ from training.networks.layers import (
     Conv2d,
     Dropout,
     GroupNorm,
+    ResampleConv,
     attention,
     compute_dtype,
     decoder_layers,
@@ -48,24 +49,6 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t):
         return self.timembedding(t)
-
-
-class DownSample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.main = Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x, temb):
-        return self.main(x)
-
-
-class UpSample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.main = Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x, temb):
-        return self.main(F.interpolate(x, scale_factor=2, mode='nearest'))
 
 
 class AttnBlock(nn.Module):
@@ -128,24 +111,24 @@ class DDPMUNet(nn.Module):
         if augm:
             self.augm_embedding = nn.Linear(9, tdim, bias=False)
 
-        def block(level, c_in, c_out):
-            return ResBlock(c_in, c_out, tdim, dropout, level in attn)
+        def layer(kind, level, c_in, c_out):
+            if kind in ('down', 'up'):
+                return ResampleConv(c_in, 'main', kind == 'up')
+            attention = kind == 'in0' or ('block' in kind and level in attn)
+            return ResBlock(c_in, c_out, tdim, dropout, attention)
 
         self.head = Conv2d(img_channels, ch, 3, padding=1)
         self.downblocks, skips = nn.ModuleList(), []
         widths = [ch * mult for mult in ch_mult]
-        for kind, level, c_in, c_out in encoder_layers(ch, widths, num_res_blocks, skips):
+        for kind, *where in encoder_layers(ch, widths, num_res_blocks, skips):
             if kind != 'conv':
-                self.downblocks.append(
-                    DownSample(c_in) if kind == 'down' else block(level, c_in, c_out))
-        c_mid = skips[-1]
-        self.middleblocks = nn.ModuleList([
-            ResBlock(c_mid, c_mid, tdim, dropout, attn=True),
-            ResBlock(c_mid, c_mid, tdim, dropout)])
+                self.downblocks.append(layer(kind, *where))
+        self.middleblocks = nn.ModuleList()
         self.upblocks = nn.ModuleList()
-        for kind, level, c_in, c_out in decoder_layers(skips, widths, num_res_blocks):
-            if 'in' not in kind:
-                self.upblocks.append(UpSample(c_in) if kind == 'up' else block(level, c_in, c_out))
+        for kind, *where in decoder_layers(skips, widths, num_res_blocks):
+            blocks = self.middleblocks if 'in' in kind else self.upblocks
+            blocks.append(layer(kind, *where))
+        c_out = widths[0]
         self.tail = nn.Sequential(
             GroupNorm(c_out), nn.SiLU(), Conv2d(c_out, img_channels, 3, padding=1))
         self._initialize()

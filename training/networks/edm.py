@@ -401,14 +401,17 @@ class Precond(Denoiser):
 
     Called as net(x [N,C,H,W], sigma [N] or a single value, class_labels [N, label_dim] or None,
     augment_labels=...), it returns the denoised images [N,C,H,W] in float32. Labels None in a
-    conditional network mean "no label".
+    conditional network mean "no label". `model_type` None is the published one.
     """
+
+    default_model = 'SongUNet'
 
     def __init__(self, img_resolution: int, img_channels: int, label_dim: int = 0,
                  use_fp16: bool = False, sigma_min: float = 0.0, sigma_max: float = math.inf,
-                 model_type: str = 'SongUNet', out_channels: int = None, precision: str = None,
+                 model_type: str = None, out_channels: int = None, precision: str = None,
                  **model_kwargs):
         super().__init__(img_resolution, img_channels, label_dim, precision, use_fp16)
+        model_type = model_type or self.default_model
         if model_type not in MODELS:
             raise ValueError(f'model_type {model_type!r} is unknown; choose {" or ".join(MODELS)}')
         self.sigma_min = sigma_min
@@ -433,10 +436,9 @@ class Precond(Denoiser):
 class VPPrecond(Precond, VP):
     """Variance preserving: sigma(t) = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1)."""
 
-    def __init__(self, img_resolution: int, img_channels: int, beta_d: float = 19.9,
-                 beta_min: float = 0.1, M: int = 1000, epsilon_t: float = 1e-5,
-                 model_type: str = 'SongUNet', **kwargs):
-        super().__init__(img_resolution, img_channels, model_type=model_type, **kwargs)
+    def __init__(self, *args, beta_d: float = 19.9, beta_min: float = 0.1, M: int = 1000,
+                 epsilon_t: float = 1e-5, **kwargs):
+        super().__init__(*args, **kwargs)
         VP.__init__(self, beta_d, beta_min)
         self.M = M
         # The range is computed on the CPU, wherever the network is being built.
@@ -452,10 +454,8 @@ class VPPrecond(Precond, VP):
 class VEPrecond(Precond):
     """Variance exploding."""
 
-    def __init__(self, img_resolution: int, img_channels: int, sigma_min: float = 0.02,
-                 sigma_max: float = 100, model_type: str = 'SongUNet', **kwargs):
-        super().__init__(img_resolution, img_channels, sigma_min=sigma_min, sigma_max=sigma_max,
-                         model_type=model_type, **kwargs)
+    def __init__(self, *args, sigma_min: float = 0.02, sigma_max: float = 100, **kwargs):
+        super().__init__(*args, sigma_min=sigma_min, sigma_max=sigma_max, **kwargs)
 
     def coefficients(self, sigma):
         return 1, sigma, 1, (sigma / 2).log()
@@ -466,10 +466,11 @@ class iDDPMPrecond(Precond):
     used here.
     """
 
+    default_model = 'DhariwalUNet'
+
     def __init__(self, img_resolution: int, img_channels: int, C_1: float = 0.001,
-                 C_2: float = 0.008, M: int = 1000, model_type: str = 'DhariwalUNet', **kwargs):
-        super().__init__(img_resolution, img_channels, model_type=model_type,
-                         out_channels=img_channels * 2, **kwargs)
+                 C_2: float = 0.008, M: int = 1000, **kwargs):
+        super().__init__(img_resolution, img_channels, out_channels=img_channels * 2, **kwargs)
         self.M = M
         with torch.device('cpu'):  # wherever the network is being built
             self.register_buffer('u', iddpm_levels(M, C_1, C_2))
@@ -490,14 +491,16 @@ class iDDPMPrecond(Precond):
 class EDMPrecond(Precond):
     """Karras et al.: unit variance of network input and training target at every noise level."""
 
-    def __init__(self, img_resolution: int, img_channels: int, sigma_data: float = 0.5,
-                 model_type: str = 'DhariwalUNet', **kwargs):
-        super().__init__(img_resolution, img_channels, model_type=model_type, **kwargs)
+    default_model = 'DhariwalUNet'
+
+    def __init__(self, *args, sigma_data: float = 0.5, **kwargs):
+        super().__init__(*args, **kwargs)
         self.sigma_data = sigma_data
 
     def coefficients(self, sigma):
         total = (sigma.square() + self.sigma_data**2).sqrt()
-        return (self.sigma_data / total).square(), sigma * self.sigma_data / total, 1 / total, sigma.log() / 4
+        c_skip = (self.sigma_data / total).square()
+        return c_skip, sigma * self.sigma_data / total, 1 / total, sigma.log() / 4
 
 
 class FlowPrecond(Precond):
@@ -507,10 +510,9 @@ class FlowPrecond(Precond):
     `epsilon_t` to 1 - `epsilon_t`.
     """
 
-    def __init__(self, img_resolution: int, img_channels: int, epsilon_t: float = 1e-3,
-                 model_type: str = 'SongUNet', **kwargs):
+    def __init__(self, *args, epsilon_t: float = 1e-3, **kwargs):
         levels = dict(sigma_min=epsilon_t / (1 - epsilon_t), sigma_max=(1 - epsilon_t) / epsilon_t)
-        super().__init__(img_resolution, img_channels, model_type=model_type, **levels | kwargs)
+        super().__init__(*args, **levels | kwargs)
 
     def coefficients(self, sigma):
         scale = 1 / (1 + sigma)

@@ -114,6 +114,22 @@ class Conv1d(nn.Conv1d):
         return self._conv_forward(x_NCL, self.weight.to(x_NCL.dtype), self.bias.to(x_NCL.dtype))
 
 
+class ResampleConv(nn.Module):
+    """Twice the resolution (`up`: nearest neighbour, then a convolution), or half of it (a
+    convolution with stride 2). `name` is that of the convolution in the state. Called like a
+    residual block, with an embedding that it does not need.
+    """
+
+    def __init__(self, channels: int, name: str, up: bool):
+        super().__init__()
+        self.up = up
+        self.add_module(name, Conv2d(channels, channels, 3, stride=1 if up else 2, padding=1))
+
+    def forward(self, x_NCHW, emb=None):
+        (conv,) = self.children()
+        return conv(F.interpolate(x_NCHW, scale_factor=2) if self.up else x_NCHW)
+
+
 class GroupNorm(nn.GroupNorm):
     """Normalisation of x [N, C, ...] over groups of channels. Raises UserError where they do not
     divide the channels.
