@@ -118,7 +118,8 @@ def test_power_function_formulas(case):
     index = 1
     while f'coef{index}' in a:
         inputs = [a[f'coef{index}_{key}'] for key in ('in_ofs', 'in_std', 'out_ofs', 'out_std')]
-        np.testing.assert_allclose(phema.solve_coefficients(*inputs), a[f'coef{index}'], rtol=1e-5)
+        np.testing.assert_allclose(           # coefficients that are zero come out as rounding errors
+            phema.solve_coefficients(*inputs), a[f'coef{index}'], rtol=1e-5, atol=1e-12)
         index += 1
     assert index > 1
 
