@@ -55,6 +55,8 @@ boolean = _maker('BOOL', bool)
 mimg = _maker('MIMG', NOT_NEGATIVE)                         # millions of them
 number = _maker('FLOAT', POSITIVE)
 integers = _maker('LIST', cli.INT_LIST)
+path = _maker('PATH', str)
+seed = _maker('INT', click.IntRange(0, 2**31 - 1))
 
 
 def integer(name: str, default: int | None, text: str, least: int = 1):

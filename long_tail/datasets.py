@@ -3,10 +3,8 @@ tail.
 """
 
 import dataclasses
-import gzip
 import os
 import shutil
-import zlib
 
 import numpy as np
 
@@ -64,17 +62,13 @@ class ArrayDataset(Dataset):
 
 
 def nominal_counts(data_type: str, imb_type: str, imb_factor: float) -> np.ndarray | None:
-    """Training images of each class of CIFAR or digits, without reading CIFAR; None for other
-    data.
-    """
+    """Training images of each class of CIFAR, without reading it; None for other data."""
     base, kind = _parse(data_type, imb_type)
-    if base in CIFAR:
-        cifar = CIFAR[base]
-        factor = imb_factor if kind != 'none' else 1.0
-        return imbalance.class_counts(cifar.train_images, cifar.num_classes, kind, factor)
-    if base == 'digits':
-        return open_data(data_type, '', imb_type=imb_type, imb_factor=imb_factor).class_counts
-    return None
+    if base not in CIFAR:
+        return None
+    cifar = CIFAR[base]
+    return imbalance.class_counts(cifar.train_images, cifar.num_classes, kind,
+                                  1 if kind == 'none' else imb_factor)
 
 
 def open_data(data_type: str, root: str, *, size: int | None = None, imb_type='exp',
@@ -96,7 +90,7 @@ def open_data(data_type: str, root: str, *, size: int | None = None, imb_type='e
     names = source.class_names or [str(c) for c in source.classes]
     indices = np.arange(len(source), dtype=np.int64)
     if kind != 'none':
-        indices = imbalance.long_tailed(source.labels, len(names), kind, imb_factor).indices
+        indices = imbalance.long_tailed(source.labels, len(names), kind, imb_factor)
     labels = source.labels[indices]
     missing = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
     if len(missing):
@@ -132,10 +126,9 @@ def _open_source(base, root, split, download) -> sources.Source:
 
 
 def find_cifar(base: str, root: str, download: bool = False) -> str:
-    """Path of the archive or unpacked folder of 'cifar10' or 'cifar100', its checksum verified.
+    """Path of the archive or unpacked folder of 'cifar10' or 'cifar100'.
 
-    With `download` a missing archive is fetched to the folder `root`, and must be the original
-    one.
+    With `download` a missing archive is fetched to the folder `root`; it must be the original one.
     """
     cifar = CIFAR[base]
     path = root if os.path.isfile(root) else os.path.join(root, cifar.archive)
@@ -143,46 +136,31 @@ def find_cifar(base: str, root: str, download: bool = False) -> str:
         for folder in (os.path.join(root, cifar.folder), root):
             if os.path.isfile(os.path.join(folder, cifar.meta)):
                 return folder
-    md5 = cifar.md5 if download else None
     if download:
         with distributed.rank0_first():
             if not os.path.isfile(path):
                 fetched = download_url(URL + cifar.archive)
-                verify_gzip(fetched, md5)
+                _check_md5(fetched, cifar.md5)
                 with atomic_path(path) as temp:
                     shutil.copyfile(fetched, temp)
+        _check_md5(path, cifar.md5)
     if not os.path.isfile(path):
         raise UserError(f'has neither {cifar.archive} nor the folder {cifar.folder}; '
                         'put it there, or give --download', 'root', root)
-    verify_gzip(path, md5)
     return path
 
 
-def verify_gzip(path: str, md5: str | None = None):
-    """Raises UserError unless a gzip file is whole by its own checksums, and has this MD5 (if
-    any).
-    """
-    try:
-        digest = md5 and hash_file(path, 'md5')
-        if digest != md5:
-            raise UserError(f'{path} has the checksum (MD5) {digest} instead of {md5}; '
-                            'remove it and download it again')
-        with open(path, 'rb') as file:
-            if file.read(2) != b'\x1f\x8b':
-                return  # a plain tar or another format: reading it will tell
-        with gzip.open(path) as file:
-            while file.read(1 << 20):
-                pass
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f'{path} is damaged: its checksum is wrong, or it ends early ({error}); '
-                        'download it again') from None
+def _check_md5(path: str, md5: str):
+    digest = hash_file(path, 'md5')
+    if digest != md5:
+        raise UserError(f'{path} has the checksum (MD5) {digest} instead of {md5}; '
+                        'remove it and download it again')
 
 
 def _read(source, indices, size) -> np.ndarray:
     """Images uint8 [n,3,size,size] of a source."""
-    stored = getattr(source, 'images', None)
-    if stored is not None and stored.ndim == 4 and size in (None, stored.shape[-1]):
-        return stored[indices]
+    if isinstance(source, sources.CifarSource) and size in (None, source.images.shape[-1]):
+        return source.images[indices]
     transform = make_transform(None, size, size)
     images = []
     for index in indices:

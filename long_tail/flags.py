@@ -8,9 +8,6 @@ import click
 
 from dnnlib import UserError, cli
 
-SWITCH_VALUES = {'true': True, 't': True, '1': True, 'yes': True,
-                 'false': False, 'f': False, '0': False, 'no': False}
-
 
 class FlagCommand(cli.Command):
     """A command with `--flagfile FILE`, and of every switch `--name`, `--noname` and
@@ -35,16 +32,17 @@ def expand(args, params) -> list[str]:
 
     Raises UserError that names the option, and the line of the file that it is from.
     """
-    params = {param.name: param for param in params}
-    flags = list(_flags(args, params, ()))
-    last = {name: place for name, place, _ in flags}
-    return [text for name, place, text in flags
-            if not params[name].multiple or place == last[name]]
+    names = {option.lstrip('-'): param for param in params
+             for option in (*param.opts, *param.secondary_opts)}
+    flags = list(_flags(args, names, ()))
+    last = {param: files for param, files, _ in flags}
+    return [text for param, files, text in flags if not param.multiple or files == last[param]]
 
 
-def _flags(args, params: dict, files: tuple, where='') -> Iterator[tuple]:
-    """(name, place, text) of the options in `args`.
+def _flags(args, names: dict, files: tuple, where='') -> Iterator[tuple]:
+    """(option, files, text) of each in `args`.
 
+    names  {name: option}, with the noname of switches
     files  that are being read, each named by the one before it
     where  the line that the arguments are from, for messages
     """
@@ -54,30 +52,37 @@ def _flags(args, params: dict, files: tuple, where='') -> Iterator[tuple]:
         name = name.replace('-', '_')
         if not arg.startswith('-') or not name:
             raise UserError(f'{where}{arg!r} is no option; write --name=value')
-        negative = name not in params and name.startswith('no')
-        param = params.get(name[2:] if negative else name)
-        if param is not None and param.is_flag:
-            if equals and (negative or value.lower() not in SWITCH_VALUES):
-                raise UserError(f'{where}--{name}={value}: '
-                                f'write --{param.name} or --no{param.name}')
-            on = SWITCH_VALUES[value.lower()] if equals else not negative
-            yield param.name, files, f'--{"" if on else "no"}{param.name}'
+        if name not in names:
+            similar = ', '.join(difflib.get_close_matches(name, names)) or 'none'
+            raise UserError(f'{where}unknown option --{name}; see --help (similar: {similar})')
+        param = names[name]
+        if param.is_flag:
+            if equals:
+                name = _switch(param, name, value, where)
+            yield param, files, f'--{name}'
             continue
-        if name not in params:
-            similar = difflib.get_close_matches(name, params, n=1)
-            advice = f'is it --{similar[0]}?' if similar else 'see --help for all of them'
-            raise UserError(f'{where}unknown option --{name}; {advice}')
         if not equals:
             value = next(args, None)
         if value is None:
             raise UserError(f'{where}--{name} needs a value')
         if name == 'flagfile':
-            yield from _file_flags(value, params, files)
+            yield from _file_flags(value, names, files)
         else:
-            yield name, files, f'--{name}={value}'
+            yield param, files, f'--{name}={value}'
 
 
-def _file_flags(path: str, params: dict, files: tuple) -> Iterator[tuple]:
+def _switch(param, name: str, value: str, where: str) -> str:
+    """'name' or 'noname' for --name=true and the like."""
+    try:
+        on = click.BOOL(value)
+    except click.BadParameter:
+        on = None
+    if on is None or name != param.name:
+        raise UserError(f'{where}--{name}={value}: write --{param.name} or --no{param.name}')
+    return name if on else f'no{name}'
+
+
+def _file_flags(path: str, names: dict, files: tuple) -> Iterator[tuple]:
     """`_flags` of a file: at `path`, else beside the file that names it."""
     if files and not os.path.exists(path):
         path = os.path.join(os.path.dirname(files[-1]), path)
@@ -93,7 +98,7 @@ def _file_flags(path: str, params: dict, files: tuple) -> Iterator[tuple]:
         text = text.strip()
         if text and not text.startswith(('#', '//')):
             args = [text] if '=' in text.split()[0] else text.split(None, 1)
-            yield from _flags(args, params, (*files, real), f'{path} line {number}: ')
+            yield from _flags(args, names, (*files, real), f'{path} line {number}: ')
 
 
 def to_text(params, values: dict) -> str:

@@ -13,6 +13,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from dnnlib import UserError, cli
+from dnnlib.options import (
+    BELOW_ONE,
+    NOT_NEGATIVE,
+    choice,
+    integer,
+    integers,
+    number,
+    path,
+    seed,
+    together,
+)
 from dnnlib.util import renamed_fields
 from long_tail import datasets, evaluation
 from long_tail.flags import FlagCommand, to_text
@@ -29,113 +40,104 @@ from training.networks import build_network
 
 # --- Options -------------------------------------------------------------------------------------
 
-COUNT = click.IntRange(min=1)
-STEPS = click.IntRange(min=0)
-POSITIVE = click.FloatRange(0, min_open=True)
-NOT_NEGATIVE = click.FloatRange(0)
-FRACTION = click.FloatRange(0, 1, max_open=True)
 INTS = cli.Parsed('ints', lambda text: [int(part) for part in text.split(',') if part])
 VARIANCES = {'fixedlarge': 'fixed_large', 'fixedsmall': 'fixed_small'}
-# Options of the published program that are no part of the study: its flag files have them, off.
-UNUSED = {'improve': False, 'weight': False, 'cotrain': False, 'logit': False,
-          'private_num_images': 0}
+# Switches of the published program that are no part of the study: its flag files have them, off.
+UNUSED = ('improve', 'weight', 'cotrain', 'logit')
 
-# Name, default, help, and for what is no switch its type: that of click, its values, or what
-# stands for a text.
-OPTIONS = [
+
+def switch(name: str, text: str, default: bool = False):
+    return click.option(f'--{name}/--no{name}', name, default=default, help=text)
+
+
+def steps(name: str, default: int, text: str):
+    return integer(name, default, text, 0)
+
+
+def levels(name: str, default: str, text: str):
+    """Numbers of levels: 1,2 or repeated."""
+    return click.option(name, multiple=True, type=INTS, metavar='INTS', default=[default],
+                        help=text)
+
+
+options_of_study = together(
     # What to do
-    ('train', False, 'Train; from the newest checkpoint of the run, if there is one'),
-    ('eval', False, 'Sample from a checkpoint and measure'),
-    ('logdir', './logs/', 'Folder of the run', 'DIR'),
-    ('finetune', False, "Train a new run from the averaged weights of --logdir; y' is then "
-                        'uniform, and steps count on'),
-    ('finetuned_logdir', '', 'Folder of the fine-tuned run; a bare name lies beside --logdir',
-     'DIR'),
-    ('ckpt_step', 0, 'Checkpoint to fine-tune or to evaluate; 0 = the newest', STEPS),
-    ('parallel', False, 'One process for each visible GPU'),
-    ('allow_changes', False, 'Go on with a run though its settings have changed; changes are logged'),
+    switch('train', 'Train; from the newest checkpoint of the run, if there is one'),
+    switch('eval', 'Sample from a checkpoint and measure'),
+    path('--logdir', './logs/', 'Folder of the run'),
+    switch('finetune', "Train a new run from the averaged weights of --logdir; y' is then "
+           'uniform, and steps count on'),
+    path('--finetuned_logdir', '', 'Folder of the fine-tuned run; a bare name lies beside '
+           '--logdir'),
+    steps('--ckpt_step', 0, 'Checkpoint to fine-tune or to evaluate; 0 = the newest'),
+    switch('parallel', 'One process for each visible GPU'),
+    switch('allow_changes', 'Go on with a run though its settings have changed; changes are '
+           'logged'),
     # Data
-    ('data_type', 'cifar100', 'Data set; "lt" makes it long-tailed', datasets.DATA_TYPES),
-    ('root', './', 'Where the CIFAR archive or its folder is; for zip, the zip or folder', 'PATH'),
-    ('download', False, 'Fetch the CIFAR archive to --root if it is not there, and insist on its '
-                        'published checksum'),
-    ('imb_type', 'exp', 'Shape of the long tail', ['exp', 'step']),
-    ('imb_factor', 0.01, 'Images of the last class, as a share of the first', POSITIVE),
-    ('num_class', 0.0, 'Number of classes, checked against the data; 0 = that of the data',
-     click.FLOAT),
-    ('img_size', 32, 'Width and height of the images', COUNT),
-    ('xflip', False, 'Add the mirror image of each'),
-    ('augm', False, 'Augment, and tell the network how'),
-    ('num_workers', 4, 'Threads that read images', STEPS),
+    choice('--data_type', 'cifar100', 'Data set; "lt" makes it long-tailed', datasets.DATA_TYPES),
+    path('--root', './', 'Where the CIFAR archive or its folder is; for zip, the zip or folder'),
+    switch('download', 'Fetch the CIFAR archive to --root if it is not there, and insist on its '
+           'published checksum'),
+    choice('--imb_type', 'exp', 'Shape of the long tail', ['exp', 'step']),
+    number('--imb_factor', 0.01, 'Images of the last class, as a share of the first'),
+    number('--num_class', 0.0, 'Number of classes, checked against the data; 0 = that of the data',
+           float),
+    integer('--img_size', 32, 'Width and height of the images'),
+    switch('xflip', 'Add the mirror image of each'),
+    switch('augm', 'Augment, and tell the network how'),
+    steps('--num_workers', 4, 'Threads that read images'),
     # Network and diffusion
-    ('ch', 128, 'Width of the network', COUNT),
-    ('ch_mult', ['1,2,2,2'], 'Width of each level, in multiples of --ch', INTS),
-    ('attn', ['1'], 'Levels with attention', INTS),
-    ('num_res_blocks', 2, 'Blocks of a level', STEPS),
-    ('dropout', 0.1, 'Dropout', FRACTION),
-    ('conditional', False, 'The network sees class labels'),
-    ('T', 1000, 'Diffusion steps', click.IntRange(min=2)),
-    ('beta_1', 1e-4, 'First noise variance', POSITIVE),
-    ('beta_T', 0.02, 'Last noise variance', click.FloatRange(0, 1, min_open=True, max_open=True)),
-    ('var_type', 'fixedlarge', 'Variance of sampling steps', list(VARIANCES)),
+    integer('--ch', 128, 'Width of the network'),
+    levels('--ch_mult', '1,2,2,2', 'Width of each level, in multiples of --ch'),
+    levels('--attn', '1', 'Levels with attention'),
+    steps('--num_res_blocks', 2, 'Blocks of a level'),
+    number('--dropout', 0.1, 'Dropout', BELOW_ONE),
+    switch('conditional', 'The network sees class labels'),
+    integer('--T T', 1000, 'Diffusion steps', 2),
+    number('--beta_1', 1e-4, 'First noise variance'),
+    number('--beta_T beta_T', 0.02, 'Last noise variance',
+           click.FloatRange(0, 1, min_open=True, max_open=True)),
+    choice('--var_type', 'fixedlarge', 'Variance of sampling steps', VARIANCES),
     # Training
-    ('cfg', False, 'Drop the labels of a tenth of the steps, for guidance'),
-    ('cb', False, 'Class-balancing term (labels are dropped too)'),
-    ('tau', 1.0, 'Weight of the class-balancing term', NOT_NEGATIVE),
-    ('lr', 2e-4, 'Learning rate', POSITIVE),
-    ('warmup', 5000, 'Steps over which the learning rate rises', STEPS),
-    ('grad_clip', 1.0, 'Largest norm of the gradient; 0 = any', NOT_NEGATIVE),
-    ('ema_decay', 0.9999, 'Decay of the averaged weights', FRACTION),
-    ('batch_size', 128, 'Images of a step over all processes; of a batch of samples', COUNT),
-    ('total_steps', 800000, 'Steps to take; for fine-tuning, further steps', COUNT),
-    ('save_step', 100000, 'Steps between checkpoints; 0 = none', STEPS),
-    ('sample_step', 10000, 'Steps between sample grids; 0 = none', STEPS),
-    ('sample_size', 64, 'Images of a grid', COUNT),
-    ('eval_step', 0, 'Steps between evaluations during training; 0 = none', STEPS),
-    ('log_step', 100, 'Steps between reports', COUNT),
-    ('seed', 0, 'Seed of weights, data order and noise', click.IntRange(0, 2**31 - 1)),
+    switch('cfg', 'Drop the labels of a tenth of the steps, for guidance'),
+    switch('cb', 'Class-balancing term (labels are dropped too)'),
+    number('--tau', 1.0, 'Weight of the class-balancing term', NOT_NEGATIVE),
+    number('--lr', 2e-4, 'Learning rate'),
+    steps('--warmup', 5000, 'Steps over which the learning rate rises'),
+    number('--grad_clip', 1.0, 'Largest norm of the gradient; 0 = any', NOT_NEGATIVE),
+    number('--ema_decay', 0.9999, 'Decay of the averaged weights', BELOW_ONE),
+    integer('--batch_size', 128, 'Images of a step over all processes; of a batch of samples'),
+    integer('--total_steps', 800000, 'Steps to take; for fine-tuning, further steps'),
+    steps('--save_step', 100000, 'Steps between checkpoints; 0 = none'),
+    steps('--sample_step', 10000, 'Steps between sample grids; 0 = none'),
+    integer('--sample_size', 64, 'Images of a grid'),
+    steps('--eval_step', 0, 'Steps between evaluations during training; 0 = none'),
+    integer('--log_step', 100, 'Steps between reports'),
+    seed('--seed', 0, 'Seed of weights, data order and noise'),
     # Sampling and evaluation
-    ('num_images', 50000, 'Images to sample', COUNT),
-    ('sample_method', 'cfg', 'Guided, with labels, or without', ['cfg', 'cond', 'uncond']),
-    ('omega', 0.0, 'Strength of guidance; 0 = none', NOT_NEGATIVE),
-    ('ddim_steps', 0, 'Steps of DDIM; 0 = ancestral sampling, all steps', STEPS),
-    ('sample_name', 'saved', 'First part of the names of sample files', 'NAME'),
-    ('sampled', False, 'Measure the samples of an earlier call with the same options'),
-    ('fid_cache', './stats/cifar10.train.npz', 'Reference statistics (make_stats.py)', 'NPZ'),
-    ('fid_use_torch', False, 'Compute the Frechet distance by torch, on the GPU if there is one'),
-    ('detector', 'inception', 'Network of the features', list(evaluation.DETECTOR_NAMES)),
-    ('weights', '', 'Weights of the detector: file, folder or URL  [default: the published ones]',
-     'PATH'),
-    ('prd', True, 'Precision and recall of distributions, F_8 and F_1/8'),
-    ('improved_prd', True, 'Improved precision and recall'),
-    ('recognition', False, 'Share of samples that a classifier of the pixels recognises '
-                           '(--detector=pixels)'),
-    ('group_sizes', '100,20', 'Classes with more training images than the first are "many", with '
-                              'fewer than the second "few"', cli.INT_LIST),
-    *((name, default, 'Not part of the study', STEPS) for name, default in UNUSED.items()),
-]
-
-
-def _option(name: str, default, help: str, kind=None):
-    if isinstance(default, bool):
-        return click.option(f'--{name}/--no{name}', name, default=default, help=help)
-    if isinstance(kind, str):
-        metavar, kind = kind, click.STRING
-    elif isinstance(kind, list):
-        metavar = '|'.join(kind) if len(kind) < 5 else 'NAME'
-        kind = click.Choice(kind)
-    else:
-        metavar = kind.name.split()[0].upper()
-    return click.option(f'--{name}', name, default=default, help=help, type=kind, metavar=metavar,
-                        multiple=isinstance(default, list))
-
-
-def all_options(function):
-    for option in reversed(OPTIONS):
-        function = _option(*option)(function)
-    return click.option('--flagfile', metavar='FILE', expose_value=False,
-                        help='Take options from a file, one --name=value a line; lines may name '
-                             'files. Later options win')(function)
+    integer('--num_images', 50000, 'Images to sample'),
+    choice('--sample_method', 'cfg', 'Guided, with labels, or without', ['cfg', 'cond', 'uncond']),
+    number('--omega', 0.0, 'Strength of guidance; 0 = none', NOT_NEGATIVE),
+    steps('--ddim_steps', 0, 'Steps of DDIM; 0 = ancestral sampling, all steps'),
+    click.option('--sample_name', metavar='NAME', default='saved',
+                 help='First part of the names of sample files'),
+    switch('sampled', 'Measure the samples of an earlier call with the same options'),
+    path('--fid_cache', './stats/cifar10.train.npz', 'Reference statistics (make_stats.py)'),
+    switch('fid_use_torch', 'Compute the Frechet distance by torch, on the GPU if there is one'),
+    choice('--detector', 'inception', 'Network of the features', evaluation.DETECTOR_NAMES),
+    path('--weights', '', 'Weights of the detector: file, folder or URL  [default: the published '
+           'ones]'),
+    switch('prd', 'Precision and recall of distributions, F_8 and F_1/8', True),
+    switch('improved_prd', 'Improved precision and recall', True),
+    switch('recognition', 'Share of samples that a classifier of the pixels recognises '
+           '(--detector=pixels)'),
+    integers('--group_sizes', '100,20', 'Classes with more training images than the first are '
+             '"many", with fewer than the second "few"'),
+    *(switch(name, 'Not part of the study') for name in UNUSED),
+    steps('--private_num_images', 0, 'Not part of the study'),
+    click.option('--flagfile', metavar='FILE', expose_value=False,
+                 help='Take options from a file, one --name=value a line; lines may name '
+                      'files. Later options win'))
 
 
 def settings(args: list[str]) -> dict:
@@ -155,8 +157,8 @@ def prepare(flags: dict) -> dict:
         raise UserError('--group_sizes: give two numbers, the larger first')
     if not (flags['train'] or flags['eval']):
         raise UserError('nothing to do: give --train or --eval')
-    for name, value in UNUSED.items():
-        if flags[name] != value:
+    for name in (*UNUSED, 'private_num_images'):
+        if flags[name]:
             raise UserError(f'--{name} belongs to experiments that are no part of this study; '
                             'leave it off')
     for name in ('cb', 'cfg', 'finetune'):
@@ -183,17 +185,16 @@ def prepare(flags: dict) -> dict:
 
 def network_of(flags) -> dict:
     """Arguments of `build_network` for a DiscreteDenoiser. Raises UserError for unfit options."""
-    levels = flags['ch_mult']
-    for mult in levels:
-        if flags['ch'] * mult % 32:
-            raise UserError(f'--ch={flags["ch"]} times --ch_mult={mult} must be a multiple of 32, '
-                            'the groups of the normalisation')
-    if not levels or flags['img_size'] % 2 ** (len(levels) - 1):
+    ch, mults = flags['ch'], flags['ch_mult']
+    if any(ch * mult % 32 for mult in mults):
+        raise UserError(f'--ch={ch} times each of --ch_mult={mults} must be a multiple of 32, the '
+                        'groups of the normalisation')
+    if not mults or flags['img_size'] % 2 ** (len(mults) - 1):
         raise UserError(f'--ch_mult: give one number or more; {flags["img_size"]} pixels are '
                         'halved after each but the last')
-    if max(flags['attn'], default=0) >= len(levels):
+    if max(flags['attn'], default=0) >= len(mults):
         raise UserError(f'--attn={max(flags["attn"])}: --ch_mult makes the levels 0 to '
-                        f'{len(levels) - 1}')
+                        f'{len(mults) - 1}')
     num_class = len(class_counts(flags))
     if flags['num_class'] not in (0, num_class):
         raise UserError(f'--num_class={flags["num_class"]:g}, but '
@@ -225,9 +226,10 @@ def run_folder(flags) -> str:
 
     The latter is beside --logdir if it is a bare name.
     """
-    logdir, name = flags['logdir'], flags['finetuned_logdir']
+    logdir = flags['logdir']
     if not flags['finetune']:
         return logdir
+    name = flags['finetuned_logdir']
     if not name:
         raise UserError('--finetune needs --finetuned_logdir, the folder of the new run')
     folder = name
@@ -244,15 +246,12 @@ def choose_step(folder: str, step: int) -> int:
 
     Raises UserError that lists those there are.
     """
-    steps = StepCheckpoints(folder).numbers()
-    if not steps:
-        raise UserError(f'--ckpt_step={step}: {folder} holds no ckpt_<step>.pt; '
-                        'train there first, or give another --logdir')
-    if step == 0 and 0 not in steps:
-        return steps[-1]
-    if step not in steps:
-        raise UserError(f'--ckpt_step={step}: {folder} has no ckpt_{step}.pt; '
-                        f'there are the steps {", ".join(map(str, steps))}')
+    numbers = StepCheckpoints(folder).numbers()
+    if numbers and step == 0 and 0 not in numbers:
+        return numbers[-1]
+    if step not in numbers:
+        raise UserError(f'--ckpt_step={step}: {folder} has no ckpt_{step}.pt; there are the steps '
+                        f'{", ".join(map(str, numbers)) or "none: train first"}')
     return step
 
 
@@ -386,7 +385,7 @@ Examples:
     --logdir ./logs/cifar100lt_cbdm --fid_cache ./stats/cifar100.train.npz --ckpt_step 300000 \\
     --num_images 50000 --sample_method cfg --omega 1.6
 """)
-@all_options
+@options_of_study
 def main(**flags):
     """Train and evaluate diffusion models of long-tailed classes: plain, class-balancing,
     fine-tuned.
