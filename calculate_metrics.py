@@ -281,7 +281,7 @@ def memorization(network, class_, sampler, images, data, xflip, seeds, num, seed
         what = dict(images=images, class_name=class_, seed=seed)
         batches = ((indices[positions.numpy()], pixels)
                    for positions, pixels, _ in read_batches(opened, indices, batch, workers))
-    copies = find_copies(batches, training, progress=True)
+    copies = find_copies(batches, training)
     if dist.get_rank() == 0:
         results = copies.results()
         print(f'\n{len(copies.ids)} images against {len(training)} of {data}')

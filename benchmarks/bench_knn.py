@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.timing import compare
 from dnnlib import cli
-from metrics.memorization import image_blocks, nearest_neighbors
+from metrics.memorization import nearest_neighbors
 
 
 def cdist_neighbors(queries, blocks, k, device):
@@ -56,7 +56,7 @@ def main(queries, images, block, rounds, threads, device):
     answers = {}
 
     def search(name, function):
-        answers[name] = function(generated, image_blocks(training, block), k=2, device=device)
+        answers[name] = function(generated, np.split(training, range(block, images, block)), k=2, device=device)
 
     methods = {'torch.cdist': cdist_neighbors, 'int8 products': nearest_neighbors}
     seconds = compare({name: functools.partial(search, name, function) for name, function in methods.items()}, rounds)

@@ -24,7 +24,7 @@ from benchmarks.timing import CLOCKS, PeakMemory, compare
 from dnnlib import UserError, cli
 from dnnlib.util import core_count, write_json
 from metrics.frechet import frechet_distance
-from metrics.memorization import image_blocks, nearest_neighbors
+from metrics.memorization import nearest_neighbors
 from metrics.precision_recall import precision_recall
 from training.diffusion import samplers
 from training.ema import Averages, power
@@ -138,7 +138,7 @@ def knn(settings):
     queries = images[random.randint(len(images), size=settings.size(1000, 20))] // 2 * 2
 
     def search(function):
-        return function(queries, image_blocks(images, 8192), k=2, device='cpu')
+        return function(queries, np.split(images, range(8192, len(images), 8192)), k=2, device='cpu')
 
     calls = {name: functools.partial(search, function)
              for name, function in (('plain', bench_knn.cdist_neighbors), ('optimised', nearest_neighbors))}

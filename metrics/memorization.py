@@ -30,13 +30,19 @@ class Copies:
     ids: np.ndarray
     distances: np.ndarray
     indices: np.ndarray
-    closest: np.ndarray
-    images: np.ndarray
+    closest: np.ndarray | None = None
+    images: np.ndarray | None = None
+
+    @property
+    def relative(self) -> np.ndarray:
+        """d1 / d2 [N], infinite where d2 = 0: then the image is twice in the training set."""
+        d1, d2 = self.distances.T
+        return np.divide(d1, d2, out=np.full_like(d1, np.inf), where=d2 > 0)
 
     @property
     def memorized(self) -> np.ndarray:
-        """bool [N]: d1 / d2 < 1/3; False where both are 0, twice in the training set."""
-        return _relative(self.distances) < 1 / 3
+        """bool [N]: d1 / d2 < 1/3."""
+        return self.relative < 1 / 3
 
     def results(self) -> dict:
         """Fraction of memorized images, and their mean distance to the training set."""
@@ -50,32 +56,17 @@ class Copies:
 
     def save_picture(self, path: str, training, columns: int = 12):
         """The most memorized images in rows, each above its nearest training image."""
-        nearest = training.images(self.indices[self.closest, 0])
-        rows = []
-        names = []
-        for start in range(0, len(nearest), columns):
-            for kind, images in (('generated', self.images), ('training', nearest)):
-                row = images[start:start + columns]
-                padding = [(0, columns - len(row)), (0, 0), (0, 0), (0, 0)]
-                rows.append(np.pad(row, padding, constant_values=255))
-                names.append(kind)
-        pictures.save_image_grid(path, np.concatenate(rows), columns, names)
+        pairs = np.stack([self.images, training.images(self.indices[self.closest, 0])])
+        padding = [(0, 0), (0, -len(self.closest) % columns), (0, 0), (0, 0), (0, 0)]
+        pairs = np.pad(pairs, padding, constant_values=255)
+        rows = np.concatenate(np.split(pairs, pairs.shape[1] // columns, axis=1)).reshape(
+            -1, *pairs.shape[2:])
+        names = ['generated', 'training'] * (len(rows) // columns // 2)
+        pictures.save_image_grid(path, rows, columns, names)
 
 
-def _relative(distances) -> np.ndarray:
-    """d1 / d2 [N], infinite where d2 = 0."""
-    d1, d2 = distances.T
-    return np.divide(d1, d2, out=np.full_like(d1, np.inf), where=d2 > 0)
-
-
-def _closest(distances, keep: int) -> np.ndarray:
-    """Positions of the smallest d1 / d2, in order."""
-    return np.argsort(_relative(distances), kind='stable')[:keep]
-
-
-def find_copies(batches: Iterable, training, device=None, keep: int = 48,
-                progress: bool = False) -> Copies:
-    """Compares all images of `batches` with all of `training`, a data set.
+def find_copies(batches: Iterable, training, keep: int = 48) -> Copies:
+    """Compares all images of `batches` with all of `training`, a data set of pixels.
 
     batches   pairs (ids, images uint8 [n,C,H,W]); under several processes each has its share
     keep      how many of the most memorized images to keep
@@ -83,71 +74,53 @@ def find_copies(batches: Iterable, training, device=None, keep: int = 48,
     Raises UserError for images of another shape than the training images, and for fewer than two
     of those.
     """
-    device = distributed.get_device() if device is None else device
     if len(training) < 2:
         raise UserError(f'{training.path} has one image; memorization needs the nearest two')
-    shape = training.images(np.arange(1)).shape[1:]
-    ids = [np.zeros(0, dtype=np.int64)]
+    shape = training.image_shape
+    ids = []
     images = [torch.zeros(0, *shape, dtype=torch.uint8)]
     for part, values in batches:
         if tuple(values.shape[1:]) != shape:
             raise UserError(f'{training.path} has images of shape {list(shape)}, the generated '
                             f'ones have {list(values.shape[1:])}; give the training set')
-        ids.append(np.asarray(part, dtype=np.int64))
+        ids.extend(map(int, part))
         images.append(torch.as_tensor(values).cpu())
-    ids = np.concatenate(ids)
     images = torch.cat(images)
-    distances = np.zeros([0, 2])
-    indices = np.zeros([0, 2], dtype=np.int64)
-    if len(ids):
-        blocks = image_blocks(training, progress=progress and distributed.get_rank() == 0)
-        distances, indices = nearest_neighbors(images, blocks, k=2, device=device)
-    kept = {int(ids[i]): images[i].numpy() for i in _closest(distances, keep)}
-    *columns, kept = zip(*distributed.gather_objects((ids, distances, indices, kept)), strict=True)
-    ids, distances, indices = map(np.concatenate, columns)
-    order = np.argsort(ids, kind='stable')
-    closest = _closest(distances[order], keep)
-    kept = {key: image for part in kept for key, image in part.items()}
-    return Copies(ids[order], distances[order], indices[order], closest,
-                  np.stack([kept[int(i)] for i in ids[order][closest]]))
+    found = nearest_neighbors(images, read_blocks(training), device=distributed.get_device())
+    columns = zip(*distributed.gather_objects((np.array(ids, np.int64), *found)), strict=True)
+    all_ids, distances, indices = map(np.concatenate, columns)
+    order = np.argsort(all_ids, kind='stable')
+    copies = Copies(all_ids[order], distances[order], indices[order])
+    copies.closest = np.argsort(copies.relative, kind='stable')[:keep]
+    closest = copies.ids[copies.closest].tolist()
+    kept = {key: image.numpy() for key, image in zip(ids, images, strict=True) if key in closest}
+    kept = {key: image for part in distributed.gather_objects(kept) for key, image in part.items()}
+    copies.images = np.stack([kept[key] for key in closest])
+    return copies
 
 
-def image_blocks(images, block: int = 8192, progress: bool = False) -> Iterator:
-    """An array or data set of images, `block` at a time."""
-    load = images.images if hasattr(images, 'images') else images.__getitem__
-    for start in tqdm(range(0, len(images), block), desc='training images', unit='block',
-                      disable=None if progress else True):
-        yield load(np.arange(start, min(start + block, len(images))))
+def read_blocks(images, block: int = 8192) -> Iterator[np.ndarray]:
+    """The images of a data set, `block` at a time."""
+    for start in tqdm(range(0, len(images), block), desc='training images', unit='block', delay=5,
+                      disable=distributed.get_rank() != 0 or None):
+        yield images.images(np.arange(start, min(start + block, len(images))))
 
 
 def nearest_neighbors(queries, blocks: Iterable, k: int = 2, device='cpu'):
     """The `k` nearest images in `blocks`, arrays of images in order, for each of `queries`.
 
-    All are uint8 of one shape. Returns (distances float64 [N,k], indices int64 [N,k]), the nearest
-    first. Both are exact: a copy has distance 0. Memory: the queries and one block.
-    Raises ValueError for other types, for shapes that differ, and for fewer than k images.
+    All are uint8 of one shape, and k or more. Returns (distances float64 [N,k], indices int64
+    [N,k]), the nearest first. Both are exact: a copy has distance 0. Memory: the queries and one
+    block.
     """
-    queries = _vectors(queries, device)
-    squares = torch.empty([len(queries), 0], dtype=torch.float64, device=device)
-    indices = torch.empty([len(queries), 0], dtype=torch.int64, device=device)
+    queries = torch.as_tensor(queries).to(device).flatten(1)
+    squares = torch.full([len(queries), k], torch.inf, dtype=torch.float64, device=device)
+    indices = torch.zeros_like(squares, dtype=torch.int64)
     offset = 0
     for images in blocks:
-        points = _vectors(images, device)
-        if points.shape[1] != queries.shape[1]:
-            raise ValueError(f'images of {points.shape[1]} values compared with images of '
-                             f'{queries.shape[1]}')
+        points = torch.as_tensor(images).to(device).flatten(1)
         values, places = neighbors.nearest(queries, points, min(k, len(points)))
-        squares = torch.cat([squares, values], dim=1)
-        squares, order = squares.topk(min(k, squares.shape[1]), dim=1, largest=False)
+        squares, order = torch.cat([squares, values], dim=1).topk(k, largest=False)
         indices = torch.cat([indices, places + offset], dim=1).gather(1, order)
         offset += len(points)
-    if offset < k:
-        raise ValueError(f'{k} nearest neighbours asked for among {offset} images')
     return (squares / queries.shape[1]).sqrt().cpu().numpy(), indices.cpu().numpy()
-
-
-def _vectors(images, device) -> torch.Tensor:
-    images = torch.as_tensor(images)
-    if images.dtype != torch.uint8:
-        raise ValueError(f'images must be uint8, not {images.dtype}')
-    return images.to(device).flatten(1)

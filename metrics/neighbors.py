@@ -32,34 +32,29 @@ def nearest(queries: torch.Tensor, points: torch.Tensor | None = None, k: int = 
     others = queries if points is None else points
     if k > len(others):
         raise UserError(f'the {k} nearest of {len(others)} points: too few images')
-    if _are_pixels(queries, others):
-        return _candidates(_Blocks(queries, points, torch.int8), k)[:2]
-    squares, index, floor = _settled(queries, points, others, k, torch.float32)
+    exact = queries.dtype == others.dtype == torch.uint8 and queries.shape[1] <= MAX_DIM
+    served = queries.is_cuda or torch.backends.mkldnn.is_available()
+    dtype = torch.int8 if exact and served else torch.float32
+    squares, index, floor = _settled(_Blocks(queries, points, dtype), k)
     unsure = (squares[:, -1] > floor).nonzero()[:, 0]
     if len(unsure):
-        squares[unsure], index[unsure], _ = _settled(queries[unsure], others, others, k,
-                                                     torch.float64)
+        blocks = _Blocks(queries[unsure], others, torch.float64)
+        squares[unsure], index[unsure], _ = _settled(blocks, k)
     return squares, index
 
 
-def _are_pixels(queries, points) -> bool:
-    """Whether products of whole numbers serve."""
-    served = queries.is_cuda or torch.backends.mkldnn.is_available()
-    return served and queries.dtype == points.dtype == torch.uint8 and queries.shape[1] <= MAX_DIM
-
-
-def _settled(queries, points, others, k, dtype):
-    """The k nearest among those that products in `dtype` select.
+def _settled(blocks: '_Blocks', k: int):
+    """The k nearest among those that products select.
 
     Exact squared distances and indices [N, k]; and squared distances [N] below which, despite the
     rounding, there is no other point.
     """
-    best, index, margin = _candidates(_Blocks(queries, points, dtype), k + SPARE)
-    squares, order = _exact(queries, others, index).sort(dim=1)
+    best, index, margin = _candidates(blocks, k + SPARE)
+    squares, order = _exact(blocks.queries, blocks.points, index).sort(dim=1)
     # A distance of exactly zero needs no certificate: nothing is nearer.
     floor = (best[:, -1] - margin).clamp_min(0)
-    if index.shape[1] == len(others):
-        floor = torch.full_like(margin, float('inf'))
+    if index.shape[1] == len(blocks.points):
+        floor[:] = torch.inf
     return squares[:, :k].contiguous(), index.gather(1, order[:, :k]), floor
 
 
@@ -104,32 +99,41 @@ class _Blocks:
         self.same = points is None
         self.queries = queries
         self.points = queries if self.same else points
-        # Distances do not change if the origin moves to the middle of the points, and rounding
-        # errors shrink.
-        self.origin = None
+        self.rounding = 0
         if dtype != torch.int8:
+            # Distances do not change if the origin moves to the middle of the points, and
+            # rounding errors shrink.
             self.origin = self.points[:10000].to(torch.float64).mean(dim=0).to(dtype)
+            self.rounding = (queries.shape[1] + 32) * torch.finfo(dtype).eps / 2
         self.query_norms = self._norms(self.queries)
         self.point_norms = self.query_norms if self.same else self._norms(self.points)
         if not torch.isfinite(self.query_norms.sum() + self.point_norms.sum()):
             raise UserError('the features hold NaN or infinite numbers; '
                             'are the weights of the detector damaged?')
 
-    def _values(self, x, rows):
-        if self.origin is None:
-            return (x[rows] ^ 128).view(torch.int8)
-        return x[rows].to(self.dtype) - self.origin
+    def _values(self, x):
+        """Rows as they are multiplied."""
+        if self.dtype == torch.int8:
+            return (x ^ 128).view(torch.int8)
+        return x.to(self.dtype) - self.origin
 
     def _norms(self, x):
-        return torch.cat([_squares(self._values(x, rows)) for rows in _slices(len(x))])
+        """Sum of squares of each row: int32 and exact for int8, else rounded once."""
+        dtype = torch.int32 if self.dtype == torch.int8 else self.dtype
+        norms = torch.empty(len(x), dtype=dtype, device=x.device)
+        for rows in _slices(len(x)):
+            values = self._values(x[rows])
+            if x.is_cuda:
+                norms[rows] = values.double().square().sum(dim=1).to(dtype)
+            else:  # NumPy widens a few values at a time, not the array.
+                squares = np.einsum('nd,nd->n', values, values, dtype=np.float64)
+                norms[rows] = torch.from_numpy(squares).to(dtype)
+        return norms
 
     def margin(self, rows, columns) -> float:
         """Bound of the error of squared distances: (D + 32) u (|u|^2 + |v|^2), u = eps/2."""
-        if self.origin is None:
-            return 0.0
-        unit = torch.finfo(self.dtype).eps / 2
         norms = self.query_norms[rows].max() + self.point_norms[columns].max()
-        return float(norms) * (self.queries.shape[1] + 32) * unit
+        return float(norms) * self.rounding
 
     def __iter__(self) -> Iterator[tuple[slice, slice, torch.Tensor]]:
         """(rows, columns, squared distances [rows, columns]).
@@ -137,35 +141,22 @@ class _Blocks:
         Within one set only the blocks on and above the diagonal.
         """
         for rows in _slices(len(self.queries)):
-            u = self._values(self.queries, rows)
+            u = self._values(self.queries[rows])
             for columns in _slices(len(self.points)):
                 if self.same and columns.start < rows.start:
                     continue
-                v = u if self.same and columns == rows else self._values(self.points, columns)
-                norms = self.point_norms[columns]
-                if self.origin is None:
-                    products = _products(u, v)
-                    squares = torch.sub(norms, products, alpha=2, out=products)
-                else:
-                    squares = torch.addmm(norms, u, v.T, alpha=-2)
+                products = _products(u, self._values(self.points[columns]))
+                squares = torch.sub(self.point_norms[columns], products, alpha=2, out=products)
                 yield rows, columns, squares.add_(self.query_norms[rows, None])
 
 
 def _products(u, v):
-    """u v^T of int8 matrices as int32; cuBLAS takes more than 16 rows, and multiples of 8."""
+    """u v^T; of int8 as int32, for which cuBLAS takes more than 16 rows, and multiples of 8."""
+    if u.dtype != torch.int8:
+        return u @ v.T
     depth = -u.shape[1] % 8
     return torch._int_mm(F.pad(u, [0, depth, 0, max(17 - len(u), 0)]),
                          F.pad(v, [0, depth, 0, -len(v) % 8]).T)[:len(u), :len(v)]
-
-
-def _squares(x) -> torch.Tensor:
-    """Sum of squares of each row of [N, D]: int32 and exact for int8, else rounded once."""
-    dtype = torch.int32 if x.dtype == torch.int8 else x.dtype
-    if x.is_cuda:
-        return x.double().square().sum(dim=1).to(dtype)
-    # NumPy widens a few values at a time, not the array.
-    wide = np.int32 if dtype == torch.int32 else np.float64
-    return torch.from_numpy(np.einsum('nd,nd->n', x, x, dtype=wide)).to(dtype)
 
 
 def _candidates(blocks: _Blocks, keep: int):
@@ -195,13 +186,10 @@ def _candidates(blocks: _Blocks, keep: int):
 
 def _exact(queries, points, index):
     """sum (u - v)^2 in float64, [N, n], of queries [N, D] and the points of `index` [N, n]."""
-    out = torch.empty(index.shape, dtype=torch.float64, device=index.device)
     step = max(NUMBERS // (index.shape[1] * queries.shape[1]), 1)
-    for i in range(0, len(queries), step):
-        difference = points[index[i:i + step]].to(torch.float64)
-        difference -= queries[i:i + step, None]
-        torch.sum(difference.square_(), dim=2, out=out[i:i + step])
-    return out
+    parts = [(points[places].double() - part[:, None]).square_().sum(dim=2)
+             for part, places in zip(queries.split(step), index.split(step), strict=True)]
+    return torch.cat(parts)
 
 
 def _slices(count: int) -> list[slice]:
