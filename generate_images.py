@@ -26,9 +26,8 @@ Published presets: """ + ', '.join(f'edm2-{name}' for name in PRESETS)
 @options.network
 @click.option('--outdir', metavar='DIR', help='Folder of the images, with labels in dataset.json')
 @click.option('--subdirs', is_flag=True, help='A folder for each 1000 seeds')
-@click.option(
-    '--grid', metavar='FILE.png', help='Write a picture of the first samples, a row for each class'
-)
+@click.option('--grid', metavar='FILE.png',
+              help='Write a picture of the first samples, a row for each class')
 @options.seeds('16-19')
 @options.image_class
 @options.batch(32)

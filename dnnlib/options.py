@@ -20,6 +20,7 @@ def together(*options):
         for option in reversed(options):
             function = option(function)
         return function
+
     return decorate
 
 
@@ -47,12 +48,13 @@ def _maker(metavar: str, type):  # noqa: A002
     """(name, default, text) -> option; a name may be '--option parameter'."""
     def make(name: str, default, text: str, type=type):  # noqa: A002
         return click.option(*name.split(), metavar=metavar, type=type, default=default, help=text)
+
     return make
 
 
-nimg = _maker('NIMG', cli.COUNT)                            # training images, e.g. 64Ki
+nimg = _maker('NIMG', cli.COUNT)  # training images, e.g. 64Ki
 boolean = _maker('BOOL', bool)
-mimg = _maker('MIMG', NOT_NEGATIVE)                         # millions of them
+mimg = _maker('MIMG', NOT_NEGATIVE)  # millions of them
 number = _maker('FLOAT', POSITIVE)
 integers = _maker('LIST', cli.INT_LIST)
 path = _maker('PATH', str)
@@ -93,21 +95,24 @@ network = group(
                             '(autoguidance)'),
     _maker('HEX', str)('--sha256', None, 'SHA-256 that the file of --net must have'),
     _maker('HEX', str)('--gnet-sha256', None, 'SHA-256 that the file of --gnet must have'),
-    number('--guidance', None, 'Strength of guidance, 1 = none  [default: 1, or of the preset]', float),
-    _maker('LO,HI', cli.Parsed('interval', _interval))(
-        '--guidance-interval', None, 'Guide only where the noise level is above LO and at most HI  '
-        '[default: everywhere]'),
+    number('--guidance', None, 'Strength of guidance, 1 = none  [default: 1, or of the preset]',
+           float),
+    _maker('LO,HI', cli.Parsed(
+        'interval', _interval))('--guidance-interval', None,
+                                'Guide only where the noise level is above LO and at most HI  '
+                                '[default: everywhere]'),
     _maker('NAME|DIR', str)('--model-url', None, 'Autoencoder of latents: hub name or folder  '
-                            '[default: of the snapshot]'),
-)
+                            '[default: of the snapshot]'))
 
 # How they are sampled. An option that the sampler does not know is refused.
 sampling = group(
     'sampler',
-    _maker('NAME', str)('--sampler name', None, 'edm, edm2, ablation, dpmpp-2m, ddim, ddpm or flow  '
-                        '[default: of the network; ablation with any of --solver --disc --schedule '
-                        '--scaling]'),
-    integer('--steps num_steps', None, 'Sampling steps  [default: of the network, e.g. 18 with edm, '
+    _maker('NAME',
+           str)('--sampler name', None, 'edm, edm2, ablation, dpmpp-2m, ddim, ddpm or flow  '
+                '[default: of the network; ablation with any of --solver --disc --schedule '
+                '--scaling]'),
+    integer('--steps num_steps', None,
+            'Sampling steps  [default: of the network, e.g. 18 with edm, '
             '32 with edm2]'),
     _of_sampler('--sigma_min', 'Lowest noise level, at least that of the network'),
     _of_sampler('--sigma_max', 'Highest noise level, at most that of the network'),
@@ -123,8 +128,8 @@ sampling = group(
     _of_sampler('--beta-d', 'Ablation: slope of the vp schedule', of='ablation'),
     _of_sampler('--beta-min', 'Ablation: start of the vp schedule', of='ablation'),
     _of_sampler('--epsilon-s', 'Ablation: last time of the vp time steps', of='ablation'),
-    _of_sampler('--eta', 'DDIM: share of fresh noise, 0 = none, 1 = as much as DDPM', NOT_NEGATIVE),
-)
+    _of_sampler('--eta', 'DDIM: share of fresh noise, 0 = none, 1 = as much as DDPM',
+                NOT_NEGATIVE))
 
 image_class = _maker('CLASS', str)(
     '--class class_', None, 'Class: original index, name or wnid  [default: drawn from the seed]')
@@ -148,9 +153,7 @@ def training(outdir_help: str, *options):
     return together(
         click.option('--outdir', metavar='DIR', required=True, help=outdir_help),
         click.option('--data', metavar='ZIP|DIR', required=True,
-                     help='Data set made by dataset_tool.py'),
-        *options,
-        batch_gpu,
+                     help='Data set made by dataset_tool.py'), *options, batch_gpu,
         number('--ls', 1, 'Loss scaling against underflow of float16 gradients'),
         boolean('--bench', True, 'Let cuDNN choose the fastest convolutions'),
         click.option('--wandb', metavar='PROJECT',

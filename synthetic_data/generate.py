@@ -55,8 +55,8 @@ def generate(generator, writers: dict, batch: int):
     """
     net = generator.snapshot.net
     generator.snapshot.net = fixed_batch.for_device(net, dist.get_device(), net.img_resolution)
-    blocks = dist.broadcast_object([
-        (label, *block) for label, writer in writers.items() for block in writer.missing(batch)])
+    blocks = dist.broadcast_object(
+        [(label, *block) for label, writer in writers.items() for block in writer.missing(batch)])
     total = sum(stop - start for _, start, stop in blocks)
     with tqdm(total=total, unit='img', disable=None if dist.get_rank() == 0 else True) as bar:
         for number, (label, start, stop) in enumerate(blocks):
@@ -64,12 +64,10 @@ def generate(generator, writers: dict, batch: int):
             if number % dist.get_world_size() != dist.get_rank():
                 continue
             writer = writers[label]
-            for made in generator.images(
-                writer.seeds[start:stop], labels=label, batch=stop - start, split=False
-            ):
-                writer.write(
-                    start, made.images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
-                )
+            for made in generator.images(writer.seeds[start:stop], labels=label,
+                                         batch=stop - start, split=False):
+                writer.write(start,
+                             made.images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy())
             if dist.get_rank() == 0:
                 finish(writers)
     dist.barrier()
@@ -97,26 +95,16 @@ EDM's ablations, with the rest at its defaults. The same command goes on with a 
 
 
 @click.command(cls=cli.Command, epilog=EXAMPLES)
-@click.option(
-    '--outdir', metavar='DIR', required=True, help='Where <class>.npy go, uint8 [N,H,W,3]'
-)
+@click.option('--outdir', metavar='DIR', required=True,
+              help='Where <class>.npy go, uint8 [N,H,W,3]')
 @options.seeds('0-499999')
 @options.batch(2048)
 @click.option('--class_num', metavar='INT', type=click.IntRange(min=1),
               help='Classes that the network must have, 1 without labels  [default: any]')
-@click.option(
-    '--class',
-    'classes',
-    metavar='LIST',
-    type=cli.INT_LIST,
-    help='Only these classes, e.g. 0-4  [default: all]',
-)
-@click.option(
-    '--network',
-    metavar='FILE|URL',
-    required=True,
-    help='Snapshot of this project or EDM; without labels there is one class',
-)
+@click.option('--class', 'classes', metavar='LIST', type=cli.INT_LIST,
+              help='Only these classes, e.g. 0-4  [default: all]')
+@click.option('--network', metavar='FILE|URL', required=True,
+              help='Snapshot of this project or EDM; without labels there is one class')
 @options.sampling
 def main(outdir, seeds, batch, class_num, classes, network, sampler):
     """Generate labelled images by the million, one file for each class.
@@ -136,11 +124,13 @@ def main(outdir, seeds, batch, class_num, classes, network, sampler):
         sampler['num_steps'] = STEPS.get(name)
     generator = open_generator(snapshot, sampler=sampler)
     made_by = dict(
-        network=fingerprint(snapshot.net.state_dict().items(), type(snapshot.net).__name__),
-        sampler=f'{name}_sampler',
-    )
-    made_by |= {key: value for key, value in generator.sampler.items()
-                if key in RECORDED or (key != 'name' and sampler.get(key) is not None)}
+        network=fingerprint(snapshot.net.state_dict().items(),
+                            type(snapshot.net).__name__), sampler=f'{name}_sampler')
+    made_by |= {
+        key: value
+        for key, value in generator.sampler.items()
+        if key in RECORDED or (key != 'name' and sampler.get(key) is not None)
+    }
     with contextlib.ExitStack() as stack:
         stack.enter_context(common.full_disk(f'--outdir={outdir}', 'the same command goes on'))
         if dist.get_rank() == 0:
@@ -149,8 +139,7 @@ def main(outdir, seeds, batch, class_num, classes, network, sampler):
         writers = prepare(outdir, classes, seeds, made_by, shape)
         dist.print0(
             f'{len(writers)} of {len(classes)} classes have images to be made, {shape[0]}x{shape[1]} pixels, on '
-            f'{dist.get_world_size()} x {dist.get_device().type}'
-        )
+            f'{dist.get_world_size()} x {dist.get_device().type}')
         generate(generator, writers, batch)
     dist.print0(f'All classes are in {outdir}')
     dist.shutdown()

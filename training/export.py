@@ -39,7 +39,8 @@ def check_destination(dest: str, form: str, overwrite: bool):
     places = [dest, os.path.splitext(dest)[0] + '.json'] if form == '.safetensors' else [dest]
     for place in filter(os.path.lexists, places):
         if not overwrite:
-            raise UserError('exists; remove it, choose another name or overwrite it', 'dest', place)
+            raise UserError('exists; remove it, choose another name or overwrite it', 'dest',
+                            place)
         if os.path.isdir(place) and (form or not os.path.isfile(os.path.join(place, DESCRIPTION))):
             raise UserError('is a folder that is no network, and is not removed', 'dest', place)
 
@@ -53,8 +54,8 @@ def _description(snapshot: Snapshot) -> dict:
 def _weights(snapshot: Snapshot, dtype, prefix='') -> bytes:
     """The weights as safetensors; parameters as `dtype`, buffers as they are."""
     state = stored_state(snapshot.net, dtype).items()
-    return safetensors.torch.save(
-        {prefix + name: value.contiguous() for name, value in state}, metadata={'format': 'pt'})
+    return safetensors.torch.save({prefix + name: value.contiguous() for name, value in state},
+                                  metadata={'format': 'pt'})
 
 
 def save_pickle(dest: str, snapshot: Snapshot, dtype=torch.float32):
@@ -85,14 +86,17 @@ def save_folder(dest: str, snapshot: Snapshot, dtype=torch.float32):
         os.remove(temp)
         unet = os.path.join(temp, 'unet')
         os.makedirs(unet)
-        write_json(os.path.join(temp, 'model_index.json'), dict(
-            _class_name=['pipeline', 'SnapshotPipeline'], unet=['network', 'SnapshotNetwork'],
-            encoder=description['encoder'], sampler=description['sampler'], **version))
+        write_json(
+            os.path.join(temp, 'model_index.json'),
+            dict(_class_name=['pipeline', 'SnapshotPipeline'], unet=['network', 'SnapshotNetwork'],
+                 encoder=description['encoder'], sampler=description['sampler'], **version))
         write_json(os.path.join(temp, DESCRIPTION), description)
         write_bytes(os.path.join(temp, 'README.md'),
                     README.replace('FOLDER', os.path.basename(dest)).encode())
-        write_json(os.path.join(unet, 'config.json'), dict(
-            _class_name='SnapshotNetwork', class_name=class_name, arguments=arguments, **version))
+        write_json(
+            os.path.join(unet, 'config.json'),
+            dict(_class_name='SnapshotNetwork', class_name=class_name, arguments=arguments,
+                 **version))
         write_bytes(os.path.join(temp, FOLDER_WEIGHTS), _weights(snapshot, dtype, 'net.'))
         _write_code(temp, 'pipeline', {})
         _write_code(unet, 'network', dict(architecture=class_name, inner=inner))
@@ -100,9 +104,8 @@ def save_folder(dest: str, snapshot: Snapshot, dtype=torch.float32):
             os.remove(dest)
 
 
-_IMPORT = re.compile(
-    r'^( *)from (dnnlib|torch_utils|training)((?:\.\w+)*) import ([^\n]*)$', re.MULTILINE
-)
+_IMPORT = re.compile(r'^( *)from (dnnlib|torch_utils|training)((?:\.\w+)*) import ([^\n]*)$',
+                     re.MULTILINE)
 _BESIDE = re.compile(r'^from \.(\w+) import', re.MULTILINE)
 _PLACES = {'encoders': 'training', 'samplers': 'training/diffusion'}  # what the templates import
 
@@ -121,8 +124,7 @@ def _write_code(folder: str, name: str, networks: dict):
             place = NETWORKS[class_name]
             sources[module] = (
                 f'"""The architecture of this network."""\n\nfrom .{place} import {class_name}\n\n\n'
-                f'def build_network(class_name, **kwargs):\n    return {class_name}(**kwargs)\n'
-            )
+                f'def build_network(class_name, **kwargs):\n    return {class_name}(**kwargs)\n')
             _gather(_ROOT / 'training' / 'networks' / f'{place}.py', sources)
     template = (_CODE / f'{name}.py').read_text()
     for module in set(_BESIDE.findall(template)) & _PLACES.keys():
@@ -130,21 +132,17 @@ def _write_code(folder: str, name: str, networks: dict):
     prefix = 'code_' + hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()[:8]
 
     def renamed(text):
-        return re.sub(
-            r'^( *)from \.(\w+) import', rf'\1from .{prefix}_\2 import', text, flags=re.MULTILINE
-        )
+        return re.sub(r'^( *)from \.(\w+) import', rf'\1from .{prefix}_\2 import', text,
+                      flags=re.MULTILINE)
 
     for module, text in sources.items():
         write_bytes(os.path.join(folder, f'{prefix}_{module}.py'), renamed(text).encode())
     others = ''.join(
         f'from .{prefix}_{module} import __doc__ as _{module}  # noqa: F401 for diffusers, which copies it\n'
-        for module in sorted(sources.keys() - set(_BESIDE.findall(template)))
-    )
+        for module in sorted(sources.keys() - set(_BESIDE.findall(template))))
     first = _BESIDE.search(template).start()
-    write_bytes(
-        os.path.join(folder, f'{name}.py'),
-        (renamed(template[:first]) + others + renamed(template[first:])).encode(),
-    )
+    write_bytes(os.path.join(folder, f'{name}.py'),
+                (renamed(template[:first]) + others + renamed(template[first:])).encode())
 
 
 def _gather(path: Path, sources: dict):

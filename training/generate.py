@@ -68,7 +68,7 @@ PRESETS = {
     'img512-s-uncond-autog-fid': ('img512-s-uncond-2147483-0.070', 'img512-xs-uncond-0134217-0.110', 2.85),
     'img512-s-uncond-autog-dino': ('img512-s-uncond-2147483-0.090', 'img512-xs-uncond-0134217-0.125', 2.9),
     'img64-s-autog-fid': ('img64-s-1073741-0.045', 'img64-xs-0134217-0.110', 1.7),
-    'img64-s-autog-dino': ('img64-s-1073741-0.105', 'img64-xs-0134217-0.175', 2.2),
+    'img64-s-autog-dino': ('img64-s-1073741-0.105', 'img64-xs-0134217-0.175', 2.2)
 }
 # fmt: on
 
@@ -80,11 +80,8 @@ def preset_options(name: str) -> dict:
         known = ', '.join(f'edm2-{key}' for key in PRESETS)
         raise UserError(f'is unknown; one of: {known}', field='preset', value=name)
     net, gnet, guidance = PRESETS[key]
-    return dict(
-        net=f'{POSTHOC}/edm2-{net}.pkl',
-        gnet=gnet and f'{POSTHOC}/edm2-{gnet}.pkl',
-        guidance=guidance,
-    )
+    return dict(net=f'{POSTHOC}/edm2-{net}.pkl', gnet=gnet and f'{POSTHOC}/edm2-{gnet}.pkl',
+                guidance=guidance)
 
 
 # --- Seeds to images -----------------------------------------------------------------------------
@@ -112,22 +109,9 @@ def split_seeds(seeds, batch: int, rank: int, world_size: int) -> list[np.ndarra
     return np.array_split(np.asarray(seeds, dtype=np.int64), count)[rank::world_size]
 
 
-def generate_images(
-    net,
-    encoder,
-    seeds,
-    *,
-    labels=None,
-    batch=32,
-    device=None,
-    guide=None,
-    guidance=1,
-    guidance_interval=None,
-    sampler=None,
-    split=True,
-    progress=False,
-    **options,
-) -> Iterator[GeneratedBatch]:
+def generate_images(net, encoder, seeds, *, labels=None, batch=32, device=None, guide=None,
+                    guidance=1, guidance_interval=None, sampler=None, split=True, progress=False,
+                    **options) -> Iterator[GeneratedBatch]:
     """Samples one image for each seed; under several processes each yields its share
     (`split=False`: all of them).
 
@@ -148,17 +132,10 @@ def generate_images(
             continue
         chosen = seeds[positions].tolist()
         with torch.inference_mode():
-            images, ids = sample_seeds(
-                net,
-                encoder,
-                chosen,
-                None if labels is None else labels[positions].tolist(),
-                device,
-                guide=guide,
-                guidance=guidance,
-                guidance_interval=guidance_interval,
-                **setting,
-            )
+            images, ids = sample_seeds(net, encoder, chosen,
+                                       None if labels is None else labels[positions].tolist(),
+                                       device, guide=guide, guidance=guidance,
+                                       guidance_interval=guidance_interval, **setting)
         yield GeneratedBatch(images, chosen, None if ids is None else ids.tolist())
 
 
@@ -188,25 +165,16 @@ class Generator:
             part = seeds[start:start + batch]
             _, ids, _ = seed_inputs(self.snapshot.net, part, None, 'cpu')
             drawn = [None] * len(part) if ids is None else ids.tolist()
-            found |= {seed: self.label if self.label is not None else label
-                      for seed, label in zip(part, drawn, strict=True)}
+            found |= {
+                seed: self.label if self.label is not None else label
+                for seed, label in zip(part, drawn, strict=True)
+            }
         return found
 
 
-def open_generator(
-    net=None,
-    *,
-    preset=None,
-    gnet=None,
-    guidance=None,
-    guidance_interval=None,
-    class_=None,
-    sampler=None,
-    model_url=None,
-    sha256=None,
-    gnet_sha256=None,
-    device=None,
-) -> Generator:
+def open_generator(net=None, *, preset=None, gnet=None, guidance=None, guidance_interval=None,
+                   class_=None, sampler=None, model_url=None, sha256=None, gnet_sha256=None,
+                   device=None) -> Generator:
     """Opens a network, and its guide, to make images by the options of a command line; None is
     what was not given.
 
@@ -220,8 +188,7 @@ def open_generator(
     net = net or chosen.get('net')
     gnet = gnet or chosen.get('gnet')
     guidance = next(
-        float(value) for value in (guidance, chosen.get('guidance'), 1) if value is not None
-    )
+        float(value) for value in (guidance, chosen.get('guidance'), 1) if value is not None)
     if net is None:
         raise UserError('give a network, or a preset', field='net')
     device = device or dist.get_device()
@@ -236,45 +203,30 @@ def open_generator(
     check_setting(snapshot.net, setting)
     if guide is not None:
         _check_guide(snapshot.net, guide, setting['name'], gnet)
-    plain = {key: value if not isinstance(value, float) or math.isfinite(value) else str(value)
-             for key, value in setting.items()}
-    record = dict(
-        net=None if net is snapshot else net,
-        gnet=gnet,
-        guidance=guidance,
-        guidance_interval=guidance_interval,
-        nimg=snapshot.nimg,
-        class_name=class_,
-        sampler=plain,
-    )
+    plain = {
+        key: value if not isinstance(value, float) or math.isfinite(value) else str(value)
+        for key, value in setting.items()
+    }
+    record = dict(net=None if net is snapshot else net, gnet=gnet, guidance=guidance,
+                  guidance_interval=guidance_interval, nimg=snapshot.nimg, class_name=class_,
+                  sampler=plain)
     return Generator(snapshot, label, guide, guidance, guidance_interval, setting, record)
 
 
 def _check_guide(net, guide, sampler: str, path: str):
     """Raises UserError for a guide that does not fit the network."""
     if (guide.img_resolution, guide.img_channels) != (net.img_resolution, net.img_channels):
-        raise UserError(
-            'makes images of another shape than the network that it guides',
-            field='gnet',
-            value=path,
-        )
+        raise UserError('makes images of another shape than the network that it guides',
+                        field='gnet', value=path)
     if guide.label_dim and net.label_dim not in (0, guide.label_dim):
-        raise UserError(
-            'has other classes than the network that it guides', field='gnet', value=path
-        )
-    if (
-        sampler in ('ddim', 'ddpm')
-        and hasattr(net, 'diffusion')
-        and not (
-            hasattr(guide, 'diffusion')
-            and np.array_equal(guide.diffusion.sigmas, net.diffusion.sigmas)
-        )
-    ):
+        raise UserError('has other classes than the network that it guides', field='gnet',
+                        value=path)
+    if (sampler in ('ddim', 'ddpm') and hasattr(net, 'diffusion')
+            and not (hasattr(guide, 'diffusion')
+                     and np.array_equal(guide.diffusion.sigmas, net.diffusion.sigmas))):
         raise UserError(
             'has other time steps than the network that it guides; choose another sampler, e.g. edm',
-            field='gnet',
-            value=path,
-        )
+            field='gnet', value=path)
 
 
 def _open(path: str, device, sha256) -> Snapshot:
@@ -282,8 +234,7 @@ def _open(path: str, device, sha256) -> Snapshot:
     if assumed := snapshot.recipe.get('assumed'):
         dist.print0(
             f'Assumed of {path}: {", ".join(f"{key}={value}" for key, value in assumed.items())}; '
-            'snapshot_tool.py convert can set them'
-        )
+            'snapshot_tool.py convert can set them')
     return snapshot
 
 
@@ -321,13 +272,10 @@ class OutputFolder:
             if not same:
                 raise UserError(
                     'holds images made with other options; remove it or choose another',
-                    field='outdir',
-                    value=path,
-                )
+                    field='outdir', value=path)
         elif os.path.isdir(path) and os.listdir(path):
-            raise UserError(
-                'is not empty; remove it or choose another', field='outdir', value=path
-            )
+            raise UserError('is not empty; remove it or choose another', field='outdir',
+                            value=path)
         dist.barrier()
         if dist.get_rank() == 0:
             self._write(self.old_labels)
@@ -339,15 +287,13 @@ class OutputFolder:
     def missing(self, seeds) -> list[int]:
         """Those whose images are not there; the same on every process."""
         return dist.broadcast_object(
-            [seed for seed in seeds if not os.path.isfile(self.file(seed))]
-        )
+            [seed for seed in seeds if not os.path.isfile(self.file(seed))])
 
     def add(self, batch: GeneratedBatch):
         for seed, label, image in batch:
             pixels = image.transpose(1, 2, 0)
-            write_bytes(
-                self.file(seed), encode_png(pixels if pixels.shape[2] == 3 else pixels[:, :, 0])
-            )
+            write_bytes(self.file(seed),
+                        encode_png(pixels if pixels.shape[2] == 3 else pixels[:, :, 0]))
             self.labels[seed] = label
 
     def finish(self):
@@ -362,15 +308,13 @@ class OutputFolder:
             self._write(self.old_labels | named)
 
     def _write(self, labels):
-        rows = (
-            sorted(labels.items()) if all(label is not None for label in labels.values()) else None
-        )
+        rows = (sorted(labels.items()) if all(
+            label is not None for label in labels.values()) else None)
         described = {
             key: self.dataset[key] for key in ('classes', 'class_names') if self.dataset.get(key)
         }
-        write_json(
-            self.json_path, {'labels': rows or None, 'generated_by': self.record, **described}
-        )
+        write_json(self.json_path,
+                   {'labels': rows or None, 'generated_by': self.record, **described})
 
 
 class GridCollector:
@@ -382,7 +326,7 @@ class GridCollector:
         self.dataset = dataset
         self.columns = columns
         self.rows = rows
-        self.images = {}                                        # label or None -> {seed: image}
+        self.images = {}  # label or None -> {seed: image}
 
     def _add(self, seed, label, image):
         row = self.images.setdefault(label, {})
@@ -414,15 +358,13 @@ class GridCollector:
             row = [image for _, image in sorted(self.images[label].items())]
             tiles += row + [np.full_like(row[0], 255)] * (-len(row) % self.columns)
         names = self.dataset.get('class_names') or self.dataset.get('classes')
-        titles = (
-            None if labels == [None] else [names[label] if names else label for label in labels]
-        )
+        titles = (None
+                  if labels == [None] else [names[label] if names else label for label in labels])
         pictures.save_image_grid(self.path, np.stack(tiles), self.columns, titles)
 
 
-def save_sample_grid(
-    path: str, net, encoder, dataset, columns: int = 8, sampler: dict | None = None
-):
+def save_sample_grid(path: str, net, encoder, dataset, columns: int = 8,
+                     sampler: dict | None = None):
     """Samples of fixed seeds as a picture: a row for each of the first ten classes, or eight rows
     without classes.
 
@@ -437,8 +379,7 @@ def save_sample_grid(
     labels = np.arange(min(net.label_dim, 10)).repeat(columns) if net.label_dim else None
     count = 8 * columns if labels is None else len(labels)
     grid = GridCollector(path, dataset.description(), columns, count // columns)
-    for batch in generate_images(
-        net, encoder, range(count), labels=labels, batch=columns * 4, split=False, sampler=sampler
-    ):
+    for batch in generate_images(net, encoder, range(count), labels=labels, batch=columns * 4,
+                                 split=False, sampler=sampler):
         grid.add(batch)
     grid.write()

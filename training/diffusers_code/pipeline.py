@@ -24,18 +24,9 @@ class SnapshotPipeline(DiffusionPipeline):
         self._encoder = make_encoder(encoder or {'name': 'rgb'})
 
     @torch.no_grad()
-    def __call__(
-        self,
-        seeds=range(4),
-        labels=None,
-        batch_size: int = 32,
-        sampler: str | None = None,
-        output_type: str = 'pil',
-        guide=None,
-        guidance: float = 1,
-        guidance_interval=None,
-        **options,
-    ):
+    def __call__(self, seeds=range(4), labels=None, batch_size: int = 32,
+                 sampler: str | None = None, output_type: str = 'pil', guide=None,
+                 guidance: float = 1, guidance_interval=None, **options):
         """Samples. `labels`: None draws the class of each image from its seed; an int is the class
         of all; a list has one for each seed. `sampler` is the name of a sampler (default: that of
         the snapshot), and `options` are its options (num_steps, sigma_max, S_churn, ...). `guide`
@@ -44,26 +35,17 @@ class SnapshotPipeline(DiffusionPipeline):
         """
         net = self.unet.net
         seeds = list(seeds)
-        labels = (
-            [labels] * len(seeds) if labels is None or isinstance(labels, int) else list(labels)
-        )
-        setting = choose_setting(
-            self.config.sampler or family_sampler(net), options | {'name': sampler}
-        )
+        labels = ([labels]
+                  * len(seeds) if labels is None or isinstance(labels, int) else list(labels))
+        setting = choose_setting(self.config.sampler or family_sampler(net),
+                                 options | {'name': sampler})
         parts = []
         for start in self.progress_bar(range(0, len(seeds), batch_size)):
             part = slice(start, start + batch_size)
-            images, _ = sample_seeds(
-                net,
-                self._encoder,
-                seeds[part],
-                labels[part],
-                next(net.parameters()).device,
-                guide=guide and guide.unet.net,
-                guidance=guidance,
-                guidance_interval=guidance_interval,
-                **setting,
-            )
+            images, _ = sample_seeds(net, self._encoder, seeds[part], labels[part],
+                                     next(net.parameters()).device, guide=guide and guide.unet.net,
+                                     guidance=guidance, guidance_interval=guidance_interval,
+                                     **setting)
             parts.append(images.cpu())
         images = torch.cat(parts)
         if output_type == 'pil':

@@ -14,20 +14,9 @@ import torch
 import torch.nn.functional as F
 
 # Low-pass filter of the symlet-6 wavelet.
-SYM6 = (
-    0.015404109327027373,
-    0.0034907120842174702,
-    -0.11799011114819057,
-    -0.048311742585633,
-    0.4910559419267466,
-    0.787641141030194,
-    0.3379294217276218,
-    -0.07263752278646252,
-    -0.021060292512300564,
-    0.04472490177066578,
-    0.0017677118642428036,
-    -0.007800708325034148,
-)
+SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633,
+        0.4910559419267466, 0.787641141030194, 0.3379294217276218, -0.07263752278646252,
+        -0.021060292512300564, 0.04472490177066578, 0.0017677118642428036, -0.007800708325034148)
 MARGIN = len(SYM6) // 4  # reach of the filter to each side, in pixels of the image
 
 # What EDM trains with: probability 0.12 of each, but half of the images are always mirrored.
@@ -53,21 +42,9 @@ class AugmentPipe:
     """
 
     # Operation -> number of labels, in the order in which they are applied.
-    OPERATIONS = dict(
-        xflip=1,
-        yflip=1,
-        rotate_int=2,
-        translate_int=2,
-        scale=1,
-        rotate_frac=2,
-        aniso=2,
-        translate_frac=2,
-        brightness=1,
-        contrast=1,
-        lumaflip=1,
-        hue=2,
-        saturation=1,
-    )
+    OPERATIONS = dict(xflip=1, yflip=1, rotate_int=2, translate_int=2, scale=1, rotate_frac=2,
+                      aniso=2, translate_frac=2, brightness=1, contrast=1, lumaflip=1, hue=2,
+                      saturation=1)
     PIXEL = ('xflip', 'yflip', 'rotate_int', 'translate_int')
     GEOMETRIC = ('scale', 'rotate_frac', 'aniso', 'translate_frac')
     COLOR = ('brightness', 'contrast', 'lumaflip', 'hue', 'saturation')
@@ -76,8 +53,7 @@ class AugmentPipe:
         unknown = set(multipliers) - set(self.OPERATIONS)
         if unknown:
             raise ValueError(
-                f'unknown operations {sorted(unknown)}; known: {", ".join(self.OPERATIONS)}'
-            )
+                f'unknown operations {sorted(unknown)}; known: {", ".join(self.OPERATIONS)}')
         self.p = p
         self.shared_padding = shared_padding
         self.multipliers = {name: float(multipliers.get(name, 0)) for name in self.OPERATIONS}
@@ -95,10 +71,8 @@ class AugmentPipe:
         for name in self._active(self.PIXEL):
             images, new = getattr(self, '_' + name)(images, draws)
             labels += new
-        for names, apply in (
-            (self._active(self.GEOMETRIC), self._geometry),
-            (self._active(self.COLOR), self._color),
-        ):
+        for names, apply in ((self._active(self.GEOMETRIC), self._geometry), (self._active(
+                self.COLOR), self._color)):
             if names:
                 images, new = apply(images, draws, names)
                 labels += new
@@ -123,10 +97,8 @@ class AugmentPipe:
         y_flipped = (w == 2) | (w == 3)
         images = torch.where(_each(x_flipped), images.flip(3), images)
         images = torch.where(_each(y_flipped), images.flip(2), images)
-        return torch.where(_each(w % 2 == 1), images.transpose(2, 3), images), [
-            x_flipped,
-            y_flipped,
-        ]
+        return torch.where(_each(w % 2 == 1), images.transpose(2, 3),
+                           images), [x_flipped, y_flipped]
 
     def _translate_int(self, images, draws):
         n, c, h, w = images.shape
@@ -165,11 +137,8 @@ class AugmentPipe:
                 x = draws.gate(name, x)
                 angle = draws.where(0.5, angle)
                 labels += [x * angle.cos(), x * angle.sin()]
-                matrix = (
-                    rotation(-angle)
-                    @ scaling(torch.exp2(-0.2 * x), torch.exp2(0.2 * x))
-                    @ rotation(angle)
-                )
+                matrix = (rotation(-angle) @ scaling(torch.exp2(-0.2 * x), torch.exp2(0.2 * x))
+                          @ rotation(angle))
             else:
                 x, y = draws.gate(name, draws.normal(2))
                 labels += [x, y]
@@ -183,7 +152,7 @@ class AugmentPipe:
         centre = G.new_tensor([w - 1, h - 1]) / 2
         corners = G.new_tensor([[-1, 1, 1, -1], [-1, -1, 1, 1], [1, 1, 1, 1]])
         corners[:2] *= centre[:, None]
-        reached = (G @ corners)[:, :2]                          # [N, (x, y), 4]
+        reached = (G @ corners)[:, :2]  # [N, (x, y), 4]
         low = -reached.amin(dim=(0, 2)) - centre + 2 * MARGIN
         high = reached.amax(dim=(0, 2)) - centre + 2 * MARGIN
         reach = torch.stack([low, high], dim=1).flatten().ceil().clamp(min=0).tolist()
@@ -202,21 +171,20 @@ class AugmentPipe:
         if channels not in (1, 3):
             raise ValueError(f'colour operations need 1 or 3 channels, not {channels}')
         eye = torch.eye(3, device=device)
-        gray = torch.full(
-            [3, 3], 1 / 3, device=device
-        )  # v v^T, v = (1,1,1) / sqrt(3): the luma axis
+        gray = torch.full([3, 3], 1 / 3,
+                          device=device)  # v v^T, v = (1,1,1) / sqrt(3): the luma axis
         rest = eye - gray
         # The generator of rotations around v: (v x ..)
         cross = torch.tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=device) / math.sqrt(3)
         drawn = {
             'lumaflip': lambda: draws.integer('lumaflip', 2),
-            'hue': lambda: draws.gate('hue', draws.angle()),
+            'hue': lambda: draws.gate('hue', draws.angle())
         }
         maps = {
             'contrast': lambda w: eye * torch.exp2(0.5 * w),
             'lumaflip': lambda w: eye - 2 * gray * w,
             'hue': lambda w: gray + rest * w.cos() + cross * w.sin(),
-            'saturation': lambda w: gray + rest * torch.exp2(w),
+            'saturation': lambda w: gray + rest * torch.exp2(w)
         }
         matrix = eye.expand(n, 3, 3)
         offset = torch.zeros([n, 3, 1], device=device)
@@ -252,9 +220,8 @@ class _Draws:
         self.multipliers = multipliers
 
     def _size(self, count):
-        return dict(
-            size=[count, self.n] if count else [self.n], dim=1 if count else 0, device=self.device
-        )
+        return dict(size=[count, self.n] if count else [self.n], dim=1 if count else 0,
+                    device=self.device)
 
     def normal(self, count=None):
         return self.random.randn(**self._size(count))
@@ -273,8 +240,7 @@ class _Draws:
     def where(self, p: float, values):
         """`values` with probability p, 0 elsewhere; one draw for each image."""
         return torch.where(
-            self.random.rand(**self._size(None)) < p, values, torch.zeros_like(values)
-        )
+            self.random.rand(**self._size(None)) < p, values, torch.zeros_like(values))
 
     def gate(self, name: str, values):
         """`values` where the operation is applied, 0 elsewhere."""
@@ -284,19 +250,13 @@ class _Draws:
 def _matrix(rows) -> torch.Tensor:
     """[N,3,3] from rows of [N] tensors and numbers."""
     like = next(value for row in rows for value in row if torch.is_tensor(value))
-    return torch.stack(
-        [
-            torch.stack(
-                [
-                    torch.as_tensor(value, dtype=like.dtype, device=like.device).expand_as(like)
-                    for value in row
-                ],
-                dim=-1,
-            )
-            for row in rows
-        ],
-        dim=-2,
-    )
+    return torch.stack([
+        torch.stack([
+            torch.as_tensor(value, dtype=like.dtype, device=like.device).expand_as(like)
+            for value in row
+        ], dim=-1)
+        for row in rows
+    ], dim=-2)
 
 
 def scaling(x, y) -> torch.Tensor:
@@ -326,9 +286,8 @@ def _upsampling(size: int, before: int, after: int, device) -> torch.Tensor:
     units = F.pad(torch.eye(size)[:, None], [before, after], mode='reflect')
     # The filter's sum is sqrt(2): with the zeros the mean changes by sqrt(1/2) here, and back when
     # halving.
-    rows = F.conv_transpose1d(
-        units, torch.tensor(SYM6)[None, None], stride=2, padding=len(SYM6) // 2 - 1
-    )
+    rows = F.conv_transpose1d(units,
+                              torch.tensor(SYM6)[None, None], stride=2, padding=len(SYM6) // 2 - 1)
     return rows[:, 0].t().contiguous().to(device)
 
 
@@ -336,9 +295,8 @@ def _upsampling(size: int, before: int, after: int, device) -> torch.Tensor:
 def _downsampling(size: int, device) -> torch.Tensor:
     """[size, 2 (size + 2 MARGIN)]: filters, keeps every second pixel, and cuts off the margin."""
     units = torch.eye(2 * (size + 2 * MARGIN))[:, None, 1:-1]
-    return (
-        F.conv1d(units, torch.tensor(SYM6)[None, None], stride=2)[:, 0].t().contiguous().to(device)
-    )
+    return (F.conv1d(units,
+                     torch.tensor(SYM6)[None, None], stride=2)[:, 0].t().contiguous().to(device))
 
 
 def resample(images, G, padding=None):
@@ -352,11 +310,8 @@ def resample(images, G, padding=None):
     G = translation(ones * (left - right) / 2, ones * (top - bottom) / 2) @ G
 
     # Twice as large.
-    images = (
-        _upsampling(h, top, bottom, G.device)
-        @ images.to(torch.float32)
-        @ _upsampling(w, left, right, G.device).t()
-    )
+    images = (_upsampling(h, top, bottom, G.device) @ images.to(torch.float32)
+              @ _upsampling(w, left, right, G.device).t())
     G = scaling(2 * ones, 2 * ones) @ G @ scaling(ones / 2, ones / 2)
     G = translation(-ones / 2, -ones / 2) @ G @ translation(ones / 2, ones / 2)
 
@@ -364,8 +319,7 @@ def resample(images, G, padding=None):
     theta = scaling(2 / images.shape[3] * ones, 2 / images.shape[2] * ones) @ G @ scaling(
         size[3] / 2 * ones, size[2] / 2 * ones)
     grid = F.affine_grid(theta[:, :2], size, align_corners=False)
-    images = F.grid_sample(
-        images, grid, mode='bilinear', padding_mode='zeros', align_corners=False
-    )
+    images = F.grid_sample(images, grid, mode='bilinear', padding_mode='zeros',
+                           align_corners=False)
 
     return _downsampling(h, G.device) @ images @ _downsampling(w, G.device).t()

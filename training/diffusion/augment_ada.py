@@ -58,58 +58,37 @@ class ADAAugment:
         angles = 2 * math.pi * random.rand([n, 2]) - math.pi
         normal = random.randn([n, 4])
         flip_y, scale, angle, stretch, move = gates.unbind(1)
-        return torch.stack(
-            [
-                flips[:, 0],
-                flips[:, 1] * flip_y,
-                normal[:, 0] * scale,
-                angles[:, 0] * angle,
-                angles[:, 1] * stretch,
-                normal[:, 1] * stretch,
-                normal[:, 2] * move,
-                normal[:, 3] * move,
-            ],
-            dim=1,
-        )
+        return torch.stack([
+            flips[:, 0], flips[:, 1] * flip_y, normal[:, 0] * scale, angles[:, 0] * angle,
+            angles[:, 1] * stretch, normal[:, 1] * stretch, normal[:, 2] * move,
+            normal[:, 3] * move
+        ], dim=1)
 
     def matrices(self, a, height: int, width: int) -> torch.Tensor:
         """Where pixels go: [N,3,3] for parameters a [N,8]."""
         cx, cy = width / 2 - 0.5, height / 2 - 0.5
-        stretch = self.aniso ** a[:, _STRETCH]
-        zoom = self.scale ** a[:, _SCALE]
-        return functools.reduce(
-            torch.matmul,
-            [
-                translation(torch.full_like(zoom, cx), cy),
-                scaling((1 - 2 * a[:, _FLIP_X]) * zoom, (1 - 2 * a[:, _FLIP_Y]) * zoom),
-                rotation(a[:, _DIRECTION] - a[:, _ANGLE]),
-                scaling(stretch, 1 / stretch),
-                rotation(-a[:, _DIRECTION]),
-                translation(
-                    a[:, _MOVE_X] * width * self.trans - cx,
-                    a[:, _MOVE_Y] * height * self.trans - cy,
-                ),
-            ],
-        )
+        stretch = self.aniso**a[:, _STRETCH]
+        zoom = self.scale**a[:, _SCALE]
+        return functools.reduce(torch.matmul, [
+            translation(torch.full_like(zoom, cx), cy),
+            scaling((1 - 2 * a[:, _FLIP_X]) * zoom, (1 - 2 * a[:, _FLIP_Y]) * zoom),
+            rotation(a[:, _DIRECTION] - a[:, _ANGLE]),
+            scaling(stretch, 1 / stretch),
+            rotation(-a[:, _DIRECTION]),
+            translation(a[:, _MOVE_X] * width * self.trans - cx,
+                        a[:, _MOVE_Y] * height * self.trans - cy)
+        ])
 
     @staticmethod
     def conditions(a) -> torch.Tensor:
         """What the network is told, [N,9]; zeros for an untouched image."""
         angle, direction, stretch = a[:, _ANGLE], a[:, _DIRECTION], a[:, _STRETCH]
-        return torch.stack(
-            [
-                a[:, _FLIP_X],
-                a[:, _FLIP_Y],
-                a[:, _SCALE],
-                angle.cos() - 1,
-                angle.sin(),
-                stretch * direction.cos(),
-                stretch * direction.sin(),
-                a[:, _MOVE_X],
-                a[:, _MOVE_Y],
-            ],
-            dim=1,
-        )
+        return torch.stack([
+            a[:, _FLIP_X], a[:, _FLIP_Y], a[:, _SCALE],
+            angle.cos() - 1,
+            angle.sin(), stretch * direction.cos(), stretch * direction.sin(), a[:, _MOVE_X],
+            a[:, _MOVE_Y]
+        ], dim=1)
 
 
 def _axis(q, size: int):
@@ -133,9 +112,8 @@ def _slope(padded, dim: int):
     its ends."""
     n = padded.shape[dim] - 2
     sign = (0.5 - torch.arange(n, device=padded.device) % 2).to(padded.dtype)
-    return (padded.narrow(dim, 2, n) - padded.narrow(dim, 0, n)) * (
-        sign if dim == 3 else sign[:, None]
-    )
+    return (padded.narrow(dim, 2, n)
+            - padded.narrow(dim, 0, n)) * (sign if dim == 3 else sign[:, None])
 
 
 def warp(images, matrices) -> torch.Tensor:
@@ -154,9 +132,8 @@ def warp(images, matrices) -> torch.Tensor:
     """
     N, C, H, W = images.shape
     inverse = torch.linalg.inv_ex(matrices.double())[0].to(images.dtype)
-    y, x = torch.meshgrid(
-        torch.arange(H, device=images.device), torch.arange(W, device=images.device), indexing='ij'
-    )
+    y, x = torch.meshgrid(torch.arange(H, device=images.device),
+                          torch.arange(W, device=images.device), indexing='ij')
     pixels = torch.stack([x, y, torch.ones_like(x)]).reshape(3, H * W).to(images.dtype)
     source = (inverse[:, :2] @ pixels).reshape(N, 2, H, W)
     x_smooth, x_plain, x_slope = _axis(source[:, 0], W)
@@ -172,9 +149,8 @@ def warp(images, matrices) -> torch.Tensor:
     def look_up(values, **coordinates):
         for name, value in coordinates.items():  # the other coordinate stays as it was
             grid[..., 'xy'.index(name)] = value
-        return F.grid_sample(
-            values, grid, mode='bilinear', padding_mode='border', align_corners=True
-        )
+        return F.grid_sample(values, grid, mode='bilinear', padding_mode='border',
+                             align_corners=True)
 
     out = look_up(images, x=x_smooth, y=y_smooth)
     out += x_slope * look_up(dx, x=x_plain)

@@ -36,8 +36,8 @@ def mean_flat(x):
 
 def gaussian_kl(mean1, log_variance1, mean2, log_variance2):
     """KL(N(mean1, var1) || N(mean2, var2)) element by element, in nats."""
-    return 0.5 * (-1 + log_variance2 - log_variance1 + (log_variance1 - log_variance2).exp()
-                  + (mean1 - mean2) ** 2 * (-log_variance2).exp())
+    return 0.5 * (-1 + log_variance2 - log_variance1 + (log_variance1 - log_variance2).exp() +
+                  (mean1 - mean2) ** 2 * (-log_variance2).exp())
 
 
 def discretized_nll(x, mean, log_variance):
@@ -75,36 +75,21 @@ class GaussianDiffusion:
                 0.02)
     """
 
-    def __init__(
-        self,
-        schedule='linear',
-        steps=1000,
-        respacing='',
-        variance='learned_range',
-        loss='mse',
-        predict='epsilon',
-        rescale_timesteps=False,
-        beta_range=None,
-    ):
+    def __init__(self, schedule='linear', steps=1000, respacing='', variance='learned_range',
+                 loss='mse', predict='epsilon', rescale_timesteps=False, beta_range=None):
         for name, value, known in (('variance', variance, VARIANCES), ('loss', loss, LOSSES),
                                    ('predict', predict, ('epsilon', 'start'))):
             if value not in known:
                 raise UserError(f'{name}: {value!r} is not one of {", ".join(known)}')
-        self.config = dict(
-            schedule=schedule,
-            steps=steps,
-            respacing=respacing,
-            variance=variance,
-            loss=loss,
-            predict=predict,
-            rescale_timesteps=rescale_timesteps,
-            beta_range=beta_range,
-        )
+        self.config = dict(schedule=schedule, steps=steps, respacing=respacing, variance=variance,
+                           loss=loss, predict=predict, rescale_timesteps=rescale_timesteps,
+                           beta_range=beta_range)
         betas = make_betas(schedule, steps, beta_range)
         self.learned, self.loss, self.predict = variance == 'learned_range', loss, predict
         self.kept = np.array(spaced_steps(steps, respacing))
         if len(self.kept) < 2:
-            raise UserError(f'time steps: {respacing!r} leaves fewer than two', field='timestep_respacing')
+            raise UserError(f'time steps: {respacing!r} leaves fewer than two',
+                            field='timestep_respacing')
         if betas.max() >= 1:
             raise UserError(f'diffusion_steps: the {schedule} schedule needs more than {steps}')
         self.num_steps = len(self.kept)
@@ -157,9 +142,8 @@ class GaussianDiffusion:
 
     def q_posterior(self, x_0, x_t, t):
         """Mean [N,C,H,W] and log variance [N,1,1,1] of q(x_(t-1) | x_t, x_0)."""
-        mean = (
-            self._at('posterior_mean_coef1', t) * x_0 + self._at('posterior_mean_coef2', t) * x_t
-        )
+        mean = (self._at('posterior_mean_coef1', t) * x_0
+                + self._at('posterior_mean_coef2', t) * x_t)
         return mean, self._at('posterior_log_variance_clipped', t)
 
     # The reverse process.
@@ -171,8 +155,8 @@ class GaussianDiffusion:
             raise ValueError(f'network output has {output.shape[1]} channels for images of {C} '
                              f'and variance {self.config["variance"]}')
         values = output[:, :C]
-        start = values if self.predict == 'start' else (
-            self._at('sqrt_recip', t) * x_t - self._at('sqrt_recipm1', t) * values)
+        start = values if self.predict == 'start' else (self._at('sqrt_recip', t) * x_t
+                                                        - self._at('sqrt_recipm1', t) * values)
         if clip:
             start = start.clamp(-1, 1)
         epsilon = values if self.predict == 'epsilon' else self._epsilon(start, x_t, t)
@@ -181,8 +165,7 @@ class GaussianDiffusion:
         if self.learned:
             share = (output[:, C:] + 1) / 2
             log_variance = share * self._at('log_beta', t) + (1 - share) * self._at(
-                'posterior_log_variance_clipped', t
-            )
+                'posterior_log_variance_clipped', t)
         return Prediction(start, epsilon, mean, log_variance)
 
     def _epsilon(self, start, x_t, t):
@@ -197,10 +180,8 @@ class GaussianDiffusion:
     @staticmethod
     def add_noise(prediction, t, noise):
         """A draw from the Gaussian of a prediction; its mean at t = 0."""
-        return (
-            prediction.mean
-            + (t != 0).reshape(-1, 1, 1, 1) * (0.5 * prediction.log_variance).exp() * noise
-        )
+        return (prediction.mean + (t != 0).reshape(-1, 1, 1, 1) *
+                (0.5 * prediction.log_variance).exp() * noise)
 
     def ddim_step(self, output, x_t, t, noise=None, eta=0.0, clip=True):
         """x_(t-1) of DDIM (arXiv 2010.02502, Eq. 12); `eta=0` is deterministic and needs no
@@ -259,9 +240,8 @@ class GaussianDiffusion:
         terms = {'mse': mean_flat((teacher.epsilon - student.epsilon) ** 2)}
         if self.learned:
             student = self.prediction(self._frozen_mean(output), x_t, t, clip)
-            kl = gaussian_kl(
-                teacher.mean, teacher.log_variance, student.mean, student.log_variance
-            )
+            kl = gaussian_kl(teacher.mean, teacher.log_variance, student.mean,
+                             student.log_variance)
             terms['vb'] = self._rescaled(mean_flat(kl) / math.log(2))
         return {'loss': sum(terms.values()), **terms}
 

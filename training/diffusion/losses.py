@@ -186,28 +186,14 @@ class CBDMLoss:
     `augment` takes (images, random) to (images, vectors [N,9]).
     """
 
-    def __init__(
-        self,
-        diffusion: GaussianDiffusion,
-        num_classes: int,
-        cb=False,
-        cfg=False,
-        tau=1.0,
-        class_counts=None,
-        label_drop=0.1,
-        augment=None,
-        batch_size=None,
-        seed=0,
-    ):
-        if (
-            cb
-            and class_counts is not None
-            and not (len(class_counts) == num_classes and min(class_counts) > 0)
-        ):
+    def __init__(self, diffusion: GaussianDiffusion, num_classes: int, cb=False, cfg=False,
+                 tau=1.0, class_counts=None, label_drop=0.1, augment=None, batch_size=None,
+                 seed=0):
+        if (cb and class_counts is not None
+                and not (len(class_counts) == num_classes and min(class_counts) > 0)):
             raise UserError(
                 f'class-balancing training needs images of each of the {num_classes} classes; their '
-                f'numbers are {[int(n) for n in class_counts]}'
-            )
+                f'numbers are {[int(n) for n in class_counts]}')
         self.diffusion = diffusion
         self.num_classes = num_classes
         self.cb = cb
@@ -230,9 +216,8 @@ class CBDMLoss:
     def _labels_dropped(self, batch):
         if self.batch_size is None:
             return batch['random'].rand([1], device='cpu').item() < self.label_drop
-        shared = StackedRandomGenerator(
-            'cpu', [tuple_seed(self.seed, batch['start'] // self.batch_size)]
-        )
+        shared = StackedRandomGenerator('cpu',
+                                        [tuple_seed(self.seed, batch['start'] // self.batch_size)])
         return shared.rand([1]).item() < self.label_drop
 
     def elementwise(self, net, batch) -> dict:
@@ -252,9 +237,8 @@ class CBDMLoss:
         if self.cb and not dropped:
             other = self.other_labels(len(images), random).to(images.device)
             with drawing_from(random):
-                h_other = net(
-                    x_t, step=step, class_labels=F.one_hot(other, self.num_classes).to(y), **extra
-                )
+                h_other = net(x_t, step=step,
+                              class_labels=F.one_hot(other, self.num_classes).to(y), **extra)
             weight = (self.tau * t / self.diffusion.num_steps).reshape(-1, 1, 1, 1)
             reg, com = balancing_terms(h, h_other, weight)
             values |= {'other': other, 'reg': reg, 'com': com}
@@ -265,9 +249,8 @@ class CBDMLoss:
         terms = {'ddpm': mean_flat(values['ddpm'])}
         if self.cb:
             for name in ('reg', 'com'):
-                terms[name] = (
-                    mean_flat(values[name]) if name in values else torch.zeros_like(terms['ddpm'])
-                )
+                terms[name] = (mean_flat(values[name])
+                               if name in values else torch.zeros_like(terms['ddpm']))
         return _with_log({'loss': sum(terms.values())} | terms)
 
 
@@ -282,10 +265,8 @@ class DKDMLoss:
     def __init__(self, diffusion: GaussianDiffusion, teacher, input_perturb=0.0):
         if list(diffusion.kept) != list(teacher.diffusion.kept) or not np.allclose(
                 diffusion.betas, teacher.diffusion.betas):
-            raise UserError(
-                'the student needs the noise schedule and time steps of its teacher',
-                field='diffusion',
-            )
+            raise UserError('the student needs the noise schedule and time steps of its teacher',
+                            field='diffusion')
         self.diffusion = diffusion
         self.teacher = teacher
         self.input_perturb = input_perturb
@@ -304,12 +285,6 @@ class DKDMLoss:
 
 # The losses by name.
 LOSSES = {
-    'edm2': EDM2Loss,
-    'edm': EDMLoss,
-    'vp': VPLoss,
-    've': VELoss,
-    'flow': FlowLoss,
-    'ddpm': DDPMLoss,
-    'cbdm': CBDMLoss,
-    'dkdm': DKDMLoss,
+    'edm2': EDM2Loss, 'edm': EDMLoss, 'vp': VPLoss, 've': VELoss, 'flow': FlowLoss,
+    'ddpm': DDPMLoss, 'cbdm': CBDMLoss, 'dkdm': DKDMLoss
 }

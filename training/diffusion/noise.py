@@ -90,12 +90,11 @@ def geometric_levels(u, first: float, last: float):
     return first * (last / first) ** u
 
 
-def edm_sigmas(
-    num_steps: int, sigma_min: float, sigma_max: float, rho: float, dtype=torch.float32
-):
+def edm_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float,
+               dtype=torch.float32):
     """t_0 = sigma_max ... t_(N-1) = sigma_min without the final zero (arXiv 2206.00364, Eq. 5)."""
     ramp = unit_steps(num_steps, dtype)
-    ends = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    ends = sigma_max**(1 / rho), sigma_min**(1 / rho)
     return (ends[0] + ramp * (ends[1] - ends[0])) ** rho
 
 
@@ -106,9 +105,8 @@ def unit_steps(num_steps: int, dtype=torch.float64):
     return torch.arange(num_steps, dtype=dtype) / max(num_steps - 1, 1)
 
 
-def iddpm_levels(
-    M: int = 1000, C_1: float = 0.001, C_2: float = 0.008, dtype=torch.float32
-) -> torch.Tensor:
+def iddpm_levels(M: int = 1000, C_1: float = 0.001, C_2: float = 0.008,
+                 dtype=torch.float32) -> torch.Tensor:
     """Noise levels u_0 > ... > u_M = 0 of improved DDPM in the terms of EDM (Table 1), [M + 1]:
     u_{j-1} = sqrt((u_j^2 + 1) / max(abar_{j-1} / abar_j, C_1) - 1), abar_j = sin(pi/2 j / (M (C_2
     + 1)))^2.
@@ -139,15 +137,15 @@ def _linear(steps):
 def _cosine(steps):
     def f(u):
         return np.cos(math.pi / 2 * (u + 0.008) / 1.008) ** 2
+
     i = np.arange(steps)
     return np.minimum(1 - f((i + 1) / steps) / f(i / steps), 0.999)
 
 
 def _linear_float32(steps, first=1e-4, last=0.02):
     """What CBDM uses: from `first` to `last` whatever the number of steps, spaced in float32."""
-    return (
-        torch.linspace(first, last, steps, device='cpu').double().numpy()
-    )  # wherever networks are being built
+    return (torch.linspace(first, last, steps,
+                           device='cpu').double().numpy())  # wherever networks are being built
 
 
 def _progressive_cosine(steps):
@@ -159,8 +157,10 @@ def _progressive_cosine(steps):
     return betas_from_alphas_cumprod(1 / (1 + np.exp(-log_snr)))
 
 
-SCHEDULES = {'linear': _linear, 'cosine': _cosine, 'linear_float32': _linear_float32,
-             'progressive_cosine': _progressive_cosine}
+SCHEDULES = {
+    'linear': _linear, 'cosine': _cosine, 'linear_float32': _linear_float32,
+    'progressive_cosine': _progressive_cosine
+}
 
 
 def make_betas(schedule: str, steps: int, beta_range=None) -> np.ndarray:

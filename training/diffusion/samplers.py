@@ -66,28 +66,25 @@ class Guided:
             return call(self.guide)
         main = call(self.net)
         guided = call(self.guide)[:, :channels].lerp(main[:, :channels], self.guidance)
-        return (
-            guided if main.shape[1] == channels else torch.cat([guided, main[:, channels:]], dim=1)
-        )
+        return (guided
+                if main.shape[1] == channels else torch.cat([guided, main[:, channels:]], dim=1))
 
     def __call__(self, x, sigma):
         """D(x; sigma) in the type of x [N,C,H,W], for one level `sigma` on the host."""
         level = x.new_full([], float(sigma))
-        return self._evaluate(lambda net: net(x, level, self.labels), sigma, x.shape[1]).to(
-            x.dtype
-        )
+        return self._evaluate(lambda net: net(x, level, self.labels), sigma,
+                              x.shape[1]).to(x.dtype)
 
     def output(self, x_t, step, sigma: float):
         """What a network of discrete time says of x_t [N,C,H,W] at `step` [N], of level sigma: [N,
         C or 2C, H, W]."""
-        return self._evaluate(
-            lambda net: net(x_t, step=step, class_labels=self.labels), sigma, x_t.shape[1]
-        )
+        return self._evaluate(lambda net: net(x_t, step=step, class_labels=self.labels), sigma,
+                              x_t.shape[1])
 
     def cut(self, sigma_min: float, sigma_max: float):
         """A range of noise levels cut to what the network was trained on, where it says so."""
-        return (max(sigma_min, getattr(self.net, 'sigma_min', 0.0)),
-                min(sigma_max, getattr(self.net, 'sigma_max', math.inf)))
+        return (max(sigma_min, getattr(
+            self.net, 'sigma_min', 0.0)), min(sigma_max, getattr(self.net, 'sigma_max', math.inf)))
 
     def round_sigma(self, sigma):
         """The nearest noise level that the network was trained on, for one level on the host."""
@@ -112,30 +109,17 @@ def without_labels(net):
 
 # --- Solvers -------------------------------------------------------------------------------------
 
-
 # Scalings s(sigma), and -s' / (s sigma').
 SCALES = {
     'none': (lambda sigma: 1.0, None),
-    'vp': (lambda sigma: 1 / (1 + sigma.square()).sqrt(), lambda sigma: sigma / (1 + sigma.square())),
-    'flow': (lambda sigma: 1 / (1 + sigma), lambda sigma: 1 / (1 + sigma)),
+    'vp': (lambda sigma: 1 / (1 + sigma.square()).sqrt(), lambda sigma: sigma /
+           (1 + sigma.square())), 'flow': (lambda sigma: 1 / (1 + sigma), lambda sigma: 1 /
+                                           (1 + sigma))
 }
 
 
-def heun(
-    denoiser,
-    noise,
-    levels,
-    random,
-    path=None,
-    scaling='none',
-    solver='heun',
-    alpha=1,
-    S_churn=0,
-    S_min=0,
-    S_max=math.inf,
-    S_noise=1,
-    always_draw=False,
-):
+def heun(denoiser, noise, levels, random, path=None, scaling='none', solver='heun', alpha=1,
+         S_churn=0, S_min=0, S_max=math.inf, S_noise=1, always_draw=False):
     """EDM's stochastic sampler (arXiv 2206.00364, Algorithm 2), for every sigma(t) and s(t) of its
     Table 1.
 
@@ -148,9 +132,8 @@ def heun(
     path = path or Linear()
     num_steps = len(levels) - 1
     gamma = min(S_churn / num_steps, math.sqrt(2) - 1)
-    low, high = levels.new_tensor(
-        [S_min, S_max]
-    )  # the working precision decides, as in the reference
+    low, high = levels.new_tensor([S_min,
+                                   S_max])  # the working precision decides, as in the reference
 
     scale, shrinkage = SCALES[scaling]
 
@@ -250,9 +233,8 @@ def chain(denoiser, noise, diffusion, random, ddim=False, eta=0.0, clip=True):
 # --- Solvers with their levels -------------------------------------------------------------------
 
 
-def _edm_levels(
-    solve, denoiser, noise, random, *, num_steps, sigma_min, sigma_max, rho, dtype, **options
-):
+def _edm_levels(solve, denoiser, noise, random, *, num_steps, sigma_min, sigma_max, rho, dtype,
+                **options):
     """`solve` over EDM's levels, cut to the network's range and rounded."""
     sigmas = edm_sigmas(num_steps, *denoiser.cut(sigma_min, sigma_max), rho, getattr(torch, dtype))
     return solve(denoiser, noise, denoiser.levels(sigmas), random, **options)
@@ -261,41 +243,19 @@ def _edm_levels(
 # The range of noise levels of each discretization; None is set by beta_d, beta_min and epsilon_s.
 RANGES = {'vp': None, 've': (0.02, 100), 'iddpm': (0.002, 81), 'edm': (0.002, 80)}
 CHOICES = {
-    'solver': ('euler', 'heun'),
-    'discretization': tuple(RANGES),
-    'schedule': ('vp', 've', 'linear'),
-    'scaling': ('vp', 'none'),
+    'solver': ('euler', 'heun'), 'discretization': tuple(RANGES),
+    'schedule': ('vp', 've', 'linear'), 'scaling': ('vp', 'none')
 }
 
 
-def _ablation(
-    denoiser,
-    noise,
-    random,
-    *,
-    num_steps,
-    sigma_min,
-    sigma_max,
-    rho,
-    discretization,
-    schedule,
-    epsilon_s,
-    beta_d,
-    beta_min,
-    C_1,
-    C_2,
-    M,
-    **options,
-):
+def _ablation(denoiser, noise, random, *, num_steps, sigma_min, sigma_max, rho, discretization,
+              schedule, epsilon_s, beta_d, beta_min, C_1, C_2, M, **options):
     """The samplers that EDM generalises (arXiv 2206.00364, Table 1): every schedule over every
     discretization."""
-    ends = (
-        RANGES[discretization]
-        or VP(beta_d, beta_min).sigma(torch.tensor([epsilon_s, 1.0]).double()).tolist()
-    )
-    low, high = denoiser.cut(
-        ends[0] if sigma_min is None else sigma_min, ends[1] if sigma_max is None else sigma_max
-    )
+    ends = (RANGES[discretization]
+            or VP(beta_d, beta_min).sigma(torch.tensor([epsilon_s, 1.0]).double()).tolist())
+    low, high = denoiser.cut(ends[0] if sigma_min is None else sigma_min,
+                             ends[1] if sigma_max is None else sigma_max)
     vp = VP.of_range(low, high, epsilon_s)
     if discretization == 'vp':
         sigmas = vp.sigma(1 + unit_steps(num_steps) * (epsilon_s - 1))
@@ -309,9 +269,8 @@ def _ablation(
     else:
         sigmas = edm_sigmas(num_steps, low, high, rho, torch.float64)
     path = {'vp': vp, 've': VE(), 'linear': Linear()}[schedule]
-    return heun(
-        denoiser, noise, denoiser.levels(sigmas), random, path, always_draw=True, **options
-    )
+    return heun(denoiser, noise, denoiser.levels(sigmas), random, path, always_draw=True,
+                **options)
 
 
 def _flow(denoiser, noise, random, *, num_steps, sigma_max, solver):
@@ -330,15 +289,9 @@ def _discrete(ddim, denoiser, noise, random, *, num_steps, clip, eta=1.0, **leve
     diffusion = getattr(denoiser.net, 'diffusion', None)
     levels = {key: value for key, value in levels.items() if value is not None}
     if diffusion is None:
-        return _edm_levels(
-            partial(ancestral, eta=eta, clip=clip),
-            denoiser,
-            noise,
-            random,
-            dtype='float64',
-            num_steps=num_steps or (50 if ddim else 1000),
-            **_RANGE | levels,
-        )
+        return _edm_levels(partial(ancestral, eta=eta,
+                                   clip=clip), denoiser, noise, random, dtype='float64',
+                           num_steps=num_steps or (50 if ddim else 1000), **_RANGE | levels)
     diffusion = diffusion if num_steps is None else diffusion.respaced(num_steps)
     return chain(denoiser, noise, diffusion, random, ddim, eta, clip)
 
@@ -359,40 +312,20 @@ _OWN = dict(num_steps=None, clip=None, sigma_min=None, sigma_max=None, rho=None)
 # `dtype` is the type of the computation; None stands for what the network or the discretization
 # says.
 SAMPLERS = {
-    'edm': Sampler(
-        partial(_edm_levels, partial(heun, always_draw=True)),
-        dict(num_steps=18, **_RANGE, **_CHURN, dtype='float64'),
-    ),
-    'edm2': Sampler(
-        partial(_edm_levels, heun), dict(num_steps=32, **_RANGE, **_CHURN, dtype='float32')
-    ),
+    'edm': Sampler(partial(_edm_levels, partial(heun, always_draw=True)),
+                   dict(num_steps=18, **_RANGE, **_CHURN, dtype='float64')), 'edm2': Sampler(
+                       partial(_edm_levels, heun),
+                       dict(num_steps=32, **_RANGE, **_CHURN, dtype='float32')),
     'ablation': Sampler(
         _ablation,
-        dict(
-            num_steps=18,
-            sigma_min=None,
-            sigma_max=None,
-            rho=7,
-            solver='heun',
-            alpha=1,
-            discretization='edm',
-            schedule='linear',
-            scaling='none',
-            epsilon_s=1e-3,
-            beta_d=19.9,
-            beta_min=0.1,
-            C_1=0.001,
-            C_2=0.008,
-            M=1000,
-            **_CHURN,
-        ),
-    ),
-    'dpmpp-2m': Sampler(
-        partial(_edm_levels, dpmpp_2m), dict(num_steps=20, **_RANGE, dtype='float64')
-    ),
-    'flow': Sampler(_flow, dict(num_steps=32, sigma_max=999, solver='heun')),
-    'ddim': Sampler(partial(_discrete, True), _OWN | dict(eta=0.0)),
-    'ddpm': Sampler(partial(_discrete, False), _OWN),
+        dict(num_steps=18, sigma_min=None, sigma_max=None, rho=7, solver='heun', alpha=1,
+             discretization='edm', schedule='linear', scaling='none', epsilon_s=1e-3, beta_d=19.9,
+             beta_min=0.1, C_1=0.001, C_2=0.008, M=1000, **_CHURN)), 'dpmpp-2m': Sampler(
+                 partial(_edm_levels, dpmpp_2m),
+                 dict(num_steps=20, **_RANGE, dtype='float64')), 'flow': Sampler(
+                     _flow, dict(num_steps=32, sigma_max=999, solver='heun')), 'ddim': Sampler(
+                         partial(_discrete, True), _OWN | dict(eta=0.0)), 'ddpm': Sampler(
+                             partial(_discrete, False), _OWN)
 }
 
 
@@ -404,9 +337,8 @@ def family_sampler(net) -> dict:
     if type(net).__name__ == 'DiscreteDenoiser':
         # Guided diffusion clips the predicted images as the network says, class-balancing
         # diffusion never does.
-        return {'name': 'ddpm'} | (
-            {'clip': False} if type(net.model).__name__ == 'DDPMUNet' else {}
-        )
+        return {'name': 'ddpm'
+                } | ({'clip': False} if type(net.model).__name__ == 'DDPMUNet' else {})
     return {'name': 'flow' if type(net).__name__ == 'FlowPrecond' else 'edm'}
 
 
@@ -420,11 +352,8 @@ def complete_setting(setting: dict) -> dict:
     defaults = SAMPLERS[name].options
     for key, value in options.items():
         if key not in defaults:
-            raise UserError(
-                f'is no option of the sampler {name}, which has {", ".join(defaults)}',
-                field=key,
-                value=value,
-            )
+            raise UserError(f'is no option of the sampler {name}, which has {", ".join(defaults)}',
+                            field=key, value=value)
         if key in CHOICES and value not in CHOICES[key]:
             raise UserError(f'{value!r} is not one of {", ".join(CHOICES[key])}', field=key)
         if isinstance(defaults[key], int | float) and not isinstance(value, int | float):
@@ -438,11 +367,8 @@ def check_setting(net, setting: dict):
         return
     for key in _RANGE:
         if setting[key] is not None:
-            raise UserError(
-                'has no meaning for a network with time steps of its own',
-                field=key,
-                value=setting[key],
-            )
+            raise UserError('has no meaning for a network with time steps of its own', field=key,
+                            value=setting[key])
     if setting['num_steps'] is not None:
         with renamed_fields(timestep_respacing='num_steps'):
             net.diffusion.respaced(setting['num_steps'])
@@ -461,18 +387,8 @@ def choose_setting(own: dict, given: dict) -> dict:
     return complete_setting((own if name == own['name'] else {}) | {'name': name} | given)
 
 
-def sample(
-    net,
-    noise,
-    labels=None,
-    *,
-    name,
-    guide=None,
-    guidance=1,
-    guidance_interval=None,
-    random=None,
-    **options,
-):
+def sample(net, noise, labels=None, *, name, guide=None, guidance=1, guidance_interval=None,
+           random=None, **options):
     """Samples [N,C,H,W] of a network from standard normal `noise` [N,C,H,W], by the sampler `name`
     with its options.
 
@@ -484,9 +400,8 @@ def sample(
     check_setting(net, setting)
     del setting['name']
     denoiser = Guided(net, labels, guide, guidance, guidance_interval)
-    return SAMPLERS[name].run(
-        denoiser, noise, random=random or GlobalRandom(noise.device), **setting
-    )
+    return SAMPLERS[name].run(denoiser, noise, random=random or GlobalRandom(noise.device),
+                              **setting)
 
 
 def seed_inputs(net, seeds, labels, device):
@@ -502,13 +417,10 @@ def seed_inputs(net, seeds, labels, device):
         return noise, None, random
     ids = random.randint(net.label_dim, [len(seeds)])
     if labels is not None:
-        ids = torch.tensor(
-            [
-                drawn if label is None else label
-                for drawn, label in zip(ids.tolist(), labels, strict=True)
-            ],
-            device=device,
-        )
+        ids = torch.tensor([
+            drawn if label is None else label
+            for drawn, label in zip(ids.tolist(), labels, strict=True)
+        ], device=device)
     return noise, ids, random
 
 
