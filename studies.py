@@ -44,17 +44,11 @@ RAMPUP = 0.05                                                  # a share of the 
 EMA_STD = 0.10
 METAVARS = {'integer range': 'INT', 'float range': 'FLOAT', 'count': 'NIMG'}
 
-# For print. Colours of Okabe and Ito: told apart in all common kinds of colour blindness.
+# Colours of Okabe and Ito: told apart in all common kinds of colour blindness.
 BLUE, VERMILION, GREEN, PURPLE = '#0072B2', '#D55E00', '#009E73', '#CC79A7'
-STYLE = {
-    'font.size': 8, 'axes.labelsize': 8, 'axes.titlesize': 8, 'xtick.labelsize': 7,
-    'ytick.labelsize': 7, 'legend.fontsize': 7, 'legend.frameon': False, 'axes.linewidth': 0.6,
-    'axes.spines.top': False, 'axes.spines.right': False, 'xtick.major.width': 0.6,
-    'ytick.major.width': 0.6, 'lines.linewidth': 1.2, 'lines.markersize': 4, 'savefig.dpi': 300,
-    'savefig.bbox': 'tight', 'savefig.pad_inches': 0.03, 'svg.hashsalt': 'studies',
-    'figure.constrained_layout.use': True,
-}
-styled = plt.rc_context(STYLE)                                 # decorator of functions that draw
+SERIES = (dict(color=BLUE, marker='o'), dict(color=VERMILION, marker='s'),
+          dict(color=GREEN, marker='D'), dict(color=PURPLE, marker='^'))
+styled = plt.style.context(ROOT / 'studies.mplstyle')          # decorator of functions that draw
 
 # --- Options and the folder ----------------------------------------------------------------------
 
@@ -126,15 +120,13 @@ class Study:
                 yield item
                 progress.update(size(item))
 
-
-    def save(self, figure=None, **tables):
-        """Writes pandas tables as <name>.csv, with six digits, and a figure as study.png and
-        study.svg."""
-        for name, table in tables.items():
-            with util.atomic_path(self.path(f'{name.replace("_", "-")}.csv')) as temp:
-                table.to_csv(temp, index=False, float_format='%.6g', lineterminator='\n')
+    def save(self, figure=None, *pictures: str, **tables):
+        """Writes a figure as study.png and study.svg, and pandas tables as <name>.csv; then says
+        so, and that there are `pictures` too."""
+        names = [f'{name}.csv' for name in save_tables(self.outdir, **tables)]
         if figure is not None:
-            save_figure(figure, self.path('study'))
+            names += map(os.path.basename, save_figure(figure, self.path('study')))
+        print(f'\nWrote {", ".join([*names, *pictures])} to {self.outdir}')
 
 
 def command(study: type[Study], folder: str, script: str, more: str = '') -> Callable:
@@ -161,6 +153,9 @@ def command(study: type[Study], folder: str, script: str, more: str = '') -> Cal
             if distributed.get_world_size() > 1:
                 raise UserError('this study runs as one command, without torchrun; --jobs sets '
                                 'how much is done at a time')
+            for field, value in values.items():
+                if isinstance(value, list) and len(set(value)) < len(value):
+                    raise UserError('give each once', field)
             jobs = jobs or min(parallel.default_jobs(), study.most_jobs)
             try:
                 with parallel.sigterm_interrupts():
@@ -259,23 +254,63 @@ def pixel_distance(path: str, reference: str, digit: int | None = None) -> float
     return frechet.frechet_distance(ours.mu, ours.sigma, theirs.mu, theirs.sigma)
 
 
+@contextlib.contextmanager
+def writing(path: str) -> Iterator[str]:
+    """`util.atomic_path` that raises UserError if the place cannot be written."""
+    try:
+        with util.atomic_path(path) as temp:
+            yield temp
+    except OSError as error:
+        raise UserError(f'cannot write {path} ({error.strerror}); make its folder writable, or '
+                        'copy the results to one of your own') from None
+
+
+def save_tables(outdir: str, float_format: str | None = '%.6g', **tables) -> list[str]:
+    """Writes pandas tables as <name>.csv, with - for _, and returns those names."""
+    names = [name.replace('_', '-') for name in tables]
+    for name, table in zip(names, tables.values(), strict=True):
+        with writing(os.path.join(outdir, f'{name}.csv')) as temp:
+            table.to_csv(temp, index=False, float_format=float_format, lineterminator='\n')
+    return names
+
+
+def plus_minus(means, halves, form: str) -> list[str]:
+    """Numbers with their intervals, e.g. '12.3 ± 0.4' for the form '.1f'; those that are NaN are
+    left out."""
+    return ['-' if mean != mean
+            else f'{mean:{form}}' + f' ± {half:{form.strip("+")}}' * (half == half)
+            for mean, half in zip(means, halves, strict=True)]
+
+
 @styled
 def save_figure(figure, stem: str) -> list[str]:
-    """Writes a matplotlib figure as <stem>.png and <stem>.svg, each whole or not at all, and
-    closes it. The same figure gives the same bytes. Raises UserError if the place cannot be
-    written."""
-    paths = []
-    for kind, metadata in (('png', None), ('svg', {'Date': None})):
-        path = f'{stem}.{kind}'
-        try:
-            with util.atomic_path(path) as temp:
-                figure.savefig(temp, format=kind, metadata=metadata)
-        except OSError as error:
-            raise UserError(f'cannot write {path} ({error.strerror}); make its folder writable, or '
-                            'copy the results to one of your own') from None
-        paths.append(path)
+    """Writes a matplotlib figure as <stem>.png and <stem>.svg, and closes it. The same figure
+    gives the same bytes."""
+    paths = [f'{stem}.png', f'{stem}.svg']
+    for path, metadata in zip(paths, (None, {'Date': None}), strict=True):
+        with writing(path) as temp:
+            figure.savefig(temp, format=path[-3:], metadata=metadata)
     plt.close(figure)
     return paths
+
+
+def draw_lines(axis, table, x: str, y: str, group: str, labels: dict):
+    """A line for each group in `labels` {group: label}: means of y by x, with bars from the least
+    to the largest."""
+    for (name, label), series in zip(labels.items(), SERIES, strict=False):
+        values = table[table[group] == name].groupby(x)[y].agg(['mean', 'min', 'max'])
+        mean = values['mean']
+        axis.errorbar(mean.index, mean, yerr=[mean - values['min'], values['max'] - mean],
+                      elinewidth=0.7, label=label, **series)
+
+
+def pixels(path: str, digit: int | None = None) -> np.ndarray:
+    """The images in a file, of all of them or of one digit: uint8 [N,C,H,W]."""
+    from metrics.images import select
+    from training.data.images import open_images
+
+    opened = open_images(path)
+    return opened.images(select(opened, class_name=digit))
 
 
 def save_rows(rows: dict, columns: int, path: str, **options):

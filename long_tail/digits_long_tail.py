@@ -7,6 +7,7 @@ recognises, and how much of the real digits they cover.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -29,7 +30,6 @@ from training.encoders import RGBEncoder
 from training.snapshot import load_snapshot
 
 METHODS = {'plain': 'plain', 'cb': 'class-balancing', 'finetune': 'fine-tuned'}
-COLORS = {'plain': studies.BLUE, 'cb': studies.VERMILION, 'finetune': studies.GREEN}
 # A network that a CPU trains in minutes: two levels of 64 channels, one block at each on the way
 # up. Levels of 32 channels would not see the labels, see training/networks/ddpm.py.
 NETWORK = ['--ch=64', '--ch_mult=1', '--ch_mult=1', '--attn=', '--num_res_blocks=0']
@@ -144,16 +144,14 @@ def collect(study: Study, models: list[Model]) -> tuple[pd.DataFrame, pd.DataFra
     recognition; and the same with their means over the classes of each group."""
     rows = []
     tables = []
-    for model in models:
-        for omega in study.omegas:
-            result = json.loads(Path(study.result(model, omega)).read_text())
-            key = {'method': model.method, 'seed': model.seed, 'omega': omega}
-            classes = pd.DataFrame(result['classes']).assign(**key)
-            tables.append(classes)
-            groups = {name: group['classes'] for name, group in result['groups'].items()}
-            for group, members in ({'all': classes.index} | groups).items():
-                means = classes.loc[list(members), MEASURES].mean()
-                rows.append(key | {'group': group} | means.to_dict())
+    for model, omega in itertools.product(models, study.omegas):
+        result = json.loads(Path(study.result(model, omega)).read_text())
+        key = {'method': model.method, 'seed': model.seed, 'omega': omega}
+        classes = pd.DataFrame(result['classes']).assign(**key)
+        tables.append(classes)
+        groups = {'all': {'classes': list(classes.index)}} | result['groups']
+        rows += [key | {'group': name} | classes.loc[group['classes'], MEASURES].mean().to_dict()
+                 for name, group in groups.items()]
     return pd.concat(tables, ignore_index=True), pd.DataFrame(rows)
 
 
@@ -161,11 +159,15 @@ def best_omegas(results: pd.DataFrame) -> dict[str, float]:
     """For each method the guidance with the lowest distance, mean over all classes and seeds: as
     the paper chooses it."""
     means = results[results['group'] == 'all'].groupby(['method', 'omega'])['fid'].mean().unstack()
-    return {method: float(means.loc[method].idxmin()) for method in METHODS
-            if method in means.index}
+    return means.idxmin(axis='columns').reindex(METHODS).dropna().to_dict()
 
 
-def verdict(results: pd.DataFrame, omegas: dict[str, float], group: str = 'few') -> list[str]:
+def at(table: pd.DataFrame, omegas: dict[str, float]) -> pd.DataFrame:
+    """The rows of each method at its omega."""
+    return table[table['omega'] == table['method'].map(omegas)]
+
+
+def verdict(results: pd.DataFrame, omegas: dict[str, float], group: str = 'few') -> str:
     """For each measure on a group: does a method differ from plain by more than the spread over
     seeds of either?
 
@@ -173,21 +175,22 @@ def verdict(results: pd.DataFrame, omegas: dict[str, float], group: str = 'few')
     order and noise) have one sign, the line says so.
     """
     lines = []
-    by_method = {method: results[(results['method'] == method) & (results['omega'] == omega) &
-                                 (results['group'] == group)].set_index('seed')
-                 for method, omega in omegas.items()}
-    plain = by_method.pop('plain', None)
-    for method, ours in by_method.items() if plain is not None else ():
-        for name in reversed(MEASURES):
-            gains = (ours[name] - plain[name]) * (-1 if name == 'fid' else 1)
-            spread = max(np.ptp(plain[name]), np.ptp(ours[name]))
-            word = 'better' if gains.mean() > 0 else 'worse'
-            if abs(gains.mean()) <= spread:
-                same = len(gains) > 1 and (all(gains > 0) or all(gains < 0))
-                word = 'no clear difference' + f', though {word} in every seed' * same
-            lines.append(f'{METHODS[method]:16} {name:12} {plain[name].mean():11.3f} -> '
-                         f'{ours[name].mean():11.3f}  spread {spread:9.3f}  {word}')
-    return lines
+    values = at(results, omegas).query('group == @group').pivot(
+        index='seed', columns='method', values=MEASURES)
+    for method, name in itertools.product(omegas, reversed(MEASURES)):
+        if method == 'plain' or 'plain' not in omegas:
+            continue
+        both = values[name][['plain', method]]
+        plain, ours = both.mean()
+        gains = (both[method] - both['plain']) * (-1 if name == 'fid' else 1)
+        spread = np.ptp(both, axis=0).max()
+        word = 'better' if gains.mean() > 0 else 'worse'
+        if abs(gains.mean()) <= spread:
+            same = len(gains) > 1 and (all(gains > 0) or all(gains < 0))
+            word = 'no clear difference' + f', though {word} in every seed' * same
+        lines.append(f'{METHODS[method]:16} {name:12} {plain:11.3f} -> {ours:11.3f}  '
+                     f'spread {spread:9.3f}  {word}')
+    return '\n'.join(lines)
 
 
 def matched(results: pd.DataFrame, group: str = 'few') -> pd.DataFrame:
@@ -197,18 +200,18 @@ def matched(results: pd.DataFrame, group: str = 'few') -> pd.DataFrame:
     recognition, and the difference is the mean over the recognition that both reach (NaN if there
     is none).
     """
-    curves = {key: (rows['recognition'].to_numpy(), rows['recall'].to_numpy())
-              for key, rows in results[results['group'] == group].sort_values(
+    curves = {key: rows[['recognition', 'recall']].to_numpy().T
+              for key, rows in results.query('group == @group').sort_values(
                   'recognition').groupby(['method', 'seed'])}
     differences = {}
     for (method, seed), ours in curves.items():
         plain = curves.get(('plain', seed))
         if method == 'plain' or plain is None:
             continue
-        low = max(ours[0][0], plain[0][0])
-        high = min(ours[0][-1], plain[0][-1])
-        at = np.linspace(low, high, 50)
-        difference = np.mean(np.interp(at, *ours) - np.interp(at, *plain))
+        low = max(ours[0, 0], plain[0, 0])
+        high = min(ours[0, -1], plain[0, -1])
+        recognition = np.linspace(low, high, 50)
+        difference = np.mean(np.interp(recognition, *ours) - np.interp(recognition, *plain))
         differences.setdefault(METHODS[method], {})[seed] = difference if high > low else np.nan
     return pd.DataFrame(differences).T
 
@@ -246,86 +249,53 @@ def label_effect(study: Study, models: list[Model], images_each: int = 200) -> p
 def show(results: pd.DataFrame, omegas: dict[str, float]):
     """Prints the table at each method's best omega, and the comparison with plain there and at
     equal omega."""
+    measured = at(results, omegas).melt(['method', 'omega', 'group'], ['recognition', 'recall'])
+    columns = measured['variable'] + ', ' + measured['group']
+    table = measured.groupby([measured['method'].map(METHODS), 'omega', columns])['value'].agg(
+        lambda values: f'{values.mean():.3f} ({np.ptp(values):.3f})').unstack()
     print('\nMean over seeds (largest less smallest), each method at the omega with its lowest '
-          'distance over all classes:')
-    columns = [(name, group) for name in ('recognition', 'recall') for group in ('many', 'few')]
-    print(f'{"":16}{"omega":>6}' + ''.join(f'{f"{name}, {group}":>22}' for name, group in columns))
-    for method, omega in omegas.items():
-        rows = results[(results['method'] == method) & (results['omega'] == omega)]
-        cells = ''
-        for name, group in columns:
-            values = rows.loc[rows['group'] == group, name]
-            cells += f'{f"{values.mean():.3f} ({np.ptp(values):.3f})":>22}'
-        print(f'{METHODS[method]:16}{omega:6.1f}{cells}')
-    print('\nAgainst plain on the classes with few images, each at its own omega:')
-    print('\n'.join(verdict(results, omegas)))
+          f'distance over all classes:\n{table.filter(regex="many|few").to_string()}\n\n'
+          'Against plain on the classes with few images, each at its own omega:\n'
+          f'{verdict(results, omegas)}')
     for group in ('many', 'few'):
-        table = matched(results, group).round(3).to_string()
         print(f'\nRecall at equal recognition, less that of plain, by seed ({group} images):\n'
-              f'{table}')
+              f'{matched(results, group).round(3).to_string()}')
     for omega in sorted(set(results['omega'])):
-        print(f'\nThe same with omega {omega:g} for all:')
-        print('\n'.join(verdict(results, dict.fromkeys(omegas, omega))))
-
-
-# --- Pictures ------------------------------------------------------------------------------------
-
-
-def draw_classes(axis, classes: pd.DataFrame, omegas, name: str):
-    """A measure against the class, mean and range over seeds."""
-    for method, omega in omegas.items():
-        rows = classes[(classes['method'] == method) & (classes['omega'] == omega)]
-        values = rows.groupby('class')[name].agg(['mean', 'min', 'max'])
-        mean = values['mean']
-        axis.errorbar(mean.index, mean, yerr=[mean - values['min'], values['max'] - mean],
-                      color=COLORS[method], capsize=2, elinewidth=0.7, marker='o',
-                      label=f'{METHODS[method]}, $\\omega$ = {omega:g}')
-    counts = classes.groupby('class')['training_images'].first()
-    axis.set_xticks(counts.index, [f'{digit}\n{count}' for digit, count in counts.items()])
-    axis.set(xlabel='digit, and its training images', ylabel=name, ylim=(0, 1.02))
-
-
-def draw_trade(axis, results: pd.DataFrame, group: str = 'few'):
-    """Recall against recognition on a group, a point for each omega."""
-    means = results[results['group'] == group].groupby(['method', 'omega'])[MEASURES].mean()
-    for method, mean in means.groupby(level='method'):
-        mean = mean.droplevel('method')[['recognition', 'recall']]
-        axis.plot(*mean.to_numpy().T, color=COLORS[method], marker='o')
-        for omega in mean.index[[0, -1]]:
-            axis.annotate(f'$\\omega$={omega:g}', mean.loc[omega], (3, 3), fontsize=6,
-                          textcoords='offset points')
-    axis.set(xlabel=f'recognition, {group}', ylabel=f'recall, {group}')
-
-
-def sample_grids(study: Study, omegas) -> dict:
-    """{title: picture}: training images, and samples of each method, a row for each digit."""
-    data = datasets.open_data('digitslt', '', imb_factor=0.05)
-    shown = {'training images': data}
-    for method, omega in omegas.items():
-        model = Model(method, min(study.seeds))
-        shown[METHODS[method]] = open_images(study.result(model, omega, '.npz'))
-    grids = {}
-    for title, opened in shown.items():
-        rows = [np.resize(np.flatnonzero(opened.label_ids == digit), GRID_COLUMNS)
-                for digit in range(10)]
-        pixels = opened.images(np.concatenate(rows))
-        grids[title] = pictures.image_grid(pixels, GRID_COLUMNS, min_side=24)
-    return grids
+        print(f'\nThe same with omega {omega:g} for all:\n'
+              + verdict(results, dict.fromkeys(omegas, omega)))
 
 
 @studies.styled
 def draw(study: Study, classes: pd.DataFrame, results: pd.DataFrame, omegas):
-    """Measures by class and their trade-off, above samples of the first seed."""
-    grids = sample_grids(study, omegas)
+    """Measures by class and their trade-off (a point for each omega), above training images and
+    samples of the first seed, a row for each digit."""
     figure = studies.plt.figure(figsize=(7.2, 4.9))
     above, below = figure.subfigures(2, 1, height_ratios=[1, 1.05])
-    panels = above.subplots(1, 3)
-    draw_classes(panels[0], classes, omegas, 'recognition')
-    draw_classes(panels[1], classes, omegas, 'recall')
-    draw_trade(panels[2], results)
+    *panels, trade = above.subplots(1, 3)
+    labels = {method: f'{METHODS[method]}, $\\omega$ = {omega:g}'
+              for method, omega in omegas.items()}
+    counts = classes.groupby('class')['training_images'].first()
+    for axis, name in zip(panels, ('recognition', 'recall'), strict=True):
+        studies.draw_lines(axis, at(classes, omegas), 'class', name, 'method', labels)
+        axis.set_xticks(counts.index, [f'{digit}\n{count}' for digit, count in counts.items()])
+        axis.set(xlabel='digit, and its training images', ylabel=name, ylim=(0, 1.02))
     panels[0].legend()
-    for axis, (title, picture) in zip(below.subplots(1, len(grids)), grids.items(), strict=True):
-        axis.imshow(picture)
+    means = results[results['group'] == 'few'].groupby(['method', 'omega'])[
+        ['recognition', 'recall']].mean()
+    for method, series in zip(omegas, studies.SERIES, strict=False):
+        trade.plot(*means.loc[method].to_numpy().T, **series)
+        for omega in means.loc[method].index[[0, -1]]:
+            trade.annotate(f'$\\omega$={omega:g}', means.loc[method, omega], (3, 3), fontsize=6,
+                           textcoords='offset points')
+    trade.set(xlabel='recognition, few', ylabel='recall, few')
+    shown = {'training images': datasets.open_data('digitslt', '', imb_factor=0.05)} | {
+        METHODS[method]: open_images(study.result(Model(method, min(study.seeds)), omega, '.npz'))
+        for method, omega in omegas.items()}
+    for axis, (title, opened) in zip(below.subplots(1, len(shown)), shown.items(), strict=True):
+        rows = [np.resize(np.flatnonzero(opened.label_ids == digit), GRID_COLUMNS)
+                for digit in range(10)]
+        axis.imshow(pictures.image_grid(opened.images(np.concatenate(rows)), GRID_COLUMNS,
+                                        min_side=24))
         axis.set_title(title)
         axis.axis('off')
     return figure
@@ -348,14 +318,13 @@ def main(study):
     for _ in study.run(run_chain, chains, len, unit='model'):
         pass
     classes, results = collect(study, models)
-    best = best_omegas(results)
+    omegas = best_omegas(results)
     effect = label_effect(study, models)
-    study.save(draw(study, classes, results, best), classes=classes, results=results,
-               label_effect=effect)
-    show(results, best)
+    show(results, omegas)
     print('\nHow much labels change the prediction, in shares of plain:\n'
           + effect.round(2).to_string(index=False))
-    print('\nWrote classes.csv, results.csv, label-effect.csv and study.png to ' + study.outdir)
+    study.save(draw(study, classes, results, omegas), classes=classes, results=results,
+               label_effect=effect)
 
 
 if __name__ == '__main__':
