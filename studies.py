@@ -226,8 +226,7 @@ def edm2_settings(data: str, duration: int, **options) -> dict:
     import train_edm2
 
     options = BRIEF | dict(outdir='', data=data, duration=duration, snapshot=duration) | options
-    args = [f'--{key}={value}' for key, value in options.items()]
-    config = train_edm2.build_config(train_edm2.main.make_context('train_edm2.py', args).params)
+    config = train_edm2.settings([f'--{key}={value}' for key, value in options.items()])
     return config | dict(rampup_Mimg=RAMPUP * duration / 1e6, ema_stds=[EMA_STD])
 
 

@@ -39,8 +39,6 @@ PRECONDITIONINGS = {
     'edm': ('EDMPrecond', 'edm'),
     'flow': ('FlowPrecond', 'flow'),
 }
-# Options that are no part of what is trained.
-PLACES = ('outdir', 'desc', 'nosubdir', 'dry_run', 'wandb', 'allow_changes')
 # What fields of the recipe are called among the options.
 OPTION_NAMES = dict(optim='optimizer', mode='ema_mode', halflife_kimg='ema', rampup_kimg='rampup',
                     class_name='precond', model_type='arch', model_channels='num_channels')
@@ -159,8 +157,8 @@ def recipe_of(config, dataset, encoder, network: dict, plan: dict, seed: int) ->
     """The recipe of the settings; `network` and `plan` are those of `prepare`."""
     tick = round(config['tick'] * 1000)
     momentum = {'momentum': config['momentum']} if config['optimizer'] == 'SGD' else {}
-    return recipe.Recipe(
-        batch=config['batch'], total_nimg=plan['total_kimg'] * 1000, seed=seed,
+    return recipe.Recipe.of(
+        config, total_nimg=plan['total_kimg'] * 1000, seed=seed,
         dataset=dataset.description() | {'xflip': config['xflip']},
         order={'name': 'window', 'window_size': config['window_size']}, network=network,
         loss={'name': config['precond'], 'augment': config['augment']},
@@ -171,9 +169,7 @@ def recipe_of(config, dataset, encoder, network: dict, plan: dict, seed: int) ->
                   'data_ratio': plan['data_ratio']},
         encoder=encoder.config(), sampler={'name': PRECONDITIONINGS[config['precond']][1]},
         bad_gradients=(0, 1e5, -1e5), snapshot_dtype='float32', status=tick,
-        snapshot=config['snap'] * tick or None,
-        checkpoint=config['dump'] * tick or None, compile=config['compile'],
-        **{key: config[key] for key in options.MACHINE})
+        snapshot=config['snap'] * tick or None, checkpoint=config['dump'] * tick or None)
 
 
 def train(config: dict, outdir: str, desc=None, nosubdir: bool = False, **running) -> str:
@@ -214,8 +210,7 @@ def parse_skips(text: str) -> list[int]:
 
 def settings(args: list[str]) -> dict:
     """The settings that the options of a command line make; for scripts that call `train`."""
-    params = main.make_context('train.py', list(args)).params
-    return build_config({key: value for key, value in params.items() if key not in PLACES})
+    return build_config(options.training_values(main, args))
 
 
 EXAMPLES = """\b

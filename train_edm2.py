@@ -12,83 +12,94 @@ from training import recipe
 from training.data.batches import DatasetBatches
 from training.diffusion.losses import EDM2Loss
 
-# fmt: off
-_KEYS = ('duration', 'batch', 'channels', 'lr', 'decay', 'dropout', 'P_mean', 'P_std')
-PRESETS = {name: dict(zip(_KEYS, values, strict=True)) for name, values in {
-    # Published EDM2 (arXiv 2312.02696, Table 6): latents of 512x512, then pixels of 64x64.
-    'edm2-img512-xxs': (2048 << 20, 2048,  64, 0.0170, 70000, 0.00, -0.4, 1.0),
-    'edm2-img512-xs':  (2048 << 20, 2048, 128, 0.0120, 70000, 0.00, -0.4, 1.0),
-    'edm2-img512-s':   (2048 << 20, 2048, 192, 0.0100, 70000, 0.00, -0.4, 1.0),
-    'edm2-img512-m':   (2048 << 20, 2048, 256, 0.0090, 70000, 0.10, -0.4, 1.0),
-    'edm2-img512-l':   (1792 << 20, 2048, 320, 0.0080, 70000, 0.10, -0.4, 1.0),
-    'edm2-img512-xl':  (1280 << 20, 2048, 384, 0.0070, 70000, 0.10, -0.4, 1.0),
-    'edm2-img512-xxl': ( 896 << 20, 2048, 448, 0.0065, 70000, 0.10, -0.4, 1.0),
-    'edm2-img64-xs':   (1024 << 20, 2048, 128, 0.0120, 35000, 0.00, -0.8, 1.6),
-    'edm2-img64-s':    (1024 << 20, 2048, 192, 0.0100, 35000, 0.00, -0.8, 1.6),
-    'edm2-img64-m':    (2048 << 20, 2048, 256, 0.0090, 35000, 0.10, -0.8, 1.6),
-    'edm2-img64-l':    (1024 << 20, 2048, 320, 0.0080, 35000, 0.10, -0.8, 1.6),
-    'edm2-img64-xl':   ( 640 << 20, 2048, 384, 0.0070, 35000, 0.10, -0.8, 1.6),
-    # Multi-source study (arXiv 2502.14583): latents of 256x256; classes, images of each class.
-    'edm2-img256-xs-1c-100':       (  48 << 20, 2048, 128, 0.004, 4000, 0.00, -0.4, 1.0),
-    'edm2-img256-xs-1c-500':       ( 128 << 20, 2048, 128, 0.004, 2000, 0.00, -0.4, 1.0),
-    'edm2-img256-xs-1c-1000':      ( 176 << 20, 2048, 128, 0.005, 2500, 0.00, -0.4, 1.0),
-    'edm2-img256-xs-3c-100':       (  64 << 20, 2048, 128, 0.002, 2000, 0.00, -0.4, 1.0),
-    'edm2-img256-xs-3c-500':       (  64 << 20, 2048, 128, 0.002, 2500, 0.00, -0.4, 1.0),
-    'edm2-img256-xs-3c-1000':      (  64 << 20, 2048, 128, 0.002, 2500, 0.00, -0.4, 1.0),
-    'edm2-img256-xs-5c-100':       (  64 << 20, 2048, 128, 0.004, 4000, 0.00, -0.4, 1.0),
-    'edm2-img256-xs-5c-500':       ( 128 << 20, 2048, 128, 0.006, 4000, 0.00, -0.4, 1.0),
-    'edm2-img256-xs-5c-1000':      (  96 << 20, 2048, 128, 0.006, 4000, 0.00, -0.4, 1.0),
-    'edm2-img256-xs-10c-100':      (  64 << 20, 2048, 128, 0.003, 3000, 0.00, -0.4, 1.0),
-    'edm2-img256-xs-10c-500':      (  96 << 20, 2048, 128, 0.003, 3000, 0.00, -0.4, 1.0),
-    'edm2-img256-xs-10c-1000':     ( 384 << 20, 2048, 128, 0.006, 3000, 0.00, -0.4, 1.0),
-    'edm2-img256-xs-10c-1000-nlr': (1536 << 20, 2048, 128, 0.004, 6000, 0.00, -0.4, 1.0),
-    # A network for 8x8 digits that a CPU trains in minutes (bash_files/quickstart.sh).
-    'digits':                      (  72 << 10,   64,  32, 0.0150,  300, 0.00, -0.4, 1.2),
-}.items()}
-# fmt: on
-for _name, _preset in PRESETS.items():
-    _preset['lr_schedule'] = 'multisource' if 'img256' in _name else 'edm2'
-PRESETS['digits'] |= dict(
-    rampup_Mimg=0.02, ema_stds=[0.05, 0.10],
-    intervals=dict(status=8 << 10, snapshot=72 << 10, checkpoint=24 << 10),
+# Width of the network and dropout for each size.
+SIZES = {'xxs': (64, 0.0), 'xs': (128, 0.0), 's': (192, 0.0), 'm': (256, 0.1), 'l': (320, 0.1),
+         'xl': (384, 0.1), 'xxl': (448, 0.1)}
+
+
+def _preset(size: str, duration: int, lr: float, decay: int, **others) -> dict:
+    """Settings for `duration` images; `others` are those that differ from most presets'."""
+    channels, dropout = SIZES[size]
+    return dict(
+        duration=duration, batch=2048, channels=channels, dropout=dropout, lr=lr, decay=decay,
+        lr_schedule='edm2', rampup_Mimg=10, ema_stds=[0.05, 0.10], P_mean=-0.4, P_std=1.0,
+        status=128 << 10, snapshot=8 << 20, checkpoint=128 << 20, network={}) | others
+
+
+# Published EDM2 (arXiv 2312.02696, Table 6): latents of 512x512, then pixels of 64x64.
+PRESETS = {f'edm2-img512-{size}': _preset(size, mimg << 20, lr, 70000) for size, mimg, lr in [
+    ('xxs', 2048, 0.0170),
+    ('xs', 2048, 0.0120),
+    ('s', 2048, 0.0100),
+    ('m', 2048, 0.0090),
+    ('l', 1792, 0.0080),
+    ('xl', 1280, 0.0070),
+    ('xxl', 896, 0.0065),
+]} | {f'edm2-img64-{size}': _preset(size, mimg << 20, lr, 35000, P_mean=-0.8, P_std=1.6)
+      for size, mimg, lr in [
+    ('xs', 1024, 0.0120),
+    ('s', 1024, 0.0100),
+    ('m', 2048, 0.0090),
+    ('l', 1024, 0.0080),
+    ('xl', 640, 0.0070),
+]}
+# Multi-source study (arXiv 2502.14583): latents of 256x256; classes, images of each class.
+PRESETS |= {f'edm2-img256-xs-{data}': _preset('xs', mimg << 20, lr, decay, lr_schedule='multisource')
+            for data, mimg, lr, decay in [
+    ('1c-100', 48, 0.004, 4000),
+    ('1c-500', 128, 0.004, 2000),
+    ('1c-1000', 176, 0.005, 2500),
+    ('3c-100', 64, 0.002, 2000),
+    ('3c-500', 64, 0.002, 2500),
+    ('3c-1000', 64, 0.002, 2500),
+    ('5c-100', 64, 0.004, 4000),
+    ('5c-500', 128, 0.006, 4000),
+    ('5c-1000', 96, 0.006, 4000),
+    ('10c-100', 64, 0.003, 3000),
+    ('10c-500', 96, 0.003, 3000),
+    ('10c-1000', 384, 0.006, 3000),
+    ('10c-1000-nlr', 1536, 0.004, 6000),
+]}
+# A network for 8x8 digits that a CPU trains in minutes (bash_files/quickstart.sh).
+PRESETS['digits'] = _preset(
+    'xxs', 72 << 10, 0.0150, 300, batch=64, channels=32, P_std=1.2, rampup_Mimg=0.02,
+    status=8 << 10, snapshot=72 << 10, checkpoint=24 << 10,
     network=dict(channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], channels_per_head=32))
-INTERVALS = dict(status=128 << 10, snapshot=8 << 20, checkpoint=128 << 20)  # of all other presets
 
 
 def build_config(opts: dict) -> dict:
     """All settings of a run, from the preset and the options that override it."""
-    preset = PRESETS[opts['preset']]
-    config = {key: opts[key] for key in
-              ('preset', 'data', 'cond', 'seed', 'compile', *options.MACHINE)}
-    for key in (*_KEYS, 'lr_schedule'):
-        config[key] = preset[key] if opts[key] is None else opts[key]
-    for key, default in (INTERVALS | preset.get('intervals', {})).items():
-        config[key] = (default if opts[key] is None else opts[key]) or None     # 0 switches it off
+    given = {key: value for key, value in opts.items() if value is not None}
+    config = opts | PRESETS[opts['preset']] | given
     for key in ('batch', 'duration'):
         if config[key] < 1:
             raise UserError('must be at least 1', field=key, value=config[key])
-    precision = recipe.choose_precision(opts['precision'], opts['fp16'])
-    return config | dict(
-        rampup_Mimg=preset.get('rampup_Mimg', 10), ema_stds=preset.get('ema_stds', [0.05, 0.10]),
-        precision=precision,
-        network=dict(class_name='Precond', model_channels=config['channels'],
-                     dropout=config['dropout'], precision=precision, **preset.get('network', {})))
+    for key in ('status', 'snapshot', 'checkpoint'):
+        config[key] = config[key] or None                                   # 0 switches it off
+    config['precision'] = recipe.choose_precision(opts['precision'], opts['fp16'])
+    config['network'] = dict(
+        class_name='Precond', model_channels=config['channels'], dropout=config['dropout'],
+        precision=config['precision'], **config['network'])
+    return config
+
+
+def settings(args: list[str]) -> dict:
+    """The settings that the options of a command line make; for scripts that call `train`."""
+    return build_config(options.training_values(main, args))
 
 
 def prepare(config: dict):
     """(data set, encoder, recipe); raises UserError where the settings do not fit together."""
     dataset, encoder, shape = recipe.open_data(config['data'], config['cond'])
-    return dataset, encoder, recipe.Recipe(
-        batch=config['batch'], total_nimg=config['duration'], seed=config['seed'],
-        dataset=dataset.description(), order={'name': 'epoch'}, network=config['network'] | shape,
+    return dataset, encoder, recipe.Recipe.of(
+        config, total_nimg=config['duration'], dataset=dataset.description(),
+        order={'name': 'epoch'}, network=config['network'] | shape,
         loss={'name': 'edm2', 'P_mean': config['P_mean'], 'P_std': config['P_std']},
         optim={'name': 'Adam', 'betas': (0.9, 0.99), 'eps': 1e-8},
-        learning_rate={'name': config['lr_schedule'], 'lr': config['lr'], 'decay': config['decay'],
-                       'rampup_Mimg': config['rampup_Mimg']},
+        learning_rate={'name': config['lr_schedule']} | {
+            key: config[key] for key in ('lr', 'decay', 'rampup_Mimg')},
         averages={'name': 'power', 'stds': config['ema_stds']}, encoder=encoder.config(),
-        sampler={'name': 'edm2'},
-        **{key: config[key] for key in
-           ('status', 'snapshot', 'checkpoint', 'compile', *options.MACHINE)})
+        sampler={'name': 'edm2'})
 
 
 def train(config: dict, outdir: str, **running) -> int:

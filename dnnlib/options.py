@@ -149,7 +149,7 @@ batch_gpu = nimg('--batch-gpu', None, 'Images of one forward pass  [default: all
 
 
 def training(outdir_help: str, *options):
-    """Decorator: options of a command that trains; those in MACHINE go into its recipe."""
+    """Decorator: options of a command that trains; those called as its fields go into the recipe."""
     return together(
         click.option('--outdir', metavar='DIR', required=True, help=outdir_help),
         click.option('--data', metavar='ZIP|DIR', required=True,
@@ -163,5 +163,14 @@ def training(outdir_help: str, *options):
         click.option('-n', '--dry-run', is_flag=True, help='Print the settings and exit'))
 
 
-MACHINE = ('batch_gpu', 'ls', 'bench')
+# Options that are no part of what is trained.
+PLACES = ('outdir', 'desc', 'nosubdir', 'dry_run', 'wandb', 'allow_changes')
+
+
+def training_values(command, args) -> dict:
+    """Values of the options of a command that trains, but those in PLACES."""
+    params = command.make_context('train', list(args)).params
+    return {key: value for key, value in params.items() if key not in PLACES}
+
+
 compiled = boolean('--compile', False, 'Compile the network (torch.compile)')

@@ -118,9 +118,9 @@ def recipe_of(config: dict, data) -> recipe.Recipe:
     """The recipe of the settings."""
     loss = {key: config[key] for key in ('pad', 'xflip', 'smoothing', 'adversarial', 'eps',
                                          'step_size', 'attack_steps', 'precision')}
-    return recipe.Recipe(
-        batch=config['batch'], total_nimg=config['duration'], seed=config['seed'],
-        dataset=data.description(), order={'name': 'mixture', 'share': config['share']},
+    return recipe.Recipe.of(
+        config, total_nimg=config['duration'], dataset=data.description(),
+        order={'name': 'mixture', 'share': config['share']},
         network=dict(class_name='WideResNet', name=config['model'], num_classes=data.label_dim,
                      normalize_input=config['normalize']),
         loss={'name': 'classification', **loss},
@@ -129,8 +129,7 @@ def recipe_of(config: dict, data) -> recipe.Recipe:
         learning_rate={'name': 'cosine', 'lr': config['lr'], 'duration': config['duration'],
                        'rampup': config['rampup']},
         averages={'name': 'warmup', 'decay': config['ema']}, snapshot_dtype='float32',
-        loss_scale={} if config['precision'] == 'fp16' and config['ls'] == 1 else None,
-        **{key: config[key] for key in ('status', 'snapshot', 'checkpoint', *options.MACHINE)})
+        loss_scale={} if config['precision'] == 'fp16' and config['ls'] == 1 else None)
 
 
 def train(config: dict, outdir: str, **running) -> int:

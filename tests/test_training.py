@@ -66,16 +66,11 @@ def test_presets(case, name):
         else:
             assert ours[key] == value
     common = case.json['common']
-    config = settings(f'--preset={name}')
+    config = train_edm2.settings(['--outdir=x', '--data=y', f'--preset={name}'])
     assert (config['rampup_Mimg'], config['ema_stds']) == (common['rampup_Mimg'], common['ema_stds'])
     assert config['lr_schedule'] == ('multisource' if 'img256' in name else 'edm2')
     for key in ('snapshot', 'checkpoint', 'status'):
         assert config[key] == common[f'{key}_nimg']
-
-
-def settings(*args):
-    """The settings of a run with the given options."""
-    return train_edm2.build_config(train_edm2.main.make_context('train', ['--outdir=x', '--data=y', *args]).params)
 
 
 def test_options_override_the_preset(digits):

@@ -72,6 +72,12 @@ class Recipe:
     bench: bool = True
     compile: bool = False
 
+    @classmethod
+    def of(cls, config: dict, **fields):
+        """The recipe of `fields`, and for the others what `config` has under their names."""
+        names = (field.name for field in dataclasses.fields(cls))
+        return cls(**{name: config[name] for name in names if name in config} | fields)
+
     def settings(self, options: dict | None = None) -> dict:
         """The recipe as files keep it, with a script's `options` beside it."""
         return json.loads(json.dumps((options or {}) | dataclasses.asdict(self)))
