@@ -1,13 +1,13 @@
 """Checkpoints of distillation: guided diffusion's files, and the cache beside them.
 
-    teacher-state-NNNNNN.cache  the cache (see `distillation.cache.CacheFile`); processes after the
+    teacher-state-NNNNNN.cache  the cache (see `distillation.cache.open_cache`); processes after the
                                 first have files of their own, teacher-state-NNNNNN-RANK.cache
 """
 
 import os
 import re
 
-from distillation.cache import Cache, CacheFile, write_cache
+from distillation.cache import Cache, open_cache, write_cache
 from torch_utils import distributed as dist
 from training.checkpoint import GuidedCheckpoints
 
@@ -45,17 +45,13 @@ class CacheCheckpoints(GuidedCheckpoints):
     def read(self, path):
         content = super().read(path)
         for batches in content.get('batches', ()):
-            self._cache(path, batches)
+            self.load_share(path, batches)
         return content
 
-    @staticmethod
-    def _cache(path, batches) -> CacheFile | None:
-        """The cache of a process beside the checkpoint. Raises UserError if it is damaged."""
+    def load_share(self, path, batches):
+        """Raises UserError if the cache beside the checkpoint is damaged."""
         name = batches.get('cache')
         if not isinstance(name, str):
-            return None
-        return CacheFile(os.path.join(os.path.dirname(path), os.path.basename(name)))
-
-    def load_share(self, path, batches):
-        file = self._cache(path, batches)
-        return batches if file is None else batches | {'cache': file.mapped()}
+            return batches
+        cache, _ = open_cache(os.path.join(os.path.dirname(path), os.path.basename(name)))
+        return batches | {'cache': cache.state_dict()}

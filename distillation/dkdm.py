@@ -13,6 +13,7 @@ This goes beyond the paper, whose networks have no classes.
 import random
 
 import torch
+from torch.nn.functional import one_hot
 from tqdm import tqdm
 
 from distillation.cache import Cache
@@ -41,9 +42,8 @@ class ProcessRandom:
         """Classes int64 [count], evenly distributed; None, without a draw, if there are no
         classes.
         """
-        if not num_classes:
-            return None
-        return torch.tensor(self.python.choices(range(num_classes), k=count))
+        if num_classes:
+            return torch.tensor(self.python.choices(range(num_classes), k=count))
 
     def state_dict(self) -> dict:
         version, state, gauss = self.python.getstate()
@@ -65,29 +65,24 @@ class Teacher:
         self.clip = clip
         self.diffusion = net.diffusion
         self.num_classes = net.label_dim
-
-    @property
-    def image_shape(self) -> list[int]:
-        """[C,H,W]."""
-        return [self.net.img_channels, self.net.img_resolution, self.net.img_resolution]
+        self.image_shape = [net.img_channels, net.img_resolution, net.img_resolution]
 
     @torch.no_grad()
-    def output(self, x, t, labels=None) -> torch.Tensor:
-        """The network's output for x [N,C,H,W] at steps t [N]."""
-        return self.net(x, step=self.diffusion.model_steps(t), class_labels=labels).float()
+    def step(self, x, levels, rng: ProcessRandom, classes=None) -> dict:
+        """One step of images x [N,C,H,W] down to `levels` int64 [N], of classes int64 [N].
 
-    @torch.no_grad()
-    def step(self, x, t, rng: ProcessRandom, labels=None):
-        """(output, x_(t-1)): the network's output, and an ancestral sample from it."""
-        output = self.output(x, t, labels)
-        return output, self.diffusion.ancestral_step(output, x, t, rng.randn(x.shape), self.clip)
-
-
-def _one_hot(classes, teacher: Teacher, device):
-    """Labels float32 [N, num_classes] of classes int64 [N]; None for None."""
-    if classes is None:
-        return None
-    return torch.nn.functional.one_hot(classes, teacher.num_classes).float().to(device)
+        Returns {'images': x, 't': the levels on x's device, 'labels': one-hot float32
+        [N, num_classes] or None, 'teacher': the network's output, 'previous': an ancestral sample
+        from it}.
+        """
+        t = levels.to(x.device)
+        labels = None
+        if classes is not None:
+            labels = one_hot(classes, self.num_classes).float().to(x.device)
+        output = self.net(x, step=self.diffusion.model_steps(t), class_labels=labels).float()
+        noise = rng.randn(x.shape)
+        return {'images': x, 't': t, 'labels': labels, 'teacher': output,
+                'previous': self.diffusion.ancestral_step(output, x, t, noise, self.clip)}
 
 
 # --- Preparation ---------------------------------------------------------------------------------
@@ -136,11 +131,9 @@ class Preparation:
         """
         positions = (self.cache.levels > self.targets).nonzero().flatten()[:self.batch]
         if len(positions):
-            device = self.rng.device
-            x, levels, classes = self.cache.take(positions, device)
-            labels = _one_hot(classes, self.teacher, device)
-            _, x = self.teacher.step(x, (levels - 1).to(device), self.rng, labels)
-            self.cache.put(positions, x, levels - 1)
+            x, levels, classes = self.cache.take(positions, self.rng.device)
+            step = self.teacher.step(x, levels - 1, self.rng, classes)
+            self.cache.put(positions, step['previous'], levels - 1)
         return len(positions)
 
     def run(self, on_step=None) -> Cache:
@@ -195,18 +188,15 @@ class Source:
     def __next__(self) -> dict:
         positions = self._positions()
         x, levels, classes = self.cache.take(positions, self.rng.device)
-        while True:
+        used = False
+        while not used:
             self._restart(x, levels, classes)
             levels -= 1
-            t = levels.to(self.rng.device)
-            labels = _one_hot(classes, self.teacher, self.rng.device)
-            output, previous = self.teacher.step(x, t, self.rng, labels)
-            if self.rng.python.random() < self.prob:
-                break
-            x = previous
-        self.cache.put(positions, previous, levels, classes)
-        return {'images': x, 't': t, 'teacher': output, 'previous': previous, 'labels': labels,
-                'positions': positions}
+            batch = self.teacher.step(x, levels, self.rng, classes)
+            x = batch['previous']
+            used = self.rng.python.random() < self.prob
+        self.cache.put(positions, x, levels, classes)
+        return batch | {'positions': positions}
 
     def _restart(self, x, levels, classes):
         """Noise, and other classes, for the images that are finished."""
@@ -223,18 +213,19 @@ class Source:
 
         Further keys: `random` for the student's dropout, `start`.
         """
+        dropout_seed = tuple_seed(self.rng.seed, 1)
         used = self.batch
         for start, count in plan:
             if used == self.batch:
                 batch, used = next(self), 0
-            part = {name: None if values is None else values[used:used + count]
-                    for name, values in batch.items()}
-            if len(part['t']) != count:
+            end = used + count
+            if end > self.batch:
                 raise ValueError(f'batches of {self.batch} do not split into parts of {count}')
-            seed = tuple_seed(self.rng.seed, 1)
-            dropout = BlockRandomGenerator(self.rng.device, seed, start, count)
+            part = {name: value if value is None else value[used:end]
+                    for name, value in batch.items()}
+            dropout = BlockRandomGenerator(self.rng.device, dropout_seed, start, count)
             yield part | {'random': dropout, 'start': start}
-            used += count
+            used = end
 
     def state_dict(self) -> dict:
         return {'cache': self.cache.state_dict(), 'draws': self.rng.state_dict()}
@@ -272,8 +263,8 @@ class IterativeSource(Source):
     def __init__(self, teacher, batch, rng, prob=1.0):
         finished = torch.zeros([batch], dtype=torch.int64)
         x = torch.zeros([batch, *teacher.image_shape], device=rng.device)
-        cache = Cache(x, finished, finished.clone() if teacher.num_classes else None)
-        super().__init__(teacher, cache, batch, rng, prob)
+        classes = finished.clone() if teacher.num_classes else None
+        super().__init__(teacher, Cache(x, finished, classes), batch, rng, prob)
 
     # Its few images are kept in every checkpoint itself, and not in a file beside it.
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from distillation import cache as cache_file
-from distillation.cache import Cache, CacheFile, cache_size, load_cache, write_cache
+from distillation.cache import Cache, cache_size, load_cache, open_cache, write_cache
 from distillation.dkdm import (
     SOURCES,
     DynamicSource,
@@ -34,26 +34,25 @@ from training.snapshot import load_snapshot
 # --- Golden traces ----------------------------------------------------------------------------------------------------
 
 
-class _GoldenTeacher:
+class _GoldenNet(torch.nn.Module):
     """eps = tanh(x) (0.5 + t/T) + 0.1 c[:3]; variance channels 0.5 tanh(x reversed) - t/T + 0.1 c[3:]."""
 
-    def __init__(self, num_steps, clip, image_shape):
-        self.image_shape = image_shape
+    def __init__(self, num_steps, image_shape):
+        super().__init__()
+        self.img_channels, self.img_resolution, _ = image_shape
+        self.label_dim = 0
         self.diffusion = GaussianDiffusion('cosine', num_steps)
-        self.num_steps, self.num_classes, self.clip = num_steps, 0, clip
         self.c = 0.1 * torch.from_numpy(fill.array('m6.tscale', [6])).reshape(1, 6, 1, 1)
 
-    def output(self, x, t, labels=None):
-        share = (t.float() / self.num_steps).reshape(-1, 1, 1, 1)
+    def forward(self, x, step, class_labels):
+        share = (step.float() / self.diffusion.num_steps).reshape(-1, 1, 1, 1)
         return torch.cat([x.tanh() * (0.5 + share) + self.c[:, :3],
                           0.5 * x.flip(1).tanh() - share + self.c[:, 3:]], dim=1)
-
-    step = Teacher.step
 
 
 def _golden(case):
     arguments = case.json['arguments']
-    teacher = _GoldenTeacher(arguments['T'], arguments['clip_denoised'], arguments['image'])
+    teacher = Teacher(_GoldenNet(arguments['T'], arguments['image']), arguments['clip_denoised'])
     assert cache_size(arguments['rho'], arguments['T'], arguments['batch']) == arguments['cache_size']
     return arguments, teacher
 
@@ -257,12 +256,12 @@ def test_the_loop_gets_parts_of_batches():
 
 @pytest.mark.parametrize('classes', [None, True])
 def test_a_cache_file_holds_the_shares_of_all_processes(classes, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_file, 'PIECE_BYTES', 1000)                   # many pieces
+    monkeypatch.setattr(cache_file, 'READ_ROWS', 3)                        # many pieces
     path, part = str(tmp_path / 'x.cache'), str(tmp_path / 'part')
     shares = [Cache(torch.randn([7, 3, 4, 4]), torch.arange(7) + 10 * rank, classes and torch.arange(7) + rank)
               for rank in range(3)]
     write_cache(part, [shares[1]], {})
-    write_cache(path, [shares[0], CacheFile(part), shares[2]], {'rho': 0.4, 'teacher': {'class_name': 'ADMUNet'}})
+    write_cache(path, [shares[0], open_cache(part)[0], shares[2]], {'rho': 0.4, 'teacher': {'class_name': 'ADMUNet'}})
     for rank, share in enumerate(shares):
         cache = load_cache(path, 7, {'rho': 0.4, 'teacher': {'class_name': 'ADMUNet'}}, rank=rank)
         assert torch.equal(cache.x, share.x) and torch.equal(cache.levels, share.levels)
@@ -308,14 +307,13 @@ import resource, sys, torch
 sys.path.insert(0, {str(conftest.ROOT)!r})
 from distillation.dkdm import *
 from distillation.cache import *
-from distillation.cache import PIECE_BYTES
 from training.diffusion.gaussian import GaussianDiffusion
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 class Zero:
     diffusion = GaussianDiffusion('cosine', 10)
-    def step(self, x, t, draws, labels):
-        return torch.zeros_like(x), x
+    def step(self, x, levels, draws, classes):
+        return {{'images': x, 't': levels, 'labels': None, 'teacher': torch.zeros_like(x), 'previous': x}}
 size = 8533
 path, state = {str(tmp_path / 'x.cache')!r}, {str(tmp_path / 'state.pt')!r}
 base = peak()

@@ -19,7 +19,7 @@ import yaml
 from click.testing import CliRunner
 
 from distillation import configs, runs
-from distillation.cache import CacheFile
+from distillation.cache import open_cache
 from distillation.dkdm import SOURCES, Preparation
 from distillation.sample_shards import SampleShards
 from dnnlib import UserError
@@ -219,12 +219,11 @@ def test_a_foreign_teacher_is_told_by_its_keys(world, tmp_path):
 
 
 def test_the_cache_has_mixed_levels_and_says_how_it_was_made(world):
-    file = CacheFile(str(world.cache))
-    assert len(file) == round(0.4 * 10) * 8 and file.shape[1:] == [3, 8, 8]
-    levels = file.piece('levels', 0, len(file))
-    assert levels.min() >= 1 and levels.max() <= 9 and len(set(levels)) > 3
-    assert file.description.items() >= {'rho': 0.4, 'batch_size': 8, 'processes': 1, 'seed': 0}.items()
-    assert file.description['teacher'] == runs.fingerprint(world.teacher)
+    cache, description = open_cache(str(world.cache))
+    assert len(cache) == round(0.4 * 10) * 8 and cache.x.shape[1:] == (3, 8, 8)
+    assert cache.levels.min() >= 1 and cache.levels.max() <= 9 and len(cache.levels.unique()) > 3
+    assert description.items() >= {'rho': 0.4, 'batch_size': 8, 'processes': 1, 'seed': 0}.items()
+    assert description['teacher'] == runs.fingerprint(world.teacher)
 
 
 def test_a_finished_cache_is_never_overwritten(world):
@@ -272,8 +271,8 @@ def test_a_distillation_writes_the_known_files(world, tmp_path):
     assert 'teacher-state-000004.cache' in files and 'teacher-state-000002.cache' not in files
     assert len((tmp_path / 'stats.jsonl').read_text().splitlines()) == 4
     assert world.cache.read_bytes() == before
-    advanced, prepared = CacheFile(str(tmp_path / 'teacher-state-000004.cache')), CacheFile(str(world.cache))
-    steps = prepared.piece('levels', 0, 32) - advanced.piece('levels', 0, 32)
+    advanced, prepared = (open_cache(str(path))[0] for path in (tmp_path / 'teacher-state-000004.cache', world.cache))
+    steps = prepared.levels - advanced.levels
     assert (steps % 11).sum() >= 4 and len(steps) == 32        # four batches of eight were advanced, each by one level
     options = json.loads((tmp_path / 'training_options.json').read_text())
     assert options['student']['model']['num_channels'] == 32 and options['teacher']['BATCH'] == 0.4
@@ -361,8 +360,8 @@ def test_a_killed_distillation_ends_with_the_same_weights(world, tmp_path):
     call(KD, *arguments, '--outdir', tmp_path / 'whole')
     for name in ('model000016.pt', 'ema_0.9999_000016.pt'):
         assert same(weights(tmp_path / 'killed', name), weights(tmp_path / 'whole', name))
-    assert CacheFile(str(tmp_path / 'killed' / 'teacher-state-000016.cache')).piece('x', 0, 32).tobytes() == \
-        CacheFile(str(tmp_path / 'whole' / 'teacher-state-000016.cache')).piece('x', 0, 32).tobytes()
+    killed, whole = (open_cache(str(tmp_path / name / 'teacher-state-000016.cache'))[0] for name in ('killed', 'whole'))
+    assert torch.equal(killed.x, whole.x)
     assert len([name for name in os.listdir(tmp_path / 'whole') if name.endswith('.cache')]) <= 3
 
 
@@ -371,9 +370,9 @@ def test_two_processes_advance_their_own_shares(world, tmp_path):
     arguments = [*world.experiment, f'teacher.tempfile={tmp_path}/two.cache', 'student.batch_size=4']
     helpers.run(PREPARE, *arguments, processes=2)
     assert sorted(os.listdir(tmp_path)) == ['two.cache']
-    file = CacheFile(str(tmp_path / 'two.cache'))
-    assert len(file) == 2 * 16 and file.description['processes'] == 2
-    remaining = (10 - file.piece('levels', 0, 32)).reshape(2, 16).sum(1)
+    cache, description = open_cache(str(tmp_path / 'two.cache'))
+    assert len(cache) == 2 * 16 and description['processes'] == 2
+    remaining = (10 - cache.levels).reshape(2, 16).sum(1)
     assert remaining[0] == remaining[1]                        # no process waits for the other
     run = [*arguments, 'student.save_interval=2', 'student.total_steps=4', '--outdir']
     helpers.run(KD, *run, tmp_path / 'whole', processes=2)
@@ -382,10 +381,9 @@ def test_two_processes_advance_their_own_shares(world, tmp_path):
         shutil.copy(path, tmp_path / 'run')
     assert 'Resuming from 16 images' in helpers.run(KD, *run, tmp_path / 'run', processes=2).stdout
     assert same(weights(tmp_path / 'run', 'model000004.pt'), weights(tmp_path / 'whole', 'model000004.pt'))
-    shares = [CacheFile(str(tmp_path / 'run' / f'teacher-state-000004{rank}.cache')) for rank in ('', '-1')]
+    shares = [open_cache(str(tmp_path / 'run' / f'teacher-state-000004{rank}.cache'))[0] for rank in ('', '-1')]
     for rank, share in enumerate(shares):
-        moved = share.piece('levels', 0, 16) != file.piece('levels', 16 * rank, 16 * rank + 16)
-        assert len(share) == 16 and moved.any()
+        assert len(share) == 16 and not torch.equal(share.levels, cache.levels[16 * rank:][:16])
     assert 'batch 8 -> 4' in helpers.fails(KD, *run, tmp_path / 'run')
 
 
@@ -515,8 +513,7 @@ def test_a_class_conditional_teacher_is_distilled(world, tmp_path):
     experiment = [*world.experiment, *(f'{section}.{item}' for section in ('teacher', 'student') for item in classes),
                   f'teacher.model_path={tmp_path}/teacher/model000002.pt', f'teacher.tempfile={tmp_path}/x.cache']
     call(PREPARE, *experiment)
-    found = CacheFile(str(tmp_path / 'x.cache'))
-    assert set(found.piece('classes', 0, len(found))) == set(range(10))
+    assert open_cache(str(tmp_path / 'x.cache'))[0].classes.unique().tolist() == list(range(10))
     for name, totals in (('whole', [4]), ('parts', [2, 4])):
         for total in totals:
             call(KD, *experiment, '--outdir', tmp_path / name, f'student.total_steps={total}', 'student.save_interval=2')

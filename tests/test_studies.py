@@ -29,7 +29,7 @@ from sklearn.datasets import load_digits
 import studies
 from data_utils import digits_memorization as memorization
 from distillation import digits_distillation as distillation
-from distillation.cache import CacheFile
+from distillation.cache import open_cache
 from distillation.configs import read_experiment, read_network
 from distillation.runs import build
 from dnnlib import UserError
@@ -528,7 +528,7 @@ def test_students_differ_in_what_they_learn_from_alone(name, finished):
     assert options['on-samples']['data_dir'] == str(outdir / 'samples' / 'teacher.npz')
     assert options['on-data']['data_dir'] == str(outdir / 'digits.zip')
     caches = [outdir / 'cache' / f'distilled-rho{rho}.cache' for rho in (0.4, 0.02)]
-    assert [len(CacheFile(str(cache))) for cache in caches] == [80, 4]
+    assert [len(open_cache(str(cache))[0]) for cache in caches] == [80, 4]
 
 
 def test_the_configurations_agree():

@@ -13,7 +13,7 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from distillation import configs, runs
-from distillation.cache import CacheFile, write_cache
+from distillation.cache import open_cache, write_cache
 from distillation.dkdm import SOURCES, IterativeSource, Preparation
 from dnnlib import UserError
 from dnnlib.util import require_same
@@ -52,8 +52,7 @@ def merge(path: str, part: str, cache, description: dict):
     shares = [cache]
     if dist.get_world_size() > 1:
         write_cache(part + '.share', [cache], {})
-        shares = [CacheFile(name) for name in dist.gather_objects(part + '.share')]
-    dist.barrier()
+        shares = [open_cache(name)[0] for name in dist.gather_objects(part + '.share')]
     if dist.get_rank() == 0:
         write_cache(path, shares, description)
     dist.barrier()
@@ -102,7 +101,7 @@ def main(config, seed, save_every, overrides):
     size = description['images of a process']
     description |= {'processes': dist.get_world_size(), 'seed': seed}
     if os.path.exists(dest):
-        require_same(dest, CacheFile(dest).description, description,
+        require_same(dest, open_cache(dest)[1], description,
                      'remove it, or choose another teacher.tempfile')
         dist.print0(f'{dest} is there already')
         return
