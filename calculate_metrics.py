@@ -19,22 +19,15 @@ from training.data.dataset import ImageDataset
 from training.data.images import open_images, pixels_of
 from training.generate import open_generator
 
-METRIC_LIST = cli.Parsed('list', compute.parse_metrics)
 DEFAULT = 'fid,fd_dinov2'
 
 
-def number(names: str, text: str, smallest: int = 1, **settings):
-    """An option that is a whole number."""
-    settings = {'type': click.IntRange(min=smallest)} | settings
-    return click.option(*names.split(), metavar='INT', help=text, **settings)
-
-
 def num(text: str):
-    return number('--num --num-images', text, type=cli.COUNT)
+    return options.count('--num --num-images', None, text)
 
 
 def workers(text: str):
-    return number('--workers', text, default=2)
+    return options.integer('--workers', 2, text)
 
 
 @click.group(cls=cli.Group)
@@ -67,36 +60,33 @@ def main():
 # Options of all commands but memorization: which metrics, which detectors.
 detection = options.group(
     'detection',
-    click.option('--metrics', metavar='LIST', type=METRIC_LIST,
-                 help=f'What to calculate, see above  [default: {DEFAULT}]'),
-    click.option('--inception', metavar='FILE|URL', envvar='INCEPTION_WEIGHTS', show_envvar=True,
-                 help='Weights of the FID network: pt_inception-2015-12-05 as torch, '
-                      'safetensors or TorchScript file'),
-    click.option('--dinov2', metavar='DIR|NAME', envvar='DINOV2_WEIGHTS', show_envvar=True,
-                 help='DINOv2 ViT-L/14: folder of transformers, or hub name'),
+    options.text('LIST', '--metrics', f'What to calculate, see above  [default: {DEFAULT}]',
+                 type=cli.Parsed('list', compute.parse_metrics)),
+    options.text('FILE|URL', '--inception', 'Weights of the FID network: pt_inception-2015-12-05 '
+                 'as torch, safetensors or TorchScript file',
+                 envvar='INCEPTION_WEIGHTS', show_envvar=True),
+    options.text('DIR|NAME', '--dinov2', 'DINOv2 ViT-L/14: folder of transformers, or hub name',
+                 envvar='DINOV2_WEIGHTS', show_envvar=True),
 )
 # Options of commands that read images from files.
 reading = options.group(
     'reading',
-    click.option('--class', 'class_name', metavar='CLASS',
-                 help='Only images of this class: original index, name or wnid'),
-    number('--seed', 'Which images --num takes', smallest=0, default=0),
+    options.text('CLASS', '--class class_name',
+                 'Only images of this class: original index, name or wnid'),
+    options.integer('--seed', 0, 'Which images --num takes', least=0),
     options.batch(64),
     workers('Threads that read ahead'),
 )
 # Options of commands that compare with a reference.
 comparison = options.group(
     'comparison',
-    click.option('--ref', metavar='FILE|URL',
-                 help='Statistics (.pkl, .npz), or reference images (folder, .zip, .npz)'),
-    click.option('--ref-sha256', metavar='HEX', help='SHA-256 that the file of --ref must have'),
-    click.option('--ref-class', metavar='CLASS',
-                 help='Only this class of the reference, if it is images'),
-    click.option('--protocol', type=click.Choice(list(compute.PROTOCOLS)), default='adm',
-                 help='Rules of is, precision and recall: chunks of 5000, k=3; or 10 parts, k=5 '
-                      '(long-tail study)'),
-    click.option('--dest', metavar='JSON',
-                 help='Write results and all that is needed to repeat them'),
+    options.text('FILE|URL', '--ref',
+                 'Statistics (.pkl, .npz), or reference images (folder, .zip, .npz)'),
+    options.text('HEX', '--ref-sha256', 'SHA-256 that the file of --ref must have'),
+    options.text('CLASS', '--ref-class', 'Only this class of the reference, if it is images'),
+    options.choice('--protocol', 'adm', 'Rules of is, precision and recall: chunks of 5000, k=3; '
+                   'or 10 parts, k=5 (long-tail study)', compute.PROTOCOLS),
+    options.text('JSON', '--dest', 'Write results and all that is needed to repeat them'),
 )
 
 
@@ -128,12 +118,12 @@ def make_detectors(metrics, inception, dinov2, reference=None):
 
 
 @main.command()
-@click.option('--data', metavar='ZIP|DIR|NPZ', required=True, help='Reference images')
-@click.option('--dest', metavar='FILE', required=True, help='Statistics to write: .pkl or .npz')
+@options.text('ZIP|DIR|NPZ', '--data', 'Reference images', required=True)
+@options.text('FILE', '--dest', 'Statistics to write: .pkl or .npz', required=True)
 @detection
 @num('Use a random subset of this size  [default: all]')
-@number('--features', 'Keep the features of at most this many images, if the metrics need them',
-        type=cli.COUNT, default=10000)
+@options.count('--features', 10000,
+               'Keep the features of at most this many images, if the metrics need them')
 @reading
 def ref(data, dest, detection, num, features, reading):
     """Make reference statistics of a data set, for the metrics that are to use them.
@@ -146,8 +136,8 @@ def ref(data, dest, detection, num, features, reading):
     dist.init()
     check_destination(dest)
     if detection['metrics'] == ['is']:
-        raise UserError('--metrics=is needs no reference; '
-                        f'give some of {",".join(compute.FRECHET)}')
+        raise UserError(f'needs no reference; give some of {",".join(compute.FRECHET)}',
+                        'metrics', 'is')
     images = open_images(data)
     metrics, detectors = make_detectors(**detection)
     # The features of a space come with its Gaussian: the same pass finds it, and it says what the
@@ -167,7 +157,7 @@ def ref(data, dest, detection, num, features, reading):
 
 
 @main.command()
-@click.option('--images', metavar='ZIP|DIR|NPZ', required=True, help='Images to measure')
+@options.text('ZIP|DIR|NPZ', '--images', 'Images to measure', required=True)
 @detection
 @comparison
 @num('Images to use, a random subset  [default: 50000]')
@@ -218,30 +208,30 @@ def gen(network, class_, sampler, seeds, num, batch, workers, detection, compari
     dist.init()
     seeds = first_seeds(seeds, num)
     generator = open_generator(**network, class_=class_, sampler=sampler)
-    batches = by_position(generator.images(seeds, batch=batch), seeds,
-                          generator.snapshot.dataset.get('classes'))
+    classes = generator.snapshot.dataset.get('classes')
+    batches = ((torch.tensor(part.seeds), part.images,
+                part.labels and torch.from_numpy(class_ids(part.labels, classes)))
+               for part in generator.images(seeds, batch=batch))
     what = dict(generator.record, seeds=seeds, num=num)
     measure_and_report(batches, len(seeds), what, detection, **comparison, seed=0, batch=batch,
                        workers=workers)
 
 
 @main.command()
-@click.option('--images', metavar='ZIP|DIR|NPZ',
-              help='Images to measure, instead of those of --net')
-@click.option('--data', metavar='ZIP|DIR', required=True, help='Training set')
-@click.option('--xflip', metavar='BOOL', type=bool, default=False,
-              help='Compare with mirrored training images too')
+@options.text('ZIP|DIR|NPZ', '--images', 'Images to measure, instead of those of --net')
+@options.text('ZIP|DIR', '--data', 'Training set', required=True)
+@options.boolean('--xflip', False, 'Compare with mirrored training images too')
 @options.network
 @options.image_class
 @options.batch(32)
 @options.sampling
 @options.seeds('0-9999')
 @num('Only the first ones of --seeds; of --images a random subset')
-@number('--seed', 'Which of --images --num takes', smallest=0, default=0)
-@click.option('--dest', metavar='JSON',
-              help='Write ratio, distances and indices of the nearest training images')
-@click.option('--grid', metavar='PNG',
-              help='Write a picture of the most memorized images above their training images')
+@options.integer('--seed', 0, 'Which of --images --num takes', least=0)
+@options.text('JSON', '--dest',
+              'Write ratio, distances and indices of the nearest training images')
+@options.text('PNG', '--grid',
+              'Write a picture of the most memorized images above their training images')
 @workers('Threads that read --images')
 def memorization(network, class_, sampler, images, data, xflip, seeds, num, seed, dest, grid,
                  batch, workers):
@@ -307,19 +297,11 @@ def refuse_unused(names, where: str):
 
 
 def first_seeds(seeds, num: int | None) -> list[int]:
-    """The first `num` of the seeds, each once."""
-    seeds = list(dict.fromkeys(seeds))[:num]
+    """The first `num` of the seeds, each once, sorted."""
+    seeds = sorted(list(dict.fromkeys(seeds))[:num])
     if not seeds:
         raise UserError('there is nothing to generate', field='num', value=0)
     return seeds
-
-
-def by_position(batches, seeds, classes):
-    """Generated batches as `measure` takes them: an image's position is that of its seed."""
-    place = {seed: i for i, seed in enumerate(seeds)}
-    for batch in batches:
-        ids = None if batch.labels is None else torch.from_numpy(class_ids(batch.labels, classes))
-        yield torch.tensor([place[seed] for seed in batch.seeds]), batch.images, ids
 
 
 def open_reference(path, sha256, class_name, metrics) -> Statistics:

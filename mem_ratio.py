@@ -18,127 +18,101 @@ from training.generate import OutputFolder, open_generator
 from training.snapshot import list_snapshots
 
 
-def load_log(path: str, settings: dict) -> list[dict]:
-    """Rows that an earlier call with the same settings has written to the log."""
+def load_log(path: str, settings: dict) -> dict:
+    """Rows that an earlier call with the same settings has written to the log, by snapshot."""
     if not os.path.isfile(path):
-        return []
+        return {}
     try:
         with open(path) as f:
             log = json.load(f)
-        if log['settings'] == json.loads(json.dumps(settings)):
-            return log['snapshots']
+        rows = {(row['snapshot'], row['modified']): row for row in log['snapshots']}
+        return rows if log['settings'] == json.loads(json.dumps(settings)) else {}
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f'--log={path} is no log of mem_ratio.py; remove it or choose another name'
-        ) from None
-    return []
+        raise UserError('is no log of mem_ratio.py; remove it or choose another name',
+                        'log', path) from None
 
 
 def measure(expdir, name, seeds, training, batch, subdirs, sampler):
     """(nimg, copies) of the samples of one snapshot, which are kept as files with `subdirs`."""
     generator = open_generator(os.path.join(expdir, name), sampler=sampler)
-    folder = None
     if subdirs:
         path = os.path.join(expdir, 'samples', name.removesuffix('.pkl'))
-        folder = OutputFolder(
-            path, True, generator.record | dict(net=name), generator.snapshot.dataset
-        )
-
-    def batches():
-        for made in generator.images(seeds, batch=batch, progress=True):
-            if folder:
-                folder.add(made)
-            yield made.seeds, made.images
-
-    copies = find_copies(batches(), training)
-    if folder:
+        folder = OutputFolder(path, True, generator.record | dict(net=name),
+                              generator.snapshot.dataset)
+    batches = list(generator.images(seeds, batch=batch, progress=True))
+    if subdirs:
+        for part in batches:
+            folder.add(part)
         folder.finish()
+    copies = find_copies(((part.seeds, part.images) for part in batches), training)
     return generator.snapshot.nimg, copies
 
 
 def save_trajectory(path: str, rows: list[dict], title: str):
     """Memorization ratio against thousands of training images, a curve for each EMA width."""
     figure, axes = pictures.figure()
-    for width in sorted({row['ema'] for row in rows}):
-        points = [
-            (row['nimg'] / 1000, 100 * row['memorization_ratio'])
-            for row in rows
-            if row['ema'] == width
-        ]
-        axes.plot(
-            *zip(*points, strict=True),
-            marker='o',
-            markersize=4,
-            label=f'EMA {width}' if width else None,
-        )
-    axes.set(
-        xlabel='thousands of training images',
-        ylabel='memorized samples (%)',
-        ylim=(-3, 103),
-        title=title,
-    )
+    curves = {}
+    for row in rows:
+        point = (row['nimg'] / 1000, 100 * row['memorization_ratio'])
+        curves.setdefault(row['ema'], []).append(point)
+    for width, points in sorted(curves.items()):
+        axes.plot(*zip(*points, strict=True), marker='o', markersize=4,
+                  label=f'EMA {width}' if width else None)
+    axes.set(xlabel='thousands of training images', ylabel='memorized samples (%)',
+             ylim=(-3, 103), title=title)
     axes.grid(alpha=0.3)
-    if any(row['ema'] for row in rows):
+    if any(curves):
         axes.legend()
     with util.atomic_path(path) as temp:
         figure.savefig(temp, format='png', dpi=120)
 
 
 @click.command(cls=cli.Command)
-@click.option('--expdir', metavar='DIR', required=True, help='Folder of a run')
-@click.option('--knn-ref', metavar='ZIP|DIR', help='Training set  [default: that of the run]')
-@click.option(
-    '--log',
-    metavar='JSON',
-    help='Table to write; pictures get its name  [default: EXPDIR/mem_ratio.json]',
-)
+@options.text('DIR', '--expdir', 'Folder of a run', required=True)
+@options.text('ZIP|DIR', '--knn-ref', 'Training set  [default: that of the run]')
+@options.text('JSON', '--log', 'Table to write; pictures get its name  '
+              '[default: EXPDIR/mem_ratio.json]')
 @options.seeds('0-9999')
-@click.option(
-    '--subdirs',
-    is_flag=True,
-    help='Keep the samples: EXPDIR/samples/SNAPSHOT, a folder for each 1000 seeds',
-)
+@click.option('--subdirs', is_flag=True,
+              help='Keep the samples: EXPDIR/samples/SNAPSHOT, a folder for each 1000 seeds')
 @options.batch(64)
 @options.sampling
 def main(expdir, knn_ref, log, seeds, subdirs, batch, sampler):
-    """Measure the memorization ratio of every snapshot of a run (calculate_metrics.py memorization).
+    """Measure the memorization ratio of every snapshot of a run.
 
-    Writes a table, the curve of the ratio over training (.png), and the most memorized samples of
-    the last snapshot above their training images (-pairs.png). Called again, it measures only what
-    is new. All networks are sampled by EDM's sampler in 18 steps, as published, unless options say
-    otherwise.
+    As calculate_metrics.py memorization does. Writes a table, the curve of the ratio over training
+    (.png), and the most memorized samples of the last snapshot above their training images
+    (-pairs.png). Called again, it measures only what is new. All networks are sampled by EDM's
+    sampler in 18 steps, as published, unless options say otherwise.
 
     \b
     python mem_ratio.py --expdir=runs/00000-cifar10-2000-uncond-ddpmpp-vp-gpus8-batch512-fp32
     torchrun --standalone --nproc_per_node=8 mem_ratio.py --expdir=RUN \\
-        --knn-ref=datasets/cifar10/cifar10-2000.zip --log=RUN/ratio.json --seeds=0-9999 --subdirs \\
-        --batch=512
+        --knn-ref=datasets/cifar10/cifar10-2000.zip --log=RUN/ratio.json --seeds=0-9999 \\
+        --subdirs --batch=512
     """
     dist.init()
     sampler = choose_setting({'name': 'edm'}, sampler)
     snapshots = list_snapshots(expdir)
     if not snapshots:
-        raise UserError(f'--expdir={expdir} holds no network-snapshot-*.pkl; give the folder of a run')
+        raise UserError('holds no network-snapshot-*.pkl; give the folder of a run',
+                        'expdir', expdir)
     run_options = runs.read_options(expdir) if knn_ref is None or runs.has_options(expdir) else {}
     data = knn_ref or run_options.get('data')
     if data is None:
         raise UserError(f'{expdir}/training_options.json names no training set; give --knn-ref')
     xflip = bool(run_options.get('xflip'))
     training = pixels_of(ImageDataset(data, use_labels=False, xflip=xflip))
-    log = log or os.path.join(expdir, 'mem_ratio.json')
-    if log.endswith('.png'):
-        raise UserError(f'--log={log} is the name of a picture; give e.g. {log[:-4]}.json')
+    stem, ending = os.path.splitext(log or os.path.join(expdir, 'mem_ratio.json'))
+    if ending == '.png':
+        raise UserError(f'is the name of a picture; give e.g. {stem}.json', 'log', log)
+    log = stem + ending
     check_parent(log)
-    stem = os.path.splitext(log)[0]
     settings = dict(
-        expdir=os.path.abspath(expdir),
-        knn_ref=os.path.abspath(data),
-        num_training=len(training),
-        seeds=seeds,
-        sampler={key: str(value) for key, value in sampler.items()},
-    )
-    known = {(row['snapshot'], row['modified']): row for row in load_log(log, settings)}
-    rows, last = [], snapshots[-1]
+        expdir=os.path.abspath(expdir), knn_ref=os.path.abspath(data), num_training=len(training),
+        seeds=seeds, sampler={key: str(value) for key, value in sampler.items()})
+    known = load_log(log, settings)
+    rows = []
     dist.print0(f'{len(seeds)} samples of each of {len(snapshots)} snapshots '
                 f'against {len(training)} images of {data}\n'
                 f'{"kimg":>8}  {"EMA":5}  {"ratio":>7}  {"distance":>8}')
@@ -146,10 +120,12 @@ def main(expdir, knn_ref, log, seeds, subdirs, batch, sampler):
         name = os.path.basename(file.path)
         modified = os.path.getmtime(file.path)
         row = dist.broadcast_object(known.get((name, modified)))
-        if row is None or (file == last and not os.path.isfile(stem + '-pairs.png')):
+        last = file == snapshots[-1]
+        if row is None or (last and not os.path.isfile(stem + '-pairs.png')):
             nimg, copies = measure(expdir, name, seeds, training, batch, subdirs, sampler)
-            row = dict(snapshot=name, modified=modified, nimg=nimg, ema=file.average, **copies.results())
-            if file == last and dist.get_rank() == 0:
+            row = dict(snapshot=name, modified=modified, nimg=nimg, ema=file.average,
+                       **copies.results())
+            if last and dist.get_rank() == 0:
                 copies.save_picture(stem + '-pairs.png', training)
         rows.append(row)
         dist.print0(f'{file.kimg:8d}  {file.average or "-":5}  '

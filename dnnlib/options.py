@@ -61,6 +61,14 @@ path = _maker('PATH', str)
 seed = _maker('INT', click.IntRange(0, 2**31 - 1))
 
 
+count = _maker('INT', cli.COUNT)                            # of anything else
+
+
+def text(metavar: str, name: str, text: str, **settings):
+    """An option for a name or a path."""
+    return click.option(*name.split(), metavar=metavar, help=text, **settings)
+
+
 def integer(name: str, default: int | None, text: str, least: int = 1):
     return _maker('INT', click.IntRange(least))(name, default, text)
 

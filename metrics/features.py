@@ -37,41 +37,39 @@ def measure(batches: Iterable, num: int, detectors: Detectors, *, gaussians=(), 
             keep: np.ndarray | None = None) -> Statistics:
     """One pass over `num` images: Gaussians of some spaces, the features themselves of some.
 
-    batches  yields (positions int64 [n], images uint8 [n, C, H, W], class ids int64 [n] or None);
-             under several processes each has its share, and all get the result of all
-    keep     positions of the images whose features and labels are kept (default: all)
+    batches  yields (places int64 [n], images uint8 [n, C, H, W], class ids int64 [n] or None);
+             under several processes each has its share, and all get the result of all, in the
+             order of the places
+    keep     places of the images whose features and labels are kept (default: all)
 
     Raises UserError for fewer than two images, and for features that are not finite.
     """
     outputs = {}
     for detector, output in {SPACES[space] for space in (*gaussians, *features)}:
         outputs.setdefault(detector, []).append(output)
-    kept = torch.full([num], keep is None)
-    if keep is not None:
-        kept[torch.from_numpy(keep)] = True
     sums = {space: FeatureSums(detectors.device) for space in gaussians}
     parts = []
     with tqdm.tqdm(total=num, unit='image', desc='Measuring', delay=2,
                    disable=distributed.get_rank() != 0) as bar:
-        for positions, images, ids in batches:
+        for places, images, ids in batches:
             values = {(name, output): value for name, wanted in outputs.items()
                       for output, value in detectors[name](images, wanted).items()}
             for space in gaussians:
                 sums[space].add(values[SPACES[space]])
-            rows = kept[positions]
-            parts.append((positions[rows], None if ids is None else ids[rows],
-                          [values[SPACES[space]].cpu()[rows] for space in features]))
+            rows = slice(None) if keep is None else torch.isin(places, torch.from_numpy(keep))
+            parts.append((places[rows], None if ids is None else ids[rows],
+                          *(values[SPACES[space]].cpu()[rows] for space in features)))
             bar.update(min(len(images) * distributed.get_world_size(), num - bar.n))
     for feature_sums in sums.values():
         feature_sums.all_reduce()
     parts = [part for process in distributed.gather_objects(parts) for part in process]
-    positions, ids, values = zip(*parts, strict=True)
-    order = torch.cat(positions).argsort()
+    places, ids, *values = zip(*parts, strict=True)
+    order = torch.cat(places).argsort()
     return Statistics(
         gaussians={space: feature_sums.gaussian() for space, feature_sums in sums.items()},
         features={space: torch.cat(column)[order]
-                  for space, column in zip(features, zip(*values, strict=True), strict=True)},
-        labels=None if any(part is None for part in ids) else torch.cat(ids)[order])
+                  for space, column in zip(features, values, strict=True)},
+        labels=None if None in ids else torch.cat(ids)[order])
 
 
 def measure_images(images, detectors: Detectors, *, num=None, seed=0, class_name=None, batch=64,
