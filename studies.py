@@ -242,7 +242,7 @@ def edm2_snapshot(run_dir: str, duration: int) -> str:
 def pixel_distance(path: str, reference: str, digit: int | None = None) -> float:
     """Frechet distance of the pixels of the images in two files, of all of them or of one
     digit."""
-    from metrics import features, frechet
+    from metrics import features
     from training.data.images import open_images
 
     detectors = features.Detectors(device='cpu')
@@ -250,7 +250,7 @@ def pixel_distance(path: str, reference: str, digit: int | None = None) -> float
         features.measure_images(open_images(file), detectors, class_name=digit,
                                gaussians=['fd_pixels']).gaussians['fd_pixels']
         for file in (path, reference))
-    return frechet.frechet_distance(ours.mu, ours.sigma, theirs.mu, theirs.sigma)
+    return ours.distance(theirs)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable
 
 from dnnlib import UserError
 from metrics.features import Detectors, measure_images
-from metrics.frechet import frechet_distance
 from metrics.inception_score import chunks, equal_parts, inception_score
 from metrics.precision_recall import precision_recall
 from metrics.recognition import Recognizer
@@ -38,9 +37,7 @@ PROTOCOLS = {
 
 def distance(generated: Statistics, real: Statistics, space, protocol=None, device=None) -> dict:
     """Frechet distance of the Gaussians of a space."""
-    a = generated.gaussians[space]
-    b = real.gaussians[space]
-    return {space: frechet_distance(a.mu, a.sigma, b.mu, b.sigma)}
+    return {space: generated.gaussians[space].distance(real.gaussians[space])}
 
 
 def score(generated: Statistics, real, space, protocol: Protocol, device=None) -> dict:
@@ -126,12 +123,9 @@ def missing_in(reference: Statistics, metrics) -> dict[str, list[str]]:
     """What of `needs(metrics)` a reference lacks. UserError if it has no images to find it in."""
     missing = needs(metrics, stored=reference)
     if reference.images is None and any(missing.values()):
-        names = [name for name in metrics if any(needs([name], stored=reference).values())]
-        stored = ','.join(reference.gaussians)
-        if reference.features:
-            stored += f' and features of {",".join(reference.features)}'
-        raise UserError(f'{reference.path} has nothing for {",".join(names)}, only {stored}; '
-                        f'make statistics for {",".join(metrics)}, or give the images')
+        stored = [*reference.gaussians, *(f'features of {space}' for space in reference.features)]
+        raise UserError(f'{reference.path} has nothing for {",".join(metrics)}, only '
+                        f'{", ".join(stored)}; make statistics for it, or give the images')
     return missing
 
 

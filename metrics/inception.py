@@ -27,16 +27,12 @@ class _Conv(nn.Module):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
-def _avg_pool(x):
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-
-
-def _max_pool(x):
-    return F.max_pool2d(x, 3, stride=1, padding=1)
-
-
-def _halve(x):
-    return F.max_pool2d(x, 3, stride=2)
+_avg_pool = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+_max_pool = nn.MaxPool2d(3, 1, 1)
+_halve = nn.MaxPool2d(3, 2)
+# Spatial means after some layers: layer -> output.
+MEANS = {'pool_2': 'block0_mean', 'pool_4': 'block1_mean', 'Mixed_6e': 'block2_mean',
+         'Mixed_7c': 'pool3'}
 
 
 class _Mixed(nn.Module):
@@ -98,30 +94,32 @@ def _mixed7(in_channels, pool):
                   branch3x3dbl=[(448, 1), (384, 3), both], branch_pool=[(192, 1)])
 
 
-class InceptionV3(nn.Module):
+class InceptionV3(nn.ModuleDict):
     """The network with its preprocessing; use it in eval mode."""
 
     def __init__(self):
-        super().__init__()
-        self.Conv2d_1a_3x3 = _Conv(3, 32, 3, stride=2)
-        self.Conv2d_2a_3x3 = _Conv(32, 32, 3, padding=0)
-        self.Conv2d_2b_3x3 = _Conv(32, 64, 3)
-        self.Conv2d_3b_1x1 = _Conv(64, 80, 1)
-        self.Conv2d_4a_3x3 = _Conv(80, 192, 3, padding=0)
-        self.Mixed_5b = _mixed5(192, pooled=32)
-        self.Mixed_5c = _mixed5(256, pooled=64)
-        self.Mixed_5d = _mixed5(288, pooled=64)
-        self.Mixed_6a = _Mixed(288, _halve, branch3x3=[(384, 3, 2)],
-                               branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2)], branch_pool=[])
-        self.Mixed_6b = _mixed6(128)
-        self.Mixed_6c = _mixed6(160)
-        self.Mixed_6d = _mixed6(160)
-        self.Mixed_6e = _mixed6(192)
-        self.Mixed_7a = _Mixed(768, _halve, branch3x3=[(192, 1), (320, 3, 2)],
-                               branch7x7x3=[(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)],
-                               branch_pool=[])
-        self.Mixed_7b = _mixed7(1280, _avg_pool)
-        self.Mixed_7c = _mixed7(2048, _max_pool)
+        super().__init__(dict(
+            Conv2d_1a_3x3=_Conv(3, 32, 3, stride=2),
+            Conv2d_2a_3x3=_Conv(32, 32, 3, padding=0),
+            Conv2d_2b_3x3=_Conv(32, 64, 3),
+            pool_2=_halve,
+            Conv2d_3b_1x1=_Conv(64, 80, 1),
+            Conv2d_4a_3x3=_Conv(80, 192, 3, padding=0),
+            pool_4=_halve,
+            Mixed_5b=_mixed5(192, pooled=32),
+            Mixed_5c=_mixed5(256, pooled=64),
+            Mixed_5d=_mixed5(288, pooled=64),
+            Mixed_6a=_Mixed(288, _halve, branch3x3=[(384, 3, 2)],
+                            branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2)], branch_pool=[]),
+            Mixed_6b=_mixed6(128),
+            Mixed_6c=_mixed6(160),
+            Mixed_6d=_mixed6(160),
+            Mixed_6e=_mixed6(192),
+            Mixed_7a=_Mixed(768, _halve, branch3x3=[(192, 1), (320, 3, 2)],
+                            branch7x7x3=[(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)],
+                            branch_pool=[]),
+            Mixed_7b=_mixed7(1280, _avg_pool),
+            Mixed_7c=_mixed7(2048, _max_pool)))
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, images: torch.Tensor, outputs=('pool3',)) -> dict[str, torch.Tensor]:
@@ -136,17 +134,14 @@ class InceptionV3(nn.Module):
         x = images.to(torch.float32) / 255
         x = 2 * F.interpolate(x, size=(299, 299), mode='bilinear', align_corners=False) - 1
         out = {}
-        x = _halve(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))))
-        out['block0_mean'] = x.mean(dim=(2, 3))
-        x = _halve(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))
-        out['block1_mean'] = x.mean(dim=(2, 3))
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))
-        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))
-        out['spatial'] = x[:, :7].permute(0, 2, 3, 1).flatten(1)
-        x = self.Mixed_6e(x)
-        out['block2_mean'] = x.mean(dim=(2, 3))
-        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))
-        out['pool3'] = x.mean(dim=(2, 3))
+        for name, layer in self.items():
+            if name == 'fc':
+                break
+            x = layer(x)
+            if name in MEANS:
+                out[MEANS[name]] = x.mean(dim=(2, 3))
+            if name == 'Mixed_6d':
+                out['spatial'] = x[:, :7].permute(0, 2, 3, 1).flatten(1)
         out['logits'] = self.fc(out['pool3'])
         out['softmax'] = out['logits'].softmax(dim=1)
         out['softmax_nobias'] = F.linear(out['pool3'], self.fc.weight).softmax(dim=1)

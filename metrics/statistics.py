@@ -19,10 +19,12 @@ import os
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from dnnlib import UserError
 from dnnlib.url import download
 from dnnlib.util import atomic_path
+from metrics.frechet import frechet_distance
 from torch_utils import distributed
 from torch_utils.files.identify import NpzArrays, identify
 from torch_utils.files.own import STATISTICS_FORMAT
@@ -55,47 +57,45 @@ class Gaussian:
     def dim(self) -> int:
         return len(self.mu)
 
+    def distance(self, other: 'Gaussian', device=None) -> float:
+        """See `frechet_distance`."""
+        return frechet_distance(self.mu, self.sigma, other.mu, other.sigma, device)
+
 
 class FeatureSums:
-    """Streaming sums of x and x x^T in float64 on `device`.
+    """Streaming sum of z z^T, z = (x, 1), in float64 on `device`: of x x^T, of x, and of 1.
 
     `gaussian()` is mu = sum/N and Sigma = (sum x x^T - N mu mu^T)/(N - 1).
     """
 
     def __init__(self, device='cpu'):
         self.device = device
-        self.num = 0
-        self.sum = None
-        self.outer = None
+        self.sums = None
 
     def add(self, features: torch.Tensor):
         """Adds features [N, D]."""
-        x = features.to(self.device, torch.float64)
-        if self.sum is None:
-            self.sum = x.new_zeros(x.shape[1])
-            self.outer = x.new_zeros(x.shape[1], x.shape[1])
-        self.num += len(x)
-        self.sum += x.sum(dim=0)
-        self.outer.addmm_(x.T, x)
+        z = F.pad(features.to(self.device, torch.float64), [0, 1], value=1)
+        if self.sums is None:
+            self.sums = z.new_zeros(z.shape[1], z.shape[1])
+        self.sums.addmm_(z.T, z)
 
     def all_reduce(self):
         """Adds up the sums of all processes, of which some may have seen no image."""
-        parts = distributed.gather_objects((self.num, 0 if self.sum is None else len(self.sum)))
-        self.add(torch.zeros(0, max(dim for _, dim in parts)))
-        self.num = sum(num for num, _ in parts)
-        distributed.all_reduce_sum(self.sum)
-        distributed.all_reduce_sum(self.outer)
+        dims = distributed.gather_objects(0 if self.sums is None else len(self.sums) - 1)
+        self.add(torch.zeros(0, max(dims)))
+        distributed.all_reduce_sum(self.sums)
 
     def gaussian(self) -> Gaussian:
         """Raises UserError for fewer than two images and for features that are not finite."""
-        if self.num < 2:
-            raise UserError(f'a covariance needs at least 2 images, and there is only {self.num}')
-        mu = self.sum / self.num
-        sigma = (self.outer - torch.outer(self.sum, mu)) / (self.num - 1)
-        if not (torch.isfinite(mu).all() and torch.isfinite(sigma).all()):
+        total = self.sums[-1, :-1]
+        num = int(self.sums[-1, -1])
+        if num < 2:
+            raise UserError(f'a covariance needs at least 2 images, and there is only {num}')
+        sigma = (self.sums[:-1, :-1] - torch.outer(total, total / num)) / (num - 1)
+        if not torch.isfinite(sigma).all():
             raise UserError('the features hold NaN or infinite numbers; '
                             'are the weights of the detector damaged?')
-        return Gaussian(mu.cpu().numpy(), sigma.cpu().numpy(), self.num)
+        return Gaussian((total / num).cpu().numpy(), sigma.cpu().numpy(), num)
 
 
 @dataclasses.dataclass
@@ -147,9 +147,10 @@ def save_statistics(dest: str, statistics: Statistics):
     check_destination(dest)
     content = {}
     for space, gaussian in statistics.gaussians.items():
-        values = {'mu': torch.from_numpy(gaussian.mu), 'sigma': torch.from_numpy(gaussian.sigma),
-                  'num': gaussian.num, 'features': statistics.features.get(space)}
-        content[space] = {key: value for key, value in values.items() if value is not None}
+        content[space] = {'mu': torch.from_numpy(gaussian.mu),
+                          'sigma': torch.from_numpy(gaussian.sigma), 'num': gaussian.num}
+        if space in statistics.features:
+            content[space]['features'] = statistics.features[space]
     labels = {}
     if statistics.features and statistics.labels is not None:
         labels['labels'] = statistics.labels
@@ -214,9 +215,8 @@ def _nested(arrays: NpzArrays, sole: str) -> dict:
 def _parse(statistics: Statistics, content: dict, sole: str) -> Statistics:
     if 'mu' in content:
         content = {sole: content}
-    labels = content.get('labels')
-    if labels is not None:
-        statistics.labels = torch.as_tensor(labels).long()
+    if content.get('labels') is not None:
+        statistics.labels = torch.as_tensor(content['labels']).long()
     if isinstance(content.get('meta'), dict):
         statistics.meta = content['meta']
     for space, values in content.items():
@@ -229,10 +229,7 @@ def _parse(statistics: Statistics, content: dict, sole: str) -> Statistics:
 
 def _add(statistics: Statistics, space: str, values: dict):
     where = f'{statistics.path}: {space} has'
-    try:
-        mu, sigma = (np.asarray(values[key], dtype=np.float64) for key in ('mu', 'sigma'))
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f'{where} no arrays of numbers mu and sigma') from None
+    mu, sigma = (np.asarray(values.get(key), dtype=np.float64) for key in ('mu', 'sigma'))
     if mu.ndim != 1 or sigma.shape != mu.shape * 2:
         raise UserError(f'{where} mu {list(mu.shape)} and sigma {list(sigma.shape)} '
                         'instead of [D] and [D, D]')
