@@ -98,7 +98,7 @@ class Noise(torch.nn.Module):
         self.diffusion = GaussianDiffusion('linear_float32', **diffusion)
 
     def forward(self, x_t, step=None, class_labels=None):
-        full = GaussianDiffusion(**(self.diffusion.config | {'respacing': ''}))
+        full = self.diffusion.respaced('')
         abar = torch.from_numpy(full.alphas_cumprod).float()[step].reshape(-1, 1, 1, 1)
         start = gaussian_denoiser(x_t / abar.sqrt(), ((1 - abar) / abar).sqrt())
         return (x_t - abar.sqrt() * start) / (1 - abar).sqrt()

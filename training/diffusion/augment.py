@@ -7,11 +7,14 @@ Geometric operations follow StyleGAN2-ADA: the image is enlarged twice with a wa
 filter, sampled bilinearly, and reduced with the same filter.
 """
 
+import dataclasses
 import functools
 import math
 
 import torch
 import torch.nn.functional as F
+
+from torch_utils.random import GlobalRandom
 
 # Low-pass filter of the symlet-6 wavelet.
 SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633,
@@ -42,41 +45,37 @@ class AugmentPipe:
     """
 
     # Operation -> number of labels, in the order in which they are applied.
-    OPERATIONS = dict(xflip=1, yflip=1, rotate_int=2, translate_int=2, scale=1, rotate_frac=2,
-                      aniso=2, translate_frac=2, brightness=1, contrast=1, lumaflip=1, hue=2,
-                      saturation=1)
-    PIXEL = ('xflip', 'yflip', 'rotate_int', 'translate_int')
-    GEOMETRIC = ('scale', 'rotate_frac', 'aniso', 'translate_frac')
-    COLOR = ('brightness', 'contrast', 'lumaflip', 'hue', 'saturation')
+    PIXEL = dict(xflip=1, yflip=1, rotate_int=2, translate_int=2)
+    GEOMETRIC = dict(scale=1, rotate_frac=2, aniso=2, translate_frac=2)
+    COLOR = dict(brightness=1, contrast=1, lumaflip=1, hue=2, saturation=1)
+    OPERATIONS = PIXEL | GEOMETRIC | COLOR
 
     def __init__(self, p: float = 1.0, shared_padding: bool = False, **multipliers):
-        unknown = set(multipliers) - set(self.OPERATIONS)
-        if unknown:
+        if unknown := multipliers.keys() - self.OPERATIONS.keys():
             raise ValueError(
                 f'unknown operations {sorted(unknown)}; known: {", ".join(self.OPERATIONS)}')
-        self.p = p
         self.shared_padding = shared_padding
-        self.multipliers = {name: float(multipliers.get(name, 0)) for name in self.OPERATIONS}
+        self.probabilities = {name: p * value for name, value in multipliers.items()
+                              if value > 0}
 
-    def _active(self, names) -> list[str]:
-        return [name for name in names if self.multipliers[name] > 0]
+    def _active(self, operations) -> list[str]:
+        return [name for name in operations if name in self.probabilities]
 
     @property
     def label_dim(self) -> int:
         return sum(self.OPERATIONS[name] for name in self._active(self.OPERATIONS))
 
     def __call__(self, images, random):
-        draws = _Draws(random, len(images), images.device, self.p, self.multipliers)
+        draws = _Draws(random, len(images), images.device, self.probabilities)
         labels = []
         for name in self._active(self.PIXEL):
             images, new = getattr(self, '_' + name)(images, draws)
             labels += new
-        for names, apply in ((self._active(self.GEOMETRIC), self._geometry), (self._active(
-                self.COLOR), self._color)):
-            if names:
+        for apply, operations in ((self._geometry, self.GEOMETRIC), (self._color, self.COLOR)):
+            if names := self._active(operations):
                 images, new = apply(images, draws, names)
                 labels += new
-        labels = [label.flatten().float() for label in labels]
+        labels = [label.float() for label in labels]
         return images, torch.stack(labels, dim=1) if labels else images.new_zeros([len(images), 0])
 
     # --- Pixel operations: nothing is interpolated -----------------------------------------------
@@ -97,8 +96,8 @@ class AugmentPipe:
         y_flipped = (w == 2) | (w == 3)
         images = torch.where(_each(x_flipped), images.flip(3), images)
         images = torch.where(_each(y_flipped), images.flip(2), images)
-        return torch.where(_each(w % 2 == 1), images.transpose(2, 3),
-                           images), [x_flipped, y_flipped]
+        images = torch.where(_each(w % 2 == 1), images.transpose(2, 3), images)
+        return images, [x_flipped, y_flipped]
 
     def _translate_int(self, images, draws):
         n, c, h, w = images.shape
@@ -153,13 +152,9 @@ class AugmentPipe:
         corners = G.new_tensor([[-1, 1, 1, -1], [-1, -1, 1, 1], [1, 1, 1, 1]])
         corners[:2] *= centre[:, None]
         reached = (G @ corners)[:, :2]  # [N, (x, y), 4]
-        low = -reached.amin(dim=(0, 2)) - centre + 2 * MARGIN
-        high = reached.amax(dim=(0, 2)) - centre + 2 * MARGIN
-        reach = torch.stack([low, high], dim=1).flatten().ceil().clamp(min=0).tolist()
-        return [
-            int(min(v, limit))
-            for v, limit in zip(reach, [w - 1, w - 1, h - 1, h - 1], strict=True)
-        ]
+        reach = torch.stack([-reached.amin(dim=(0, 2)), reached.amax(dim=(0, 2))], dim=1)
+        reach = (reach - centre[:, None] + 2 * MARGIN).ceil().clamp(min=0)
+        return reach.minimum(2 * centre[:, None]).int().flatten().tolist()
 
     # --- Colour ----------------------------------------------------------------------------------
 
@@ -171,15 +166,11 @@ class AugmentPipe:
         if channels not in (1, 3):
             raise ValueError(f'colour operations need 1 or 3 channels, not {channels}')
         eye = torch.eye(3, device=device)
-        gray = torch.full([3, 3], 1 / 3,
-                          device=device)  # v v^T, v = (1,1,1) / sqrt(3): the luma axis
+        # v v^T, v = (1,1,1) / sqrt(3): the luma axis
+        gray = torch.full([3, 3], 1 / 3, device=device)
         rest = eye - gray
         # The generator of rotations around v: (v x ..)
         cross = torch.tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=device) / math.sqrt(3)
-        drawn = {
-            'lumaflip': lambda: draws.integer('lumaflip', 2),
-            'hue': lambda: draws.gate('hue', draws.angle())
-        }
         maps = {
             'contrast': lambda w: eye * torch.exp2(0.5 * w),
             'lumaflip': lambda w: eye - 2 * gray * w,
@@ -190,14 +181,18 @@ class AugmentPipe:
         offset = torch.zeros([n, 3, 1], device=device)
         labels = []
         for name in names:
-            w = drawn[name]() if name in drawn else draws.gate(name, draws.normal())
+            if name == 'lumaflip':
+                w = draws.integer(name, 2)
+            else:
+                w = draws.gate(name, draws.angle() if name == 'hue' else draws.normal())
             labels += [w.cos() - 1, w.sin()] if name == 'hue' else [w]
             w = w[:, None, None]
             if name == 'brightness':
                 offset = offset + 0.2 * w
             else:
-                matrix = maps[name](w) @ matrix
-                offset = maps[name](w) @ offset
+                step = maps[name](w)
+                matrix = step @ matrix
+                offset = step @ offset
         if channels == 1:  # (g, g, g) is mapped, and its mean taken
             matrix = matrix.sum(dim=(1, 2), keepdim=True) / 3
             offset = offset.mean(dim=1, keepdim=True)
@@ -209,17 +204,16 @@ def _each(values):
     return values[:, None, None, None]
 
 
+@dataclasses.dataclass
 class _Draws:
     """Random numbers of the images of a batch: [N], or [count, N]."""
 
-    def __init__(self, random, n: int, device, p: float, multipliers: dict):
-        self.random = random
-        self.n = n
-        self.device = device
-        self.p = p
-        self.multipliers = multipliers
+    random: GlobalRandom
+    n: int
+    device: torch.device
+    probabilities: dict
 
-    def _size(self, count):
+    def _size(self, count=None):
         return dict(size=[count, self.n] if count else [self.n], dim=1 if count else 0,
                     device=self.device)
 
@@ -235,44 +229,40 @@ class _Draws:
 
     def integer(self, name: str, high: int):
         """0 .. high - 1, gated."""
-        return self.gate(name, self.random.randint(high, **self._size(None)))
+        return self.gate(name, self.random.randint(high, **self._size()))
 
     def where(self, p: float, values):
         """`values` with probability p, 0 elsewhere; one draw for each image."""
-        return torch.where(
-            self.random.rand(**self._size(None)) < p, values, torch.zeros_like(values))
+        return values.where(self.random.rand(**self._size()) < p, 0)
 
     def gate(self, name: str, values):
         """`values` where the operation is applied, 0 elsewhere."""
-        return self.where(self.multipliers[name] * self.p, values)
+        return self.where(self.probabilities[name], values)
 
 
-def _matrix(rows) -> torch.Tensor:
-    """[N,3,3] from rows of [N] tensors and numbers."""
-    like = next(value for row in rows for value in row if torch.is_tensor(value))
-    return torch.stack([
-        torch.stack([
-            torch.as_tensor(value, dtype=like.dtype, device=like.device).expand_as(like)
-            for value in row
-        ], dim=-1)
-        for row in rows
-    ], dim=-2)
+def _matrix(*values) -> torch.Tensor:
+    """[N,3,3] from nine [N] tensors or numbers, row by row."""
+    like = next(filter(torch.is_tensor, values))
+    columns = [value if torch.is_tensor(value) else torch.full_like(like, value)
+               for value in values]
+    return torch.stack(columns, dim=-1).unflatten(-1, (3, 3))
 
 
 def scaling(x, y) -> torch.Tensor:
-    """Matrices [N,3,3] that multiply the coordinates by x and y, [N] each."""
-    return _matrix([[x, 0, 0], [0, y, 0], [0, 0, 1]])
+    """Matrices [N,3,3] that multiply the coordinates by x and y, [N] each or one a number."""
+    return _matrix(x, 0, 0, 0, y, 0, 0, 0, 1)
 
 
 def translation(x, y) -> torch.Tensor:
-    """Matrices [N,3,3] that add x and y, [N] each, to the coordinates."""
-    return _matrix([[1, 0, x], [0, 1, y], [0, 0, 1]])
+    """Matrices [N,3,3] that add x and y, [N] each or one a number, to the coordinates."""
+    return _matrix(1, 0, x, 0, 1, y, 0, 0, 1)
 
 
 def rotation(angle) -> torch.Tensor:
     """Matrices [N,3,3] of the rotations by `angle` [N]."""
-    cos, sin = angle.cos(), angle.sin()
-    return _matrix([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
+    cos = angle.cos()
+    sin = angle.sin()
+    return _matrix(cos, -sin, 0, sin, cos, 0, 0, 0, 1)
 
 
 # Doubling and halving along one axis are linear maps of short vectors: as matrices they run at the
@@ -286,8 +276,7 @@ def _upsampling(size: int, before: int, after: int, device) -> torch.Tensor:
     units = F.pad(torch.eye(size)[:, None], [before, after], mode='reflect')
     # The filter's sum is sqrt(2): with the zeros the mean changes by sqrt(1/2) here, and back when
     # halving.
-    rows = F.conv_transpose1d(units,
-                              torch.tensor(SYM6)[None, None], stride=2, padding=len(SYM6) // 2 - 1)
+    rows = F.conv_transpose1d(units, torch.tensor([[SYM6]]), stride=2, padding=len(SYM6) // 2 - 1)
     return rows[:, 0].t().contiguous().to(device)
 
 
@@ -295,8 +284,8 @@ def _upsampling(size: int, before: int, after: int, device) -> torch.Tensor:
 def _downsampling(size: int, device) -> torch.Tensor:
     """[size, 2 (size + 2 MARGIN)]: filters, keeps every second pixel, and cuts off the margin."""
     units = torch.eye(2 * (size + 2 * MARGIN))[:, None, 1:-1]
-    return (F.conv1d(units,
-                     torch.tensor(SYM6)[None, None], stride=2)[:, 0].t().contiguous().to(device))
+    rows = F.conv1d(units, torch.tensor([[SYM6]]), stride=2)
+    return rows[:, 0].t().contiguous().to(device)
 
 
 def resample(images, G, padding=None):
@@ -306,20 +295,19 @@ def resample(images, G, padding=None):
     """
     n, c, h, w = images.shape
     left, right, top, bottom = padding or [w - 1, w - 1, h - 1, h - 1]
-    ones = G.new_ones([1])
-    G = translation(ones * (left - right) / 2, ones * (top - bottom) / 2) @ G
+    one = G.new_ones([1])
+    G = translation(one * (left - right) / 2, (top - bottom) / 2) @ G
 
     # Twice as large.
-    images = (_upsampling(h, top, bottom, G.device) @ images.to(torch.float32)
+    images = (_upsampling(h, top, bottom, G.device) @ images.float()
               @ _upsampling(w, left, right, G.device).t())
-    G = scaling(2 * ones, 2 * ones) @ G @ scaling(ones / 2, ones / 2)
-    G = translation(-ones / 2, -ones / 2) @ G @ translation(ones / 2, ones / 2)
+    G = scaling(2 * one, 2) @ G @ scaling(one / 2, 1 / 2)
+    G = translation(-one / 2, -1 / 2) @ G @ translation(one / 2, 1 / 2)
 
-    size = [n, c, 2 * (h + 2 * MARGIN), 2 * (w + 2 * MARGIN)]
-    theta = scaling(2 / images.shape[3] * ones, 2 / images.shape[2] * ones) @ G @ scaling(
-        size[3] / 2 * ones, size[2] / 2 * ones)
-    grid = F.affine_grid(theta[:, :2], size, align_corners=False)
-    images = F.grid_sample(images, grid, mode='bilinear', padding_mode='zeros',
-                           align_corners=False)
-
+    height = 2 * (h + 2 * MARGIN)
+    width = 2 * (w + 2 * MARGIN)
+    theta = (scaling(2 / images.shape[3] * one, 2 / images.shape[2]) @ G
+             @ scaling(width / 2 * one, height / 2))
+    grid = F.affine_grid(theta[:, :2], [n, c, height, width], align_corners=False)
+    images = F.grid_sample(images, grid, align_corners=False)
     return _downsampling(h, G.device) @ images @ _downsampling(w, G.device).t()

@@ -6,6 +6,7 @@ On whole batches and on their device. Matrices act on pixel coordinates (x right
 centres at integers).
 """
 
+import dataclasses
 import functools
 import math
 
@@ -14,11 +15,8 @@ import torch.nn.functional as F
 
 from training.diffusion.augment import rotation, scaling, translation
 
-# a0, a1: flips; a2: scale; a3: angle; a4, a5: direction and amount of the stretching; a6, a7:
-# translation.
-_FLIP_X, _FLIP_Y, _SCALE, _ANGLE, _DIRECTION, _STRETCH, _MOVE_X, _MOVE_Y = range(8)
 
-
+@dataclasses.dataclass
 class ADAAugment:
     """images [N,C,H,W] in [-1, 1] -> (augmented images, condition vectors [N,9]).
 
@@ -27,67 +25,64 @@ class ADAAugment:
     translation as a share of the image.
     """
 
-    def __init__(self, p=0.12, scale=2**0.2, aniso=2**0.2, trans=1 / 8):
-        self.p = p
-        self.scale = scale
-        self.aniso = aniso
-        self.trans = trans
+    p: float = 0.12
+    scale: float = 2**0.2
+    aniso: float = 2**0.2
+    trans: float = 1 / 8
 
     def __call__(self, images, random):
         a = self.draw(len(images), random).to(images.device)
         return self.transform(images, a), self.conditions(a)
 
     def transform(self, images, a) -> torch.Tensor:
-        """Images [N,C,H,W] augmented by parameters a [N,8]."""
+        """Images [N,C,H,W] augmented by parameters a [N,8] (see `draw`)."""
         matrices = self.matrices(a, *images.shape[2:])
         if images.device.type != 'cpu':
             return warp(images, matrices)
         # On the CPU it pays to warp only what a flip cannot do; on a GPU, to find out would be to
         # wait for it.
-        out = torch.where((a[:, _FLIP_X] > 0)[:, None, None, None], images.flip(3), images)
-        out = torch.where((a[:, _FLIP_Y] > 0)[:, None, None, None], out.flip(2), out)
-        moved = (a[:, _SCALE:] != 0).any(1).nonzero().flatten()
+        flip_x, flip_y = (a[:, :2, None, None, None] > 0).unbind(1)
+        out = torch.where(flip_x, images.flip(3), images)
+        out = torch.where(flip_y, out.flip(2), out)
+        moved = a[:, 2:].any(1).nonzero().flatten()
         if len(moved):
             out[moved] = warp(images[moved], matrices[moved])
         return out
 
     def draw(self, n: int, random) -> torch.Tensor:
-        """Parameters a0..a7 of n images [n,8], from `random` (see torch_utils.random)."""
+        """Parameters of n images [n,8], from `random` (see torch_utils.random): two flips, scale,
+        angle, direction and amount of the stretching, translation in x and y."""
         flips = random.randint(2, [n, 2]).float()
         gates = (random.rand([n, 5]) < self.p).float()
         angles = 2 * math.pi * random.rand([n, 2]) - math.pi
         normal = random.randn([n, 4])
-        flip_y, scale, angle, stretch, move = gates.unbind(1)
-        return torch.stack([
-            flips[:, 0], flips[:, 1] * flip_y, normal[:, 0] * scale, angles[:, 0] * angle,
-            angles[:, 1] * stretch, normal[:, 1] * stretch, normal[:, 2] * move,
-            normal[:, 3] * move
+        return torch.cat([
+            flips[:, :1], flips[:, 1:] * gates[:, :1], normal[:, :1] * gates[:, 1:2],
+            angles * gates[:, 2:4], normal[:, 1:] * gates[:, [3, 4, 4]]
         ], dim=1)
 
     def matrices(self, a, height: int, width: int) -> torch.Tensor:
         """Where pixels go: [N,3,3] for parameters a [N,8]."""
+        flip_x, flip_y, scale, angle, direction, stretch, move_x, move_y = a.unbind(1)
         cx, cy = width / 2 - 0.5, height / 2 - 0.5
-        stretch = self.aniso**a[:, _STRETCH]
-        zoom = self.scale**a[:, _SCALE]
+        zoom = self.scale**scale
+        factor = self.aniso**stretch
         return functools.reduce(torch.matmul, [
             translation(torch.full_like(zoom, cx), cy),
-            scaling((1 - 2 * a[:, _FLIP_X]) * zoom, (1 - 2 * a[:, _FLIP_Y]) * zoom),
-            rotation(a[:, _DIRECTION] - a[:, _ANGLE]),
-            scaling(stretch, 1 / stretch),
-            rotation(-a[:, _DIRECTION]),
-            translation(a[:, _MOVE_X] * width * self.trans - cx,
-                        a[:, _MOVE_Y] * height * self.trans - cy)
+            scaling((1 - 2 * flip_x) * zoom, (1 - 2 * flip_y) * zoom),
+            rotation(direction - angle),
+            scaling(factor, 1 / factor),
+            rotation(-direction),
+            translation(move_x * width * self.trans - cx, move_y * height * self.trans - cy)
         ])
 
     @staticmethod
     def conditions(a) -> torch.Tensor:
         """What the network is told, [N,9]; zeros for an untouched image."""
-        angle, direction, stretch = a[:, _ANGLE], a[:, _DIRECTION], a[:, _STRETCH]
+        flip_x, flip_y, scale, angle, direction, stretch, move_x, move_y = a.unbind(1)
         return torch.stack([
-            a[:, _FLIP_X], a[:, _FLIP_Y], a[:, _SCALE],
-            angle.cos() - 1,
-            angle.sin(), stretch * direction.cos(), stretch * direction.sin(), a[:, _MOVE_X],
-            a[:, _MOVE_Y]
+            flip_x, flip_y, scale, angle.cos() - 1, angle.sin(), stretch * direction.cos(),
+            stretch * direction.sin(), move_x, move_y
         ], dim=1)
 
 
@@ -112,8 +107,8 @@ def _slope(padded, dim: int):
     its ends."""
     n = padded.shape[dim] - 2
     sign = (0.5 - torch.arange(n, device=padded.device) % 2).to(padded.dtype)
-    return (padded.narrow(dim, 2, n)
-            - padded.narrow(dim, 0, n)) * (sign if dim == 3 else sign[:, None])
+    sign = sign if dim == 3 else sign[:, None]
+    return sign * (padded.narrow(dim, 2, n) - padded.narrow(dim, 0, n))
 
 
 def warp(images, matrices) -> torch.Tensor:
@@ -144,15 +139,12 @@ def warp(images, matrices) -> torch.Tensor:
     dx = _slope(padded, 3)
     dy = _slope(padded[..., 1:-1], 2)
     dxy, dx = _slope(dx, 2), dx[:, :, 1:-1]
-    grid = images.new_empty([N, H, W, 2])
 
-    def look_up(values, **coordinates):
-        for name, value in coordinates.items():  # the other coordinate stays as it was
-            grid[..., 'xy'.index(name)] = value
-        return F.grid_sample(values, grid, mode='bilinear', padding_mode='border',
+    def look_up(values, x, y):
+        return F.grid_sample(values, torch.stack([x, y], dim=-1), padding_mode='border',
                              align_corners=True)
 
-    out = look_up(images, x=x_smooth, y=y_smooth)
-    out += x_slope * look_up(dx, x=x_plain)
-    out += x_slope * y_slope * look_up(dxy, y=y_plain)
-    return out.addcmul_(y_slope, look_up(dy, x=x_smooth))
+    out = look_up(images, x_smooth, y_smooth)
+    out += x_slope * look_up(dx, x_plain, y_smooth)
+    out += x_slope * y_slope * look_up(dxy, x_plain, y_plain)
+    return out.addcmul_(y_slope, look_up(dy, x_smooth, y_plain))

@@ -7,7 +7,9 @@ DDPM (arXiv 2006.11239), improved DDPM (2102.09672), DDIM (2010.02502). Notation
 or [N,2C,H,W] with the variance channels last.
 """
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -36,8 +38,8 @@ def mean_flat(x):
 
 def gaussian_kl(mean1, log_variance1, mean2, log_variance2):
     """KL(N(mean1, var1) || N(mean2, var2)) element by element, in nats."""
-    return 0.5 * (-1 + log_variance2 - log_variance1 + (log_variance1 - log_variance2).exp() +
-                  (mean1 - mean2) ** 2 * (-log_variance2).exp())
+    return 0.5 * (-1 + log_variance2 - log_variance1 + (log_variance1 - log_variance2).exp()
+                  + (mean1 - mean2) ** 2 * (-log_variance2).exp())
 
 
 def discretized_nll(x, mean, log_variance):
@@ -56,10 +58,14 @@ def discretized_nll(x, mean, log_variance):
     return -probability.clamp(min=1e-12).log()
 
 
-VARIANCES = ('learned_range', 'fixed_small', 'fixed_large')
-LOSSES = ('mse', 'rescaled_mse', 'kl', 'rescaled_kl')
+CHOICES = {
+    'variance': ('learned_range', 'fixed_small', 'fixed_large'),
+    'loss': ('mse', 'rescaled_mse', 'kl', 'rescaled_kl'),
+    'predict': ('epsilon', 'start')
+}
 
 
+@dataclasses.dataclass(eq=False)
 class GaussianDiffusion:
     """A noising process and what is computed with it.
 
@@ -75,25 +81,31 @@ class GaussianDiffusion:
                 0.02)
     """
 
-    def __init__(self, schedule='linear', steps=1000, respacing='', variance='learned_range',
-                 loss='mse', predict='epsilon', rescale_timesteps=False, beta_range=None):
-        for name, value, known in (('variance', variance, VARIANCES), ('loss', loss, LOSSES),
-                                   ('predict', predict, ('epsilon', 'start'))):
-            if value not in known:
-                raise UserError(f'{name}: {value!r} is not one of {", ".join(known)}')
-        self.config = dict(schedule=schedule, steps=steps, respacing=respacing, variance=variance,
-                           loss=loss, predict=predict, rescale_timesteps=rescale_timesteps,
-                           beta_range=beta_range)
-        betas = make_betas(schedule, steps, beta_range)
-        self.learned, self.loss, self.predict = variance == 'learned_range', loss, predict
-        self.kept = np.array(spaced_steps(steps, respacing))
-        if len(self.kept) < 2:
-            raise UserError(f'time steps: {respacing!r} leaves fewer than two',
+    schedule: str = 'linear'
+    steps: int = 1000
+    respacing: str = ''
+    variance: str = 'learned_range'
+    loss: str = 'mse'
+    predict: str = 'epsilon'
+    rescale_timesteps: bool = False
+    beta_range: Sequence[float] | None = None
+
+    def __post_init__(self):
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise UserError(f'{name}: {value!r} is not one of {", ".join(choices)}')
+        self.learned = self.variance == 'learned_range'
+        betas = make_betas(self.schedule, self.steps, self.beta_range)
+        kept = self.kept = np.array(spaced_steps(self.steps, self.respacing))
+        if len(kept) < 2:
+            raise UserError(f'time steps: {self.respacing!r} leaves fewer than two',
                             field='timestep_respacing')
         if betas.max() >= 1:
-            raise UserError(f'diffusion_steps: the {schedule} schedule needs more than {steps}')
-        self.num_steps = len(self.kept)
-        self.betas = betas_from_alphas_cumprod(np.cumprod(1 - betas)[self.kept])
+            raise UserError(f'diffusion_steps: the {self.schedule} schedule needs more than '
+                            f'{self.steps}')
+        self.num_steps = len(kept)
+        self.betas = betas_from_alphas_cumprod(np.cumprod(1 - betas)[kept])
 
         # Tables [num_steps], which `_at` looks up.
         abar = self.alphas_cumprod = np.cumprod(1 - self.betas)
@@ -112,13 +124,13 @@ class GaussianDiffusion:
             np.append(self.posterior_variance[1], self.posterior_variance[1:]))
         large = np.log(np.append(self.posterior_variance[1], self.betas[1:]))
         self.log_beta = np.log(self.betas)
-        self.log_variance = large if variance == 'fixed_large' else small
-        self.model_step = self.kept * (1000 / steps if rescale_timesteps else 1)
+        self.log_variance = large if self.variance == 'fixed_large' else small
+        self.model_step = kept * (1000 / self.steps if self.rescale_timesteps else 1)
         self._on_device = {}
 
     def respaced(self, spec) -> 'GaussianDiffusion':
         """The same process with other steps kept."""
-        return GaussianDiffusion(**(self.config | {'respacing': str(spec)}))
+        return dataclasses.replace(self, respacing=str(spec))
 
     def _at(self, name, t):
         """Table `name` at t, [N,1,1,1] float32."""
@@ -131,8 +143,8 @@ class GaussianDiffusion:
     def model_steps(self, t):
         """What the network is told for t [N]: the step's number before respacing (int64), or its
         time in 0..1000."""
-        given = self._at('model_step', t).flatten()
-        return given if self.config['rescale_timesteps'] else given.long()
+        steps = self._at('model_step', t).flatten()
+        return steps if self.rescale_timesteps else steps.long()
 
     # The forward process.
 
@@ -153,10 +165,11 @@ class GaussianDiffusion:
         C = x_t.shape[1]
         if output.shape[1] != (2 * C if self.learned else C):
             raise ValueError(f'network output has {output.shape[1]} channels for images of {C} '
-                             f'and variance {self.config["variance"]}')
+                             f'and variance {self.variance}')
         values = output[:, :C]
-        start = values if self.predict == 'start' else (self._at('sqrt_recip', t) * x_t
-                                                        - self._at('sqrt_recipm1', t) * values)
+        start = values
+        if self.predict == 'epsilon':
+            start = self._at('sqrt_recip', t) * x_t - self._at('sqrt_recipm1', t) * values
         if clip:
             start = start.clamp(-1, 1)
         epsilon = values if self.predict == 'epsilon' else self._epsilon(start, x_t, t)
@@ -164,8 +177,7 @@ class GaussianDiffusion:
         log_variance = self._at('log_variance', t)
         if self.learned:
             share = (output[:, C:] + 1) / 2
-            log_variance = share * self._at('log_beta', t) + (1 - share) * self._at(
-                'posterior_log_variance_clipped', t)
+            log_variance = share * self._at('log_beta', t) + (1 - share) * log_variance
         return Prediction(start, epsilon, mean, log_variance)
 
     def _epsilon(self, start, x_t, t):
@@ -174,14 +186,13 @@ class GaussianDiffusion:
 
     def ancestral_step(self, output, x_t, t, noise, clip=True):
         """x_(t-1) drawn from the predicted Gaussian; no noise at t = 0."""
-        p = self.prediction(output, x_t, t, clip)
-        return self.add_noise(p, t, noise)
+        return self.add_noise(self.prediction(output, x_t, t, clip), t, noise)
 
     @staticmethod
     def add_noise(prediction, t, noise):
         """A draw from the Gaussian of a prediction; its mean at t = 0."""
-        return (prediction.mean + (t != 0).reshape(-1, 1, 1, 1) *
-                (0.5 * prediction.log_variance).exp() * noise)
+        sd = (t != 0).reshape(-1, 1, 1, 1) * (0.5 * prediction.log_variance).exp()
+        return prediction.mean + sd * noise
 
     def ddim_step(self, output, x_t, t, noise=None, eta=0.0, clip=True):
         """x_(t-1) of DDIM (arXiv 2010.02502, Eq. 12); `eta=0` is deterministic and needs no

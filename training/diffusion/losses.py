@@ -7,6 +7,9 @@ terms)`: the loss that is summed and divided by the batch size, and named per-sa
 log.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,7 @@ from training.diffusion.gaussian import GaussianDiffusion, mean_flat
 from training.diffusion.noise import VP, Flow, geometric_levels
 
 
+@dataclass
 class _NoisyImageLoss:
     """Weighted squared error of denoised images: weight(sigma) (D(y + n; sigma, labels) - y)^2, n
     ~ N(0, sigma^2 I).
@@ -26,8 +30,7 @@ class _NoisyImageLoss:
     `noise_levels(random, n)`, which draws sigma [n,1,1,1], and `weight(sigma)`.
     """
 
-    def __init__(self, augment=None):
-        self.augment = augment
+    augment: Callable | None = field(default=None, kw_only=True)
 
     def elementwise(self, net, images, labels, random):
         """The unreduced loss [N,C,H,W]."""
@@ -55,16 +58,15 @@ class _NoisyImageLoss:
         return loss.sum(1), {'loss': loss.detach().mean(1)}
 
 
+@dataclass
 class EDMLoss(_NoisyImageLoss):
     """EDM's loss (arXiv 2206.00364, Table 1): ln(sigma) ~ N(P_mean, P_std^2),
     weight = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2.
     """
 
-    def __init__(self, P_mean=-1.2, P_std=1.2, sigma_data=0.5, augment=None):
-        super().__init__(augment)
-        self.P_mean = P_mean
-        self.P_std = P_std
-        self.sigma_data = sigma_data
+    P_mean: float = -1.2
+    P_std: float = 1.2
+    sigma_data: float = 0.5
 
     def noise_levels(self, random, n):
         return (random.randn([n, 1, 1, 1]) * self.P_std + self.P_mean).exp()
@@ -73,13 +75,14 @@ class EDMLoss(_NoisyImageLoss):
         return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
 
 
+@dataclass
 class EDM2Loss(EDMLoss):
     """EDM2's loss: EDM's noise levels and weights, and a learned uncertainty u(sigma) (arXiv
     2312.02696, Eq. 14-15): weight / exp(u) * (D(y + n; sigma) - y)^2 + u.
     """
 
-    def __init__(self, P_mean=-0.4, P_std=1.0, sigma_data=0.5):
-        super().__init__(P_mean, P_std, sigma_data)
+    P_mean: float = -0.4
+    P_std: float = 1.0
 
     def denoised(self, net, noisy, sigma, labels):
         return net(noisy, sigma, labels, return_logvar=True)
@@ -89,32 +92,49 @@ class EDM2Loss(EDMLoss):
         return self.weight(sigma) / logvar.exp() * (denoised - images) ** 2 + logvar
 
 
+@dataclass
 class VPLoss(_NoisyImageLoss):
     """The variance-preserving loss of Song et al. in the terms of EDM (Table 1): t ~ U(epsilon_t,
     1), sigma = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1), weight = 1 / sigma^2.
     """
 
-    def __init__(self, beta_d=19.9, beta_min=0.1, epsilon_t=1e-5, augment=None):
-        super().__init__(augment)
-        self.noise = VP(beta_d, beta_min)
-        self.epsilon_t = epsilon_t
+    beta_d: float = 19.9
+    beta_min: float = 0.1
+    epsilon_t: float = 1e-5
 
     def noise_levels(self, random, n):
-        return self.noise.sigma(1 + random.rand([n, 1, 1, 1]) * (self.epsilon_t - 1))
+        t = 1 + random.rand([n, 1, 1, 1]) * (self.epsilon_t - 1)
+        return VP(self.beta_d, self.beta_min).sigma(t)
 
 
+@dataclass
 class VELoss(_NoisyImageLoss):
     """The variance-exploding loss of Song et al. in the terms of EDM (Table 1): ln(sigma) uniform
     between ln(sigma_min) and ln(sigma_max), weight = 1 / sigma^2.
     """
 
-    def __init__(self, sigma_min=0.02, sigma_max=100, augment=None):
-        super().__init__(augment)
-        self.sigma_min = sigma_min
-        self.sigma_max = sigma_max
+    sigma_min: float = 0.02
+    sigma_max: float = 100
 
     def noise_levels(self, random, n):
         return geometric_levels(random.rand([n, 1, 1, 1]), self.sigma_min, self.sigma_max)
+
+
+@dataclass
+class FlowLoss(_NoisyImageLoss):
+    """Flow matching on the straight path x_t = (1 - t) x_0 + t z (arXiv 2209.03003, Eq. 1;
+    2210.02747, Eq. 23): |v(x_t, t) - (z - x_0)|^2 with t ~ U(epsilon_t, 1 - epsilon_t).
+
+    In the terms of D = x_t - t v and sigma = t / (1 - t): weight = 1 / t^2.
+    """
+
+    epsilon_t: float = 1e-3
+
+    def noise_levels(self, random, n):
+        return Flow().sigma(self.epsilon_t + (1 - 2 * self.epsilon_t) * random.rand([n, 1, 1, 1]))
+
+    def weight(self, sigma):
+        return Flow().inverse(sigma) ** -2
 
 
 def _noised(diffusion: GaussianDiffusion, images, random):
@@ -129,30 +149,12 @@ def _with_log(terms: dict):
     return terms['loss'], {name: value.detach() for name, value in terms.items()}
 
 
-class FlowLoss(_NoisyImageLoss):
-    """Flow matching on the straight path x_t = (1 - t) x_0 + t z (arXiv 2209.03003, Eq. 1; 2210.02747,
-    Eq. 23): |v(x_t, t) - (z - x_0)|^2 with t ~ U(epsilon_t, 1 - epsilon_t).
-
-    In the terms of D = x_t - t v and sigma = t / (1 - t): weight = 1 / t^2.
-    """
-
-    def __init__(self, epsilon_t=1e-3, augment=None):
-        super().__init__(augment)
-        self.epsilon_t = epsilon_t
-
-    def noise_levels(self, random, n):
-        return Flow().sigma(self.epsilon_t + (1 - 2 * self.epsilon_t) * random.rand([n, 1, 1, 1]))
-
-    def weight(self, sigma):
-        return Flow().inverse(sigma) ** -2
-
-
+@dataclass
 class DDPMLoss:
     """DDPM's training loss for a DiscreteDenoiser, with uniform time steps (see
     `GaussianDiffusion.training_losses`)."""
 
-    def __init__(self, diffusion: GaussianDiffusion):
-        self.diffusion = diffusion
+    diffusion: GaussianDiffusion
 
     def __call__(self, net, batch):
         images, random = batch['images'], batch['random']
@@ -171,6 +173,7 @@ def balancing_terms(h, h_other, weight):
     return weight * (h - h_other.detach()) ** 2, 0.25 * weight * (h.detach() - h_other) ** 2
 
 
+@dataclass
 class CBDMLoss:
     """DDPM's loss, with the class-balancing term (`cb`) and dropped labels (`cb` or `cfg`).
 
@@ -186,24 +189,24 @@ class CBDMLoss:
     `augment` takes (images, random) to (images, vectors [N,9]).
     """
 
-    def __init__(self, diffusion: GaussianDiffusion, num_classes: int, cb=False, cfg=False,
-                 tau=1.0, class_counts=None, label_drop=0.1, augment=None, batch_size=None,
-                 seed=0):
-        if (cb and class_counts is not None
-                and not (len(class_counts) == num_classes and min(class_counts) > 0)):
-            raise UserError(
-                f'class-balancing training needs images of each of the {num_classes} classes; their '
-                f'numbers are {[int(n) for n in class_counts]}')
-        self.diffusion = diffusion
-        self.num_classes = num_classes
-        self.cb = cb
-        self.cfg = cfg
-        self.tau = tau
-        self.label_drop = label_drop
-        self.augment = augment
-        self.batch_size = batch_size
-        self.seed = seed
-        counts = np.ones(num_classes) if class_counts is None else np.asarray(class_counts)
+    diffusion: GaussianDiffusion
+    num_classes: int
+    cb: bool = False
+    cfg: bool = False
+    tau: float = 1.0
+    class_counts: Sequence[int] | None = None
+    label_drop: float = 0.1
+    augment: Callable | None = None
+    batch_size: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        counts = np.ones(self.num_classes)
+        if self.class_counts is not None:
+            counts = np.asarray(self.class_counts)
+        if self.cb and (len(counts) != self.num_classes or min(counts) <= 0):
+            raise UserError('class-balancing training needs images of each of the '
+                            f'{self.num_classes} classes; their numbers are {counts.tolist()}')
         self.probabilities = np.float32(counts) / np.float32(counts.sum())
 
     def other_labels(self, n, random):
@@ -215,10 +218,11 @@ class CBDMLoss:
 
     def _labels_dropped(self, batch):
         if self.batch_size is None:
-            return batch['random'].rand([1], device='cpu').item() < self.label_drop
-        shared = StackedRandomGenerator('cpu',
-                                        [tuple_seed(self.seed, batch['start'] // self.batch_size)])
-        return shared.rand([1]).item() < self.label_drop
+            random = batch['random']
+        else:
+            step = batch['start'] // self.batch_size
+            random = StackedRandomGenerator('cpu', [tuple_seed(self.seed, step)])
+        return random.rand([1], device='cpu').item() < self.label_drop
 
     def elementwise(self, net, batch) -> dict:
         """What was drawn and the unreduced losses: `t`, `noise`, `ddpm` [N,C,H,W]; with a
@@ -236,9 +240,9 @@ class CBDMLoss:
         values = {'t': t, 'noise': noise, 'ddpm': (h - noise) ** 2}
         if self.cb and not dropped:
             other = self.other_labels(len(images), random).to(images.device)
+            one_hot = F.one_hot(other, self.num_classes).to(y)
             with drawing_from(random):
-                h_other = net(x_t, step=step,
-                              class_labels=F.one_hot(other, self.num_classes).to(y), **extra)
+                h_other = net(x_t, step=step, class_labels=one_hot, **extra)
             weight = (self.tau * t / self.diffusion.num_steps).reshape(-1, 1, 1, 1)
             reg, com = balancing_terms(h, h_other, weight)
             values |= {'other': other, 'reg': reg, 'com': com}
@@ -248,12 +252,12 @@ class CBDMLoss:
         values = self.elementwise(net, batch)
         terms = {'ddpm': mean_flat(values['ddpm'])}
         if self.cb:
-            for name in ('reg', 'com'):
-                terms[name] = (mean_flat(values[name])
-                               if name in values else torch.zeros_like(terms['ddpm']))
+            nothing = torch.zeros_like(values['ddpm'])
+            terms |= {name: mean_flat(values.get(name, nothing)) for name in ('reg', 'com')}
         return _with_log({'loss': sum(terms.values())} | terms)
 
 
+@dataclass
 class DKDMLoss:
     """A student learns the teacher's step at (x_t, t) (see
     `GaussianDiffusion.distillation_losses`).
@@ -262,14 +266,16 @@ class DKDMLoss:
     student x_t + sqrt(1 - abar_t) p z in place of x_t.
     """
 
-    def __init__(self, diffusion: GaussianDiffusion, teacher, input_perturb=0.0):
-        if list(diffusion.kept) != list(teacher.diffusion.kept) or not np.allclose(
-                diffusion.betas, teacher.diffusion.betas):
+    diffusion: GaussianDiffusion
+    teacher: torch.nn.Module
+    input_perturb: float = 0.0
+
+    def __post_init__(self):
+        steps = self.teacher.diffusion
+        if list(self.diffusion.kept) != list(steps.kept) or not np.allclose(
+                self.diffusion.betas, steps.betas):
             raise UserError('the student needs the noise schedule and time steps of its teacher',
                             field='diffusion')
-        self.diffusion = diffusion
-        self.teacher = teacher
-        self.input_perturb = input_perturb
 
     def __call__(self, net, batch):
         x_t, t, diffusion = batch['images'], batch['t'], self.diffusion
