@@ -1,5 +1,6 @@
 """Train diffusion models with the EDM recipe, for as long as the size of the data set says."""
 
+import dataclasses
 import json
 import os
 import secrets
@@ -63,8 +64,6 @@ def build_config(opts: dict) -> dict:
             config[name] = default
         elif config[other] not in values:
             raise UserError(f'has a meaning only with --{other}={" or ".join(values)}', field=name)
-    if config['batch'] < 1:
-        raise UserError('must be at least 1', field='batch', value=config['batch'])
     widths = {config['cbase'], config['num_channels']} - {None}
     if len(widths) > 1:
         raise UserError(f'contradicts --num-channels={config["num_channels"]}; give one of them',
@@ -90,14 +89,10 @@ def schedule(config: dict, num_images: int) -> dict:
 
 
 def prepare(config: dict):
-    """(data set, encoder, arguments of build_network, schedule).
-
-    Raises UserError where they do not fit together.
-    """
+    """(data set, encoder, recipe, schedule); raises UserError where they do not fit together."""
     dataset, encoder, shape = recipe.open_data(
         config['data'], config['cond'], xflip=config['xflip'], cache=config['cache'])
     network = config['network'] | shape
-    width = network['model_channels']
     levels = [shape['img_resolution'] >> level for level in range(len(network['channel_mult']))]
     if levels[-1] < 1:
         raise UserError(f'{len(levels)} resolutions are too many for images of '
@@ -105,19 +100,37 @@ def prepare(config: dict):
     if config['attn_resolutions'] and not set(levels) & set(config['attn_resolutions']):
         dist.print0('Note: --attn-resolutions names none of the resolutions of this network: '
                     f'{levels}')
-    if width % 2:
-        raise UserError('must be even', field='num_channels', value=width)
+    if network['model_channels'] % 2:
+        raise UserError('must be even', 'num_channels', network['model_channels'])
     build_network(**network)                                    # fails early for what does not fit
     num_images = len(dataset) // (2 if config['xflip'] else 1)  # mirror images are no further data
-    return dataset, encoder, network, schedule(config, num_images)
+    lengths = schedule(config, num_images)
+    tick = round(config['tick'] * 1000)
+    momentum = {'momentum': config['momentum']} if config['optimizer'] == 'SGD' else {}
+    rules = recipe.Recipe.of(
+        config, total_nimg=lengths['total_kimg'] * 1000, seed=config['seed'] or 0,
+        dataset=dataset.description() | {'xflip': config['xflip']},
+        order={'name': 'window', 'window_size': config['window_size']}, network=network,
+        loss={'name': config['precond'], 'augment': config['augment']},
+        optim={'name': config['optimizer'], 'weight_decay': config['weight_decay'], **momentum},
+        learning_rate={'name': 'edm', 'lr': config['lr'],
+                       'rampup_kimg': lengths['lr_rampup_kimg']},
+        averages={'name': 'memorization', 'mode': config['ema_mode'],
+                  'final_ema': config['final_ema'],
+                  'halflife_kimg': lengths['ema_halflife_kimg'],
+                  'data_ratio': lengths['data_ratio']},
+        encoder=encoder.config(), sampler={'name': PRECONDITIONINGS[config['precond']][1]},
+        bad_gradients=(0, 1e5, -1e5), snapshot_dtype='float32', status=tick,
+        snapshot=config['snap'] * tick or None, checkpoint=config['dump'] * tick or None)
+    return dataset, encoder, rules, lengths
 
 
 def run_name(config: dict, dataset, desc: str | None) -> str:
     """Name of the run's folder after its number."""
     parts = [dataset.name, 'cond' if dataset.has_labels else 'uncond', config['arch'],
              config['precond'], f'gpus{dist.get_world_size()}', f'batch{config["batch"]}',
-             config['precision']]
-    return '-'.join(parts + [desc] * bool(desc))
+             config['precision'], desc]
+    return '-'.join(filter(None, parts))
 
 
 def choose_run(config: dict, outdir: str, name: str, nosubdir: bool, total_kimg: int):
@@ -127,61 +140,38 @@ def choose_run(config: dict, outdir: str, name: str, nosubdir: bool, total_kimg:
     else a new one.
     """
     resume = config['resume']
-    seeds = [config['seed']]
-    ours = json.loads(json.dumps(config))
-    del ours['network']                                        # follows from the others
-
-    def same(earlier):
-        return all(earlier.get(key) == value for key, value in ours.items()
-                   if (key, value) != ('seed', None))
-
-    def finished(path):
-        return runs.is_finished(path, total_kimg, config['snap'] > 0, config['dump'] > 0)
-
+    seed = config['seed']
     if resume and os.path.isdir(resume):
         if not Checkpoints(resume).numbers():
             raise UserError('holds no training-state-*.pt', field='resume', value=resume)
         folder = resume
         resume = None
+    elif nosubdir:
+        folder = outdir
     else:
-        folder = outdir if nosubdir else runs.find_unfinished(outdir, name, same, finished)
-    if folder and runs.has_options(folder):
-        seeds.append(runs.read_options(folder).get('seed'))
-    if resume:
-        seeds.append(recipe.seed_of(Checkpoints('').load(resume)))
-    seed = next((seed for seed in seeds if seed is not None), secrets.randbits(31))
+        wanted = {key: value for key, value in config.items()
+                  if key != 'network' and (key, value) != ('seed', None)}
+        folder = runs.find_unfinished(outdir, name, wanted, total_kimg, config['snap'] > 0,
+                                      config['dump'] > 0)
+    if seed is None and folder and runs.has_options(folder):
+        seed = runs.read_options(folder).get('seed')
+    if seed is None and resume:
+        seed = recipe.seed_of(Checkpoints('').load(resume))
+    if seed is None:
+        seed = secrets.randbits(31)
     return folder or runs.next_folder(outdir, name), resume, seed
-
-
-def recipe_of(config, dataset, encoder, network: dict, plan: dict, seed: int) -> recipe.Recipe:
-    """The recipe of the settings; `network` and `plan` are those of `prepare`."""
-    tick = round(config['tick'] * 1000)
-    momentum = {'momentum': config['momentum']} if config['optimizer'] == 'SGD' else {}
-    return recipe.Recipe.of(
-        config, total_nimg=plan['total_kimg'] * 1000, seed=seed,
-        dataset=dataset.description() | {'xflip': config['xflip']},
-        order={'name': 'window', 'window_size': config['window_size']}, network=network,
-        loss={'name': config['precond'], 'augment': config['augment']},
-        optim={'name': config['optimizer'], 'weight_decay': config['weight_decay'], **momentum},
-        learning_rate={'name': 'edm', 'lr': config['lr'], 'rampup_kimg': plan['lr_rampup_kimg']},
-        averages={'name': 'memorization', 'mode': config['ema_mode'],
-                  'final_ema': config['final_ema'], 'halflife_kimg': plan['ema_halflife_kimg'],
-                  'data_ratio': plan['data_ratio']},
-        encoder=encoder.config(), sampler={'name': PRECONDITIONINGS[config['precond']][1]},
-        bad_gradients=(0, 1e5, -1e5), snapshot_dtype='float32', status=tick,
-        snapshot=config['snap'] * tick or None, checkpoint=config['dump'] * tick or None)
 
 
 def train(config: dict, outdir: str, desc=None, nosubdir: bool = False, **running) -> str:
     """Trains by the settings; `running` goes to `recipe.fit`. Returns the run's folder."""
     dist.init()
-    dataset, encoder, network, plan = prepare(config)
+    dataset, encoder, rules, lengths = prepare(config)
     chosen = None
     if dist.get_rank() == 0:
         name = run_name(config, dataset, desc)
-        chosen = choose_run(config, outdir, name, nosubdir, plan['total_kimg'])
+        chosen = choose_run(config, outdir, name, nosubdir, lengths['total_kimg'])
     run_dir, resume_from, seed = dist.broadcast_object(chosen)
-    rules = recipe_of(config, dataset, encoder, network, plan, seed)
+    rules = dataclasses.replace(rules, seed=seed)
     net = recipe.new_network(rules)
     if config['transfer']:
         with dist.rank0_first():
@@ -195,7 +185,7 @@ def train(config: dict, outdir: str, desc=None, nosubdir: bool = False, **runnin
     loss = LOSSES[config['precond']](augment=_augmentation(config))
     with renamed_fields(**OPTION_NAMES):
         recipe.fit(rules, run_dir, net, loss, batches, resume_from=resume_from,
-                   options=config | dict(seed=seed, schedule=plan),
+                   options=config | dict(seed=seed, schedule=lengths),
                    callbacks=[recipe.sample_grids(run_dir, encoder, dataset, rules)], **running)
     return run_dir
 
@@ -304,8 +294,8 @@ def main(outdir, desc, nosubdir, dry_run, wandb, allow_changes, **opts):
         raise UserError(f'--desc={desc} becomes part of a folder name; leave out the slash')
     config = build_config(opts)
     if dry_run:
-        dataset, _, network, plan = prepare(config)
-        print(json.dumps(config | dict(outdir=outdir, network=network, schedule=plan,
+        dataset, _, rules, lengths = prepare(config)
+        print(json.dumps(config | dict(outdir=outdir, network=rules.network, schedule=lengths,
                                        name=run_name(config, dataset, desc)), indent=2))
         return
     train(config, outdir, desc, nosubdir, wandb=wandb, allow_changes=allow_changes)

@@ -4,7 +4,7 @@ import json
 
 import click
 
-from dnnlib import UserError, cli, options
+from dnnlib import cli, options
 from dnnlib.options import boolean, choice, integer, nimg, number
 from dnnlib.util import renamed_fields
 from torch_utils import distributed as dist
@@ -71,9 +71,6 @@ def build_config(opts: dict) -> dict:
     """All settings of a run, from the preset and the options that override it."""
     given = {key: value for key, value in opts.items() if value is not None}
     config = opts | PRESETS[opts['preset']] | given
-    for key in ('batch', 'duration'):
-        if config[key] < 1:
-            raise UserError('must be at least 1', field=key, value=config[key])
     for key in ('status', 'snapshot', 'checkpoint'):
         config[key] = config[key] or None                                   # 0 switches it off
     config['precision'] = recipe.choose_precision(opts['precision'], opts['fp16'])

@@ -164,6 +164,12 @@ def subset(n: int, max_size: int, seed: int):
     return order
 
 
+def matching_names(folder: str, pattern) -> list[re.Match]:
+    """Matches of `pattern` with whole names in a folder; none if there is no such folder."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return [match for name in names if (match := re.fullmatch(pattern, name))]
+
+
 def map_ahead(pool, function, items, ahead: int):
     """Values of `function` of the items in order, computed in an executor.
 

@@ -35,9 +35,6 @@ def build_config(opts: dict) -> dict:
     config['precision'] = recipe.choose_precision(config['precision'])
     for key in ('status', 'snapshot', 'checkpoint', 'test_every'):
         config[key] = config[key] or None  # 0 switches it off
-    for key in ('batch', 'duration'):
-        if config[key] < 1:
-            raise UserError('must be at least 1', field=key, value=config[key])
     if config['generated'] is None:
         config['share'] = 0.0
     return config

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 
 from dnnlib import UserError
+from dnnlib.util import matching_names
 from training.snapshot import read_state, write_state
 
 _PREFIX = 'model.'  # of the U-Net's weights within a DiscreteDenoiser
@@ -36,7 +37,7 @@ class Checkpoints:
     describe  returns what a snapshot says besides its weights (see `training.snapshot.describe`)
     """
 
-    pattern = re.compile(r'training-state-(\d{7,})\.pt')
+    pattern = r'training-state-(\d{7,})\.pt'
     leftovers = ('.training-state-*',)   # halves that a killed process has left
     counts_steps = False                 # logs and files go by steps, from 0, not by images
 
@@ -54,8 +55,7 @@ class Checkpoints:
 
     def numbers(self) -> list[int]:
         """Numbers of the checkpoints in the folder, ascending; none if there is no such folder."""
-        names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
-        return sorted(int(match[1]) for match in map(self.pattern.fullmatch, names) if match)
+        return sorted(int(match[1]) for match in matching_names(self.folder, self.pattern))
 
     def pack(self, state: dict) -> dict[str, dict]:
         """{path: content} of a checkpoint's files; the one that `pattern` matches is the last."""
@@ -123,7 +123,7 @@ class StepCheckpoints(Checkpoints):
     what makes a checkpoint a snapshot too.
     """
 
-    pattern = re.compile(r'ckpt_(\d+)\.pt')
+    pattern = r'ckpt_(\d+)\.pt'
     leftovers = ('.ckpt_*',)
     counts_steps = True
 
@@ -160,7 +160,7 @@ class GuidedCheckpoints(Checkpoints):
     optNNNNNN.pt        optimizer, and the rest of what the loop needs to go on
     """
 
-    pattern = re.compile(r'model(\d{6,})\.pt')
+    pattern = r'model(\d{6,})\.pt'
     leftovers = ('.model*', '.ema_*', '.opt*')
 
     def number(self, nimg):
@@ -179,7 +179,7 @@ class GuidedCheckpoints(Checkpoints):
             self.path(step): _without_prefix(state['net'])}
 
     def read(self, path):
-        match = self.pattern.fullmatch(os.path.basename(path))
+        match = re.fullmatch(self.pattern, os.path.basename(path))
         if match is None:
             raise UserError(f'{path} is no modelNNNNNN.pt of a run')
         files = GuidedCheckpoints(os.path.dirname(path))

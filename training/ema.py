@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import torch
@@ -24,17 +23,16 @@ class Average:
     std: float | None = None
 
 
-def _power_beta(std, nimg, batch):
-    return float(phema.power_function_beta(std, nimg + batch, batch))
-
-
 def power(stds) -> list[Average]:
     """Power-function averages of relative widths `stds` (arXiv 2312.02696, Eq. 127).
 
     They depend on the batch size and the number of images alone, and need no warm-up: the first
     step has beta = 0.
     """
-    return [Average(f'{std:.3f}', functools.partial(_power_beta, std), std) for std in stds]
+    def average(std):
+        return Average(f'{std:.3f}', lambda nimg, batch: float(
+            phema.power_function_beta(std, nimg + batch, batch)), std)
+    return [average(std) for std in stds]
 
 
 def constant(rates) -> list[Average]:
@@ -68,11 +66,10 @@ class Averages:
 
     def get(self, net: torch.nn.Module) -> list[tuple[torch.nn.Module, str, float | None]]:
         """(network, suffix of the snapshot's name, std) of each average; `net` has the buffers."""
-        for ema in self.emas:
-            for target, source in zip(ema.buffers(), net.buffers(), strict=True):
-                target.copy_(source)
         result = []
         for ema, average in zip(self.emas, self.averages, strict=True):
+            for target, source in zip(ema.buffers(), net.buffers(), strict=True):
+                target.copy_(source)
             named = len(self.averages) > 1 or average.std is not None
             result.append((ema, f'-{average.name}' if named else '', average.std))
         return result
@@ -96,10 +93,7 @@ def _by_name(state: dict) -> dict:
     """The state of `Averages`, also from the three layouts of earlier versions."""
     if 'ema' in state:
         return {'': state['ema']}
-    if 'stds' in state:
-        return {f'{std:.3f}': weights
-                for std, weights in zip(state['stds'], state['emas'], strict=True)}
-    if 'rates' in state:
-        return {str(rate): weights
-                for rate, weights in zip(state['rates'], state['emas'], strict=True)}
+    if 'emas' in state:
+        rule = power(state['stds']) if 'stds' in state else constant(state['rates'])
+        state = dict(zip((average.name for average in rule), state['emas'], strict=True))
     return state

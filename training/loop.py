@@ -73,8 +73,6 @@ class Trainer:
         if self.per_process * dist.get_world_size() != recipe.batch:
             raise UserError(f'cannot be split over {dist.get_world_size()} processes',
                             field='batch', value=recipe.batch)
-        if recipe.batch_gpu is not None and recipe.batch_gpu < 1:
-            raise UserError('must be at least 1', field='batch_gpu', value=recipe.batch_gpu)
         self.batch_gpu = min(recipe.batch_gpu or self.per_process, self.per_process)
 
     def lr(self, nimg: int) -> float:

@@ -6,7 +6,6 @@ A profile is given by the time `ofs` at which it ends (in training images) and i
 `std`. All arithmetic is in double precision.
 """
 
-import os
 import re
 
 import numpy as np
@@ -91,8 +90,6 @@ def list_profiles(folder: str, prefix: str | None = None) -> list[tuple]:
 
     Raises UserError if there are none, or if `prefix` is None and there are several.
     """
-    if not os.path.isdir(folder):
-        raise UserError('no such folder', field='indir', value=folder)
     files = [file for file in snapshot.list_snapshots(folder, prefix)
              if re.fullmatch(r'\d+\.\d{3}', file.average)]
     prefixes = sorted({file.prefix for file in files})

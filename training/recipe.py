@@ -72,6 +72,12 @@ class Recipe:
     bench: bool = True
     compile: bool = False
 
+    def __post_init__(self):
+        numbers = dict(batch=self.batch, duration=self.total_nimg, batch_gpu=self.batch_gpu)
+        for field, value in numbers.items():
+            if value is not None and value < 1:
+                raise UserError('must be at least 1', field, value)
+
     @classmethod
     def of(cls, config: dict, **fields):
         """The recipe of `fields`, and for the others what `config` has under their names."""

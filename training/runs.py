@@ -4,11 +4,10 @@ import contextlib
 import fcntl
 import json
 import os
-import re
 import time
 
 from dnnlib import UserError
-from dnnlib.util import command_line, write_json
+from dnnlib.util import command_line, matching_names, write_json
 from torch_utils.distributed import environment
 from training.checkpoint import Checkpoints
 from training.snapshot import list_snapshots
@@ -83,8 +82,8 @@ def wait_for_later_events(run_dir: str):
     TensorBoard reads the files in the order of their names, which begin with the second in which
     they were opened; within a second the number of the process decides.
     """
-    matches = [re.match(r'events\.out\.tfevents\.(\d+)\.', name) for name in os.listdir(run_dir)]
-    newest = max((int(match[1]) for match in matches if match), default=0)
+    matches = matching_names(run_dir, r'events\.out\.tfevents\.(\d+)\..*')
+    newest = max((int(match[1]) for match in matches), default=0)
     # Not for ever, if the clock of another machine was ahead.
     time.sleep(min(max(newest + 1 - time.time(), 0), 10))
 
@@ -94,35 +93,36 @@ def wait_for_later_events(run_dir: str):
 
 def is_finished(run_dir: str, total_kimg: int, snapshots: bool, checkpoints: bool) -> bool:
     """Whether the folder has all that the last step of a run of `total_kimg` kimg writes."""
-    if checkpoints and max(Checkpoints(run_dir).numbers(), default=-1) < total_kimg:
-        return False
-    kimgs = [file.kimg for file in list_snapshots(run_dir)]
-    if snapshots and max(kimgs, default=-1) < total_kimg:
-        return False
+    written = []
+    if checkpoints:
+        written.append(Checkpoints(run_dir).numbers())
+    if snapshots:
+        written.append([file.kimg for file in list_snapshots(run_dir)])
     try:
         with open(os.path.join(run_dir, 'stats.jsonl')) as f:
-            return json.loads(f.readlines()[-1])['nimg'] >= total_kimg * 1000
+            written.append([json.loads(f.readlines()[-1])['nimg'] // 1000])
     except (OSError, ValueError, LookupError):
         return False
+    return all(max(kimgs, default=-1) >= total_kimg for kimgs in written)
 
 
 def numbered_runs(outdir: str) -> list[tuple[int, str]]:
     """(number, folder name) of the runs in `outdir`, the newest last."""
-    names = os.listdir(outdir) if os.path.isdir(outdir) else []
-    matches = [re.match(r'(\d{5,})-', name) for name in names]
-    return sorted((int(match[1]), match.string) for match in matches if match)
+    return sorted((int(match[1]), match[0]) for match in matching_names(outdir, r'(\d{5,})-.*'))
 
 
-def find_unfinished(outdir: str, name: str, same, finished) -> str | None:
+def find_unfinished(outdir: str, name: str, options: dict, *goal) -> str | None:
     """The newest run in `outdir` called `name` (after its number) that nobody trains at present,
-    with `same(options)` of its training_options.json and not `finished(folder)`; None if there is
-    none.
+    that has these `options`, and is not finished (`goal`: arguments of `is_finished`); None if
+    there is none.
     """
     for number, folder in reversed(numbered_runs(outdir)):
         path = os.path.join(outdir, folder)
         if folder != f'{number:05d}-{name}' or not has_options(path):
             continue
-        if same(read_options(path)) and not finished(path) and not _in_use(path):
+        earlier = read_options(path)
+        same = all(earlier.get(key) == value for key, value in options.items())
+        if same and not is_finished(path, *goal) and not _in_use(path):
             return path
     return None
 

@@ -10,13 +10,12 @@ they are), `encoder`, `dataset` (description of the training set), `recipe`, `ni
 
 import dataclasses
 import os
-import re
 from typing import NamedTuple
 
 import torch
 
 from dnnlib import UserError, url
-from dnnlib.util import atomic_path
+from dnnlib.util import atomic_path, matching_names
 from torch_utils.files import persistence
 from torch_utils.files.identify import Found, identify
 from torch_utils.files.own import SNAPSHOT_FORMAT, read_own
@@ -95,7 +94,7 @@ def save_snapshot(path, net, *, nimg, ema_std=None, dtype=torch.float16, **descr
 
 # --- Names of files -----------------------------------------------------------------------------
 
-_NAME = re.compile(r'(?P<prefix>.+?)-(?P<kimg>\d{7,})(?:-(?P<average>[\d.]+))?\.pkl')
+_NAME = r'(?P<prefix>.+?)-(?P<kimg>\d{7,})(?:-(?P<average>[\d.]+))?\.pkl'
 PREFIX = 'network-snapshot'
 
 
@@ -117,11 +116,9 @@ class SnapshotFile(NamedTuple):
 
 def list_snapshots(folder: str, prefix: str | None = PREFIX) -> list[SnapshotFile]:
     """Snapshots of a run, by time and average; `prefix=None`: whatever they are called."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    matches = [match for match in map(_NAME.fullmatch, names)
-               if match and prefix in (None, match['prefix'])]
     files = [SnapshotFile(os.path.join(folder, match[0]), match['prefix'], int(match['kimg']),
-                          match['average'] or '') for match in matches]
+                          match['average'] or '')
+             for match in matching_names(folder, _NAME) if prefix in (None, match['prefix'])]
     return sorted(files, key=lambda file: (file.kimg, file.average))
 
 
