@@ -4,7 +4,7 @@ import os
 
 import click
 
-from dnnlib import UserError, cli, util
+from dnnlib import UserError, cli, options, util
 from training.data import imagenet, transforms
 
 DEFAULT_VAE = 'stabilityai/sd-vae-ft-mse'
@@ -23,20 +23,16 @@ def main():
     """
 
 
-def dest_options(function):
-    """--dest and --overwrite, alike for all that write an archive."""
-    function = click.option('--overwrite', is_flag=True,
-                            help='Replace the destination if it exists')(function)
-    return click.option('--dest', metavar='ZIP|DIR', required=True,
-                        help='Data set to write; a .zip, else a folder')(function)
+dest_options = options.together(
+    click.option('--dest', metavar='ZIP|DIR', required=True,
+                 help='Data set to write; a .zip, else a folder'),
+    click.option('--overwrite', is_flag=True, help='Replace the destination if it exists'))
 
-
-def batch_options(function):
-    """Options of the commands that run the autoencoder."""
-    function = click.option('--precision', type=click.Choice(['fp32', 'fp16', 'bf16']),
-                            default='fp32', help='Precision of the autoencoder')(function)
-    return click.option('--batch', metavar='INT', type=click.IntRange(min=1), default=16,
-                        help='Images that go through the autoencoder together')(function)
+# Of the commands that run the autoencoder.
+batch_options = options.together(
+    options.integer('--batch', 16, 'Images that go through the autoencoder together'),
+    options.choice('--precision', 'fp32', 'Precision of the autoencoder',
+                   ['fp32', 'fp16', 'bf16']))
 
 
 @main.command()
@@ -44,27 +40,23 @@ def batch_options(function):
 @dest_options
 @click.option('--resolution', metavar='WxH', type=cli.SIZE,
               help='Size of the images  [default: as they are]')
-@click.option('--transform', metavar='|'.join(transforms.NAMES),
-              type=click.Choice(transforms.NAMES),
-              help='How pictures are cropped  [default: resized without cropping]')
+@options.choice('--transform', None, 'How pictures are cropped  [default: resized without cropping]',
+                transforms.NAMES)
 @click.option('--max-images', metavar='INT', type=cli.COUNT,
               help='Use at most this many, the first ones')
-@click.option('--class_labels', metavar='LIST', type=cli.INT_LIST,
-              help='Classes to take, in the order of their new labels, e.g. 171,182,198')
-@click.option('--nums', metavar='INT', type=click.IntRange(min=0),
-              help='Images to draw of each class; 0 for all')
+@options.integers('--class_labels', None,
+                  'Classes to take, in the order of their new labels, e.g. 171,182,198')
+@options.integer('--nums', None, 'Images to draw of each class; 0 for all', 0)
 @click.option('--sim_name', metavar='sim1|sim2|sim3',
               type=click.Choice(list(imagenet.SIMILARITY_LEVELS), case_sensitive=False),
               help='Similarity level of the multi-source study; without --class_labels, takes the '
                    "level's ten classes")
-@click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0,
-              help='Which images --nums draws')
+@options.integer('--seed', 0, 'Which images --nums draws', 0)
 @click.option('--coarse', is_flag=True,
               help="CIFAR-100's 20 coarse labels instead of the 100 fine ones")
 @click.option('--skip-corrupt', is_flag=True, help='Leave damaged images out, and list them')
-@click.option('--workers', metavar='INT', type=click.IntRange(min=1),
-              help='Processes  [default: one for each core]')
-def convert(source, dest, coarse, class_labels, nums, sim_name, seed, max_images, **options):
+@options.integer('--workers', None, 'Processes  [default: one for each core]')
+def convert(source, dest, coarse, class_labels, nums, sim_name, seed, max_images, **others):
     """Make a data set of pictures.
 
     --source is a folder or .zip of images (labels from dataset.json, else from top-level folders),
@@ -86,7 +78,7 @@ def convert(source, dest, coarse, class_labels, nums, sim_name, seed, max_images
     """
     from training.data import archive, sources
     from training.data.convert import by_class, convert, everything
-    archive.check_destination(dest, options['overwrite'])
+    archive.check_destination(dest, others['overwrite'])
     opened = sources.open_source(source, coarse)
     if sim_name is not None:
         level = imagenet.SIMILARITY_LEVELS[sim_name]
@@ -102,8 +94,8 @@ def convert(source, dest, coarse, class_labels, nums, sim_name, seed, max_images
     else:
         selection = by_class(opened, class_labels, nums, seed)
     converted = convert(opened, selection.first(max_images), dest, notes={'sim_name': sim_name},
-                        **options)
-    print_converted(dest, converted, selection, options['transform'])
+                        **others)
+    print_converted(dest, converted, selection, others['transform'])
 
 
 def print_converted(dest, converted, selection, transform):
@@ -151,7 +143,7 @@ def encode(source, dest, overwrite, model_url, batch, precision):
 @click.option('--model-url', metavar='NAME|DIR',
               help='Autoencoder  [default: the one that the data set names]')
 @batch_options
-def decode(source, dest, **options):
+def decode(source, dest, **others):
     """Decode latents to pictures (of the mean), with their labels.
 
     \b
@@ -160,7 +152,7 @@ def decode(source, dest, **options):
     from torch_utils import distributed as dist
     from training.data import latents
     dist.init()
-    count = latents.decode(source, dest, **options)
+    count = latents.decode(source, dest, **others)
     dist.print0(f'{dest}: {count} images decoded')
     dist.shutdown()
 

@@ -7,15 +7,14 @@ import numpy as np
 
 import dataset_tool
 from data_utils import selection
-from dnnlib import UserError, cli
+from dnnlib import cli, options
 from training.data import archive, convert, sources
 
 OPTIONS = ('source', 'dest', 'overwrite', 'resolution', 'transform', 'coarse', 'skip_corrupt',
            'workers')
 
-max_images_option = click.option(
-    '--max-images', metavar='INT', type=click.IntRange(min=1),
-    help='Size: as many of each class, the first ones  [default: all images]')
+max_images_option = options.integer(
+    '--max-images', None, 'Size: as many of each class, the first ones  [default: all images]')
 
 
 def command(choose):
@@ -25,10 +24,10 @@ def command(choose):
     its own; the others are `OPTIONS`, word for word those of `dataset_tool.py convert`.
     """
     @functools.wraps(choose)
-    def main(source, dest, coarse, overwrite, **options):
+    def main(source, dest, coarse, overwrite, **values):
         archive.check_destination(dest, overwrite)
-        shared = {name: options.pop(name) for name in OPTIONS if name in options}
-        source, chosen = choose(sources.open_source(source, coarse), **options)
+        shared = {name: values.pop(name) for name in OPTIONS if name in values}
+        source, chosen = choose(sources.open_source(source, coarse), **values)
         converted = convert.convert(source, chosen, dest, overwrite=overwrite, **shared)
         dataset_tool.print_converted(dest, converted, chosen, shared['transform'])
 
@@ -36,13 +35,6 @@ def command(choose):
     shared = [param for param in dataset_tool.convert.params if param.name in OPTIONS]
     main.params = shared + main.params
     return main
-
-
-def class_labels(source) -> np.ndarray:
-    """Labels int64 [n] of a source. Raises UserError if it has none."""
-    if source.labels is None or source.labels.ndim != 1:
-        raise UserError(f'{source.name} has no classes to choose from')
-    return source.labels
 
 
 def choose(source, indices, rule: str, labels=None, num_classes: int | None = None,
@@ -66,4 +58,4 @@ def by_size(source, max_images: int | None) -> np.ndarray:
     """Indices of `max_images` images, as many of each class; of all images for None."""
     if max_images is None:
         return np.arange(len(source))
-    return selection.balanced_subset(class_labels(source), max_images, len(source.classes))
+    return selection.balanced_subset(convert.class_labels(source), max_images, len(source.classes))

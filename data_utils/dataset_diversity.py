@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from data_utils import common, selection
+from training.data import convert
 
 
 @common.command
@@ -27,7 +28,7 @@ def main(source, max_images, num_classes):
     python data_utils/dataset_diversity.py --source=datasets/cifar10/cifar-10-python.tar.gz \\
         --dest=datasets/cifar10/data_diversity/cifar10-2-2000.zip --max-images=2000 --num-classes=2
     """
-    labels = common.class_labels(source)
+    labels = convert.class_labels(source)
     indices = selection.diversity_subset(labels, max_images, num_classes)
     if len(indices) < max_images:
         counts = np.bincount(labels[indices], minlength=num_classes).tolist()

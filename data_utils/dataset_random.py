@@ -3,19 +3,17 @@
 import sys
 from pathlib import Path
 
-import click
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_utils import common, selection
+from dnnlib import options
+from training.data import convert
 
 
 @common.command
 @common.max_images_option
-@click.option('--num-classes', metavar='INT', type=click.IntRange(min=1),
-              help='Labels to draw from  [default: as the source]')
-@click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=1024,
-              help='Of the labels')
+@options.integer('--num-classes', None, 'Labels to draw from  [default: as the source]')
+@options.integer('--seed', 1024, 'Of the labels', 0)
 def main(source, max_images, num_classes, seed):
     """Make a data set with random labels.
 
@@ -28,7 +26,7 @@ def main(source, max_images, num_classes, seed):
         --num-classes=10
     """
     if num_classes is None:
-        common.class_labels(source)
+        convert.class_labels(source)
         num_classes = len(source.classes)
     indices = common.by_size(source, max_images)
     labels = selection.random_labels(len(indices), num_classes, seed)

@@ -10,13 +10,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_utils import common, selection
-from dnnlib import UserError
-from training.data import sources
+from dnnlib import UserError, options
+from training.data import convert, sources
 
 
 @common.command
-@click.option('--max-images', metavar='INT', type=click.IntRange(min=1),
-              help='Use at most this many, the first ones')
+@options.integer('--max-images', None, 'Use at most this many, the first ones')
 @click.option('--class-num', metavar='INT', type=int, help='The class to take, by its number')
 @click.option('--inter-rate', metavar='FLOAT', type=float,
               help='Make a mixture: so much of it from --inter-source, the rest from --source')
@@ -46,7 +45,7 @@ def main(source, max_images, class_num, inter_rate, inter_source):
     if inter_source is not None:
         raise UserError('--inter-source makes a mixture: give --inter-rate too')
     if class_num is not None:
-        indices = selection.one_class_subset(common.class_labels(source), class_num, max_images)
+        indices = selection.one_class_subset(convert.class_labels(source), class_num, max_images)
         return source, common.choose(source, indices, 'one class', class_num=class_num,
                                      max_images=max_images)
     if source.labels is not None and len(np.unique(source.labels)) > 1:

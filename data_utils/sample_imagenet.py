@@ -10,7 +10,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_utils import selection
-from dnnlib import UserError, cli, util
+from dnnlib import UserError, cli, options, util
 from dnnlib.image_io import is_image_name
 from training.data.archive import check_new
 
@@ -23,10 +23,8 @@ SOURCES = ('downloads/imagenet/train', 'datasets/imagenet/train')
                    f'[default: {SOURCES[0]}, else {SOURCES[1]}]')
 @click.option('--class', 'animal', metavar='dog|cat|bird', default='dog',
               help='Animal, of which all ImageNet classes are used')
-@click.option('--num', metavar='INT', type=click.IntRange(min=1), default=2000,
-              help='Images in all')
-@click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0,
-              help='Of the order in the list')
+@options.integer('--num', 2000, 'Images in all')
+@options.integer('--seed', 0, 'Of the order in the list', 0)
 @click.option('--dest', metavar='TXT',
               help='List to write  [default: datasets/imagenet/CLASS_NUM.txt]')
 @click.option('--overwrite', is_flag=True, help='Replace the list if it exists')

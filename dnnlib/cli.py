@@ -12,10 +12,6 @@ import click
 from dnnlib import util
 
 
-def _rank() -> int:
-    return int(os.environ.get('RANK', 0))
-
-
 def _option_of(ctx, field: str | None) -> str | None:
     """The option of the command for a field of the library, e.g. '--batch-gpu' for batch_gpu."""
     for param in ctx.command.params:
@@ -29,7 +25,8 @@ class _OneLineErrors:
     names_fields = False
 
     def __init__(self, *args, **kwargs):
-        settings = dict(show_default=True, max_content_width=110, help_option_names=['-h', '--help'])
+        settings = dict(show_default=True, max_content_width=110,
+                        help_option_names=['-h', '--help'])
         kwargs['context_settings'] = settings | (kwargs.get('context_settings') or {})
         super().__init__(*args, **kwargs)
 
@@ -37,10 +34,10 @@ class _OneLineErrors:
         try:
             return super().invoke(ctx)
         except util.UserError as error:
-            where = f'[rank {_rank()}] ' if _rank() else ''
+            rank = int(os.environ.get('RANK', 0))
+            where = f'[rank {rank}] ' if rank else ''
             option = _option_of(ctx, error.field) or (error.field if self.names_fields else None)
-            line = error.line(option)
-            print(f'{where}Error: {line}', file=sys.stderr, flush=True)
+            print(f'{where}Error: {error.line(option)}', file=sys.stderr, flush=True)
             # Not sys.exit: the other ranks may be waiting in a collective that would never end.
             ctx.exit(1)
 

@@ -6,10 +6,10 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import subprocess
 import sys
-import tempfile
 
 
 class UserError(Exception):
@@ -46,24 +46,21 @@ def renamed_fields(**names):
 
 
 @contextlib.contextmanager
-def atomic_path(dest: str, suffix: str = '', sync: bool = True):
-    """Yields a temporary path beside `dest`, and renames it to `dest` once the block has succeeded.
+def atomic_path(dest: str, sync: bool = True):
+    """Yields a path beside `dest` for a file or folder that the block makes; then renames it to
+    `dest`.
 
-    On any exception the temporary file or folder is removed and `dest` stays as it was,
-    so no reader ever sees half of a file. Parent folders are made. `sync=False` does not wait until the bytes are on
-    the disk: for large files that can be made again if the power fails.
+    On any exception what it made is removed and `dest` stays as it was, so no reader ever sees
+    half of a file. Parent folders are made. `sync=False` does not wait until the bytes are on the
+    disk: for large files that can be made again if the power fails.
     """
     dest = os.path.abspath(dest)
-    folder = os.path.dirname(dest)
+    folder, name = os.path.split(dest)
     os.makedirs(folder, exist_ok=True)
-    handle, temp = tempfile.mkstemp(prefix=f'.{os.path.basename(dest)[:100]}.', suffix=suffix or '.tmp', dir=folder)
-    os.close(handle)
+    temp = os.path.join(folder, f'.{name[:100]}.{secrets.token_hex(4)}.tmp')
     try:
         yield temp
         if os.path.isfile(temp):
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(temp, 0o666 & ~umask)  # mkstemp makes private files
             if sync:
                 with open(temp, 'rb+') as f:
                     os.fsync(f.fileno())

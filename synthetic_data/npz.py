@@ -36,7 +36,7 @@ def write_npz(dest: str, image_shape: Sequence[int], counts: Sequence[int], appe
     image.extra = struct.pack('<HH', PADDING_FIELD, padding) + bytes(padding)
     # Not synchronised, as with cp: the files that it was made of are still there if the power
     # fails.
-    with (atomic_path(dest, sync=False) as temp, open(temp, 'r+b') as file,
+    with (atomic_path(dest, sync=False) as temp, open(temp, 'w+b') as file,
           zipfile.ZipFile(file, 'w') as z):
         if hasattr(os, 'posix_fallocate'):  # a full disk is noticed now; copying is faster
             os.posix_fallocate(file.fileno(), 0, image.file_size)

@@ -21,9 +21,11 @@ _DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 class RGBEncoder:
     """Pixels scaled to [-1, 1]: x/127.5 - 1. A round trip is exact."""
 
+    name = 'rgb'
+
     def config(self) -> dict:
         """Plain values from which `make_encoder` makes this encoder again."""
-        return {'name': 'rgb'}
+        return {'name': self.name}
 
     def latent_shape(self, raw_shape) -> tuple:
         """Shape [C,H,W] of the latents of stored images of shape [C,H,W]."""
@@ -68,6 +70,7 @@ class StabilityVAEEncoder:
     """
 
     name = 'sd-vae'
+    black = 0  # what the autoencoder sees of a black pixel; a white one is 1
 
     def __init__(self, vae_name=DEFAULT_VAE, raw_mean=(5.81, 3.25, 0.12, -2.15),
                  raw_std=(4.17, 4.62, 3.71, 3.28), final_mean=0, final_std=0.5, batch_size=8,
@@ -125,7 +128,8 @@ class StabilityVAEEncoder:
         posterior.
         """
         def encode(x, vae):
-            posterior = vae.encode(self._scale_pixels(x).to(self._dtype)).latent_dist
+            x = x.to(torch.float32) / (255 / (1 - self.black)) + self.black
+            posterior = vae.encode(x.to(self._dtype)).latent_dist
             return torch.cat([posterior.mean, posterior.std], dim=1).to(torch.float32)
 
         return self._in_batches(encode, pixels)
@@ -139,15 +143,10 @@ class StabilityVAEEncoder:
 
         def decode(x, vae):
             pixels = vae.decode(x.to(self._dtype)).sample.to(torch.float32)
-            return (self._unscale_pixels(pixels).clamp(0, 1) * 255).to(torch.uint8)
+            pixels = (pixels - self.black) / (1 - self.black)
+            return (pixels.clamp(0, 1) * 255).to(torch.uint8)
 
         return self._in_batches(decode, (latents.to(torch.float32) - bias) / scale)
-
-    def _scale_pixels(self, pixels):
-        return pixels.to(torch.float32) / 255
-
-    def _unscale_pixels(self, x):
-        return x
 
     def _in_batches(self, function, x):
         """Applies `function` to parts of one size, so that no image's result depends on how many
@@ -183,6 +182,7 @@ class SimpleVAEEncoder(StabilityVAEEncoder):
     """
 
     name = 'sd-vae-0.1825'
+    black = -1
 
     def __init__(self, vae_name=DEFAULT_VAE, factor=0.1825, channels=4, **options):
         super().__init__(vae_name, raw_mean=[0] * channels, raw_std=[1 / factor] * channels,
@@ -191,12 +191,6 @@ class SimpleVAEEncoder(StabilityVAEEncoder):
         self.bias = torch.zeros([channels])
         self._settings = dict(factor=factor, channels=channels)
 
-    def _scale_pixels(self, pixels):
-        return pixels.to(torch.float32) / 127.5 - 1
-
-    def _unscale_pixels(self, x):
-        return x / 2 + 0.5
-
 
 def load_vae(name: str, dtype=torch.float32):
     """The `diffusers.AutoencoderKL` of a hub name or a local folder, for inference.
@@ -204,13 +198,14 @@ def load_vae(name: str, dtype=torch.float32):
     Raises UserError in one line if there is none. Weights are read without running code from the
     file.
     """
-    subfolder = None
     if os.path.isdir(name):
-        if not os.path.isfile(os.path.join(name, 'config.json')):
-            subfolder = 'vae'  # a whole pipeline
-            if not os.path.isfile(os.path.join(name, subfolder, 'config.json')):
-                raise UserError(f'autoencoder {name}: the folder has no config.json; '
-                                'give a folder saved by diffusers')
+        # The second is that of a whole pipeline.
+        folders = [folder for folder in (name, os.path.join(name, 'vae'))
+                   if os.path.isfile(os.path.join(folder, 'config.json'))]
+        if not folders:
+            raise UserError(f'autoencoder {name}: the folder has no config.json; '
+                            'give a folder saved by diffusers')
+        name = folders[0]
     elif name.startswith(('/', '.', '~')) or name.count('/') != 1:
         raise UserError(f'autoencoder {name}: no such folder; give a folder saved by diffusers, '
                         f'or a hub name like {DEFAULT_VAE}')
@@ -221,7 +216,7 @@ def load_vae(name: str, dtype=torch.float32):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             vae = diffusers.AutoencoderKL.from_pretrained(
-                name, subfolder=subfolder, torch_dtype=dtype, low_cpu_mem_usage=False)
+                name, torch_dtype=dtype, low_cpu_mem_usage=False)
     except Exception as error:  # the hub client and the readers raise many kinds
         reason = ' '.join(str(error).split())[:300]
         raise UserError(
@@ -230,7 +225,7 @@ def load_vae(name: str, dtype=torch.float32):
     return vae.eval().requires_grad_(False)
 
 
-_ENCODERS = {'rgb': RGBEncoder, 'sd-vae': StabilityVAEEncoder, 'sd-vae-0.1825': SimpleVAEEncoder}
+_ENCODERS = {kind.name: kind for kind in (RGBEncoder, StabilityVAEEncoder, SimpleVAEEncoder)}
 
 
 def make_encoder(config: dict):

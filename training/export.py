@@ -83,7 +83,6 @@ def save_folder(dest: str, snapshot: Snapshot, dtype=torch.float32):
     inner = arguments.get('network', {}).get('class_name')
     version = dict(_diffusers_version=diffusers.__version__)
     with atomic_path(dest) as temp:
-        os.remove(temp)
         unet = os.path.join(temp, 'unet')
         os.makedirs(unet)
         write_json(

@@ -32,16 +32,15 @@ JSON_BYTES_PER_FILE = 64 << 10
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
-def image_name(index: int) -> str:
+def image_name(index: int, kind: str = 'img', ending: str = '.png') -> str:
     """12 -> '00000/img00000012.png'."""
     digits = str(index).zfill(8)
-    return f'{digits[:5]}/img{digits}.png'
+    return f'{digits[:5]}/{kind}{digits}{ending}'
 
 
 def latent_name(index: int) -> str:
     """12 -> '00000/img-mean-std-00000012.npy'."""
-    digits = str(index).zfill(8)
-    return f'{digits[:5]}/img-mean-std-{digits}.npy'
+    return image_name(index, 'img-mean-std-', '.npy')
 
 
 def _hidden(name: str) -> bool:
@@ -330,13 +329,13 @@ class ArchiveWriter:
 
     def __enter__(self):
         self._stack = contextlib.ExitStack()
+        self._stack.enter_context(_disk_errors(self.dest))
         self._temp = self._stack.enter_context(atomic_path(self.dest, sync=self.sync))
         self._folders = set()
         if self.is_zip:
             self._zip = _StoredZip(self._temp)
             self._stack.callback(self._zip.close)  # before it is renamed
         else:
-            os.remove(self._temp)
             os.mkdir(self._temp)
         return self
 
@@ -371,16 +370,20 @@ class ArchiveWriter:
         info = {key: value for key, value in info.items() if value is not None}
         self.add_description({'labels': labels} | info)
 
-    def __exit__(self, kind, error, trace):
-        try:
-            self._stack.__exit__(kind, error, trace)
-        except OSError as last:
-            error = last
-            if error.errno not in _DISK_ERRORS:
-                raise
-        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-            text = f'cannot be written ({error.strerror}); choose another place'
-            raise _dest_error(self.dest, text) from None
+    def __exit__(self, *error):
+        return self._stack.__exit__(*error)
+
+
+@contextlib.contextmanager
+def _disk_errors(dest):
+    """Errors of the disk become UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        text = f'cannot be written ({error.strerror}); choose another place'
+        raise _dest_error(dest, text) from None
 
 
 def _dest_error(dest, text) -> UserError:

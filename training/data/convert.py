@@ -57,6 +57,13 @@ def class_tables(source, labels=None) -> dict:
     return {key: table and [table[label] for label in labels] for key, table in tables.items()}
 
 
+def class_labels(source) -> np.ndarray:
+    """Labels int64 [n] of a source. Raises UserError if it has none."""
+    if source.labels is None or source.labels.ndim != 1:
+        raise UserError(f'{source.name} has no classes to choose from')
+    return source.labels
+
+
 def everything(source) -> Selection:
     """All images with the source's labels. One class folder alone gives no labels."""
     indices = np.arange(len(source), dtype=np.int64)
@@ -76,8 +83,7 @@ def by_class(source, classes: list[int] | None = None, nums: int | None = None,
 
     Raises UserError for classes that do not exist or are given twice, or have too few images.
     """
-    if source.labels is None or source.labels.ndim != 1:
-        raise UserError(f'{source.name} has no classes to choose from')
+    all_labels = class_labels(source)
     originals = list(source.classes)
     classes = originals if classes is None else list(classes)
     parts = []
@@ -89,7 +95,7 @@ def by_class(source, classes: list[int] | None = None, nums: int | None = None,
         if classes.count(original) > 1:
             raise UserError(f'class {original} is given twice', field='class_labels')
         label = originals.index(original)
-        members = np.flatnonzero(source.labels == label)
+        members = np.flatnonzero(all_labels == label)
         if len(members) < max(nums or 0, 1):
             name = f' ({source.class_names[label]})' if source.class_names else ''
             raise UserError(f'class {original}{name} of {source.name} has only {len(members)} '

@@ -113,6 +113,8 @@ class ImageDataset(Dataset):
     or not equal in shape, and labels that do not cover the images.
     """
 
+    image_shape = None
+
     def __init__(self, path, use_labels=True, max_size=None, seed=0, xflip=False, cache=None):
         path = os.fspath(path).rstrip('/')
         self._reader = ArchiveReader(path)
@@ -122,32 +124,31 @@ class ImageDataset(Dataset):
         if bool(images) == bool(arrays):
             what = 'both images and .npy arrays; keep one kind' if images else 'no images'
             raise UserError(f'{path} holds {what}')
+        if xflip and arrays:
+            raise UserError(f'{path} holds latents, which cannot be mirrored; leave out xflip')
         self._files = np.array(images or arrays)
         self._is_latents = bool(arrays)
-        self.image_shape = None
         first = self._decode(0)
-        self.image_shape = first.shape
-        self._check_shapes()
-
         info = self._reader.description()
         labels = None
         if use_labels:
             labels = labels_of(self._reader, [names[i] for i in self._files], info)
         info.pop('labels', None)
         super().__init__(path, first.shape, first.dtype, labels, info=info)
-        if max_size is not None:
-            chosen = subset(len(self._files), max_size, seed)
-            self._files = self._files[chosen]
-            labels = None if labels is None else labels[chosen]
-        if xflip and self._is_latents:
-            raise UserError(f'{path} holds latents, which cannot be mirrored; leave out xflip')
-        self._xflip = xflip
+        self._check_shapes()
+
+        count = len(self._files)
+        chosen = subset(count, count if max_size is None else max_size, seed)
+        self._files = self._files[chosen]
+        self._copies = 2 if xflip else 1
         if labels is not None:
-            self.stored_labels = np.concatenate([labels, labels]) if xflip else labels
-        self._use_cache = cache
-        if cache is None:
-            self._use_cache = first.nbytes * len(self._files) <= CACHE_BYTES
-        self._make_cache()
+            self.stored_labels = np.concatenate([labels[chosen]] * self._copies)
+        # Room for the decoded images, filled as they are asked for. Threads may decode an image
+        # twice, which does no harm.
+        self._cache = None
+        if cache or (cache is None and first.nbytes * len(self._files) <= CACHE_BYTES):
+            self._cached = np.zeros(len(self._files), dtype=bool)
+            self._cache = np.empty((len(self._files), *first.shape), dtype=self.dtype)
 
     def _check_shapes(self):
         _, height, width = self.image_shape
@@ -161,25 +162,8 @@ class ImageDataset(Dataset):
         for row in rows[sizes != sizes[0]][:16]:
             self._decode(row)
 
-    def _make_cache(self):
-        """Room for the decoded images, filled as they are asked for.
-
-        Threads may decode an image twice, which does no harm.
-        """
-        self._cache = None
-        if self._use_cache:
-            self._loaded = np.zeros(len(self._files), dtype=bool)
-            self._cache = np.empty((len(self._files), *self.image_shape), dtype=self.dtype)
-
-    def __getstate__(self):
-        return self.__dict__ | {'_cache': None, '_loaded': None}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._make_cache()
-
     def __len__(self):
-        return len(self._files) * (2 if self._xflip else 1)
+        return len(self._files) * self._copies
 
     def _where(self, row) -> str:
         return self._reader.where(self._files[row])
@@ -209,10 +193,10 @@ class ImageDataset(Dataset):
         if (indices >= len(self)).any():
             raise IndexError(f'image {indices.max()} of {len(self)}')
         mirrored, rows = np.divmod(indices % len(self), len(self._files))
-        if self._use_cache:
-            for row in rows[~self._loaded[rows]]:
+        if self._cache is not None:
+            for row in rows[~self._cached[rows]]:
                 self._cache[row] = self._decode(row)
-                self._loaded[row] = True
+                self._cached[row] = True
             out = self._cache[rows]
         else:
             out = np.empty((len(rows), *self.image_shape), dtype=self.dtype)

@@ -69,19 +69,10 @@ def resize_stack(pixels: np.ndarray, width: int | None, height: int | None) -> n
     size = (width or w, height or h)
     if size == (w, h):
         return pixels
-    if max(h, w) > _SMALL or not _products_are_pillows(w, h, *size):
+    if max(h, w) > _SMALL:
         return np.stack([_resize(PIL.Image.fromarray(image), *size) for image in pixels])
     # The sums of 16 images stay in the cache.
     return np.concatenate([_products(pixels[i:i + 16], *size) for i in range(0, len(pixels), 16)])
-
-
-@functools.cache
-def _products_are_pillows(w, h, width, height) -> bool:
-    """False for a Pillow that rounds otherwise."""
-    noise = np.random.RandomState(0).randint(0, 256, (4, h, w, 3), dtype=np.uint8)
-    noise[1] = noise[1] // 128 * 255
-    alone = [_resize(PIL.Image.fromarray(image), width, height) for image in noise]
-    return np.array_equal(_products(noise, width, height), alone)
 
 
 def _products(pixels, width, height):
