@@ -15,27 +15,28 @@ from pathlib import Path
 import click
 import omegaconf
 import yaml
-from omegaconf import MISSING, OmegaConf
+from omegaconf import OmegaConf
 
 from distillation.dkdm import SOURCES
 from dnnlib import UserError, cli
+from dnnlib.options import seed, together
 
 FOLDER = Path(__file__).resolve().parent
 
 # --- What may be in a configuration --------------------------------------------------------------
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Architecture:
     """A file of yaml/arch: the options of guided diffusion's U-Net."""
 
-    image_size: int = MISSING
-    num_channels: int = MISSING
-    num_res_blocks: int = MISSING
+    image_size: int
+    num_channels: int
+    num_res_blocks: int
     num_heads: int = 4
     num_heads_upsample: int = -1
     num_head_channels: int = -1
-    attention_resolutions: str = MISSING
+    attention_resolutions: str
     channel_mult: str = ''
     dropout: float = 0.0
     class_cond: bool = False
@@ -48,15 +49,15 @@ class Architecture:
     num_classes: int = 1000
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Diffusion:
     """A diffusion file: the process of T = `diffusion_steps` steps, and what networks predict of
     it.
     """
 
-    learn_sigma: bool = MISSING
-    diffusion_steps: int = MISSING
-    noise_schedule: str = MISSING
+    learn_sigma: bool
+    diffusion_steps: int
+    noise_schedule: str
     timestep_respacing: str = ''
     use_ddim: bool = False
     use_kl: bool = False
@@ -82,13 +83,12 @@ class Diffusion:
             rescale_timesteps=self.rescale_timesteps)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Network:
-    """What all sections have: a network, and where its weights are."""
+    """What all sections have."""
 
-    model: Architecture = MISSING
-    diffusion: Diffusion = MISSING
-    model_path: str = ''
+    model: Architecture
+    diffusion: Diffusion
     use_fp16: bool | None = None
 
     def arguments(self) -> dict:
@@ -104,23 +104,24 @@ class Network:
                     diffusion=self.diffusion.arguments(), clip=self.diffusion.clip_denoised)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Teacher(Network):
     """What is distilled, and how its chains make the batches. `BATCH` is rho."""
 
-    model_path: str = MISSING
-    iter_choice: str = MISSING
-    BATCH: float = MISSING
+    model_path: str
+    iter_choice: str
+    BATCH: float
     tempfile: str = ''
-    batch_size: int = MISSING
+    batch_size: int
     prob: float = 1.0
     input_perturb: float = 0.0
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Training(Network):
     """A network and how it is trained. `batch_size` is that of one process."""
 
+    model_path: str = ''
     batch_size: int = 128
     microbatch: int = -1
     lr: float = 1e-4
@@ -137,29 +138,22 @@ class Training(Network):
     allow_changes: bool = False
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Experiment:
     """A network and its teacher."""
 
-    teacher: Teacher = MISSING
-    student: Training = MISSING
+    teacher: Teacher
+    student: Training
 
 
 def ema_rates(text: str) -> list[float]:
-    """'0.99,0.9999' -> [0.99, 0.9999]. Raises ValueError for anything else than different rates
-    below 1.
-    """
-    rates = [float(part) for part in text.split(',')]
-    if not all(0 <= rate < 1 for rate in rates) or len(set(rates)) < len(rates):
-        raise ValueError(f'{text} are no different rates below 1')
-    return rates
-
-
-def _has_rates(text: str) -> bool:
+    """'0.99,0.9999' -> [0.99, 0.9999]; none for anything else than different rates below 1."""
     try:
-        return bool(ema_rates(text))
+        rates = [float(part) for part in text.split(',')]
     except ValueError:
-        return False
+        return []
+    valid = all(0 <= rate < 1 for rate in rates) and len(set(rates)) == len(rates)
+    return rates if valid else []
 
 
 # What types alone do not tell: (keys, test of a value, what it must be).
@@ -172,7 +166,7 @@ _RULES = [
     ('prob', lambda value: 0 < value <= 1, 'must be a probability above 0'),
     ('schedule_sampler', lambda value: value == 'uniform', 'is not supported; write uniform'),
     ('iter_choice', lambda value: value in SOURCES, f'is not one of {", ".join(SOURCES)}'),
-    ('ema_rate', _has_rates, 'must be different rates below 1, e.g. 0.99,0.9999'),
+    ('ema_rate', ema_rates, 'must be different rates below 1, e.g. 0.99,0.9999'),
 ]
 
 # --- Reading -------------------------------------------------------------------------------------
@@ -191,7 +185,7 @@ def _one_line_errors(where: str):
     except (yaml.YAMLError, UnicodeDecodeError, omegaconf.errors.OmegaConfBaseException) as error:
         key = getattr(error, 'full_key', None)
         reason = ' '.join(str(error).partition('full_key:')[0].split())[:150]
-        raise UserError(f'{where}: {key}: {reason}' if key else f'{where}: {reason}') from None
+        raise UserError(': '.join(filter(None, (where, key, reason)))) from None
 
 
 def _load(path: str, what: str) -> omegaconf.DictConfig:
@@ -217,8 +211,7 @@ def _parse(override: str) -> omegaconf.DictConfig:
 
 def _open_files(config, prefix: str = ''):
     """Puts the content of files in place of their names."""
-    for key in [key for key in config if not OmegaConf.is_missing(config, key)]:
-        value = config[key]
+    for key, value in config.items_ex(resolve=False):
         if key in _FILES and isinstance(value, str):
             content = _load(value, prefix + key)
             with _one_line_errors(value):
@@ -278,16 +271,12 @@ class Command(cli.Command):
 
     names_fields = True
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.params[:0] = [
-            click.Option(['--config'], metavar='YAML', required=True,
-                         help='Experiment or network, see yaml/'),
-            click.Option(['--seed'], metavar='INT', type=click.IntRange(0, 2**31 - 1), default=0,
-                         help='Seed of everything random'),
-            click.Argument(['overrides'], metavar='[KEY=VALUE]...', nargs=-1)]
 
-
+common_options = together(
+    click.option('--config', metavar='YAML', required=True,
+                 help='Experiment or network, see yaml/'),
+    seed('--seed', 0, 'Seed of everything random'),
+    click.argument('overrides', metavar='[KEY=VALUE]...', nargs=-1))
 outdir_option = click.option(
     '--outdir', metavar='DIR', envvar=OUTDIR_VARIABLE, show_envvar=True,
     help='Where checkpoints go  [default: experiments/NAME of the configuration]')

@@ -1,7 +1,6 @@
 """What a configuration describes: networks, a teacher with its batches, and a run of training."""
 
 import functools
-import os
 
 import torch
 
@@ -23,16 +22,15 @@ ENDLESS = 10**9             # steps
 # --- Networks ------------------------------------------------------------------------------------
 
 
-def build(section: configs.Network) -> torch.nn.Module:
-    """The DiscreteDenoiser of a section, on the CPU. Raises UserError for sizes that do not fit.
+def build(section: configs.Network, path: str = '') -> torch.nn.Module:
+    """The DiscreteDenoiser of a section, on the CPU, with the weights of a file in guided
+    diffusion's format, if any.
+
+    Raises UserError for sizes that do not fit, saying what differs.
     """
-    return build_network(**section.arguments())
-
-
-def load_model(section: configs.Network, path: str) -> torch.nn.Module:
-    """The same with weights in guided diffusion's format. Raises UserError saying what differs."""
-    net = build(section)
-    load_weights(net.model, read_state_dict(path), path)
+    net = build_network(**section.arguments())
+    if path:
+        load_weights(net.model, read_state_dict(path), path)
     return net
 
 
@@ -52,14 +50,14 @@ def describe(name: str, net):
 # --- The teacher and its batches -----------------------------------------------------------------
 
 
-def process_random(seed: int, purpose: int, device) -> ProcessRandom:
+def process_random(seed: int, purpose: int) -> ProcessRandom:
     """The random numbers of this process."""
-    return ProcessRandom(tuple_seed(seed, dist.get_rank(), purpose), device)
+    return ProcessRandom(tuple_seed(seed, dist.get_rank(), purpose), dist.get_device())
 
 
 def open_teacher(section: configs.Teacher) -> Teacher:
     """The teacher with its weights, on the device of this process."""
-    net = load_model(section, section.model_path).to(dist.get_device())
+    net = build(section, section.model_path).to(dist.get_device())
     describe('Teacher', net)
     return Teacher(net, clip=section.diffusion.clip_denoised)
 
@@ -101,7 +99,7 @@ def open_source(experiment: configs.Experiment, teacher: Teacher, seed: int):
     Raises UserError if the cache is missing, or made with something else.
     """
     section, batch = experiment.teacher, experiment.student.batch_size
-    rng = process_random(seed, TRAINING, dist.get_device())
+    rng = process_random(seed, TRAINING)
     source = SOURCES[section.iter_choice]
     if source is IterativeSource:
         return source(teacher, batch, rng, section.prob)
@@ -118,15 +116,13 @@ def open_source(experiment: configs.Experiment, teacher: Teacher, seed: int):
 def new_network(section: configs.Training, seed: int) -> torch.nn.Module:
     """The network of a section, with random weights by `seed` or those of its `model_path`."""
     torch.manual_seed(seed)
-    net = load_model(section, section.model_path) if section.model_path else build(section)
-    return net.train().to(dist.get_device())
+    return build(section, section.model_path).train().to(dist.get_device())
 
 
 def description(net, name: str, size: int = 0) -> dict:
     """What snapshots keep of the data of a network."""
     return {'name': name, 'size': size, 'resolution': net.img_resolution,
-            'num_channels': net.img_channels, 'label_dim': net.label_dim,
-            'classes': None, 'class_names': None, 'wnids': None}
+            'num_channels': net.img_channels, 'label_dim': net.label_dim}
 
 
 def train(section: configs.Training, net, loss, batches, outdir: str, *, rule: dict, seed: int,
@@ -145,8 +141,6 @@ def train(section: configs.Training, net, loss, batches, outdir: str, *, rule: d
     on_gpu = dist.get_device().type == 'cuda'
     if half and not on_gpu:
         dist.print0('Note: float16 is for GPUs; this CPU computes in float32')
-    if section.resume_checkpoint and not os.path.isfile(section.resume_checkpoint):
-        raise UserError(f'resume_checkpoint: there is no file {section.resume_checkpoint}')
     if steps == ENDLESS:
         dist.print0('Training until it is stopped: Ctrl-C or SIGTERM saves a checkpoint '
                     '(total_steps=N sets an end)')

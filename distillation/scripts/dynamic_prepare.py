@@ -77,6 +77,7 @@ Examples:
 The same command goes on with a preparation that was stopped. Under several processes the cache
 has a share for each; image_kd.py then needs as many, on a common file system.
 """)
+@configs.common_options
 @click.option('--save_every', metavar='SECONDS', type=click.FloatRange(0), default=600,
               help='Save unfinished work this often')
 def main(config, seed, save_every, overrides):
@@ -107,7 +108,7 @@ def main(config, seed, save_every, overrides):
         return
     dist.print0(f'Cache: {size} images for each of {dist.get_world_size()} process(es), '
                 f'rho {section.BATCH}')
-    rng = runs.process_random(seed, runs.PREPARING, dist.get_device())
+    rng = runs.process_random(seed, runs.PREPARING)
     preparation = Preparation(teacher, size, rng, section.batch_size)
     preparation.equalize(min(dist.gather_objects(preparation.remaining)))
     part = f'{os.path.abspath(dest)}.part-{dist.get_rank()}-of-{dist.get_world_size()}'

@@ -24,6 +24,7 @@ Examples:
 \b
 The same command goes on with a run that was stopped.
 """)
+@configs.common_options
 @configs.outdir_option
 def main(config, outdir, seed, overrides):
     """Train a student on the steps of a teacher's chains, with no data.

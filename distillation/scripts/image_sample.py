@@ -15,7 +15,7 @@ from distillation.sample_shards import SampleShards
 from dnnlib import UserError, options
 from torch_utils import distributed as dist
 from training.diffusion.samplers import check_setting, choose_setting
-from training.encoders import make_encoder
+from training.encoders import RGBEncoder
 from training.generate import generate_images
 
 
@@ -30,14 +30,12 @@ def default_dest(config: str, model_path: str, num_samples: int, net, chain: str
 def sample(net, shards: SampleShards, seed: int, sampler: dict):
     """Makes this process's share of what is missing. Image i depends on `seed` and i alone."""
     missing = shards.missing()[dist.get_rank()::dist.get_world_size()]
-    encoder = make_encoder({'name': 'rgb'})
+    first = seed * shards.count
     for start, end in tqdm(missing, unit='batch', desc='Sampling', leave=False,
                            disable=True if dist.get_rank() != 0 else None):
-        first = seed * shards.count
-        for batch in generate_images(net, encoder, range(first + start, first + end),
-                                     batch=end - start, split=False, sampler=sampler):
-            images = batch.images.permute(0, 2, 3, 1).cpu().numpy()
-            shards.save(start, images, batch.labels)
+        batch, = generate_images(net, RGBEncoder(), range(first + start, first + end),
+                                 batch=end - start, split=False, sampler=sampler)
+        shards.save(start, batch.images.permute(0, 2, 3, 1).cpu().numpy(), batch.labels)
 
 
 @click.command(cls=configs.Command, epilog="""\b
@@ -54,16 +52,14 @@ Examples:
 \b
 The same command goes on where it was stopped, also with another number of processes.
 """)
+@configs.common_options
 @click.option('--model_path', metavar='PT', required=True,
               help='Weights: a teacher, modelNNNNNN.pt or ema_RATE_NNNNNN.pt')
-@click.option('--batch_size', metavar='INT', type=click.IntRange(min=1), default=16,
-              help='Images at a time in each process')
-@click.option('--num_samples', metavar='INT', type=click.IntRange(min=1), default=10000,
-              help='Images in all')
+@options.integer('--batch_size', 16, 'Images at a time in each process')
+@options.integer('--num_samples', 10000, 'Images in all')
 @click.option('--timestep_respacing', metavar='STR',
               help='Steps to take: 50, 10,15,20 or ddim50  [default: configuration]')
-@click.option('--use_ddim', metavar='BOOL', type=bool,
-              help='DDIM instead of ancestral sampling  [default: configuration]')
+@options.boolean('--use_ddim', None, 'DDIM instead of ancestral sampling  [default: configuration]')
 @click.option('--dest', metavar='NPZ',
               help='Where the samples go  '
                    '[default: experiments/NAME/MODEL-CHAIN/samples_NxHxWxC.npz]')
@@ -79,7 +75,7 @@ def main(config, model_path, batch_size, num_samples, timestep_respacing, use_dd
     """
     dist.init()
     section = configs.read_network(config, overrides)
-    net = runs.load_model(section, model_path).eval().requires_grad_(False)
+    net = runs.build(section, model_path).eval().requires_grad_(False)
     diffusion = section.diffusion
     respacing = diffusion.timestep_respacing if timestep_respacing is None else timestep_respacing
     ddim = diffusion.use_ddim if use_ddim is None else use_ddim
@@ -97,7 +93,7 @@ def main(config, model_path, batch_size, num_samples, timestep_respacing, use_dd
     settings = dict(
         model=runs.fingerprint(model_path), seed=seed, timestep_respacing=respacing, use_ddim=ddim,
         network=arguments['network'], diffusion=arguments['diffusion'],
-        clip_denoised=diffusion.clip_denoised, **({'sampler': chosen} if chosen else {}))
+        clip_denoised=diffusion.clip_denoised, sampler=chosen or None)
     shards = SampleShards(dest, num_samples, batch_size, settings)
     if dist.broadcast_object(shards.open() if dist.get_rank() == 0 else None):
         runs.describe('Network', net)

@@ -15,7 +15,7 @@ from torch_utils import distributed as dist
 from training.data.batches import DatasetBatches
 from training.data.images import open_dataset
 from training.diffusion.losses import DDPMLoss
-from training.encoders import make_encoder
+from training.encoders import RGBEncoder
 
 
 def open_data(path: str, net):
@@ -46,6 +46,7 @@ Examples:
 \b
 The same command goes on with a run that was stopped.
 """)
+@configs.common_options
 @click.option('--data_dir', metavar='DIR|ZIP|NPZ', required=True,
               help='Images: a folder, a zip, or an .npz with arr_0')
 @configs.outdir_option
@@ -60,7 +61,7 @@ def main(data_dir, config, outdir, seed, overrides):
     section = configs.read_network(config, overrides)
     net = runs.new_network(section, seed)
     dataset = open_data(data_dir, net)
-    batches = DatasetBatches(dataset, make_encoder({'name': 'rgb'}), dist.get_device(), seed)
+    batches = DatasetBatches(dataset, RGBEncoder(), dist.get_device(), seed)
     options = dict(config=config, data_dir=data_dir, seed=seed)
     runs.train(
         section, net, DDPMLoss(net.diffusion), batches, outdir or configs.default_outdir(config),

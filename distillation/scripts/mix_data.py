@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 from tqdm import tqdm
 
-from dnnlib import UserError, cli
+from dnnlib import UserError, cli, options
 from dnnlib.image_io import encode_png
 from training.data.archive import ArchiveWriter
 from training.data.images import open_images
@@ -21,15 +21,16 @@ def mixture(total: int, share: float, num_real: int, num_synthetic: int, seed: i
 
     All are chosen without replacement.
     """
-    counts = [round(total * share), total - round(total * share)]
-    for name, count, available in zip(('real', 'synthetic'), counts, (num_real, num_synthetic),
-                                      strict=True):
-        if not 0 <= count <= available:
+    num = round(total * share)
+    generator = np.random.RandomState(seed)
+    chosen = []
+    for name, count, available in (('real', num, num_real),
+                                   ('synthetic', total - num, num_synthetic)):
+        if count > available:
             raise UserError(f'a mixture of {total} with a share of {share} takes {count} of '
                             f'{available} {name} images')
-    generator = np.random.RandomState(seed)
-    return [generator.choice(available, count, replace=False)
-            for count, available in zip(counts, (num_real, num_synthetic), strict=True)]
+        chosen.append(generator.choice(available, count, replace=False))
+    return chosen
 
 
 @click.command(cls=cli.Command, epilog="""\b
@@ -40,12 +41,10 @@ Example:
 """)
 @click.option('--real', metavar='DIR|ZIP|NPZ', required=True, help='Real images')
 @click.option('--synthetic', metavar='DIR|ZIP|NPZ', required=True, help="The teacher's samples")
-@click.option('--share', metavar='FLOAT', type=click.FloatRange(0, 1), required=True,
+@click.option('--share', metavar='FLOAT', type=options.FRACTION, required=True,
               help='Share of real images')
-@click.option('--count', metavar='INT', type=click.IntRange(min=1),
-              help='Images in all  [default: as many as --real has]')
-@click.option('--seed', metavar='INT', type=click.IntRange(0, 2**32 - 1), default=0,
-              help='Seed of the choice')
+@options.integer('--count', None, 'Images in all  [default: as many as --real has]')
+@options.seed('--seed', 0, 'Seed of the choice')
 @click.option('--dest', metavar='DIR|ZIP', required=True,
               help='Folder or zip to write, for image_train.py')
 def main(real, synthetic, share, count, seed, dest):
@@ -55,15 +54,14 @@ def main(real, synthetic, share, count, seed, dest):
     first; dataset.json says where each comes from.
     """
     folders = [open_images(real), open_images(synthetic)]
-    shapes = [list(folder.image_shape) for folder in folders]
+    shapes = [folder.image_shape for folder in folders]
     if shapes[0] != shapes[1]:
         raise UserError(f'--real has images of {shapes[0]}, --synthetic of {shapes[1]}')
     chosen = mixture(count or len(folders[0]), share, *map(len, folders), seed)
     pairs = [(folder, index) for folder, indices in zip(folders, chosen, strict=True)
              for index in indices]
     with ArchiveWriter(dest) as out:
-        bar = tqdm(pairs, unit='img', leave=False, disable=None)
-        for number, (folder, index) in enumerate(bar):
+        for number, (folder, index) in enumerate(tqdm(pairs, unit='img', leave=False, disable=None)):
             image = folder.images([index])[0]
             pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
             out.add(f'{number:06d}.png', encode_png(pixels))
