@@ -10,6 +10,7 @@ further files, found from the current folder or from distillation/. Overrides ch
 import contextlib
 import dataclasses
 import os
+import re
 from pathlib import Path
 
 import click
@@ -200,15 +201,6 @@ def _load(path: str, what: str) -> omegaconf.DictConfig:
     return content
 
 
-def _parse(override: str) -> omegaconf.DictConfig:
-    """The configuration with the one value that `a.b=c` sets; nothing after = is an empty text."""
-    name, equals, value = override.partition('=')
-    if not equals or not all(part.isidentifier() for part in name.split('.')):
-        raise UserError(f'{override!r}: overrides are written key=value, e.g. student.lr=2e-4')
-    with _one_line_errors(override):
-        return OmegaConf.from_dotlist([override if value else override + '""'])
-
-
 def _open_files(config, prefix: str = ''):
     """Puts the content of files in place of their names."""
     for key, value in config.items_ex(resolve=False):
@@ -230,16 +222,21 @@ def _check(config, prefix: str = ''):
 
 
 def _read(schema, path: str, content, overrides):
-    parsed = {text: _parse(text) for text in overrides}
     # Names of files come first, so that other overrides can change what is in them.
-    files = [text for text in parsed if text.partition('=')[0].split('.')[-1] in _FILES]
+    files = []
+    values = []
+    for text in overrides:
+        match = re.fullmatch(r'(?:\w+\.)*(\w+)=(.*)', text)
+        if not match:
+            raise UserError(f'{text!r}: overrides are written key=value, e.g. student.lr=2e-4')
+        kind = files if match[1] in _FILES else values
+        kind.append(text if match[2] else text + '""')
+    with _one_line_errors('overrides'):
+        files, values = map(OmegaConf.from_dotlist, (files, values))
     with _one_line_errors(path):
-        config = OmegaConf.merge(content, *(parsed.pop(text) for text in files))
+        config = OmegaConf.merge(content, files)
         _open_files(config)
-        config = OmegaConf.merge(OmegaConf.structured(schema), config)
-        for text, override in parsed.items():
-            with _one_line_errors(text):
-                config = OmegaConf.merge(config, override)
+        config = OmegaConf.merge(OmegaConf.structured(schema), config, values)
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
             raise UserError(f'{path}: {missing[0]} is missing')

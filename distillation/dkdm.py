@@ -11,6 +11,7 @@ This goes beyond the paper, whose networks have no classes.
 """
 
 import random
+import time
 
 import torch
 from torch.nn.functional import one_hot
@@ -136,16 +137,18 @@ class Preparation:
             self.cache.put(positions, step['previous'], levels - 1)
         return len(positions)
 
-    def run(self, on_step=None) -> Cache:
-        """Advances until no image is above its target; `on_step(self)` is called after each call
-        of the teacher.
+    def run(self, save=None, seconds: float = 0) -> Cache:
+        """Advances until no image is above its target; `save(state)` is called every so many
+        seconds.
         """
+        saved = time.monotonic()
         with tqdm(total=self.remaining, unit='step', unit_scale=True, desc='Preparing the cache',
                   leave=False, disable=True if dist.get_rank() != 0 else None) as bar:
             while count := self.advance():
                 bar.update(count)
-                if on_step is not None:
-                    on_step(self)
+                if save and time.monotonic() - saved >= seconds:
+                    save(self.state_dict())
+                    saved = time.monotonic()
         return self.cache
 
     def state_dict(self) -> dict:
@@ -232,8 +235,9 @@ class Source:
 
     def load_state_dict(self, state: dict):
         """A state may come without a cache: the cache then stays as it is."""
-        if 'cache' in state:
-            self.cache.load_state_dict(state['cache'])
+        cache = state.get('cache', state)
+        if 'x' in cache:
+            self.cache.load_state_dict(cache)
         self.rng.load_state_dict(state['draws'])
 
 
@@ -270,9 +274,6 @@ class IterativeSource(Source):
 
     def state_dict(self) -> dict:
         return {**self.cache.state_dict(), 'draws': self.rng.state_dict()}
-
-    def load_state_dict(self, state: dict):
-        super().load_state_dict({'cache': state, 'draws': state['draws']})
 
 
 # `iter_choice` of the configurations; the second is spelled as published and as it should be.

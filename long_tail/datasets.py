@@ -92,10 +92,9 @@ def open_data(data_type: str, root: str, *, size: int | None = None, imb_type='e
     if kind != 'none':
         indices = imbalance.long_tailed(source.labels, len(names), kind, imb_factor)
     labels = source.labels[indices]
-    missing = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
-    if len(missing):
-        raise UserError(f'{source.name}: class {missing[0]} ({names[missing[0]]}) has no images; '
-                        'leave it out of the data')
+    for label in np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0):
+        raise UserError(f'{source.name}: class {label} ({names[label]}) is left without images; '
+                        'leave it out of the data, or give a larger imb_factor')
     images = _read(source, indices, size)
     if xflip:
         images = np.concatenate([images, images[..., ::-1]])

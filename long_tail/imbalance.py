@@ -30,13 +30,11 @@ def class_counts(total: int, num_classes: int, kind: str, factor: float) -> np.n
     return np.array(counts, dtype=np.int64)
 
 
-def long_tailed(labels, num_classes: int, kind: str, factor: float, seed: int = 0,
-                allow_empty: bool = False) -> np.ndarray:
+def long_tailed(labels, num_classes: int, kind: str, factor: float, seed: int = 0) -> np.ndarray:
     """Indices int64 of a long-tailed subset, class by class, of data with `labels` [n]
     (0..num_classes - 1): a random choice of `class_counts` within each class.
 
-    A class with fewer images than its count keeps all it has. Raises UserError when a class would
-    be empty, unless `allow_empty`.
+    A class with fewer images than its count keeps all it has.
     """
     labels = np.asarray(labels)
     random = np.random.RandomState(seed)
@@ -45,8 +43,4 @@ def long_tailed(labels, num_classes: int, kind: str, factor: float, seed: int = 
         indices = np.flatnonzero(labels == label)
         random.shuffle(indices)
         chosen.append(indices[:count])
-        if len(chosen[-1]) == 0 and not allow_empty:
-            raise UserError(f'class {label} is left without images: ' + (
-                'imb_factor is too small for so little data' if len(indices)
-                else 'the data has none'))
-    return np.concatenate(chosen).astype(np.int64)
+    return np.concatenate(chosen)

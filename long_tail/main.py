@@ -140,43 +140,50 @@ options_of_study = together(
                       'files. Later options win'))
 
 
-def settings(args: list[str]) -> dict:
+class Flags(dict):
+    """The options by name, also as attributes."""
+
+    __getattr__ = dict.__getitem__
+
+
+def settings(args: list[str]) -> Flags:
     """The options of a command line, checked. Raises UserError as `prepare` does."""
     return prepare(main.make_context('main.py', list(args)).params)
 
 
-def prepare(flags: dict) -> dict:
+def prepare(options: dict) -> Flags:
     """The options as click gives them, with lists as lists.
 
     Raises UserError for options that contradict each other or the machine, before anything is
     written.
     """
+    flags = Flags(options)
     for name in ('ch_mult', 'attn'):
         flags[name] = [value for part in flags[name] for value in part]
-    if len(flags['group_sizes']) != 2 or flags['group_sizes'][0] < flags['group_sizes'][1]:
+    if len(flags.group_sizes) != 2 or flags.group_sizes[0] < flags.group_sizes[1]:
         raise UserError('--group_sizes: give two numbers, the larger first')
-    if not (flags['train'] or flags['eval']):
+    if not (flags.train or flags.eval):
         raise UserError('nothing to do: give --train or --eval')
     for name in (*UNUSED, 'private_num_images'):
         if flags[name]:
             raise UserError(f'--{name} belongs to experiments that are no part of this study; '
                             'leave it off')
     for name in ('cb', 'cfg', 'finetune'):
-        if flags[name] and not flags['conditional']:
+        if flags[name] and not flags.conditional:
             raise UserError(f'--{name} is about class labels; it needs --conditional')
-    if flags['beta_1'] > flags['beta_T']:
-        raise UserError(f'--beta_1={flags["beta_1"]} must not be above --beta_T={flags["beta_T"]}')
-    if flags['ddim_steps'] > flags['T']:
-        raise UserError(f'--ddim_steps={flags["ddim_steps"]} is more than --T={flags["T"]}')
-    guided = flags['sample_method'] != 'uncond' and flags['omega']
-    if flags['eval'] and guided and not flags['conditional']:
+    if flags.beta_1 > flags.beta_T:
+        raise UserError(f'--beta_1={flags.beta_1} must not be above --beta_T={flags.beta_T}')
+    if flags.ddim_steps > flags.T:
+        raise UserError(f'--ddim_steps={flags.ddim_steps} is more than --T={flags.T}')
+    guided = flags.sample_method != 'uncond' and flags.omega
+    if flags.eval and guided and not flags.conditional:
         raise UserError('--omega guides by class labels, and this network has none; '
                         'use --sample_method=uncond')
     network_of(flags)
-    if flags['train']:
+    if flags.train:
         start_of(flags)
     else:
-        choose_step(run_folder(flags), flags['ckpt_step'])
+        choose_step(run_folder(flags), flags.ckpt_step)
     return flags
 
 
@@ -185,39 +192,39 @@ def prepare(flags: dict) -> dict:
 
 def network_of(flags) -> dict:
     """Arguments of `build_network` for a DiscreteDenoiser. Raises UserError for unfit options."""
-    ch, mults = flags['ch'], flags['ch_mult']
+    ch, mults = flags.ch, flags.ch_mult
     if any(ch * mult % 32 for mult in mults):
         raise UserError(f'--ch={ch} times each of --ch_mult={mults} must be a multiple of 32, the '
                         'groups of the normalisation')
-    if not mults or flags['img_size'] % 2 ** (len(mults) - 1):
-        raise UserError(f'--ch_mult: give one number or more; {flags["img_size"]} pixels are '
+    if not mults or flags.img_size % 2 ** (len(mults) - 1):
+        raise UserError(f'--ch_mult: give one number or more; {flags.img_size} pixels are '
                         'halved after each but the last')
-    if max(flags['attn'], default=0) >= len(mults):
-        raise UserError(f'--attn={max(flags["attn"])}: --ch_mult makes the levels 0 to '
+    if max(flags.attn, default=0) >= len(mults):
+        raise UserError(f'--attn={max(flags.attn)}: --ch_mult makes the levels 0 to '
                         f'{len(mults) - 1}')
     num_class = len(class_counts(flags))
-    if flags['num_class'] not in (0, num_class):
-        raise UserError(f'--num_class={flags["num_class"]:g}, but '
-                        f'--data_type={flags["data_type"]} has {num_class} classes')
+    if flags.num_class not in (0, num_class):
+        raise UserError(f'--num_class={flags.num_class:g}, but '
+                        f'--data_type={flags.data_type} has {num_class} classes')
     names = ('T', 'ch', 'ch_mult', 'attn', 'num_res_blocks', 'dropout', 'augm')
     unet = {name: flags[name] for name in names}
-    unet |= dict(class_name='DDPMUNet', cond=flags['conditional'], num_class=num_class,
-                 img_resolution=flags['img_size'])
+    unet |= dict(class_name='DDPMUNet', cond=flags.conditional, num_class=num_class,
+                 img_resolution=flags.img_size)
     return dict(class_name='DiscreteDenoiser', network=unet, diffusion=dict(
-        schedule='linear_float32', steps=flags['T'], variance=VARIANCES[flags['var_type']],
-        beta_range=[flags['beta_1'], flags['beta_T']]))
+        schedule='linear_float32', steps=flags.T, variance=VARIANCES[flags.var_type],
+        beta_range=[flags.beta_1, flags.beta_T]))
 
 
 def class_counts(flags):
     """Training images of each class, int64; of a zip, they must be read from it."""
-    counts = datasets.nominal_counts(flags['data_type'], flags['imb_type'], flags['imb_factor'])
+    counts = datasets.nominal_counts(flags.data_type, flags.imb_type, flags.imb_factor)
     return open_data(flags).class_counts if counts is None else counts
 
 
 def open_data(flags) -> datasets.ArrayDataset:
     """The training data."""
     names = ('imb_type', 'imb_factor', 'download', 'xflip')
-    return datasets.open_data(flags['data_type'], flags['root'], size=flags['img_size'],
+    return datasets.open_data(flags.data_type, flags.root, size=flags.img_size,
                               **{name: flags[name] for name in names})
 
 
@@ -226,16 +233,16 @@ def run_folder(flags) -> str:
 
     The latter is beside --logdir if it is a bare name.
     """
-    logdir = flags['logdir']
-    if not flags['finetune']:
+    logdir = flags.logdir
+    if not flags.finetune:
         return logdir
-    name = flags['finetuned_logdir']
+    name = flags.finetuned_logdir
     if not name:
         raise UserError('--finetune needs --finetuned_logdir, the folder of the new run')
     folder = name
     if not os.path.dirname(name):
         folder = os.path.normpath(os.path.join(logdir, os.pardir, name))
-    if not flags['eval'] and os.path.realpath(folder) == os.path.realpath(logdir):
+    if not flags.eval and os.path.realpath(folder) == os.path.realpath(logdir):
         raise UserError(f'--finetuned_logdir={name} is the folder of the pretrained run; '
                         'choose another name')
     return folder
@@ -267,10 +274,10 @@ def load_average(path: str, net: torch.nn.Module):
 def start_of(flags) -> tuple[str | None, int]:
     """(checkpoint to start from, number of the first step): those of the pretrained run."""
     run_folder(flags)
-    if not flags['finetune']:
+    if not flags.finetune:
         return None, 0
-    step = choose_step(flags['logdir'], flags['ckpt_step'])
-    return StepCheckpoints(flags['logdir']).path(step), step
+    step = choose_step(flags.logdir, flags.ckpt_step)
+    return StepCheckpoints(flags.logdir).path(step), step
 
 
 # --- Training ------------------------------------------------------------------------------------
@@ -286,29 +293,29 @@ def callbacks_of(flags, folder, dataset) -> list[tuple]:
     def scores(step, nets):
         return {f'Eval/{name}': value for name, value in evaluate(nets[0], step)['all'].items()}
 
-    if flags['eval_step']:
+    if flags.eval_step:
         evaluate = evaluation.Evaluator(flags, folder, dataset.class_counts)
-    pairs = [(flags['sample_step'], grid), (flags['eval_step'], scores)]
-    return [(every * flags['batch_size'], function) for every, function in pairs if every]
+    pairs = [(flags.sample_step, grid), (flags.eval_step, scores)]
+    return [(every * flags.batch_size, function) for every, function in pairs if every]
 
 
 def recipe_of(flags, dataset, first: int) -> recipe.Recipe:
     """The recipe of the options; `first` is the number of the first step."""
-    batch = flags['batch_size']
+    batch = flags.batch_size
     loss = {key: flags[key] for key in ('cb', 'cfg', 'tau', 'finetune', 'augm')}
     return recipe.Recipe(
-        batch=batch, total_nimg=(first + flags['total_steps']) * batch, first_nimg=first * batch,
-        seed=flags['seed'], dataset=dataset.description() | {'xflip': flags['xflip']},
+        batch=batch, total_nimg=(first + flags.total_steps) * batch, first_nimg=first * batch,
+        seed=flags.seed, dataset=dataset.description() | {'xflip': flags.xflip},
         order={'name': 'epoch'}, network=network_of(flags), loss={'name': 'cbdm', **loss},
-        learning_rate={'name': 'warmup', 'lr': flags['lr'], 'warmup': flags['warmup']},
-        averages={'name': 'constant', 'rates': [flags['ema_decay']]}, sampler={'name': 'ddpm'},
-        clip_grad_norm=flags['grad_clip'] or None, bad_gradients=None, layout='steps',
-        status=flags['log_step'] * batch, checkpoint=flags['save_step'] * batch or None)
+        learning_rate={'name': 'warmup', 'lr': flags.lr, 'warmup': flags.warmup},
+        averages={'name': 'constant', 'rates': [flags.ema_decay]}, sampler={'name': 'ddpm'},
+        clip_grad_norm=flags.grad_clip or None, bad_gradients=None, layout='steps',
+        status=flags.log_step * batch, checkpoint=flags.save_step * batch or None)
 
 
 def train(flags) -> bool:
     """Trains, from the newest checkpoint if there is one. Returns whether it came to its end."""
-    flags = dict(flags)
+    flags = Flags(flags)
     allow_changes = flags.pop('allow_changes')
     source, first = start_of(flags)
     if source:
@@ -323,12 +330,12 @@ def train(flags) -> bool:
     if source:
         load_average(source, net)
     loss = CBDMLoss(
-        net.diffusion, dataset.label_dim, cb=flags['cb'], cfg=flags['cfg'], tau=flags['tau'],
-        class_counts=None if flags['finetune'] else counts,
-        augment=ADAAugment() if flags['augm'] else None, batch_size=rules.batch,
-        seed=flags['seed'])
-    batches = DatasetBatches(dataset, RGBEncoder(), dist.get_device(), flags['seed'],
-                             workers=max(flags['num_workers'], 1))
+        net.diffusion, dataset.label_dim, cb=flags.cb, cfg=flags.cfg, tau=flags.tau,
+        class_counts=None if flags.finetune else counts,
+        augment=ADAAugment() if flags.augm else None, batch_size=rules.batch,
+        seed=flags.seed)
+    batches = DatasetBatches(dataset, RGBEncoder(), dist.get_device(), flags.seed,
+                             workers=max(flags.num_workers, 1))
     with renamed_fields(batch='batch_size', duration='total_steps', rates='ema_decay',
                         clip_grad_norm='grad_clip'):
         nimg = recipe.fit(
@@ -344,7 +351,7 @@ def train(flags) -> bool:
 def evaluate(flags):
     """Samples from a checkpoint, saves the samples, and measures them."""
     folder = run_folder(flags)
-    step = choose_step(folder, 0 if flags['train'] else flags['ckpt_step'])
+    step = choose_step(folder, 0 if flags.train else flags.ckpt_step)
     run = evaluation.Evaluator(flags, folder, class_counts(flags))
     net = build_network(**network_of(flags))
     load_average(StepCheckpoints(folder).path(step), net)
@@ -386,20 +393,20 @@ Examples:
     --num_images 50000 --sample_method cfg --omega 1.6
 """)
 @options_of_study
-def main(**flags):
+def main(**options):
     """Train and evaluate diffusion models of long-tailed classes: plain, class-balancing,
     fine-tuned.
 
     A run's folder has ckpt_<step>.pt, flagfile.txt with every option, sample/<step>.png and
     TensorBoard events. The same command goes on with a run that was stopped.
     """
-    prepare(flags)
-    processes = visible_gpus() if flags['parallel'] else 0
+    flags = prepare(options)
+    processes = visible_gpus() if flags.parallel else 0
     if processes > 1:
         sys.exit(dist.launch(worker, (to_text(main.params, flags).splitlines(),), processes))
     dist.init()
-    finished = not flags['train'] or train(flags)
-    if flags['eval'] and finished:
+    finished = not flags.train or train(flags)
+    if flags.eval and finished:
         evaluate(flags)
     dist.shutdown()
 

@@ -202,13 +202,13 @@ def test_bad_data(cifar, tmp_path):
     for root, message in ((damaged.parent, 'CRC check failed'), (layout.parent, 'layout'), (tmp_path, '--download'),
                           (write_cifar(tmp_path / 'ten', 'cifar10', 5) + '/cifar-10-python.tar.gz', '10 classes')):
         assert message in fails(MAIN, *small, f'--root={root}')
-    assert 'left without images' in fails(MAIN, *small, f'--root={cifar}', '--imb_factor=0.2')
+    assert 'class 86 (class86) is left without images' in fails(MAIN, *small, f'--root={cifar}', '--imb_factor=0.2')
     assert 'MD5' in fails(MAIN, *small, f'--root={cifar}', '--download')  # there, but not the original
     (tmp_path / 'gap').mkdir()
     (tmp_path / 'gap' / 'dataset.json').write_text('{"labels": [["a.png", 0], ["b.png", 2]]}')
     for name in 'ab':
         PIL.Image.new('RGB', [8, 8]).save(tmp_path / 'gap' / f'{name}.png')
-    with pytest.raises(UserError, match='class 1 .*has no images'):
+    with pytest.raises(UserError, match='class 1 .*is left without images'):
         datasets.open_data('zip', str(tmp_path / 'gap'))
     assert not os.path.exists(tmp_path / 'run')
 

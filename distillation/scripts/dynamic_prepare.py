@@ -5,7 +5,6 @@ chains.
 import contextlib
 import os
 import sys
-import time
 from pathlib import Path
 
 import click
@@ -30,19 +29,6 @@ def resume(preparation: Preparation, path: str, description: dict):
                             'remove it to start anew')
         preparation.load_state_dict(state['preparation'])
         print(f'Going on with {path}', flush=True)
-
-
-def saver(path: str, description: dict, seconds: float):
-    """A function for `Preparation.run` that saves its state every so many seconds."""
-    last = time.monotonic()
-
-    def save(preparation: Preparation):
-        nonlocal last
-        if time.monotonic() - last >= seconds:
-            state = {'description': description, 'preparation': preparation.state_dict()}
-            write_state(path, state)
-            last = time.monotonic()
-    return save
 
 
 def merge(path: str, part: str, cache, description: dict):
@@ -113,7 +99,11 @@ def main(config, seed, save_every, overrides):
     preparation.equalize(min(dist.gather_objects(preparation.remaining)))
     part = f'{os.path.abspath(dest)}.part-{dist.get_rank()}-of-{dist.get_world_size()}'
     resume(preparation, part, description)
-    merge(dest, part, preparation.run(saver(part, description, save_every)), description)
+
+    def save(state: dict):
+        write_state(part, {'description': description, 'preparation': state})
+
+    merge(dest, part, preparation.run(save, save_every), description)
     dist.print0(f'Done: {dest}')
     dist.shutdown()
 
