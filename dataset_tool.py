@@ -5,7 +5,7 @@ import os
 import click
 
 from dnnlib import UserError, cli, options, util
-from training.data import imagenet, transforms
+from training.data import commands, imagenet
 
 DEFAULT_VAE = 'stabilityai/sd-vae-ft-mse'
 
@@ -23,11 +23,6 @@ def main():
     """
 
 
-dest_options = options.together(
-    click.option('--dest', metavar='ZIP|DIR', required=True,
-                 help='Data set to write; a .zip, else a folder'),
-    click.option('--overwrite', is_flag=True, help='Replace the destination if it exists'))
-
 # Of the commands that run the autoencoder.
 batch_options = options.together(
     options.integer('--batch', 16, 'Images that go through the autoencoder together'),
@@ -36,12 +31,7 @@ batch_options = options.together(
 
 
 @main.command()
-@click.option('--source', metavar='PATH[,PATH...]', required=True, help='What to read, see below')
-@dest_options
-@click.option('--resolution', metavar='WxH', type=cli.SIZE,
-              help='Size of the images  [default: as they are]')
-@options.choice('--transform', None, 'How pictures are cropped  [default: resized without cropping]',
-                transforms.NAMES)
+@commands.conversion
 @click.option('--max-images', metavar='INT', type=cli.COUNT,
               help='Use at most this many, the first ones')
 @options.integers('--class_labels', None,
@@ -52,11 +42,8 @@ batch_options = options.together(
               help='Similarity level of the multi-source study; without --class_labels, takes the '
                    "level's ten classes")
 @options.integer('--seed', 0, 'Which images --nums draws', 0)
-@click.option('--coarse', is_flag=True,
-              help="CIFAR-100's 20 coarse labels instead of the 100 fine ones")
-@click.option('--skip-corrupt', is_flag=True, help='Leave damaged images out, and list them')
-@options.integer('--workers', None, 'Processes  [default: one for each core]')
-def convert(source, dest, coarse, class_labels, nums, sim_name, seed, max_images, **others):
+def convert(source, dest, overwrite, coarse, rules, class_labels, nums, sim_name, seed,
+            max_images):
     """Make a data set of pictures.
 
     --source is a folder or .zip of images (labels from dataset.json, else from top-level folders),
@@ -78,7 +65,7 @@ def convert(source, dest, coarse, class_labels, nums, sim_name, seed, max_images
     """
     from training.data import archive, sources
     from training.data.convert import by_class, convert, everything
-    archive.check_destination(dest, others['overwrite'])
+    archive.check_destination(dest, overwrite)
     opened = sources.open_source(source, coarse)
     if sim_name is not None:
         level = imagenet.SIMILARITY_LEVELS[sim_name]
@@ -93,26 +80,15 @@ def convert(source, dest, coarse, class_labels, nums, sim_name, seed, max_images
         selection = everything(opened)
     else:
         selection = by_class(opened, class_labels, nums, seed)
-    converted = convert(opened, selection.first(max_images), dest, notes={'sim_name': sim_name},
-                        **others)
-    print_converted(dest, converted, selection, others['transform'])
-
-
-def print_converted(dest, converted, selection, transform):
-    """What a conversion wrote and left out."""
-    side = converted.resolution
-    classes = '' if selection.classes is None else f', {len(selection.classes)} classes'
-    print(f'{dest}: {converted.count} images, {side}x{side}{classes}')
-    if converted.rejected:
-        print(f'{converted.rejected} images are too small for --transform={transform} '
-              'and were left out')
-    if skipped := converted.skipped:
-        print(f'{len(skipped)} damaged images were left out:', *skipped, sep='\n    ')
+    selection = selection.first(max_images)
+    converted = convert(opened, selection, dest, overwrite=overwrite, notes={'sim_name': sim_name},
+                        **rules)
+    commands.print_converted(dest, converted, selection, rules['transform'])
 
 
 @main.command()
 @click.option('--source', metavar='ZIP|DIR', required=True, help='Data set of pixels')
-@dest_options
+@commands.destination
 @click.option('--model-url', metavar='NAME|DIR', default=DEFAULT_VAE, envvar='SD_VAE',
               help='Autoencoder: a hub name, or a local folder; '
                    'the variable SD_VAE sets another default')
@@ -139,7 +115,7 @@ def encode(source, dest, overwrite, model_url, batch, precision):
 
 @main.command()
 @click.option('--source', metavar='ZIP|DIR', required=True, help='Data set of latents')
-@dest_options
+@commands.destination
 @click.option('--model-url', metavar='NAME|DIR',
               help='Autoencoder  [default: the one that the data set names]')
 @batch_options

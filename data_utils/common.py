@@ -5,13 +5,9 @@ import functools
 import click
 import numpy as np
 
-import dataset_tool
 from data_utils import selection
 from dnnlib import cli, options
-from training.data import archive, convert, sources
-
-OPTIONS = ('source', 'dest', 'overwrite', 'resolution', 'transform', 'coarse', 'skip_corrupt',
-           'workers')
+from training.data import archive, commands, convert, sources
 
 max_images_option = options.integer(
     '--max-images', None, 'Size: as many of each class, the first ones  [default: all images]')
@@ -21,19 +17,17 @@ def command(choose):
     """Decorator: a command that writes the data set which `choose` chooses.
 
     `choose(source, **options) -> (source, Selection)` gets the opened source and the options of
-    its own; the others are `OPTIONS`, word for word those of `dataset_tool.py convert`.
+    its own; the others are those of `dataset_tool.py convert`.
     """
+    @click.command(cls=cli.Command)
+    @commands.conversion
     @functools.wraps(choose)
-    def main(source, dest, coarse, overwrite, **values):
+    def main(source, dest, overwrite, coarse, rules, **values):
         archive.check_destination(dest, overwrite)
-        shared = {name: values.pop(name) for name in OPTIONS if name in values}
         source, chosen = choose(sources.open_source(source, coarse), **values)
-        converted = convert.convert(source, chosen, dest, overwrite=overwrite, **shared)
-        dataset_tool.print_converted(dest, converted, chosen, shared['transform'])
+        converted = convert.convert(source, chosen, dest, overwrite=overwrite, **rules)
+        commands.print_converted(dest, converted, chosen, rules['transform'])
 
-    main = click.command(cls=cli.Command)(main)
-    shared = [param for param in dataset_tool.convert.params if param.name in OPTIONS]
-    main.params = shared + main.params
     return main
 
 
