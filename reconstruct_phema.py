@@ -35,21 +35,22 @@ def reconstruct(indir, inprefix, outdir, outprefix, outstd, outkimg, batch):
     files, in_nimg, in_std = zip(*(entry for entry in entries if entry[1] <= last), strict=True)
     prefix = files[0].prefix
     outprefix = outprefix or ('phema' if prefix == snapshot.PREFIX else prefix)
+    result = snapshot.load_snapshot(files[-1].path)
+    result.nimg = last
+    parameters = {name for name, _ in result.net.named_parameters()}
+    batch = batch or len(outstd)
     paths = []
-    for first in range(0, len(outstd), batch or len(outstd)):
-        stds = outstd[first:first + (batch or len(outstd))]
+    for first in range(0, len(outstd), batch):
+        stds = outstd[first:first + batch]
         coefficients = phema.solve_coefficients(in_nimg, in_std, last, stds)
-        template = snapshot.load_snapshot(files[-1].path)
-        parameters = {name for name, _ in template.net.named_parameters()}
         states = (snapshot.read_snapshot(file.path)['state']
                   for file in tqdm(files, unit='snapshot', disable=None))
         for std, state in zip(stds, phema.combine(states, coefficients, parameters), strict=True):
-            template.net.load_state_dict(state)
+            result.net.load_state_dict(state)
+            result.ema_std = std
             name = snapshot.snapshot_name(last, f'-{std:.3f}', outprefix)
             paths.append(os.path.join(outdir or indir, name))
-            snapshot.save_snapshot(
-                paths[-1], template.net, encoder=template.encoder, dataset=template.dataset,
-                recipe=template.recipe, sampler=template.sampler, nimg=last, ema_std=std)
+            snapshot.save_snapshot(paths[-1], **vars(result))
     return paths
 
 

@@ -29,8 +29,8 @@ class RunningMeans:
             else:
                 self._sums[name] = moments
 
-    def report(self) -> dict[str, tuple[float, float]]:
-        """{name: (mean, standard deviation)}; every process must call it, with the same names."""
+    def report(self) -> dict[str, dict]:
+        """{name: {'mean', 'std'}}; every process must call it, with the same names."""
         names = sorted(self._sums)
         if not names:
             return {}
@@ -39,7 +39,8 @@ class RunningMeans:
         self._sums = {}
         mean = total / count
         std = (squares / count - mean**2).clamp(min=0).sqrt()
-        return {name: (float(m), float(s)) for name, m, s in zip(names, mean, std, strict=True)}
+        return {name: {'mean': float(m), 'std': float(s)}
+                for name, m, s in zip(names, mean, std, strict=True)}
 
     def state_dict(self) -> dict:
         """Sums over all processes; every process must call it."""

@@ -209,11 +209,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict):
     memory, not through indices, so a state that was saved when the weights had another order
     (channels first or last) would be taken for that of other elements.
     """
-    settings = [{key: value for key, value in group.items() if key != 'params'}
-                for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, values in zip(optimizer.param_groups, settings, strict=True):
-        group.update(values)
+    settings = optimizer.state_dict()['param_groups']
+    optimizer.load_state_dict({'state': state['state'], 'param_groups': settings})
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
             if (torch.is_tensor(value) and value.shape == parameter.shape

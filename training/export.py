@@ -45,12 +45,6 @@ def check_destination(dest: str, form: str, overwrite: bool):
             raise UserError('is a folder that is no network, and is not removed', 'dest', place)
 
 
-def _description(snapshot: Snapshot) -> dict:
-    known = dict(vars(snapshot))
-    state = {key: known.pop(key) for key in ('nimg', 'ema_std')}
-    return describe(**known) | state
-
-
 def _weights(snapshot: Snapshot, dtype, prefix='') -> bytes:
     """The weights as safetensors; parameters as `dtype`, buffers as they are."""
     state = stored_state(snapshot.net, dtype).items()
@@ -68,7 +62,7 @@ def save_safetensors(dest: str, snapshot: Snapshot, dtype=torch.float32):
     last."""
     if os.path.exists(dest):
         os.remove(dest)  # old weights must not meet the new description
-    write_json(os.path.splitext(dest)[0] + '.json', _description(snapshot))
+    write_json(os.path.splitext(dest)[0] + '.json', describe(**vars(snapshot)))
     write_bytes(dest, _weights(snapshot, dtype))
 
 
@@ -77,7 +71,7 @@ def save_folder(dest: str, snapshot: Snapshot, dtype=torch.float32):
     weights as safetensors, and copies of the modules of this project that network and sampler
     need. It appears only when complete."""
     import diffusers
-    description = _description(snapshot)
+    description = describe(**vars(snapshot))
     class_name = description['network']['class_name']
     arguments = description['network']['kwargs']
     inner = arguments.get('network', {}).get('class_name')

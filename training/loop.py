@@ -30,6 +30,10 @@ from training.snapshot import describe, save_snapshot, snapshot_name
 OPTIMIZERS = {'Adam': torch.optim.Adam, 'AdamW': torch.optim.AdamW, 'SGD': torch.optim.SGD}
 
 
+# The new name of broadcast_buffers is not known to older versions of torch.
+warnings.filterwarnings('ignore', message='`broadcast_buffers` is deprecated')
+
+
 def _by_name(table: dict, settings: dict):
     """The entry of a table that `settings['name']` names, and the other settings."""
     settings = dict(settings)
@@ -69,10 +73,10 @@ class Trainer:
         self.stop_requested = False
         self.start = f'Starting at {self.nimg} images'
         self.train_seconds = 0.0                              # of earlier sessions
-        self.per_process = recipe.batch // dist.get_world_size()
-        if self.per_process * dist.get_world_size() != recipe.batch:
-            raise UserError(f'cannot be split over {dist.get_world_size()} processes',
-                            field='batch', value=recipe.batch)
+        processes = dist.get_world_size()
+        if recipe.batch % processes:
+            raise UserError(f'cannot be split over {processes} processes', 'batch', recipe.batch)
+        self.per_process = recipe.batch // processes
         self.batch_gpu = min(recipe.batch_gpu or self.per_process, self.per_process)
 
     def lr(self, nimg: int) -> float:
@@ -91,15 +95,21 @@ class Trainer:
         wandb    project of Weights & Biases
         """
         total = self.recipe.total_nimg
-        with self._folder(), self._signals():
+        with contextlib.ExitStack() as stack, self._signals():
+            if dist.get_rank() == 0:
+                os.makedirs(self.run_dir, exist_ok=True)
+                stack.enter_context(runs.locked(self.run_dir))
             for line in (summary, self.start, *(f'Changed: {change}' for change in changes)):
                 self._log(line)
-            self._open_logs(changes, files or {}, wandb)
+            self._open_logs(stack, changes, files or {}, wandb)
             self.model = self._wrap()
             self.net.train()
             steps = self.batches.iterate(self._plan())
             start = self.nimg
-            with contextlib.closing(steps), self._progress_bar() as bar:
+            # disable=None: shown on a terminal only.
+            bar = tqdm(total=total, initial=start, unit='img', unit_scale=True, leave=False,
+                       disable=dist.get_rank() != 0 or None)
+            with contextlib.closing(steps), bar:
                 while self.nimg < total and not dist.any_rank(self.stop_requested):
                     self._step(steps)
                     bar.update(self.recipe.batch)
@@ -108,7 +118,6 @@ class Trainer:
                 if self.nimg > start:                          # else there is nothing to keep
                     self._save_checkpoint()
                 self._log(f'Stopped at {self.nimg} images; the same command goes on from here.')
-            self._close_logs()
         return self.nimg
 
     def _plan(self):
@@ -120,15 +129,11 @@ class Trainer:
 
     def _wrap(self):
         model = torch.compile(self.net) if self.recipe.compile else self.net
-        if dist.get_world_size() > 1:
-            devices = [self.device] if self.device.type == 'cuda' else None
-            with warnings.catch_warnings():
-                # The new name of broadcast_buffers is not known to older versions of torch.
-                warnings.filterwarnings('ignore', message='`broadcast_buffers` is deprecated')
-                model = torch.nn.parallel.DistributedDataParallel(
-                    model, device_ids=devices, broadcast_buffers=False,
-                    gradient_as_bucket_view=True)
-        return model
+        if dist.get_world_size() == 1:
+            return model
+        return torch.nn.parallel.DistributedDataParallel(
+            model, device_ids=[self.device] if self.device.type == 'cuda' else None,
+            broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def _step(self, steps):
         """One step of the optimizer over the whole batch, and of the averages after it.
@@ -224,15 +229,6 @@ class Trainer:
     def _path(self, name):
         return os.path.join(self.run_dir, name)
 
-    @contextlib.contextmanager
-    def _folder(self):
-        """The run's folder, kept by this run alone."""
-        with contextlib.ExitStack() as stack:
-            if dist.get_rank() == 0:
-                os.makedirs(self.run_dir, exist_ok=True)
-                stack.enter_context(runs.locked(self.run_dir))
-            yield
-
     def find_checkpoint(self, resume_from: str | None = None) -> dict | None:
         """State of the newest whole checkpoint of the folder, else of the file `resume_from`."""
         state = self.checkpoints.load_newest(report=self._log)
@@ -291,9 +287,10 @@ class Trainer:
 
     # --- Logs -----------------------------------------------------------------------------------
 
-    def _open_logs(self, changes, files, wandb_project):
-        self._session_start = self._tick_start = time.time()
+    def _open_logs(self, stack, changes, files, wandb_project):
+        self._tick_start = time.time()
         self._tick_nimg = self.nimg
+        self._session_start = self._tick_start - self.train_seconds
         self._wandb = None
         if dist.get_rank() != 0:
             return
@@ -308,14 +305,15 @@ class Trainer:
         runs.wait_for_later_events(self.run_dir)
         first = self._count + self.checkpoints.counts_steps
         from torch.utils.tensorboard import SummaryWriter  # slow to import
-        self._tensorboard = SummaryWriter(self.run_dir, purge_step=first)
+        self._tensorboard = stack.enter_context(SummaryWriter(self.run_dir, purge_step=first))
         if wandb_project:
             try:
                 import wandb
             except ImportError:
                 raise UserError('needs the package wandb: pip install wandb', 'wandb') from None
-            self._wandb = wandb.init(project=wandb_project, dir=self.run_dir, resume='allow',
-                                     id=os.path.basename(os.path.abspath(self.run_dir)))
+            self._wandb = stack.enter_context(wandb.init(
+                project=wandb_project, dir=self.run_dir, resume='allow',
+                id=os.path.basename(os.path.abspath(self.run_dir))))
 
     def _trim_stats(self):
         """Drops what was logged after the checkpoint that we resume from, and half a line."""
@@ -330,17 +328,6 @@ class Trainer:
                         kept.append(line)
         write_bytes(path, ''.join(kept).encode())
 
-    def _close_logs(self):
-        if dist.get_rank() == 0:
-            self._tensorboard.close()
-            if self._wandb is not None:
-                self._wandb.finish()
-
-    def _progress_bar(self):
-        # disable=None: shown on a terminal only.
-        return tqdm(total=self.recipe.total_nimg, initial=self.nimg, unit='img', unit_scale=True,
-                    leave=False, disable=True if dist.get_rank() != 0 else None)
-
     def _log(self, text):
         if dist.get_rank() == 0:
             tqdm.write(text)
@@ -348,7 +335,7 @@ class Trainer:
                 f.write(text + '\n')
 
     def _seconds(self):
-        return self.train_seconds + time.time() - self._session_start
+        return time.time() - self._session_start
 
     def _report(self):
         """A line for the log and one for `stats.jsonl`, scalars for TensorBoard."""
@@ -372,16 +359,15 @@ class Trainer:
             values['Resources/peak_gpu_mem_gb'] = peak
             torch.cuda.reset_peak_memory_stats(self.device)
             line += f'  gpumem {peak:.2f}G'
-        for name, (mean, _) in means.items():
-            line += f'  {name.removeprefix("Loss/")} {mean:.4f}'
+        for name, row in means.items():
+            line += f'  {name.removeprefix("Loss/")} {row["mean"]:.4f}'
         self._log(line)
         if dist.get_rank() != 0:
             return
-        rows = means | {name: (value, 0.0) for name, value in values.items()}
-        row = {name: {'mean': mean, 'std': std} for name, (mean, std) in rows.items()}
+        rows = means | {name: {'mean': value, 'std': 0.0} for name, value in values.items()}
         with open(self._path('stats.jsonl'), 'a') as f:
-            f.write(json.dumps({'nimg': self.nimg} | row | {'timestamp': now}) + '\n')
-        self._log_scalars(values | {name: mean for name, (mean, _) in means.items()})
+            f.write(json.dumps({'nimg': self.nimg} | rows | {'timestamp': now}) + '\n')
+        self._log_scalars({name: row['mean'] for name, row in rows.items()})
 
     def _log_scalars(self, values):
         if dist.get_rank() == 0:

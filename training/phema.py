@@ -60,18 +60,12 @@ def power_function_correlation(a_ofs, a_std, b_ofs, b_std):
     return (a_exp + 1) * (b_exp + 1) * ratio**exp / scale
 
 
-def _columns(ofs, std):
-    """Profiles as two columns [profiles, 1]."""
-    arrays = np.broadcast_arrays(np.float64(ofs), np.float64(std))
-    return [array.reshape(-1, 1) for array in arrays]
-
-
 def solve_coefficients(in_ofs, in_std, out_ofs, out_std):
     """Weights [inputs, outputs] that make the output profiles from the input profiles (least
     squares, Eq. 143). The weights of an output sum to 1.
     """
-    in_ofs, in_std = _columns(in_ofs, in_std)
-    out_ofs, out_std = _columns(out_ofs, out_std)
+    in_ofs, in_std = np.float64(np.broadcast_arrays(in_ofs, in_std)).reshape(2, -1, 1)
+    out_ofs, out_std = np.float64(np.broadcast_arrays(out_ofs, out_std)).reshape(2, -1, 1)
     A = power_function_correlation(in_ofs, in_std, in_ofs.T, in_std.T)
     B = power_function_correlation(in_ofs, in_std, out_ofs.T, out_std.T)
     X = np.linalg.solve(A, B)

@@ -1,5 +1,6 @@
 """Learning rates and factors of averages: functions of the images before the step (`nimg`)."""
 
+import functools
 import math
 
 # --- Learning rates: (nimg, batch, lr, settings) -> rate of the step ----------------------------
@@ -9,21 +10,19 @@ def _rampup(nimg, length):
     return min(nimg / length, 1) if length > 0 else 1
 
 
-def edm2_lr(nimg, batch, lr, decay=70000, rampup_Mimg=10):
+def edm2_lr(nimg, batch, lr, decay=70000, rampup_Mimg=10, drop=1):
     """EDM2: linear warm-up over `rampup_Mimg` million images, inverse square root decay after
     `decay` batches (arXiv 2312.02696, Eq. 67). `decay=0` or `rampup_Mimg=0` turns that part off.
+
+    drop  the rate is divided by its square root at once when decay starts
     """
-    if decay > 0:
-        lr = lr / math.sqrt(max(nimg / (decay * batch), 1))
+    if decay > 0 and nimg > decay * batch:
+        lr = lr / math.sqrt(drop * nimg / (decay * batch))
     return lr * _rampup(nimg, rampup_Mimg * 1e6)
 
 
-def multisource_lr(nimg, batch, lr, decay=70000, rampup_Mimg=10):
-    """The multi-source study (arXiv 2502.14583): EDM2's, but it halves at once when decay starts.
-    """
-    if decay > 0 and nimg / (decay * batch) > 1:
-        lr = lr / math.sqrt(4 * nimg / (decay * batch))
-    return lr * _rampup(nimg, rampup_Mimg * 1e6)
+# The multi-source study (arXiv 2502.14583): it halves at once when decay starts.
+multisource_lr = functools.partial(edm2_lr, drop=4)
 
 
 def edm_lr(nimg, batch, lr, rampup_kimg=10000):

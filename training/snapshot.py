@@ -62,7 +62,7 @@ def write_state(path, state: dict):
         torch.save(state, file)  # given a path, it would write the temporary name into the file
 
 
-def describe(net, *, encoder, dataset, recipe, sampler=None) -> dict:
+def describe(net, *, encoder, dataset, recipe, sampler=None, nimg=0, ema_std=None) -> dict:
     """What a snapshot says besides its weights. `net` must come from `build_network`.
 
     sampler  of the recipe, `{'name': 'edm', 'num_steps': 18, ...}`; None: that of the network's
@@ -71,25 +71,20 @@ def describe(net, *, encoder, dataset, recipe, sampler=None) -> dict:
     return {
         'format': FORMAT, 'network': {'class_name': net.class_name, 'kwargs': net.init_kwargs},
         'encoder': encoder.config(), 'dataset': dataset, 'recipe': recipe, 'sampler': sampler,
-        'ema_std': None}
+        'nimg': int(nimg), 'ema_std': ema_std}
 
 
 def stored_state(net, dtype) -> dict:
     """The weights of a network on the CPU: parameters as `dtype`, buffers (frequencies, filters,
     statistics) as they are.
     """
-    parameters = {name for name, _ in net.named_parameters()}
-    state = {}
-    for name, value in net.state_dict().items():
-        stored = dtype if name in parameters and value.is_floating_point() else value.dtype
-        state[name] = value.to(stored).detach().cpu()
-    return state
+    parameters = {name: value.to(dtype) for name, value in net.named_parameters()}
+    return {name: value.detach().cpu() for name, value in (net.state_dict() | parameters).items()}
 
 
-def save_snapshot(path, net, *, nimg, ema_std=None, dtype=torch.float16, **description):
+def save_snapshot(path, net, *, dtype=torch.float16, **description):
     """Writes a snapshot; `path` appears only when complete. See `describe` and `stored_state`."""
-    write_state(path, describe(net, **description) | {
-        'state': stored_state(net, dtype), 'nimg': int(nimg), 'ema_std': ema_std})
+    write_state(path, describe(net, **description) | {'state': stored_state(net, dtype)})
 
 
 # --- Names of files -----------------------------------------------------------------------------
@@ -230,7 +225,7 @@ def load_snapshot(path: str, device='cpu', sha256: str | None = None, options: d
     elif found.kind == 'weights':
         snapshot = _restore_weights(found, options)
     else:
-        raise UserError(f'{path} holds no network; it is {_an(found.what)}')
+        raise UserError(f'{path} holds no network; it is: {found.what}')
     snapshot.net.to(device)
     return snapshot
 
@@ -242,10 +237,6 @@ def load_denoiser(path: str, device='cpu', **options) -> Snapshot:
         raise UserError(f'{path} holds a classifier, which makes no images; '
                         'give the snapshot of a diffusion model')
     return snapshot
-
-
-def _an(text: str) -> str:
-    return f'{"an" if text[0] in "aeiou" else "a"} {text}'
 
 
 def copy_weights(source: torch.nn.Module, net: torch.nn.Module, path: str) -> tuple[int, int]:
