@@ -538,8 +538,8 @@ def test_pictures_as_pillow_decodes_them_are_transformed_as_arrays(transform, tm
     picture(3, (70, 50)).save(tmp_path / 'x.webp', lossless=True)
     source = sources.open_source(str(tmp_path))
     function = make_transform(transform, 16, 8 if transform == 'center-crop-wide' else 16)
-    assert isinstance(source.picture(0), PIL.Image.Image) and source.read(0).shape == (50, 70, 3)
-    np.testing.assert_array_equal(function(source.picture(0)), function(source.read(0)))
+    assert isinstance(source.picture(0), PIL.Image.Image) and np.asarray(source.picture(0)).shape == (50, 70, 3)
+    np.testing.assert_array_equal(function(source.picture(0)), function(np.asarray(source.picture(0))))
 
 
 def test_inspect(tmp_path):

@@ -127,9 +127,9 @@ class StabilityVAEEncoder:
         """Pixels uint8 [N,3,H,W] -> mean and standard deviation float32 [N,8,H/8,W/8] of the
         posterior.
         """
-        def encode(x, vae):
+        def encode(x):
             x = x.to(torch.float32) / (255 / (1 - self.black)) + self.black
-            posterior = vae.encode(x.to(self._dtype)).latent_dist
+            posterior = self._vae.encode(x.to(self._dtype)).latent_dist
             return torch.cat([posterior.mean, posterior.std], dim=1).to(torch.float32)
 
         return self._in_batches(encode, pixels)
@@ -141,8 +141,8 @@ class StabilityVAEEncoder:
         """
         scale, bias = self.whitening(latents)
 
-        def decode(x, vae):
-            pixels = vae.decode(x.to(self._dtype)).sample.to(torch.float32)
+        def decode(x):
+            pixels = self._vae.decode(x.to(self._dtype)).sample.to(torch.float32)
             pixels = (pixels - self.black) / (1 - self.black)
             return (pixels.clamp(0, 1) * 255).to(torch.uint8)
 
@@ -155,12 +155,12 @@ class StabilityVAEEncoder:
         On the GPU the last part is filled up. On the CPU parts are single images, which are no
         slower there.
         """
-        vae = self.prepare(x.device)
+        self.prepare(x.device)
         size = self.batch_size if x.device.type == 'cuda' else 1
         outputs = []
         for part in x.split(size):
             fill = part[-1:].expand(size - len(part), -1, -1, -1)
-            outputs.append(function(torch.cat([part, fill]), vae)[:len(part)])
+            outputs.append(function(torch.cat([part, fill]))[:len(part)])
         return torch.cat(outputs)
 
     def prepare(self, device):

@@ -168,10 +168,6 @@ class ImageDataset(Dataset):
     def _where(self, row) -> str:
         return self._reader.where(self._files[row])
 
-    def file_name(self, index: int) -> str:
-        """Name in the archive of image `index`."""
-        return self._reader.names[self._files[index % len(self._files)]]
-
     def _decode(self, row) -> np.ndarray:
         """Image `row` of the archive as [C,H,W]."""
         data = self._reader.read(self._files[row])

@@ -1,6 +1,6 @@
 """Images of any file that holds some: folders, zips, and the `.npz` arrays of guided diffusion."""
 
-import os
+import contextlib
 import zipfile
 
 import numpy as np
@@ -18,11 +18,11 @@ class NpzImages(Dataset):
     """
 
     def __init__(self, path: str, image_key: str = 'arr_0', label_key: str = 'arr_1'):
+        labels = None
         try:
             self._array = open_array(path, image_key)
-            with zipfile.ZipFile(path) as z:
-                has_labels = f'{label_key}.npy' in z.namelist()
-            labels = open_array(path, label_key) if has_labels else None
+            with contextlib.suppress(KeyError):
+                labels = open_array(path, label_key)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             reason = ' '.join(str(error).split())[:100]
             raise UserError(f'{path}: no .npz file with the array {image_key} '
@@ -32,7 +32,7 @@ class NpzImages(Dataset):
         if self._array.dtype != np.uint8 or not is_images:
             raise UserError(f'{path}: {image_key} is {self._array.dtype} {list(shape)} '
                             'instead of uint8 images [N, H, W, 3]')
-        if has_labels:
+        if labels is not None:
             if labels.shape != shape[:1] or labels.dtype.kind not in 'iu':
                 raise UserError(f'{path}: {label_key} is {labels.dtype} {list(labels.shape)} '
                                 f'instead of whole numbers [{shape[0]}]')
@@ -49,7 +49,7 @@ class NpzImages(Dataset):
 
 def open_dataset(path: str, **options) -> Dataset:
     """The data set of a folder, a zip or an .npz; `options` are those of ImageDataset."""
-    if os.path.isfile(path) and zipfile.is_zipfile(path):
+    if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as z:
             if 'arr_0.npy' in z.namelist():
                 return NpzImages(path)

@@ -5,33 +5,41 @@ that trains on part of a batch asks for its own positions, so the order never de
 number of processes.
 """
 
+import functools
+
 import numpy as np
 
 from torch_utils.random import tuple_seed
 
 
-class EpochShuffle:
+class _Order:
+    """An endless stream of the indices 0..n-1."""
+
+    def __init__(self, n: int, seed: int = 0, shuffle: bool = True):
+        if n < 1:
+            raise ValueError('an order of no images')
+        self.n = n
+        self.seed = seed
+        self.shuffle = shuffle
+
+
+class EpochShuffle(_Order):
     """EDM2's order: every epoch is a fresh shuffle of 0..n-1, seeded by (seed, epoch).
 
     Position g is entry `g mod n` of epoch `g div n`. Nothing needs to be stored to go on from any
     position.
     """
 
-    def __init__(self, n: int, seed: int = 0, shuffle: bool = True):
-        if n < 1:
-            raise ValueError('an order of no images')
-        self.n, self.seed, self.shuffle = n, seed, shuffle
-        self._epochs = {}
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # A batch seldom touches more than two epochs.
+        self._order = functools.lru_cache(2)(self._make_order)
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._epochs:
-            order = np.arange(self.n, dtype=np.int64)
-            if self.shuffle:
-                np.random.RandomState(tuple_seed(self.seed, epoch)).shuffle(order)
-            if len(self._epochs) > 1:  # a batch seldom touches more than two epochs
-                self._epochs.clear()
-            self._epochs[epoch] = order
-        return self._epochs[epoch]
+    def _make_order(self, epoch: int) -> np.ndarray:
+        order = np.arange(self.n, dtype=np.int64)
+        if self.shuffle:
+            np.random.RandomState(tuple_seed(self.seed, epoch)).shuffle(order)
+        return order
 
     def indices(self, positions) -> np.ndarray:
         """Image indices (int64, shape of `positions`) at the positions (int64 >= 0, any order)."""
@@ -44,7 +52,7 @@ class EpochShuffle:
         return out
 
 
-class WindowShuffle:
+class WindowShuffle(_Order):
     """EDM's order: one shuffle of 0..n-1, in which each visited entry is then swapped with one of
     the last n*window.
 
@@ -56,11 +64,9 @@ class WindowShuffle:
     CHUNK = 1 << 16  # positions that are passed over at a time
 
     def __init__(self, n: int, seed: int = 0, shuffle: bool = True, window: float = 0.5):
-        if n < 1:
-            raise ValueError('an order of no images')
+        super().__init__(n, seed, shuffle)
         if not 0 <= window <= 1:
             raise ValueError(f'window {window} is not between 0 and 1')
-        self.n, self.seed, self.shuffle = n, seed, shuffle
         self._window = int(np.rint(n * window)) if shuffle else 0
         self._restart()
 

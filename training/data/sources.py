@@ -1,6 +1,6 @@
 """What can be read: folders and zips of images, and the files in which the usual data sets come.
 
-Every source is a list of images with `len()`, `read(index)` -> uint8 [H,W,3] (raises BadImage),
+Every source is a list of images with `len()`, `picture(index)` (uint8 [H,W,3] or Pillow's),
 `where(index)` (its name for messages), and
 
     labels      int64 [n], float32 [n,D], or None
@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import gzip
 import itertools
+import math
 import os
 import re
 import struct
@@ -50,11 +51,11 @@ class Source:
         """Whether `path` is of this kind."""
         return False
 
-    def read(self, index) -> np.ndarray:
-        return np.asarray(self.picture(index))
-
     def picture(self, index):
-        """The same as `read`, or Pillow's image of mode RGB where Pillow has decoded it."""
+        """Pixels uint8 [H,W,3], or Pillow's image of mode RGB where Pillow has decoded it.
+
+        Raises BadImage.
+        """
         raise NotImplementedError
 
     def stack(self, indices) -> np.ndarray | None:
@@ -307,13 +308,12 @@ def _read_idx(path: str, dimensions: int) -> np.ndarray:
     """The uint8 array of an idx file (optionally gzipped) with so many dimensions."""
     expected = 0x0800 + dimensions
     try:
-        with open(path, 'rb') as file:
-            packed = file.read(2) == b'\x1f\x8b'
-        with gzip.open(path, 'rb') if packed else open(path, 'rb') as file:
+        with open(path, 'rb') as raw:
+            file = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b'\x1f\x8b' else raw
             magic, *shape = struct.unpack(f'>{1 + dimensions}I', file.read(4 + 4 * dimensions))
             if magic != expected:
                 raise ValueError(f'it starts with {magic:#x} instead of {expected:#x}')
-            size = int(np.prod(shape, dtype=object))
+            size = math.prod(shape)
             data = file.read(min(size, 1 << 34) + 1)
     except FileNotFoundError:
         raise UserError(f'{path} does not exist; it belongs beside the other file '
@@ -414,9 +414,9 @@ def _cifar_names(split: str) -> set[str]:
 
 def _read_folder(path: str, split: str) -> dict[str, bytes]:
     """{base name: content} of what an unpacked CIFAR archive has of a split."""
-    folder = _cifar_folder(path) or path
-    paths = {name: os.path.join(folder, name) for name in _cifar_names(split)}
-    return {name: Path(path).read_bytes() for name, path in paths.items() if os.path.isfile(path)}
+    folder = Path(_cifar_folder(path) or path)
+    return {name: (folder / name).read_bytes() for name in _cifar_names(split)
+            if (folder / name).is_file()}
 
 
 def _read_tar(path: str, split: str) -> dict[str, bytes]:
@@ -473,12 +473,10 @@ class JoinedSource(Source):
         by_wnid = all(source.wnids for source in self.sources)
         tables = [_class_table(source, by_wnid) for source in self.sources]
         merged = {}  # key -> (original index, name)
-        taken = set()
         for key, index, name in itertools.chain(*tables):
             if key not in merged:
-                index = max(taken) + 1 if index in taken else index
-                taken.add(index)
-                merged[key] = (index, name)
+                taken = [other for other, _ in merged.values()]
+                merged[key] = (max(taken) + 1 if index in taken else index, name)
         keys = sorted(merged, key=merged.get) if by_wnid else list(merged)
         place = {key: label for label, key in enumerate(keys)}
         labels = [np.array([place[key] for key, _, _ in table])[source.labels]
