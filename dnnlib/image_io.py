@@ -44,8 +44,9 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 
 def encode_pngs(pixels: np.ndarray) -> tuple[np.ndarray, list[int]]:
-    """The same of images of one size, [n,H,W,3] or [n,H,W]: files uint8 [n,bytes], and their CRC-32.
+    """The same of images of one size, [n,H,W,3] or [n,H,W].
 
+    Returns the files, uint8 [n,bytes], and their CRC-32.
     All that does not depend on the pixels is laid out once for all images.
     """
     count, height, width = pixels.shape[:3]

@@ -1,6 +1,7 @@
 """The .npy and .npz formats: headers, where files in a zip begin, arrays that stay on the disk.
 
-NumPy is imported where arrays are made: programs that only copy their bytes start in half the time.
+NumPy is imported where arrays are made: programs that only copy their bytes start in half the
+time.
 """
 
 import ast

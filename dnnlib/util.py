@@ -1,4 +1,6 @@
-"""Small things that every room needs: errors for users, whole-or-nothing files, counts with suffixes, cores."""
+"""Small things that every room needs: errors for users, whole-or-nothing files, counts with
+suffixes, cores.
+"""
 
 import collections
 import contextlib
@@ -13,10 +15,10 @@ import sys
 
 
 class UserError(Exception):
-    """An error that the user can mend: one line that names the field or the file and says what to do.
+    """An error that the user can mend: one line that names field or file and says what to do.
 
-    The library knows no command lines: it names the `field` that is wrong, and its `value`. A script
-    prints the line without a traceback, with its own option in place of the field (`dnnlib.cli`).
+    The library knows no command lines: it names the `field` that is wrong, and its `value`. A
+    script prints the line without a traceback, with its own option in place of the field (`dnnlib.cli`).
     """
 
     def __init__(self, text: str, field: str | None = None, value=None):
@@ -96,7 +98,7 @@ def hash_file(path: str, algorithm: str = 'sha256') -> str:
 
 
 def require_same(what: str, recorded: dict, wanted: dict, advice: str):
-    """Raises UserError, with `advice`, if `what` was made with other values than `wanted` (plain ones)."""
+    """Raises UserError, with `advice`, if `what` was made with other values than `wanted`."""
     for key, value in wanted.items():
         if recorded.get(key) != value:
             raise UserError(f'{what} was made with another {key} '
@@ -107,7 +109,9 @@ _SUFFIXES = {'': 1, 'k': 10**3, 'm': 10**6, 'g': 10**9, 'ki': 2**10, 'mi': 2**20
 
 
 def parse_count(text) -> int:
-    """'64Ki' -> 65536. Suffixes Ki, Mi, Gi are powers of two, k, M, G powers of ten; fractions such as 1.5Mi are fine.
+    """'64Ki' -> 65536. Suffixes Ki, Mi, Gi are powers of two, k, M, G powers of ten.
+
+    Fractions such as 1.5Mi are fine.
 
     Raises ValueError for anything else, negative numbers and counts that are not whole.
     """
@@ -152,7 +156,7 @@ def format_time(seconds: float) -> str:
 
 
 def subset(n: int, max_size: int, seed: int):
-    """Sorted random choice of `max_size` of 0..n-1 (int64 array): the rule that EDM and EDM2 use for size limits."""
+    """Sorted random choice of `max_size` of 0..n-1 (int64 array): EDM's and EDM2's size limit."""
     import numpy as np  # scripts that need none start in half the time without
     order = np.arange(n, dtype=np.int64)
     if n > max_size:
@@ -191,7 +195,8 @@ def project_version() -> str | None:
     folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     if not os.path.exists(os.path.join(folder, '.git')):
         return None
-    command = ['git', '-C', folder, 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*']
+    command = ['git', '-C', folder, 'describe', '--always', '--dirty', '--abbrev=12',
+               '--exclude=*']
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -200,4 +205,6 @@ def project_version() -> str | None:
 
 def core_count() -> int:
     """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

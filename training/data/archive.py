@@ -217,7 +217,7 @@ def labels_of(reader: ArchiveReader, names: list[str], description: dict) -> np.
 
 
 def count_classes(labels: np.ndarray, info: dict, where: str) -> int:
-    """Classes of labels int64 [n] or float32 [n,D]: as many as `info` names (see CLASS_TABLES), if any.
+    """Classes of labels int64 [n] or float32 [n,D]: as many as `info` names, if any.
 
     Raises UserError unless the tables are equally long lists of numbers or names for all labels.
     """
@@ -225,7 +225,8 @@ def count_classes(labels: np.ndarray, info: dict, where: str) -> int:
     tables = [info[key] for key in CLASS_TABLES if info.get(key) is not None]
     for table in tables:
         if not isinstance(table, list) or set(map(type, table)) not in ({int}, {str}):
-            raise UserError(f'{where}: classes in dataset.json must be lists of numbers or of names')
+            raise UserError(f'{where}: classes in dataset.json must be lists of numbers '
+                            'or of names')
     named = set(map(len, tables)) or {count}
     if len(named) > 1 or max(named) < count:
         raise UserError(f'{where}: dataset.json names {min(named)} classes, '
@@ -279,7 +280,8 @@ class _StoredZip:
             for row in zip(names, files, crcs, strict=True):
                 self.add(*row)
             return
-        headers, entries = (np.tile(np.frombuffer(x, np.uint8), (count, 1)) for x in (header, entry))
+        headers, entries = (np.tile(np.frombuffer(data, np.uint8), (count, 1))
+                            for data in (header, entry))
         headers[:, 14:18] = entries[:, 16:20] = _numbers(crcs)
         headers[:, 30:] = entries[:, 46:] = np.array(names, 'S').view(np.uint8).reshape(count, -1)
         entries[:, 42:46] = _numbers(self.offset + length * np.arange(count))

@@ -64,6 +64,6 @@ def open_images(path: str) -> Dataset:
 def pixels_of(images: Dataset) -> Dataset:
     """The data set, if it holds pixels. Raises UserError for latents."""
     if images.dtype != np.uint8:
-        raise UserError(f'{images.path} holds latents; metrics need pixels: give the data set that '
-                        'was encoded, or its decoding (dataset_tool.py decode)')
+        raise UserError(f'{images.path} holds latents; metrics need pixels: give the data set '
+                        'that was encoded, or its decoding (dataset_tool.py decode)')
     return images
