@@ -11,7 +11,6 @@ from dnnlib import UserError
 from dnnlib.util import subset
 from long_tail import prd
 from metrics import compute
-from metrics.frechet import frechet_distance
 from metrics.precision_recall import precision_recall
 from metrics.recognition import Recognizer
 from metrics.statistics import Statistics
@@ -41,7 +40,7 @@ class Evaluation:
     score, prd, manifold  whether to compute the Inception Score (where there are probabilities),
                           PRD, and improved precision and recall
     recognizer            classifier of the features that was trained on the reference
-    on_device             the Frechet distance by torch, on `device`
+    frechet_device        where torch computes the Frechet distance; None: without torch
     """
 
     reference: Statistics
@@ -51,14 +50,12 @@ class Evaluation:
     prd: bool = True
     manifold: bool = True
     recognizer: Recognizer | None = None
-    on_device: bool = False
+    frechet_device: torch.device | None = None
 
     def metrics(self, generated: Statistics, real: Statistics, num_classes: int) -> dict:
         """All metrics of images of so many classes."""
-        a = generated.gaussians[self.space]
-        b = real.gaussians[self.space]
-        device = self.device if self.on_device else None
-        values = {'fid': frechet_distance(a.mu, a.sigma, b.mu, b.sigma, device)}
+        a, b = (side.gaussians[self.space] for side in (generated, real))
+        values = {'fid': a.distance(b, self.frechet_device)}
         if self.score and PROTOCOL.probs in generated.features:
             values |= compute.score(generated, real, self.space, PROTOCOL)
         if self.space not in real.features:

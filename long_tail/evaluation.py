@@ -23,13 +23,8 @@ SETTINGS = ('sample_method', 'omega', 'ddim_steps', 'num_images', 'seed', 'detec
             'group_sizes')
 
 
-def dimensions(detector: str, size: int) -> int:
-    """Numbers that a detector gives for an RGB image of size x size."""
-    return {'inception': 2048, 'dinov2': 1024, 'pixels': 3 * size**2}[detector]
-
-
-def sampling_of(net, flags) -> dict:
-    """CBDM's sampler with the options of the command line, for `generate_images`.
+def generate(net, flags, seeds, **options):
+    """Batches of CBDM's sampler with the options of the command line (see `generate_images`).
 
     The network guides itself: eps + omega (eps - eps_unconditional). Predicted images are not
     clipped before the last.
@@ -38,7 +33,13 @@ def sampling_of(net, flags) -> dict:
     guidance = {'cfg': 1 + flags['omega'], 'cond': 1, 'uncond': 0}[method]
     steps = flags['ddim_steps'] or None
     sampler = dict(name='ddim' if steps else 'ddpm', num_steps=steps, clip=False)
-    return dict(guide=without_labels(net), guidance=guidance, sampler=sampler)
+    return generate_images(net, RGBEncoder(), seeds, batch=flags['batch_size'], sampler=sampler,
+                           guide=without_labels(net), guidance=guidance, **options)
+
+
+def has_labels(net, flags) -> bool:
+    """Whether images are generated for classes."""
+    return bool(net.label_dim) and flags['sample_method'] != 'uncond'
 
 
 def save_grid(path: str, net, flags, class_names: list):
@@ -46,35 +47,33 @@ def save_grid(path: str, net, flags, class_names: list):
     size = flags['sample_size']
     rows = math.isqrt(size)
     labels = names = None
-    if net.label_dim and flags['sample_method'] != 'uncond':
+    if has_labels(net, flags):
         rows = net.label_dim if 4 * net.label_dim <= size else min(rows, net.label_dim)
         shown = np.linspace(0, net.label_dim - 1, rows).round().astype(int)
-        labels = shown.repeat(size // rows).tolist()
+        labels = shown.repeat(size // rows)
         names = [class_names[label] for label in shown]
     columns = size // rows
-    batches = generate_images(net, RGBEncoder(), range(rows * columns), labels=labels,
-                              batch=flags['batch_size'], split=False, **sampling_of(net, flags))
+    batches = generate(net, flags, range(rows * columns), labels=labels, split=False)
     images = torch.cat([batch.images.cpu() for batch in batches])
     pictures.save_image_grid(path, images, columns, names)
 
 
-def sample(net, flags) -> tuple[np.ndarray, np.ndarray | None]:
-    """--num_images images uint8 [N,H,W,3] and labels int64 [N] (or None); on every process.
+def sample(net, flags) -> dict[str, np.ndarray]:
+    """--num_images images, arr_0 uint8 [N,H,W,3], and labels, arr_1 int64 [N], if it has any.
 
-    Image i depends on seed --seed * num_images + i alone; its label is drawn from it, uniformly.
+    The same on every process. Image i depends on seed --seed * num_images + i alone; its label is
+    drawn from it, uniformly.
     """
     first = flags['seed'] * flags['num_images']
-    seeds = range(first, first + flags['num_images'])
-    batches = generate_images(net, RGBEncoder(), seeds, batch=flags['batch_size'],
-                              progress=True, **sampling_of(net, flags))
+    batches = generate(net, flags, range(first, first + flags['num_images']), progress=True)
     parts = [(batch.seeds, batch.images.cpu().numpy(), batch.labels) for batch in batches]
     parts = [part for process in dist.gather_objects(parts) for part in process]
     seeds, images, labels = zip(*parts, strict=True)
     order = np.argsort(np.concatenate(seeds))
-    images = np.concatenate(images)[order].transpose(0, 2, 3, 1)
-    if not net.label_dim or flags['sample_method'] == 'uncond':
-        return images, None
-    return images, np.concatenate(labels)[order]
+    arrays = {'arr_0': np.concatenate(images)[order].transpose(0, 2, 3, 1)}
+    if has_labels(net, flags):
+        arrays['arr_1'] = np.concatenate(labels)[order]
+    return arrays
 
 
 class Evaluator:
@@ -94,7 +93,8 @@ class Evaluator:
         reference = self._reference(flags['fid_cache'], detector)
         self.evaluation = classwise.Evaluation(
             reference, self.space, self.detectors.device, prd=flags['prd'],
-            manifold=flags['improved_prd'], on_device=flags['fid_use_torch'])
+            manifold=flags['improved_prd'],
+            frechet_device=self.detectors.device if flags['fid_use_torch'] else None)
         if flags['recognition']:
             self.evaluation.recognizer = self._recognizer(reference)
         if self.space not in reference.features and (flags['prd'] or flags['improved_prd']):
@@ -104,31 +104,31 @@ class Evaluator:
     def _reference(self, path: str, detector: str) -> Statistics:
         """--fid_cache, which must be of the detector's features for images of this size."""
         if not os.path.isfile(path):
-            raise UserError(f'--fid_cache={path}: no such file; make it with make_stats.py')
+            raise UserError('is no file; make it with make_stats.py', 'fid_cache', path)
         reference = load_statistics(path, space=self.space)
-        dim = dimensions(detector, self.flags['img_size'])
+        pixels = 3 * self.flags['img_size']**2
+        dim = {'inception': 2048, 'dinov2': 1024, 'pixels': pixels}[detector]
         stored = {space: gaussian.dim for space, gaussian in reference.gaussians.items()}
         if stored.get(self.space) != dim:
             stored = ', '.join(f'{num} dimensions of {space}' for space, num in stored.items())
-            raise UserError(f'--fid_cache={path} has {stored or "no statistics"}, the features of '
-                            f'{detector} have {dim}; make it with make_stats.py '
-                            f'--detector={detector} from images of this size')
+            raise UserError(f'has {stored or "no statistics"}, the features of {detector} have '
+                            f'{dim}; make it with make_stats.py --detector={detector} from images '
+                            'of this size', 'fid_cache', path)
         weights = self.detectors[detector].fingerprint
         made_with = reference.meta.get('detectors', {}).get(detector, {})
         if made_with.get('fingerprint', weights) != weights:
-            raise UserError(f'--fid_cache={path} was made with other weights of {detector}; '
-                            'make it again')
+            raise UserError(f'was made with other weights of {detector}; make it again',
+                            'fid_cache', path)
         return reference
 
     def _recognizer(self, reference: Statistics) -> Recognizer:
         features = reference.features.get('fd_pixels')
         if self.space != 'fd_pixels' or features is None or reference.labels is None:
-            raise UserError('--recognition needs --detector=pixels, '
-                            'and a --fid_cache with features')
+            raise UserError('needs --detector=pixels, and a --fid_cache with features',
+                            'recognition')
         if len(features) > MOST_RECOGNISED:
-            raise UserError(f'--recognition: {len(features)} reference images are too many for '
-                            f'its classifier (at most {MOST_RECOGNISED}); make the --fid_cache with '
-                            f'--num={MOST_RECOGNISED}')
+            raise UserError(f'{len(features)} reference images are too many for its classifier; '
+                            f'make the --fid_cache with --num={MOST_RECOGNISED}', 'recognition')
         return Recognizer(features.numpy(), reference.labels)
 
     def file(self, step: int, suffix: str) -> str:
@@ -168,16 +168,15 @@ class Evaluator:
         num = self.flags['num_images']
         if self.flags['sampled']:
             if not os.path.isfile(path):
-                raise UserError(f'--sampled: {path} does not exist; '
-                                'sample first, without --sampled')
+                raise UserError(f'{path} does not exist; sample first, without --sampled',
+                                'sampled')
             images = NpzImages(path)
             if len(images) != num:
-                raise UserError(f'--sampled: {path} has {len(images)} images instead of '
-                                f'--num_images={num}')
+                raise UserError(f'{path} has {len(images)} images instead of --num_images={num}',
+                                'sampled')
             return images
-        images, labels = sample(net, self.flags)
+        arrays = sample(net, self.flags)
         if dist.get_rank() == 0:
-            arrays = {'arr_0': images} if labels is None else {'arr_0': images, 'arr_1': labels}
             with util.atomic_path(path) as temp, open(temp, 'wb') as file:
                 np.savez(file, **arrays)
         dist.barrier()

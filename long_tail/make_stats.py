@@ -8,8 +8,9 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import pandas as pd
 
-from dnnlib import UserError, cli
+from dnnlib import UserError, cli, options
 from long_tail import datasets
 from metrics.features import Detectors, measure
 from metrics.images import read_batches
@@ -20,11 +21,9 @@ from torch_utils import distributed as dist
 def balanced(labels, num: int) -> np.ndarray:
     """Indices of `num` images, as many of each class up to one: a random choice with seed 0."""
     order = np.random.RandomState(0).permutation(len(labels))
-    place = np.empty(len(labels), dtype=np.int64)  # of each image among those of its class
-    for label in np.unique(labels):
-        of_class = order[labels[order] == label]
-        place[of_class] = np.arange(len(of_class))
-    return np.sort(np.lexsort([labels, place])[:num])
+    labels = pd.Series(labels[order])
+    place = labels.groupby(labels).cumcount()  # of each image among those of its class
+    return np.sort(order[np.lexsort([labels, place])[:num]])
 
 
 def make(data_type, dest, detector, weights=None, root='./', split='train', download=False,
@@ -37,7 +36,7 @@ def make(data_type, dest, detector, weights=None, root='./', split='train', down
     detectors = Detectors({detector: weights})
     batches = read_batches(data, indices, batch)
     statistics = measure(batches, len(indices), detectors, gaussians=[space],
-                                 features=[space] if features else [])
+                         features=[space] if features else [])
     if dist.get_rank() == 0:
         statistics.meta = dict(data_type=data_type, split=split, class_names=data.class_names,
                                detectors=detectors.description())
@@ -56,39 +55,33 @@ Examples:
 \b
 Under torchrun the processes share the work.
 """)
-@click.option('--data_type', '--data-type', metavar='NAME', required=True,
-              type=click.Choice(datasets.DATA_TYPES),
-              help='Data set, as for main.py; of a long-tailed one ("lt") give the balanced '
-                   'original')
-@click.option('--root', metavar='PATH', default='./',
-              help='Where the CIFAR archive or its folder is; for zip, the zip or folder')
+@options.text('NAME', '--data_type --data-type', 'Data set, as for main.py; of a long-tailed one '
+              '("lt") give the balanced original',
+              required=True, type=click.Choice(datasets.DATA_TYPES))
+@options.path('--root', './',
+              'Where the CIFAR archive or its folder is; for zip, the zip or folder')
 @click.option('--download', is_flag=True,
               help='Fetch the CIFAR archive to --root if it is not there')
-@click.option('--split', metavar='train|test', type=click.Choice(['train', 'test']),
-              default='train', help='Images of CIFAR')
-@click.option('--dest', metavar='NPZ', required=True, help='File to write')
-@click.option('--detector', metavar='|'.join(USUAL), type=click.Choice(list(USUAL)),
-              default='inception', help='Network of the features')
-@click.option('--weights', metavar='PATH',
-              help='Weights of the detector: file, folder or URL  [default: the published ones]')
-@click.option('--img_size', '--img-size', metavar='INT', type=click.IntRange(min=1),
-              help='Resize the images  [default: as stored]')
-@click.option('--max_images', '--max-images', '--num', 'num', metavar='INT',
-              type=click.IntRange(min=2),
-              help='Use so many images, the same number of each class  [default: all]')
+@options.choice('--split', 'train', 'Images of CIFAR', ['train', 'test'])
+@options.text('NPZ', '--dest', 'File to write', required=True)
+@options.choice('--detector', 'inception', 'Network of the features', USUAL)
+@options.path('--weights', None,
+              'Weights of the detector: file, folder or URL  [default: the published ones]')
+@options.integer('--img_size --img-size', None, 'Resize the images  [default: as stored]')
+@options.integer('--max_images --max-images --num num', None,
+                 'Use so many images, the same number of each class  [default: all]', least=2)
 @click.option('--features/--nofeatures', default=True,
               help='Store features and labels, which precision, recall, PRD and class groups need')
-@click.option('--batch', metavar='INT', type=click.IntRange(min=1), default=64,
-              help='Images that go through the detector together')
-def main(data_type, split, **options):
+@options.batch(64)
+def main(data_type, split, **settings):
     """Make the --fid_cache of main.py from a data set."""
     dist.init()
     if data_type.endswith('lt'):
-        raise UserError(f'--data_type={data_type}: the reference is the whole data set; '
-                        f'give {data_type.removesuffix("lt")}')
+        raise UserError('is long-tailed, and the reference is the whole data set; '
+                        f'give {data_type.removesuffix("lt")}', 'data_type', data_type)
     if split == 'test' and data_type not in datasets.CIFAR:
-        raise UserError(f'--split=test: {data_type} has no such part')
-    make(data_type, split=split, **options)
+        raise UserError(f'is no part of {data_type}', 'split', split)
+    make(data_type, split=split, **settings)
     dist.barrier()
     dist.shutdown()
 
