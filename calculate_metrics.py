@@ -173,15 +173,13 @@ def calc(images, detection, comparison, num, reading):
         --metrics=fd_pixels
     """
     dist.init()
-    class_name = reading.pop('class_name')
-    data = open_images(images)
-    indices = select(data, 50000 if num is None else num, reading['seed'], class_name)
-    if num and len(indices) < num:
-        raise UserError(f'--num={num}: {images} has only {len(indices)} images'
-                        + (f' of class {class_name}' if class_name else ''))
-    batches = read_batches(data, indices, reading['batch'], reading['workers'])
-    what = dict(images=images, class_name=class_name, num=num)
-    measure_and_report(batches, len(indices), what, detection, **comparison, **reading)
+    batches, count, what = of_files(images, 50000 if num is None else num, **reading)
+    if num and count < num:
+        class_name = reading['class_name']
+        raise UserError(f'{images} has only {count} images'
+                        + (f' of class {class_name}' if class_name else ''), 'num')
+    del reading['class_name']
+    measure_and_report(batches, count, what | dict(num=num), detection, **comparison, **reading)
 
 
 @main.command()
@@ -206,14 +204,8 @@ def gen(network, class_, sampler, seeds, num, batch, workers, detection, compari
         --metrics=fd_pixels
     """
     dist.init()
-    seeds = first_seeds(seeds, num)
-    generator = open_generator(**network, class_=class_, sampler=sampler)
-    classes = generator.snapshot.dataset.get('classes')
-    batches = ((torch.tensor(part.seeds), part.images,
-                part.labels and torch.from_numpy(class_ids(part.labels, classes)))
-               for part in generator.images(seeds, batch=batch))
-    what = dict(generator.record, seeds=seeds, num=num)
-    measure_and_report(batches, len(seeds), what, detection, **comparison, seed=0, batch=batch,
+    batches, count, what = of_network(network, class_, sampler, seeds, num, batch=batch)
+    measure_and_report(batches, count, what, detection, **comparison, seed=0, batch=batch,
                        workers=workers)
 
 
@@ -260,27 +252,20 @@ def memorization(network, class_, sampler, images, data, xflip, seeds, num, seed
                 check_parent(path)
     training = pixels_of(ImageDataset(data, use_labels=False, xflip=xflip))
     if images is None:
-        seeds = first_seeds(seeds, num)
-        generator = open_generator(**network, class_=class_, sampler=sampler)
-        what = dict(generator.record, seeds=seeds)
-        batches = ((part.seeds, part.images)
-                   for part in generator.images(seeds, batch=batch, progress=True))
+        batches, count, what = of_network(network, class_, sampler, seeds, num, batch=batch,
+                                          progress=True)
     else:
-        opened = open_images(images)
-        indices = select(opened, num, seed, class_)
-        what = dict(images=images, class_name=class_, seed=seed)
-        batches = ((indices[positions.numpy()], pixels)
-                   for positions, pixels, _ in read_batches(opened, indices, batch, workers))
+        batches, count, what = of_files(images, num, class_, seed, batch, workers)
     copies = find_copies(batches, training)
     if dist.get_rank() == 0:
         results = copies.results()
-        print(f'\n{len(copies.ids)} images against {len(training)} of {data}')
+        print(f'\n{count} images against {len(training)} of {data}')
         print(f'  memorization_ratio  {results["memorization_ratio"]:.4f}')
         print(f'  mean_distance       {results["mean_distance"]:.4f}')
         if dest:
             write_json(dest, dict(
-                results=results, **what, data=data, xflip=xflip, num_training=len(training),
-                num=num, batch=batch, command=sys.argv, **dist.environment(),
+                what, results=results, data=data, xflip=xflip, num_training=len(training),
+                num=num, seed=seed, batch=batch, command=sys.argv, **dist.environment(),
                 samples=copies.table()), indent=None)
         if grid:
             copies.save_picture(grid, training)
@@ -296,12 +281,25 @@ def refuse_unused(names, where: str):
             raise UserError(f'{param.opts[0]} has no meaning with {where}; leave it out')
 
 
-def first_seeds(seeds, num: int | None) -> list[int]:
-    """The first `num` of the seeds, each once, sorted."""
+def of_files(path, num, class_name, seed, batch, workers):
+    """Batches for `measure` of images in files, how many images they are, and what they are."""
+    images = open_images(path)
+    indices = select(images, num, seed, class_name)
+    batches = read_batches(images, indices, batch, workers)
+    return batches, len(indices), dict(images=path, class_name=class_name)
+
+
+def of_network(network, class_, sampler, seeds, num, **options):
+    """The same of images of a network, for the first `num` of the seeds, each once."""
     seeds = sorted(list(dict.fromkeys(seeds))[:num])
     if not seeds:
         raise UserError('there is nothing to generate', field='num', value=0)
-    return seeds
+    generator = open_generator(**network, class_=class_, sampler=sampler)
+    classes = generator.snapshot.dataset.get('classes')
+    batches = ((torch.tensor(part.seeds), part.images,
+                part.labels and torch.from_numpy(class_ids(part.labels, classes)))
+               for part in generator.images(seeds, **options))
+    return batches, len(seeds), dict(generator.record, seeds=seeds, num=num)
 
 
 def open_reference(path, sha256, class_name, metrics) -> Statistics:

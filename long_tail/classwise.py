@@ -5,6 +5,7 @@ The groups are those of classes with many, medium and few training images.
 
 import dataclasses
 
+import pandas as pd
 import torch
 
 from dnnlib import UserError
@@ -121,11 +122,8 @@ def evaluate(generated: Statistics, evaluation: Evaluation, counts=None, sizes=(
 
 def table(results: dict) -> str:
     """The metrics of all images and of each group as lines of text."""
-    rows = {'all': results['all']} | results.get('groups', {})
-    names = [name for name in results['all'] if name != 'is_std']
-    lines = [f'{"":8}{"classes":>8}' + ''.join(f'{name:>13}' for name in names)]
-    for row, values in rows.items():
-        cells = ''.join(f'{values[name]:13.4f}' if name in values else f'{"-":>13}'
-                        for name in names)
-        lines.append(f'{row:8}{len(values["classes"]) if "classes" in values else "":>8}{cells}')
-    return '\n'.join(lines)
+    rows = {'all': results['all']}
+    for group, values in results.get('groups', {}).items():
+        rows[group] = values | {'classes': str(len(values['classes']))}
+    frame = pd.DataFrame(rows).T.drop(columns='is_std', errors='ignore')
+    return frame.to_string(float_format='{:.4f}'.format, na_rep='-')

@@ -79,6 +79,6 @@ def measure_images(images, detectors: Detectors, *, num=None, seed=0, class_name
     `keep_num`: of how many of them the features are kept.
     """
     indices = image_files.select(images, num, seed, class_name)
-    keep = subset(len(indices), keep_num, seed) if keep_num is not None else None
+    keep = None if keep_num is None else indices[subset(len(indices), keep_num, seed)]
     batches = image_files.read_batches(images, indices, batch, workers)
     return measure(batches, len(indices), detectors, keep=keep, **what)

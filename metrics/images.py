@@ -44,16 +44,15 @@ def class_ids(labels, classes: list | None) -> np.ndarray:
 def read_batches(images, indices, batch: int = 64, workers: int = 2) -> Iterator[tuple]:
     """This process's share of the batches of images[indices], as tensors.
 
-    Yields (positions int64 [n], images uint8 [n, C, H, W], class ids int64 [n] or None). A
-    position is the place within `indices`. `workers` threads read ahead.
+    Yields (indices int64 [n], images uint8 [n, C, H, W], class ids int64 [n] or None). `workers`
+    threads read ahead.
     """
-    ids = class_ids(images.label_ids[indices], images.classes) if images.has_labels else None
-
     def read(start):
-        positions = np.arange(start, min(start + batch, len(indices)))
-        pixels = torch.from_numpy(images.images(indices[positions]))
-        labels = None if ids is None else torch.from_numpy(ids[positions])
-        return torch.from_numpy(positions), pixels, labels
+        part = indices[start:start + batch]
+        ids = None
+        if images.has_labels:
+            ids = torch.from_numpy(class_ids(images.label_ids[part], images.classes))
+        return torch.from_numpy(part), torch.from_numpy(images.images(part)), ids
 
     starts = range(0, len(indices), batch)[distributed.get_rank()::distributed.get_world_size()]
     with ThreadPoolExecutor(workers, thread_name_prefix='images') as pool:

@@ -59,16 +59,16 @@ class Copies:
         pairs = np.stack([self.images, training.images(self.indices[self.closest, 0])])
         padding = [(0, 0), (0, -len(self.closest) % columns), (0, 0), (0, 0), (0, 0)]
         pairs = np.pad(pairs, padding, constant_values=255)
-        rows = np.concatenate(np.split(pairs, pairs.shape[1] // columns, axis=1)).reshape(
-            -1, *pairs.shape[2:])
-        names = ['generated', 'training'] * (len(rows) // columns // 2)
-        pictures.save_image_grid(path, rows, columns, names)
+        shape = pairs.shape[2:]
+        rows = pairs.reshape(2, -1, columns, *shape).swapaxes(0, 1)
+        pictures.save_image_grid(path, rows.reshape(-1, *shape), columns,
+                                 ['generated', 'training'] * len(rows))
 
 
 def find_copies(batches: Iterable, training, keep: int = 48) -> Copies:
     """Compares all images of `batches` with all of `training`, a data set of pixels.
 
-    batches   pairs (ids, images uint8 [n,C,H,W]); under several processes each has its share
+    batches   (ids, images uint8 [n,C,H,W], ...); under several processes each has its share
     keep      how many of the most memorized images to keep
 
     Raises UserError for images of another shape than the training images, and for fewer than two
@@ -79,7 +79,7 @@ def find_copies(batches: Iterable, training, keep: int = 48) -> Copies:
     shape = training.image_shape
     ids = []
     images = [torch.zeros(0, *shape, dtype=torch.uint8)]
-    for part, values in batches:
+    for part, values, *_ in batches:
         if tuple(values.shape[1:]) != shape:
             raise UserError(f'{training.path} has images of shape {list(shape)}, the generated '
                             f'ones have {list(values.shape[1:])}; give the training set')

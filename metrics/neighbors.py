@@ -49,10 +49,10 @@ def _settled(blocks: '_Blocks', k: int):
     Exact squared distances and indices [N, k]; and squared distances [N] below which, despite the
     rounding, there is no other point.
     """
-    best, index, margin = _candidates(blocks, k + SPARE)
+    best, index = _candidates(blocks, k + SPARE)
     squares, order = _exact(blocks.queries, blocks.points, index).sort(dim=1)
     # A distance of exactly zero needs no certificate: nothing is nearer.
-    floor = (best[:, -1] - margin).clamp_min(0)
+    floor = (best[:, -1] - blocks.margin).clamp_min(0)
     if index.shape[1] == len(blocks.points):
         floor[:] = torch.inf
     return squares[:, :k].contiguous(), index.gather(1, order[:, :k]), floor
@@ -68,11 +68,10 @@ def inside_balls(queries, points, query_squares, point_squares, strict: bool):
     inside = torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
     points_inside = torch.zeros(len(points), dtype=torch.bool, device=queries.device)
     for rows, columns, squares in blocks:
-        margin = blocks.margin(rows, columns)
         u = queries[rows]
         v = points[columns]
-        _mark(inside[rows], u, v, squares, point_squares[columns], margin, strict)
-        _mark(points_inside[columns], v, u, squares.T, query_squares[rows], margin, strict)
+        _mark(inside[rows], u, v, squares, point_squares[columns], blocks.margin, strict)
+        _mark(points_inside[columns], v, u, squares.T, query_squares[rows], blocks.margin, strict)
     return inside, points_inside
 
 
@@ -92,6 +91,7 @@ class _Blocks:
     """Squared distances of `queries` [N, D] and `points` [M, D] (None: the queries), in blocks.
 
     `dtype` float32 or float64; or int8, for pixels, whose distances are int32 and exact.
+    `margin` bounds the error of squared distances: (D + 32) u (|u|^2 + |v|^2), u = eps/2.
     """
 
     def __init__(self, queries, points, dtype):
@@ -99,17 +99,19 @@ class _Blocks:
         self.same = points is None
         self.queries = queries
         self.points = queries if self.same else points
-        self.rounding = 0
         if dtype != torch.int8:
             # Distances do not change if the origin moves to the middle of the points, and
             # rounding errors shrink.
             self.origin = self.points[:10000].to(torch.float64).mean(dim=0).to(dtype)
-            self.rounding = (queries.shape[1] + 32) * torch.finfo(dtype).eps / 2
         self.query_norms = self._norms(self.queries)
         self.point_norms = self.query_norms if self.same else self._norms(self.points)
-        if not torch.isfinite(self.query_norms.sum() + self.point_norms.sum()):
+        norms = 2 * float(torch.cat([self.query_norms, self.point_norms]).max())
+        if not np.isfinite(norms):
             raise UserError('the features hold NaN or infinite numbers; '
                             'are the weights of the detector damaged?')
+        self.margin = 0.0
+        if dtype != torch.int8:
+            self.margin = (queries.shape[1] + 32) * torch.finfo(dtype).eps / 2 * norms
 
     def _values(self, x):
         """Rows as they are multiplied."""
@@ -129,11 +131,6 @@ class _Blocks:
                 squares = np.einsum('nd,nd->n', values, values, dtype=np.float64)
                 norms[rows] = torch.from_numpy(squares).to(dtype)
         return norms
-
-    def margin(self, rows, columns) -> float:
-        """Bound of the error of squared distances: (D + 32) u (|u|^2 + |v|^2), u = eps/2."""
-        norms = self.query_norms[rows].max() + self.point_norms[columns].max()
-        return float(norms) * self.rounding
 
     def __iter__(self) -> Iterator[tuple[slice, slice, torch.Tensor]]:
         """(rows, columns, squared distances [rows, columns]).
@@ -162,26 +159,24 @@ def _products(u, v):
 def _candidates(blocks: _Blocks, keep: int):
     """The nearest points by the distances of the blocks, all if there are no more than `keep`.
 
-    These distances, float64, and indices [N, keep], ascending; and the bound of their error [N].
+    These distances, float64, and indices [N, keep], ascending.
     """
-    keep = min(keep, len(blocks.points))
-    n = len(blocks.queries)
-    device = blocks.queries.device
-    best = torch.full((n, keep), float('inf'), dtype=torch.float64, device=device)
-    index = torch.zeros(n, keep, dtype=torch.int64, device=device)
-    margin = torch.zeros(n, dtype=torch.float64, device=device)
+    shape = (len(blocks.queries), min(keep, len(blocks.points)))
+    best = torch.full(shape, torch.inf, dtype=torch.float64, device=blocks.queries.device)
+    index = torch.zeros_like(best, dtype=torch.int64)
+
+    def update(rows, columns, squares):
+        values, place = squares.topk(min(keep, squares.shape[1]), largest=False)
+        values = torch.cat([best[rows], values.double()], dim=1)
+        place = torch.cat([index[rows], place + columns.start], dim=1)
+        best[rows], order = values.topk(shape[1], largest=False)
+        index[rows] = place.gather(1, order)
+
     for rows, columns, squares in blocks:
-        sides = [(rows, columns, squares)]
+        update(rows, columns, squares)
         if blocks.same and rows != columns:
-            sides.append((columns, rows, squares.T))
-        for own, others, values in sides:
-            margin[own] = margin[own].clamp_min(blocks.margin(rows, columns))
-            values, place = values.topk(min(keep, values.shape[1]), dim=1, largest=False)
-            values = torch.cat([best[own], values.double()], dim=1)
-            place = torch.cat([index[own], place + others.start], dim=1)
-            best[own], order = values.topk(keep, dim=1, largest=False)
-            index[own] = place.gather(1, order)
-    return best, index, margin
+            update(columns, rows, squares.T)
+    return best, index
 
 
 def _exact(queries, points, index):

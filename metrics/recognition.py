@@ -10,9 +10,6 @@ import numpy as np
 
 from dnnlib import UserError
 
-# Pixel values of an image that a support vector machine handles in reasonable time.
-MAX_VALUES = 64 * 64 * 3
-
 
 class Recognizer:
     """A support vector machine (RBF kernel) on the pixels of small labelled images.
@@ -21,14 +18,11 @@ class Recognizer:
         images: Real images uint8 [N,C,H,W], or their values [N,D].
         labels: Their classes, int [N].
 
-    Raises UserError for images that are too large, and for fewer than two classes.
+    Raises UserError for fewer than two classes.
     """
 
     def __init__(self, images, labels):
         from sklearn.svm import SVC
-        shape = tuple(np.shape(images)[1:])
-        if np.prod(shape) > MAX_VALUES:
-            raise UserError(f'recognition works on small images, not on {shape}')
         self._labels = np.asarray(labels)
         if len(np.unique(self._labels)) < 2:
             raise UserError('recognition needs reference images of at least two classes')

@@ -337,7 +337,7 @@ def test_npz_images(save, tmp_path):
     np.testing.assert_array_equal(images.images([7, 2]), pixels[[7, 2]].transpose(0, 3, 1, 2))
     assert image_files.select(images, class_name='1').tolist() == [1, 4, 7]
     parts = list(image_files.read_batches(images, np.array([1, 4, 7, 8, 0]), batch=2))
-    assert [p.tolist() for p, _, _ in parts] == [[0, 1], [2, 3], [4]]
+    assert [p.tolist() for p, _, _ in parts] == [[1, 4], [7, 8], [0]]
     assert torch.cat([ids for _, _, ids in parts]).tolist() == [1, 1, 1, 2, 0]
     np.testing.assert_array_equal(torch.cat([x for _, x, _ in parts]).permute(0, 2, 3, 1), pixels[[1, 4, 7, 8, 0]])
 
