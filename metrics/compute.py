@@ -35,12 +35,12 @@ PROTOCOLS = {
 # --- The metrics: (generated, real, space, protocol, device) -> {name: value} -------------------
 
 
-def distance(generated: Statistics, real: Statistics, space, protocol=None, device=None) -> dict:
+def distance(generated: Statistics, real: Statistics, space, *_) -> dict:
     """Frechet distance of the Gaussians of a space."""
     return {space: generated.gaussians[space].distance(real.gaussians[space])}
 
 
-def score(generated: Statistics, real, space, protocol: Protocol, device=None) -> dict:
+def score(generated: Statistics, real, space, protocol: Protocol, *_) -> dict:
     """Inception Score, and its spread over the parts."""
     probs = generated.features[protocol.probs]
     scores = inception_score(probs, protocol.parts(len(probs)))
@@ -54,8 +54,7 @@ def manifold(generated: Statistics, real: Statistics, space, protocol: Protocol,
     return {f'precision{MANIFOLDS[space]}': precision, f'recall{MANIFOLDS[space]}': recall}
 
 
-def recognition(generated: Statistics, real: Statistics, space, protocol=None,
-                device=None) -> dict:
+def recognition(generated: Statistics, real: Statistics, space, *_) -> dict:
     """Accuracy on the generated images of a classifier that is trained on the real ones."""
     for name, side in (('the images have', generated), (f'{real.path} has', real)):
         if side.labels is None:
@@ -151,13 +150,11 @@ def evaluate(metrics, generated: Statistics, reference: Statistics, protocol: Pr
 
     Raises UserError if images and reference do not fit each other.
     """
-    results = {}
-    for name in metrics:
-        if name not in results:  # precision and recall come together
-            metric = METRICS[name]
-            results |= metric.function(generated, reference, metric.space, protocol, device)
-    names = [part for name in metrics for part in ((name, 'is_std') if name == 'is' else (name,))]
-    return {name: results[name] for name in names}
+    values = {}
+    for metric in dict.fromkeys(METRICS[name] for name in metrics):
+        values |= metric.function(generated, reference, metric.space, protocol, device)
+    names = [part for name in metrics for part in (name, f'{name}_std') if part in values]
+    return {name: values[name] for name in names}
 
 
 def notes(generated: Statistics, reference: Statistics, detectors: Detectors) -> list[str]:

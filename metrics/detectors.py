@@ -66,9 +66,9 @@ class _Network:
 class Inception(_Network):
     """FID Inception network; outputs as in `metrics.inception.InceptionV3`.
 
-    `weights`: path or URL of `pt_inception-2015-12-05` as a state dictionary (torch or safetensors)
-    or a TorchScript archive, of which only the tensors are read. Raises UserError if there is no
-    such file or its weights do not fit.
+    `weights`: path or URL of `pt_inception-2015-12-05` as a state dictionary (torch or
+    safetensors) or a TorchScript archive, of which only the tensors are read. Raises UserError if
+    there is no such file or its weights do not fit.
     """
 
     def __init__(self, weights: str | None = None, device='cpu'):
@@ -96,8 +96,9 @@ class DINOv2(_Network):
     """
 
     SIZE = 224
-    MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as are the deviations
-    STD = (0.229, 0.224, 0.225)
+    # Means and deviations of ImageNet.
+    MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+    STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
     def __init__(self, weights: str | None = None, device='cpu'):
         weights = weights or DINOV2_NAME
@@ -110,8 +111,6 @@ class DINOv2(_Network):
                             f'give a local folder of {DINOV2_NAME}', field='dinov2') from None
         self._fit_positions(net)
         super().__init__(net, weights, device)
-        self.mean, self.std = (torch.tensor(x, device=self.device).reshape(3, 1, 1)
-                               for x in (self.MEAN, self.STD))
 
     @staticmethod
     def _load(weights: str):
@@ -154,7 +153,7 @@ class DINOv2(_Network):
     def _features(self, images, outputs):
         x = F.interpolate(images.float(), size=(self.SIZE, self.SIZE), mode='bicubic',
                           antialias=True, align_corners=False)
-        x = (x / 255 - self.mean) / self.std
+        x = (x / 255 - self.MEAN.to(x)) / self.STD.to(x)
         return {'features': self.net(pixel_values=x).last_hidden_state[:, 0]}
 
 
@@ -164,10 +163,7 @@ DETECTORS = {'inception': Inception, 'dinov2': DINOv2, 'pixels': Pixels}
 def read_tensors(path: str) -> dict[str, torch.Tensor]:
     """Weights by name: a state dictionary (torch, safetensors) or a TorchScript archive.
 
-    Nothing in the file is run. Raises UserError, naming the file, for anything else.
+    Nothing in the file is run. No weights where a file holds something else. Raises UserError,
+    naming the file, if it is of no known kind.
     """
-    found = identify(path)
-    if found.kind not in ('weights', 'torchscript'):
-        raise UserError(f'{path}: neither a state dictionary (torch, safetensors) nor a '
-                        f'TorchScript archive, but {found.what}')
-    return dict(found.state)
+    return dict(identify(path).state or {})

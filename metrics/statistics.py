@@ -178,14 +178,15 @@ def load_statistics(path: str, sha256: str | None = None, space: str = 'fid') ->
     content = found.content
     if found.kind in ('images', 'folder'):
         return Statistics(path, images=local)
-    if found.kind != 'statistics' and not isinstance(content, NpzArrays):
+    if found.kind not in ('statistics', 'samples'):
         raise UserError(f'{path}: it is a {found.what}, neither reference statistics (.pkl, .npz) '
                         'nor images (folder, .zip, .npz)')
+    statistics = Statistics(path)
     try:
-        if not isinstance(content, NpzArrays):
-            return _parse(Statistics(path), content, space)
-        images = local if 'arr_0' in content else None
-        return _parse(Statistics(path, images=images), _nested(content, space), space)
+        if isinstance(content, NpzArrays):
+            statistics.images = local if 'arr_0' in content else None
+            content = _nested(content, space)
+        return _parse(statistics, content, space)
     except UserError:
         raise
     except Exception as error:  # NumPy and zip have errors of their own for damaged arrays
@@ -220,24 +221,20 @@ def _parse(statistics: Statistics, content: dict, sole: str) -> Statistics:
     if isinstance(content.get('meta'), dict):
         statistics.meta = content['meta']
     for space, values in content.items():
-        if isinstance(values, dict) and {'mu', 'sigma'} & values.keys():
-            _add(statistics, space, values)
+        if not isinstance(values, dict) or not {'mu', 'sigma'} & values.keys():
+            continue
+        mu, sigma = (np.asarray(values.get(key), dtype=np.float64) for key in ('mu', 'sigma'))
+        wrong = mu.ndim != 1 or sigma.shape != mu.shape * 2
+        if values.get('features') is not None:
+            features = torch.as_tensor(values['features']).float()
+            rows = features if statistics.labels is None else statistics.labels
+            wrong = wrong or features.shape != (len(rows), len(mu))
+            statistics.features[space] = features
+        if wrong:
+            raise UserError(f'{statistics.path}: {space} has arrays of other shapes than mu [D], '
+                            'sigma [D, D], features [n, D] and labels [n]')
+        num = values.get('num')
+        statistics.gaussians[space] = Gaussian(mu, sigma, None if num is None else int(num))
     if not statistics.gaussians and statistics.images is None:
         raise UserError(f'{statistics.path}: no statistics (mu and sigma) in this file')
     return statistics
-
-
-def _add(statistics: Statistics, space: str, values: dict):
-    where = f'{statistics.path}: {space} has'
-    mu, sigma = (np.asarray(values.get(key), dtype=np.float64) for key in ('mu', 'sigma'))
-    if mu.ndim != 1 or sigma.shape != mu.shape * 2:
-        raise UserError(f'{where} mu {list(mu.shape)} and sigma {list(sigma.shape)} '
-                        'instead of [D] and [D, D]')
-    num = values.get('num')
-    statistics.gaussians[space] = Gaussian(mu, sigma, None if num is None else int(num))
-    if values.get('features') is not None:
-        features = torch.as_tensor(values['features']).float()
-        n = len(features) if statistics.labels is None else len(statistics.labels)
-        if features.shape != (n, len(mu)):
-            raise UserError(f'{where} features {list(features.shape)} instead of {[n, len(mu)]}')
-        statistics.features[space] = features
