@@ -34,9 +34,9 @@ class Pixels:
     def __call__(self, images: torch.Tensor, outputs=('features',)) -> dict[str, torch.Tensor]:
         dim = images[0].numel()
         if dim > MAX_PIXELS:
-            raise UserError(f'images of {list(images.shape[1:])} have {dim} pixel values, too many '
-                            f'for the pixel metrics (at most {MAX_PIXELS}, that is 64x64 RGB); '
-                            'use fid or fd_dinov2')
+            raise UserError(f'images of {list(images.shape[1:])} have {dim} pixel values, too '
+                            f'many for the pixel metrics (at most {MAX_PIXELS}, that is 64x64 '
+                            'RGB); use fid or fd_dinov2')
         return {'features': images.to(self.device).flatten(1).to(torch.float32)}
 
 
@@ -91,8 +91,9 @@ class Inception(_Network):
 class DINOv2(_Network):
     """DINOv2 ViT-L/14 of `transformers`: the class token after the last norm.
 
-    Output `features` [N, 1024]. Images are resized to 224x224 (bicubic, antialiased). `weights`: a
-    folder that `save_pretrained` wrote, or a name on the hub. Raises UserError if it cannot be had.
+    Output `features` [N, 1024]. Images are resized to 224x224 (bicubic, antialiased). `weights`:
+    a folder that `save_pretrained` wrote, or a name on the hub. Raises UserError if it cannot be
+    had.
     """
 
     SIZE = 224

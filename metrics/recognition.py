@@ -58,8 +58,8 @@ class Recognizer:
         if np.unique(self._labels, return_counts=True)[1].min() < 5:
             raise UserError('clear recognition needs at least five reference images of each class')
         folds = StratifiedKFold(5, shuffle=True, random_state=0)
-        return _least_margin(cross_val_predict(clone(self._svc), self._real, self._labels, cv=folds,
-                                               method='decision_function'))
+        return _least_margin(cross_val_predict(
+            clone(self._svc), self._real, self._labels, cv=folds, method='decision_function'))
 
 
 def _features(images):
