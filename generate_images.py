@@ -24,10 +24,9 @@ Published presets: """ + ', '.join(f'edm2-{name}' for name in PRESETS)
 
 @click.command(cls=cli.Command, epilog=EXAMPLES)
 @options.network
-@click.option('--outdir', metavar='DIR', help='Folder of the images, with labels in dataset.json')
+@options.text('DIR', '--outdir', 'Folder of the images, with labels in dataset.json')
 @click.option('--subdirs', is_flag=True, help='A folder for each 1000 seeds')
-@click.option('--grid', metavar='FILE.png',
-              help='Write a picture of the first samples, a row for each class')
+@options.text('FILE.png', '--grid', 'Write a picture of the first samples, a row for each class')
 @options.seeds('16-19')
 @options.image_class
 @options.batch(32)

@@ -1,7 +1,7 @@
 """Options that several scripts have, each defined once.
 
-`@group('name', *options)` gives a command the values of its options as one dictionary, so that a script hands them on
-without knowing them. None is what was not given.
+`@group('name', *options)` gives a command the values of its options as one dictionary, so that a
+script hands them on without knowing them. None is what was not given.
 """
 
 import functools
@@ -31,10 +31,8 @@ def group(name: str, *options):
         def command(**values):
             return function(**{name: {key: values.pop(key) for key in keys}}, **values)
 
-        keys = []
-        for option in reversed(options):
-            command = option(command)
-            keys.append(command.__click_params__[-1].name)
+        command = together(*options)(command)
+        keys = [option.name for option in command.__click_params__[-len(options):]]
         return command
 
     return decorate
@@ -59,9 +57,7 @@ number = _maker('FLOAT', POSITIVE)
 integers = _maker('LIST', cli.INT_LIST)
 path = _maker('PATH', str)
 seed = _maker('INT', click.IntRange(0, 2**31 - 1))
-
-
-count = _maker('INT', cli.COUNT)                            # of anything else
+count = _maker('INT', cli.COUNT)  # of anything else
 
 
 def text(metavar: str, name: str, text: str, **settings):
@@ -94,34 +90,27 @@ def _of_sampler(name: str, text: str, type=POSITIVE, of='network'):  # noqa: A00
 # What makes the images.
 network = group(
     'network',
-    _maker('NAME', str)('--preset', None, 'Published network, guide and guidance '
-                        '(see generate_images.py --help)'),
-    _maker('FILE|URL', str)('--net', None, 'Network of this project, EDM, EDM2, guided or '
-                            'class-balancing diffusion; or optimal:DATASET for the closed-form '
-                            'denoiser of a data set'),
-    _maker('FILE|URL', str)('--gnet', None, 'Guiding network: unconditional, or a weaker one '
-                            '(autoguidance)'),
-    _maker('HEX', str)('--sha256', None, 'SHA-256 that the file of --net must have'),
-    _maker('HEX', str)('--gnet-sha256', None, 'SHA-256 that the file of --gnet must have'),
+    text('NAME', '--preset', 'Published network, guide and guidance '
+         '(see generate_images.py --help)'),
+    text('FILE|URL', '--net', 'Network of this project, EDM, EDM2, guided or class-balancing '
+         'diffusion; or optimal:DATASET for the closed-form denoiser of a data set'),
+    text('FILE|URL', '--gnet', 'Guiding network: unconditional, or a weaker one (autoguidance)'),
+    text('HEX', '--sha256', 'SHA-256 that the file of --net must have'),
+    text('HEX', '--gnet-sha256', 'SHA-256 that the file of --gnet must have'),
     number('--guidance', None, 'Strength of guidance, 1 = none  [default: 1, or of the preset]',
            float),
-    _maker('LO,HI', cli.Parsed(
-        'interval', _interval))('--guidance-interval', None,
-                                'Guide only where the noise level is above LO and at most HI  '
-                                '[default: everywhere]'),
-    _maker('NAME|DIR', str)('--model-url', None, 'Autoencoder of latents: hub name or folder  '
-                            '[default: of the snapshot]'))
+    text('LO,HI', '--guidance-interval', 'Guide only where the noise level is above LO and at most '
+         'HI  [default: everywhere]', type=cli.Parsed('interval', _interval)),
+    text('NAME|DIR', '--model-url', 'Autoencoder of latents: hub name or folder  '
+         '[default: of the snapshot]'))
 
 # How they are sampled. An option that the sampler does not know is refused.
 sampling = group(
     'sampler',
-    _maker('NAME',
-           str)('--sampler name', None, 'edm, edm2, ablation, dpmpp-2m, ddim, ddpm or flow  '
-                '[default: of the network; ablation with any of --solver --disc --schedule '
-                '--scaling]'),
+    text('NAME', '--sampler name', 'edm, edm2, ablation, dpmpp-2m, ddim, ddpm or flow  [default: '
+         'of the network; ablation with any of --solver --disc --schedule --scaling]'),
     integer('--steps num_steps', None,
-            'Sampling steps  [default: of the network, e.g. 18 with edm, '
-            '32 with edm2]'),
+            'Sampling steps  [default: of the network, e.g. 18 with edm, 32 with edm2]'),
     _of_sampler('--sigma_min', 'Lowest noise level, at least that of the network'),
     _of_sampler('--sigma_max', 'Highest noise level, at most that of the network'),
     _of_sampler('--rho', 'Exponent of the time steps'),
@@ -139,8 +128,8 @@ sampling = group(
     _of_sampler('--eta', 'DDIM: share of fresh noise, 0 = none, 1 = as much as DDPM',
                 NOT_NEGATIVE))
 
-image_class = _maker('CLASS', str)(
-    '--class class_', None, 'Class: original index, name or wnid  [default: drawn from the seed]')
+image_class = text('CLASS', '--class class_',
+                   'Class: original index, name or wnid  [default: drawn from the seed]')
 
 
 def seeds(default: str):
@@ -157,15 +146,16 @@ batch_gpu = nimg('--batch-gpu', None, 'Images of one forward pass  [default: all
 
 
 def training(outdir_help: str, *options):
-    """Decorator: options of a command that trains; those called as its fields go into the recipe."""
+    """Decorator: options of a command that trains; those called as its fields go into the
+    recipe."""
     return together(
-        click.option('--outdir', metavar='DIR', required=True, help=outdir_help),
-        click.option('--data', metavar='ZIP|DIR', required=True,
-                     help='Data set made by dataset_tool.py'), *options, batch_gpu,
+        text('DIR', '--outdir', outdir_help, required=True),
+        text('ZIP|DIR', '--data', 'Data set made by dataset_tool.py', required=True),
+        *options,
+        batch_gpu,
         number('--ls', 1, 'Loss scaling against underflow of float16 gradients'),
         boolean('--bench', True, 'Let cuDNN choose the fastest convolutions'),
-        click.option('--wandb', metavar='PROJECT',
-                     help='Log to Weights & Biases too, if installed'),
+        text('PROJECT', '--wandb', 'Log to Weights & Biases too, if installed'),
         click.option('--allow-changes', is_flag=True,
                      help='Go on with a run though its settings have changed; what has is logged'),
         click.option('-n', '--dry-run', is_flag=True, help='Print the settings and exit'))

@@ -95,16 +95,14 @@ EDM's ablations, with the rest at its defaults. The same command goes on with a 
 
 
 @click.command(cls=cli.Command, epilog=EXAMPLES)
-@click.option('--outdir', metavar='DIR', required=True,
-              help='Where <class>.npy go, uint8 [N,H,W,3]')
+@options.text('DIR', '--outdir', 'Where <class>.npy go, uint8 [N,H,W,3]', required=True)
 @options.seeds('0-499999')
 @options.batch(2048)
-@click.option('--class_num', metavar='INT', type=click.IntRange(min=1),
-              help='Classes that the network must have, 1 without labels  [default: any]')
-@click.option('--class', 'classes', metavar='LIST', type=cli.INT_LIST,
-              help='Only these classes, e.g. 0-4  [default: all]')
-@click.option('--network', metavar='FILE|URL', required=True,
-              help='Snapshot of this project or EDM; without labels there is one class')
+@options.integer('--class_num', None,
+                 'Classes that the network must have, 1 without labels  [default: any]')
+@options.integers('--class classes', None, 'Only these classes, e.g. 0-4  [default: all]')
+@options.text('FILE|URL', '--network',
+              'Snapshot of this project or EDM; without labels there is one class', required=True)
 @options.sampling
 def main(outdir, seeds, batch, class_num, classes, network, sampler):
     """Generate labelled images by the million, one file for each class.
@@ -128,7 +126,7 @@ def main(outdir, seeds, batch, class_num, classes, network, sampler):
                             type(snapshot.net).__name__), sampler=f'{name}_sampler')
     made_by |= {
         key: value
-        for key, value in generator.sampler.items()
+        for key, value in generator.options['sampler'].items()
         if key in RECORDED or (key != 'name' and sampler.get(key) is not None)
     }
     with contextlib.ExitStack() as stack:

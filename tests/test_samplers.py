@@ -214,7 +214,7 @@ def test_the_working_precision_decides_where_noise_is_added():
 def test_a_network_is_sampled_as_its_family_is(folder, kind, own):
     path = str(folder / kind / 'network-snapshot-0000000.pkl')
     generator = open_generator(path)
-    assert generator.sampler.items() >= own.items()
+    assert generator.options['sampler'].items() >= own.items()
     (made,) = generator.images(range(3))
     assert torch.equal(made.images, pixels(load_snapshot(path).net, sampler=own))
 

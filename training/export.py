@@ -79,17 +79,16 @@ def save_folder(dest: str, snapshot: Snapshot, dtype=torch.float32):
     with atomic_path(dest) as temp:
         unet = os.path.join(temp, 'unet')
         os.makedirs(unet)
-        write_json(
-            os.path.join(temp, 'model_index.json'),
-            dict(_class_name=['pipeline', 'SnapshotPipeline'], unet=['network', 'SnapshotNetwork'],
-                 encoder=description['encoder'], sampler=description['sampler'], **version))
+        index = dict(_class_name=['pipeline', 'SnapshotPipeline'],
+                     unet=['network', 'SnapshotNetwork'], encoder=description['encoder'],
+                     sampler=description['sampler'], **version)
+        config = dict(_class_name='SnapshotNetwork', class_name=class_name, arguments=arguments,
+                      **version)
+        write_json(os.path.join(temp, 'model_index.json'), index)
         write_json(os.path.join(temp, DESCRIPTION), description)
-        write_bytes(os.path.join(temp, 'README.md'),
-                    README.replace('FOLDER', os.path.basename(dest)).encode())
-        write_json(
-            os.path.join(unet, 'config.json'),
-            dict(_class_name='SnapshotNetwork', class_name=class_name, arguments=arguments,
-                 **version))
+        write_json(os.path.join(unet, 'config.json'), config)
+        readme = README.replace('FOLDER', os.path.basename(dest))
+        write_bytes(os.path.join(temp, 'README.md'), readme.encode())
         write_bytes(os.path.join(temp, FOLDER_WEIGHTS), _weights(snapshot, dtype, 'net.'))
         _write_code(temp, 'pipeline', {})
         _write_code(unet, 'network', dict(architecture=class_name, inner=inner))
@@ -113,29 +112,35 @@ def _write_code(folder: str, name: str, networks: dict):
     """
     sources = {}
     for module, class_name in networks.items():
-        if class_name is not None:
-            place = NETWORKS[class_name]
-            sources[module] = (
-                f'"""The architecture of this network."""\n\nfrom .{place} import {class_name}\n\n\n'
-                f'def build_network(class_name, **kwargs):\n    return {class_name}(**kwargs)\n')
-            _gather(_ROOT / 'training' / 'networks' / f'{place}.py', sources)
+        if class_name is None:
+            continue
+        place = NETWORKS[class_name]
+        sources[module] = f'''"""The architecture of this network."""
+
+from .{place} import {class_name}
+
+
+def build_network(class_name, **kwargs):
+    return {class_name}(**kwargs)
+'''
+        _gather(_ROOT / 'training' / 'networks' / f'{place}.py', sources)
     template = (_CODE / f'{name}.py').read_text()
-    for module in set(_BESIDE.findall(template)) & _PLACES.keys():
+    imported = set(_BESIDE.findall(template))
+    for module in imported & _PLACES.keys():
         _gather(_ROOT / _PLACES[module] / f'{module}.py', sources)
     prefix = 'code_' + hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()[:8]
 
-    def renamed(text):
-        return re.sub(r'^( *)from \.(\w+) import', rf'\1from .{prefix}_\2 import', text,
+    def write(module, text):
+        text = re.sub(r'^( *)from \.(\w+) import', rf'\1from .{prefix}_\2 import', text,
                       flags=re.MULTILINE)
+        write_bytes(os.path.join(folder, f'{module}.py'), text.encode())
 
     for module, text in sources.items():
-        write_bytes(os.path.join(folder, f'{prefix}_{module}.py'), renamed(text).encode())
-    others = ''.join(
-        f'from .{prefix}_{module} import __doc__ as _{module}  # noqa: F401 for diffusers, which copies it\n'
-        for module in sorted(sources.keys() - set(_BESIDE.findall(template))))
+        write(f'{prefix}_{module}', text)
+    others = ''.join(f'from .{module} import __doc__ as _{module}  # noqa: F401 for diffusers\n'
+                     for module in sorted(sources.keys() - imported))
     first = _BESIDE.search(template).start()
-    write_bytes(os.path.join(folder, f'{name}.py'),
-                (renamed(template[:first]) + others + renamed(template[first:])).encode())
+    write(name, template[:first] + others + template[first:])
 
 
 def _gather(path: Path, sources: dict):
@@ -143,7 +148,7 @@ def _gather(path: Path, sources: dict):
     source}."""
     if path.stem in sources:
         return
-    text = path.read_text().replace('\nimport dnnlib\n', '\nfrom dnnlib.util import UserError\n')
+    needed = []
 
     def beside(match):
         indent, package, inner, names = match.groups()
@@ -154,8 +159,7 @@ def _gather(path: Path, sources: dict):
         needed.append(_ROOT.joinpath(package, *inner.strip('.').split('.')).with_suffix('.py'))
         return f'{indent}from .{inner.rpartition(".")[2]} import {names}'
 
-    needed = []
-    sources[path.stem] = _IMPORT.sub(beside, text.replace('dnnlib.UserError', 'UserError'))
+    sources[path.stem] = _IMPORT.sub(beside, path.read_text())
     for module in needed:
         _gather(module, sources)
 

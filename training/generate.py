@@ -31,24 +31,25 @@ from training.snapshot import Snapshot, load_denoiser
 
 # Published networks: name -> (network, guide, guidance), all at the address below.
 POSTHOC = 'https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions'
-# fmt: off
-PRESETS = {
-    'img512-xs-fid': ('img512-xs-2147483-0.135', None, 1),
-    'img512-xs-dino': ('img512-xs-2147483-0.200', None, 1),
-    'img512-s-fid': ('img512-s-2147483-0.130', None, 1),
-    'img512-s-dino': ('img512-s-2147483-0.190', None, 1),
-    'img512-m-fid': ('img512-m-2147483-0.100', None, 1),
-    'img512-m-dino': ('img512-m-2147483-0.155', None, 1),
-    'img512-l-fid': ('img512-l-1879048-0.085', None, 1),
-    'img512-l-dino': ('img512-l-1879048-0.155', None, 1),
-    'img512-xl-fid': ('img512-xl-1342177-0.085', None, 1),
-    'img512-xl-dino': ('img512-xl-1342177-0.155', None, 1),
-    'img512-xxl-fid': ('img512-xxl-0939524-0.070', None, 1),
-    'img512-xxl-dino': ('img512-xxl-0939524-0.150', None, 1),
-    'img64-s-fid': ('img64-s-1073741-0.075', None, 1),
-    'img64-m-fid': ('img64-m-2147483-0.060', None, 1),
-    'img64-l-fid': ('img64-l-1073741-0.040', None, 1),
-    'img64-xl-fid': ('img64-xl-0671088-0.040', None, 1),
+_ALONE = {
+    'img512-xs-fid': 'img512-xs-2147483-0.135',
+    'img512-xs-dino': 'img512-xs-2147483-0.200',
+    'img512-s-fid': 'img512-s-2147483-0.130',
+    'img512-s-dino': 'img512-s-2147483-0.190',
+    'img512-m-fid': 'img512-m-2147483-0.100',
+    'img512-m-dino': 'img512-m-2147483-0.155',
+    'img512-l-fid': 'img512-l-1879048-0.085',
+    'img512-l-dino': 'img512-l-1879048-0.155',
+    'img512-xl-fid': 'img512-xl-1342177-0.085',
+    'img512-xl-dino': 'img512-xl-1342177-0.155',
+    'img512-xxl-fid': 'img512-xxl-0939524-0.070',
+    'img512-xxl-dino': 'img512-xxl-0939524-0.150',
+    'img64-s-fid': 'img64-s-1073741-0.075',
+    'img64-m-fid': 'img64-m-2147483-0.060',
+    'img64-l-fid': 'img64-l-1073741-0.040',
+    'img64-xl-fid': 'img64-xl-0671088-0.040'
+}
+_GUIDED = {
     'img512-xs-guid-fid': ('img512-xs-2147483-0.045', 'img512-xs-uncond-2147483-0.045', 1.4),
     'img512-xs-guid-dino': ('img512-xs-2147483-0.150', 'img512-xs-uncond-2147483-0.150', 1.7),
     'img512-s-guid-fid': ('img512-s-2147483-0.025', 'img512-xs-uncond-2147483-0.025', 1.4),
@@ -65,12 +66,14 @@ PRESETS = {
     'img512-s-autog-dino': ('img512-s-2147483-0.120', 'img512-xs-0134217-0.165', 2.45),
     'img512-xxl-autog-fid': ('img512-xxl-0939524-0.075', 'img512-m-0268435-0.155', 2.05),
     'img512-xxl-autog-dino': ('img512-xxl-0939524-0.130', 'img512-m-0268435-0.205', 2.3),
-    'img512-s-uncond-autog-fid': ('img512-s-uncond-2147483-0.070', 'img512-xs-uncond-0134217-0.110', 2.85),
-    'img512-s-uncond-autog-dino': ('img512-s-uncond-2147483-0.090', 'img512-xs-uncond-0134217-0.125', 2.9),
+    'img512-s-uncond-autog-fid': (
+        'img512-s-uncond-2147483-0.070', 'img512-xs-uncond-0134217-0.110', 2.85),
+    'img512-s-uncond-autog-dino': (
+        'img512-s-uncond-2147483-0.090', 'img512-xs-uncond-0134217-0.125', 2.9),
     'img64-s-autog-fid': ('img64-s-1073741-0.045', 'img64-xs-0134217-0.110', 1.7),
     'img64-s-autog-dino': ('img64-s-1073741-0.105', 'img64-xs-0134217-0.175', 2.2)
 }
-# fmt: on
+PRESETS = {name: (net, None, 1) for name, net in _ALONE.items()} | _GUIDED
 
 
 def preset_options(name: str) -> dict:
@@ -123,8 +126,7 @@ def generate_images(net, encoder, seeds, *, labels=None, batch=32, device=None, 
     device = torch.device(device) if device is not None else next(net.parameters()).device
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if split else (0, 1)
     seeds = np.asarray(seeds, dtype=np.int64)
-    if labels is not None:
-        labels = np.broadcast_to(np.asarray(labels, dtype=np.int64), seeds.shape)
+    labels = np.broadcast_to(labels, seeds.shape)
     setting = choose_setting(sampler or family_sampler(net), options)
     plan = split_seeds(range(len(seeds)), batch, rank, world_size)
     for positions in tqdm(plan, unit='batch', disable=None if progress and rank == 0 else True):
@@ -132,9 +134,8 @@ def generate_images(net, encoder, seeds, *, labels=None, batch=32, device=None, 
             continue
         chosen = seeds[positions].tolist()
         with torch.inference_mode():
-            images, ids = sample_seeds(net, encoder, chosen,
-                                       None if labels is None else labels[positions].tolist(),
-                                       device, guide=guide, guidance=guidance,
+            images, ids = sample_seeds(net, encoder, chosen, labels[positions].tolist(), device,
+                                       guide=guide, guidance=guidance,
                                        guidance_interval=guidance_interval, **setting)
         yield GeneratedBatch(images, chosen, None if ids is None else ids.tolist())
 
@@ -145,31 +146,23 @@ class Generator:
     values."""
 
     snapshot: Snapshot
-    label: int | None
-    guide: torch.nn.Module | None
-    guidance: float
-    guidance_interval: tuple[float, float] | None
-    sampler: dict
+    options: dict  # of `generate_images`: labels, guide, guidance, guidance_interval, sampler
     record: dict
 
     def images(self, seeds, **options) -> Iterator[GeneratedBatch]:
         """See `generate_images`, which takes `options`."""
-        given = dict(labels=self.label, guide=self.guide, guidance=self.guidance,
-                     guidance_interval=self.guidance_interval, sampler=self.sampler)
-        return generate_images(self.snapshot.net, self.snapshot.encoder, seeds, **given | options)
+        net, encoder = self.snapshot.net, self.snapshot.encoder
+        return generate_images(net, encoder, seeds, **self.options | options)
 
-    def labels(self, seeds, batch: int = 256) -> dict:
+    def labels(self, seeds) -> dict:
         """{seed: label or None} of images, without making them."""
-        found = {}
-        for start in range(0, len(seeds), batch):
-            part = seeds[start:start + batch]
-            _, ids, _ = seed_inputs(self.snapshot.net, part, None, 'cpu')
-            drawn = [None] * len(part) if ids is None else ids.tolist()
-            found |= {
-                seed: self.label if self.label is not None else label
-                for seed, label in zip(part, drawn, strict=True)
-            }
-        return found
+        net = self.snapshot.net
+        labels = dict.fromkeys(seeds)
+        for start in range(0, len(seeds) if net.label_dim else 0, 256):
+            part = seeds[start:start + 256]
+            _, ids, _ = seed_inputs(net, part, [self.options['labels']] * len(part), 'cpu')
+            labels |= zip(part, ids.tolist(), strict=True)
+        return labels
 
 
 def open_generator(net=None, *, preset=None, gnet=None, guidance=None, guidance_interval=None,
@@ -184,11 +177,10 @@ def open_generator(net=None, *, preset=None, gnet=None, guidance=None, guidance_
 
     Raises UserError for options that do not fit the network or each other.
     """
-    chosen = preset_options(preset) if preset else {}
-    net = net or chosen.get('net')
-    gnet = gnet or chosen.get('gnet')
-    guidance = next(
-        float(value) for value in (guidance, chosen.get('guidance'), 1) if value is not None)
+    chosen = preset_options(preset) if preset else dict(net=None, gnet=None, guidance=1)
+    net = net or chosen['net']
+    gnet = gnet or chosen['gnet']
+    guidance = float(chosen['guidance'] if guidance is None else guidance)
     if net is None:
         raise UserError('give a network, or a preset', field='net')
     device = device or dist.get_device()
@@ -203,30 +195,29 @@ def open_generator(net=None, *, preset=None, gnet=None, guidance=None, guidance_
     check_setting(snapshot.net, setting)
     if guide is not None:
         _check_guide(snapshot.net, guide, setting['name'], gnet)
-    plain = {
-        key: value if not isinstance(value, float) or math.isfinite(value) else str(value)
-        for key, value in setting.items()
-    }
-    record = dict(net=None if net is snapshot else net, gnet=gnet, guidance=guidance,
-                  guidance_interval=guidance_interval, nimg=snapshot.nimg, class_name=class_,
-                  sampler=plain)
-    return Generator(snapshot, label, guide, guidance, guidance_interval, setting, record)
+    plain = {key: str(value) if value == math.inf else value for key, value in setting.items()}
+    guiding = dict(guidance=guidance, guidance_interval=guidance_interval)
+    record = dict(net=None if net is snapshot else net, gnet=gnet, **guiding, nimg=snapshot.nimg,
+                  class_name=class_, sampler=plain)
+    options = dict(labels=label, guide=guide, sampler=setting, **guiding)
+    return Generator(snapshot, options, record)
 
 
 def _check_guide(net, guide, sampler: str, path: str):
     """Raises UserError for a guide that does not fit the network."""
+    chain = getattr(net, 'diffusion', None) if sampler in ('ddim', 'ddpm') else None
+    other = getattr(guide, 'diffusion', None)
+    advice = ''
     if (guide.img_resolution, guide.img_channels) != (net.img_resolution, net.img_channels):
-        raise UserError('makes images of another shape than the network that it guides',
-                        field='gnet', value=path)
-    if guide.label_dim and net.label_dim not in (0, guide.label_dim):
-        raise UserError('has other classes than the network that it guides', field='gnet',
-                        value=path)
-    if (sampler in ('ddim', 'ddpm') and hasattr(net, 'diffusion')
-            and not (hasattr(guide, 'diffusion')
-                     and np.array_equal(guide.diffusion.sigmas, net.diffusion.sigmas))):
-        raise UserError(
-            'has other time steps than the network that it guides; choose another sampler, e.g. edm',
-            field='gnet', value=path)
+        fault = 'makes images of another shape'
+    elif guide.label_dim and net.label_dim not in (0, guide.label_dim):
+        fault = 'has other classes'
+    elif chain and not (other and np.array_equal(other.sigmas, chain.sigmas)):
+        fault = 'has other time steps'
+        advice = '; choose another sampler, e.g. edm'
+    else:
+        return
+    raise UserError(f'{fault} than the network that it guides{advice}', field='gnet', value=path)
 
 
 def _open(path: str, device, sha256) -> Snapshot:
@@ -291,9 +282,8 @@ class OutputFolder:
 
     def add(self, batch: GeneratedBatch):
         for seed, label, image in batch:
-            pixels = image.transpose(1, 2, 0)
-            write_bytes(self.file(seed),
-                        encode_png(pixels if pixels.shape[2] == 3 else pixels[:, :, 0]))
+            pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+            write_bytes(self.file(seed), encode_png(pixels))
             self.labels[seed] = label
 
     def finish(self):
@@ -308,13 +298,10 @@ class OutputFolder:
             self._write(self.old_labels | named)
 
     def _write(self, labels):
-        rows = (sorted(labels.items()) if all(
-            label is not None for label in labels.values()) else None)
-        described = {
-            key: self.dataset[key] for key in ('classes', 'class_names') if self.dataset.get(key)
-        }
-        write_json(self.json_path,
-                   {'labels': rows or None, 'generated_by': self.record, **described})
+        rows = sorted(labels.items()) if labels and None not in labels.values() else None
+        described = {key: self.dataset[key] for key in ('classes', 'class_names')
+                     if self.dataset.get(key)}
+        write_json(self.json_path, {'labels': rows, 'generated_by': self.record, **described})
 
 
 class GridCollector:
@@ -326,18 +313,17 @@ class GridCollector:
         self.dataset = dataset
         self.columns = columns
         self.rows = rows
-        self.images = {}  # label or None -> {seed: image}
+        self.images = {}  # label or None -> {seed: image}, by seed
 
-    def _add(self, seed, label, image):
-        row = self.images.setdefault(label, {})
-        row[seed] = image
+    def _keep(self, label, images: dict):
+        """The first of a class, as many as the picture shows."""
         limit = self.columns if label is not None else self.columns * self.rows
-        for extra in sorted(row)[limit:]:
-            del row[extra]
+        images = self.images.get(label, {}) | images
+        self.images[label] = dict(sorted(images.items())[:limit])
 
     def add(self, batch: GeneratedBatch):
         for seed, label, image in batch:
-            self._add(seed, label, image)
+            self._keep(label, {seed: image})
 
     def finish(self):
         """Collects the images of all processes; the first one writes the picture."""
@@ -345,9 +331,8 @@ class GridCollector:
         if dist.get_rank() != 0:
             return
         for part in parts:
-            for label, row in part.items():
-                for seed, image in row.items():
-                    self._add(seed, label, image)
+            for label, images in part.items():
+                self._keep(label, images)
         self.write()
 
     def write(self):
@@ -355,11 +340,11 @@ class GridCollector:
         labels = sorted(self.images, key=lambda label: -1 if label is None else label)[:self.rows]
         tiles = []
         for label in labels:
-            row = [image for _, image in sorted(self.images[label].items())]
+            row = list(self.images[label].values())
             tiles += row + [np.full_like(row[0], 255)] * (-len(row) % self.columns)
         names = self.dataset.get('class_names') or self.dataset.get('classes')
-        titles = (None
-                  if labels == [None] else [names[label] if names else label for label in labels])
+        titles = [names[label] if names else label for label in labels]
+        titles = None if labels == [None] else titles
         pictures.save_image_grid(self.path, np.stack(tiles), self.columns, titles)
 
 

@@ -6,6 +6,7 @@
     pipe(seeds=range(4)).images[0].save('0.png')
 """
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
@@ -35,8 +36,7 @@ class SnapshotPipeline(DiffusionPipeline):
         """
         net = self.unet.net
         seeds = list(seeds)
-        labels = ([labels]
-                  * len(seeds) if labels is None or isinstance(labels, int) else list(labels))
+        labels = np.broadcast_to(labels, len(seeds)).tolist()
         setting = choose_setting(self.config.sampler or family_sampler(net),
                                  options | {'name': sampler})
         parts = []
@@ -49,7 +49,6 @@ class SnapshotPipeline(DiffusionPipeline):
             parts.append(images.cpu())
         images = torch.cat(parts)
         if output_type == 'pil':
-            images = [
-                Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()) for image in images
-            ]
+            pixels = images.permute(0, 2, 3, 1).squeeze(3).numpy()
+            images = [Image.fromarray(image) for image in pixels]
         return ImagePipelineOutput(images=images)

@@ -144,8 +144,8 @@ def _cosine(steps):
 
 def _linear_float32(steps, first=1e-4, last=0.02):
     """What CBDM uses: from `first` to `last` whatever the number of steps, spaced in float32."""
-    return (torch.linspace(first, last, steps,
-                           device='cpu').double().numpy())  # wherever networks are being built
+    # On the CPU wherever networks are being built.
+    return torch.linspace(first, last, steps, device='cpu').double().numpy()
 
 
 def _progressive_cosine(steps):
@@ -158,7 +158,9 @@ def _progressive_cosine(steps):
 
 
 SCHEDULES = {
-    'linear': _linear, 'cosine': _cosine, 'linear_float32': _linear_float32,
+    'linear': _linear,
+    'cosine': _cosine,
+    'linear_float32': _linear_float32,
     'progressive_cosine': _progressive_cosine
 }
 
@@ -188,13 +190,15 @@ def spaced_steps(total: int, spec) -> list[int]:
     spec = str(spec).strip() or str(total)
     if spec.startswith('ddim') and spec[4:].isdigit():
         for stride in range(1, total):
-            if len(range(0, total, stride)) == int(spec[4:]):
-                return list(range(0, total, stride))
+            steps = range(0, total, stride)
+            if len(steps) == int(spec[4:]):
+                return list(steps)
         raise _unfit(f'no whole stride leaves {spec[4:]} of {total} steps')
     if not all(part.strip().isdigit() for part in spec.split(',')):
         raise _unfit(f'{spec!r} is not a list such as 250 or 10,15,20, nor e.g. ddim50')
     counts = [int(part) for part in spec.split(',')]
-    kept, start = [], 0
+    kept = []
+    start = 0
     for index, count in enumerate(counts):
         size = total // len(counts) + (index < total % len(counts))
         if count > size:

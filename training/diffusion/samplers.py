@@ -66,14 +66,13 @@ class Guided:
             return call(self.guide)
         main = call(self.net)
         guided = call(self.guide)[:, :channels].lerp(main[:, :channels], self.guidance)
-        return (guided
-                if main.shape[1] == channels else torch.cat([guided, main[:, channels:]], dim=1))
+        return torch.cat([guided, main[:, channels:]], dim=1)
 
     def __call__(self, x, sigma):
         """D(x; sigma) in the type of x [N,C,H,W], for one level `sigma` on the host."""
         level = x.new_full([], float(sigma))
-        return self._evaluate(lambda net: net(x, level, self.labels), sigma,
-                              x.shape[1]).to(x.dtype)
+        D = self._evaluate(lambda net: net(x, level, self.labels), sigma, x.shape[1])
+        return D.to(x.dtype)
 
     def output(self, x_t, step, sigma: float):
         """What a network of discrete time says of x_t [N,C,H,W] at `step` [N], of level sigma: [N,
@@ -83,8 +82,8 @@ class Guided:
 
     def cut(self, sigma_min: float, sigma_max: float):
         """A range of noise levels cut to what the network was trained on, where it says so."""
-        return (max(sigma_min, getattr(
-            self.net, 'sigma_min', 0.0)), min(sigma_max, getattr(self.net, 'sigma_max', math.inf)))
+        return (max(sigma_min, getattr(self.net, 'sigma_min', 0.0)),
+                min(sigma_max, getattr(self.net, 'sigma_max', math.inf)))
 
     def round_sigma(self, sigma):
         """The nearest noise level that the network was trained on, for one level on the host."""
@@ -101,10 +100,7 @@ def without_labels(net):
     """A network that is told no class, as the guide of itself: classifier-free guidance of a
     network whose labels were dropped in training.
     """
-    def call(x, *sigma, class_labels=None, **step):
-        return net(x, *sigma[:1], **step)
-
-    return call
+    return lambda x, *sigma, class_labels=None, **step: net(x, *sigma[:1], **step)
 
 
 # --- Solvers -------------------------------------------------------------------------------------
@@ -112,13 +108,13 @@ def without_labels(net):
 # Scalings s(sigma), and -s' / (s sigma').
 SCALES = {
     'none': (lambda sigma: 1.0, None),
-    'vp': (lambda sigma: 1 / (1 + sigma.square()).sqrt(), lambda sigma: sigma /
-           (1 + sigma.square())), 'flow': (lambda sigma: 1 / (1 + sigma), lambda sigma: 1 /
-                                           (1 + sigma))
+    'vp': (lambda sigma: 1 / (1 + sigma.square()).sqrt(),
+           lambda sigma: sigma / (1 + sigma.square())),
+    'flow': (lambda sigma: 1 / (1 + sigma), lambda sigma: 1 / (1 + sigma))
 }
 
 
-def heun(denoiser, noise, levels, random, path=None, scaling='none', solver='heun', alpha=1,
+def heun(denoiser, noise, levels, random, path=Linear(), scaling='none', solver='heun', alpha=1,
          S_churn=0, S_min=0, S_max=math.inf, S_noise=1, always_draw=False):
     """EDM's stochastic sampler (arXiv 2206.00364, Algorithm 2), for every sigma(t) and s(t) of its
     Table 1.
@@ -129,12 +125,10 @@ def heun(denoiser, noise, levels, random, path=None, scaling='none', solver='heu
     get noise: as much of it as if they were higher by the factor 1 + min(S_churn / N, sqrt(2) - 1).
     `always_draw`: other levels draw and do not use it.
     """
-    path = path or Linear()
     num_steps = len(levels) - 1
     gamma = min(S_churn / num_steps, math.sqrt(2) - 1)
-    low, high = levels.new_tensor([S_min,
-                                   S_max])  # the working precision decides, as in the reference
-
+    # The working precision decides, as in the reference.
+    low, high = levels.new_tensor([S_min, S_max])
     scale, shrinkage = SCALES[scaling]
 
     def s(t):
@@ -243,8 +237,10 @@ def _edm_levels(solve, denoiser, noise, random, *, num_steps, sigma_min, sigma_m
 # The range of noise levels of each discretization; None is set by beta_d, beta_min and epsilon_s.
 RANGES = {'vp': None, 've': (0.02, 100), 'iddpm': (0.002, 81), 'edm': (0.002, 80)}
 CHOICES = {
-    'solver': ('euler', 'heun'), 'discretization': tuple(RANGES),
-    'schedule': ('vp', 've', 'linear'), 'scaling': ('vp', 'none')
+    'solver': ('euler', 'heun'),
+    'discretization': tuple(RANGES),
+    'schedule': ('vp', 've', 'linear'),
+    'scaling': ('vp', 'none')
 }
 
 
@@ -289,9 +285,10 @@ def _discrete(ddim, denoiser, noise, random, *, num_steps, clip, eta=1.0, **leve
     diffusion = getattr(denoiser.net, 'diffusion', None)
     levels = {key: value for key, value in levels.items() if value is not None}
     if diffusion is None:
-        return _edm_levels(partial(ancestral, eta=eta,
-                                   clip=clip), denoiser, noise, random, dtype='float64',
-                           num_steps=num_steps or (50 if ddim else 1000), **_RANGE | levels)
+        solve = partial(ancestral, eta=eta, clip=clip)
+        num_steps = num_steps or (50 if ddim else 1000)
+        return _edm_levels(solve, denoiser, noise, random, num_steps=num_steps, dtype='float64',
+                           **_RANGE | levels)
     diffusion = diffusion if num_steps is None else diffusion.respaced(num_steps)
     return chain(denoiser, noise, diffusion, random, ddim, eta, clip)
 
@@ -313,33 +310,33 @@ _OWN = dict(num_steps=None, clip=None, sigma_min=None, sigma_max=None, rho=None)
 # says.
 SAMPLERS = {
     'edm': Sampler(partial(_edm_levels, partial(heun, always_draw=True)),
-                   dict(num_steps=18, **_RANGE, **_CHURN, dtype='float64')), 'edm2': Sampler(
-                       partial(_edm_levels, heun),
-                       dict(num_steps=32, **_RANGE, **_CHURN, dtype='float32')),
+                   dict(num_steps=18, **_RANGE, **_CHURN, dtype='float64')),
+    'edm2': Sampler(partial(_edm_levels, heun),
+                    dict(num_steps=32, **_RANGE, **_CHURN, dtype='float32')),
     'ablation': Sampler(
         _ablation,
         dict(num_steps=18, sigma_min=None, sigma_max=None, rho=7, solver='heun', alpha=1,
              discretization='edm', schedule='linear', scaling='none', epsilon_s=1e-3, beta_d=19.9,
-             beta_min=0.1, C_1=0.001, C_2=0.008, M=1000, **_CHURN)), 'dpmpp-2m': Sampler(
-                 partial(_edm_levels, dpmpp_2m),
-                 dict(num_steps=20, **_RANGE, dtype='float64')), 'flow': Sampler(
-                     _flow, dict(num_steps=32, sigma_max=999, solver='heun')), 'ddim': Sampler(
-                         partial(_discrete, True), _OWN | dict(eta=0.0)), 'ddpm': Sampler(
-                             partial(_discrete, False), _OWN)
+             beta_min=0.1, C_1=0.001, C_2=0.008, M=1000, **_CHURN)),
+    'dpmpp-2m': Sampler(partial(_edm_levels, dpmpp_2m),
+                        dict(num_steps=20, **_RANGE, dtype='float64')),
+    'flow': Sampler(_flow, dict(num_steps=32, sigma_max=999, solver='heun')),
+    'ddim': Sampler(partial(_discrete, True), _OWN | dict(eta=0.0)),
+    'ddpm': Sampler(partial(_discrete, False), _OWN)
 }
+# Networks, by class, that are not sampled as EDM's are.
+_FAMILIES = {'Precond': 'edm2', 'DiscreteDenoiser': 'ddpm', 'FlowPrecond': 'flow'}
 
 
 def family_sampler(net) -> dict:
     """The sampler of a network whose snapshot names none: that of the study which published its
     class."""
-    if type(net).__name__ == 'Precond':
-        return {'name': 'edm2'}
-    if type(net).__name__ == 'DiscreteDenoiser':
-        # Guided diffusion clips the predicted images as the network says, class-balancing
-        # diffusion never does.
-        return {'name': 'ddpm'
-                } | ({'clip': False} if type(net.model).__name__ == 'DDPMUNet' else {})
-    return {'name': 'flow' if type(net).__name__ == 'FlowPrecond' else 'edm'}
+    setting = {'name': _FAMILIES.get(type(net).__name__, 'edm')}
+    # Guided diffusion clips the predicted images as the network says, class-balancing diffusion
+    # never does.
+    if setting['name'] == 'ddpm' and type(net.model).__name__ == 'DDPMUNet':
+        setting['clip'] = False
+    return setting
 
 
 def complete_setting(setting: dict) -> dict:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import dnnlib
+from dnnlib import UserError
 from torch_utils.files.pickles import errors_of
 from torch_utils.files.weights import read_state_dict
 from training.networks import rebuild_network
@@ -107,7 +107,7 @@ def WideResNet(name: str = 'wrn-28-10', num_classes: int = 10,
     """
     match = re.fullmatch(r'wrn-(\d+)-(\d+)', name)
     if match is None or int(match[1]) < 10 or (int(match[1]) - 4) % 6 or int(match[2]) < 1:
-        raise dnnlib.UserError(f'model {name!r} is not wrn-<depth>-<widen> with depth 10, 16, 22, 28, ... (6n + 4)')
+        raise UserError(f'model {name!r} is not wrn-<depth>-<widen> with depth 10, 16, 22, 28, ... (6n + 4)')
     net = _WideResNet(int(match[1]), int(match[2]), num_classes)
     if normalize_input:
         net = _Normalized(Normalize(), net)
@@ -127,9 +127,9 @@ def load_classifier(path: str, name: str | None = None,
     normalized = '0.mean' in state
     bias = state.get('1.fc.bias' if normalized else 'fc.bias')
     if bias is None:
-        raise dnnlib.UserError(f'{path} does not hold the weights of a wide residual network (no fc.bias)')
+        raise UserError(f'{path} does not hold the weights of a wide residual network (no fc.bias)')
     if num_classes is not None and len(bias) != num_classes:
-        raise dnnlib.UserError(f'{path} is a classifier of {len(bias)} classes, not of {num_classes}')
+        raise UserError(f'{path} is a classifier of {len(bias)} classes, not of {num_classes}')
     if name is None:
         with errors_of(path):
             name = infer(state).kwargs['name']
