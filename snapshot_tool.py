@@ -1,5 +1,6 @@
 """Networks in files: what is inside, and conversion between the forms that others read."""
 
+import json
 import os
 
 import click
@@ -7,7 +8,6 @@ import click
 from dnnlib import UserError, cli, url
 from dnnlib.options import together
 from torch_utils.files.identify import Found, family, identify
-from torch_utils.files.persistence import Persistent
 from training import export
 from training.data.archive import check_parent
 from training.networks.infer import READERS, infer
@@ -15,14 +15,12 @@ from training.snapshot import load_denoiser, load_snapshot
 
 
 def parse_setting(text: str) -> tuple[str, object]:
-    """'num_heads=4' -> ('num_heads', 4): a whole number, True or False, or text."""
+    """'num_heads=4' -> ('num_heads', 4): a value of JSON, e.g. a number or true, or text."""
     name, sep, value = text.partition('=')
     if not sep or not name:
         raise ValueError(f'{text!r} is not NAME=VALUE, e.g. num_heads=4')
-    if value.lower() in ('true', 'false'):
-        return name, value.lower() == 'true'
     try:
-        return name, int(value)
+        return name, json.loads(value.lower())
     except ValueError:
         return name, value
 
@@ -120,8 +118,7 @@ def describe(found: Found, options: dict | None = None) -> dict:
             'EMA width': found.content['ema_std'],
         }
     if found.kind == 'edm':
-        encoder = found.content.get('encoder')
-        lines['encoder'] = encoder.class_name if isinstance(encoder, Persistent) else 'none'
+        lines['encoder'] = getattr(found.content.get('encoder'), 'class_name', 'none')
     return {key: ' '.join(str(value)[:300].split()) for key, value in lines.items()}
 
 

@@ -161,8 +161,9 @@ def test_reconstruction_of_a_random_walk(case, dtype):
     number = len(inputs['tracked_stds'])
     tracked = ema.Averages(net, ema.power(stds))
     old = inputs['traditional_ema']
-    beta = schedules.half_life_beta(old['halflife_Mimg'] * 1e6, old['rampup_ratio'], after_step=True)
-    traditional = ema.Averages(net, [ema.Average('', beta)])
+    # Its half-life grows with the images of the step too.
+    beta = schedules.memorization_beta('mode1', old['halflife_Mimg'] * 1e3, rampup_ratio=old['rampup_ratio'])
+    traditional = ema.Averages(net, [ema.Average('', lambda nimg, batch: beta(nimg + batch, batch))])
     snapshots = []
     for i, step in enumerate(steps):
         with torch.no_grad():

@@ -46,7 +46,8 @@ def test_edm_learning_rate_and_ema(case):
     nimg = a['edm.cur_nimg']
     _close(schedules.edm_lr, nimg, a['edm.lr'], args['batch'], args['lr'], args['lr_rampup_kimg'])
     for ratio, key in [(args['ema_rampup_ratio'], 'edm.ema_beta'), (None, 'edm.ema_beta_no_rampup')]:
-        _close(schedules.half_life_beta(args['ema_halflife_kimg'] * 1000, ratio), nimg, a[key], args['batch'])
+        beta = schedules.memorization_beta('mode1', args['ema_halflife_kimg'], rampup_ratio=ratio)
+        _close(beta, nimg, a[key], args['batch'])
 
 
 def _rows(case):

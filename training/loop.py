@@ -1,6 +1,7 @@
 """The one training loop. It knows nothing of any study: it has a recipe, a loss and batches."""
 
 import contextlib
+import dataclasses
 import glob
 import json
 import os
@@ -40,6 +41,7 @@ def _by_name(table: dict, settings: dict):
     return table[settings.pop('name')], settings
 
 
+@dataclasses.dataclass(eq=False)
 class Trainer:
     """Trains `net` (in place) by a recipe; see `training.recipe.fit` for the arguments.
 
@@ -47,15 +49,19 @@ class Trainer:
     layout    class of the checkpoints
     """
 
-    def __init__(self, recipe, net, loss: Callable, batches, run_dir: str, *,
-                 settings: dict | None = None, layout=Checkpoints, callbacks=()):
-        self.recipe = recipe
-        self.net = net
-        self.loss = loss
-        self.batches = batches
-        self.run_dir = run_dir
-        self.settings = settings or recipe.settings()
-        self.callbacks = callbacks
+    recipe: object
+    net: torch.nn.Module
+    loss: Callable
+    batches: object
+    run_dir: str
+    settings: dict | None = None
+    layout: Callable = Checkpoints
+    callbacks: tuple = ()
+
+    def __post_init__(self):
+        recipe = self.recipe
+        net = self.net
+        self.settings = self.settings or recipe.settings()
         self.device = next(net.parameters()).device
         self.lr_schedule, self.lr_settings = _by_name(LR_SCHEDULES, recipe.learning_rate)
         optimizer, options = _by_name(OPTIMIZERS, recipe.optim)
@@ -67,7 +73,7 @@ class Trainer:
         self.loss_scale = None if scale is None else DynamicLossScale(**scale)
         self.snapshot = dict(encoder=make_encoder(recipe.encoder), dataset=recipe.dataset,
                              recipe=self.settings, sampler=recipe.sampler)
-        self.checkpoints = layout(run_dir, recipe.batch, lambda: describe(net, **self.snapshot))
+        self.checkpoints = self.layout(self.run_dir, recipe.batch, lambda: describe(net, **self.snapshot))
         self.means = RunningMeans(self.device)
         self.nimg = recipe.first_nimg
         self.stop_requested = False
@@ -299,8 +305,8 @@ class Trainer:
         for name, text in files.items():
             write_bytes(self._path(name), text.encode())
         for pattern in (*self.checkpoints.leftovers, '.network-snapshot-*', '.*.png.*'):
-            for leftover in glob.glob(glob.escape(self.run_dir) + '/' + pattern):
-                os.remove(leftover)                           # halves left behind by a kill -9
+            for leftover in glob.glob(pattern, root_dir=self.run_dir):
+                os.remove(self._path(leftover))               # halves left behind by a kill -9
         self._trim_stats()
         runs.wait_for_later_events(self.run_dir)
         first = self._count + self.checkpoints.counts_steps

@@ -93,17 +93,17 @@ def wait_for_later_events(run_dir: str):
 
 def is_finished(run_dir: str, total_kimg: int, snapshots: bool, checkpoints: bool) -> bool:
     """Whether the folder has all that the last step of a run of `total_kimg` kimg writes."""
-    written = []
-    if checkpoints:
-        written.append(Checkpoints(run_dir).numbers())
-    if snapshots:
-        written.append([file.kimg for file in list_snapshots(run_dir)])
-    try:
-        with open(os.path.join(run_dir, 'stats.jsonl')) as f:
-            written.append([json.loads(f.readlines()[-1])['nimg'] // 1000])
-    except (OSError, ValueError, LookupError):
-        return False
-    return all(max(kimgs, default=-1) >= total_kimg for kimgs in written)
+    if checkpoints:                                            # what comes last, see loop.py
+        kimgs = Checkpoints(run_dir).numbers()
+    elif snapshots:
+        kimgs = [file.kimg for file in list_snapshots(run_dir)]
+    else:
+        try:
+            with open(os.path.join(run_dir, 'stats.jsonl')) as f:
+                kimgs = [json.loads(f.readlines()[-1])['nimg'] // 1000]
+        except (OSError, ValueError, LookupError):
+            return False
+    return max(kimgs, default=-1) >= total_kimg
 
 
 def numbered_runs(outdir: str) -> list[tuple[int, str]]:

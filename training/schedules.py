@@ -64,21 +64,6 @@ LR_SCHEDULES = {
 # --- Factors of averages: settings -> beta(nimg, batch), see training.ema -----------------------
 
 
-def _half_life(nimg, halflife, rampup_ratio):
-    return max(halflife if rampup_ratio is None else min(halflife, nimg * rampup_ratio), 1e-8)
-
-
-def half_life_beta(halflife=float('inf'), rampup_ratio=None, after_step=False):
-    """beta = 0.5^(batch / h), h = min(halflife, rampup_ratio * images before the step).
-
-    halflife    in images
-    after_step  the ramp-up counts the images of the step too: what EDM2 compares with
-    """
-    def beta(nimg, batch):
-        return 0.5 ** (batch / _half_life(nimg + batch * after_step, halflife, rampup_ratio))
-    return beta
-
-
 def warmup_beta(decay):
     """beta = min(decay, (1 + step) / (10 + step)), so that the start is soon forgotten."""
     def beta(nimg, batch):
@@ -98,7 +83,8 @@ EMA_MODES = tuple(_MEMORIZATION)
 
 
 def memorization_beta(mode, halflife_kimg, data_ratio=1.0, final_ema=0.99929, rampup_ratio=0.05):
-    """The rules of the memorization study, with h as in `half_life_beta` and q = `data_ratio`.
+    """The rules of the memorization study, with h = min(half-life, rampup_ratio * images before
+    the step) in images (rampup_ratio None: the half-life), and q = `data_ratio`.
 
     mode1: EDM's rule; mode2: 0.5^(512 / h / q), whatever the batch; mode3: 0.5^(batch / 500,000),
     constant; mode4: final_ema / 0.5^(batch / 500,000) * 0.5^(batch / h / q).
@@ -108,8 +94,10 @@ def memorization_beta(mode, halflife_kimg, data_ratio=1.0, final_ema=0.99929, ra
         raise ValueError(f'EMA mode {mode!r} is unknown; choose {", ".join(EMA_MODES)}')
 
     def beta(nimg, batch):
-        h = _half_life(nimg, halflife_kimg * 1000, rampup_ratio)
-        return _MEMORIZATION[mode](h, batch, data_ratio, final_ema)
+        h = halflife_kimg * 1000
+        if rampup_ratio is not None:
+            h = min(h, nimg * rampup_ratio)
+        return _MEMORIZATION[mode](max(h, 1e-8), batch, data_ratio, final_ema)
     return beta
 
 

@@ -16,7 +16,6 @@ import torch
 
 from dnnlib import UserError, url
 from dnnlib.util import atomic_path, matching_names
-from torch_utils.files import persistence
 from torch_utils.files.identify import Found, identify
 from torch_utils.files.own import SNAPSHOT_FORMAT, read_own
 from torch_utils.files.pickles import ForeignPickleError, errors_of
@@ -156,7 +155,7 @@ def _restore_foreign(found: Found) -> Snapshot:
     config = {'name': 'rgb'}
     with errors_of(found.path):
         net = rebuild_network(ema.class_name, ema.kwargs, found.state, found.path)
-        kind = encoder.class_name if isinstance(encoder, persistence.Persistent) else None
+        kind = getattr(encoder, 'class_name', None)
         if kind == 'StabilityVAEEncoder':
             config = {'name': 'sd-vae'} | {
                 key: encoder.kwargs[key] for key in _VAE_SETTINGS if key in encoder.kwargs}
