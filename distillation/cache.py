@@ -44,23 +44,15 @@ class Cache:
     def __len__(self):
         return len(self.levels)
 
-    def take(self, positions, device):
-        """Copies of the images on `device`, their levels and classes (None: no classes), at
-        `positions` int64 [n].
-        """
-        classes = None if self.classes is None else self.classes[positions]
-        return self.x[positions].to(device), self.levels[positions], classes
+    def __getitem__(self, rows) -> 'Cache':
+        """Images of some rows: copies where `rows` is int64 [n], views for a slice."""
+        return Cache(**{name: value[rows] for name, value in self.state_dict().items()})
 
-    def put(self, positions, x, levels, classes=None):
-        """Writes back what `take` gave; classes stay as they are for None."""
-        self.x[positions] = x.to(self.x.device)
-        self.levels[positions] = levels
-        if classes is not None:
-            self.classes[positions] = classes
-
-    def first(self, count: int) -> 'Cache':
-        """A copy of the first `count` images alone."""
-        return Cache(**{name: value[:count].clone() for name, value in self.state_dict().items()})
+    def __setitem__(self, rows, images: 'Cache'):
+        """Writes back; classes stay as they are if `images` has none."""
+        for name, value in images.state_dict().items():
+            stored = getattr(self, name)
+            stored[rows] = value.to(stored.device)
 
     def state_dict(self) -> dict:
         """References, not copies."""
@@ -68,12 +60,11 @@ class Cache:
 
     def load_state_dict(self, state: dict):
         """Copies in place, also from memory-mapped tensors. Raises UserError for another size."""
-        has_classes = state.get('classes') is not None
-        if state['x'].shape != self.x.shape or has_classes != (self.classes is not None):
+        shapes = [[*cache['x'].shape, 'classes' in cache] for cache in (state, self.state_dict())]
+        if shapes[0] != shapes[1]:
             raise UserError(f'the checkpoint has a cache of {list(state["x"].shape)}, not '
                             f'{list(self.x.shape)}, or one of them has classes and the other not')
-        for name, value in self.state_dict().items():
-            value.copy_(state[name])
+        self[:] = Cache(**{name: state[name] for name in self.state_dict()})
 
 
 def open_cache(path: str) -> tuple[Cache, dict]:
@@ -136,10 +127,10 @@ def load_cache(path: str, size: int, expected: dict, rank: int | None = None) ->
         raise UserError(f'{path} holds {len(cache)} images, and process {first // size} needs '
                         f'those up to {end}: prepare it for as many processes, this batch size '
                         'and this rho')
-    share = Cache(**{name: torch.empty_like(value[first:end])
-                     for name, value in cache.state_dict().items()})
+    share = Cache(**{name: torch.empty_like(value)
+                     for name, value in cache[first:end].state_dict().items()})
     for start in range(0, size, READ_ROWS):
-        rows = torch.arange(start, min(start + READ_ROWS, size))
+        rows = slice(start, start + READ_ROWS)
         # Opened anew each time, so that the pages leave the memory.
-        share.put(rows, *open_cache(path)[0].take(first + rows, 'cpu'))
+        share[rows] = open_cache(path)[0][first:end][rows]
     return share

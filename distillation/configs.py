@@ -281,4 +281,4 @@ outdir_option = click.option(
 
 def default_outdir(config: str) -> str:
     """experiments/NAME for the configuration .../NAME.yaml."""
-    return os.path.join('experiments', os.path.splitext(os.path.basename(config))[0])
+    return os.path.join('experiments', Path(config).stem)

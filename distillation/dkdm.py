@@ -69,21 +69,22 @@ class Teacher:
         self.image_shape = [net.img_channels, net.img_resolution, net.img_resolution]
 
     @torch.no_grad()
-    def step(self, x, levels, rng: ProcessRandom, classes=None) -> dict:
-        """One step of images x [N,C,H,W] down to `levels` int64 [N], of classes int64 [N].
+    def advance(self, images: Cache, rng: ProcessRandom) -> dict:
+        """Takes images one level down, by an ancestral sample x_(t-1).
 
-        Returns {'images': x, 't': the levels on x's device, 'labels': one-hot float32
-        [N, num_classes] or None, 'teacher': the network's output, 'previous': an ancestral sample
-        from it}.
+        Returns {'images': x_t, 't', 'teacher': the network's output, 'previous': x_(t-1),
+        'labels': one-hot float32 [N, num_classes] or None}, on the device of `rng`.
         """
-        t = levels.to(x.device)
+        x = images.x.to(rng.device)
+        images.levels = images.levels - 1
+        t = images.levels.to(rng.device)
         labels = None
-        if classes is not None:
-            labels = one_hot(classes, self.num_classes).float().to(x.device)
+        if images.classes is not None:
+            labels = one_hot(images.classes, self.num_classes).float().to(rng.device)
         output = self.net(x, step=self.diffusion.model_steps(t), class_labels=labels).float()
         noise = rng.randn(x.shape)
-        return {'images': x, 't': t, 'labels': labels, 'teacher': output,
-                'previous': self.diffusion.ancestral_step(output, x, t, noise, self.clip)}
+        images.x = self.diffusion.ancestral_step(output, x, t, noise, self.clip)
+        return {'images': x, 't': t, 'teacher': output, 'previous': images.x, 'labels': labels}
 
 
 # --- Preparation ---------------------------------------------------------------------------------
@@ -132,9 +133,9 @@ class Preparation:
         """
         positions = (self.cache.levels > self.targets).nonzero().flatten()[:self.batch]
         if len(positions):
-            x, levels, classes = self.cache.take(positions, self.rng.device)
-            step = self.teacher.step(x, levels - 1, self.rng, classes)
-            self.cache.put(positions, step['previous'], levels - 1)
+            images = self.cache[positions]
+            self.teacher.advance(images, self.rng)
+            self.cache[positions] = images
         return len(positions)
 
     def run(self, save=None, seconds: float = 0) -> Cache:
@@ -168,9 +169,8 @@ class Source:
     """Endless batches of teacher steps at positions of a cache, which are written back one level
     lower.
 
-    A batch is {'images': x_t, 't', 'teacher': its output, 'previous': x_(t-1), 'labels': one-hot
-    or None, 'positions'}. It is used with probability `prob`, else its images are denoised on
-    until one is.
+    A batch is that of `Teacher.advance`, with 'positions'. It is used with probability `prob`,
+    else its images are denoised on until one is.
     """
 
     def __init__(self, teacher: Teacher, cache: Cache, batch: int, rng: ProcessRandom, prob=1.0):
@@ -190,25 +190,23 @@ class Source:
 
     def __next__(self) -> dict:
         positions = self._positions()
-        x, levels, classes = self.cache.take(positions, self.rng.device)
+        images = self.cache[positions]
         used = False
         while not used:
-            self._restart(x, levels, classes)
-            levels -= 1
-            batch = self.teacher.step(x, levels, self.rng, classes)
-            x = batch['previous']
+            self._restart(images)
+            batch = self.teacher.advance(images, self.rng)
             used = self.rng.python.random() < self.prob
-        self.cache.put(positions, x, levels, classes)
+        self.cache[positions] = images
         return batch | {'positions': positions}
 
-    def _restart(self, x, levels, classes):
+    def _restart(self, images: Cache):
         """Noise, and other classes, for the images that are finished."""
-        finished = (levels == 0).nonzero().flatten()
-        if len(finished):
-            x[finished] = self.rng.randn([len(finished), *x.shape[1:]])
-            levels[finished] = self.teacher.diffusion.num_steps
-            if classes is not None:
-                classes[finished] = self.rng.classes(len(finished), self.teacher.num_classes)
+        finished = (images.levels == 0).nonzero().flatten()
+        if num := len(finished):
+            noise = self.rng.randn([num, *self.teacher.image_shape])
+            levels = torch.full([num], self.teacher.diffusion.num_steps)
+            classes = self.rng.classes(num, self.teacher.num_classes)
+            images[finished] = Cache(noise, levels, classes)
 
     def iterate(self, plan):
         """Batches for the training loop: pairs (first image, count) ask for a batch or for
@@ -256,7 +254,7 @@ class ShuffledSource(Source):
     """
 
     def __init__(self, teacher, cache, batch, rng, prob=1.0):
-        super().__init__(teacher, cache.first(batch), batch, rng, prob)
+        super().__init__(teacher, cache[torch.arange(batch)], batch, rng, prob)
 
 
 class IterativeSource(Source):

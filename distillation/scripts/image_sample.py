@@ -19,14 +19,6 @@ from training.encoders import RGBEncoder
 from training.generate import generate_images
 
 
-def default_dest(config: str, model_path: str, num_samples: int, net, chain: str) -> str:
-    """experiments/NAME/MODEL-CHAIN/samples_NxHxWxC.npz, or in $OPENAI_LOGDIR."""
-    folder = os.environ.get(configs.OUTDIR_VARIABLE) or configs.default_outdir(config)
-    model = os.path.splitext(os.path.basename(model_path))[0]
-    shape = f'{num_samples}x{net.img_resolution}x{net.img_resolution}x{net.img_channels}'
-    return os.path.join(folder, f'{model}-{chain}', f'samples_{shape}.npz')
-
-
 def sample(net, shards: SampleShards, seed: int, sampler: dict):
     """Makes this process's share of what is missing. Image i depends on `seed` and i alone."""
     missing = shards.missing()[dist.get_rank()::dist.get_world_size()]
@@ -85,7 +77,11 @@ def main(config, model_path, batch_size, num_samples, timestep_respacing, use_dd
     check_setting(net, setting)
     chosen = {key: value for key, value in sampler.items() if value is not None}
     chain = '-'.join(map(str, chosen.values())) or f'{"ddim" if ddim else "ancestral"}{steps}'
-    dest = dest or default_dest(config, model_path, num_samples, net, chain)
+    size = net.img_resolution
+    dest = dest or os.path.join(
+        os.environ.get(configs.OUTDIR_VARIABLE) or configs.default_outdir(config),
+        f'{Path(model_path).stem}-{chain}',
+        f'samples_{num_samples}x{size}x{size}x{net.img_channels}.npz')
     if not dest.endswith('.npz'):
         raise UserError('must end in .npz', 'dest', dest)
     arguments = section.arguments()
