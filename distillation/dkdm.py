@@ -39,13 +39,6 @@ class ProcessRandom:
     def randn(self, shape) -> torch.Tensor:
         return torch.randn(list(shape), generator=self.generator, device=self.device)
 
-    def classes(self, count: int, num_classes: int) -> torch.Tensor | None:
-        """Classes int64 [count], evenly distributed; None, without a draw, if there are no
-        classes.
-        """
-        if num_classes:
-            return torch.tensor(self.python.choices(range(num_classes), k=count))
-
     def state_dict(self) -> dict:
         version, state, gauss = self.python.getstate()
         return {'torch': self.generator.get_state(), 'python': [version, list(state), gauss]}
@@ -67,6 +60,14 @@ class Teacher:
         self.diffusion = net.diffusion
         self.num_classes = net.label_dim
         self.image_shape = [net.img_channels, net.img_resolution, net.img_resolution]
+
+    def noise(self, count: int, rng: ProcessRandom) -> Cache:
+        """Images at level T, on the device of `rng`, of random classes if there are any."""
+        x = rng.randn([count, *self.image_shape])
+        classes = None
+        if self.num_classes:
+            classes = torch.tensor(rng.python.choices(range(self.num_classes), k=count))
+        return Cache(x, torch.full([count], self.diffusion.num_steps), classes)
 
     @torch.no_grad()
     def advance(self, images: Cache, rng: ProcessRandom) -> dict:
@@ -103,9 +104,8 @@ class Preparation:
         self.rng = rng
         self.batch = teacher_batch
         self.num_steps = teacher.diffusion.num_steps
-        noise = rng.randn([size, *teacher.image_shape]).cpu()
-        levels = torch.full([size], self.num_steps, dtype=torch.int64)
-        self.cache = Cache(noise, levels, rng.classes(size, teacher.num_classes))
+        self.cache = teacher.noise(size, rng)
+        self.cache.x = self.cache.x.cpu()
         self.targets = torch.tensor(rng.python.choices(range(1, self.num_steps), k=size))
 
     @property
@@ -202,11 +202,8 @@ class Source:
     def _restart(self, images: Cache):
         """Noise, and other classes, for the images that are finished."""
         finished = (images.levels == 0).nonzero().flatten()
-        if num := len(finished):
-            noise = self.rng.randn([num, *self.teacher.image_shape])
-            levels = torch.full([num], self.teacher.diffusion.num_steps)
-            classes = self.rng.classes(num, self.teacher.num_classes)
-            images[finished] = Cache(noise, levels, classes)
+        if len(finished):
+            images[finished] = self.teacher.noise(len(finished), self.rng)
 
     def iterate(self, plan):
         """Batches for the training loop: pairs (first image, count) ask for a batch or for
@@ -263,10 +260,7 @@ class IterativeSource(Source):
     """
 
     def __init__(self, teacher, batch, rng, prob=1.0):
-        finished = torch.zeros([batch], dtype=torch.int64)
-        x = torch.zeros([batch, *teacher.image_shape], device=rng.device)
-        classes = finished.clone() if teacher.num_classes else None
-        super().__init__(teacher, Cache(x, finished, classes), batch, rng, prob)
+        super().__init__(teacher, teacher.noise(batch, rng), batch, rng, prob)
 
     # Its few images are kept in every checkpoint itself, and not in a file beside it.
 

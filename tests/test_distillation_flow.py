@@ -287,12 +287,16 @@ def _header(header, length=None):
     return struct.pack('<Q', len(header) if length is None else length) + header
 
 
+def _cache_header(shape, end, levels_end):
+    return _header({'__metadata__': {}, 'x': {'dtype': 'F32', 'shape': shape, 'data_offsets': [0, end]},
+                    'levels': {'dtype': 'I64', 'shape': shape[:1], 'data_offsets': [end, levels_end]}})
+
+
 @pytest.mark.parametrize('content', [
     b'', b'\x80\x02}.', b'PK\x03\x04' + bytes(60), _header({}), _header([1]), _header({'x': 1}, 1 << 60),
-    _header({'__metadata__': {}, 'x': {'dtype': 'F32', 'shape': [9, 3, 4, 4], 'data_offsets': [0, 1728]},
-             'levels': {'dtype': 'I64', 'shape': [9], 'data_offsets': [1728, 1800]}}),
-    _header({'__metadata__': {}, 'x': {'dtype': 'F32', 'shape': [-1, 3, -4, 4], 'data_offsets': [0, 192]},
-             'levels': {'dtype': 'I64', 'shape': [-1], 'data_offsets': [192, 184]}}) + bytes(184)])
+    _cache_header([9, 3, 4, 4], 1728, 1800), _cache_header([-1, 3, -4, 4], 192, 184) + bytes(184),
+    _cache_header([1, 1, 2, 1], 8, 8) + bytes(8), _cache_header([2, 2], 16, 32) + bytes(32),
+    _header({'y': {'dtype': 'F32', 'shape': [2], 'data_offsets': [0, 8]}}) + bytes(8)])
 def test_other_files_are_refused(tmp_path, content):
     path = tmp_path / 'foreign'
     path.write_bytes(content)

@@ -24,9 +24,7 @@ def resume(preparation: Preparation, path: str, description: dict):
     """Takes up the unfinished share of an earlier run, if there is one of the same settings."""
     if os.path.exists(path):
         state = read_state(path)
-        if not isinstance(state, dict) or state.get('description') != description:
-            raise UserError(f'{path} is the unfinished cache of other settings; '
-                            'remove it to start anew')
+        require_same(path, state['description'], description, 'remove it to start anew')
         preparation.load_state_dict(state['preparation'])
         print(f'Going on with {path}', flush=True)
 
