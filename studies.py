@@ -28,6 +28,7 @@ matplotlib.use('Agg')                                          # before pyplot: 
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import tqdm
 
 from dnnlib import UserError, cli, pictures, util
@@ -230,10 +231,15 @@ def edm2_settings(data: str, duration: int, **options) -> dict:
     return config | dict(rampup_Mimg=RAMPUP * duration / 1e6, ema_stds=[EMA_STD])
 
 
-def edm2_snapshot(run_dir: str, duration: int) -> str:
-    """Path of the network that training with `edm2_settings` ends with."""
+def edm2_network(run_dir: str, config: dict) -> str:
+    """Path of the network that training by `edm2_settings` ends with; it is trained unless it is
+    there."""
+    import train_edm2
     from training.snapshot import snapshot_name
-    return os.path.join(run_dir, snapshot_name(duration, f'-{EMA_STD:.3f}'))
+
+    path = os.path.join(run_dir, snapshot_name(config['duration'], f'-{EMA_STD:.3f}'))
+    make(path, train_edm2.train, config, run_dir)
+    return path
 
 
 # --- Results -------------------------------------------------------------------------------------
@@ -264,21 +270,25 @@ def writing(path: str) -> Iterator[str]:
                         'copy the results to one of your own') from None
 
 
-def save_tables(outdir: str, float_format: str | None = '%.6g', **tables) -> list[str]:
-    """Writes pandas tables as <name>.csv, with - for _, and returns those names."""
+def save_tables(outdir: str, **tables) -> list[str]:
+    """Writes pandas tables as <name>.csv, with - for _ and six digits, and returns those names."""
     names = [name.replace('_', '-') for name in tables]
     for name, table in zip(names, tables.values(), strict=True):
         with writing(os.path.join(outdir, f'{name}.csv')) as temp:
-            table.to_csv(temp, index=False, float_format=float_format, lineterminator='\n')
+            table.to_csv(temp, index=False, float_format='%.6g', lineterminator='\n')
     return names
 
 
-def plus_minus(means, halves, form: str) -> list[str]:
-    """Numbers with their intervals, e.g. '12.3 ± 0.4' for the form '.1f'; those that are NaN are
-    left out."""
-    return ['-' if mean != mean
-            else f'{mean:{form}}' + f' ± {half:{form.strip("+")}}' * (half == half)
-            for mean, half in zip(means, halves, strict=True)]
+def plus_minus(table: pd.DataFrame, name: str, error: str, form: str, scale=1) -> pd.Series:
+    """A column with its intervals (the column `error`, if there is one) as texts, '12.3 ± 0.4' for
+    the form '.1f'. What is NaN is left out."""
+    def text(mean, half):
+        if mean != mean:
+            return '-'
+        return f'{mean:{form}}' + f' ± {half:{form.strip("+")}}' * (half == half)
+
+    pairs = scale * table.reindex(columns=[name, error])
+    return pd.Series(map(text, pairs[name], pairs[error]), table.index)
 
 
 @styled

@@ -34,7 +34,6 @@ OPTIONS = ['--precond=edm', '--num-blocks=1', '--cres=1,2', '--augment=0', '--dr
            '--window-size=0', '--duration-rule=fixed', '--ema_mode=mode1', '--snap=1', '--dump=1',
            '--nosubdir']
 SHOWN = 24                                                     # copies in a picture
-COLORS = (studies.BLUE, studies.VERMILION, studies.GREEN, studies.PURPLE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,20 +152,19 @@ def draw(results: pd.DataFrame):
     unlabelled = results['labels'] == 'none'
     ten = results['classes'] == 10
     network = results['denoiser'] == 'network'
-    counts = {count: f'{count} class' + 'es' * (count > 1) for count in set(results['classes'])}
+    counts = {count: f'{count} class' + 'es' * (count > 1)
+              for count in sorted(set(results['classes']))}
     panels = [
         ('Size of the data', unlabelled & ten, 'denoiser',
          {'network': 'network', 'optimal': 'optimal denoiser'}),
-        ('Number of classes', unlabelled & network, 'classes', dict(sorted(counts.items()))),
+        ('Number of classes', unlabelled & network, 'classes', counts),
         ('Labels', network & ten, 'labels', LABELS)]
-    sizes = sorted(results['size'].unique())
+    sizes = sorted(set(results['size']))
+    table = results.assign(percent=100 * results['memorization_ratio'])
     figure, axes = studies.plt.subplots(1, len(panels), figsize=(2.6 * len(panels), 2.4),
                                         sharey=True)
-    for axis, (title, chosen, column, names) in zip(axes, panels, strict=True):
-        for (value, label), color, marker in zip(names.items(), COLORS, 'osD^', strict=False):
-            rows = results[chosen & (results[column] == value)]
-            axis.plot(rows['size'], 100 * rows['memorization_ratio'], color=color, marker=marker,
-                      label=label)
+    for axis, (title, chosen, column, labels) in zip(axes, panels, strict=True):
+        studies.draw_lines(axis, table[chosen], 'size', 'percent', column, labels)
         axis.set(xscale='log', xlabel='Training images', title=title, ylim=(-4, 104))
         axis.set_xticks(sizes, sizes)
         axis.minorticks_off()
@@ -190,11 +188,10 @@ def main(study):
     for _ in study.run(run_model, models, unit='model'):
         pass
     results = collect(study, models)
-    study.save(draw(results), results=results)
-    results['ratio'] = (100 * results['memorization_ratio']).round(1)
-    table = results.pivot_table('ratio', ['denoiser', 'classes', 'labels'], 'size')
+    table = results.assign(ratio=(100 * results['memorization_ratio']).round(1)).pivot_table(
+        'ratio', ['denoiser', 'classes', 'labels'], 'size')
     print(f'\nMemorized samples (%):\n{table.to_string(na_rep="-")}')
-    print(f'\nWrote results.csv and study.png to {study.outdir}')
+    study.save(draw(results), results=results)
 
 
 if __name__ == '__main__':

@@ -69,11 +69,14 @@ class Study(studies.Study):
     @property
     def origins(self) -> dict[str, tuple]:
         """{model: (what it learned from, rho, its configuration)} in the order of the table."""
-        distilled = {f'distilled-rho{rho:g}': ("teacher's steps", rho, BASELINE)
-                     for rho in self.rhos}
+        distilled = {student(rho): ("teacher's steps", rho, BASELINE) for rho in self.rhos}
         return {'teacher': ('real digits', None, TEACHER)} | distilled | {
             'on-samples': ("teacher's samples", None, BASELINE),
             'on-data': ('real digits', None, BASELINE)}
+
+
+def student(rho: float) -> str:
+    return f'distilled-rho{rho:g}'
 
 
 # Stages: command lines, and the file that each is to make.
@@ -109,12 +112,13 @@ def sample(study: Study, name: str, count: int) -> tuple[list, str]:
             '--seed', study.seed], dest
 
 
-def distil(study: Study, name: str) -> list[tuple[list, str]]:
+def distil(study: Study, rho: float) -> list[tuple[list, str]]:
     """The cache, and a student from it."""
+    name = student(rho)
     cache = study.path('cache', f'{name}.cache')
     shared = ['--config', DISTILLED, '--seed', study.seed, f'teacher.tempfile={cache}',
               f'teacher.model_path={study.weights("teacher")}',
-              f'teacher.BATCH={study.origins[name][1]:g}',
+              f'teacher.BATCH={rho:g}',
               *training_options(study, name, 'student.')]
     return [([SCRIPTS / 'dynamic_prepare.py', *shared], cache),
             ([SCRIPTS / 'image_kd.py', *shared, '--outdir', study.path(name)],
@@ -126,8 +130,7 @@ def chains(study: Study) -> list[list[tuple[list, str]]]:
     longest first. Distilled students use no data and no samples."""
     stages = {'on-samples': [sample(study, 'teacher', study.teacher_samples),
                              train(study, 'on-samples', study.samples_of('teacher'))]}
-    stages |= {name: distil(study, name) for name, (_, rho, _) in sorted(
-        study.origins.items(), key=lambda item: -(item[1][1] or 0)) if rho}
+    stages |= {student(rho): distil(study, rho) for rho in sorted(study.rhos, reverse=True)}
     stages['on-data'] = [train(study, 'on-data', study.data)]
     return [[*chain, sample(study, name, study.samples)] for name, chain in stages.items()]
 
@@ -160,9 +163,8 @@ def run_stage(study: Study, arguments: list, dest: str):
             process.wait()
             raise
     if code != 0 or not os.path.exists(dest):
-        lines = Path(log).read_text().split('\n')
-        last = [line.strip() for line in lines if line.strip()][-1:]
-        raise UserError(f'{name} could not be made ({"".join(last)[:200]}); see {log}')
+        last = Path(log).read_text().strip().rpartition('\n')[2].strip()
+        raise UserError(f'{name} could not be made ({last[:200]}); see {log}')
     seconds = time.monotonic() - start
     with open(study.path('seconds.jsonl'), 'a') as file:
         file.write(json.dumps({name: seconds}) + '\n')
@@ -193,20 +195,16 @@ def controls(pixels, labels, seed: int) -> dict:
             'noise': random.integers(0, 256, (1000, *pixels.shape[1:])).astype(np.uint8)}
 
 
-def all_images(path: str):
-    """(uint8 [N,C,H,W], class of each) of a file."""
-    opened = open_images(path)
-    return opened.images(np.arange(len(opened))), opened.label_ids
-
-
-def measure(study: Study) -> list[dict]:
-    """A row for each model, in the order of the table."""
-    pixels, labels = all_images(study.data)
-    recognizer = Recognizer(pixels, labels)
+def measure(study: Study) -> pd.DataFrame:
+    """A row for each model, in the order of the table, and for each of `controls`."""
+    real = open_images(study.data)
+    pixels = studies.pixels(study.data)
+    recognizer = Recognizer(pixels, real.label_ids)
     seconds = read_seconds(study)
     rows = []
     for name, (origin, rho, config) in study.origins.items():
-        samples, classes = all_images(study.samples_of(name))
+        samples = studies.pixels(study.samples_of(name))
+        classes = open_images(study.samples_of(name)).label_ids
         network = runs.build(configs.read_network(str(config)))
         weights = os.path.relpath(study.weights(name), study.outdir)
         rows.append({
@@ -216,26 +214,23 @@ def measure(study: Study) -> list[dict]:
             'recognised %': 100 * recognizer.recognised(samples, classes).mean(),
             'clear %': 100 * recognizer.recognised_clearly(samples, SHARE).mean(),
             'fd': studies.pixel_distance(study.samples_of(name), study.data)})
-    for name, other in controls(pixels, labels, study.seed).items():
+    for name, other in controls(pixels, real.label_ids, study.seed).items():
         clear = recognizer.recognised_clearly(other, SHARE)
         rows.append({'model': name, 'clear %': 100 * clear.mean()})
-    return rows
+    return pd.DataFrame(rows).astype(dict.fromkeys(('parameters', 'steps', 'seconds'), 'Int64'))
 
 
-def show(rows: list[dict]):
+def show(table: pd.DataFrame):
     """Prints the table."""
-    print(f'\n{"model":<20}{"learned from":<20}{"rho":>6}{"parameters":>12}{"steps":>7}'
-          f'{"seconds":>9}{"recognised":>12}{"clear":>8}{"FD":>9}')
-    for row in rows:
-        if 'fd' not in row:
-            print(f'{row["model"]:<20}{row["clear %"]:73.1f}%')
-            continue
-        print(f'{row["model"]:<20}{row["learned from"]:<20}{row["rho"] or "-":>6}'
-              f'{row["parameters"]:12,}{row["steps"]:7}{row["seconds"]:9}'
-              f'{row["recognised %"]:11.1f}%{row["clear %"]:7.1f}%{row["fd"]:9.0f}')
-    print('recognised: as the digit that it was made for. clear: of one class, by the margin that '
+    forms = {'rho': '{:g}', 'parameters': '{:,}', 'recognised %': '{:.1f}%', 'clear %': '{:.1f}%',
+             'fd': '{:.0f}'}
+    shown = table.astype(object)
+    for name, form in forms.items():
+        shown[name] = shown[name].map(form.format, na_action='ignore')
+    print(f'\n{shown.fillna("-").to_string(index=False)}\n'
+          'recognised: as the digit that it was made for. clear: of one class, by the margin that '
           f'{SHARE:.0%} of real digits reach unseen.\n'
-          'FD: Frechet distance of pixels to the real digits.')
+          'fd: Frechet distance of pixels to the real digits.')
 
 
 @studies.command(Study, 'study-distillation', 'distillation/digits_distillation.py', """\b
@@ -249,22 +244,20 @@ def main(study):
     Writes results.csv, samples.png (real digits, teacher, students), and a folder with the
     checkpoints of each model.
     """
-    if not all(0 < rho <= 1 for rho in study.rhos) or len(set(study.rhos)) < len(study.rhos):
-        raise UserError('give different shares above 0, e.g. 0.4,0.02', 'rhos')
+    if not all(0 < rho <= 1 for rho in study.rhos):
+        raise UserError('give shares above 0, e.g. 0.4,0.02', 'rhos')
     study.claim()
     convert = [studies.ROOT / 'dataset_tool.py', 'convert', '--source=digits',
                f'--dest={study.data}']
     run_chain(study, [(convert, study.data), train_teacher(study)])
     for _ in study.run(run_chain, chains(study), disable=True):
         pass
-    rows = measure(study)
-    table = pd.DataFrame(rows).astype(dict.fromkeys(('parameters', 'steps', 'seconds'), 'Int64'))
-    study.save(results=table)
+    table = measure(study)
+    show(table)
     files = {'real digits': study.data} | {name: study.samples_of(name) for name in study.origins}
-    studies.save_rows({name: all_images(file)[0] for name, file in files.items()}, GRID_COLUMNS,
+    studies.save_rows({name: studies.pixels(file) for name, file in files.items()}, GRID_COLUMNS,
                       study.path('samples.png'), min_side=32)
-    show(rows)
-    print(f'\nresults.csv and samples.png are in {study.outdir}')
+    study.save(None, 'samples.png', results=table)
 
 
 if __name__ == '__main__':

@@ -19,14 +19,11 @@ import pandas as pd
 import tqdm
 
 import studies
-import train_edm2
 from dnnlib import UserError, cli, util
-from metrics.images import select
 from simulations import plotting, tables
 from torch_utils import distributed
 from training import snapshot
 from training.data import convert, sources
-from training.data.images import open_images
 from training.generate import generate_images
 
 # Similar classes first: the three whose mean images are the closest, then always the one closest
@@ -96,10 +93,6 @@ class Study(studies.Study):
 def plan(study: Study) -> list[Model]:
     """All models, the largest first. Raises UserError for lists that make no comparison."""
     counts = study.sources
-    for option in ('nums', 'sources', 'seeds'):
-        values = getattr(study, option)
-        if len(set(values)) < len(values):
-            raise UserError('give each number once', option)
     if min(study.nums) < 2:
         raise UserError('give at least 2 images of a class', 'nums')
     if 1 not in counts or len(counts) < 2 or min(counts) < 1 or max(counts) > len(ORDER):
@@ -141,9 +134,7 @@ def settings(study: Study, model: Model) -> dict:
 
 def run_model(study: Study, model: Model):
     """Trains a model and saves its samples, as far as that is not done."""
-    run_dir = study.run_dir(model)
-    network = studies.edm2_snapshot(run_dir, study.duration(model))
-    studies.make(network, lambda: train_edm2.train(settings(study, model), run_dir))
+    network = studies.edm2_network(study.run_dir(model), settings(study, model))
     studies.make(study.samples_file(model), save_samples, study, model, network)
 
 
@@ -177,17 +168,14 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
     `single - multi` is the difference to the models of one class at the same seed: positive if
     many sources help.
     """
-    means = results.groupby(['n', 'sources', 'seed'])[['fd', TRAINING]].mean()
-    single = means['fd'].xs(1, level='sources').rename('single')
-    values = means.join(single, on=['n', 'seed'])
-    alone = values.index.get_level_values('sources') == 1
-    values['single - multi'] = (values['single'] - values['fd']).mask(alone)
+    values = results.groupby(['n', 'seed', 'sources'])[['fd', TRAINING]].mean()
+    by_sources = values['fd'].unstack()
+    values['single - multi'] = (-by_sources).add(by_sources[1], axis=0).drop(columns=1).stack()
     groups = values.groupby(['n', 'sources'])
     summary = groups.size().to_frame('seeds')
     for name in MEASURES:
         summary[name] = groups[name].mean()
-        summary[tables.interval_column(name)] = groups[name].agg(
-            lambda column: float(tables.half_width(column.to_numpy())))
+        summary[tables.interval_column(name)] = tables.half_width(groups[name])
     single = summary['fd'].xs(1, level='sources')
     summary['single - multi, % of single'] = 100 * summary['single - multi'].div(single, level='n')
     return summary.reset_index()
@@ -195,75 +183,58 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
 
 def show(summary: pd.DataFrame):
     """Prints the averages."""
-    print('\nFrechet distance of pixels to held-out digits, mean ± 95% interval over seeds:')
-    print(f'{"n":>6}{"sources":>9}{"distance":>18}{"single - multi":>20}{"gain":>8}'
-          f'{"training images":>18}')
-    for _, line in summary.iterrows():
-        distance, difference, training = (
-            f'{line[name]:.0f} ± {line[tables.interval_column(name)]:.0f}' for name in MEASURES)
-        gain = f'{line["single - multi, % of single"]:+.0f}%'
-        if line['sources'] == 1:
-            difference = gain = '-'
-        print(f'{line["n"]:6.0f}{line["sources"]:9.0f}{distance:>18}{difference:>20}{gain:>8}'
-              f'{training:>18}')
-
-
-def draw_panel(axis, classes: pd.Series, line: pd.DataFrame, top: float):
-    """Distance in thousands against the number of sources; thin lines are the classes, named at
-    their right. `classes`: distances by (class, sources)."""
-    places = {count: place for place, count in enumerate(line['sources'])}
-    ends = []
-    for digit, means in classes.groupby(level='class'):
-        axis.plot([places[count] for count in means.index.get_level_values('sources')], means,
-                  color='0.7', linewidth=0.7, zorder=1)
-        ends.append((means.iloc[-1], digit))
-    low = -np.inf
-    for height, digit in sorted(ends):
-        low = max(height, low + 0.05 * top)                    # names one above the other
-        axis.annotate(str(digit), (len(places) - 1, low), (6, 0), textcoords='offset points',
-                      color='0.45', fontsize=7, va='center')
-    axis.axhline(line[TRAINING].mean() / 1000, color='0.4', linestyle=':', zorder=1,
-                 label='the training images')
-    alone = line['sources'] == 1
-    for rows, color, marker, label in ((line[alone], plotting.SINGLE, 'o', 'single-source'),
-                                       (line[~alone], plotting.MULTI, 's', 'multi-source')):
-        axis.errorbar(rows['sources'].map(places), rows['fd'] / 1000, color=color, marker=marker,
-                      yerr=rows[tables.interval_column('fd')].fillna(0) / 1000, capsize=2,
-                      elinewidth=0.8, label=label, zorder=3)
-    axis.set(xlabel=plotting.LABELS['K'], ylim=(0, top))
-    axis.set_xticks(list(places.values()), list(places))
+    shown = summary[['n', 'sources']].copy()
+    for title, name in zip(('distance', 'single - multi', 'training images'), MEASURES,
+                           strict=True):
+        shown[title] = studies.plus_minus(summary, name, tables.interval_column(name), '.0f')
+    shown['gain %'] = studies.plus_minus(summary, 'single - multi, % of single', '', '+.0f')
+    print('\nFrechet distance of pixels to held-out digits, mean ± 95% interval over seeds:\n'
+          + shown.to_string(index=False))
 
 
 @studies.styled
 def draw(results: pd.DataFrame, summary: pd.DataFrame):
-    """A panel for each n."""
+    """Distance in thousands against the number of sources, a panel for each n; thin lines are the
+    classes, named at their right."""
     sizes = summary['n'].unique()
-    classes = results.groupby(['n', 'class', 'sources'])['fd'].mean() / 1000
-    highest = (summary['fd'] + summary[tables.interval_column('fd')].fillna(0)).max() / 1000
-    top = 1.05 * max(highest, classes.max())
     figure, axes = studies.plt.subplots(1, len(sizes), figsize=(0.6 + 2.9 * len(sizes), 2.7),
                                         squeeze=False, sharey=True)
-    for axis, n in zip(axes[0], sizes, strict=True):
-        draw_panel(axis, classes[n], summary[summary['n'] == n], top)
-        axis.set_title(f'{n} training images of each class')
+    for axis, (n, rows) in zip(axes[0], summary.groupby('n'), strict=True):
+        rows = rows.reset_index()
+        classes = results[results['n'] == n].pivot_table('fd', 'sources', 'class') / 1000
+        axis.plot(rows.index, classes, color='0.7', linewidth=0.7, zorder=1)
+        low = -np.inf
+        for digit, height in classes.iloc[-1].sort_values().items():
+            low = max(height, low + 0.05 * classes.max(axis=None))  # names one above the other
+            axis.annotate(str(digit), (rows.index[-1], low), (6, 0), textcoords='offset points',
+                          color='0.45', fontsize=7, va='center')
+        axis.axhline(rows[TRAINING].mean() / 1000, color='0.4', linestyle=':', zorder=1,
+                     label='the training images')
+        for (multi, part), series in zip(rows.groupby(rows['sources'] > 1), studies.SERIES,
+                                         strict=False):
+            axis.errorbar(part.index, part['fd'] / 1000, **series, elinewidth=0.8, zorder=3,
+                          yerr=part[tables.interval_column('fd')].fillna(0) / 1000,
+                          label='multi-source' if multi else 'single-source')
+        axis.set(xlabel=plotting.LABELS['K'], title=f'{n} training images of each class')
+        axis.set_xticks(rows.index, rows['sources'])
+        axis.set_ylim(bottom=0)
     axes[0, 0].set_ylabel('Fréchet distance (thousands)')
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
     return figure
 
 
-def save_sample_grid(study: Study, models: list[Model], n: int):
+def save_sample_grid(study: Study, models: list[Model], n: int) -> str:
     """For each measured class a row of training images, and a row of samples for each number of
     sources (first seed)."""
     rows = {}
     for digit in ORDER[:COMPARED]:
         row = [model for model in models[::-1] if digit in model.classes
                and (model.seed, model.n) == (min(study.seeds), n)]
-        files = {'data': study.data(row[0])} if row else {}
-        files |= {len(model.classes): study.samples_file(model) for model in row}
-        for title, file in files.items():
-            opened = open_images(file)
-            rows[f'{digit}: {title}'] = opened.images(select(opened, class_name=digit))
+        files = [('data', study.data(model)) for model in row[:1]]
+        files += [(len(model.classes), study.samples_file(model)) for model in row]
+        rows |= {f'{digit}: {title}': studies.pixels(file, digit) for title, file in files}
     studies.save_rows(rows, GRID_COLUMNS, study.path(f'samples-n{n}.png'))
+    return f'samples-n{n}.png'
 
 
 @studies.command(Study, 'study-multi-source', 'simulations/digits_multi_source.py', """\b
@@ -292,12 +263,9 @@ def main(study):
                         f'distance of {text}')
     results = pd.DataFrame(rows).sort_values(['seed', 'n', 'sources', 'class'], ignore_index=True)
     summary = summarise(results)
-    study.save(draw(results, summary), results=results, summary=summary)
-    for n in study.nums:
-        save_sample_grid(study, models, n)
     show(summary)
-    print(f'\nresults.csv, summary.csv, study.png, study.svg and '
-          f'{", ".join(f"samples-n{n}.png" for n in study.nums)} are in {study.outdir}')
+    grids = [save_sample_grid(study, models, n) for n in study.nums]
+    study.save(draw(results, summary), *grids, results=results, summary=summary)
 
 
 if __name__ == '__main__':

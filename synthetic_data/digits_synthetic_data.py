@@ -19,8 +19,7 @@ import pandas as pd
 import tqdm
 
 import studies
-import train_edm2
-from dnnlib import UserError, cli, util
+from dnnlib import cli, util
 from synthetic_data import evaluate_data, generate, select_1M
 from synthetic_data.mixture import GeneratedImages
 from training.data import convert, sources
@@ -107,19 +106,12 @@ def make_data(study: Study, seed: int):
     studies.make_archive(study.test_data(seed), source, rest)
 
 
-def generator_settings(study: Study, seed: int) -> dict:
-    """The settings of train_edm2.py: its preset for digits, in less time."""
-    duration = study.generator_duration
-    return studies.edm2_settings(
-        study.real_data(seed), duration, seed=seed, channels=study.channels, batch=GENERATOR_BATCH,
-        status=max(duration // 8, 1), checkpoint=max(duration // 4, 1))
-
-
 def make_images(study: Study, seed: int):
     """Trains a diffusion model and makes its images, as far as that is not done."""
-    run_dir = study.of(seed, 'generator')
-    network = studies.edm2_snapshot(run_dir, study.generator_duration)
-    studies.make(network, lambda: train_edm2.train(generator_settings(study, seed), run_dir))
+    duration = study.generator_duration
+    network = studies.edm2_network(study.of(seed, 'generator'), studies.edm2_settings(
+        study.real_data(seed), duration, seed=seed, channels=study.channels, batch=GENERATOR_BATCH,
+        status=max(duration // 8, 1), checkpoint=max(duration // 4, 1)))
     args = [f'--outdir={study.images(seed)}', f'--seeds=0-{study.generated - 1}', '--batch=128',
             f'--steps={study.steps}', f'--class_num={CLASSES}', f'--network={network}']
     with studies.silence():
@@ -128,12 +120,10 @@ def make_images(study: Study, seed: int):
 
 def select(study: Study, seed: int):
     """The best share of the images, by the classifier of the real digits."""
-    classifier, = (run for run in study.runs(seed) if is_first(run))
-    network = snapshot_name(study.duration)
-    folder, name = os.path.split(study.selected(seed))
-    studies.make(study.selected(seed), select_1M.run, None,
-                 os.path.join(classifier.folder, network), [study.images(seed)], folder, CLASSES,
-                 study.top_scale, 256, name.removesuffix('.npz'))
+    classifier, = filter(is_first, study.runs(seed))
+    network = os.path.join(classifier.folder, snapshot_name(study.duration))
+    studies.make(study.selected(seed), select_1M.run, None, network, [study.images(seed)],
+                 study.of(seed, 'selected'), CLASSES, study.top_scale, 256, 'best')
 
 
 def is_first(run: evaluate_data.Run) -> bool:
@@ -143,36 +133,31 @@ def is_first(run: evaluate_data.Run) -> bool:
 # --- Results -------------------------------------------------------------------------------------
 
 
-def draw_panel(axis, by_seed: pd.DataFrame):
-    """Accuracies in percent by kind of data: a line for each seed, means in colour."""
-    places = range(len(by_seed.columns))
-    axis.plot(places, by_seed.T, color='0.75', linewidth=0.8, marker='.', markersize=5)
-    axis.plot(places, by_seed.mean(), 'C0_', markersize=22, markeredgewidth=2.2)
-    for place, mean, highest in zip(places, by_seed.mean(), by_seed.max(), strict=True):
-        axis.annotate(f'{mean:.1f}', (place, highest), (0, 6), textcoords='offset points',
-                      ha='center', color='C0')
-    # A difference of a percent is not to look like a large one.
-    low = by_seed.min(axis=None)
-    high = by_seed.max(axis=None)
-    half = max(0.75 * (high - low), LEAST_SPAN / 2)
-    middle = (low + high) / 2
-    axis.set(ylim=(middle - half, middle + half), xlim=(-0.5, len(places) - 0.5))
-    axis.set_xticks(places, [evaluate_data.DATA[name].replace(' + ', '\n+ ') for name in by_seed])
-
-
 @studies.styled
 def draw(results: pd.DataFrame, eps: float):
-    """Clean and robust accuracy of each kind of data, a panel for each kind of training."""
+    """Clean and robust accuracy of each kind of data, a panel for each kind of training: a line
+    for each seed, means in colour."""
     figure, axes = studies.plt.subplots(2, 2, figsize=(6.2, 4.4), sharex=True)
     kinds = {'clean': 'clean accuracy (%)', 'robust': f'under PGD-10, eps {eps:.2g} (%)'}
-    for column, training in enumerate(evaluate_data.TRAINING):
-        of_training = results[results['training'] == training]
-        for row, kind in enumerate(kinds):
-            by_seed = of_training.pivot(index='seed', columns='data', values=kind)
-            draw_panel(axes[row, column], 100 * by_seed[list(evaluate_data.DATA)])
-        axes[0, column].set_title(f'{training} training')
-    for row, label in enumerate(kinds.values()):
-        axes[row, 0].set_ylabel(label)
+    ticks = [label.replace(' + ', '\n+ ') for label in evaluate_data.DATA.values()]
+    places = range(len(ticks))
+    for (kind, label), row in zip(kinds.items(), axes, strict=True):
+        for training, axis in zip(evaluate_data.TRAINING, row, strict=True):
+            by_seed = 100 * results[results['training'] == training].pivot(
+                index='seed', columns='data', values=kind)[list(evaluate_data.DATA)]
+            axis.plot(places, by_seed.T, color='0.75', linewidth=0.8, marker='.', markersize=5)
+            axis.plot(places, by_seed.mean(), 'C0_', markersize=22, markeredgewidth=2.2)
+            for place, mean, highest in zip(places, by_seed.mean(), by_seed.max(), strict=True):
+                axis.annotate(f'{mean:.1f}', (place, highest), (0, 6), ha='center', color='C0',
+                              textcoords='offset points')
+            # A difference of a percent is not to look like a large one.
+            ends = np.array([by_seed.min(axis=None), by_seed.max(axis=None)])
+            half = max(0.75 * np.ptp(ends), LEAST_SPAN / 2)
+            axis.set(xlim=(-0.5, len(places) - 0.5), ylim=ends.mean() + (-half, half))
+            axis.set_xticks(places, ticks)
+        row[0].set_ylabel(label)
+    for training, axis in zip(evaluate_data.TRAINING, axes[0], strict=True):
+        axis.set_title(f'{training} training')
     return figure
 
 
@@ -181,11 +166,9 @@ def save_samples(study: Study, seed: int):
     data = {'real': ImageDataset(study.real_data(seed)),
             'generated': GeneratedImages(study.images(seed), CLASSES),
             'selected': GeneratedImages(study.selected(seed), CLASSES)}
-    rows = {}
-    for digit in range(CLASSES):
-        for name, images in data.items():
-            indices = np.flatnonzero(images.label_ids == digit)[:GRID_COLUMNS]
-            rows[f'{digit} {name}'] = images.images(indices)
+    rows = {f'{digit} {name}': images.images(
+        np.flatnonzero(images.label_ids == digit)[:GRID_COLUMNS])
+        for digit in range(CLASSES) for name, images in data.items()}
     studies.save_rows(rows, GRID_COLUMNS, study.path('samples.png'), min_side=24)
 
 
@@ -199,8 +182,6 @@ def main(study):
     Writes results.csv (each classifier), summary.csv (means over seeds), study.png, study.svg and
     samples.png.
     """
-    if len(set(study.seeds)) < len(study.seeds):
-        raise UserError('give each number once', 'seeds')
     study.claim()
     for seed in study.seeds:
         make_data(study, seed)
@@ -217,11 +198,9 @@ def main(study):
     evaluate_data.train_all(sorted(runs, key=lambda run: run.training), study.jobs)
     results = evaluate_data.table(runs)
     summary = evaluate_data.summarise(results)
-    study.save(draw(results, study.eps), results=results, summary=summary)
-    save_samples(study, study.seeds[0])
     evaluate_data.show(summary, study.eps)
-    print('\nresults.csv, summary.csv, study.png, study.svg and samples.png are in '
-          + study.outdir)
+    save_samples(study, study.seeds[0])
+    study.save(draw(results, study.eps), 'samples.png', results=results, summary=summary)
 
 
 if __name__ == '__main__':

@@ -1,9 +1,7 @@
 """Do generated images help? Classifiers trained on real images alone, with generated and with
 selected ones."""
 
-import contextlib
 import dataclasses
-import io
 import itertools
 import os
 import sys
@@ -13,9 +11,9 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import pandas as pd
 
+import studies
 from dnnlib import UserError, cli, options, util
 from synthetic_data import train_classifier
 from synthetic_data.mixture import GeneratedImages
@@ -56,8 +54,7 @@ class Run:
     def train(self):
         """Trains it to its end. Raises KeyboardInterrupt if it is told to stop; then it goes on
         from a checkpoint."""
-        sink = io.StringIO()  # those side by side would talk over each other; log.txt has it all
-        with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+        with studies.silence():
             nimg = train_classifier.train(self.config, self.folder)
         if nimg < self.config['duration']:
             raise KeyboardInterrupt
@@ -115,21 +112,15 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
 
 def show(summary: pd.DataFrame, eps: float):
     """Prints the averages in percent."""
-    def cell(line, name, sign=''):
-        error = line[f'{name} error']
-        shown = '' if np.isnan(error) else f' ± {100 * error:.2f}'
-        return f'{100 * line[name]:{sign}.2f}{shown}'
-
+    shown = summary[['training', 'data']].replace({'data': DATA})
+    for name, title in zip(MEASURES, ('clean', 'under attack'), strict=True):
+        for kind, form in (('', '.2f'), (' gain', '+.2f')):
+            shown[title + kind] = studies.plus_minus(
+                summary, f'{name}{kind}', f'{name}{kind} error', form, 100)
+        shown.loc[summary['data'] == 'real', f'{title} gain'] = ''
     means = ', mean ± standard error over seeds' if summary['seeds'].max() > 1 else ''
     print(f'\nTest accuracy in %, clean and under PGD with eps {eps:.4f}{means}; gain: over real '
-          'data alone')
-    print(f'{"training":<13}{"data":<18}{"clean":>15}{"gain":>15}{"under attack":>15}{"gain":>15}')
-    for _, line in summary.iterrows():
-        cells = f'{line["training"]:<13}{DATA[line["data"]]:<18}'
-        for name in MEASURES:
-            gain = '' if line['data'] == 'real' else cell(line, f'{name} gain', '+')
-            cells += f'{cell(line, name):>15}{gain:>15}'
-        print(cells)
+          f'data alone\n{shown.to_string(index=False)}')
 
 
 EXAMPLES = """\b
@@ -190,9 +181,7 @@ def main(outdir, data, test, generated, selected, training, seeds, jobs, **setti
     if dist.get_rank() == 0:
         results = table(planned)
         summary = summarise(results)
-        for name, frame in (('results.csv', results), ('summary.csv', summary)):
-            with util.atomic_path(os.path.join(outdir, name)) as temp:
-                frame.to_csv(temp, index=False, float_format='%.6g', lineterminator='\n')
+        studies.save_tables(outdir, results=results, summary=summary)
         show(summary, settings['eps'])
         print(f'\nresults.csv and summary.csv are in {outdir}')
     dist.shutdown()

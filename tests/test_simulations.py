@@ -10,6 +10,7 @@ import xml.etree.ElementTree
 
 import golden_cases
 import numpy as np
+import pandas as pd
 import PIL.Image
 import pytest
 import scipy.stats
@@ -159,7 +160,7 @@ def test_error_falls_as_one_over_root_n(tmp_path):
         slope, interval = tables.slope(rows, name)
         assert abs(slope + 0.5) <= 0.03 and interval < 0.02
         assert f'{slope:.4f}' in result.stdout
-    last = tables.load(path)[-1]
+    last = tables.load(path).iloc[-1]
     distance = math.sqrt(2 * 5 / 16000) * math.gamma(5.5) / math.gamma(5)
     expected = distance / math.sqrt(2 * math.pi)
     assert abs(last[tables.ERROR_SINGLE] - expected) < 2 * last[tables.interval_column(tables.ERROR_SINGLE)]
@@ -174,7 +175,7 @@ def test_wrong_slope_is_an_error(tmp_path):
 def test_slope_of_a_power_law():
     rows = [dict(seed=s, n=n, e=(1 + s) * n ** -0.25) for s in range(3) for n in (10, 100, 1000)]
     rows += [dict(seed=9, n=n, e=math.nan) for n in (10, 100, 1000)]
-    slope, interval = tables.slope(rows, 'e')
+    slope, interval = tables.slope(pd.DataFrame(rows), 'e')
     assert slope == pytest.approx(-0.25) and interval == pytest.approx(0, abs=1e-12)
 
 
@@ -185,15 +186,15 @@ def test_intervals_of_many_seeds(tmp_path):
     """More seeds than the paper's add Student-t intervals; its five give its columns only."""
     run(tmp_path, '--tag=K', '--values=3', '--seeds=0-19', '--test-points=50')
     path = tables.newest(tmp_path, 'K')
-    (line,) = tables.load(path)
+    line = tables.load(path).iloc[0]
     rows = tables.load(seeds_file(path))
     assert line['seeds'] == 20 and line['seed'] == 9.5
     for name in tables.MEASURED:
-        values = [r[name] for r in rows]
-        low, high = scipy.stats.t.interval(0.95, 19, np.mean(values), scipy.stats.sem(values))
+        values = rows[name]
+        low, high = scipy.stats.t.interval(0.95, 19, values.mean(), values.sem())
         assert line[tables.interval_column(name)] == pytest.approx((high - low) / 2)
     run(tmp_path, '--tag=K', '--values=3', '--seeds=0-4', '--test-points=50')
-    assert set(tables.load(tables.newest(tmp_path, 'K'))[0]) == set(tables.columns(()))
+    assert set(tables.load(tables.newest(tmp_path, 'K'))) == set(tables.columns([]))
 
 
 def test_seeds_are_independent_of_order_batch_and_processes(monkeypatch):
@@ -298,7 +299,7 @@ def test_figure_1_shows_errors_left_and_bounds_right(tag, varied, tmp_path):
                         (right, (tables.BOUND_SINGLE, tables.BOUND_MULTI))):
         drawn = [line.get_xydata() for line in axis.lines]
         for name in names:
-            curve = np.array([[r[varied], r[name]] for r in rows])
+            curve = rows[[varied, name]].to_numpy()
             assert any(d.shape == curve.shape and np.allclose(d, curve) for d in drawn), name
     plotting.plt.close(figure)
 
@@ -307,18 +308,18 @@ def test_grid_shows_the_advantage(tmp_path):
     run(tmp_path, '--tag=grid', '--x=K', '--y=sim', '--x-values=2,4', '--y-values=0,0.5,1', '--seeds=1,2')
     path = tables.newest(tmp_path, 'grid')
     rows = tables.load(path)
-    assert [(r['K'], r['sim']) for r in rows] == [(K, sim) for K in (2, 4) for sim in (0, 0.5, 1)]
+    assert rows[['K', 'sim']].to_numpy().tolist() == [[K, sim] for K in (2, 4) for sim in (0, 0.5, 1)]
     figure = plotting.draw('grid', rows, tables.load(seeds_file(path)))
     for axis, name in zip(figure.axes, (tables.ERROR_ADVANTAGE, tables.BOUND_ADVANTAGE), strict=False):
         shown = axis.images[0].get_array()
-        np.testing.assert_allclose(shown, np.array([r[name] for r in rows]).reshape(2, 3).T)
+        np.testing.assert_allclose(shown, rows[name].to_numpy().reshape(2, 3).T)
     plotting.plt.close(figure)
 
 
 def test_newest_result_is_drawn_always_the_same(tmp_path):
     for values in ('1,2', '3,4'):
         run(tmp_path, '--tag=K', f'--values={values}', '--test-points=20')
-    assert [r['K'] for r in tables.load(tables.newest(tmp_path, 'K'))] == [3, 4]
+    assert tables.load(tables.newest(tmp_path, 'K'))['K'].tolist() == [3, 4]
     paths = [pathlib.Path(path) for path in plot('K', tmp_path).stdout.split()]
     assert paths[0] == tables.newest(tmp_path, 'K').with_suffix('.png')
     before = [path.read_bytes() for path in paths]

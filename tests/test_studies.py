@@ -329,7 +329,7 @@ def test_a_study_that_cannot_be_read(text, tmp_path):
     ('memorization', '--sizes=20,5000', '10 classes'),
     ('memorization', '--classes=0,1', '1 to 10'), ('memorization', '--kimg=0', ''),
     ('distillation', '--rhos=0.4,0.4', 'once'),
-    ('distillation', '--rhos=0', 'give different shares'), ('distillation', '--rhos=x', ''),
+    ('distillation', '--rhos=0', 'give shares'), ('distillation', '--rhos=x', ''),
     ('distillation', '--samples=3', ''), ('distillation', '--teacher-steps=0', ''),
     ('long_tail', '--methods=finetune', 'finetune starts from plain'),
     ('long_tail', '--methods=all', ''), ('long_tail', '--omegas=strong', ''),
