@@ -62,7 +62,8 @@ def inspect(file, sha256, weights, settings):
 @main.command()
 @source_options
 @click.option('--dest', metavar='FILE|DIR', required=True,
-              help='FILE.pkl: snapshot; FILE.safetensors: with FILE.json beside it; DIR: folder for diffusers')
+              help='FILE.pkl: snapshot; FILE.safetensors: with FILE.json beside it; '
+                   'DIR: folder for diffusers')
 @click.option('--dtype', type=click.Choice(list(export.DTYPES)), default='float32',
               help='Type of the weights')
 @click.option('--overwrite', is_flag=True, help='Replace what is at --dest')
@@ -85,7 +86,8 @@ def convert(file, dest, dtype, overwrite, sha256, weights, settings):
     dest = dest.rstrip('/')
     form = os.path.splitext(dest)[1].lower()
     if form not in export.EXPORTS:
-        raise UserError(f'--dest={dest}: the name must end in .pkl or .safetensors, or be that of a folder')
+        raise UserError(f'--dest={dest}: the name must end in .pkl or .safetensors, or be that '
+                        'of a folder')
     export.check_destination(dest, form, overwrite)
     check_parent(dest)
     open_network = load_snapshot if form else load_denoiser
@@ -105,7 +107,8 @@ def describe(found: Found, options: dict | None = None) -> dict:
     lines.pop('what', None)
     if found.state is not None:
         numbers = sum(value.numel() for value in found.state.values())
-        lines['parameters'] = f'{numbers:,} numbers in {len(found.state)} tensors (buffers included)'
+        lines['parameters'] = (f'{numbers:,} numbers in {len(found.state)} tensors '
+                               '(buffers included)')
     if found.kind in ('snapshot', 'safetensors'):
         dataset = found.content['dataset']
         names = dataset.get('class_names') or dataset.get('classes') or []

@@ -44,7 +44,8 @@ PRESETS = {f'edm2-img512-{size}': _preset(size, mimg << 20, lr, 70000) for size,
     ('xl', 640, 0.0070),
 ]}
 # Multi-source study (arXiv 2502.14583): latents of 256x256; classes, images of each class.
-PRESETS |= {f'edm2-img256-xs-{data}': _preset('xs', mimg << 20, lr, decay, lr_schedule='multisource')
+PRESETS |= {f'edm2-img256-xs-{data}': _preset('xs', mimg << 20, lr, decay,
+                                              lr_schedule='multisource')
             for data, mimg, lr, decay in [
     ('1c-100', 48, 0.004, 4000),
     ('1c-500', 128, 0.004, 2000),

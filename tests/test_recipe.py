@@ -194,18 +194,19 @@ def test_settings_of_the_optimizer_change_too(tmp_path):
 # --- Checkpoints ----------------------------------------------------------------------------------
 
 
-def flip_bit(path, needle: bytes):
-    data = bytearray(path.read_bytes())
-    data[data.index(needle)] ^= 1
-    path.write_bytes(data)
+def flip_bit(data: bytes) -> bytes:
+    position = data.index(torch.full([100], 2000.0).numpy().tobytes())
+    return data[:position] + bytes([data[position] ^ 1]) + data[position + 1:]
 
 
-def test_a_flipped_bit_is_noticed_and_the_older_checkpoint_taken(tmp_path):
+@pytest.mark.parametrize('damage', [flip_bit, lambda data: data[:100], lambda data: b''])
+def test_damage_is_noticed_and_the_older_checkpoint_taken(tmp_path, damage):
     checkpoints = Checkpoints(str(tmp_path))
     for nimg in (1000, 2000):
-        weights = torch.full([100], float(nimg))
-        checkpoints.save({'nimg': nimg, 'means': {}, 'net': {'w': weights}})
-    flip_bit(tmp_path / 'training-state-0000002.pt', weights.numpy().tobytes())
+        weights = {'w': torch.full([100], float(nimg))}
+        checkpoints.save({'nimg': nimg, 'means': {}, 'net': weights})
+    newest = tmp_path / 'training-state-0000002.pt'
+    newest.write_bytes(damage(newest.read_bytes()))
     reports = []
     state = checkpoints.load_newest(report=reports.append)
     assert state['nimg'] == 1000 and torch.equal(state['net']['w'], torch.full([100], 1000.0))

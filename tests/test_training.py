@@ -214,20 +214,6 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path, digits):
     assert 'Stopped at' in (outdir / 'log.txt').read_text()
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path):
-    checkpoints = Checkpoints(str(tmp_path))
-    checkpoints.save({'nimg': 1000, 'means': {}})
-    checkpoints.save({'nimg': 2000, 'means': {}})
-    newest = tmp_path / 'training-state-0000002.pt'
-    newest.write_bytes(newest.read_bytes()[:100])
-    reports = []
-    assert checkpoints.load_newest(report=reports.append)['nimg'] == 1000
-    assert 'training-state-0000002.pt' in reports[0]
-    (tmp_path / 'training-state-0000001.pt').write_bytes(b'')
-    with pytest.raises(UserError, match='none of its 2 checkpoints'):
-        checkpoints.load_newest(report=reports.append)
-
-
 # --- Errors -----------------------------------------------------------------------------------------------------------
 
 

@@ -179,9 +179,8 @@ class Trainer:
         if scaling != 1:
             torch._foreach_div_(grads, scaling)
         if self.recipe.bad_gradients is not None:
-            nan, posinf, neginf = self.recipe.bad_gradients
             for grad in grads:
-                torch.nan_to_num(grad, nan=nan, posinf=posinf, neginf=neginf, out=grad)
+                grad.nan_to_num_(*self.recipe.bad_gradients)
         if self.recipe.clip_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.clip_grad_norm)
         return True

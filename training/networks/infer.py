@@ -32,21 +32,24 @@ def infer(state: dict, options: dict | None = None) -> Architecture:
     Raises ForeignPickleError for weights of no known kind, or that are incomplete, or unknown
     options.
     """
-    kind, options = family(state), options or {}
+    kind = family(state)
+    options = options or {}
     if kind not in READERS:
         raise ForeignPickleError('its weights belong to no network that is known here')
     try:
-        made = READERS[kind](state, options)
+        result = READERS[kind](state, options)
     except (KeyError, IndexError, ZeroDivisionError) as error:
-        raise ForeignPickleError(f'its weights are those of {kind}, but incomplete ({error})') from None
-    arguments = made.kwargs | (made.diffusion or {})
+        raise ForeignPickleError(
+            f'its weights are those of {kind}, but incomplete ({error})') from None
+    tables = [result.kwargs, result.diffusion or {}]
     for name, value in options.items():
-        if name not in arguments:
-            raise ForeignPickleError(f'{name} is no argument of this network; there are {", ".join(sorted(arguments))}')
-        table = made.kwargs if name in made.kwargs else made.diffusion
+        table = next((table for table in tables if name in table), None)
+        if table is None:
+            raise ForeignPickleError(f'{name} is no argument of this network; there are '
+                                     f'{", ".join(sorted(tables[0] | tables[1]))}')
         table[name] = value
-        made.assumed.pop(name, None)
-    return made
+        result.assumed.pop(name, None)
+    return result
 
 
 def _count(names, prefix: str) -> int:
@@ -59,7 +62,8 @@ def _adm(state, options) -> Architecture:
     """Guided diffusion (also improved DDPM): blocks are counted, levels end where the decoder
     doubles the resolution.
     """
-    width, in_channels = state['time_embed.0.weight'].shape[1], state['input_blocks.0.0.weight'].shape[1]
+    width = state['time_embed.0.weight'].shape[1]
+    in_channels = state['input_blocks.0.0.weight'].shape[1]
     blocks = _count(state, 'input_blocks.')
     # The layer that doubles the resolution is the second or third of its block; in guided
     # diffusion it is residual.
@@ -87,7 +91,8 @@ def _adm(state, options) -> Architecture:
         class_cond='label_emb.weight' in state, resblock_updown=updown,
         use_scale_shift_norm=state['input_blocks.1.0.emb_layers.1.weight'].shape[0] == 2
         * round(mult[0] * width),
-        attention_resolutions=','.join(str(size // factor) for factor in factors) or str(2 * size),  # none of them: no level
+        # Twice the size is that of no level.
+        attention_resolutions=','.join(str(size // factor) for factor in factors) or str(2 * size),
         channel_mult=','.join(f'{m:g}' for m in mult) if all(m == int(m) for m in mult) else '')
     if kwargs['class_cond']:
         kwargs['num_classes'] = len(state['label_emb.weight'])
