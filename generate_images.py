@@ -9,15 +9,16 @@ from training.generate import PRESETS, GridCollector, OutputFolder, open_generat
 EXAMPLES = """\b
 Examples:
   # A picture of 64 samples of your own network
-  python generate_images.py --net=training-runs/digits/network-snapshot-0000524-0.100.pkl --seeds=0-63 \\
-      --grid=digits.png
+  python generate_images.py --net=training-runs/digits/network-snapshot-0000524-0.100.pkl \\
+      --seeds=0-63 --grid=digits.png
 \b
   # 50,000 images of one class on 8 GPUs, with autoguidance
   torchrun --nproc_per_node=8 generate_images.py --net=NET.pkl --gnet=SMALLER.pkl --guidance=2.1 \\
       --outdir=out --subdirs --seeds=0-49999 --class=171
 \b
   # A published model (downloaded on first use), with another sampler
-  python generate_images.py --preset=edm2-img512-s-guid-fid --outdir=out --seeds=0-7 --sampler=dpmpp-2m --steps=20
+  python generate_images.py --preset=edm2-img512-s-guid-fid --outdir=out --seeds=0-7 \\
+      --sampler=dpmpp-2m --steps=20
 \b
 Published presets: """ + ', '.join(f'edm2-{name}' for name in PRESETS)
 
@@ -53,9 +54,8 @@ def main(network, sampler, class_, outdir, subdirs, grid, seeds, batch):
         if existing:
             dist.print0(f'{len(existing)} of {len(seeds)} images are there already')
     side = snapshot.net.img_resolution
-    dist.print0(
-        f'Generating {len(missing)} images of {side}x{side} on {dist.get_world_size()} x {dist.get_device().type}'
-    )
+    dist.print0(f'Generating {len(missing)} images of {side}x{side} on '
+                f'{dist.get_world_size()} x {dist.get_device().type}')
     sinks = [sink for sink in (folder, collector) if sink]
     for made in generator.images(missing, batch=batch, progress=True):
         for sink in sinks:

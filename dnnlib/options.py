@@ -99,8 +99,9 @@ network = group(
     text('HEX', '--gnet-sha256', 'SHA-256 that the file of --gnet must have'),
     number('--guidance', None, 'Strength of guidance, 1 = none  [default: 1, or of the preset]',
            float),
-    text('LO,HI', '--guidance-interval', 'Guide only where the noise level is above LO and at most '
-         'HI  [default: everywhere]', type=cli.Parsed('interval', _interval)),
+    text('LO,HI', '--guidance-interval',
+         'Guide only where the noise level is above LO and at most HI  [default: everywhere]',
+         type=cli.Parsed('interval', _interval)),
     text('NAME|DIR', '--model-url', 'Autoencoder of latents: hub name or folder  '
          '[default: of the snapshot]'))
 

@@ -68,30 +68,32 @@ def generate(generator, writers: dict, batch: int):
                                          batch=stop - start, split=False):
                 writer.write(start,
                              made.images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy())
-            if dist.get_rank() == 0:
-                finish(writers)
+            finish(writers)
     dist.barrier()
-    if dist.get_rank() == 0:
-        finish(writers)
+    finish(writers)
 
 
 def finish(writers):
+    """The first process closes the classes that are complete."""
     for writer in writers.values():
-        if writer.finish():
+        if dist.get_rank() == 0 and writer.finish():
             tqdm.write(f'{writer.npy}: finished')
 
 
 EXAMPLES = """\b
 Examples:
   # 5 million images like CIFAR-10, on 4 GPUs
-  torchrun --standalone --nproc_per_node=4 generate.py --outdir=out_cifar10 --seeds=0-499999 --batch=2048 --steps=20 \\
-      --class_num=10 --network=https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-cond-vp.pkl
+  torchrun --standalone --nproc_per_node=4 generate.py --outdir=out_cifar10 --seeds=0-499999 \\
+      --batch=2048 --steps=20 --class_num=10 \\
+      --network=https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-cond-vp.pkl
 \b
   # More of them later: only what is new is made, and comes after what is there
-  python generate.py --outdir=out_cifar10 --seeds=500000-599999 --batch=2048 --steps=20 --class_num=10 --network=...
+  python generate.py --outdir=out_cifar10 --seeds=500000-599999 --batch=2048 --steps=20 \\
+      --class_num=10 --network=...
 \b
-The sampler is that of the network, EDM's with 20 steps; any of --solver --disc --schedule --scaling chooses that of
-EDM's ablations, with the rest at its defaults. The same command goes on with a run that was stopped."""
+The sampler is that of the network, EDM's with 20 steps; any of --solver --disc --schedule
+--scaling chooses that of EDM's ablations, with the rest at its defaults. The same command goes on
+with a run that was stopped."""
 
 
 @click.command(cls=cli.Command, epilog=EXAMPLES)
@@ -135,9 +137,9 @@ def main(outdir, seeds, batch, class_num, classes, network, sampler):
             os.makedirs(outdir, exist_ok=True)
             stack.enter_context(runs.locked(outdir, 'generating'))
         writers = prepare(outdir, classes, seeds, made_by, shape)
-        dist.print0(
-            f'{len(writers)} of {len(classes)} classes have images to be made, {shape[0]}x{shape[1]} pixels, on '
-            f'{dist.get_world_size()} x {dist.get_device().type}')
+        dist.print0(f'{len(writers)} of {len(classes)} classes have images to be made, '
+                    f'{shape[0]}x{shape[1]} pixels, on '
+                    f'{dist.get_world_size()} x {dist.get_device().type}')
         generate(generator, writers, batch)
     dist.print0(f'All classes are in {outdir}')
     dist.shutdown()

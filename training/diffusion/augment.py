@@ -82,11 +82,11 @@ class AugmentPipe:
 
     def _xflip(self, images, draws):
         w = draws.integer('xflip', 2)
-        return torch.where(_each(w == 1), images.flip(3), images), [w]
+        return _flipped(images, w, 3), [w]
 
     def _yflip(self, images, draws):
         w = draws.integer('yflip', 2)
-        return torch.where(_each(w == 1), images.flip(2), images), [w]
+        return _flipped(images, w, 2), [w]
 
     def _rotate_int(self, images, draws):
         if images.shape[2] != images.shape[3]:
@@ -94,9 +94,8 @@ class AugmentPipe:
         w = draws.integer('rotate_int', 4)
         x_flipped = (w == 1) | (w == 2)
         y_flipped = (w == 2) | (w == 3)
-        images = torch.where(_each(x_flipped), images.flip(3), images)
-        images = torch.where(_each(y_flipped), images.flip(2), images)
-        images = torch.where(_each(w % 2 == 1), images.transpose(2, 3), images)
+        images = _flipped(_flipped(images, x_flipped, 3), y_flipped, 2)
+        images = torch.where((w % 2 == 1)[:, None, None, None], images.transpose(2, 3), images)
         return images, [x_flipped, y_flipped]
 
     def _translate_int(self, images, draws):
@@ -199,9 +198,9 @@ class AugmentPipe:
         return (matrix @ images.flatten(2) + offset).reshape(images.shape), labels
 
 
-def _each(values):
-    """[N] -> [N,1,1,1]."""
-    return values[:, None, None, None]
+def _flipped(images, flags, dim: int):
+    """Images [N,C,H,W], of which those with a flag [N] are mirrored along `dim`."""
+    return torch.where((flags > 0)[:, None, None, None], images.flip(dim), images)
 
 
 @dataclasses.dataclass

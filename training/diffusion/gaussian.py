@@ -154,8 +154,8 @@ class GaussianDiffusion:
 
     def q_posterior(self, x_0, x_t, t):
         """Mean [N,C,H,W] and log variance [N,1,1,1] of q(x_(t-1) | x_t, x_0)."""
-        mean = (self._at('posterior_mean_coef1', t) * x_0
-                + self._at('posterior_mean_coef2', t) * x_t)
+        at_start = self._at('posterior_mean_coef1', t) * x_0
+        mean = at_start + self._at('posterior_mean_coef2', t) * x_t
         return mean, self._at('posterior_log_variance_clipped', t)
 
     # The reverse process.

@@ -121,9 +121,9 @@ def heun(denoiser, noise, levels, random, path=Linear(), scaling='none', solver=
 
     dx/dt = s'/s x + s sigma'/sigma (x / s - D(x / s; sigma)) is integrated from noise to image
     with `solver`: euler or heun (`alpha` 1: Heun, 1/2: midpoint, 2/3: Ralston), for the noise
-    `path` sigma(t) (default: t) and the `scaling` s(t) (see SCALES). Levels between S_min and S_max
-    get noise: as much of it as if they were higher by the factor 1 + min(S_churn / N, sqrt(2) - 1).
-    `always_draw`: other levels draw and do not use it.
+    `path` sigma(t) (default: t) and the `scaling` s(t) (see SCALES). Levels between S_min and
+    S_max get noise: as much of it as if they were higher by the factor 1 + min(S_churn / N,
+    sqrt(2) - 1). `always_draw`: other levels draw and do not use it.
     """
     num_steps = len(levels) - 1
     gamma = min(S_churn / num_steps, math.sqrt(2) - 1)
