@@ -22,9 +22,10 @@ from long_tail import classwise, datasets, imbalance
 from metrics.frechet import frechet_distance
 from metrics.statistics import Gaussian, Statistics, load_statistics
 from torch_utils import distributed
+from torch_utils.files.own import read_own
 from training.checkpoint import StepCheckpoints
 from training.data.images import NpzImages
-from training.snapshot import load_snapshot, read_state
+from training.snapshot import load_snapshot
 
 MAIN = 'long_tail/main.py'
 # What makes a run small; appended to the command lines of the study.
@@ -88,7 +89,7 @@ def trained(tmp_path_factory):
 
 
 def weights(path, key='ema_model'):
-    return read_state(str(path))[key]
+    return read_own(str(path))[key]
 
 
 def assert_same(one, other):
@@ -254,7 +255,7 @@ def test_the_commands_run_as_written(cifar, tmp_path, monkeypatch):
 
 def test_what_a_run_leaves_behind(trained):
     assert StepCheckpoints(str(trained)).numbers() == [2, 4, 5]
-    state = read_state(str(trained / 'ckpt_4.pt'))
+    state = read_own(str(trained / 'ckpt_4.pt'))
     assert state['step'] == 4 and state['nimg'] == 5 * 8 and state['optim']['state'][0]['step'] == 5
     found = events(trained)
     assert [step for step, _ in found['Loss/ddpm']] == [1, 2, 3, 4, 5] and found['Progress/lr'][0][1] > 0
@@ -288,7 +289,7 @@ def test_fine_tuning_starts_from_the_average_and_counts_on(trained, tmp_path):
     invoke(MAIN, *args, '--finetuned_logdir=tuned')
     tuned = trained.parent / 'tuned'
     assert StepCheckpoints(str(tuned)).numbers() == [6, 8]
-    assert read_state(str(tuned / 'ckpt_8.pt'))['optim']['state'][0]['step'] == 5      # further steps
+    assert read_own(str(tuned / 'ckpt_8.pt'))['optim']['state'][0]['step'] == 5      # further steps
     assert '--ckpt_step=4' in (tuned / 'flagfile.txt').read_text()
     # A step without a learning rate leaves the averaged weights of the pretrained run.
     invoke(MAIN, *args, f'--finetuned_logdir={tmp_path}/still', '--total_steps=1', '--warmup=1000')
@@ -321,7 +322,7 @@ def test_runs_that_cannot_go_on(trained, tmp_path):
     again = ['--train', *DIGITS, f'--logdir={trained}', '--total_steps=9', '--cfg']
     assert '--lr' in fails(MAIN, *again, '--lr=1')
     assert 'network' in fails(MAIN, *again, '--dropout=0.5')
-    state = read_state(str(trained / 'ckpt_2.pt'))
+    state = read_own(str(trained / 'ckpt_2.pt'))
     published = {key: state[key] for key in ('net_model', 'ema_model', 'optim', 'step')}
     (tmp_path / 'published').mkdir()
     torch.save(published, tmp_path / 'published' / 'ckpt_2.pt')
@@ -416,7 +417,7 @@ def test_sampling_methods(trained, digits_stats):
 
 def test_published_checkpoints_are_evaluated_and_fine_tuned(trained, digits_stats, tmp_path):
     """Their layout, with the prefix that DataParallel adds; steps and schedule as that code has them."""
-    state = read_state(str(trained / 'ckpt_4.pt'))
+    state = read_own(str(trained / 'ckpt_4.pt'))
     folder = tmp_path / 'published'
     folder.mkdir()
     torch.save({key: {f'module.{name}': value for name, value in state[key].items()} for key in ('net_model', 'ema_model')}

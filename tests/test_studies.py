@@ -38,10 +38,10 @@ from metrics.recognition import Recognizer
 from simulations import digits_multi_source as multi_source
 from synthetic_data import evaluate_data
 from synthetic_data.classify import open_classifier
+from torch_utils.files.own import read_own
 from training.data.dataset import ImageDataset
 from training.data.images import open_images
 from training.schedules import LR_SCHEDULES
-from training.snapshot import read_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -643,7 +643,7 @@ def test_rows_are_means_over_classes(name, finished):
 @pytest.mark.parametrize('name', ['long_tail'])
 def test_all_methods_take_the_same_number_of_steps(name, finished):
     def state(file):
-        return read_state(str(finished[0] / 'models' / file))
+        return read_own(str(finished[0] / 'models' / file))
 
     taken = {file: int(state(file)['optim']['state'][0]['step']) for file in (
         'plain-seed0/ckpt_3.pt', 'plain-seed0/ckpt_5.pt', 'cb-seed0/ckpt_5.pt',

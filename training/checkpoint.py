@@ -16,7 +16,8 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.util import matching_names
-from training.snapshot import read_state, write_state
+from torch_utils.files.own import read_own
+from training.snapshot import write_state
 
 _PREFIX = 'model.'  # of the U-Net's weights within a DiscreteDenoiser
 
@@ -63,7 +64,7 @@ class Checkpoints:
 
     def read(self, path: str) -> dict:
         """The content of the checkpoint at `path`. Raises UserError if it is damaged."""
-        return read_state(path)
+        return read_own(path)
 
     def unpack(self, content: dict, path: str) -> dict:
         """The loop's state in what `read` returned. Raises UserError for other programs' files."""
@@ -184,10 +185,10 @@ class GuidedCheckpoints(Checkpoints):
             raise UserError(f'{path} is no modelNNNNNN.pt of a run')
         files = GuidedCheckpoints(os.path.dirname(path))
         step = int(match[1])
-        rest = read_state(files.path(step, 'opt'))
+        rest = read_own(files.path(step, 'opt'))
         rates = map(str, rest.get('rates', ()))
-        return rest | {'net': read_state(path), 'ema': {
-            rate: read_state(files.path(step, f'ema_{rate}_')) for rate in rates}}
+        return rest | {'net': read_own(path), 'ema': {
+            rate: read_own(files.path(step, f'ema_{rate}_')) for rate in rates}}
 
     def unpack(self, content, path):
         if not {'rates', 'nimg', 'batches'} <= set(content):

@@ -17,7 +17,7 @@ import torch
 from dnnlib import UserError, url
 from dnnlib.util import atomic_path, matching_names
 from torch_utils.files.identify import Found, identify
-from torch_utils.files.own import SNAPSHOT_FORMAT, read_own
+from torch_utils.files.own import SNAPSHOT_FORMAT
 from torch_utils.files.pickles import ForeignPickleError, errors_of
 from torch_utils.files.weights import load_weights
 from training import encoders
@@ -25,8 +25,6 @@ from training.diffusion.samplers import family_sampler
 from training.networks import check_arguments, rebuild_network
 from training.networks.infer import infer
 
-FORMAT = SNAPSHOT_FORMAT
-read_state = read_own
 _VAE_SETTINGS = ('vae_name', 'raw_mean', 'raw_std', 'final_mean', 'final_std')
 
 
@@ -68,7 +66,7 @@ def describe(net, *, encoder, dataset, recipe, sampler=None, nimg=0, ema_std=Non
              family
     """
     return {
-        'format': FORMAT, 'network': {'class_name': net.class_name, 'kwargs': net.init_kwargs},
+        'format': SNAPSHOT_FORMAT, 'network': {'class_name': net.class_name, 'kwargs': net.init_kwargs},
         'encoder': encoder.config(), 'dataset': dataset, 'recipe': recipe, 'sampler': sampler,
         'nimg': int(nimg), 'ema_std': ema_std}
 
@@ -123,7 +121,7 @@ def read_snapshot(path: str) -> dict:
     """The dictionary of a snapshot file, as `save_snapshot` wrote it."""
     found = identify(path)
     if found.kind not in ('snapshot', 'safetensors'):
-        raise UserError(f'{path}: not a network snapshot (format {FORMAT}) but {found.what}')
+        raise UserError(f'{path}: not a network snapshot (format {SNAPSHOT_FORMAT}) but {found.what}')
     return found.content
 
 
@@ -138,8 +136,7 @@ def _restore(found: Found) -> Snapshot:
             check_arguments(content.get(part))
         except ValueError as error:
             raise UserError(f'{found.path}: its {part} is malformed ({error})') from None
-    if sampler is not None and not (
-            isinstance(sampler, dict) and isinstance(sampler.get('name'), str)):
+    if sampler is not None and not isinstance(sampler.get('name'), str):
         raise UserError(f'{found.path}: its sampler is malformed')
     return Snapshot(net, encoders.make_encoder(content['encoder']), content['dataset'],
                     content['recipe'], content['nimg'], content['ema_std'], sampler)

@@ -17,13 +17,14 @@ from distillation.dkdm import SOURCES, IterativeSource, Preparation
 from dnnlib import UserError
 from dnnlib.util import require_same
 from torch_utils import distributed as dist
-from training.snapshot import read_state, write_state
+from torch_utils.files.own import read_own
+from training.snapshot import write_state
 
 
 def resume(preparation: Preparation, path: str, description: dict):
     """Takes up the unfinished share of an earlier run, if there is one of the same settings."""
     if os.path.exists(path):
-        state = read_state(path)
+        state = read_own(path)
         require_same(path, state['description'], description, 'remove it to start anew')
         preparation.load_state_dict(state['preparation'])
         print(f'Going on with {path}', flush=True)

@@ -60,6 +60,9 @@ FAMILIES = {
     'wrn': ('block1.layer.0.bn1.weight', 'weights of a wide residual network (classifier)'),
     'inception': ('Mixed_5b.branch1x1.conv.weight', 'weights of the FID Inception network'),
 }
+# What a snapshot of this project must hold besides its weights.
+SNAPSHOT_PARTS = dict.fromkeys(('network', 'encoder', 'dataset', 'recipe'), dict) | dict(
+    sampler=dict | None, nimg=int, ema_std=int | float | None)
 PICTURES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.npy')
 
 
@@ -106,7 +109,7 @@ def _file(path, weights) -> Found:
     if head[:4] in (b'PK\3\4', b'PK\5\6'):
         return _zip(path, data, weights)
     if torchfile.is_legacy(data):
-        return _torch(path, torchfile.read(path, data), weights)
+        return _torch(path, torchfile.read_legacy(data), weights)
     # may begin with any byte
     if head[8:10] == b'{"' and 2 <= int.from_bytes(head[:8], 'little') <= len(data) - 8:
         return _safetensors(path, path, os.path.splitext(path)[0] + '.json')
@@ -134,8 +137,8 @@ def _zip(path, data, weights) -> Found:
         records = torchfile.ZipRecords(path, data)
         if records.root + 'constants.pkl' in names:
             return Found(path, 'torchscript', state=torchscript.read_tensors(records))
-        return _torch(path, own.read_own(path) if own.is_own(records)
-                      else torchfile.read(path, data), weights)
+        content = own.read_own(path) if own.is_own(records) else records.load()
+        return _torch(path, content, weights)
     if names and all(name.endswith('.npy') for name in names):
         arrays = NpzArrays(path)
         facts = {name: ' '.join(map(str, description))
@@ -195,18 +198,15 @@ def _snapshot(path, kind, content) -> Found:
     """A snapshot of this project, its parts checked: weights by name, and plain values of modest
     size.
     """
-    network, state = content.get('network'), content.get('state')
-    if not isinstance(network, dict) or not isinstance(network.get('class_name'), str) \
+    content = dict(nimg=0, ema_std=None, sampler=None) | content
+    for key, types in SNAPSHOT_PARTS.items():
+        if not isinstance(content.get(key), types):
+            raise ForeignPickleError(f'its {key} is malformed, or missing')
+        pickles.check_plain(content[key], f'its part {key}')
+    network, state = content['network'], content.get('state')
+    if not isinstance(network.get('class_name'), str) \
             or not isinstance(network.get('kwargs'), dict) or not _is_state(state):
         raise ForeignPickleError('it is a network snapshot without a network')
-    for key in ('encoder', 'dataset', 'recipe'):
-        if not isinstance(content.get(key), dict):
-            raise ForeignPickleError(f'it is a network snapshot without its part {key}')
-    content = dict(nimg=0, ema_std=None) | content
-    if type(content['nimg']) is not int or not isinstance(content['ema_std'], int | float | None):
-        raise ForeignPickleError('it is a network snapshot with a malformed nimg or ema_std')
-    for key in ('network', 'encoder', 'dataset', 'recipe', 'sampler'):
-        pickles.check_plain(content.get(key), f'its part {key}')
     size = os.path.getsize(path if os.path.isfile(path) else os.path.join(path, FOLDER_WEIGHTS))
     return Found(path, kind, content, torchfile.state_of(state, size))
 

@@ -11,8 +11,6 @@ import torch
 
 from torch_utils.files import pickles, torchfile
 
-MAX_PARTS, MAX_DEPTH = 100_000, 32  # of a network
-
 
 @dataclasses.dataclass
 class Persistent:
@@ -31,7 +29,8 @@ class Persistent:
 
 
 def _reconstruct(meta):
-    if not isinstance(meta, dict) or meta.get('type') != 'class' or not isinstance(meta.get('state'), dict):
+    if not isinstance(meta, dict) or meta.get('type') != 'class' \
+            or not isinstance(meta.get('state'), dict):
         raise pickles.ForeignPickleError('it holds a malformed persistent object')
     return Persistent(str(meta.get('class_name'))[:100], meta['state'])
 
@@ -59,13 +58,15 @@ class _Unpickler(pickles.RestrictedUnpickler):
     stored = 0
 
     def find_class(self, module, name):
-        return self._storage if (module, name) == ('torch.storage', '_load_from_bytes') else super().find_class(module, name)
+        if (module, name) == ('torch.storage', '_load_from_bytes'):
+            return self._storage
+        return super().find_class(module, name)
 
     def _storage(self, data):
         self.stored += len(data)
         if self.stored > len(self.data):
             raise pickles.ForeignPickleError('its tensors are larger than the file')
-        return torchfile.read_storage(data)
+        return torchfile.read_legacy(data)
 
 
 def load(data):
@@ -82,27 +83,15 @@ def state_dict(obj, file_size: int) -> dict[str, torch.Tensor]:
     """Parameters and buffers of a `Persistent` network by dotted name, half precision as
     float32.
     """
-    return torchfile.state_of(dict(_walk(obj, '', 0, [0])), file_size)
+    return torchfile.state_of(torchfile.named_tensors(obj, _children), file_size)
 
 
-def _walk(obj, prefix, depth, count):
-    state = getattr(obj, 'state', None)
+def _children(module):
+    state = getattr(module, 'state', None)
     if not isinstance(state, dict):
-        raise pickles.ForeignPickleError(f'its part {prefix[:100] or "ema"!r} is no module')
-    count[0] += 1
-    if depth > MAX_DEPTH or count[0] > MAX_PARTS:
-        raise pickles.ForeignPickleError('its modules are nested without end')
-    for kind in ('_parameters', '_buffers'):
-        for name, value in _items(state, kind):
-            if isinstance(value, torch.Tensor):
-                yield prefix + name, value
-    for name, child in _items(state, '_modules'):
-        if child is not None:
-            yield from _walk(child, f'{prefix}{name}.', depth + 1, count)
-
-
-def _items(state, kind):
-    table = state.get(kind) or {}
-    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table):
-        raise pickles.ForeignPickleError(f'its {kind} are malformed')
-    return table.items()
+        raise pickles.ForeignPickleError('it has something else in the place of a module')
+    for kind in ('_parameters', '_buffers', '_modules'):
+        table = state.get(kind) or {}
+        if not isinstance(table, dict) or not all(isinstance(name, str) for name in table):
+            raise pickles.ForeignPickleError(f'its {kind} are malformed')
+        yield from table.items()

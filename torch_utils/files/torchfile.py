@@ -12,13 +12,15 @@ import struct
 import zipfile
 import zlib
 
+import numpy as np
 import torch
 
 from torch_utils.files import pickles
 from torch_utils.files.pickles import ForeignPickleError
 
-LEGACY_MAGIC = 0x1950a86a20f9469cfc6c  # first number of the older format
-_LEGACY_HEAD = b'\x80\x02\x8a\x0a' + LEGACY_MAGIC.to_bytes(10, 'little') + b'.'
+# How files of the older format begin: a pickle of the number 0x1950a86a20f9469cfc6c.
+_LEGACY_HEAD = b'\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.'
+MAX_PARTS, MAX_DEPTH = 100_000, 32      # of a network
 STORAGES = {
     'UntypedStorage': torch.uint8, 'ComplexFloatStorage': torch.complex64,
     'ComplexDoubleStorage': torch.complex128,
@@ -27,17 +29,6 @@ STORAGES = {
     'ShortStorage': torch.int16, 'CharStorage': torch.int8, 'ByteStorage': torch.uint8,
     'BoolStorage': torch.bool,
 }
-
-
-def tensor_from(data, dtype: torch.dtype) -> torch.Tensor:
-    """The numbers in `data` (bytes or a view) as a flat tensor: over the same memory if that can
-    be written to and is aligned as the type needs.
-    """
-    if not len(data):
-        return torch.empty(0, dtype=dtype)
-    view = memoryview(data)
-    raw = torch.frombuffer(bytearray(view) if view.readonly else view, dtype=torch.uint8)
-    return (raw.clone() if raw.data_ptr() % dtype.itemsize else raw).view(dtype)
 
 
 def rebuild_tensor(storage, offset, size, stride, *_):
@@ -76,7 +67,7 @@ _ALLOWED = TENSORS | pickles.NUMPY_ARRAYS
 
 def is_legacy(data) -> bool:
     """True for bytes that start like a file of torch.save before version 1.6."""
-    return bytes(data[:len(_LEGACY_HEAD)]) == _LEGACY_HEAD
+    return bytes(data[:15]) == _LEGACY_HEAD
 
 
 class StorageUnpickler(pickles.RestrictedUnpickler):
@@ -160,27 +151,23 @@ class ZipRecords:
         self.left -= len(record)
         if self.left < 0:  # records of a zip can share their bytes
             raise ForeignPickleError('its tensors are larger than the file')
-        return tensor_from(record, dtype)
+        if not count:
+            return torch.empty(0, dtype=dtype)
+        raw = torch.frombuffer(record, dtype=torch.uint8)
+        return (raw.clone() if raw.data_ptr() % dtype.itemsize else raw).view(dtype)
+
+    def load(self):
+        """The object that was saved: plain values, lists, dictionaries and tensors, whose memory
+        is the mapped file (changes stay in memory). Arrays of NumPy stay `pickles.NumpyArray`.
+        """
+        return StorageUnpickler(self.record('data.pkl'), self.storage).load()
 
 
-def read(path: str, data: memoryview | None = None):
-    """The object in a file of torch.save: plain values, lists, dictionaries and tensors, whose
-    memory is the mapped file (changes stay in memory). Arrays of NumPy stay `pickles.NumpyArray`.
+def read_legacy(data):
+    """The object in a file of the older format, as `ZipRecords.load`, with its tensors in memory.
 
-    Raises ForeignPickleError with one line for anything else.
-    """
-    data = data or pickles.map_file(path)
-    if is_legacy(data):
-        return _read_legacy(data)
-    if not zipfile.is_zipfile(path):
-        raise ForeignPickleError('it is no file of torch.save, or cut off')
-    records = ZipRecords(path, data)
-    return StorageUnpickler(records.record('data.pkl'), records.storage).load()
-
-
-def _read_legacy(data):
-    """Magic number, version and machine, the object, the keys of its storages, and these in that
-    order.
+    The file holds magic number, version and machine, the object, the keys of its storages, and
+    these in that order.
     """
     storages, left = {}, len(data)
 
@@ -200,19 +187,30 @@ def _read_legacy(data):
         numbers = storages[key]
         if int.from_bytes(reader.read(8), 'little') != len(numbers):
             raise ForeignPickleError('the numbers of a tensor are not as many as it says')
-        numbers.copy_(tensor_from(reader.read(numbers.nbytes), numbers.dtype))
+        raw = numbers.view(torch.uint8).numpy()
+        raw[:] = np.frombuffer(reader.read(numbers.nbytes), np.uint8)
     return content
 
 
-def read_storage(data) -> torch.Tensor:
-    """The flat tensor in a little file of the older format that holds one storage: its bytes
-    `data` where they are.
+def named_tensors(module, children) -> dict[str, torch.Tensor]:
+    """{dotted name: tensor} of nested modules; children(module) yields (name, tensor, module or
+    None). Raises ForeignPickleError where they have no end.
     """
-    reader = StorageUnpickler(data, lambda key, dtype, count: (dtype, count), {})
-    magic, _, _, (dtype, count), _ = (reader.load() for _ in range(5))
-    if magic != LEGACY_MAGIC or int.from_bytes(reader.read(8), 'little') != count:
-        raise ForeignPickleError('it holds a tensor in an unknown form')
-    return tensor_from(reader.read(count * dtype.itemsize), dtype)
+    tensors, parts = {}, 0
+
+    def walk(module, prefix, depth):
+        nonlocal parts
+        parts += 1
+        if depth > MAX_DEPTH or parts > MAX_PARTS:
+            raise ForeignPickleError('its modules are nested without end')
+        for name, child in children(module):
+            if isinstance(child, torch.Tensor):
+                tensors[prefix + name] = child
+            elif child is not None:
+                walk(child, f'{prefix}{name}.', depth + 1)
+
+    walk(module, '', 0)
+    return tensors
 
 
 def state_of(tensors: dict, file_size: int) -> dict[str, torch.Tensor]:

@@ -6,9 +6,6 @@ import torch
 
 from torch_utils.files import pickles, torchfile
 
-MAX_MODULES = 100_000
-
-
 _ALLOWED = torchfile.TENSORS | {
     ('torch.jit._pickle', f'build_{kind}list'): lambda values: values
     for kind in ('int', 'double', 'bool', 'tensor')
@@ -26,17 +23,10 @@ def read_tensors(records: torchfile.ZipRecords) -> dict[str, torch.Tensor]:
 
     Raises ForeignPickleError if the archive holds anything unexpected.
     """
-    return dict(_walk(_Unpickler(records.record('data.pkl'), records.storage, _ALLOWED).load(), '',
-                      [0]))
+    unpickler = _Unpickler(records.record('data.pkl'), records.storage, _ALLOWED)
+    return torchfile.named_tensors(unpickler.load(), _attributes)
 
 
-def _walk(record, prefix, count):
-    count[0] += 1
-    if count[0] > MAX_MODULES:
-        raise pickles.ForeignPickleError('its modules are nested without end')
-    if isinstance(record, pickles.StandIn) and isinstance(record.state, dict):
-        for name, value in record.state.items():
-            if isinstance(value, torch.Tensor):
-                yield prefix + name, value
-            else:
-                yield from _walk(value, f'{prefix}{name}.', count)
+def _attributes(value):
+    state = value.state if isinstance(value, pickles.StandIn) else None
+    return state.items() if isinstance(state, dict) else ()

@@ -26,6 +26,7 @@ from training.networks.layers import (
     encoder_layers,
     is_box,
     low_pass,
+    named_layers,
     resample,
     time_features,
 )
@@ -76,19 +77,19 @@ class Linear(nn.Module):
 
 
 class Conv2d(nn.Module):
-    """Convolution with zero padding that keeps the size, after a resampling by 2 (`up` or `down`).
+    """Convolution with zero padding that keeps the size, after a resampling by 2 where `kind` (that
+    of a layer of the U-Net) is 'up' or 'down'.
 
-    `kernel=0` resamples only. `fused_resample` (with `down`): the convolution comes first, padded
+    `kernel=0` resamples only. `fused_resample` (with 'down'): the convolution comes first, padded
     so that the filter then needs no padding.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, up: bool = False,
-                 down: bool = False, resample_filter=(1, 1), fused_resample: bool = False,
-                 init: Init = Init()):
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, kind: str = '',
+                 resample_filter=(1, 1), fused_resample: bool = False, init: Init = Init()):
         super().__init__()
         self.kernel = kernel
-        self.up = up
-        self.fused = fused_resample and down
+        self.up = kind == 'up'
+        self.fused = fused_resample
         self.weight = self.bias = None
         if kernel:
             shape = [out_channels, in_channels, kernel, kernel]
@@ -96,8 +97,9 @@ class Conv2d(nn.Module):
                                                      out_channels * kernel**2, True)
         low = low_pass(resample_filter)
         self.is_box = is_box(low)
-        self.pad = (low.shape[-1] - 1) // 2 if up or down else 0
-        self.register_buffer('resample_filter', torch.from_numpy(low) if up or down else None)
+        self.pad = (low.shape[-1] - 1) // 2
+        self.register_buffer('resample_filter', torch.from_numpy(low) if kind in ('up', 'down')
+                             else None)
 
     def forward(self, x_NCHW):
         if self.resample_filter is not None and not self.fused:
@@ -136,25 +138,25 @@ class UNetBlock(nn.Module):
     skip path of a resampling block has a 1x1 convolution even where the channels stay.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, emb_channels: int, up: bool = False,
-                 down: bool = False, num_heads: int = 0, dropout: float = 0.0,
+    def __init__(self, in_channels: int, out_channels: int, emb_channels: int, kind: str,
+                 num_heads: int = 0, dropout: float = 0.0,
                  skip_scale: float = 1.0, eps: float = 1e-5, resample_filter=(1, 1),
                  resample_proj: bool = False, adaptive_scale: bool = True, init: Init = Init(),
                  init_zero: Init = Init(), init_attn: Init = None):
         super().__init__()
         self.in_channels, self.out_channels, self.num_heads = in_channels, out_channels, num_heads
         self.dropout, self.skip_scale, self.adaptive_scale = dropout, skip_scale, adaptive_scale
-        resampling = dict(up=up, down=down, resample_filter=resample_filter)
+        resampling = dict(kind=kind, resample_filter=resample_filter, init=init)
 
         self.norm0 = norm(in_channels, eps)
-        self.conv0 = Conv2d(in_channels, out_channels, 3, init=init, **resampling)
+        self.conv0 = Conv2d(in_channels, out_channels, 3, **resampling)
         self.affine = Linear(emb_channels, out_channels * (2 if adaptive_scale else 1), init=init)
         self.norm1 = norm(out_channels, eps)
         self.conv1 = Conv2d(out_channels, out_channels, 3, init=init_zero)
         self.skip = None
-        if in_channels != out_channels or up or down:
-            kernel = 1 if resample_proj or in_channels != out_channels else 0
-            self.skip = Conv2d(in_channels, out_channels, kernel, init=init, **resampling)
+        if in_channels != out_channels or kind in ('up', 'down'):
+            kernel = int(resample_proj or in_channels != out_channels)
+            self.skip = Conv2d(in_channels, out_channels, kernel, **resampling)
         if num_heads:
             self.norm2 = norm(out_channels, eps)
             self.qkv = Conv2d(out_channels, out_channels * 3, 1, init=init_attn or init)
@@ -171,7 +173,8 @@ class UNetBlock(nn.Module):
         h = self.conv1(dropout(h, self.dropout, self.training))
         x = (h + (x if self.skip is None else self.skip(x))) * self.skip_scale
         if self.num_heads:
-            x = (self.proj(attention(self.qkv(self.norm2(x)), self.num_heads, 'hcq')) + x) * self.skip_scale
+            y = attention(self.qkv(self.norm2(x)), self.num_heads, 'hcq')
+            x = (self.proj(y) + x) * self.skip_scale
         return x
 
 
@@ -218,7 +221,8 @@ class _UNet(nn.Module):
         for name, block in self.enc.items():
             if 'aux_down' in name:
                 aux = block(aux)
-            elif 'aux' in name:  # the sum takes the place of the activation just stored, unless that is switched off
+            elif 'aux' in name:
+                # The sum takes the place of the activation just stored, unless that is off.
                 x = x + block(aux)
                 if 'aux_residual' in name:
                     x = aux = x / math.sqrt(2)
@@ -281,41 +285,44 @@ class SongUNet(_UNet):
         self.map_layer0 = Linear(noise_channels, emb_channels, init=init)
         self.map_layer1 = Linear(emb_channels, emb_channels, init=init)
 
-        def block(c_in, c_out, attention, up=False, down=False):
-            return UNetBlock(c_in, c_out, emb_channels, up, down, int(attention), dropout,
-                             math.sqrt(0.5), eps=1e-6,
-                             resample_proj=True, adaptive_scale=False, init_zero=zero,
-                             init_attn=attn, **resampling)
+        def block(c_in, c_out, kind, attention):
+            return UNetBlock(c_in, c_out, emb_channels, kind, int(attention), dropout,
+                             math.sqrt(0.5), eps=1e-6, resample_proj=True, adaptive_scale=False,
+                             init_zero=zero, init_attn=attn, **resampling)
 
         self.enc = nn.ModuleDict()
         self.dec = nn.ModuleDict()
         widths = [model_channels * mult for mult in channel_mult]
         skips, aux = [], in_channels
-        for kind, level, c_in, c_out in encoder_layers(model_channels, widths, num_blocks, skips):
-            res = img_resolution >> level
+        layers = encoder_layers(model_channels, widths, num_blocks, skips)
+        for name, kind, attention, c_in, c_out in named_layers(layers, img_resolution,
+                                                               attn_resolutions):
             if kind == 'conv':
-                self.enc[f'{res}x{res}_conv'] = Conv2d(in_channels, c_out, 3, init=init)
+                self.enc[name] = Conv2d(in_channels, c_out, 3, init=init)
                 continue
-            attention = kind != 'down' and res in attn_resolutions
-            self.enc[f'{res}x{res}_{kind}'] = block(c_in, c_out, attention, down=kind == 'down')
+            self.enc[name] = block(c_in, c_out, kind, attention)
+            size = name.removesuffix(kind)
             if kind == 'down' and encoder_type == 'skip':
-                self.enc[f'{res}x{res}_aux_down'] = Conv2d(aux, aux, 0, down=True, **resampling)
-                self.enc[f'{res}x{res}_aux_skip'] = Conv2d(aux, c_out, 1, init=init)
+                self.enc[size + 'aux_down'] = Conv2d(aux, aux, 0, 'down', **resampling)
+                self.enc[size + 'aux_skip'] = Conv2d(aux, c_out, 1, init=init)
             if kind == 'down' and encoder_type == 'residual':
-                self.enc[f'{res}x{res}_aux_residual'] = Conv2d(aux, c_out, 3, down=True,
-                                                               fused_resample=True, **resampling)
+                self.enc[size + 'aux_residual'] = Conv2d(aux, c_out, 3, 'down',
+                                                         fused_resample=True, **resampling)
                 aux = c_out
-        for kind, level, c_in, c_out in decoder_layers(skips, widths, num_blocks):
-            res = img_resolution >> level
+        layers = decoder_layers(skips, widths, num_blocks)
+        lowest = True
+        for name, kind, attention, c_in, c_out in named_layers(layers, img_resolution,
+                                                               attn_resolutions):
             last = kind == f'block{num_blocks}'
-            attention = kind == 'in0' or (last and res in attn_resolutions)
-            self.dec[f'{res}x{res}_{kind}'] = block(c_in, c_out, attention, up=kind == 'up')
-            if last and (decoder_type == 'skip' or level == 0):
-                if decoder_type == 'skip' and level < len(widths) - 1:
-                    self.dec[f'{res}x{res}_aux_up'] = Conv2d(out_channels, out_channels, 0,
-                                                             up=True, **resampling)
-                self.dec[f'{res}x{res}_aux_norm'] = norm(c_out, eps=1e-6)
-                self.dec[f'{res}x{res}_aux_conv'] = Conv2d(c_out, out_channels, 3, init=zero)
+            self.dec[name] = block(c_in, c_out, kind, attention and (last or kind == 'in0'))
+            size = name.removesuffix(kind)
+            if last and (decoder_type == 'skip' or size == f'{img_resolution}x{img_resolution}_'):
+                if decoder_type == 'skip' and not lowest:
+                    self.dec[size + 'aux_up'] = Conv2d(out_channels, out_channels, 0, 'up',
+                                                       **resampling)
+                self.dec[size + 'aux_norm'] = norm(c_out, eps=1e-6)
+                self.dec[size + 'aux_conv'] = Conv2d(c_out, out_channels, 3, init=zero)
+                lowest = False
 
     def embed(self, noise_labels, class_labels, augment_labels):
         if self.map_noise is None:
@@ -346,11 +353,9 @@ class DhariwalUNet(_UNet):
         init = Init('kaiming_uniform', math.sqrt(1 / 3), math.sqrt(1 / 3))
         zero = Init('kaiming_uniform', 0, 0)
 
-        def block(c_in, c_out, attention, **resampling):
-            heads = c_out // 64 if attention else 0
-            return UNetBlock(c_in, c_out, emb_channels, num_heads=heads, dropout=dropout,
-                             init=init, init_zero=zero,
-                             **resampling)
+        def block(c_in, c_out, kind, attention):
+            return UNetBlock(c_in, c_out, emb_channels, kind, c_out // 64 if attention else 0,
+                             dropout, init=init, init_zero=zero)
 
         self.noise_channels = model_channels
         self.map_augment = Linear(augment_dim, model_channels, bias=False, init=zero) if augment_dim else None
@@ -362,15 +367,17 @@ class DhariwalUNet(_UNet):
         self.enc = nn.ModuleDict()
         self.dec = nn.ModuleDict()
         widths, skips = [model_channels * mult for mult in channel_mult], []
-        for kind, level, c_in, c_out in encoder_layers(widths[0], widths, num_blocks, skips):
-            res = img_resolution >> level
-            attention = kind != 'down' and res in attn_resolutions
-            self.enc[f'{res}x{res}_{kind}'] = Conv2d(in_channels, c_out, 3, init=init) if kind == 'conv' \
-                else block(c_in, c_out, attention, down=kind == 'down')
-        for kind, level, c_in, c_out in decoder_layers(skips, widths, num_blocks):
-            res = img_resolution >> level
-            attention = kind == 'in0' or ('block' in kind and res in attn_resolutions)
-            self.dec[f'{res}x{res}_{kind}'] = block(c_in, c_out, attention, up=kind == 'up')
+        layers = encoder_layers(widths[0], widths, num_blocks, skips)
+        for name, kind, attention, c_in, c_out in named_layers(layers, img_resolution,
+                                                               attn_resolutions):
+            if kind == 'conv':
+                self.enc[name] = Conv2d(in_channels, c_out, 3, init=init)
+            else:
+                self.enc[name] = block(c_in, c_out, kind, attention)
+        layers = decoder_layers(skips, widths, num_blocks)
+        for name, kind, attention, c_in, c_out in named_layers(layers, img_resolution,
+                                                               attn_resolutions):
+            self.dec[name] = block(c_in, c_out, kind, attention)
         self.out_norm = norm(c_out)
         self.out_conv = Conv2d(c_out, out_channels, 3, init=zero)
 
@@ -424,9 +431,9 @@ class Precond(Denoiser):
         """(c_skip, c_out, c_in, c_noise) at `sigma` [N,1,1,1]."""
         raise NotImplementedError
 
-    def forward(self, x, sigma, class_labels=None, force_fp32: bool = False, **model_kwargs):
-        x, sigma, class_labels = self.conditions(x, sigma, class_labels, rows=len(x))
-        dtype = torch.float32 if force_fp32 else compute_dtype(self.precision, x.device)
+    def forward(self, x, sigma, class_labels=None, **model_kwargs):
+        x, sigma, class_labels = self.conditions(x, sigma, class_labels)
+        dtype = compute_dtype(self.precision, x.device)
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
         F_x = self.model((c_in * x).to(dtype), c_noise.flatten(), class_labels=class_labels,
                          **model_kwargs)

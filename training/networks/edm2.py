@@ -19,6 +19,7 @@ from training.networks.layers import (
     encoder_layers,
     is_box,
     low_pass,
+    named_layers,
     resample,
 )
 
@@ -34,6 +35,11 @@ def _rms(x, dim):
     return norm * math.sqrt(norm.numel() / x.numel())
 
 
+def _row_axes(weight) -> list[int]:
+    """All axes but the first."""
+    return list(range(1, weight.ndim))
+
+
 def _dot(a, b, dim):
     """Sum of a b over the axes `dim`, which stay with length 1; in float32."""
     return (a * b).sum(dim=dim, keepdim=True, dtype=torch.float32)
@@ -44,15 +50,15 @@ def _dot(a, b, dim):
 # is given the plain formulas.
 
 class _Normalize(torch.autograd.Function):
-    """y = x / (eps + r), r = RMS of x. dx = g / (eps + r) - y <g, y> / (n r), with means over the
+    """y = x / (EPS + r), r = RMS of x. dx = g / (EPS + r) - y <g, y> / (n r), with means over the
     n elements of a group.
     """
 
     @staticmethod
-    def forward(ctx, x, dim, eps):
+    def forward(ctx, x, dim):
         r = _rms(x, dim)
-        y = x / (r + eps).to(x.dtype)
-        ctx.dim, ctx.eps, ctx.n = dim, eps, x.numel() // r.numel()
+        y = x / (r + EPS).to(x.dtype)
+        ctx.dim, ctx.n = dim, x.numel() // r.numel()
         ctx.save_for_backward(y, r)
         return y
 
@@ -61,17 +67,17 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx, grad):
         y, r = ctx.saved_tensors
         share = _dot(grad, y, ctx.dim).div_(r.clamp_min(1e-30) * -ctx.n)   # y = 0 where r = 0
-        return (grad / (r + ctx.eps).to(grad.dtype)).addcmul_(y, share.to(y.dtype)), None, None
+        return (grad / (r + EPS).to(grad.dtype)).addcmul_(y, share.to(y.dtype)), None
 
 
-def normalize(x, dim=None, eps=EPS):
-    """x / (eps + RMS of x over `dim`), by default over all but the first axis (Eq. 47). The RMS is
+def normalize(x, dim=None):
+    """x / (EPS + RMS of x over `dim`), by default over all but the first axis (Eq. 47). The RMS is
     in float32.
     """
-    dim = list(range(1, x.ndim)) if dim is None else [dim] if isinstance(dim, int) else list(dim)
+    dim = _row_axes(x) if dim is None else dim
     if torch.compiler.is_compiling():
-        return x / (_rms(x, dim) + eps).to(x.dtype)
-    return _Normalize.apply(x, dim, eps)
+        return x / (_rms(x, dim) + EPS).to(x.dtype)
+    return _Normalize.apply(x, dim)
 
 
 class _EffectiveWeight(torch.autograd.Function):
@@ -96,10 +102,11 @@ class _EffectiveWeight(torch.autograd.Function):
         weight, r, s, gain = ctx.saved_tensors
         learned = gain is not None
         gain = gain if learned else ctx.gain
-        dot = _dot(grad, weight, list(range(1, weight.ndim)))
+        dot = _dot(grad, weight, _row_axes(weight))
         scale = s * gain
         share = dot * scale / (r.clamp_min(1e-30) * (r + EPS) * -ctx.n)
-        return (grad * scale).addcmul_(weight, share), (dot * s).sum() if learned else None, None, None
+        dgain = (dot * s).sum() if learned else None
+        return (grad * scale).addcmul_(weight, share), dgain, None, None
 
 
 class _MPCat(torch.autograd.Function):
@@ -153,8 +160,8 @@ def mp_cat(a, b, t=0.5):
 
 
 class Resample(torch.nn.Module):
-    """Resolution times 1 (`keep`), 1/2 (`down`) or 2 (`up`) with a separable low-pass filter of
-    even length.
+    """Resolution times 2 (`up`), 1/2 (`down`) or 1 (else) with a separable low-pass filter of even
+    length.
     """
 
     def __init__(self, mode: str, taps):
@@ -165,7 +172,7 @@ class Resample(torch.nn.Module):
         self.pad = (self.kernel.shape[-1] - 1) // 2
 
     def forward(self, x_NCHW):
-        if self.mode == 'keep':
+        if self.mode not in ('up', 'down'):
             return x_NCHW
         return resample(x_NCHW, self.kernel, self.mode == 'up', self.pad, self.box)
 
@@ -215,7 +222,12 @@ class MPConv(torch.nn.Module):
             return self._scaled(gain, dtype, self._forced_normalize())
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.weight.is_inference():
             return self._scaled(gain, dtype)
-        return self._cached(gain, dtype)
+        # What was computed last, as long as all that it was computed from is the same.
+        source = [(t.data_ptr(), t._version) if torch.is_tensor(t) else t
+                  for t in (self.weight, gain, dtype)]
+        if self._kept is None or self._kept[0] != source:
+            self._kept = source, self._scaled(gain, dtype)
+        return self._kept[1]
 
     def _scaled(self, gain, dtype, rms=None):
         """w gain / (sqrt(n) (EPS + RMS of w)) for rows w of n elements; `rms`: their RMS where it
@@ -224,7 +236,7 @@ class MPConv(torch.nn.Module):
         weight = self.weight.float()
         if torch.compiler.is_compiling():
             return (normalize(weight) * (gain / math.sqrt(weight[0].numel()))).to(dtype)
-        rms = _rms(weight, list(range(1, weight.ndim))) if rms is None else rms
+        rms = _rms(weight, _row_axes(weight)) if rms is None else rms
         return _EffectiveWeight.apply(weight, gain, rms, dtype)
 
     @torch.no_grad()
@@ -232,18 +244,9 @@ class MPConv(torch.nn.Module):
         """Rewrites the stored weight with rows of unit magnitude; returns their RMS, [out, 1,
         ...], afterwards.
         """
-        rms = _rms(self.weight.float(), list(range(1, self.weight.ndim)))
+        rms = _rms(self.weight.float(), _row_axes(self.weight))
         self.weight.div_(rms + EPS)
         return rms / (rms + EPS)
-
-    def _cached(self, gain, dtype):
-        """The weight that was computed last, as long as all that it was computed from is the
-        same.
-        """
-        source = [(t.data_ptr(), t._version) if torch.is_tensor(t) else t for t in (self.weight, gain)] + [dtype]
-        if self._kept is None or self._kept[0] != source:
-            self._kept = source, self._scaled(gain, dtype)
-        return self._kept[1]
 
     def train(self, mode: bool = True):
         self._kept = None
@@ -259,25 +262,28 @@ class MPConv(torch.nn.Module):
 
 class Block(torch.nn.Module):
     """One encoder or decoder block: resampling, residual branch modulated by the embedding,
-    attention.
+    attention. `kind` is that of the layer (`layers.encoder_layers`).
     """
 
-    def __init__(self, in_channels, out_channels, emb_channels, flavor='enc', resample_mode='keep',
-                 resample_filter=(1, 1), attention=False, channels_per_head=64, dropout=0,
+    def __init__(self, in_channels, out_channels, emb_channels, flavor, kind, attention,
+                 resample_filter=(1, 1), channels_per_head=64, dropout=0,
                  res_balance=0.3, attn_balance=0.3, clip_act=256):
         super().__init__()
         self.flavor, self.dropout = flavor, dropout
         self.res_balance, self.attn_balance, self.clip_act = res_balance, attn_balance, clip_act
         self.num_heads = out_channels // channels_per_head if attention else 0
-        self.resample = Resample(resample_mode, resample_filter)
+        self.resample = Resample(kind, resample_filter)
         self.emb_gain = torch.nn.Parameter(torch.zeros([]))
         self.conv_res0 = MPConv(out_channels if flavor == 'enc' else in_channels, out_channels,
                                 [3, 3])
         self.emb_linear = MPConv(emb_channels, out_channels, [])
         self.conv_res1 = MPConv(out_channels, out_channels, [3, 3])
-        self.conv_skip = MPConv(in_channels, out_channels, [1, 1]) if in_channels != out_channels else None
-        self.attn_qkv = MPConv(out_channels, out_channels * 3, [1, 1]) if self.num_heads else None
-        self.attn_proj = MPConv(out_channels, out_channels, [1, 1]) if self.num_heads else None
+        self.conv_skip = None
+        if in_channels != out_channels:
+            self.conv_skip = MPConv(in_channels, out_channels, [1, 1])
+        if self.num_heads:
+            self.attn_qkv = MPConv(out_channels, out_channels * 3, [1, 1])
+            self.attn_proj = MPConv(out_channels, out_channels, [1, 1])
 
     def forward(self, x, emb):
         x = self.resample(x)
@@ -333,8 +339,8 @@ class UNet(torch.nn.Module):
                  **block_kwargs):
         super().__init__()
         cblock = [model_channels * m for m in channel_mult]
-        cnoise = model_channels * channel_mult_noise if channel_mult_noise is not None else cblock[0]
-        cemb = model_channels * channel_mult_emb if channel_mult_emb is not None else max(cblock)
+        cnoise = model_channels * (channel_mult_noise or channel_mult[0])
+        cemb = model_channels * (channel_mult_emb or max(channel_mult))
         self.label_balance, self.concat_balance = label_balance, concat_balance
         self.out_gain = torch.nn.Parameter(torch.zeros([]))
         self.emb_fourier = MPFourier(cnoise)
@@ -344,17 +350,17 @@ class UNet(torch.nn.Module):
         self.enc = torch.nn.ModuleDict()
         self.dec = torch.nn.ModuleDict()
         skips = []
-        for kind, level, c_in, c_out in encoder_layers(cblock[0], cblock, num_blocks, skips):
-            res = img_resolution >> level
-            attention = kind != 'down' and res in attn_resolutions
-            self.enc[f'{res}x{res}_{kind}'] = MPConv(img_channels + 1, c_out, [3, 3]) if kind == 'conv' else Block(
-                c_in, c_out, cemb, 'enc', 'down' if kind == 'down' else 'keep', attention=attention, **block_kwargs)
-        for kind, level, c_in, c_out in decoder_layers(skips, cblock, num_blocks):
-            res = img_resolution >> level
-            attention = kind == 'in0' or ('block' in kind and res in attn_resolutions)
-            self.dec[f'{res}x{res}_{kind}'] = Block(
-                c_in, c_out, cemb, 'dec', 'up' if kind == 'up' else 'keep', attention=attention,
-                **block_kwargs)
+        layers = encoder_layers(cblock[0], cblock, num_blocks, skips)
+        for name, kind, attention, c_in, c_out in named_layers(layers, img_resolution,
+                                                               attn_resolutions):
+            if kind == 'conv':
+                self.enc[name] = MPConv(img_channels + 1, c_out, [3, 3])
+            else:
+                self.enc[name] = Block(c_in, c_out, cemb, 'enc', kind, attention, **block_kwargs)
+        layers = decoder_layers(skips, cblock, num_blocks)
+        for name, kind, attention, c_in, c_out in named_layers(layers, img_resolution,
+                                                               attn_resolutions):
+            self.dec[name] = Block(c_in, c_out, cemb, 'dec', kind, attention, **block_kwargs)
         self.out_conv = MPConv(c_out, img_channels, [3, 3])
 
     def forward(self, x, noise_labels, class_labels=None):
@@ -369,7 +375,7 @@ class UNet(torch.nn.Module):
 
         # The constant channel takes the place of biases. All that follows keeps the channels last
         # in memory.
-        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1).contiguous(memory_format=torch.channels_last)
+        x = F.pad(x, [0, 0, 0, 0, 0, 1], value=1).contiguous(memory_format=torch.channels_last)
         skips = []
         for name, layer in self.enc.items():
             x = layer(x) if name.endswith('conv') else layer(x, emb)
@@ -397,9 +403,9 @@ class Precond(Denoiser):
         self.logvar_fourier = MPFourier(logvar_channels)
         self.logvar_linear = MPConv(logvar_channels, 1, [])
 
-    def forward(self, x, sigma, class_labels=None, return_logvar=False, force_fp32=False):
-        x, sigma, class_labels = self.conditions(x, sigma, class_labels, rows=1)
-        dtype = torch.float32 if force_fp32 else compute_dtype(self.precision, x.device)
+    def forward(self, x, sigma, class_labels=None, return_logvar=False):
+        x, sigma, class_labels = self.conditions(x, sigma, class_labels)
+        dtype = compute_dtype(self.precision, x.device)
         variance = sigma**2 + self.sigma_data**2
         c_skip = self.sigma_data**2 / variance
         c_out = sigma * self.sigma_data / variance.sqrt()

@@ -53,18 +53,16 @@ class Denoiser(nn.Module):
         """The nearest noise level that the network knows."""
         return torch.as_tensor(sigma)
 
-    def conditions(self, x_NCHW, sigma, labels, rows: int):
-        """x in float32, sigma [N or 1, 1, 1, 1], labels [N, label_dim]: if None, `rows` of zeros
-        ("no label").
-
-        The labels of an unconditional network are None.
+    def conditions(self, x_NCHW, sigma, labels):
+        """x in float32, sigma [N or 1, 1, 1, 1], labels [N or 1, label_dim]: zeros ("no label") if
+        None. The labels of an unconditional network are None.
         """
         x_NCHW = x_NCHW.float()
         sigma = torch.as_tensor(sigma, device=x_NCHW.device).float().reshape(-1, 1, 1, 1)
         if not self.label_dim:
             return x_NCHW, sigma, None
         if labels is None:
-            labels = torch.zeros([rows, self.label_dim], device=x_NCHW.device)
+            labels = torch.zeros([1, self.label_dim], device=x_NCHW.device)
         return x_NCHW, sigma, labels.float().reshape(-1, self.label_dim)
 
 
@@ -137,8 +135,8 @@ class GroupNorm(nn.GroupNorm):
 
     def __init__(self, num_channels: int, num_groups: int = 32, eps: float = 1e-5):
         if num_groups < 1 or num_channels % num_groups:
-            raise UserError(f'{num_channels} channels cannot be normalised in {num_groups} groups; choose a multiple '
-                            'of 32', field='num_channels')
+            raise UserError(f'{num_channels} channels cannot be normalised in {num_groups} groups; '
+                            'choose a multiple of 32', field='num_channels')
         super().__init__(num_groups, num_channels, eps)
 
     def forward(self, x):
@@ -227,6 +225,16 @@ def encoder_layers(channels: int, widths, num_blocks: int, skips: list):
             skips.append(width)
             yield f'block{index}', level, channels, width
             channels = width
+
+
+def named_layers(layers, img_resolution: int, attn_resolutions):
+    """Yields (name such as `16x16_block0`, kind, attention, channels in, channels out) of the
+    `layers` of an encoder or decoder, whose blocks have attention at the given resolutions.
+    """
+    for kind, level, c_in, c_out in layers:
+        size = img_resolution >> level
+        attention = kind == 'in0' or ('block' in kind and size in attn_resolutions)
+        yield f'{size}x{size}_{kind}', kind, attention, c_in, c_out
 
 
 def decoder_layers(skips: list, widths, num_blocks: int):

@@ -43,7 +43,7 @@ class OptimalDenoiser(Denoiser):
             yield block.to(torch.float32) / 127.5 - 1
 
     @torch.no_grad()
-    def forward(self, x, sigma, class_labels=None, force_fp32=False):
+    def forward(self, x, sigma, class_labels=None):
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1).expand(len(x), 1)
         flat = x.to(torch.float32).flatten(1)
         logits = self._squared_distances(flat).div_(-2 * sigma.square())
