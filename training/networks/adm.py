@@ -20,11 +20,10 @@ from training.networks.layers import (
     Dropout,
     GroupNorm,
     ResampleConv,
+    UNetLayers,
     attention,
     compute_dtype,
-    decoder_layers,
     embed_labels,
-    encoder_layers,
     time_features,
 )
 
@@ -73,7 +72,8 @@ class ResBlock(nn.Module):
             h = self.resample(x_NCHW)
             # The mask is drawn here once: the block runs again in the backward pass and must not
             # draw another.
-            mask = self.out_layers[2](h.new_ones([len(h), self.out_layers[3].in_channels, *h.shape[2:]]))
+            _, _, drop, conv = self.out_layers
+            mask = drop(h.new_ones([len(h), conv.in_channels, *h.shape[2:]]))
             return checkpoint(self._forward, x_NCHW, emb_NE, mask, use_reentrant=False)
         return self._forward(x_NCHW, emb_NE)
 
@@ -147,9 +147,12 @@ class ADMUNet(nn.Module):
                  resblock_updown=False, use_fp16=False, use_new_attention_order=False,
                  img_channels=3, num_classes=1000, precision=None):
         super().__init__()
-        widths = [int(mult * num_channels)
-                  for mult in _parse_channel_mult(channel_mult, image_size)]
-        attention_at = _parse_resolutions(attention_resolutions, image_size)
+        if not channel_mult and image_size not in CHANNEL_MULT:
+            raise UserError(f'channel_mult: none is known for images of {image_size} pixels; '
+                            'write e.g. 1,2,2')
+        mult = _numbers(channel_mult, 'channel_mult') if channel_mult else CHANNEL_MULT[image_size]
+        widths = [int(factor * num_channels) for factor in mult]
+        attention_at = _numbers(attention_resolutions, 'attention_resolutions')
         self.img_resolution, self.img_channels = image_size, img_channels
         self.label_dim = num_classes if class_cond else 0
         self.num_channels, self.learn_sigma = num_channels, learn_sigma
@@ -163,14 +166,19 @@ class ADMUNet(nn.Module):
         def attention_block(channels, heads):
             heads = heads if num_head_channels == -1 else channels // num_head_channels
             if heads < 1 or channels % heads:
-                raise UserError(f'num_heads/num_head_channels: {channels} channels do not split into {heads} heads')
+                raise UserError(f'num_heads/num_head_channels: {channels} channels do not split '
+                                f'into {heads} heads')
             return AttentionBlock(channels, heads, use_new_attention_order, use_checkpoint)
 
-        def layers(level, c_in, c_out, heads):
-            sequence = _Layers(block(c_in, c_out))
-            if 2**level in attention_at:
-                sequence.append(attention_block(c_out, heads))
-            return sequence
+        def layers(kind, attention, c_in, c_out, heads):
+            if kind == 'conv':
+                return [Conv2d(img_channels, c_out, 3, padding=1)]
+            if 'block' in kind:
+                blocks = [block(c_in, c_out)]
+                return blocks + [attention_block(c_out, heads)] if attention else blocks
+            if resblock_updown:
+                return [block(c_in, c_out, kind)]
+            return [ResampleConv(c_in, 'op' if kind == 'down' else 'conv', kind == 'up')]
 
         self.time_embed = nn.Sequential(
             nn.Linear(num_channels, emb_channels), nn.SiLU(),
@@ -178,29 +186,24 @@ class ADMUNet(nn.Module):
         if class_cond:
             self.label_emb = nn.Embedding(num_classes, emb_channels)
 
-        self.input_blocks, skips = nn.ModuleList(), []
-        for kind, level, c_in, c_out in encoder_layers(widths[0], widths, num_res_blocks, skips):
-            if kind == 'conv':
-                self.input_blocks.append(_Layers(Conv2d(img_channels, c_out, 3, padding=1)))
-            elif kind == 'down':
-                self.input_blocks.append(_Layers(block(c_in, c_out, 'down') if resblock_updown
-                                                 else ResampleConv(c_in, 'op', up=False)))
-            else:
-                self.input_blocks.append(layers(level, c_in, c_out, num_heads))
-        c_mid = skips[-1]
+        order = UNetLayers(image_size, widths[0], widths, num_res_blocks, attention_at)
+        self.input_blocks = nn.ModuleList(
+            _Layers(*layers(*rest, num_heads)) for _, *rest in order.encoder())
+        c_mid = order.skips[-1]
         self.middle_block = _Layers(block(c_mid, c_mid), attention_block(c_mid, num_heads),
                                     block(c_mid, c_mid))
         self.output_blocks = nn.ModuleList()
         heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
-        for kind, level, c_in, c_out in decoder_layers(skips, widths, num_res_blocks):
+        _, _, *decoder = order.decoder()
+        for _, kind, *rest in decoder:
+            made = layers(kind, *rest, heads_up)
             if kind == 'up':
-                self.output_blocks[-1].append(block(c_in, c_out, 'up') if resblock_updown
-                                              else ResampleConv(c_in, 'conv', up=True))
-            elif 'block' in kind:
-                self.output_blocks.append(layers(level, c_in, c_out, heads_up))
+                self.output_blocks[-1].extend(made)
+            else:
+                self.output_blocks.append(_Layers(*made))
         self.out = nn.Sequential(
-            GroupNorm(c_out), nn.SiLU(),
-            _zeroed(Conv2d(c_out, img_channels * (2 if learn_sigma else 1), 3, padding=1)))
+            GroupNorm(widths[0]), nn.SiLU(),
+            _zeroed(Conv2d(widths[0], img_channels * (2 if learn_sigma else 1), 3, padding=1)))
 
     def forward(self, x, t, labels=None):
         if (labels is not None) != bool(self.label_dim):
@@ -217,19 +220,6 @@ class ADMUNet(nn.Module):
         for layers in self.output_blocks:
             h = layers(torch.cat([h, skips.pop()], dim=1), emb)
         return self.out(h.float())
-
-
-def _parse_channel_mult(text, image_size):
-    if text in ('', None):
-        if image_size not in CHANNEL_MULT:
-            raise UserError(f'channel_mult: none is known for images of {image_size} pixels; write e.g. 1,2,2')
-        return CHANNEL_MULT[image_size]
-    return _numbers(text, 'channel_mult')
-
-
-def _parse_resolutions(text, image_size):
-    """Resolutions as downsampling factors."""
-    return {image_size // resolution for resolution in _numbers(text, 'attention_resolutions')}
 
 
 def _numbers(text, name):

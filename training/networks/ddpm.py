@@ -15,11 +15,10 @@ from training.networks.layers import (
     Dropout,
     GroupNorm,
     ResampleConv,
+    UNetLayers,
     attention,
     compute_dtype,
-    decoder_layers,
     embed_labels,
-    encoder_layers,
 )
 
 
@@ -111,23 +110,20 @@ class DDPMUNet(nn.Module):
         if augm:
             self.augm_embedding = nn.Linear(9, tdim, bias=False)
 
-        def layer(kind, level, c_in, c_out):
+        def layer(kind, attention, c_in, c_out):
             if kind in ('down', 'up'):
                 return ResampleConv(c_in, 'main', kind == 'up')
-            attention = kind == 'in0' or ('block' in kind and level in attn)
             return ResBlock(c_in, c_out, tdim, dropout, attention)
 
         self.head = Conv2d(img_channels, ch, 3, padding=1)
-        self.downblocks, skips = nn.ModuleList(), []
         widths = [ch * mult for mult in ch_mult]
-        for kind, *where in encoder_layers(ch, widths, num_res_blocks, skips):
-            if kind != 'conv':
-                self.downblocks.append(layer(kind, *where))
-        self.middleblocks = nn.ModuleList()
-        self.upblocks = nn.ModuleList()
-        for kind, *where in decoder_layers(skips, widths, num_res_blocks):
-            blocks = self.middleblocks if 'in' in kind else self.upblocks
-            blocks.append(layer(kind, *where))
+        layers = UNetLayers(img_resolution, ch, widths, num_res_blocks,
+                            [img_resolution >> level for level in attn])
+        _, *encoder = layers.encoder()
+        self.downblocks = nn.ModuleList(layer(*rest) for _, *rest in encoder)
+        middle, last, *decoder = layers.decoder()
+        self.middleblocks = nn.ModuleList(layer(*rest) for _, *rest in (middle, last))
+        self.upblocks = nn.ModuleList(layer(*rest) for _, *rest in decoder)
         c_out = widths[0]
         self.tail = nn.Sequential(
             GroupNorm(c_out), nn.SiLU(), Conv2d(c_out, img_channels, 3, padding=1))

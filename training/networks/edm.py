@@ -18,15 +18,13 @@ from training.diffusion.noise import VP, iddpm_levels
 from training.networks.layers import (
     Denoiser,
     GroupNorm,
+    UNetLayers,
     attention,
     compute_dtype,
-    decoder_layers,
     drop_labels,
     dropout,
-    encoder_layers,
     is_box,
     low_pass,
-    named_layers,
     resample,
     time_features,
 )
@@ -293,36 +291,31 @@ class SongUNet(_UNet):
         self.enc = nn.ModuleDict()
         self.dec = nn.ModuleDict()
         widths = [model_channels * mult for mult in channel_mult]
-        skips, aux = [], in_channels
-        layers = encoder_layers(model_channels, widths, num_blocks, skips)
-        for name, kind, attention, c_in, c_out in named_layers(layers, img_resolution,
-                                                               attn_resolutions):
+        layers = UNetLayers(img_resolution, model_channels, widths, num_blocks, attn_resolutions)
+        aux = in_channels
+        for name, kind, attend, c_in, c_out in layers.encoder():
             if kind == 'conv':
                 self.enc[name] = Conv2d(in_channels, c_out, 3, init=init)
                 continue
-            self.enc[name] = block(c_in, c_out, kind, attention)
+            self.enc[name] = block(c_in, c_out, kind, attend)
             size = name.removesuffix(kind)
             if kind == 'down' and encoder_type == 'skip':
-                self.enc[size + 'aux_down'] = Conv2d(aux, aux, 0, 'down', **resampling)
+                self.enc[size + 'aux_down'] = Conv2d(aux, aux, 0, kind, **resampling)
                 self.enc[size + 'aux_skip'] = Conv2d(aux, c_out, 1, init=init)
             if kind == 'down' and encoder_type == 'residual':
-                self.enc[size + 'aux_residual'] = Conv2d(aux, c_out, 3, 'down',
-                                                         fused_resample=True, **resampling)
+                self.enc[size + 'aux_residual'] = Conv2d(aux, c_out, 3, kind, fused_resample=True,
+                                                         **resampling)
                 aux = c_out
-        layers = decoder_layers(skips, widths, num_blocks)
-        lowest = True
-        for name, kind, attention, c_in, c_out in named_layers(layers, img_resolution,
-                                                               attn_resolutions):
+        for name, kind, attend, c_in, c_out in layers.decoder():
             last = kind == f'block{num_blocks}'
-            self.dec[name] = block(c_in, c_out, kind, attention and (last or kind == 'in0'))
+            self.dec[name] = block(c_in, c_out, kind, attend and (last or kind == 'in0'))
             size = name.removesuffix(kind)
-            if last and (decoder_type == 'skip' or size == f'{img_resolution}x{img_resolution}_'):
-                if decoder_type == 'skip' and not lowest:
+            if last and (decoder_type == 'skip' or not layers.skips):
+                if decoder_type == 'skip' and f'{size}up' in self.dec:
                     self.dec[size + 'aux_up'] = Conv2d(out_channels, out_channels, 0, 'up',
                                                        **resampling)
                 self.dec[size + 'aux_norm'] = norm(c_out, eps=1e-6)
                 self.dec[size + 'aux_conv'] = Conv2d(c_out, out_channels, 3, init=zero)
-                lowest = False
 
     def embed(self, noise_labels, class_labels, augment_labels):
         if self.map_noise is None:
@@ -353,7 +346,9 @@ class DhariwalUNet(_UNet):
         init = Init('kaiming_uniform', math.sqrt(1 / 3), math.sqrt(1 / 3))
         zero = Init('kaiming_uniform', 0, 0)
 
-        def block(c_in, c_out, kind, attention):
+        def layer(kind, attention, c_in, c_out):
+            if kind == 'conv':
+                return Conv2d(in_channels, c_out, 3, init=init)
             return UNetBlock(c_in, c_out, emb_channels, kind, c_out // 64 if attention else 0,
                              dropout, init=init, init_zero=zero)
 
@@ -364,22 +359,12 @@ class DhariwalUNet(_UNet):
         label_init = Init('kaiming_normal', math.sqrt(label_dim))
         self.map_label = Linear(label_dim, emb_channels, bias=False, init=label_init) if label_dim else None
 
-        self.enc = nn.ModuleDict()
-        self.dec = nn.ModuleDict()
-        widths, skips = [model_channels * mult for mult in channel_mult], []
-        layers = encoder_layers(widths[0], widths, num_blocks, skips)
-        for name, kind, attention, c_in, c_out in named_layers(layers, img_resolution,
-                                                               attn_resolutions):
-            if kind == 'conv':
-                self.enc[name] = Conv2d(in_channels, c_out, 3, init=init)
-            else:
-                self.enc[name] = block(c_in, c_out, kind, attention)
-        layers = decoder_layers(skips, widths, num_blocks)
-        for name, kind, attention, c_in, c_out in named_layers(layers, img_resolution,
-                                                               attn_resolutions):
-            self.dec[name] = block(c_in, c_out, kind, attention)
-        self.out_norm = norm(c_out)
-        self.out_conv = Conv2d(c_out, out_channels, 3, init=zero)
+        widths = [model_channels * mult for mult in channel_mult]
+        layers = UNetLayers(img_resolution, widths[0], widths, num_blocks, attn_resolutions)
+        self.enc = nn.ModuleDict({name: layer(*rest) for name, *rest in layers.encoder()})
+        self.dec = nn.ModuleDict({name: layer(*rest) for name, *rest in layers.decoder()})
+        self.out_norm = norm(widths[0])
+        self.out_conv = Conv2d(widths[0], out_channels, 3, init=zero)
 
     def embed(self, noise_labels, class_labels, augment_labels):
         emb = time_features(noise_labels, self.noise_channels)

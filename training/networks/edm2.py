@@ -13,13 +13,11 @@ import torch.nn.functional as F
 
 from training.networks.layers import (
     Denoiser,
+    UNetLayers,
     compute_dtype,
-    decoder_layers,
     dropout,
-    encoder_layers,
     is_box,
     low_pass,
-    named_layers,
     resample,
 )
 
@@ -347,21 +345,17 @@ class UNet(torch.nn.Module):
         self.emb_noise = MPConv(cnoise, cemb, [])
         self.emb_label = MPConv(label_dim, cemb, []) if label_dim else None
 
-        self.enc = torch.nn.ModuleDict()
-        self.dec = torch.nn.ModuleDict()
-        skips = []
-        layers = encoder_layers(cblock[0], cblock, num_blocks, skips)
-        for name, kind, attention, c_in, c_out in named_layers(layers, img_resolution,
-                                                               attn_resolutions):
+        def layer(flavor, kind, attention, c_in, c_out):
             if kind == 'conv':
-                self.enc[name] = MPConv(img_channels + 1, c_out, [3, 3])
-            else:
-                self.enc[name] = Block(c_in, c_out, cemb, 'enc', kind, attention, **block_kwargs)
-        layers = decoder_layers(skips, cblock, num_blocks)
-        for name, kind, attention, c_in, c_out in named_layers(layers, img_resolution,
-                                                               attn_resolutions):
-            self.dec[name] = Block(c_in, c_out, cemb, 'dec', kind, attention, **block_kwargs)
-        self.out_conv = MPConv(c_out, img_channels, [3, 3])
+                return MPConv(img_channels + 1, c_out, [3, 3])
+            return Block(c_in, c_out, cemb, flavor, kind, attention, **block_kwargs)
+
+        layers = UNetLayers(img_resolution, cblock[0], cblock, num_blocks, attn_resolutions)
+        self.enc = torch.nn.ModuleDict(
+            {name: layer('enc', *rest) for name, *rest in layers.encoder()})
+        self.dec = torch.nn.ModuleDict(
+            {name: layer('dec', *rest) for name, *rest in layers.decoder()})
+        self.out_conv = MPConv(cblock[0], img_channels, [3, 3])
 
     def forward(self, x, noise_labels, class_labels=None):
         """x [N,C,H,W] (its type is the type of the computation), noise_labels [N] or [1] ->

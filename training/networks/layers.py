@@ -9,6 +9,8 @@ global generator, like torch's own dropout.
 Shapes: N images, C channels, H x W pixels, E numbers of an embedding.
 """
 
+import collections.abc
+import dataclasses
 import math
 
 import numpy as np
@@ -211,42 +213,50 @@ def resample(x_NCHW, kernel, up: bool, pad: int, box: bool) -> torch.Tensor:
 # --- The order of a U-Net ------------------------------------------------------------------------
 
 
-def encoder_layers(channels: int, widths, num_blocks: int, skips: list):
-    """Yields (kind, level, channels in, channels out) of encoder layers: conv, block0, ..., down,
-    block0, ...
+@dataclasses.dataclass
+class UNetLayers:
+    """The layers of a U-Net in order: (name such as `16x16_block0`, kind, attention, channels in,
+    channels out).
 
-    Level 0 has the full resolution, each further one half of it. The outputs' channels are
-    appended to `skips`.
+    Level 0 has the full resolution and `widths[0]` channels, each further one half of it. Blocks
+    have attention at `attn_resolutions`. `encoder` comes first: it notes in `skips` the channels
+    of its outputs, which `decoder` uses up.
     """
-    for level, width in enumerate(widths):
-        skips.append(channels)
-        yield 'down' if level else 'conv', level, channels, channels
-        for index in range(num_blocks):
-            skips.append(width)
-            yield f'block{index}', level, channels, width
-            channels = width
 
+    img_resolution: int
+    channels: int               # after the first convolution
+    widths: list
+    num_blocks: int
+    attn_resolutions: collections.abc.Collection
 
-def named_layers(layers, img_resolution: int, attn_resolutions):
-    """Yields (name such as `16x16_block0`, kind, attention, channels in, channels out) of the
-    `layers` of an encoder or decoder, whose blocks have attention at the given resolutions.
-    """
-    for kind, level, c_in, c_out in layers:
-        size = img_resolution >> level
-        attention = kind == 'in0' or ('block' in kind and size in attn_resolutions)
-        yield f'{size}x{size}_{kind}', kind, attention, c_in, c_out
+    def encoder(self):
+        """Kinds: conv, block0, ..., down, block0, ..."""
+        self.skips = []
+        channels = self.channels
+        for level, width in enumerate(self.widths):
+            self.skips.append(channels)
+            yield self._layer('down' if level else 'conv', level, channels, channels)
+            for index in range(self.num_blocks):
+                self.skips.append(width)
+                yield self._layer(f'block{index}', level, channels, width)
+                channels = width
 
+    def decoder(self):
+        """Kinds: in0, in1, block0, ..., up, block0, ...; each block also takes the last of the
+        skips.
+        """
+        channels, deepest = self.skips[-1], len(self.widths) - 1
+        yield self._layer('in0', deepest, channels, channels)
+        yield self._layer('in1', deepest, channels, channels)
+        for level in range(deepest, -1, -1):
+            if level < deepest:
+                yield self._layer('up', level, channels, channels)
+            for index in range(self.num_blocks + 1):
+                width = self.widths[level]
+                yield self._layer(f'block{index}', level, channels + self.skips.pop(), width)
+                channels = width
 
-def decoder_layers(skips: list, widths, num_blocks: int):
-    """Yields the same of decoder layers: in0, in1, block0, ..., up, block0, ...; each block also
-    takes the last of `skips`, which are used up.
-    """
-    channels, deepest = skips[-1], len(widths) - 1
-    yield 'in0', deepest, channels, channels
-    yield 'in1', deepest, channels, channels
-    for level in range(deepest, -1, -1):
-        if level < deepest:
-            yield 'up', level, channels, channels
-        for index in range(num_blocks + 1):
-            yield f'block{index}', level, channels + skips.pop(), widths[level]
-            channels = widths[level]
+    def _layer(self, kind, level, c_in, c_out):
+        size = self.img_resolution >> level
+        attention = kind == 'in0' or ('block' in kind and size in self.attn_resolutions)
+        return f'{size}x{size}_{kind}', kind, attention, c_in, c_out
