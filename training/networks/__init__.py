@@ -17,7 +17,7 @@ NETWORKS = {
     'WideResNet': 'classifier',
 }
 
-MAX_ARGUMENT, MAX_RESOLUTION, MAX_ENTRIES = 100_000, 2048, 256  # of arguments that come from files
+MAX_ARGUMENT, MAX_RESOLUTION, MAX_LENGTH = 100_000, 2048, 1000  # of arguments from files
 
 
 def network_class(name: str):
@@ -43,24 +43,20 @@ def build_network(class_name: str, **kwargs):
 
 
 def check_arguments(value):
-    """Raises ValueError unless constructor arguments from a file are plain values of a modest
-    size.
+    """Raises ValueError unless constructor arguments from a file, which are plain values, are of a
+    modest size.
     """
-    if isinstance(value, dict | list | tuple):
-        if len(value) > MAX_ENTRIES:
-            raise ValueError(f'an argument has {len(value)} entries')
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            is_size = key in ('img_resolution', 'image_size')
-            if is_size and not (type(item) is int and 0 < item <= MAX_RESOLUTION):
-                raise ValueError(f'{key} is {str(item)[:20]}')
-            check_arguments(item)
-    elif isinstance(value, str):
-        if len(value) > 1000:
-            raise ValueError('an argument is a text without end')
-    elif not isinstance(value, bool | int | float | None):
-        raise ValueError(f'an argument is a {type(value).__name__}')
-    elif isinstance(value, int) and abs(value) > MAX_ARGUMENT:
+    if isinstance(value, dict | list | tuple | str) and len(value) > MAX_LENGTH:
+        raise ValueError(f'an argument has {len(value)} entries')
+    if isinstance(value, int) and abs(value) > MAX_ARGUMENT:
         raise ValueError(f'an argument is {str(value)[:20]}')
+    if isinstance(value, dict):
+        for key in value.keys() & {'img_resolution', 'image_size'}:
+            if type(value[key]) is not int or not 0 < value[key] <= MAX_RESOLUTION:
+                raise ValueError(f'{key} is {str(value[key])[:20]}')
+        value = value.values()
+    for item in () if isinstance(value, str | int | float | None) else value:
+        check_arguments(item)
 
 
 def rebuild_network(class_name: str, kwargs: dict, state: dict, path: str):
@@ -86,9 +82,10 @@ def rebuild_network(class_name: str, kwargs: dict, state: dict, path: str):
             net = build_network(class_name, **kwargs)
     except UserError as error:
         raise UserError(f'{path}: {error}') from None
-    except Exception as error:  # constructors with arguments that make no sense raise nearly anything
+    except Exception as error:  # arguments that make no sense raise nearly anything
         reason = ' '.join(str(error).split())[:100]
-        raise UserError(f'{path}: it describes no possible network ({class_name}: {reason})') from None
+        raise UserError(f'{path}: it describes no possible network '
+                        f'({class_name}: {reason})') from None
     finally:
         hook.remove()
     check_weights(net, state, path)

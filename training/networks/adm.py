@@ -49,46 +49,51 @@ RESAMPLE = {
 
 class ResBlock(nn.Module):
     """Residual block modulated by the embedding; `resample` is 'keep', 'up' (nearest) or 'down'
-    (2x2 average).
+    (2x2 average). `names`: of the layers in the state.
     """
+
+    names = ('in_layers', 'emb_layers', 'out_layers', 'skip_connection')
 
     def __init__(self, in_channels, out_channels, emb_channels, dropout, scale_shift,
                  resample='keep', use_checkpoint=False):
         super().__init__()
         self.scale_shift, self.use_checkpoint = scale_shift, use_checkpoint
         self.resample = RESAMPLE[resample]
-        self.in_layers = nn.Sequential(
-            GroupNorm(in_channels), nn.SiLU(), Conv2d(in_channels, out_channels, 3, padding=1))
-        self.emb_layers = nn.Sequential(
-            nn.SiLU(), nn.Linear(emb_channels, out_channels * (2 if scale_shift else 1)))
-        self.out_layers = nn.Sequential(
-            GroupNorm(out_channels), nn.SiLU(), Dropout(dropout),
-            _zeroed(Conv2d(out_channels, out_channels, 3, padding=1)))
         same = in_channels == out_channels
-        self.skip_connection = nn.Identity() if same else Conv2d(in_channels, out_channels, 1)
+        layers = [
+            nn.Sequential(GroupNorm(in_channels), nn.SiLU(),
+                          Conv2d(in_channels, out_channels, 3, padding=1)),
+            nn.Sequential(nn.SiLU(),
+                          nn.Linear(emb_channels, out_channels * (2 if scale_shift else 1))),
+            nn.Sequential(GroupNorm(out_channels), nn.SiLU(), Dropout(dropout),
+                          _zeroed(Conv2d(out_channels, out_channels, 3, padding=1))),
+            nn.Identity() if same else Conv2d(in_channels, out_channels, 1)]
+        for name, layer in zip(self.names, layers, strict=True):
+            self.add_module(name, layer)
 
     def forward(self, x_NCHW, emb_NE):
         if self.use_checkpoint and torch.is_grad_enabled():
             h = self.resample(x_NCHW)
             # The mask is drawn here once: the block runs again in the backward pass and must not
             # draw another.
-            _, _, drop, conv = self.out_layers
+            _, _, drop, conv = self.get_submodule(self.names[2])
             mask = drop(h.new_ones([len(h), conv.in_channels, *h.shape[2:]]))
             return checkpoint(self._forward, x_NCHW, emb_NE, mask, use_reentrant=False)
         return self._forward(x_NCHW, emb_NE)
 
     def _forward(self, x, emb, mask=None):
-        norm, silu, conv = self.in_layers
+        before, embedding, after, skip = map(self.get_submodule, self.names)
+        norm, silu, conv = before
         h = conv(self.resample(silu(norm(x))))
-        emb = self.emb_layers(emb)[:, :, None, None].to(h.dtype)
-        norm, silu, drop, conv = self.out_layers
+        emb = embedding(emb)[:, :, None, None].to(h.dtype)
+        norm, silu, drop, conv = after
         if self.scale_shift:
             scale, shift = emb.chunk(2, dim=1)
             h = silu(norm(h) * (1 + scale) + shift)
         else:
             h = silu(norm(h + emb))
         h = conv(drop(h) if mask is None else h * mask)
-        return self.skip_connection(self.resample(x)) + h
+        return skip(self.resample(x)) + h
 
 
 class AttentionBlock(nn.Module):

@@ -107,7 +107,8 @@ def WideResNet(name: str = 'wrn-28-10', num_classes: int = 10,
     """
     match = re.fullmatch(r'wrn-(\d+)-(\d+)', name)
     if match is None or int(match[1]) < 10 or (int(match[1]) - 4) % 6 or int(match[2]) < 1:
-        raise UserError(f'model {name!r} is not wrn-<depth>-<widen> with depth 10, 16, 22, 28, ... (6n + 4)')
+        raise UserError(f'model {name!r} is not wrn-<depth>-<widen> with depth 10, 16, 22, 28, ... '
+                        '(6n + 4)')
     net = _WideResNet(int(match[1]), int(match[2]), num_classes)
     if normalize_input:
         net = _Normalized(Normalize(), net)
@@ -124,15 +125,12 @@ def load_classifier(path: str, name: str | None = None,
     are missing or of another shape, or the number of classes is not `num_classes`.
     """
     state = read_state_dict(path)
-    normalized = '0.mean' in state
-    bias = state.get('1.fc.bias' if normalized else 'fc.bias')
-    if bias is None:
-        raise UserError(f'{path} does not hold the weights of a wide residual network (no fc.bias)')
-    if num_classes is not None and len(bias) != num_classes:
-        raise UserError(f'{path} is a classifier of {len(bias)} classes, not of {num_classes}')
-    if name is None:
-        with errors_of(path):
-            name = infer(state).kwargs['name']
-    return rebuild_network('WideResNet',
-                           dict(name=name, num_classes=len(bias), normalize_input=normalized),
-                           state, path)
+    with errors_of(path):
+        inferred = infer(state)
+    if inferred.class_name != 'WideResNet':
+        raise UserError(f'{path} does not hold the weights of a wide residual network')
+    kwargs = inferred.kwargs
+    if num_classes not in (None, kwargs['num_classes']):
+        raise UserError(f'{path} is a classifier of {kwargs["num_classes"]} classes, '
+                        f'not of {num_classes}')
+    return rebuild_network('WideResNet', kwargs | dict(name=name or kwargs['name']), state, path)

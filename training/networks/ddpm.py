@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from training.networks import adm
 from training.networks.layers import (
     Conv2d,
-    Dropout,
     GroupNorm,
     ResampleConv,
     UNetLayers,
@@ -67,23 +67,17 @@ class AttnBlock(nn.Module):
         return x_NCHW + self.proj(attention(qkv, 1, 'qhc'))
 
 
-class ResBlock(nn.Module):
-    def __init__(self, in_channels, out_channels, temb_channels, dropout, attn=False):
-        super().__init__()
-        self.block1 = nn.Sequential(
-            GroupNorm(in_channels), nn.SiLU(), Conv2d(in_channels, out_channels, 3, padding=1))
-        self.temb_proj = nn.Sequential(nn.SiLU(), nn.Linear(temb_channels, out_channels))
-        self.block2 = nn.Sequential(
-            GroupNorm(out_channels), nn.SiLU(), Dropout(dropout),
-            Conv2d(out_channels, out_channels, 3, padding=1))
-        same = in_channels == out_channels
-        self.shortcut = nn.Identity() if same else Conv2d(in_channels, out_channels, 1)
+class ResBlock(adm.ResBlock):
+    """Residual block to which the embedding is added; `attn`: with attention behind it."""
+
+    names = ('block1', 'temb_proj', 'block2', 'shortcut')
+
+    def __init__(self, in_channels, out_channels, temb_channels, dropout, attn):
+        super().__init__(in_channels, out_channels, temb_channels, dropout, scale_shift=False)
         self.attn = AttnBlock(out_channels) if attn else nn.Identity()
 
     def forward(self, x, temb):
-        h = self.block1(x)
-        h = self.block2(h + self.temb_proj(temb)[:, :, None, None].to(h.dtype))
-        return self.attn(h + self.shortcut(x))
+        return self.attn(super().forward(x, temb))
 
 
 class DDPMUNet(nn.Module):

@@ -23,6 +23,7 @@ from training.networks.layers import (
     compute_dtype,
     drop_labels,
     dropout,
+    edm_coefficients,
     is_box,
     low_pass,
     resample,
@@ -56,16 +57,16 @@ class Init:
         """
         draw = INITIAL[self.mode]
         weight = nn.Parameter(draw(weight_shape, fan_in, fan_out) * self.weight)
-        return weight, nn.Parameter(draw(weight_shape[:1], fan_in, fan_out) * self.bias) if bias else None
+        if not bias:
+            return weight, None
+        return weight, nn.Parameter(draw(weight_shape[:1], fan_in, fan_out) * self.bias)
 
 
 class Linear(nn.Module):
     """x W^T + b with weights cast to the precision of x."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True,
-                 init: Init = Init()):
+    def __init__(self, in_features, out_features, bias=True, init=Init()):
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
         self.weight, self.bias = init.parameters([out_features, in_features], in_features,
                                                  out_features, bias)
 
@@ -82,8 +83,8 @@ class Conv2d(nn.Module):
     so that the filter then needs no padding.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, kind: str = '',
-                 resample_filter=(1, 1), fused_resample: bool = False, init: Init = Init()):
+    def __init__(self, in_channels, out_channels, kernel, kind='', resample_filter=(1, 1),
+                 fused_resample=False, init=Init()):
         super().__init__()
         self.kernel = kernel
         self.up = kind == 'up'
@@ -119,7 +120,7 @@ def norm(num_channels: int, eps: float = 1e-5) -> GroupNorm:
 class FourierEmbedding(nn.Module):
     """[cos(2 pi x f), sin(2 pi x f)] with fixed normal frequencies of standard deviation 16."""
 
-    def __init__(self, num_channels: int, scale: float = 16):
+    def __init__(self, num_channels, scale=16):
         super().__init__()
         self.register_buffer('freqs', torch.randn(num_channels // 2) * scale)
 
@@ -136,11 +137,9 @@ class UNetBlock(nn.Module):
     skip path of a resampling block has a 1x1 convolution even where the channels stay.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, emb_channels: int, kind: str,
-                 num_heads: int = 0, dropout: float = 0.0,
-                 skip_scale: float = 1.0, eps: float = 1e-5, resample_filter=(1, 1),
-                 resample_proj: bool = False, adaptive_scale: bool = True, init: Init = Init(),
-                 init_zero: Init = Init(), init_attn: Init = None):
+    def __init__(self, in_channels, out_channels, emb_channels, kind, num_heads=0, dropout=0.0,
+                 skip_scale=1.0, eps=1e-5, resample_filter=(1, 1), resample_proj=False,
+                 adaptive_scale=True, init=Init(), init_zero=Init(), init_attn=None):
         super().__init__()
         self.in_channels, self.out_channels, self.num_heads = in_channels, out_channels, num_heads
         self.dropout, self.skip_scale, self.adaptive_scale = dropout, skip_scale, adaptive_scale
@@ -188,7 +187,8 @@ def check_skip_connections(skip_connections, count: int) -> list[bool]:
     if skip_connections is None:
         return [True] * count
     if len(skip_connections) != count or any(value not in (0, 1) for value in skip_connections):
-        raise UserError(f'needs {count} entries of 0 or 1 for this network ((num_blocks + 1) x number of resolutions), '
+        raise UserError(f'needs {count} entries of 0 or 1 for this network '
+                        '((num_blocks + 1) x number of resolutions), '
                         f'got {list(skip_connections)}', field='skip_connections')
     return [bool(value) for value in skip_connections]
 
@@ -202,7 +202,7 @@ class _UNet(nn.Module):
     activation.
     """
 
-    def __init__(self, skip_connections, num_layers: int, label_dropout: float):
+    def __init__(self, skip_connections, num_layers, label_dropout):
         super().__init__()
         self.keep_skip = check_skip_connections(skip_connections, num_layers)
         self.label_dropout = label_dropout
@@ -255,13 +255,11 @@ class SongUNet(_UNet):
     Stochastic Differential Equations".
     """
 
-    def __init__(self, img_resolution: int, in_channels: int, out_channels: int,
-                 label_dim: int = 0, augment_dim: int = 0, model_channels: int = 128,
-                 channel_mult=(1, 2, 2, 2), channel_mult_emb: int = 4, num_blocks: int = 4,
-                 attn_resolutions=(16,), dropout: float = 0.10, label_dropout: float = 0.0,
-                 embedding_type: str = 'positional', channel_mult_noise: int = 1,
-                 encoder_type: str = 'standard', decoder_type: str = 'standard',
-                 resample_filter=(1, 1), skip_connections=None):
+    def __init__(self, img_resolution, in_channels, out_channels, label_dim=0, augment_dim=0,
+                 model_channels=128, channel_mult=(1, 2, 2, 2), channel_mult_emb=4, num_blocks=4,
+                 attn_resolutions=(16,), dropout=0.10, label_dropout=0.0,
+                 embedding_type='positional', channel_mult_noise=1, encoder_type='standard',
+                 decoder_type='standard', resample_filter=(1, 1), skip_connections=None):
         super().__init__(skip_connections, (num_blocks + 1) * len(channel_mult), label_dropout)
         for name, value, choices in [('embedding_type', embedding_type, ['positional', 'fourier']),
                                      ('encoder_type', encoder_type,
@@ -279,7 +277,9 @@ class SongUNet(_UNet):
         self.noise_channels = noise_channels
         self.map_noise = FourierEmbedding(noise_channels) if embedding_type == 'fourier' else None
         self.map_label = Linear(label_dim, noise_channels, init=init) if label_dim else None
-        self.map_augment = Linear(augment_dim, noise_channels, bias=False, init=init) if augment_dim else None
+        self.map_augment = None
+        if augment_dim:
+            self.map_augment = Linear(augment_dim, noise_channels, bias=False, init=init)
         self.map_layer0 = Linear(noise_channels, emb_channels, init=init)
         self.map_layer1 = Linear(emb_channels, emb_channels, init=init)
 
@@ -325,7 +325,7 @@ class SongUNet(_UNet):
         emb = torch.cat(emb.chunk(2, dim=1)[::-1], dim=1)  # [sin, cos]
         if self.map_label is not None:
             class_labels = drop_labels(class_labels, self.label_dropout, self.training)
-            emb = emb + self.map_label(class_labels * math.sqrt(self.map_label.in_features))
+            emb = emb + self.map_label(class_labels * math.sqrt(class_labels.shape[1]))
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
@@ -336,10 +336,9 @@ class DhariwalUNet(_UNet):
     channels per head.
     """
 
-    def __init__(self, img_resolution: int, in_channels: int, out_channels: int,
-                 label_dim: int = 0, augment_dim: int = 0, model_channels: int = 192,
-                 channel_mult=(1, 2, 3, 4), channel_mult_emb: int = 4, num_blocks: int = 3,
-                 attn_resolutions=(32, 16, 8), dropout: float = 0.10, label_dropout: float = 0.0,
+    def __init__(self, img_resolution, in_channels, out_channels, label_dim=0, augment_dim=0,
+                 model_channels=192, channel_mult=(1, 2, 3, 4), channel_mult_emb=4, num_blocks=3,
+                 attn_resolutions=(32, 16, 8), dropout=0.10, label_dropout=0.0,
                  skip_connections=None):
         super().__init__(skip_connections, (num_blocks + 1) * len(channel_mult), label_dropout)
         emb_channels = model_channels * channel_mult_emb
@@ -353,11 +352,15 @@ class DhariwalUNet(_UNet):
                              dropout, init=init, init_zero=zero)
 
         self.noise_channels = model_channels
-        self.map_augment = Linear(augment_dim, model_channels, bias=False, init=zero) if augment_dim else None
+        self.map_augment = None
+        if augment_dim:
+            self.map_augment = Linear(augment_dim, model_channels, bias=False, init=zero)
         self.map_layer0 = Linear(model_channels, emb_channels, init=init)
         self.map_layer1 = Linear(emb_channels, emb_channels, init=init)
-        label_init = Init('kaiming_normal', math.sqrt(label_dim))
-        self.map_label = Linear(label_dim, emb_channels, bias=False, init=label_init) if label_dim else None
+        self.map_label = None
+        if label_dim:
+            self.map_label = Linear(label_dim, emb_channels, bias=False,
+                                    init=Init('kaiming_normal', math.sqrt(label_dim)))
 
         widths = [model_channels * mult for mult in channel_mult]
         layers = UNetLayers(img_resolution, widths[0], widths, num_blocks, attn_resolutions)
@@ -398,9 +401,8 @@ class Precond(Denoiser):
 
     default_model = 'SongUNet'
 
-    def __init__(self, img_resolution: int, img_channels: int, label_dim: int = 0,
-                 use_fp16: bool = False, sigma_min: float = 0.0, sigma_max: float = math.inf,
-                 model_type: str = None, out_channels: int = None, precision: str = None,
+    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, sigma_min=0.0,
+                 sigma_max=math.inf, model_type=None, out_channels=None, precision=None,
                  **model_kwargs):
         super().__init__(img_resolution, img_channels, label_dim, precision, use_fp16)
         model_type = model_type or self.default_model
@@ -428,16 +430,13 @@ class Precond(Denoiser):
 class VPPrecond(Precond, VP):
     """Variance preserving: sigma(t) = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1)."""
 
-    def __init__(self, *args, beta_d: float = 19.9, beta_min: float = 0.1, M: int = 1000,
-                 epsilon_t: float = 1e-5, **kwargs):
+    def __init__(self, *args, beta_d=19.9, beta_min=0.1, M=1000, epsilon_t=1e-5, **kwargs):
         super().__init__(*args, **kwargs)
         VP.__init__(self, beta_d, beta_min)
         self.M = M
         # The range is computed on the CPU, wherever the network is being built.
         ends = self.sigma(torch.tensor([epsilon_t, 1], dtype=torch.float32, device='cpu'))
         self.sigma_min, self.sigma_max = ends.tolist()
-
-    sigma_inv = VP.inverse                      # the published name
 
     def coefficients(self, sigma):
         return 1, -sigma, 1 / (sigma.square() + 1).sqrt(), (self.M - 1) * self.inverse(sigma)
@@ -446,7 +445,7 @@ class VPPrecond(Precond, VP):
 class VEPrecond(Precond):
     """Variance exploding."""
 
-    def __init__(self, *args, sigma_min: float = 0.02, sigma_max: float = 100, **kwargs):
+    def __init__(self, *args, sigma_min=0.02, sigma_max=100, **kwargs):
         super().__init__(*args, sigma_min=sigma_min, sigma_max=sigma_max, **kwargs)
 
     def coefficients(self, sigma):
@@ -460,8 +459,7 @@ class iDDPMPrecond(Precond):
 
     default_model = 'DhariwalUNet'
 
-    def __init__(self, img_resolution: int, img_channels: int, C_1: float = 0.001,
-                 C_2: float = 0.008, M: int = 1000, **kwargs):
+    def __init__(self, img_resolution, img_channels, C_1=0.001, C_2=0.008, M=1000, **kwargs):
         super().__init__(img_resolution, img_channels, out_channels=img_channels * 2, **kwargs)
         self.M = M
         with torch.device('cpu'):  # wherever the network is being built
@@ -485,14 +483,12 @@ class EDMPrecond(Precond):
 
     default_model = 'DhariwalUNet'
 
-    def __init__(self, *args, sigma_data: float = 0.5, **kwargs):
+    def __init__(self, *args, sigma_data=0.5, **kwargs):
         super().__init__(*args, **kwargs)
         self.sigma_data = sigma_data
 
     def coefficients(self, sigma):
-        total = (sigma.square() + self.sigma_data**2).sqrt()
-        c_skip = (self.sigma_data / total).square()
-        return c_skip, sigma * self.sigma_data / total, 1 / total, sigma.log() / 4
+        return edm_coefficients(sigma, self.sigma_data)
 
 
 class FlowPrecond(Precond):
@@ -502,7 +498,7 @@ class FlowPrecond(Precond):
     `epsilon_t` to 1 - `epsilon_t`.
     """
 
-    def __init__(self, *args, epsilon_t: float = 1e-3, **kwargs):
+    def __init__(self, *args, epsilon_t=1e-3, **kwargs):
         levels = dict(sigma_min=epsilon_t / (1 - epsilon_t), sigma_max=(1 - epsilon_t) / epsilon_t)
         super().__init__(*args, **levels | kwargs)
 

@@ -16,6 +16,7 @@ from training.networks.layers import (
     UNetLayers,
     compute_dtype,
     dropout,
+    edm_coefficients,
     is_box,
     low_pass,
     resample,
@@ -400,11 +401,8 @@ class Precond(Denoiser):
     def forward(self, x, sigma, class_labels=None, return_logvar=False):
         x, sigma, class_labels = self.conditions(x, sigma, class_labels)
         dtype = compute_dtype(self.precision, x.device)
-        variance = sigma**2 + self.sigma_data**2
-        c_skip = self.sigma_data**2 / variance
-        c_out = sigma * self.sigma_data / variance.sqrt()
-        c_in = 1 / variance.sqrt()
-        c_noise = sigma.flatten().log() / 4
+        c_skip, c_out, c_in, c_noise = edm_coefficients(sigma, self.sigma_data)
+        c_noise = c_noise.flatten()
         F_x = self.unet((c_in * x).to(dtype), c_noise, class_labels)
         D_x = torch.addcmul(c_skip * x, c_out, F_x.float().contiguous())
         if not return_logvar:

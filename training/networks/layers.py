@@ -68,6 +68,15 @@ class Denoiser(nn.Module):
         return x_NCHW, sigma, labels.float().reshape(-1, self.label_dim)
 
 
+def edm_coefficients(sigma, sigma_data: float):
+    """(c_skip, c_out, c_in, c_noise) with which network input and training target have unit
+    variance at every noise level (arXiv 2206.00364, Table 1).
+    """
+    variance = sigma**2 + sigma_data**2
+    total = variance.sqrt()
+    return sigma_data**2 / variance, sigma * sigma_data / total, 1 / total, sigma.log() / 4
+
+
 # --- Dropout -------------------------------------------------------------------------------------
 
 

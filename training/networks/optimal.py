@@ -20,8 +20,8 @@ class OptimalDenoiser(Denoiser):
     None) -> [N,C,H,W].
 
     images      uint8 [M,C,H,W], kept as they are; the network's scale is [-1, 1]
-    label_ids   int [M] classes, or None; a one-hot label restricts the mean to the images of its class, a label of
-                zeros ("no label") does not
+    label_ids   int [M] classes, or None; a one-hot label restricts the mean to the images of its
+                class, a label of zeros ("no label") does not
     label_dim   number of classes
 
     Raises UserError when asked for a class that has no images.
@@ -33,9 +33,8 @@ class OptimalDenoiser(Denoiser):
         self.images = torch.nn.Parameter(torch.as_tensor(images).flatten(1), requires_grad=False)
         ids = torch.as_tensor(label_ids, dtype=torch.int64) if label_dim else None
         self.register_buffer('label_ids', ids)
-        self.register_buffer('class_counts', torch.bincount(ids, minlength=label_dim) if label_dim
-                             else None)
-        self.register_buffer('squared_norms', torch.cat([y.square().sum(dim=1) for y in self._blocks()]))
+        norms = torch.cat([y.square().sum(dim=1) for y in self._blocks()])
+        self.register_buffer('squared_norms', norms)
 
     def _blocks(self):
         """The training images as float32 [., D] in [-1, 1], some at a time."""
@@ -44,10 +43,10 @@ class OptimalDenoiser(Denoiser):
 
     @torch.no_grad()
     def forward(self, x, sigma, class_labels=None):
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1).expand(len(x), 1)
-        flat = x.to(torch.float32).flatten(1)
-        logits = self._squared_distances(flat).div_(-2 * sigma.square())
-        if self.label_dim and class_labels is not None:
+        x, sigma, class_labels = self.conditions(x, sigma, class_labels)
+        flat = x.flatten(1)
+        logits = self._squared_distances(flat).div_(-2 * sigma.square().reshape(-1, 1))
+        if class_labels is not None:
             logits.masked_fill_(~self._allowed(class_labels), -torch.inf)
         weights = logits.softmax(dim=1)
         mean, start = torch.zeros_like(flat), 0
@@ -61,8 +60,10 @@ class OptimalDenoiser(Denoiser):
         at small noise levels decide the weights and of which products keep too few digits.
         """
         products = torch.cat([x @ y.t() for y in self._blocks()], dim=1)
-        distances = products.mul_(-2).add_(x.square().sum(dim=1, keepdim=True)).add_(self.squared_norms)
-        nearest = distances.topk(min(EXACT_CANDIDATES, distances.shape[1]), dim=1, largest=False).indices
+        distances = products.mul_(-2).add_(x.square().sum(dim=1, keepdim=True))
+        distances.add_(self.squared_norms)
+        candidates = min(EXACT_CANDIDATES, distances.shape[1])
+        nearest = distances.topk(candidates, dim=1, largest=False).indices
         for candidate in nearest.unbind(dim=1):
             y = self.images[candidate].to(torch.float32) / 127.5 - 1
             distances.scatter_(1, candidate[:, None], (x - y).square().sum(dim=1, keepdim=True))
@@ -70,13 +71,13 @@ class OptimalDenoiser(Denoiser):
 
     def _allowed(self, class_labels):
         """Which training images each label leaves: bool [N,M]."""
-        class_labels = class_labels.reshape(-1, self.label_dim)
         labelled, ids = class_labels.sum(dim=1) > 0, class_labels.argmax(dim=1)
-        empty = ids[labelled & (self.class_counts[ids] == 0)]
+        same = ids[:, None] == self.label_ids
+        empty = ids[labelled & ~same.any(dim=1)]
         if len(empty):
-            raise UserError(f'optimal denoiser: the data set has no images of class {int(empty[0])}; '
-                            'choose another --class')
-        return (ids[:, None] == self.label_ids) | ~labelled[:, None]
+            raise UserError('the data set of the optimal denoiser has no images of it; '
+                            'choose another', field='class', value=int(empty[0]))
+        return same | ~labelled[:, None]
 
 
 def optimal_denoiser(dataset, device='cpu') -> OptimalDenoiser:
@@ -88,7 +89,8 @@ def optimal_denoiser(dataset, device='cpu') -> OptimalDenoiser:
     """
     images = dataset.images(np.arange(len(dataset)))
     if images.dtype != np.uint8:
-        raise UserError(f'optimal:{dataset.path} holds latents; the optimal denoiser works on pixels')
+        raise UserError(f'optimal:{dataset.path} holds latents; the optimal denoiser works on '
+                        'pixels')
     label_ids = dataset.stored_labels
     if label_ids is not None and label_ids.ndim == 2:
         raise UserError(f'optimal:{dataset.path} has vectors for labels instead of classes; '
