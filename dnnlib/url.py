@@ -7,13 +7,14 @@ import fcntl
 import hashlib
 import json
 import os
+import pathlib
 import re
 import urllib.parse
 
 import requests
 import tqdm
 
-from dnnlib import util
+from dnnlib.util import UserError, hash_file, write_json
 
 TIMEOUT = 30    # seconds without a byte
 ATTEMPTS = 5    # in which nothing new came, one after the other
@@ -21,8 +22,7 @@ ATTEMPTS = 5    # in which nothing new came, one after the other
 
 def cache_folder() -> str:
     """Where downloads are kept: $DNNLIB_CACHE_DIR, else ~/.cache/dnnlib."""
-    return os.environ.get('DNNLIB_CACHE_DIR') or os.path.join(os.path.expanduser('~'), '.cache',
-                                                              'dnnlib')
+    return os.environ.get('DNNLIB_CACHE_DIR') or os.path.expanduser('~/.cache/dnnlib')
 
 
 def is_url(path) -> bool:
@@ -40,10 +40,11 @@ def cache_path(url: str) -> str:
 def check_sha256(path: str, sha256: str, name: str):
     """Raises UserError unless the file `path`, called `name`, has this SHA-256."""
     if not os.path.isfile(path):
-        raise util.UserError(f'{name} is no file')
-    digest = util.hash_file(path)
+        raise UserError(f'{name} is no file')
+    digest = hash_file(path)
     if digest != sha256.lower():
-        raise util.UserError(f'{name} has the SHA-256 {digest} instead of {sha256.lower()}; it is another file, or damaged')
+        raise UserError(f'{name} has the SHA-256 {digest} instead of {sha256.lower()}; '
+                        'it is another file, or damaged')
 
 
 def download(url: str, hint: str = 'download it elsewhere and give the path of the file',
@@ -57,7 +58,7 @@ def download(url: str, hint: str = 'download it elsewhere and give the path of t
     in `hint`, if it cannot be fetched.
     """
     if sha256 and re.fullmatch('[0-9a-fA-F]{64}', sha256) is None:
-        raise util.UserError('is not 64 hexadecimal digits', field='sha256', value=sha256[:80])
+        raise UserError('is not 64 hexadecimal digits', field='sha256', value=sha256[:80])
     path = cache_path(url) if is_url(url) else url
     if path == url or os.path.isfile(path):
         if sha256:
@@ -68,26 +69,21 @@ def download(url: str, hint: str = 'download it elsewhere and give the path of t
         with _locked(path + '.part') as part:
             if not os.path.isfile(path):  # else another process has just fetched it
                 _fetch(url, part)
-                if sha256:
-                    _check_part(part, sha256, url)
+                try:
+                    if sha256:
+                        check_sha256(part.name, sha256, url)
+                except UserError:
+                    part.truncate(0)
+                    raise
                 os.replace(part.name, path)
                 _remove(part.name + '.json')
     except (requests.RequestException, OSError) as error:
-        raise util.UserError(f'{url} cannot be downloaded ({_reason(error)}); {hint}') from None
+        raise UserError(f'{url} cannot be downloaded ({_reason(error)}); {hint}') from None
     return path
 
 
-def _check_part(part, sha256, url):
-    try:
-        check_sha256(part.name, sha256, url)
-    except util.UserError:
-        part.truncate(0)
-        raise
-
-
 def _remove(path):
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(path)
+    pathlib.Path(path).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -95,7 +91,8 @@ def _locked(path: str):
     """The file of a download, open and locked: other processes wait. The system drops the lock
     when a process dies.
     """
-    with open(path, 'ab', buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o644)) as part:
+    with open(path, 'ab', buffering=0, opener=lambda name, flags: os.open(
+            name, flags | os.O_NOFOLLOW, 0o644)) as part:
         with contextlib.suppress(OSError):  # file systems without locks
             fcntl.flock(part, fcntl.LOCK_EX)
         try:
@@ -120,9 +117,6 @@ def _fetch(url: str, part):
             after = _size(part.name)
             left = ATTEMPTS if after > before else left - 1
             if not left or not after:  # without a connection there is nothing to wait for
-                if not _read_validator(part.name):
-                    # the server does not say whether its file is still the same: no use going on
-                    part.truncate(0)
                 raise
 
 
@@ -135,21 +129,24 @@ def _attempt(url: str, part):
     if have and validator:
         headers |= {'Range': f'bytes={have}-', 'If-Range': validator}
     with requests.get(url, stream=True, timeout=TIMEOUT, headers=headers) as response:
-        resumed = response.status_code == 206 and response.headers.get('Content-Range', '').startswith(f'bytes {have}-')
-        if response.status_code == 416 or (response.status_code == 206 and not resumed):
+        start = response.headers.get('Content-Range', '')
+        resumed = response.status_code == 206 and start.startswith(f'bytes {have}-')
+        if not resumed and response.status_code in (206, 416):
             part.truncate(0)
             raise requests.ConnectionError('the server does not have the part that is missing here')
         response.raise_for_status()
         if not resumed:
             part.truncate(0)
             have = 0
-        etag = response.headers.get('ETag', '')
-        validator = etag if etag and not etag.startswith('W/') else response.headers.get('Last-Modified')
-        util.write_json(part.name + '.json', dict(url=url, validator=validator))
+        validator = response.headers.get('ETag')
+        if not validator or validator.startswith('W/'):
+            validator = response.headers.get('Last-Modified')
+        write_json(part.name + '.json', dict(url=url, validator=validator))
         # A compressed transfer has fewer bytes on the way than in the file: then the length says
         # nothing.
-        size = int(response.headers.get('Content-Length') or 0) if not response.headers.get('Content-Encoding') else 0
-        total = have + size if size else None
+        length = response.headers.get('Content-Length')
+        counted = length and not response.headers.get('Content-Encoding')
+        total = have + int(length) if counted else None
         with tqdm.tqdm(total=total, initial=have, unit='B', unit_scale=True,
                        desc=f'Downloading {os.path.basename(part.name)[17:-5]}',
                        disable=int(os.environ.get('RANK', 0)) > 0) as bar:

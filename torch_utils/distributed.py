@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import os
 import platform
+import re
 import signal
 import socket
 
@@ -92,14 +93,9 @@ def _launched(rank, function, args, processes, port):
 
 
 def _master_addr() -> str:
-    nodes = os.environ.get('SLURM_JOB_NODELIST', '')
-    if not nodes:
-        return '127.0.0.1'
-    head = nodes.split(',')[0]                     # 'node[03-07,09]' -> 'node03'
-    if '[' in head:
-        prefix, _, ranges = head.partition('[')
-        head = prefix + ranges.split('-')[0].rstrip(']')
-    return socket.gethostbyname(head)
+    """The first node of a SLURM job: 'node[03-07,09]' -> the address of 'node03'."""
+    first = re.match(r'([^,[]+)\[?([^],-]*)', os.environ.get('SLURM_JOB_NODELIST', ''))
+    return socket.gethostbyname(first[1] + first[2]) if first else '127.0.0.1'
 
 
 def get_rank() -> int:
@@ -112,7 +108,9 @@ def get_world_size() -> int:
 
 def get_device() -> torch.device:
     """This process's GPU, else the CPU."""
-    return torch.device('cuda', torch.cuda.current_device()) if torch.cuda.is_available() else torch.device('cpu')
+    if torch.cuda.is_available():
+        return torch.device('cuda', torch.cuda.current_device())
+    return torch.device('cpu')
 
 
 def environment() -> dict:

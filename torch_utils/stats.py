@@ -24,10 +24,7 @@ class RunningMeans:
             values = values.detach().flatten().double()
             moments = torch.stack([torch.full_like(values, 1).sum(), values.sum(),
                                    values.square().sum()])
-            if name in self._sums:
-                self._sums[name] += moments
-            else:
-                self._sums[name] = moments
+            self._sums[name] = self._sums.get(name, 0) + moments
 
     def report(self) -> dict[str, dict]:
         """{name: {'mean', 'std'}}; every process must call it, with the same names."""

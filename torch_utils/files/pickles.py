@@ -41,9 +41,10 @@ def errors_of(path: str, prefix: str = ''):
         raise
     except ForeignPickleError as error:
         raise UserError(f'{path}: {prefix}{error}') from None
-    except Exception as error:  # damaged files raise nearly anything, in zipfile, tarfile, NumPy and torch
+    except Exception as error:  # zipfile, tarfile, NumPy and torch raise nearly anything
         reason = ' '.join(str(error).split())[:120]
-        raise UserError(f'{path}: {prefix}it is damaged ({type(error).__name__}: {reason})') from None
+        raise UserError(f'{path}: {prefix}it is damaged '
+                        f'({type(error).__name__}: {reason})') from None
 
 
 class StandIn:
@@ -69,7 +70,7 @@ def map_file(path: str) -> memoryview:
     Raises ForeignPickleError for anything that is no regular file, or is empty.
     """
     try:
-        with open(path, 'rb', opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), 'rb') as file:
             info = os.fstat(file.fileno())
             if not stat.S_ISREG(info.st_mode):  # a device or a pipe may have no end
                 raise ForeignPickleError('it is no regular file')
@@ -109,7 +110,8 @@ class RestrictedUnpickler:
             raise
         except Exception as error:  # damaged pickles raise nearly anything
             reason = ' '.join(str(error).split())[:100] or 'damaged'
-            raise ForeignPickleError(f'it is no readable pickle ({type(error).__name__}: {reason})') from None
+            raise ForeignPickleError('it is no readable pickle '
+                                     f'({type(error).__name__}: {reason})') from None
 
     def _run(self):
         while self._steps:
@@ -161,8 +163,9 @@ class RestrictedUnpickler:
             raise ForeignPickleError(f'it holds a number of {value.bit_length()} bits')
         self._stack.append(value)
 
-    op_INT = op_LONG = op_BININT = op_BININT1 = op_BININT2 = op_LONG1 = op_LONG4 = op_FLOAT = op_BINFLOAT = _push
-    op_SHORT_BINBYTES = op_BINBYTES = op_BINBYTES8 = op_BYTEARRAY8 = op_SHORT_BINSTRING = op_BINSTRING = _push
+    op_INT = op_LONG = op_BININT = op_BININT1 = op_BININT2 = op_LONG1 = op_LONG4 = _push
+    op_FLOAT = op_BINFLOAT = op_SHORT_BINSTRING = op_BINSTRING = _push
+    op_SHORT_BINBYTES = op_BINBYTES = op_BINBYTES8 = op_BYTEARRAY8 = _push
     op_SHORT_BINUNICODE = op_BINUNICODE = op_BINUNICODE8 = _push
 
     def _push_new(self, make, _):
@@ -280,7 +283,7 @@ class RestrictedUnpickler:
             target.state = state
         elif isinstance(target, _Global):
             raise ForeignPickleError(f'it tries to change {target.name}')
-        elif type(target) is not dict:  # attributes of a dictionary, such as the versions in a state dict, say nothing
+        elif type(target) is not dict:  # attributes of a dictionary (of versions) say nothing
             raise ForeignPickleError(f'it tries to change a {type(target).__name__}')
 
     def op_BINPERSID(self, _):
@@ -323,7 +326,7 @@ def load(data, allowed: dict):
 # --- Plain values --------------------------------------------------------------------------------
 
 
-def check_plain(value, what: str, max_size: int = 1_000_000, max_depth: int = 16):
+def check_plain(value, what: str):
     """`value`, if it consists of dictionaries, lists, strings and numbers and is small when
     written out.
 
@@ -334,15 +337,15 @@ def check_plain(value, what: str, max_size: int = 1_000_000, max_depth: int = 16
     while pending:
         item, depth = pending.pop()
         if not isinstance(item, str | int | float | bool | list | tuple | dict | None):
-            raise ForeignPickleError(f'{what} holds a {type(item).__name__} instead of plain values')
+            raise ForeignPickleError(f'{what} holds a {type(item).__name__} instead of plain '
+                                     'values')
         children = item if isinstance(item, list | tuple) else ()
         if isinstance(item, dict):
             if not all(type(key) in _KEYS for key in item):
                 raise ForeignPickleError(f'{what} has strange keys')
             children = [*item, *item.values()]
         size += 1 + (len(item) // 16 if isinstance(item, str) else len(children))
-        if size > max_size or depth > max_depth or (isinstance(item, int)
-                                                    and item.bit_length() > 64):
+        if size > 1_000_000 or depth > 16 or (isinstance(item, int) and item.bit_length() > 64):
             raise ForeignPickleError(f'{what} is too large or too deeply nested')
         pending += [(child, depth + 1) for child in children]
     return value
@@ -363,7 +366,8 @@ class NumpyArray(StandIn):
             if isinstance(data, str):  # bytes as Python 3 wrote them for protocol 2
                 data = data.encode('latin1')
             dtype = dtype.numpy()
-            if not all(type(n) is int and n >= 0 for n in shape) or math.prod(shape) * dtype.itemsize != len(data):
+            if not all(type(n) is int and n >= 0 for n in shape) \
+                    or math.prod(shape) * dtype.itemsize != len(data):
                 raise ValueError(f'{len(data)} bytes for the shape {list(shape)}'[:100])
             order = 'F' if fortran else 'C'
             return np.frombuffer(data, dtype=dtype).reshape(tuple(shape), order=order)
@@ -406,10 +410,8 @@ def encode(text, encoding=None):
 
 def scalar(dtype, data):
     """Stand-in for NumPy's scalar: a plain Python number."""
-    data = data.encode('latin1') if isinstance(data, str) else data
-    if not isinstance(dtype, NumpyDtype) or not isinstance(data, bytes) or len(data) != dtype.numpy().itemsize:
-        raise ForeignPickleError('it holds a malformed number')
-    return np.frombuffer(data, dtype=dtype.numpy())[0].item()
+    array = _from_buffer(data, dtype, (), 'C').array()
+    return array.item()
 
 
 def _only_named(*_):

@@ -4,6 +4,7 @@ generated images.
 State names and shapes are those of the published selection models (`cifar10_pseudo.pt`, ...).
 """
 
+import collections
 import re
 
 import torch
@@ -38,17 +39,11 @@ class BasicBlock(nn.Module):
         return h + (x if self.convShortcut is None else self.convShortcut(active))
 
 
-class NetworkBlock(nn.Module):
+def _blocks(count: int, in_channels: int, out_channels: int, stride: int) -> nn.Module:
     """Blocks of one width; the first one changes width and resolution."""
-
-    def __init__(self, count: int, in_channels: int, out_channels: int, stride: int):
-        super().__init__()
-        self.layer = nn.Sequential(*[
-            BasicBlock(out_channels if i else in_channels, out_channels, 1 if i else stride)
-            for i in range(count)])
-
-    def forward(self, x):
-        return self.layer(x)
+    return nn.Sequential(collections.OrderedDict(layer=nn.Sequential(
+        BasicBlock(in_channels, out_channels, stride),
+        *(BasicBlock(out_channels, out_channels, 1) for _ in range(count - 1)))))
 
 
 class _WideResNet(nn.Module):
@@ -59,11 +54,11 @@ class _WideResNet(nn.Module):
         count = (depth - 4) // 6
         widths = [16, 16 * widen, 32 * widen, 64 * widen]
         self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
-        self.block1 = NetworkBlock(count, widths[0], widths[1], 1)
+        self.block1 = _blocks(count, widths[0], widths[1], 1)
         # never used; published weights hold it
-        self.sub_block1 = NetworkBlock(count, widths[0], widths[1], 1)
-        self.block2 = NetworkBlock(count, widths[1], widths[2], 2)
-        self.block3 = NetworkBlock(count, widths[2], widths[3], 2)
+        self.sub_block1 = _blocks(count, widths[0], widths[1], 1)
+        self.block2 = _blocks(count, widths[1], widths[2], 2)
+        self.block3 = _blocks(count, widths[2], widths[3], 2)
         self.bn1 = nn.BatchNorm2d(widths[3])
         self.fc = nn.Linear(widths[3], num_classes)
         for module in self.modules():

@@ -4,6 +4,7 @@ diffusion uses it (arXiv 2305.00562). State names and shapes are those of that p
 Shapes: images x_NCHW, whole time steps [N], embedding temb_NE.
 """
 
+import collections
 import math
 
 import torch
@@ -39,27 +40,14 @@ class TimestepTable(nn.Module):
         return F.embedding(t, self.weight)
 
 
-class TimeEmbedding(nn.Module):
-    def __init__(self, steps: int, channels: int, out_channels: int):
-        super().__init__()
-        self.timembedding = nn.Sequential(
-            TimestepTable(steps, channels), nn.Linear(channels, out_channels), nn.SiLU(),
-            nn.Linear(out_channels, out_channels))
-
-    def forward(self, t):
-        return self.timembedding(t)
-
-
 class AttnBlock(nn.Module):
     """Self-attention over the pixels, one head, with a residual connection."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.group_norm = GroupNorm(channels)
-        self.proj_q = Conv2d(channels, channels, 1)
-        self.proj_k = Conv2d(channels, channels, 1)
-        self.proj_v = Conv2d(channels, channels, 1)
-        self.proj = Conv2d(channels, channels, 1)
+        for name in ('proj_q', 'proj_k', 'proj_v', 'proj'):
+            self.add_module(name, Conv2d(channels, channels, 1))
 
     def forward(self, x_NCHW):
         h = self.group_norm(x_NCHW)
@@ -98,7 +86,8 @@ class DDPMUNet(nn.Module):
         self.img_resolution, self.img_channels = img_resolution, img_channels
         self.label_dim = num_class if cond else 0
         tdim = ch * 4
-        self.time_embedding = TimeEmbedding(T, ch, tdim)
+        self.time_embedding = nn.Sequential(collections.OrderedDict(timembedding=nn.Sequential(
+            TimestepTable(T, ch), nn.Linear(ch, tdim), nn.SiLU(), nn.Linear(tdim, tdim))))
         if cond:
             self.label_embedding = nn.Embedding(num_class, tdim)
         if augm:

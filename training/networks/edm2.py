@@ -136,7 +136,7 @@ def mp_silu(x):
     return F.silu(x) * SILU_GAIN
 
 
-def mp_sum_weights(t=0.5):
+def mp_sum_weights(t):
     """What `mp_sum` multiplies its two arguments by."""
     scale = math.sqrt((1 - t) ** 2 + t**2)
     return (1 - t) / scale, t / scale
