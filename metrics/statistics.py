@@ -204,7 +204,7 @@ def _nested(arrays: NpzArrays, sole: str) -> dict:
         meta['detectors'] = {meta['detector']: {key: meta.get(key)
                                                 for key in ('weights', 'fingerprint')}}
     content = {'meta': meta}
-    for name in arrays.descriptions:
+    for name in arrays.facts:
         space, _, key = _SPATIAL.get(name, name).rpartition('/')
         if key in _KEYS:
             content.setdefault(space or sole, {})[key] = arrays[name]

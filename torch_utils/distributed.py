@@ -17,13 +17,15 @@ import torch.distributed
 
 from dnnlib.util import project_version
 
-# (rank, world size, local rank) as the launchers name them: torchrun, Open MPI, MPICH/Intel MPI,
-# SLURM.
+# (rank, world size, local rank, what must also be set) as the launchers name them: torchrun, Open
+# MPI, MPICH/Intel MPI, SLURM.
 _LAUNCHERS = [
     ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
     ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'),
     ('PMI_RANK', 'PMI_SIZE', 'MPI_LOCALRANKID'),
-    ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
+    # A SLURM allocation sets SLURM_* for plain `python` too: only `srun` starts several tasks of one
+    # step.
+    ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID', 'SLURM_STEP_ID'),
 ]
 
 _host_group = None  # gloo group for agreements between hosts that must not touch the GPU
@@ -36,15 +38,10 @@ def init():
     global _host_group
     if torch.distributed.is_initialized():
         return
-    for rank_name, size_name, local_name in _LAUNCHERS:
-        # A SLURM allocation sets SLURM_* for plain `python` too: only `srun` starts several tasks
-        # of one step.
-        if rank_name == 'SLURM_PROCID' and 'SLURM_STEP_ID' not in os.environ:
-            continue
-        if rank_name in os.environ and size_name in os.environ:
-            rank, size = os.environ[rank_name], os.environ[size_name]
-            local = os.environ.get(local_name, rank)
-            os.environ.update(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=local)
+    for rank, size, local, *needed in _LAUNCHERS:
+        if {rank, size, *needed} <= os.environ.keys():
+            os.environ.update(RANK=os.environ[rank], WORLD_SIZE=os.environ[size],
+                              LOCAL_RANK=os.environ.get(local, os.environ[rank]))
             break
     if int(os.environ.get('WORLD_SIZE', 1)) == 1:
         os.environ.update(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0')

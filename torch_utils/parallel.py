@@ -81,7 +81,7 @@ def _run_in_processes(function, items, jobs):
         raise
     finally:
         for connection, process in processes.items():
-            connection.close()                                 # ends a process that waits for an item
+            connection.close()                          # ends a process that waits for an item
             process.join()
 
 

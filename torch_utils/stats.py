@@ -48,5 +48,5 @@ class RunningMeans:
         """The first process takes over the sums, the others start from zero: together they are as
         they were.
         """
-        first = 1.0 if dist.get_rank() == 0 else 0.0
+        first = float(dist.get_rank() == 0)
         self._sums = {name: sums.to(self.device) * first for name, sums in state.items()}

@@ -141,10 +141,8 @@ def _zip(path, data, weights) -> Found:
         return _torch(path, content, weights)
     if names and all(name.endswith('.npy') for name in names):
         arrays = NpzArrays(path)
-        facts = {name: ' '.join(map(str, description))
-                 for name, description in arrays.descriptions.items()}
-        statistics = {'mu', 'sigma'} <= facts.keys() or any(name.endswith('/mu') for name in facts)
-        return Found(path, 'statistics' if statistics else 'samples', arrays, facts=facts)
+        statistics = any(name == 'mu' or name.endswith('/mu') for name in arrays.facts)
+        return Found(path, 'statistics' if statistics else 'samples', arrays, facts=arrays.facts)
     pictures = sum(name.lower().endswith(PICTURES) for name in names)
     if not pictures:
         raise ForeignPickleError('it is a zip without images, arrays or tensors')
@@ -153,10 +151,11 @@ def _zip(path, data, weights) -> Found:
 
 def _torch(path, content, weights) -> Found:
     if not isinstance(content, dict):
-        raise ForeignPickleError(f'it holds a {type(content).__name__} instead of a dictionary of weights')
+        raise ForeignPickleError(f'it holds a {type(content).__name__} instead of a dictionary of '
+                                 'weights')
     if content.get('format') == SNAPSHOT_FORMAT:
         return _snapshot(path, 'snapshot', content)
-    if content.get('format') == STATISTICS_FORMAT or _has_statistics(content):
+    if content.get('format') == STATISTICS_FORMAT or _moments(content):
         return _statistics(path, content)
     if 'nimg' in content and {'means', 'identity'} & set(content):
         return Found(path, 'training-state', content, facts=dict(nimg=content['nimg']))
@@ -164,7 +163,8 @@ def _torch(path, content, weights) -> Found:
         return _weights(path, content, None, {})
     keys = [key for key in WEIGHT_KEYS if _is_state(content.get(key))]
     if weights is not None and weights not in keys:
-        raise ForeignPickleError(f'it has no weights called {weights!r}; there are {", ".join(keys) or "none"}')
+        raise ForeignPickleError(f'it has no weights called {weights!r}; '
+                                 f'there are {", ".join(keys) or "none"}')
     if not keys:
         raise ForeignPickleError('it does not hold the weights of a network')
     key = weights or keys[0]
@@ -221,16 +221,13 @@ def _safetensors(path, weights, description) -> Found:
     state = safetensors.torch.load_file(weights)
     if not os.path.isfile(description):
         return _weights(path, state, None, {})
-    what = f'its description {os.path.basename(description)}'
-    data = pickles.map_file(description)
-    if len(data) > MAX_JSON:
-        raise ForeignPickleError(f'{what} is too large')
-    try:
+    with pickles.errors_of(path, f'its description {os.path.basename(description)}: '):
+        data = pickles.map_file(description)
+        if len(data) > MAX_JSON:
+            raise ForeignPickleError('it is too large')
         content = json.loads(bytes(data))
-    except (ValueError, RecursionError) as error:
-        raise ForeignPickleError(f'{what} is no valid JSON ({error})') from None
-    if not isinstance(content, dict) or content.get('format') != SNAPSHOT_FORMAT:
-        raise ForeignPickleError(f'{what} is not of a network snapshot')
+        if not isinstance(content, dict) or content.get('format') != SNAPSHOT_FORMAT:
+            raise ForeignPickleError('it is not of a network snapshot')
     if os.path.isdir(path):  # there the network is part of a model of diffusers
         state = {name.removeprefix('net.'): value for name, value in state.items()}
     return _snapshot(path, 'safetensors', content | dict(state=state))
@@ -248,12 +245,14 @@ def _pickle(path, data) -> Found:
                for key, value in content.items()}
     if persistence.is_network(content):
         return Found(path, 'edm', content, persistence.state_dict(content['ema'], len(data)))
-    if isinstance(content.get('data'), pickles.NumpyArray) and {'labels', 'fine_labels'} & content.keys():
-        array = content['data'].array()
-        return Found(path, 'cifar', content, facts=dict(images=len(array),
-                                                        array=f'{array.dtype} {list(array.shape)}'))
-    if not _has_statistics(content):
-        raise ForeignPickleError('it is a pickle that holds no network of EDM or EDM2, no statistics and no CIFAR images')
+    images = content.get('data')
+    if isinstance(images, pickles.NumpyArray) and {'labels', 'fine_labels'} & content.keys():
+        array = images.array()
+        facts = dict(images=len(array), array=f'{array.dtype} {list(array.shape)}')
+        return Found(path, 'cifar', content, facts=facts)
+    if not _moments(content):
+        raise ForeignPickleError('it is a pickle that holds no network of EDM or EDM2, '
+                                 'no statistics and no CIFAR images')
     return _statistics(path, _arrays(content))
 
 
@@ -266,42 +265,42 @@ def _arrays(value, depth: int = 2):
     return value.array() if isinstance(value, pickles.NumpyArray) else value
 
 
-def _has_statistics(content) -> bool:
-    tables = [content, *content.values()]
-    return any(isinstance(table, dict) and {'mu', 'sigma'} <= table.keys() for table in tables)
+def _moments(content) -> dict:
+    """{feature space: its table of `mu` and `sigma`}."""
+    return {str(space)[:40]: table for space, table in [('features', content), *content.items()]
+            if isinstance(table, dict) and {'mu', 'sigma'} <= table.keys()}
 
 
 def _statistics(path, content) -> Found:
-    facts = {}
-    for space, value in [('features', content), *content.items()]:
-        if isinstance(value, dict) and 'mu' in value:
-            facts[str(space)[:40]] = f'{np.size(value["mu"])} dimensions'
-    return Found(path, 'statistics', content, facts=facts)
+    return Found(path, 'statistics', content, facts={
+        space: f'{np.size(table["mu"])} dimensions' for space, table in _moments(content).items()})
 
 
 class NpzArrays:
-    """The arrays of an .npz file, by name. Headers are read first, so that no array is larger than
-    its file says, and a file that expands beyond measure is refused.
+    """The arrays of an .npz file, by name; `facts` has type and shape of each as text. Headers are
+    read first, so that no array is larger than its file says, and a file that expands beyond
+    measure is refused.
     """
 
     def __init__(self, path: str):
         self.path = path
-        self.descriptions = {}
+        self.facts = {}
         with zipfile.ZipFile(path) as z:
             for info in z.infolist():
                 name = info.filename.removesuffix('.npy')
                 what = f'its array {name[:60]}'
                 if info.file_size > FREE_SIZE and info.file_size > MAX_RATIO * info.compress_size:
-                    raise ForeignPickleError(f'{what} expands {info.file_size // info.compress_size} times')
+                    raise ForeignPickleError(f'{what} expands more than {MAX_RATIO} times')
                 with z.open(info) as file:
                     shape, _, descr = read_npy_header(file)
                     dtype = np.dtype(descr)
                     if math.prod(shape) * dtype.itemsize != info.file_size - file.tell():
-                        raise ForeignPickleError(f'{what} is not as large as its shape {list(shape)[:5]} says')
-                self.descriptions[name] = str(dtype), list(shape)
+                        raise ForeignPickleError(f'{what} is not as large as its shape '
+                                                 f'{list(shape)[:5]} says')
+                self.facts[name] = f'{dtype} {list(shape)}'
 
     def __contains__(self, name):
-        return name in self.descriptions
+        return name in self.facts
 
     def __getitem__(self, name) -> np.ndarray:
         with np.load(self.path, allow_pickle=False) as z:

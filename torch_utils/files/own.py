@@ -29,7 +29,8 @@ _NAMES = {
 
 def is_own(records: torchfile.ZipRecords) -> bool:
     """True for a zip of torch that says that it has a format of this project."""
-    return re.search(f'{SNAPSHOT_FORMAT}|{STATISTICS_FORMAT}'.encode(), records.record('data.pkl')) is not None
+    formats = f'{SNAPSHOT_FORMAT}|{STATISTICS_FORMAT}'.encode()
+    return re.search(formats, records.record('data.pkl')) is not None
 
 
 def read_own(path: str):

@@ -21,11 +21,13 @@ class Persistent:
 
     @property
     def kwargs(self) -> dict:
-        """Keyword arguments that it was constructed with. Raises ForeignPickleError unless they
-        are plain values.
+        """Keyword arguments that it was constructed with, arrays as lists. Raises
+        ForeignPickleError unless they are plain values.
         """
-        return pickles.check_plain(plain(self.state.get('_init_kwargs') or {}),
-                                   'its list of arguments')
+        kwargs = self.state.get('_init_kwargs') or {}
+        return pickles.check_plain({
+            key: value.array().tolist() if isinstance(value, pickles.NumpyArray) else value
+            for key, value in kwargs.items()}, 'its list of arguments')
 
 
 def _reconstruct(meta):
@@ -33,14 +35,6 @@ def _reconstruct(meta):
             or not isinstance(meta.get('state'), dict):
         raise pickles.ForeignPickleError('it holds a malformed persistent object')
     return Persistent(str(meta.get('class_name'))[:100], meta['state'])
-
-
-def plain(value):
-    """Values of a dictionary with those that are arrays as lists."""
-    if not isinstance(value, dict):
-        return value
-    return {key: item.array().tolist() if isinstance(item, pickles.NumpyArray) else item
-            for key, item in value.items()}
 
 
 _ALLOWED = pickles.NUMPY_ARRAYS | torchfile.TENSORS | {

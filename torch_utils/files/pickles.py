@@ -210,8 +210,6 @@ class RestrictedUnpickler:
         self._stack.append(tuple(self.op_POP_MARK(_)))
 
     def _push_tuple(self, count, _):
-        if len(self._stack) < count:
-            raise ForeignPickleError('it is damaged (too few values)')
         self._stack[-count:] = [tuple(self._stack[-count:])]
 
     op_TUPLE1 = partialmethod(_push_tuple, 1)

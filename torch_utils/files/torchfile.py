@@ -37,13 +37,16 @@ def rebuild_tensor(storage, offset, size, stride, *_):
     """
     if not isinstance(storage, torch.Tensor):
         raise ForeignPickleError('it holds a tensor without a storage')
-    if type(size) is not tuple or type(stride) is not tuple or len(size) != len(stride) or len(size) > 16 \
+    if type(size) is not tuple or type(stride) is not tuple \
+            or len(size) != len(stride) or len(size) > 16 \
             or not all(type(n) is int and n >= 0 for n in (offset, *size, *stride)):
         raise ForeignPickleError('it holds a tensor with a malformed shape')
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if math.prod(size) > len(storage) or (math.prod(size) and last >= len(storage)):
+    if not math.prod(size):
+        return storage.new_empty(size)
+    if max(math.prod(size), last + 1) > len(storage):
         raise ForeignPickleError(f'a tensor of shape {list(size)} is larger than its storage'[:120])
-    return torch.as_strided(storage, size, stride, offset) if math.prod(size) else storage.new_empty(size)
+    return torch.as_strided(storage, size, stride, offset)
 
 
 def _rebuild_untyped(storage, offset, size, stride, requires_grad, hooks, dtype, *_):
@@ -88,7 +91,8 @@ class StorageUnpickler(pickles.RestrictedUnpickler):
 
     def persistent_load(self, pid):
         valid = type(pid) is tuple and len(pid) >= 5 and pid[0] == 'storage'
-        if not valid or not isinstance(pid[1], torch.dtype) or type(pid[4]) is not int or pid[4] < 0:
+        if not valid or not isinstance(pid[1], torch.dtype) \
+                or type(pid[4]) is not int or pid[4] < 0:
             raise ForeignPickleError('it refers to something that is no storage')
         _, dtype, key, _, count = pid[:5]
         return self._storage(str(key)[:200], dtype, count)
@@ -124,11 +128,13 @@ class ZipRecords:
             raise ForeignPickleError('its parts are larger than the file')
         for name, info in self.infos.items():
             if zlib.crc32(self._view(info)) != info.CRC:
-                raise ForeignPickleError(f'its part {name[:100]} has changed since it was written (wrong CRC)')
+                raise ForeignPickleError(f'its part {name[:100]} has changed since it was written '
+                                         '(wrong CRC)')
 
     def _view(self, info) -> memoryview:
         name = info.filename
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 \
+                or info.compress_size != info.file_size:
             raise ForeignPickleError(f'its part {name[:100]} is compressed, which torch never does')
         header = self.data[info.header_offset:info.header_offset + 30]
         if len(header) != 30 or bytes(header[:4]) != b'PK\3\4':

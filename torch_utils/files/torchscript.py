@@ -14,7 +14,9 @@ _ALLOWED = torchfile.TENSORS | {
 
 class _Unpickler(torchfile.StorageUnpickler):
     def find_class(self, module, name):
-        return pickles.StandIn if module.partition('.')[0] == '__torch__' else super().find_class(module, name)
+        if module.partition('.')[0] == '__torch__':
+            return pickles.StandIn
+        return super().find_class(module, name)
 
 
 def read_tensors(records: torchfile.ZipRecords) -> dict[str, torch.Tensor]:

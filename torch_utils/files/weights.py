@@ -18,7 +18,8 @@ def read_state_dict(path: str) -> dict:
     """
     found = identify(path)
     if found.kind != 'weights':
-        raise UserError(f'{path} does not hold the weights of a network alone; it is a {found.what}')
+        raise UserError(f'{path} does not hold the weights of a network alone; '
+                        f'it is a {found.what}')
     return found.state
 
 
@@ -26,13 +27,13 @@ def check_weights(net: torch.nn.Module, state: dict, source: str):
     """Raises a UserError that says what differs unless the weights `state` have the names and
     shapes of `net`.
     """
-    expected = net.state_dict()
+    expected, stored = ({name: 'x'.join(map(str, value.shape)) for name, value in table.items()}
+                        for table in (net.state_dict(), state))
     differences = {
-        'lacks': [name for name in expected if name not in state],
-        'has unknown': [name for name in state if name not in expected],
-        'has another shape of': [
-            f'{name} ({"x".join(map(str, state[name].shape))} for {"x".join(map(str, value.shape))})'
-            for name, value in expected.items() if name in state and state[name].shape != value.shape],
+        'lacks': [name for name in expected if name not in stored],
+        'has unknown': [name for name in stored if name not in expected],
+        'has another shape of': [f'{name} ({stored[name]} for {shape})' for name, shape
+                                 in expected.items() if stored.get(name, shape) != shape],
     }
     for what, names in differences.items():
         if names:

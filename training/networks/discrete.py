@@ -43,7 +43,8 @@ class DiscreteDenoiser(Denoiser):
         x = x.float()
         sigma = torch.as_tensor(sigma, device=x.device).float().reshape(-1, 1, 1, 1)
         t = self.step_of(sigma.flatten()).expand(len(x))
-        output = self.model(x / (1 + sigma**2).sqrt(), t, class_labels, **extra)[:, :self.img_channels]
+        output = self.model(x / (1 + sigma**2).sqrt(), t, class_labels, **extra)
+        output = output[:, :self.img_channels]
         D_x = output if self.diffusion.predict == 'start' else x - sigma * output
         return D_x.clamp(-1, 1) if self.clip else D_x
 
@@ -59,7 +60,8 @@ class DiscreteDenoiser(Denoiser):
         upper = torch.bucketize(sigma, levels).clamp(1, len(levels) - 1)
         low, high = levels[upper - 1].log(), levels[upper].log()
         share = ((sigma.log() - low) / (high - low)).float()
-        return self.diffusion.model_steps(upper - 1).float().lerp(self.diffusion.model_steps(upper).float(), share)
+        start, end = (self.diffusion.model_steps(step).float() for step in (upper - 1, upper))
+        return start.lerp(end, share)
 
     def round_sigma(self, sigma):
         """The nearest noise level that the network was trained on (any level, if it

@@ -24,7 +24,6 @@ from training.networks.layers import (
     drop_labels,
     dropout,
     edm_coefficients,
-    is_box,
     low_pass,
     resample,
     time_features,
@@ -94,22 +93,22 @@ class Conv2d(nn.Module):
             shape = [out_channels, in_channels, kernel, kernel]
             self.weight, self.bias = init.parameters(shape, in_channels * kernel**2,
                                                      out_channels * kernel**2, True)
-        low = low_pass(resample_filter)
-        self.is_box = is_box(low)
-        self.pad = (low.shape[-1] - 1) // 2
+        low, self.box = low_pass(resample_filter)
         self.register_buffer('resample_filter', torch.from_numpy(low) if kind in ('up', 'down')
                              else None)
 
     def forward(self, x_NCHW):
         if self.resample_filter is not None and not self.fused:
-            x_NCHW = resample(x_NCHW, self.resample_filter, self.up, self.pad, self.is_box)
+            x_NCHW = resample(x_NCHW, self.resample_filter, self.box, self.up)
         if self.weight is None:
             return x_NCHW
         weight, bias = self.weight.to(x_NCHW.dtype), self.bias.to(x_NCHW.dtype)
         if not self.fused:
             return F.conv2d(x_NCHW, weight, bias, padding=self.kernel // 2)
-        x_NCHW = F.conv2d(x_NCHW, weight, padding=self.kernel // 2 + self.pad)
-        return resample(x_NCHW, self.resample_filter, self.up, 0, self.is_box) + bias[:, None, None]
+        pad = (self.resample_filter.shape[-1] - 1) // 2
+        x_NCHW = F.conv2d(x_NCHW, weight, padding=self.kernel // 2 + pad)
+        x_NCHW = resample(x_NCHW, self.resample_filter, self.box, self.up, pad=False)
+        return x_NCHW + bias[:, None, None]
 
 
 def norm(num_channels: int, eps: float = 1e-5) -> GroupNorm:
@@ -438,6 +437,8 @@ class VPPrecond(Precond, VP):
         ends = self.sigma(torch.tensor([epsilon_t, 1], dtype=torch.float32, device='cpu'))
         self.sigma_min, self.sigma_max = ends.tolist()
 
+    sigma_inv = VP.inverse                      # the published name
+
     def coefficients(self, sigma):
         return 1, -sigma, 1 / (sigma.square() + 1).sqrt(), (self.M - 1) * self.inverse(sigma)
 
@@ -492,7 +493,8 @@ class EDMPrecond(Precond):
 
 
 class FlowPrecond(Precond):
-    """Flow matching: the model is the velocity v of x_t = (1 - t) x_0 + t z, t = sigma / (1 + sigma).
+    """Flow matching: the model is the velocity v of x_t = (1 - t) x_0 + t z at
+    t = sigma / (1 + sigma).
 
     D(x; sigma) = x_t - t v(x_t; t) with x_t = x / (1 + sigma). Levels are those of t from
     `epsilon_t` to 1 - `epsilon_t`.

@@ -17,7 +17,6 @@ from training.networks.layers import (
     compute_dtype,
     dropout,
     edm_coefficients,
-    is_box,
     low_pass,
     resample,
 )
@@ -166,14 +165,12 @@ class Resample(torch.nn.Module):
     def __init__(self, mode: str, taps):
         super().__init__()
         self.mode = mode
-        self.kernel = low_pass(taps)
-        self.box = is_box(self.kernel)
-        self.pad = (self.kernel.shape[-1] - 1) // 2
+        self.filter = low_pass(taps)
 
     def forward(self, x_NCHW):
         if self.mode not in ('up', 'down'):
             return x_NCHW
-        return resample(x_NCHW, self.kernel, self.mode == 'up', self.pad, self.box)
+        return resample(x_NCHW, *self.filter, self.mode == 'up')
 
 
 class MPFourier(torch.nn.Module):

@@ -115,7 +115,8 @@ def drop_labels(labels, p: float, training: bool):
 
 class Conv2d(nn.Conv2d):
     def forward(self, x_NCHW):
-        return self._conv_forward(x_NCHW, self.weight.to(x_NCHW.dtype), self.bias.to(x_NCHW.dtype))
+        weight, bias = self.weight.to(x_NCHW.dtype), self.bias.to(x_NCHW.dtype)
+        return self._conv_forward(x_NCHW, weight, bias)
 
 
 class Conv1d(nn.Conv1d):
@@ -190,33 +191,29 @@ def attention(qkv_NCHW, num_heads: int, order: str) -> torch.Tensor:
     return y.transpose(2, 3).reshape(N, C, H, W)
 
 
-def low_pass(taps) -> np.ndarray:
-    """The separable filter [1, 1, k, k] of sum 1 with these taps. Raises ValueError unless they
-    are an even number.
+def low_pass(taps) -> tuple[np.ndarray, bool]:
+    """The separable filter [1, 1, k, k] of sum 1 with these taps, and whether it is that of [1, 1].
+    Raises ValueError unless the taps are an even number.
     """
     taps = np.float32(taps)
     if taps.ndim != 1 or len(taps) % 2:
         raise ValueError(f'resample_filter must be a list of even length, not {taps.tolist()}')
     taps = taps / taps.sum()
-    return np.outer(taps, taps)[None, None]
+    return np.outer(taps, taps)[None, None], taps.tolist() == [0.5, 0.5]
 
 
-def is_box(kernel: np.ndarray) -> bool:
-    """True for the filter of the taps [1, 1]."""
-    return kernel.ravel().tolist() == [0.25] * 4
-
-
-def resample(x_NCHW, kernel, up: bool, pad: int, box: bool) -> torch.Tensor:
-    """Resolution times 2 or 1/2 with a low-pass filter [1, 1, k, k]; depthwise. `box` says that it
-    is that of [1, 1].
+def resample(x_NCHW, kernel, box: bool, up: bool, pad: bool = True) -> torch.Tensor:
+    """Resolution times 2 or 1/2 with a low-pass filter [1, 1, k, k], `kernel` and `box` of
+    `low_pass`; depthwise. `pad=False`: the images are padded already.
     """
     if box:                                             # what repetition and pooling do, faster
         return F.interpolate(x_NCHW, scale_factor=2) if up else F.avg_pool2d(x_NCHW, 2)
     C = x_NCHW.shape[1]
     kernel = torch.as_tensor(kernel, dtype=x_NCHW.dtype, device=x_NCHW.device).expand(C, 1, -1, -1)
+    padding = (kernel.shape[-1] - 1) // 2 if pad else 0
     if up:
-        return F.conv_transpose2d(x_NCHW, 4 * kernel, groups=C, stride=2, padding=pad)
-    return F.conv2d(x_NCHW, kernel, groups=C, stride=2, padding=pad)
+        return F.conv_transpose2d(x_NCHW, 4 * kernel, groups=C, stride=2, padding=padding)
+    return F.conv2d(x_NCHW, kernel, groups=C, stride=2, padding=padding)
 
 
 # --- The order of a U-Net ------------------------------------------------------------------------

@@ -75,8 +75,8 @@ class OptimalDenoiser(Denoiser):
         same = ids[:, None] == self.label_ids
         empty = ids[labelled & ~same.any(dim=1)]
         if len(empty):
-            raise UserError('the data set of the optimal denoiser has no images of it; '
-                            'choose another', field='class', value=int(empty[0]))
+            raise UserError('optimal denoiser: the data set has no images of class '
+                            f'{int(empty[0])}; choose another')
         return same | ~labelled[:, None]
 
 
