@@ -46,9 +46,8 @@ EMA_STD = 0.10
 METAVARS = {'integer range': 'INT', 'float range': 'FLOAT', 'count': 'NIMG'}
 
 # Colours of Okabe and Ito: told apart in all common kinds of colour blindness.
-BLUE, VERMILION, GREEN, PURPLE = '#0072B2', '#D55E00', '#009E73', '#CC79A7'
-SERIES = (dict(color=BLUE, marker='o'), dict(color=VERMILION, marker='s'),
-          dict(color=GREEN, marker='D'), dict(color=PURPLE, marker='^'))
+SERIES = [dict(color=color, marker=marker) for color, marker in (
+    ('#0072B2', 'o'), ('#D55E00', 's'), ('#009E73', 'D'), ('#CC79A7', '^'))]
 styled = plt.style.context(ROOT / 'studies.mplstyle')          # decorator of functions that draw
 
 # --- Options and the folder ----------------------------------------------------------------------
