@@ -1,7 +1,7 @@
 """Checkpoints of distillation: guided diffusion's files, and the cache beside them.
 
-    teacher-state-NNNNNN.cache  the cache (see `distillation.cache.open_cache`); processes after the
-                                first have files of their own, teacher-state-NNNNNN-RANK.cache
+    teacher-state-NNNNNN.cache  the cache (see `distillation.cache.open_cache`); processes after
+                                the first have their own, teacher-state-NNNNNN-RANK.cache
 """
 
 import os

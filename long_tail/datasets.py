@@ -18,6 +18,7 @@ from training.data.dataset import Dataset
 from training.data.transforms import make_transform
 
 URL = 'https://www.cs.toronto.edu/~kriz/'
+CIFAR_IMAGES = 50000  # for training, of each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,6 @@ class Cifar:
     meta: str
     md5: str
     num_classes: int
-    train_images: int = 50000
 
 
 CIFAR = {
@@ -67,7 +67,7 @@ def nominal_counts(data_type: str, imb_type: str, imb_factor: float) -> np.ndarr
     if base not in CIFAR:
         return None
     cifar = CIFAR[base]
-    return imbalance.class_counts(cifar.train_images, cifar.num_classes, kind,
+    return imbalance.class_counts(CIFAR_IMAGES, cifar.num_classes, kind,
                                   1 if kind == 'none' else imb_factor)
 
 

@@ -51,7 +51,8 @@ The same command goes on where it was stopped, also with another number of proce
 @options.integer('--num_samples', 10000, 'Images in all')
 @click.option('--timestep_respacing', metavar='STR',
               help='Steps to take: 50, 10,15,20 or ddim50  [default: configuration]')
-@options.boolean('--use_ddim', None, 'DDIM instead of ancestral sampling  [default: configuration]')
+@options.boolean('--use_ddim', None,
+                 'DDIM instead of ancestral sampling  [default: configuration]')
 @click.option('--dest', metavar='NPZ',
               help='Where the samples go  '
                    '[default: experiments/NAME/MODEL-CHAIN/samples_NxHxWxC.npz]')

@@ -44,7 +44,7 @@ Example:
 @click.option('--share', metavar='FLOAT', type=options.FRACTION, required=True,
               help='Share of real images')
 @options.integer('--count', None, 'Images in all  [default: as many as --real has]')
-@options.seed('--seed', 0, 'Seed of the choice')
+@options.seed('--seed', 0, 'Seed of the choice', click.IntRange(0, 2**32 - 1))
 @click.option('--dest', metavar='DIR|ZIP', required=True,
               help='Folder or zip to write, for image_train.py')
 def main(real, synthetic, share, count, seed, dest):
@@ -61,7 +61,8 @@ def main(real, synthetic, share, count, seed, dest):
     pairs = [(folder, index) for folder, indices in zip(folders, chosen, strict=True)
              for index in indices]
     with ArchiveWriter(dest) as out:
-        for number, (folder, index) in enumerate(tqdm(pairs, unit='img', leave=False, disable=None)):
+        bar = tqdm(pairs, unit='img', leave=False, disable=None)
+        for number, (folder, index) in enumerate(bar):
             image = folder.images([index])[0]
             pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
             out.add(f'{number:06d}.png', encode_png(pixels))
