@@ -280,6 +280,24 @@ def test_zips_of_any_size_are_zips(tmp_path, monkeypatch, limit, count):
     assert reader.read(count - 1) == b'%d' % (count - 1) * 20 and reader.names[1] == 'ä/00001'
 
 
+@pytest.mark.parametrize('limit', [0xFFFFFFFF, 3000])
+@pytest.mark.parametrize('side,first', [(8, 5), (8, 99_999_998), (150, 0)])
+def test_files_added_together_are_those_added_alone(tmp_path, monkeypatch, limit, side, first):
+    """Also beyond the limit of 32-bit offsets, with names of two lengths, in several blocks."""
+    monkeypatch.setattr(archive._StoredZip, 'limit', limit)
+    images = np.random.RandomState(0).randint(256, size=(6, side, side, 3), dtype=np.uint8)
+    names = [image_name(first + i) for i in range(6)]
+    files, crcs = image_io.encode_pngs(images)
+    with ArchiveWriter(tmp_path / 'together.zip') as out:
+        out.add_alike(names, files, crcs)
+    with ArchiveWriter(tmp_path / 'alone.zip') as out:
+        for name, image in zip(names, images, strict=True):
+            out.add(name, encode_png(image))
+    assert (tmp_path / 'together.zip').read_bytes() == (tmp_path / 'alone.zip').read_bytes()
+    with zipfile.ZipFile(tmp_path / 'together.zip') as z:
+        assert z.testzip() is None and z.namelist() == names
+
+
 @pytest.mark.parametrize('method', ['add', 'close'])
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch, method):
     def full(*args):
