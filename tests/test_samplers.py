@@ -230,9 +230,9 @@ def test_a_snapshot_remembers_its_sampler(folder, tmp_path):
     for form in ('b.pkl', 'c.safetensors', 'folder'):
         script_module('snapshot_tool.py').main.main(['convert', path, f'--dest={tmp_path / form}'], standalone_mode=False)
         assert load_snapshot(str(tmp_path / form)).sampler == sampler
-    changed = open_generator(path, sampler={'num_steps': 6}).sampler
+    changed = open_generator(path, sampler={'num_steps': 6}).options['sampler']
     assert (changed['name'], changed['num_steps'], changed['rho']) == ('dpmpp-2m', 6, 5)
-    other = open_generator(path, sampler={'name': 'edm'}).sampler
+    other = open_generator(path, sampler={'name': 'edm'}).options['sampler']
     assert (other['num_steps'], other['rho']) == (18, 7)        # options of another sampler are not its
 
 
@@ -246,8 +246,8 @@ def test_a_sampler_of_a_later_version_is_named_and_can_be_overridden(tmp_path):
     path = save(tmp_path / 'a.pkl', 've', sampler={'name': 'later'})
     with pytest.raises(UserError, match='later is no sampler'):
         open_generator(path)
-    assert open_generator(path, sampler={'name': 'edm'}).sampler['name'] == 'edm'
-    assert open_generator(path, sampler={'solver': 'euler'}).sampler['name'] == 'ablation'
+    assert open_generator(path, sampler={'name': 'edm'}).options['sampler']['name'] == 'edm'
+    assert open_generator(path, sampler={'solver': 'euler'}).options['sampler']['name'] == 'ablation'
 
 
 @pytest.mark.parametrize('setting, text', [
