@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -92,7 +93,7 @@ def test_the_table(digits, generated, tmp_path):
     for options_ in found:
         assert {key for key in found[0] if options_[key] != found[0][key]} <= {
             'generated', 'share', 'adversarial', 'dataset', 'order', 'loss', 'starts'}
-    table = {line[:31].strip() for line in out.splitlines() if line.startswith(('plain  ', 'adversarial  '))}
+    table = {re.split(' [0-9]', line)[0].strip() for line in out.splitlines() if re.match(' *(plain|adversarial) ', line)}
     assert len(table) == 6
     line = fails(EVALUATE, *arguments, '--lr=0.05')
     assert 'another lr' in line, line
