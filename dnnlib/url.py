@@ -133,7 +133,8 @@ def _attempt(url: str, part):
         resumed = response.status_code == 206 and start.startswith(f'bytes {have}-')
         if not resumed and response.status_code in (206, 416):
             part.truncate(0)
-            raise requests.ConnectionError('the server does not have the part that is missing here')
+            raise requests.ConnectionError('the server does not have the part that is missing '
+                                           'here')
         response.raise_for_status()
         if not resumed:
             part.truncate(0)

@@ -23,8 +23,8 @@ _LAUNCHERS = [
     ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
     ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'),
     ('PMI_RANK', 'PMI_SIZE', 'MPI_LOCALRANKID'),
-    # A SLURM allocation sets SLURM_* for plain `python` too: only `srun` starts several tasks of one
-    # step.
+    # A SLURM allocation sets SLURM_* for plain `python` too: only `srun` starts several tasks of
+    # one step.
     ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID', 'SLURM_STEP_ID'),
 ]
 

@@ -75,8 +75,8 @@ class Linear(nn.Module):
 
 
 class Conv2d(nn.Module):
-    """Convolution with zero padding that keeps the size, after a resampling by 2 where `kind` (that
-    of a layer of the U-Net) is 'up' or 'down'.
+    """Convolution with zero padding that keeps the size, after a resampling by 2 where `kind`
+    (that of a layer of the U-Net) is 'up' or 'down'.
 
     `kernel=0` resamples only. `fused_resample` (with 'down'): the convolution comes first, padded
     so that the filter then needs no padding.

@@ -192,8 +192,8 @@ def attention(qkv_NCHW, num_heads: int, order: str) -> torch.Tensor:
 
 
 def low_pass(taps) -> tuple[np.ndarray, bool]:
-    """The separable filter [1, 1, k, k] of sum 1 with these taps, and whether it is that of [1, 1].
-    Raises ValueError unless the taps are an even number.
+    """The separable filter [1, 1, k, k] of sum 1 with these taps, and whether it is that of
+    [1, 1]. Raises ValueError unless the taps are an even number.
     """
     taps = np.float32(taps)
     if taps.ndim != 1 or len(taps) % 2:
