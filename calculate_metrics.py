@@ -174,11 +174,10 @@ def calc(images, detection, comparison, num, reading):
     """
     dist.init()
     batches, count, what = of_files(images, 50000 if num is None else num, **reading)
+    class_name = reading.pop('class_name')
     if num and count < num:
-        class_name = reading['class_name']
-        raise UserError(f'{images} has only {count} images'
-                        + (f' of class {class_name}' if class_name else ''), 'num')
-    del reading['class_name']
+        raise UserError(f'is too many: {images} has only {count} images'
+                        + (f' of class {class_name}' if class_name else ''), 'num', num)
     measure_and_report(batches, count, what | dict(num=num), detection, **comparison, **reading)
 
 

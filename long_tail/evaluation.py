@@ -17,7 +17,6 @@ from training.diffusion.samplers import without_labels
 from training.encoders import RGBEncoder
 from training.generate import generate_images
 
-DETECTOR_NAMES = tuple(USUAL)
 MOST_RECOGNISED = 5000  # reference images that the classifier is trained on in reasonable time
 SETTINGS = ('sample_method', 'omega', 'ddim_steps', 'num_images', 'seed', 'detector', 'fid_cache',
             'group_sizes')

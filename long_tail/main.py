@@ -124,7 +124,7 @@ options_of_study = together(
     switch('sampled', 'Measure the samples of an earlier call with the same options'),
     path('--fid_cache', './stats/cifar10.train.npz', 'Reference statistics (make_stats.py)'),
     switch('fid_use_torch', 'Compute the Frechet distance by torch, on the GPU if there is one'),
-    choice('--detector', 'inception', 'Network of the features', evaluation.DETECTOR_NAMES),
+    choice('--detector', 'inception', 'Network of the features', evaluation.USUAL),
     path('--weights', '', 'Weights of the detector: file, folder or URL  [default: the published '
            'ones]'),
     switch('prd', 'Precision and recall of distributions, F_8 and F_1/8', True),
