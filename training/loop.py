@@ -73,7 +73,8 @@ class Trainer:
         self.loss_scale = None if scale is None else DynamicLossScale(**scale)
         self.snapshot = dict(encoder=make_encoder(recipe.encoder), dataset=recipe.dataset,
                              recipe=self.settings, sampler=recipe.sampler)
-        self.checkpoints = self.layout(self.run_dir, recipe.batch, lambda: describe(net, **self.snapshot))
+        self.checkpoints = self.layout(self.run_dir, recipe.batch,
+                                       lambda: describe(net, **self.snapshot))
         self.means = RunningMeans(self.device)
         self.nimg = recipe.first_nimg
         self.stop_requested = False
