@@ -5,7 +5,7 @@ import os
 import click
 
 from dnnlib import UserError, cli, options, util
-from training.data import commands, imagenet
+from training.data import imagenet, transforms
 
 DEFAULT_VAE = 'stabilityai/sd-vae-ft-mse'
 
@@ -31,7 +31,7 @@ batch_options = options.together(
 
 
 @main.command()
-@commands.conversion
+@options.conversion(transforms.NAMES)
 @click.option('--max-images', metavar='INT', type=cli.COUNT,
               help='Use at most this many, the first ones')
 @options.integers('--class_labels', None,
@@ -83,12 +83,12 @@ def convert(source, dest, overwrite, coarse, rules, class_labels, nums, sim_name
     selection = selection.first(max_images)
     converted = convert(opened, selection, dest, overwrite=overwrite, notes={'sim_name': sim_name},
                         **rules)
-    commands.print_converted(dest, converted, selection, rules['transform'])
+    print(converted.summary(dest, selection.classes))
 
 
 @main.command()
 @click.option('--source', metavar='ZIP|DIR', required=True, help='Data set of pixels')
-@commands.destination
+@options.destination
 @click.option('--model-url', metavar='NAME|DIR', default=DEFAULT_VAE, envvar='SD_VAE',
               help='Autoencoder: a hub name, or a local folder; '
                    'the variable SD_VAE sets another default')
@@ -115,7 +115,7 @@ def encode(source, dest, overwrite, model_url, batch, precision):
 
 @main.command()
 @click.option('--source', metavar='ZIP|DIR', required=True, help='Data set of latents')
-@commands.destination
+@options.destination
 @click.option('--model-url', metavar='NAME|DIR',
               help='Autoencoder  [default: the one that the data set names]')
 @batch_options

@@ -7,7 +7,7 @@ import numpy as np
 
 from data_utils import selection
 from dnnlib import cli, options
-from training.data import archive, commands, convert, sources
+from training.data import archive, convert, sources, transforms
 
 max_images_option = options.integer(
     '--max-images', None, 'Size: as many of each class, the first ones  [default: all images]')
@@ -20,13 +20,13 @@ def command(choose):
     its own; the others are those of `dataset_tool.py convert`.
     """
     @click.command(cls=cli.Command)
-    @commands.conversion
+    @options.conversion(transforms.NAMES)
     @functools.wraps(choose)
     def main(source, dest, overwrite, coarse, rules, **values):
         archive.check_destination(dest, overwrite)
         source, chosen = choose(sources.open_source(source, coarse), **values)
         converted = convert.convert(source, chosen, dest, overwrite=overwrite, **rules)
-        commands.print_converted(dest, converted, chosen, rules['transform'])
+        print(converted.summary(dest, chosen.classes))
 
     return main
 

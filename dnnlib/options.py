@@ -173,3 +173,30 @@ def training_values(command, args) -> dict:
 
 
 compiled = boolean('--compile', False, 'Compile the network (torch.compile)')
+
+
+# --- Conversion of pictures -----------------------------------------------------------------------
+
+destination = together(
+    click.option('--dest', metavar='ZIP|DIR', required=True,
+                 help='Data set to write; a .zip, else a folder'),
+    click.option('--overwrite', is_flag=True, help='Replace the destination if it exists'))
+
+
+def conversion(transforms):
+    """What all converting commands have; `rules` are those of training.data.convert.convert."""
+    return together(
+        click.option('--source', metavar='PATH[,PATH...]', required=True,
+                     help='What to read, see dataset_tool.py convert --help'),
+        destination,
+        click.option('--coarse', is_flag=True,
+                     help="CIFAR-100's 20 coarse labels instead of the 100 fine ones"),
+        group(
+            'rules',
+            click.option('--resolution', metavar='WxH', type=cli.SIZE,
+                         help='Size of the images  [default: as they are]'),
+            choice('--transform', None,
+                   'How pictures are cropped  [default: resized without cropping]', transforms),
+            click.option('--skip-corrupt', is_flag=True,
+                         help='Leave damaged images out, and list them'),
+            integer('--workers', None, 'Processes  [default: one for each core]')))

@@ -122,6 +122,16 @@ class Converted:
     rejected: int
     skipped: list[str]
 
+    def summary(self, dest: str, classes) -> str:
+        """What was written to `dest`, with `classes` or None, and what was left out."""
+        lines = [f'{dest}: {self.count} images, {self.resolution}x{self.resolution}'
+                 + ('' if classes is None else f', {len(classes)} classes')]
+        if self.rejected:
+            lines.append(f'{self.rejected} images are too small for the transform and were left out')
+        if self.skipped:
+            lines.append(f'{len(self.skipped)} damaged images were left out:')
+        return '\n'.join(lines + [f'    {name}' for name in self.skipped])
+
 
 def convert(source: Source, selection: Selection, dest: str, *, resolution=None, transform=None,
             workers=None, skip_corrupt=False, overwrite=False,
