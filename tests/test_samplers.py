@@ -224,7 +224,7 @@ def test_a_snapshot_remembers_its_sampler(folder, tmp_path):
     path = save(tmp_path / 'a.pkl', 've', sampler=sampler)
     assert load_snapshot(path).sampler == sampler
     own = open_generator(path)
-    assert own.sampler.items() >= sampler.items()
+    assert own.options['sampler'].items() >= sampler.items()
     (made,) = own.images(range(3))
     assert torch.equal(made.images, pixels(load_snapshot(path).net, sampler=sampler))
     for form in ('b.pkl', 'c.safetensors', 'folder'):
