@@ -357,3 +357,4 @@ def test_precision_on_the_cpu(precision, tolerance):
         reference, out = exact(x, sigma), net(x, sigma)
         assert golden_cases.relative_error(out, reference) <= tolerance
         assert (precision == 'bf16') != torch.equal(out, reference)
+        assert torch.equal(net(x, sigma, force_fp32=True), reference)

@@ -417,9 +417,9 @@ class Precond(Denoiser):
         """(c_skip, c_out, c_in, c_noise) at `sigma` [N,1,1,1]."""
         raise NotImplementedError
 
-    def forward(self, x, sigma, class_labels=None, **model_kwargs):
+    def forward(self, x, sigma, class_labels=None, force_fp32=False, **model_kwargs):
         x, sigma, class_labels = self.conditions(x, sigma, class_labels)
-        dtype = compute_dtype(self.precision, x.device)
+        dtype = torch.float32 if force_fp32 else compute_dtype(self.precision, x.device)
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
         F_x = self.model((c_in * x).to(dtype), c_noise.flatten(), class_labels=class_labels,
                          **model_kwargs)

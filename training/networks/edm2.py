@@ -395,9 +395,9 @@ class Precond(Denoiser):
         self.logvar_fourier = MPFourier(logvar_channels)
         self.logvar_linear = MPConv(logvar_channels, 1, [])
 
-    def forward(self, x, sigma, class_labels=None, return_logvar=False):
+    def forward(self, x, sigma, class_labels=None, return_logvar=False, force_fp32=False):
         x, sigma, class_labels = self.conditions(x, sigma, class_labels)
-        dtype = compute_dtype(self.precision, x.device)
+        dtype = torch.float32 if force_fp32 else compute_dtype(self.precision, x.device)
         c_skip, c_out, c_in, c_noise = edm_coefficients(sigma, self.sigma_data)
         c_noise = c_noise.flatten()
         F_x = self.unet((c_in * x).to(dtype), c_noise, class_labels)
