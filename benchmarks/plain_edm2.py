@@ -72,8 +72,9 @@ class PlainBlock(edm2.Block):
         return x if self.clip_act is None else x.clip(-self.clip_act, self.clip_act)
 
     def _resampled(self, x):
-        kernel = torch.as_tensor(self.resample.kernel, dtype=x.dtype, device=x.device).expand(x.shape[1], 1, -1, -1)
-        options = dict(groups=x.shape[1], stride=2, padding=self.resample.pad)
+        kernel, _ = self.resample.filter
+        kernel = torch.as_tensor(kernel, dtype=x.dtype, device=x.device).expand(x.shape[1], 1, -1, -1)
+        options = dict(groups=x.shape[1], stride=2, padding=(kernel.shape[-1] - 1) // 2)
         if self.resample.mode == 'down':
             return F.conv2d(x, kernel, **options)
         return F.conv_transpose2d(x, kernel * 4, **options) if self.resample.mode == 'up' else x

@@ -17,7 +17,8 @@ NETWORKS = {
     'WideResNet': 'classifier',
 }
 
-MAX_ARGUMENT, MAX_RESOLUTION, MAX_LENGTH = 100_000, 2048, 1000  # of arguments from files
+# Of arguments from files.
+MAX_ARGUMENT, MAX_RESOLUTION, MAX_ENTRIES, MAX_TEXT = 100_000, 2048, 256, 1000
 
 
 def network_class(name: str):
@@ -46,7 +47,9 @@ def check_arguments(value):
     """Raises ValueError unless constructor arguments from a file, which are plain values, are of a
     modest size.
     """
-    if isinstance(value, dict | list | tuple | str) and len(value) > MAX_LENGTH:
+    if isinstance(value, str) and len(value) > MAX_TEXT:
+        raise ValueError('an argument is a text without end')
+    if isinstance(value, dict | list | tuple) and len(value) > MAX_ENTRIES:
         raise ValueError(f'an argument has {len(value)} entries')
     if isinstance(value, int) and abs(value) > MAX_ARGUMENT:
         raise ValueError(f'an argument is {str(value)[:20]}')
