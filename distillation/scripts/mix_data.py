@@ -26,7 +26,7 @@ def mixture(total: int, share: float, num_real: int, num_synthetic: int, seed: i
     chosen = []
     for name, count, available in (('real', num, num_real),
                                    ('synthetic', total - num, num_synthetic)):
-        if count > available:
+        if not 0 <= count <= available:
             raise UserError(f'a mixture of {total} with a share of {share} takes {count} of '
                             f'{available} {name} images')
         chosen.append(generator.choice(available, count, replace=False))
