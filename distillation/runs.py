@@ -9,7 +9,7 @@ from distillation.cache import cache_size, load_cache
 from distillation.checkpoints import CacheCheckpoints
 from distillation.dkdm import SOURCES, IterativeSource, ProcessRandom, Teacher
 from dnnlib import UserError
-from dnnlib.util import hash_file
+from dnnlib.util import hash_file, renamed_fields
 from torch_utils import distributed as dist
 from torch_utils.files.weights import load_weights, read_state_dict
 from torch_utils.random import tuple_seed
@@ -157,7 +157,8 @@ def train(section: configs.Training, net, loss, batches, outdir: str, *, rule: d
         checkpoint=section.save_interval * batch,
         loss_scale={'growth': section.fp16_scale_growth} if half and on_gpu else None)
     layout = functools.partial(CacheCheckpoints, cache_interval=section.cache_save_interval)
-    nimg = recipe.fit(rules, outdir, net, loss, batches, options=options, layout=layout,
-                      resume_from=section.resume_checkpoint or None,
-                      allow_changes=section.allow_changes)
+    with renamed_fields(resume_from='resume_checkpoint'):
+        nimg = recipe.fit(rules, outdir, net, loss, batches, options=options, layout=layout,
+                          resume_from=section.resume_checkpoint or None,
+                          allow_changes=section.allow_changes)
     dist.print0(f'{nimg // batch} steps done')

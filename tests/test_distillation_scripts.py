@@ -170,7 +170,7 @@ BAD_CONFIGS = {
     'no pure KL loss': ['student.diffusion.use_kl=true'],
     'none.pt: no such file': ['teacher.model_path=none.pt'],
     'other.pt: no such file': ['student.model_path=other.pt'],
-    'opt000002.pt': ['student.resume_checkpoint=model000002.pt'],
+    'resume_checkpoint=model000002.pt is no file': ['student.resume_checkpoint=model000002.pt'],
     'there is no such cache; make it with dynamic_prepare.py': ['teacher.tempfile=none.cache'],
     'tempfile is missing': ['teacher.tempfile='],
     'another rho (0.4 instead of 0.2)': ['teacher.BATCH=0.2'],

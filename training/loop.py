@@ -239,6 +239,8 @@ class Trainer:
         """State of the newest whole checkpoint of the folder, else of the file `resume_from`."""
         state = self.checkpoints.load_newest(report=self._log)
         if state is None and resume_from:
+            if not os.path.isfile(resume_from):
+                raise UserError('is no file', field='resume_from', value=resume_from)
             state = self.checkpoints.load(resume_from)
         return state
 
