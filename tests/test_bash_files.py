@@ -12,6 +12,11 @@ CLASSES = SIMILARITY_LEVELS['sim2']
 RUN = 'runs/sim2-edm2-img256-xs'
 
 
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch):
+    monkeypatch.delenv('PYTHON', raising=False)
+
+
 def commands(tmp_path, script, *args, **variables) -> list[str]:
     """What a script starts, with a stand-in for Python and torchrun that does nothing."""
     for name in ('torchrun', 'python'):
