@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 
 import fill
 import numpy as np
@@ -49,6 +50,25 @@ def ids(case) -> str:
 def variants(room: str, pattern: str, keys) -> list[tuple[Case, str]]:
     """(case, variant) pairs; `keys(case)` lists the variants of a case."""
     return [(case, key) for case in cases(room, pattern) for key in keys(case)]
+
+
+def number_in(text: str, before: str, after: str = '') -> float:
+    """The number that stands between two regular expressions in the words of a case: number_in('..., b=0.25, ...', 'b=')."""
+    return float(re.search(before + r'(-?\d+(?:\.\d+)?(?:e-?\d+)?)' + after, text)[1])
+
+
+def seeds_in(text: str) -> list[int]:
+    """The seeds of 'seeds [0, 1, 5]', of 'torch.manual_seed(5)' or of 'random.seed(5)'."""
+    listed = re.search(r'seeds \[([\d, ]+)\]|seed\((\d+)\)', text)
+    return [int(seed) for seed in (listed[1] or listed[2]).split(',')]
+
+
+def array_in(text: str) -> np.ndarray:
+    """The array of the first "0.3*array('m7.emb',[11,3])" in the words of a case; without a factor it is 1."""
+    factor, name, shape, seed = re.search(
+        r"(?:([\d.]+)\s*\*\s*)?array\('([^']*)',\s*\[([\d, ]+)\](?:,\s*(\d+))?\)", text).groups()
+    values = fill.array(name, [int(size) for size in shape.split(',')], int(seed or 0))
+    return np.float32(factor or 1) * values
 
 
 def make_input(rule: dict, made: dict) -> torch.Tensor:

@@ -4,7 +4,6 @@ import functools
 import math
 import re
 
-import fill
 import golden_cases
 import numpy as np
 import pytest
@@ -39,12 +38,21 @@ class _Toy(torch.nn.Module):
 
 
 def _diffusion(case, steps, variance='fixed_large'):
-    assert (case.json['arguments']['beta_1'], case.json['arguments']['beta_T']) == (1e-4, 0.02)
-    return GaussianDiffusion('linear_float32', steps, variance=variance)
+    arguments = case.json['arguments']
+    return GaussianDiffusion('linear_float32', steps, variance=variance,
+                             beta_range=[arguments['beta_1'], arguments['beta_T']])
 
 
-def _toy(case, name, diffusion, b=0.25):
-    return _Toy(0.3 * torch.from_numpy(fill.array(name, [11, 3])), b, diffusion)
+def _toy(case, diffusion):
+    """The network that the case describes; a case that refers to another one has its b."""
+    text = case.json['inputs']['network']
+    words = [text, *(other.json['inputs']['network'] for other in golden_cases.cases('math', 'cbdm_trainer*'))]
+    b = next(golden_cases.number_in(text, r'\bb=') for text in words if re.search(r'\bb=', text))
+    return _Toy(torch.from_numpy(golden_cases.array_in(text)), b, diffusion)
+
+
+def _one_hot(net, classes):
+    return torch.nn.functional.one_hot(classes, len(net.E) - 1).float()
 
 
 @pytest.mark.parametrize('case, name', golden_cases.variants('math', 'cbdm_trainer*', lambda c: c.json['variants']),
@@ -58,9 +66,8 @@ def test_objective(case, name):
         class_counts=None if variant['finetune'] else case.arrays['class_counts'])
     p = None if variant['finetune'] else objective.probabilities
     objective.other_labels = lambda n, random: torch.from_numpy(np.random.choice(classes, n, p=p))
-    net = _toy(case, 'm7.emb', diffusion)
-    y = case.tensor('y0')
-    batch = {'images': case.tensor('x0'), 'labels': torch.nn.functional.one_hot(y, classes).float(),
+    net = _toy(case, diffusion)
+    batch = {'images': case.tensor('x0'), 'labels': _one_hot(net, case.tensor('y0')),
              'random': GlobalRandom()}
 
     torch.manual_seed(variant['seed'])
@@ -151,15 +158,15 @@ def _sampler_value(case, key):
         return getattr(diffusion, _TABLES[what])
     if what.startswith('sqrt_recip'):
         return np.sqrt(1 / diffusion.alphas_cumprod - (what == 'sqrt_recipm1_alphas_bar'))
-    net, x = _toy(case, 'm7.semb', diffusion), case.tensor('xt')
+    net, x = _toy(case, diffusion), case.tensor('xt')
     if what.startswith('loop'):
-        return _loop(net, x, *what.split('.')[1:])
+        return _loop(case, net, x, *what.split('.')[1:])
     t = case.tensor(f'{steps}.t')
     if what == 'log_var_at_t':
         return diffusion.prediction(x, x, t).log_variance.flatten()
     omega, method = re.fullmatch(r'omega(.*)\.(\w+)\.mean', what).groups()
-    labels = torch.nn.functional.one_hot(case.tensor('y'), 10).float()
-    labelled = functools.partial(net, augm=torch.zeros([5, 9]))
+    labels = _one_hot(net, case.tensor('y'))
+    labelled = functools.partial(net, augm=torch.zeros([len(x), 9]))
     guided = Guided(labelled, labels, without_labels(net), 1 + float(omega) if method == 'cfg' else 1)
     with torch.no_grad():
         mean = diffusion.prediction(guided.output(x, t, 1), x, t).mean
@@ -176,17 +183,21 @@ def _sample(net, noise, labels, method, omega, random, ddim_steps=None):
                   guide=without_labels(net), guidance=guidance, random=random)
 
 
-def _loop(net, x, method, what):
-    torch.manual_seed(5)
-    y = torch.randint(0, 10, [len(x)]) if method != 'uncond' else None
+def _loop_omega(case):
+    """Guidance of the loops: what their words say, else the first omega of the steps that is not 0."""
+    stated = re.search(r'omega\s*=?\s*([\d.]+)', case.json['inputs']['loop'])
+    omegas = (float(key.removeprefix('omega').rpartition('.')[0]) for key in case.json['calls'])
+    return float(stated[1]) if stated else next(omega for omega in omegas if omega > 0)
+
+
+def _loop(case, net, x, method, what):
+    torch.manual_seed(*golden_cases.seeds_in(case.json['inputs']['loop']))
+    y = torch.randint(0, len(net.E) - 1, [len(x)]) if method != 'uncond' else None
     if what == 'y':
         return y
-    labels = None if y is None else torch.nn.functional.one_hot(y, 10).float()
+    labels = None if y is None else _one_hot(net, y)
     with torch.no_grad():
-        return _sample(net, x, labels, method, _LOOP_OMEGA, GlobalRandom()).clamp(-1, 1)
-
-
-_LOOP_OMEGA = 1.5
+        return _sample(net, x, labels, method, _loop_omega(case), GlobalRandom()).clamp(-1, 1)
 
 
 @pytest.mark.parametrize('case, key', golden_cases.variants(

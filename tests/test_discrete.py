@@ -35,17 +35,18 @@ def test_schedule(case, key):
     np.testing.assert_allclose(value, case.arrays[key], rtol=1e-9)
 
 
-def _spec(text):
-    """'300:10,15,20' -> (300, '10,15,20'); 1000 steps unless given."""
+def _spec(case, text):
+    """'300:10,15,20' -> (300, '10,15,20'); unless given, as many steps as the longest of the kept ones reach."""
     total, _, spec = text.rpartition(':')
-    return int(total or 1000), spec
+    reached = (kept[-1] + 1 for key, kept in case.arrays.items() if key.endswith('.kept') and ':' not in key)
+    return int(total or max(reached)), spec
 
 
 @pytest.mark.parametrize('case, key', golden_cases.variants('math', 'ddpm_respacing*', lambda c: c.arrays),
                          ids=golden_cases.ids)
 def test_respacing(case, key):
     spec, *schedule, what = key.split('.')
-    total, spec = _spec(spec)
+    total, spec = _spec(case, spec)
     if what == 'kept':
         np.testing.assert_array_equal(spaced_steps(total, spec), case.arrays[key])
     else:
@@ -56,7 +57,7 @@ def test_respacing(case, key):
                          ids=golden_cases.ids)
 def test_respacing_that_cannot_be(case, text):
     with pytest.raises(UserError, match='timestep_respacing'):
-        spaced_steps(*_spec(text))
+        spaced_steps(*_spec(case, text))
 
 
 @pytest.mark.parametrize('arguments', [{'schedule': 'quadratic'}, {'variance': 'learned'}, {'loss': 'l1'},
@@ -77,9 +78,16 @@ def test_progressive_cosine_runs_from_signal_to_noise():
 # --- Steps and losses -------------------------------------------------------------------------------------------------
 
 
-def _diffusion(process, **settings):
+def _diffusion(case, process, **settings):
+    """The process 'linear_50'; without a T in the case, the last time step that the model is given is T - 1."""
     schedule, respacing = process.rsplit('_', 1)
-    return GaussianDiffusion(schedule, 1000, respacing, **settings)
+    last = case.json['timesteps'][process]['timesteps_given_to_model'][-1]
+    return GaussianDiffusion(schedule, case.json.get('arguments', {}).get('T', last + 1), respacing, **settings)
+
+
+def _channels(output, x):
+    """The first half of an output that holds variances too."""
+    return output[:, :x.shape[1]]
 
 
 def _close(key, value, ref):
@@ -101,12 +109,12 @@ def _forward_process(diffusion, what, a, t):
     return {'q_post_mean': mean, 'q_post_logvar': log_variance}[what]
 
 
-def _prediction(process, what, a, t):
+def _prediction(case, process, what, a, t):
     """'learned_range.clip1.mean', 'fixed_small.variance', 'start_x.mean', ..."""
     variance, *clip, quantity = what.split('.')
     settings = {'predict': 'start', 'variance': 'fixed_large'} if variance == 'start_x' else {'variance': variance}
-    diffusion = _diffusion(process, **settings)
-    output = a['model_output'] if diffusion.learned else a['model_output'][:, :3]
+    diffusion = _diffusion(case, process, **settings)
+    output = a['model_output'] if diffusion.learned else _channels(a['model_output'], a['x'])
     p = diffusion.prediction(output, a['x'], t, clip=clip == ['clip1'] or variance.startswith('fixed'))
     if quantity == 'variance' and variance == 'fixed_small':            # at t = 0 it is 0, and its logarithm clipped
         return torch.from_numpy(diffusion.posterior_variance)[t].float()
@@ -114,10 +122,10 @@ def _prediction(process, what, a, t):
             'pred_xstart': p.start}[quantity]
 
 
-def _step(process, what, a, t):
+def _step(case, process, what, a, t):
     """'p_sample.clip1', 'ddim_eta0.5.clip0', 'ddim_reverse.clip1'"""
     name, clip = what.rsplit('.', 1)
-    diffusion, arguments = _diffusion(process), (a['model_output'], a['x'], t)
+    diffusion, arguments = _diffusion(case, process), (a['model_output'], a['x'], t)
     if name == 'p_sample':
         return diffusion.ancestral_step(*arguments, a['noise2'], clip=clip == 'clip1')
     if name == 'ddim_reverse':
@@ -125,25 +133,25 @@ def _step(process, what, a, t):
     return diffusion.ddim_step(*arguments, a['noise2'], float(name.removeprefix('ddim_eta')), clip=clip == 'clip1')
 
 
-def _training(process, what, a, t):
+def _training(case, process, what, a, t):
     """'training.rescaled_mse.vb', 'training.fixed_large.mse'"""
     _, loss, term = what.split('.')
     settings, output = {'loss': loss}, a['model_output']
     if loss.startswith('fixed'):
-        settings, output = {'variance': loss}, output[:, :3]
-    diffusion = _diffusion(process, **settings)
+        settings, output = {'variance': loss}, _channels(output, a['x'])
+    diffusion = _diffusion(case, process, **settings)
     x_t = diffusion.q_sample(a['x_start'], t, a['noise'])
     return diffusion.training_losses(output, a['x_start'], x_t, t, a['noise'])[term]
 
 
-def _distillation(process, what, a, t):
+def _distillation(case, process, what, a, t):
     """'kd.teacher_clip1.rescaled_mse.vb', 'kd.teacher_clip0.x_tm1', 'kd.teacher_clip0.student_clip1.loss', ..."""
     _, clip, *loss, quantity = what.split('.')
     if clip == 'fixed_large':
-        diffusion = _diffusion(process, variance='fixed_large')
-        teacher = diffusion.prediction(a['teacher_output'][:, :3], a['x'], t)
-        return diffusion.distillation_losses(a['model_output'][:, :3], teacher, a['x'], t)[quantity]
-    diffusion = _diffusion(process, loss=loss[0] if loss and 'student' not in loss[0] else 'mse')
+        diffusion = _diffusion(case, process, variance='fixed_large')
+        teacher = diffusion.prediction(_channels(a['teacher_output'], a['x']), a['x'], t)
+        return diffusion.distillation_losses(_channels(a['model_output'], a['x']), teacher, a['x'], t)[quantity]
+    diffusion = _diffusion(case, process, loss=loss[0] if loss and 'student' not in loss[0] else 'mse')
     teacher = diffusion.prediction(a['teacher_output'], a['x'], t, clip=clip == 'teacher_clip1')
     if quantity == 'x_tm1':
         return diffusion.add_noise(teacher, t, a['noise'])
@@ -167,11 +175,11 @@ def test_step_or_loss(case, key):
     a = {name: case.tensor(name) for name in case.arrays}
     t, kind = a[f'{process}.t'], what.split('.')[0]
     if kind.startswith('q_'):
-        value = _forward_process(_diffusion(process), kind, a, t)
+        value = _forward_process(_diffusion(case, process), kind, a, t)
     elif kind.startswith(('p_sample', 'ddim')):
-        value = _step(process, what, a, t)
+        value = _step(case, process, what, a, t)
     else:
-        value = {'training': _training, 'kd': _distillation}.get(kind, _prediction)(process, what, a, t)
+        value = {'training': _training, 'kd': _distillation}.get(kind, _prediction)(case, process, what, a, t)
     _close(key, value, case.arrays[key])
 
 
@@ -180,7 +188,7 @@ def test_step_or_loss(case, key):
 def test_time_steps_given_to_the_model(case, process):
     for key, expected in case.json['timesteps'][process].items():
         if key == 'timesteps_given_to_model':
-            given = _diffusion(process).model_steps(case.tensor(f'{process}.t'))
+            given = _diffusion(case, process).model_steps(case.tensor(f'{process}.t'))
             assert given.dtype == torch.int64
             assert given.tolist() == expected
         else:

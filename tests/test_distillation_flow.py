@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import conftest
-import fill
 import golden_cases
 import numpy as np
 import pytest
@@ -35,24 +34,30 @@ from training.snapshot import load_snapshot
 
 
 class _GoldenNet(torch.nn.Module):
-    """eps = tanh(x) (0.5 + t/T) + 0.1 c[:3]; variance channels 0.5 tanh(x reversed) - t/T + 0.1 c[3:]."""
+    """eps = tanh(x) (a + t/T) + b c[:3]; variance channels d tanh(x reversed) - t/T + b c[3:], as `words` say."""
 
-    def __init__(self, num_steps, image_shape):
+    def __init__(self, words, schedule, num_steps, image_shape):
         super().__init__()
         self.img_channels, self.img_resolution, _ = image_shape
         self.label_dim = 0
-        self.diffusion = GaussianDiffusion('cosine', num_steps)
-        self.c = 0.1 * torch.from_numpy(fill.array('m6.tscale', [6])).reshape(1, 6, 1, 1)
+        self.diffusion = GaussianDiffusion(schedule, num_steps)
+        self.a = golden_cases.number_in(words, r'tanh\(x\)\*\(', r' \+ t/T')
+        self.d = golden_cases.number_in(words, 'variance channels = ', r'\*tanh')
+        c = golden_cases.number_in(words, r'\+ ', r'\*c\[') * golden_cases.array_in(words)
+        self.c = torch.from_numpy(c.astype(np.float32)).reshape(1, -1, 1, 1)
 
     def forward(self, x, step, class_labels):
         share = (step.float() / self.diffusion.num_steps).reshape(-1, 1, 1, 1)
-        return torch.cat([x.tanh() * (0.5 + share) + self.c[:, :3],
-                          0.5 * x.flip(1).tanh() - share + self.c[:, 3:]], dim=1)
+        shift, variance_shift = self.c.chunk(2, dim=1)
+        return torch.cat([x.tanh() * (self.a + share) + shift,
+                          self.d * x.flip(1).tanh() - share + variance_shift], dim=1)
 
 
 def _golden(case):
     arguments = case.json['arguments']
-    teacher = Teacher(_GoldenNet(arguments['T'], arguments['image']), arguments['clip_denoised'])
+    schedule = arguments['schedule'].partition(',')[0]
+    net = _GoldenNet(case.json['teacher'], schedule, arguments['T'], arguments['image'])
+    teacher = Teacher(net, arguments['clip_denoised'])
     assert cache_size(arguments['rho'], arguments['T'], arguments['batch']) == arguments['cache_size']
     return arguments, teacher
 
@@ -60,8 +65,8 @@ def _golden(case):
 @pytest.mark.parametrize('case', golden_cases.cases('math', 'dkdm_dataflow*'), ids=str)
 def test_preparation(case):
     arguments, teacher = _golden(case)
-    seed = int(case.json['seeds']['prepare'].split('(')[1].split(')')[0])
-    run = Preparation(teacher, arguments['cache_size'], ProcessRandom(seed), arguments['teacher_batch'])
+    draws = ProcessRandom(*golden_cases.seeds_in(case.json['seeds']['prepare']))
+    run = Preparation(teacher, arguments['cache_size'], draws, arguments['teacher_batch'])
     np.testing.assert_array_equal(run.targets, case.arrays['prepare.t_end'])
     cache = run.run()
     assert run.remaining == 0
@@ -71,7 +76,7 @@ def test_preparation(case):
 
 def _golden_source(case, variant):
     arguments, teacher = _golden(case)
-    draws = ProcessRandom(int(case.json['seeds']['each variant'].split('(')[1].split(')')[0]))
+    draws = ProcessRandom(*golden_cases.seeds_in(case.json['seeds']['each variant']))
     cls = SOURCES[f'{variant}_distillation' if variant == 'iterative' else f'{variant}_iterative_distillation']
     if cls is IterativeSource:
         return cls(teacher, arguments['batch'], draws, arguments['prob'])
@@ -93,12 +98,12 @@ def test_trace(case, variant):
         trace.append(next(source))
     values = {
         't': [b['t'] for b in trace], 'indices': [b.get('positions') for b in trace],
-        'x_t_first8': [b['images'] for b in trace[:8]], 'x_tm1_first8': [b['previous'] for b in trace[:8]],
+        'x_t_first': [b['images'] for b in trace], 'x_tm1_first': [b['previous'] for b in trace],
         'x_t_sum': [b['images'].double().sum([1, 2, 3]) for b in trace], 'cache_t_after': levels}
     for key, ref in case.arrays.items():
         if key.startswith(variant + '.'):
-            value = values[key.removeprefix(variant + '.')]
-            value = torch.stack(value) if isinstance(value, list) else value
+            value = values[key.removeprefix(variant + '.').rstrip('0123456789')]
+            value = torch.stack(value[:len(ref)]) if isinstance(value, list) else value
             if np.issubdtype(ref.dtype, np.integer):
                 np.testing.assert_array_equal(value, ref)
             else:

@@ -1,6 +1,7 @@
 """The EDM room: losses, samplers and augmentation against the golden numbers, and what they promise beyond."""
 
 import math
+import re
 
 import golden_cases
 import numpy as np
@@ -20,13 +21,17 @@ from training.networks.layers import drop_labels, dropout
 GOLDEN_LOSSES = {cls.__name__: cls for cls in LOSSES.values()}
 
 
-def _analytic_network(seen):
-    """D(x; sigma) = (0.25 x + sigma^2 mu) / (0.25 + sigma^2), mu_c = 0.1 (c + 1) (1 + class); notes what it is given."""
+def _analytic_network(words, seen):
+    """D(x; sigma) = (v x + sigma^2 mu) / (v + sigma^2), mu_c = m (c + 1) (1 + class), log-variance a ln(sigma) + b, with
+    the numbers of `words`; notes what it is given."""
+    variance, mean = golden_cases.number_in(words, r'=\(', ' x'), golden_cases.number_in(words, r'mu_c = ')
+    a, b = golden_cases.number_in(words, '= ', r'\*ln'), golden_cases.number_in(words, r'ln\(sigma\)\+')
+
     def net(x, sigma, labels, return_logvar=False, augment_labels=None):
         seen.update(noisy=x, sigma=sigma, augment_labels=augment_labels)
-        mu = 0.1 * (torch.arange(x.shape[1]) + 1)[:, None, None] * (1 + labels.argmax(dim=1))[:, None, None, None]
-        denoised = (0.25 * x + sigma**2 * mu) / (0.25 + sigma**2)
-        return (denoised, 0.15 * sigma.log() + 0.2) if return_logvar else denoised
+        mu = mean * (torch.arange(x.shape[1]) + 1)[:, None, None] * (1 + labels.argmax(dim=1))[:, None, None, None]
+        denoised = (variance * x + sigma**2 * mu) / (variance + sigma**2)
+        return (denoised, a * sigma.log() + b) if return_logvar else denoised
     return net
 
 
@@ -35,8 +40,9 @@ def _loss(case, name, **options):
     name, _, seed = name.replace('.augmented', '').split('.')
     seen = {}
     torch.manual_seed(int(seed.removeprefix('seed')))
+    net = _analytic_network(case.json['inputs']['network'], seen)
     loss = GOLDEN_LOSSES[name](**options).elementwise(
-        _analytic_network(seen), case.tensor('images'), case.tensor('labels_onehot'), GlobalRandom())
+        net, case.tensor('images'), case.tensor('labels_onehot'), GlobalRandom())
     return loss, seen
 
 
@@ -59,7 +65,7 @@ def test_loss_with_augmentation(case, name):
     prefix = '.'.join(name.split('.')[:2]) + '.'
     params = next(v['params'] for key, v in case.json['variants'].items() if key.startswith(prefix))
     expected = case.arrays[f'{name}.augment_labels']
-    for p in (0.5, 0.12, 1.0):  # the case does not say which; its labels do
+    for p in np.arange(1, 101) / 100:  # the case does not say which; its labels do
         loss, seen = _loss(case, name, augment=AugmentPipe(p, **EDM_MULTIPLIERS), **params)
         if np.allclose(seen['augment_labels'], expected, rtol=1e-5, atol=1e-6):
             break
@@ -119,9 +125,9 @@ def test_dropout_keeps_the_mean_and_acts_in_training_only():
 class _GaussianNet:
     """The exact denoiser of N(mu, s^2 I), with a range and a grid of noise levels like a network's."""
 
-    def __init__(self, mu, s, sigma_min=0.0, sigma_max=math.inf, rounded=False):
+    def __init__(self, mu, s, sigma_min=0.0, sigma_max=math.inf, levels=None):
         self.mu, self.s, self.sigma_min, self.sigma_max, self.calls = mu, s, sigma_min, sigma_max, 0
-        self.levels = torch.linspace(0.001, 9, 700, dtype=torch.float64) ** 2 if rounded else None
+        self.levels = levels
 
     def round_sigma(self, sigma):
         sigma = torch.as_tensor(sigma)
@@ -132,28 +138,39 @@ class _GaussianNet:
         return (self.s**2 * x + sigma**2 * self.mu) / (self.s**2 + sigma**2)
 
 
-CHURN = dict(S_churn=30, S_min=0.01, S_max=1, S_noise=1.007)
-# Options of the variants that are not named by solver, discretization, schedule and scaling.
-NAMED = {
-    'edm.default': dict(num_steps=18), 'edm.steps': {}, 'edm.churn': CHURN, 'edm.limited': dict(limits=(0.01, 40)),
-    'edm.rounded': dict(rounded=True), 'edm.churn_rounded': dict(S_churn=30, S_max=5, rounded=True),
-    'ablation.limited': dict(limits=(0.01, 40)), 'ablation.alpha0.5': dict(alpha=0.5),
-    'ablation.alpha_two_thirds_vp': dict(alpha=2 / 3, discretization='vp', schedule='vp', scaling='vp'),
-    'ablation.iddpm_limited': dict(discretization='iddpm', limits=(0.0064, 60)),
-    'ablation.explicit_range_vp': dict(discretization='vp', schedule='vp', scaling='vp', sigma_min=0.01, sigma_max=50),
-    'ablation.rho3': dict(rho=3), 'ablation.edm_churn': CHURN,
-    'ablation.ve_churn': dict(S_churn=10, schedule='ve', discretization='ve'),
-    'ablation.vp_churn': dict(S_churn=20, schedule='vp', discretization='vp', scaling='vp', S_max=20),
-}
+# What the names of variants say that the JSON's options do not: 'ablation.alpha_two_thirds_vp', 'ablation.rho3', ...
+VP = dict(discretization='vp', schedule='vp', scaling='vp')
+NAMED = [
+    (r'alpha([\d.]+)', lambda value: dict(alpha=float(value))), (r'rho([\d.]+)', lambda value: dict(rho=float(value))),
+    (r'alpha_two_thirds', lambda: dict(alpha=2 / 3)), (r'iddpm_', lambda: dict(discretization='iddpm')),
+    (r'explicit_range', lambda: dict(sigma_min=0.01, sigma_max=50)), (r'_vp$', lambda: VP),
+]
 
 
-def _sampler_options(name):
-    """Sampler's name and options of a variant."""
-    if name in NAMED:
-        return dict(name=name.partition('.')[0]) | NAMED[name]
-    grid, _, beta_d = name.partition('.beta_d_')
-    options = dict(zip(['solver', 'discretization', 'schedule', 'scaling'], grid.split('.'), strict=True))
-    return dict(name='ablation') | options | (dict(beta_d=float(beta_d)) if beta_d else {})
+def _stated_options(words):
+    """Options and the network's range and rounding of 'net.sigma_min=0.01, S_churn=30 schedule=ve', 'with rounding', ..."""
+    options = {}
+    for key, value in re.findall(r'([\w.]+)=([\w.+-]+)', words):
+        options[key] = value if key in ('solver', *VP) else float(value)
+    steps = re.search(r'(\d+) steps', words)
+    return options | ({'num_steps': int(steps[1])} if steps else {}) | ({'rounded': True} if 'round' in words else {})
+
+
+def _sampler_options(case, name):
+    """Sampler's name and options of a variant, from its name and what the case's JSON says of it."""
+    sampler, _, variant = name.partition('.')
+    if sampler in ('euler', 'heun'):
+        grid, _, beta_d = name.partition('.beta_d_')
+        options = dict(zip(['solver', *VP], grid.split('.'), strict=True))
+        return dict(name='ablation') | options | (dict(beta_d=float(beta_d)) if beta_d else {})
+    options = dict(name=sampler)
+    for pattern, of_match in NAMED:
+        if match := re.search(pattern, variant):
+            options |= of_match(*match.groups())
+    for names, words in case.json['options'].items():
+        if {variant, name} & set(names.split(' / ')):
+            options |= _stated_options(words)
+    return options
 
 
 @pytest.mark.parametrize(
@@ -161,10 +178,13 @@ def _sampler_options(name):
     golden_cases.variants('math', 'edm_samplers*', lambda c: [k for k in c.arrays if k not in ('mu', 'latents')]),
     ids=golden_cases.ids)
 def test_sampler(case, name):
-    options = dict(num_steps=case.json['num_steps']) | _sampler_options(name)
-    limits = options.pop('limits', (0.0, math.inf))
-    net = _GaussianNet(case.tensor('mu').double(), case.json['inputs']['s'], *limits, options.pop('rounded', False))
-    random = StackedRandomGenerator('cpu', [0, 1, 2])
+    options = dict(num_steps=case.json['num_steps']) | _sampler_options(case, name)
+    of_net = {key: options.pop(f'net.{key}') for key in ('sigma_min', 'sigma_max') if f'net.{key}' in options}
+    if options.pop('rounded', False):
+        first, last, count = re.search(r'linspace\(([\d.]+),([\d.]+),(\d+)\)', case.json['options']['rounded']).groups()
+        of_net['levels'] = torch.linspace(float(first), float(last), int(count), dtype=torch.float64) ** 2
+    net = _GaussianNet(case.tensor('mu').double(), case.json['inputs']['s'], **of_net)
+    random = StackedRandomGenerator('cpu', golden_cases.seeds_in(case.json['inputs']['latents']))
     noise = random.randn(case.arrays['latents'].shape)
     np.testing.assert_allclose(noise, case.arrays['latents'], rtol=1e-6)
     out = sample(net, noise, random=random, **options)

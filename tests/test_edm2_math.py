@@ -3,7 +3,6 @@
 import math
 import re
 
-import fill
 import golden_cases
 import numpy as np
 import pytest
@@ -19,21 +18,17 @@ from training.diffusion.samplers import sample
 
 @pytest.mark.parametrize('case', golden_cases.cases('math', 'stacked_random_generator*'), ids=str)
 def test_stacked_random_generator(case):
-    seeds, shape, a = case.json['arguments']['seeds'], case.json['arguments']['shape'], case.arrays
-    n = len(seeds)
-    g = StackedRandomGenerator('cpu', seeds)
-    np.testing.assert_allclose(g.randn(shape), a['noise'], rtol=1e-6)
-    np.testing.assert_array_equal(g.randint(1000, [n]), a['labels_1000'])
-    np.testing.assert_allclose(g.randn(shape, dtype=torch.float64), a['randn_like_after'], rtol=1e-6)
-    np.testing.assert_array_equal(g.randint(10, [n, 4]), a['randint_10_4'])
-    g = StackedRandomGenerator('cpu', seeds)
-    np.testing.assert_allclose(g.randn([n, 5]), a['randn_single_per_seed'], rtol=1e-6)
-    np.testing.assert_array_equal(g.randint(10, [n]), a['then_randint_10'])
-    np.testing.assert_allclose(g.randn([n, 20], dtype=torch.float64), a['then_randn64_20'], rtol=1e-6)
-    g = StackedRandomGenerator('cpu', seeds)
-    np.testing.assert_allclose(g.randn([n, 5], dtype=torch.float64), a['first_randn64_5'], rtol=1e-6)
-    g = StackedRandomGenerator('cpu', seeds)
-    np.testing.assert_array_equal(g.randint(1000, [n, 3]), a['first_randint_1000_3'])
+    """Each stream of the case is a list of draws such as 'labels_1000 = randint(1000,[N])'."""
+    for stream in case.json['order'].values():
+        g = StackedRandomGenerator('cpu', case.json['arguments']['seeds'])
+        for draw in stream:
+            name, kind, limit, precision = re.fullmatch(
+                r'(\w+) = (randn|randint)\((?:(\d+),)?.*\)(?: (float\d+))?', draw).groups()
+            ref = case.arrays[name]
+            if kind == 'randint':
+                np.testing.assert_array_equal(g.randint(int(limit), ref.shape), ref)
+            else:
+                np.testing.assert_allclose(g.randn(ref.shape, dtype=getattr(torch, precision)), ref, rtol=1e-6)
 
 
 def test_seeds_are_taken_modulo_2_to_the_32():
@@ -65,24 +60,18 @@ def _gaussian_denoiser(mu, s, counter):
     return denoise
 
 
-def _width(text):
-    """s of 'D(x;t) = ..., s=0.5, ...'."""
-    return float(re.search(r'\bs=([\d.]+)', text)[1])
-
-
 @pytest.mark.parametrize('case, name', golden_cases.variants('math', 'edm2_sampler*', lambda c: c.json['variants']),
                          ids=golden_cases.ids)
 def test_edm2_sampler(case, name):
     variant = case.json['variants'][name]
     args = dict(variant['args'])
     noise, described = case.tensor('noise'), case.json['inputs']
-    seeds = [int(seed) for seed in re.search(r'seeds \[([\d, ]+)\]', described['noise'])[1].split(',')]
-    random = StackedRandomGenerator('cpu', seeds)
+    random = StackedRandomGenerator('cpu', golden_cases.seeds_in(described['noise']))
     np.testing.assert_allclose(random.randn(noise.shape), noise, rtol=1e-6)
-    random.randint(1000, [len(noise)])
+    random.randint(int(golden_cases.number_in(described['noise'], r'randint\(')), [len(noise)])
     calls, guide_calls = [], []
-    net = _gaussian_denoiser(case.tensor('mu'), _width(described['net']), calls)
-    guide = _gaussian_denoiser(case.tensor('gmu'), _width(described['gnet']), guide_calls)
+    net = _gaussian_denoiser(case.tensor('mu'), golden_cases.number_in(described['net'], r'\bs='), calls)
+    guide = _gaussian_denoiser(case.tensor('gmu'), golden_cases.number_in(described['gnet'], r'\bs='), guide_calls)
     labels = case.tensor('label_scale') if name.startswith('labelled') else None
     dtype = getattr(torch, args['dtype'])
     out = sample(net, noise, labels, name='edm2', guide=guide, random=random, **args)
@@ -96,8 +85,12 @@ def test_edm2_sampler(case, name):
 
 @pytest.mark.parametrize('case', golden_cases.cases('math', 'edm2_sampler*'), ids=str)
 def test_time_grid(case):
-    expected = case.arrays['t_steps']
-    np.testing.assert_allclose(edm_sigmas(len(expected) - 1, 0.002, 80, 7, torch.float64), expected[:-1], rtol=1e-12)
+    """The grid is given by its number of levels, its ends and rho (7 unless the case says otherwise)."""
+    *levels, last = case.arrays['t_steps']
+    rho = case.json.get('rho', 7)
+    grid = edm_sigmas(len(levels), round(levels[-1], 9), round(levels[0], 9), rho, torch.float64)
+    np.testing.assert_allclose(grid, levels, rtol=1e-12)
+    assert last == 0
 
 
 # --- Power-function EMA -----------------------------------------------------------------------------------------------
@@ -134,12 +127,6 @@ def _response_std(case):
     return stds
 
 
-def _array(text):
-    """The array of "array('name',[16])"."""
-    name, shape = re.fullmatch(r"array\('(.*?)',\[([\d,]+)\]\)", text).groups()
-    return fill.array(name, [int(n) for n in shape.split(',')])
-
-
 class _Walk(torch.nn.Module):
     def __init__(self, w):
         super().__init__()
@@ -155,8 +142,8 @@ def test_reconstruction_of_a_random_walk(case, dtype):
     scale, array, batch, every = re.search(
         r'w \+= ([\d.]+)\*(array\(.*?\]\)).*nimg \+= (\d+).*every (\d+) updates', inputs['rule']).groups()
     batch, every = int(batch), int(every)
-    steps = torch.from_numpy(np.float32(scale) * _array(array)).to(torch_dtype)
-    net = _Walk(torch.from_numpy(_array(inputs['w0'])).to(torch_dtype))
+    steps = torch.from_numpy(np.float32(scale) * golden_cases.array_in(array)).to(torch_dtype)
+    net = _Walk(torch.from_numpy(golden_cases.array_in(inputs['w0'])).to(torch_dtype))
     stds = [*inputs['tracked_stds'], *a['out_std']]
     number = len(inputs['tracked_stds'])
     tracked = ema.Averages(net, ema.power(stds))

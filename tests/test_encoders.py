@@ -6,6 +6,7 @@ import subprocess
 import types
 
 import click.testing
+import golden_cases
 import numpy as np
 import pytest
 import tiny
@@ -41,35 +42,43 @@ def pictures(tmp_path_factory):
 
 
 class _ToyDecoder:
-    """The golden cases' decoder: the first three channels times 0.1, plus 0.5."""
+    """The golden cases' decoder: the first three channels times a number, plus another."""
+
+    def __init__(self, words):
+        self.scale = golden_cases.number_in(words, r'first three channels \* ')
+        self.shift = golden_cases.number_in(words, r'first three channels \* [\d.]+ \+ ')
 
     def to(self, device):
         return self
 
     def decode(self, x):
         self.seen = x
-        return types.SimpleNamespace(sample=x[:, :3] * 0.1 + 0.5)
+        return types.SimpleNamespace(sample=x[:, :3] * self.scale + self.shift)
+
+
+def _golden_encoder(case):
+    keys = ('raw_mean', 'raw_std', 'final_mean', 'final_std')
+    return StabilityVAEEncoder(**{key: case.json['arguments'][key] for key in keys}, batch_size=2)
 
 
 @pytest.mark.parametrize('case', cases('math', 'latent_encoders*'), ids=ids)
 def test_golden_whitening(case):
-    keys = ('raw_mean', 'raw_std', 'final_mean', 'final_std')
-    encoder = StabilityVAEEncoder(**{key: case.json['arguments'][key] for key in keys}, batch_size=2)
+    encoder = _golden_encoder(case)
     torch.testing.assert_close(encoder.scale, case.tensor('scale'), rtol=1e-5, atol=0)
     torch.testing.assert_close(encoder.bias, case.tensor('bias'), rtol=1e-5, atol=1e-7)
     noise = types.SimpleNamespace(randn_like=lambda x: case.tensor('noise'))
     torch.testing.assert_close(encoder.encode_latents(case.tensor('mean_std'), noise), case.tensor('latents'), rtol=1e-5,
                                atol=1e-6)
-    toy = _ToyDecoder()
+    toy = _ToyDecoder(case.json['inputs'])
     encoder._vae = toy
     np.testing.assert_array_equal(encoder.decode(case.tensor('latents')), case.arrays['decoded_toy'])
-    torch.testing.assert_close(toy.seen, case.tensor('unwhitened')[-1:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(toy.seen, case.tensor('unwhitened')[-len(toy.seen):], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('case', cases('math', 'latent_encoders*'), ids=ids)
 def test_golden_noise_is_one_draw_of_the_global_generator(case):
-    torch.manual_seed(9)
-    out = StabilityVAEEncoder().encode_latents(case.tensor('mean_std'))
+    torch.manual_seed(*golden_cases.seeds_in(case.json['inputs']))
+    out = _golden_encoder(case).encode_latents(case.tensor('mean_std'))
     torch.testing.assert_close(out, case.tensor('latents'), rtol=1e-5, atol=1e-6)
 
 
