@@ -1,22 +1,24 @@
 """Folders of labelled images as one array file for each class: `<class>.npy`, uint8 [N,H,W,3].
 
 `<class>.json` beside it is its `Record`. While images are made there are also `<class>.npy.part`,
-`<class>.npy.done` and `<class>.part.json`: see `class_writer`. Nothing here but `ClassFile.map`
-needs NumPy, so that `combine_data.py` starts fast.
+`<class>.npy.done` and `<class>.part.json`: see `class_writer`. Nothing here but
+`ClassFile.images` needs NumPy, so that `combine_data.py` starts fast.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from dnnlib import UserError
 from dnnlib.npz import read_npy_header
-from dnnlib.util import parse_int_list, write_json
+from dnnlib.util import matching_names, parse_int_list, write_json
 
+# What reading a record raises that is not one.
+DAMAGES = (OSError, ValueError, KeyError, TypeError)
 CHUNK_BYTES = 1 << 20  # that are read at a time: they stay in the cache of a core
 
 
@@ -51,6 +53,11 @@ class ClassFile:
         return self.shape[0]
 
     @property
+    def image_shape(self) -> tuple:
+        """(3, H, W)."""
+        return self.shape[3], *self.shape[1:3]
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all images."""
         return math.prod(self.shape)
@@ -62,24 +69,25 @@ class ClassFile:
             while chunk := file.read(CHUNK_BYTES):
                 yield chunk
 
-    def map(self):
-        """All images as a read-only memory map. Its pages count as memory of the process as long
-        as it exists."""
+    def images(self, indices):
+        """uint8 [n,3,H,W] at `indices` (int [n]).
+
+        The file is mapped for this moment only: mapped pages count as memory of the process.
+        """
         import numpy as np
-        return np.memmap(self.path, np.uint8, 'r', self.offset, self.shape)
+        images = np.memmap(self.path, np.uint8, 'r', self.offset, self.shape)
+        return images[indices].transpose(0, 3, 1, 2)
 
     def recorded_crc32(self) -> int | None:
         """CRC-32 of the images as the record has it; None if it has none, or the images were
         changed after it."""
         path = self.path.removesuffix('.npy') + '.json'
-        try:
+        with contextlib.suppress(*DAMAGES):
             with open(path) as file:
                 record = json.load(file)
             unchanged = os.path.getmtime(self.path) <= os.path.getmtime(path)
             if unchanged and record['images'] == len(self):
                 return int(record['crc32'])
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
         return None
 
 
@@ -89,14 +97,11 @@ class Record:
 
     seeds: list              # of each image
     made_by: dict            # what else they depend on, plain values
-    crc32: int | None = None  # of the images' bytes; earlier versions did not keep it
+    crc32: int | None = None  # of the images' bytes, once all are there; not of earlier versions
 
     def save(self, path: str):
-        value = {'images': len(self.seeds), 'seeds': format_ranges(self.seeds),
-                 'made_by': self.made_by}
-        if self.crc32 is not None:
-            value['crc32'] = self.crc32
-        write_json(path, value)
+        write_json(path, {'images': len(self.seeds), 'seeds': format_ranges(self.seeds),
+                          'made_by': self.made_by, 'crc32': self.crc32})
 
     @classmethod
     def load(cls, path: str) -> 'Record | None':
@@ -107,19 +112,17 @@ class Record:
             with open(path) as file:
                 value = json.load(file)
             return cls(parse_int_list(value['seeds']), dict(value['made_by']), value.get('crc32'))
-        except (OSError, ValueError, KeyError, TypeError):
+        except DAMAGES:
             raise UserError(f'{path} is damaged; remove it and the images beside it') from None
 
 
 def format_ranges(numbers: Iterable[int]) -> str:
     """[0, 1, 2, 7] -> '0-2,7'; the order stays, and `parse_int_list` reads it."""
     ranges = []
-    for number in numbers:
-        if ranges and number == ranges[-1][1] + 1:
-            ranges[-1][1] = number
-        else:
-            ranges.append([number, number])
-    return ','.join(str(first) if first == last else f'{first}-{last}' for first, last in ranges)
+    for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        first, *more = (number for _, number in run)
+        ranges.append(f'{first}-{more[-1]}' if more else str(first))
+    return ','.join(ranges)
 
 
 def open_classes(folders: Sequence[str], class_num: int) -> list[list[ClassFile]]:
@@ -131,8 +134,7 @@ def open_classes(folders: Sequence[str], class_num: int) -> list[list[ClassFile]
     for folder in folders:
         if not os.path.isdir(folder):
             raise UserError(f'{folder}: no such folder')
-        labels = [int(name[:-4]) for name in os.listdir(folder) if re.fullmatch(r'\d+\.npy', name)]
-        last = max(labels, default=0)
+        last = max((int(match[1]) for match in matching_names(folder, r'(\d+)\.npy')), default=0)
         if last >= class_num:
             raise UserError(f'{os.path.join(folder, str(last))}.npy is of class {last}, but the '
                             f'number of classes is {class_num}')

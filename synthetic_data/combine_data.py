@@ -28,15 +28,14 @@ def append_images(dest: BinaryIO, source: ClassFile, crc: int) -> int:
     If the file's record has their checksum, the kernel copies them, and none passes through this
     process. Raises UserError if the file ends before its last image.
     """
-    start = dest.tell()
     images_crc = source.recorded_crc32()
     if images_crc is not None and copy_in_kernel(dest, source):
-        crc = combine_crc32(crc, images_crc, source.num_bytes)
-    else:
-        for chunk in source.chunks():
-            dest.write(chunk)
-            crc = zlib.crc32(chunk, crc)
-    if dest.tell() != start + source.num_bytes:
+        return combine_crc32(crc, images_crc, source.num_bytes)
+    end = dest.tell() + source.num_bytes
+    for chunk in source.chunks():
+        dest.write(chunk)
+        crc = zlib.crc32(chunk, crc)
+    if dest.tell() != end:
         raise UserError(f'{source.path} is cut short; make it again')
     return crc
 
@@ -48,18 +47,18 @@ def copy_in_kernel(dest: BinaryIO, source: ClassFile) -> bool:
     start = dest.tell()
     copied = 0
     with open(source.path, 'rb') as file:
-        while copied < source.num_bytes and hasattr(os, 'copy_file_range'):
-            count = min(source.num_bytes - copied, COPY_BYTES)
-            try:
+        try:
+            while count := min(source.num_bytes - copied, COPY_BYTES):
                 count = os.copy_file_range(file.fileno(), dest.fileno(), count,
                                            source.offset + copied, start + copied)
-            except OSError as error:
-                if error.errno not in REFUSALS:
-                    raise
-                break
-            if not count:
-                break
-            copied += count
+                if not count:
+                    break
+                copied += count
+        except AttributeError:
+            pass  # not on this system
+        except OSError as error:
+            if error.errno not in REFUSALS:
+                raise
     complete = copied == source.num_bytes
     dest.seek(start + copied * complete)
     return complete

@@ -3,20 +3,16 @@
 import contextlib
 import os
 
-import click
-
 from dnnlib import UserError, cli, options
 
 
 def _parse_fraction(text: str) -> float:
     import fractions  # here: combine_data.py does without
-    try:
-        value = float(fractions.Fraction(text.strip()))
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f'{text!r} is not a number; write e.g. 8/255 or 0.03') from None
-    if not 0 < value <= 1:
-        raise ValueError(f'{text!r} is not between 0 and 1')
-    return value
+    with contextlib.suppress(ValueError, ZeroDivisionError):
+        value = float(fractions.Fraction(text))
+        if 0 < value <= 1:
+            return value
+    raise ValueError(f'{text!r} is not above 0 and at most 1; write e.g. 8/255 or 0.03')
 
 
 def _parse_name(text: str) -> str:
@@ -45,10 +41,9 @@ def class_folder_options(file_name: str | None = None):
     """Decorator: --data_dir (which may be given several times), --output_dir, --class_num,
     --file_name."""
     return options.together(
-        click.option('--data_dir', metavar='DIR', multiple=True, required=True,
-                     help='Folder with <class>.npy of generate.py; several are joined, one after '
-                          'the other'),
-        click.option('--output_dir', metavar='DIR', required=True, help='Where results go'),
+        options.text('DIR', '--data_dir', 'Folder with <class>.npy of generate.py; several are '
+                     'joined, one after the other', multiple=True, required=True),
+        options.text('DIR', '--output_dir', 'Where results go', required=True),
         options.integer('--class_num', 10, 'Number of classes'),
-        click.option('--file_name', metavar='NAME', type=NPZ_NAME, default=file_name,
-                     required=file_name is None, help='The file is <output_dir>/NAME.npz'))
+        options.text('NAME', '--file_name', 'The file is <output_dir>/NAME.npz', type=NPZ_NAME,
+                     default=file_name, required=file_name is None))

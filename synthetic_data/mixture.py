@@ -1,29 +1,27 @@
 """Real and generated images in one training set, in a fixed proportion."""
 
-import functools
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from dnnlib import UserError
-from synthetic_data.class_files import ClassFile, open_classes
+from synthetic_data.class_files import open_classes
 from torch_utils.random import tuple_seed
 from training.data.dataset import Dataset
 from training.data.images import NpzImages
 from training.data.sampler import EpochShuffle
 
 
-class _Parts(Dataset):
-    """The images of several readers, one after the other: functions (indices) -> uint8
+class _Joined(Dataset):
+    """Data sets one after the other: whatever has a length and `images(indices)` -> uint8
     [n,C,H,W]."""
 
-    def __init__(self, path, image_shape, labels, label_dim, counts: Sequence[int],
-                 readers: list[Callable]):
+    def __init__(self, path: str, image_shape: tuple, parts: list, labels, label_dim: int):
         super().__init__(path, image_shape, labels=labels, label_dim=label_dim)
-        self._bounds = np.cumsum([0, *counts])
-        self._readers = readers
+        self._parts = parts
+        self._bounds = np.cumsum([0, *map(len, parts)])
 
     def __len__(self):
         return len(self.stored_labels)
@@ -35,11 +33,11 @@ class _Parts(Dataset):
         parts = np.searchsorted(self._bounds, indices, side='right') - 1
         for part in np.unique(parts):
             mask = parts == part
-            out[mask] = self._readers[part](indices[mask] - self._bounds[part])
+            out[mask] = self._parts[part].images(indices[mask] - self._bounds[part])
         return out
 
 
-class GeneratedImages(_Parts):
+class GeneratedImages(_Joined):
     """Generated images with labels: folders of class files (`class_files`), or an .npz with
     `image` and `label`.
 
@@ -59,23 +57,15 @@ class GeneratedImages(_Parts):
             if labels.min() < 0 or labels.max() >= class_num:
                 raise UserError(f'{path} has labels from {labels.min()} to {labels.max()}, but '
                                 f'the number of classes is {class_num}')
-            super().__init__(path, npz.image_shape, labels, class_num, [len(npz)], [npz.images])
+            parts = [npz]
         else:
             classes = open_classes(folders, class_num)
             labels = np.repeat(np.arange(class_num), [sum(map(len, files)) for files in classes])
-            files = list(itertools.chain(*classes))
-            height, width, channels = files[0].shape[1:]
-            super().__init__(path, (channels, height, width), labels, class_num,
-                             list(map(len, files)),
-                             [functools.partial(_read, file) for file in files])
+            parts = list(itertools.chain(*classes))
+        super().__init__(path, parts[0].image_shape, parts, labels, class_num)
 
 
-def _read(file: ClassFile, indices):
-    # Mapped for this moment only: mapped pages count as memory of the process.
-    return file.map()[indices].transpose(0, 3, 1, 2)
-
-
-class Mixture(_Parts):
+class Mixture(_Joined):
     """A labelled data set, and generated images after it. Raises UserError if the shapes
     differ."""
 
@@ -84,8 +74,7 @@ class Mixture(_Parts):
             raise UserError(f'{generated.path} has images of {list(generated.image_shape)}, but '
                             f'those of {real.path} are {list(real.image_shape)}')
         labels = np.concatenate([real.label_ids, generated.label_ids])
-        super().__init__(real.path, real.image_shape, labels, real.label_dim,
-                         [len(real), len(generated)], [real.images, generated.images])
+        super().__init__(real.path, real.image_shape, [real, generated], labels, real.label_dim)
         self.real = real
 
     def description(self) -> dict:
@@ -109,10 +98,9 @@ class MixtureOrder:
     def indices(self, positions) -> np.ndarray:
         """Indices into the mixture (int64) at the positions (int64 >= 0)."""
         positions = np.asarray(positions, dtype=np.int64)
-        # Generated ones before each position.
-        before = np.floor(positions * self.share + 1e-9).astype(np.int64)
-        generated = np.floor((positions + 1) * self.share + 1e-9).astype(np.int64) > before
-        out = np.empty_like(positions)
-        out[generated] = self.num_real + self._generated.indices(before[generated])
-        out[~generated] = self._real.indices((positions - before)[~generated])
-        return out
+        # Generated ones before each position, and before the next one.
+        before, after = (np.floor((positions + step) * self.share + 1e-9).astype(np.int64)
+                         for step in (0, 1))
+        return np.where(after > before,
+                        self.num_real + self._generated.indices(before),
+                        self._real.indices(positions - before))

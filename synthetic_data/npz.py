@@ -7,12 +7,21 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
+from typing import BinaryIO
 
 from dnnlib.npz import npy_header
 from dnnlib.util import atomic_path
 
 ALIGNMENT = 32 << 10    # where images begin: systems copy faster between equal places in pages
 PADDING_FIELD = 0xD935  # of a zip's header, as others pad too
+
+
+def reserve(file: BinaryIO, size: int):
+    """Takes the disk space of a file now: a full disk is noticed before anything is made, and
+    copying is faster."""
+    file.truncate(size)
+    if hasattr(os, 'posix_fallocate'):
+        os.posix_fallocate(file.fileno(), 0, size)
 
 
 def write_npz(dest: str, image_shape: Sequence[int], counts: Sequence[int], append: Callable):
@@ -38,8 +47,7 @@ def write_npz(dest: str, image_shape: Sequence[int], counts: Sequence[int], appe
     # fails.
     with (atomic_path(dest, sync=False) as temp, open(temp, 'w+b') as file,
           zipfile.ZipFile(file, 'w') as z):
-        if hasattr(os, 'posix_fallocate'):  # a full disk is noticed now; copying is faster
-            os.posix_fallocate(file.fileno(), 0, image.file_size)
+        reserve(file, image.file_size)
         file.seek(ALIGNMENT)
         file.write(header)
         image.CRC = append(file, image.CRC)
@@ -48,7 +56,6 @@ def write_npz(dest: str, image_shape: Sequence[int], counts: Sequence[int], appe
         file.write(image.FileHeader(zip64=True))
         image.extra = b''
         z.filelist.append(image)
-        z.NameToInfo[image.filename] = image
         with z.open('label.npy', 'w', force_zip64=True) as labels:
             labels.write(npy_header(shape[:1], '<i8'))
             for label, count in enumerate(counts):
