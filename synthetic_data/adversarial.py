@@ -42,8 +42,7 @@ def pgd(net, images, labels, attack: Attack, random):
 def _frozen_statistics(net):
     """Forward passes in training mode normalise by their batch, as they do in training, but leave
     the running means."""
-    norm = torch.nn.modules.batchnorm._BatchNorm
-    layers = [layer for layer in net.modules() if isinstance(layer, norm)]
+    layers = [layer for layer in net.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
     for layer in layers:
         layer.track_running_stats = False
     try:

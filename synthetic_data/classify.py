@@ -1,5 +1,7 @@
 """Classifiers: what training minimises, how images are augmented, and how accurate they are."""
 
+import dataclasses
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -7,9 +9,7 @@ from tqdm import tqdm
 
 from dnnlib import UserError
 from synthetic_data.adversarial import Attack, pgd
-from torch_utils.files.identify import identify
 from torch_utils.random import BlockRandomGenerator
-from training.networks.classifier import load_classifier
 from training.snapshot import load_snapshot
 
 
@@ -21,8 +21,9 @@ def augment(images, random, pad: int, xflip: bool):
     """
     N, _, H, W = images.shape
     device = images.device
-    rows = torch.arange(H, device=device) + random.randint(2 * pad + 1, [N]).reshape(N, 1)
-    columns = torch.arange(W, device=device) + random.randint(2 * pad + 1, [N]).reshape(N, 1)
+    rows, columns = (
+        torch.arange(side, device=device) + random.randint(2 * pad + 1, [N]).reshape(N, 1)
+        for side in (H, W))
     if xflip:
         mirrored = random.randint(2, [N]).reshape(N, 1) == 1
         columns = torch.where(mirrored, columns.flip(1), columns)
@@ -32,6 +33,7 @@ def augment(images, random, pad: int, xflip: bool):
                   columns.reshape(N, 1, W)].movedim(-1, 1).contiguous()
 
 
+@dataclasses.dataclass
 class ClassificationLoss:
     """Cross-entropy of a classifier on augmented images, or on the worst ones near them.
 
@@ -42,13 +44,11 @@ class ClassificationLoss:
     dtype       of convolutions and products (mixed precision): float32, float16 or bfloat16
     """
 
-    def __init__(self, pad: int = 4, xflip: bool = True, smoothing: float = 0.0,
-                 attack: Attack | None = None, dtype=torch.float32):
-        self.pad = pad
-        self.xflip = xflip
-        self.smoothing = smoothing
-        self.attack = attack
-        self.dtype = dtype
+    pad: int = 4
+    xflip: bool = True
+    smoothing: float = 0.0
+    attack: Attack | None = None
+    dtype: torch.dtype = torch.float32
 
     def __call__(self, net, batch):
         """(loss [N], {'loss', 'accuracy' on what was trained on}) for `images` [N,3,H,W] in
@@ -73,14 +73,11 @@ def open_classifier(path: str, model: str | None = None, num_classes: int | None
     [0, 1], and is in evaluation mode, without gradients. Raises UserError that names the file if
     it is something else, or has other classes.
     """
-    if identify(path).kind != 'snapshot':
-        return load_classifier(path, model, num_classes).to(device)
     net = load_snapshot(path, device).net
     if net.class_name != 'WideResNet':
         raise UserError(f'{path} holds a network {net.class_name}, which is no classifier')
-    name = net.init_kwargs.get('name', 'wrn-28-10')
-    if model not in (None, name):
-        raise UserError(f'{path} holds a {name}, not a {model}')
+    if model not in (None, net.name):
+        raise UserError(f'{path} holds a {net.name}, not a {model}')
     if num_classes not in (None, net.num_classes):
         raise UserError(f'{path} is a classifier of {net.num_classes} classes, not of '
                         f'{num_classes}')
@@ -96,17 +93,16 @@ def accuracy(net, dataset, attack: Attack | None = None, batch: int = 256,
     The random start of image i depends on `seed` and i alone.
     """
     device = next(net.parameters()).device
-    clean = 0
-    robust = 0
+    correct = {'clean': [], 'robust': []}
     for start in tqdm(range(0, len(dataset), batch), unit='batch', delay=2, disable=None):
         indices = np.arange(start, min(start + batch, len(dataset)))
         images = torch.from_numpy(dataset.images(indices)).to(device).float() / 255
         labels = torch.from_numpy(dataset.label_ids[indices]).to(device)
-        correct = net(images).argmax(dim=1) == labels
-        clean += int(correct.sum())
+        clean = net(images).argmax(dim=1) == labels
+        correct['clean'].append(clean)
         if attack is not None:
             random = BlockRandomGenerator(device, seed, start, len(indices))
             attacked = pgd(net, images, labels, attack, random)
-            robust += int((correct & (net(attacked).argmax(dim=1) == labels)).sum())
-    return {'clean': clean / len(dataset),
-            'robust': None if attack is None else robust / len(dataset)}
+            correct['robust'].append(clean & (net(attacked).argmax(dim=1) == labels))
+    return {name: float(torch.cat(parts).double().mean()) if parts else None
+            for name, parts in correct.items()}

@@ -1,7 +1,5 @@
 """Networks whose answer for an image does not depend on the images beside it."""
 
-import itertools
-
 import torch
 
 CPU_PIXELS = 4096  # of the images that a CPU computes together, 16 to 64: more are hardly faster
@@ -18,16 +16,15 @@ def fix_batch(net: torch.nn.Module, size: int) -> torch.nn.Module:
     forward = net.forward
 
     def in_parts(x, *args, **options):
-        def cut(value):
+        def cut(value, start):
             if not (torch.is_tensor(value) and value.ndim and len(value) == len(x)):
-                return itertools.repeat(value)
-            filling = value[-1:].expand(-len(x) % size, *value.shape[1:])
-            return torch.cat([value, filling]).split(size)
+                return value
+            part = value[start:start + size]
+            return torch.cat([part, part[-1:].expand(size - len(part), *part.shape[1:])])
 
-        parts = zip(*map(cut, (x, *args, *options.values())), strict=False)
-        split = 1 + len(args)
-        outputs = [forward(*part[:split], **dict(zip(options, part[split:], strict=True)))
-                   for part in parts]
+        outputs = [forward(*[cut(value, start) for value in (x, *args)],
+                           **{name: cut(value, start) for name, value in options.items()})
+                   for start in range(0, len(x), size)]
         return torch.cat(outputs)[:len(x)]
 
     net.forward = in_parts

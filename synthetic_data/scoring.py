@@ -22,10 +22,10 @@ def score(net, data, batch: int, device) -> np.ndarray:
     """
     net = fixed_batch.for_device(net, device, data.resolution)
     scores = np.zeros(len(data), np.float32)
-    starts = range(dist.get_rank() * batch, len(data), dist.get_world_size() * batch)
+    parts = np.split(np.arange(len(data)), range(batch, len(data), batch))
     hidden = None if dist.get_rank() == 0 else True  # None: on a terminal only
-    for start in tqdm(starts, unit='batch', delay=2, disable=hidden):
-        indices = np.arange(start, min(start + batch, len(data)))
+    for indices in tqdm(parts[dist.get_rank()::dist.get_world_size()], unit='batch', delay=2,
+                        disable=hidden):
         images = torch.from_numpy(data.images(indices))
         images = images.to(device, memory_format=torch.channels_last).float() / 255
         labels = torch.from_numpy(data.label_ids[indices, None]).to(device)
@@ -34,28 +34,27 @@ def score(net, data, batch: int, device) -> np.ndarray:
     return sum(dist.gather_objects(scores))  # each process has zeros for the images of others
 
 
+def surest(scores: np.ndarray) -> np.ndarray:
+    """Indices of scores [N] from the highest to the lowest; of equal ones the first is first."""
+    return np.argsort(-scores, kind='stable')
+
+
 def select_top(scores: np.ndarray, share: float) -> np.ndarray:
     """Ascending indices (int64) of the best share of scores [N], at least one; of equal scores the
     first ones are taken."""
     count = max(math.floor(len(scores) * share + 1e-6), 1)
-    return np.sort(np.argsort(-scores, kind='stable')[:count])
+    return np.sort(surest(scores)[:count])
 
 
 def report(scores: np.ndarray, selected: np.ndarray) -> dict:
     """What the selection of a class was like, from all scores and the selected ones: counts, the
     lowest confidence taken, means, a histogram over [0, 1] of all."""
+    lowest = selected.min()
     return {
         'images': len(scores),
         'selected': len(selected),
-        'lowest_selected': float(selected.min()),
-        'mean': float(scores.mean(dtype=np.float64)),
-        'mean_selected': float(selected.mean(dtype=np.float64)),
-        'ties_at_lowest': int((scores == selected.min()).sum()),
+        'lowest_selected': float(lowest),
+        'mean': scores.mean(dtype=float),
+        'mean_selected': selected.mean(dtype=float),
+        'ties_at_lowest': int((scores == lowest).sum()),
         'histogram': np.histogram(scores, BINS, (0, 1))[0].tolist()}
-
-
-def extremes(scores: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the best `count` images, best first, and then of the worst, worst first; ties go
-    to the first index."""
-    orders = np.argsort(-scores, kind='stable'), np.argsort(scores, kind='stable')
-    return np.concatenate([order[:count] for order in orders])

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
+import studies
 from dnnlib import cli, options, pictures, util
 from synthetic_data import common, scoring
 from synthetic_data.classify import open_classifier
@@ -26,17 +27,13 @@ WRITE_IMAGES = 4096  # at a time
 def save_picture(path: str, data, scores: np.ndarray):
     """Two rows for each class: the images with the highest confidence, and those with the
     lowest."""
-    tiles = []
-    titles = []
+    rows = {}
     for label in range(data.label_dim):
         indices = np.flatnonzero(data.label_ids == label)
-        count = min(EXTREMES, len(indices))
-        order = indices[scoring.extremes(scores[indices], count)]
-        blank = np.full((EXTREMES - count, *data.image_shape), 255, np.uint8)
-        for name, row in (('best', order[:count]), ('worst', order[count:])):
-            tiles += [data.images(row), blank]
-            titles.append(f'{label} {name} {scores[row[0]]:.3f}')
-    pictures.save_image_grid(path, np.concatenate(tiles), EXTREMES, titles)
+        for name, keys in (('best', scores), ('worst', -scores)):
+            row = indices[scoring.surest(keys[indices])[:EXTREMES]]
+            rows[f'{label} {name} {scores[row[0]]:.3f}'] = data.images(row)
+    studies.save_rows(rows, EXTREMES, path)
 
 
 def save_histograms(path: str, rows: list[dict]):

@@ -67,7 +67,7 @@ def test_ties_are_broken_by_index():
     assert scoring.select_top(scores, 0.4).tolist() == [1, 3]
     assert scoring.select_top(scores, 0.6).tolist() == [1, 2, 3]
     assert scoring.select_top(scores, 0.001).tolist() == [3]
-    assert scoring.extremes(scores, 2).tolist() == [3, 1, 0, 1]
+    assert [scoring.surest(keys)[:2].tolist() for keys in (scores, -scores)] == [[3, 1], [0, 1]]
     row = scoring.report(scores, scores[[1, 3]])
     assert row['ties_at_lowest'] == 3 and row['histogram'][-1] == 1 and sum(row['histogram']) == 5
 
@@ -78,7 +78,7 @@ def test_mistakes_in_selecting(scored, tmp_path):
     for more, words in ((['--class_num=2'], '2.npy is of class 2'), (['--class_num=4'], '3.npy: no such file'),
                         (['--top_scale=1.5'], '--top_scale'), (['--file_name=a/b'], '--file_name'),
                         ([f'--model_path={tmp_path}/four.pt'], 'of 4 classes, not of 3'),
-                        (['--model=wrn-16-1'], 'does not fit'), (['--model_path=nowhere.pt'], 'nowhere.pt')):
+                        (['--model=wrn-16-1'], 'not a wrn-16-1'), (['--model_path=nowhere.pt'], 'nowhere.pt')):
         assert words in fails(SELECT, *select(folder, tmp_path / 'x', *more))
     assert not (tmp_path / 'x').exists()
 

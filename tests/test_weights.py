@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from dnnlib import UserError
+from synthetic_data.classify import open_classifier
 from torch_utils.files.weights import load_weights, read_state_dict
 from training import encoders
 from training.networks import build_network
-from training.networks.classifier import WideResNet, load_classifier
+from training.networks.classifier import WideResNet
 from training.snapshot import load_snapshot, save_snapshot
 
 
@@ -81,13 +82,13 @@ def test_a_selection_model_loads(tmp_path, prefix, key, normalize_input):
     net = WideResNet('wrn-10-1', 7, normalize_input).eval()
     state = {prefix + name: value for name, value in net.state_dict().items()}
     torch.save({key: state, 'epoch': 3} if key else state, tmp_path / 'x.pt')
-    loaded = load_classifier(str(tmp_path / 'x.pt'), 'wrn-10-1', 7)
+    loaded = open_classifier(str(tmp_path / 'x.pt'), 'wrn-10-1', 7)
     x = torch.rand([2, 3, 32, 32])
     assert torch.equal(loaded(x), net(x)) and loaded.num_classes == 7 and not loaded.training
     with pytest.raises(UserError, match=r'x.pt is a classifier of 7 classes, not of 10'):
-        load_classifier(str(tmp_path / 'x.pt'), 'wrn-10-1', 10)
-    with pytest.raises(UserError, match='x.pt does not fit the network: it lacks'):
-        load_classifier(str(tmp_path / 'x.pt'), 'wrn-16-1')
+        open_classifier(str(tmp_path / 'x.pt'), 'wrn-10-1', 10)
+    with pytest.raises(UserError, match='x.pt holds a wrn-10-1, not a wrn-16-1'):
+        open_classifier(str(tmp_path / 'x.pt'), 'wrn-16-1')
 
 
 def test_guided_diffusion_weights_load_by_name_or_say_what_is_wrong(tmp_path):

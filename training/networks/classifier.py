@@ -12,10 +12,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from dnnlib import UserError
-from torch_utils.files.pickles import errors_of
-from torch_utils.files.weights import read_state_dict
-from training.networks import rebuild_network
-from training.networks.infer import infer
 
 
 class BasicBlock(nn.Module):
@@ -107,25 +103,6 @@ def WideResNet(name: str = 'wrn-28-10', num_classes: int = 10,
     net = _WideResNet(int(match[1]), int(match[2]), num_classes)
     if normalize_input:
         net = _Normalized(Normalize(), net)
-    net.num_classes, net.normalize_input = num_classes, normalize_input
+    net.name = name
+    net.num_classes = num_classes
     return net
-
-
-def load_classifier(path: str, name: str | None = None,
-                    num_classes: int | None = None) -> nn.Module:
-    """The classifier whose weights are in the file `path`, in evaluation mode, without gradients.
-
-    `name` None: depth and width follow from the weights. A data-parallel prefix is taken off, and
-    a normalising layer is recognised by its names. Raises UserError naming the file when weights
-    are missing or of another shape, or the number of classes is not `num_classes`.
-    """
-    state = read_state_dict(path)
-    with errors_of(path):
-        inferred = infer(state)
-    if inferred.class_name != 'WideResNet':
-        raise UserError(f'{path} does not hold the weights of a wide residual network')
-    kwargs = inferred.kwargs
-    if num_classes not in (None, kwargs['num_classes']):
-        raise UserError(f'{path} is a classifier of {kwargs["num_classes"]} classes, '
-                        f'not of {num_classes}')
-    return rebuild_network('WideResNet', kwargs | dict(name=name or kwargs['name']), state, path)
