@@ -67,6 +67,12 @@ def figure(size=(6, 4), shape=(1, 1)):
     return fig, fig.subplots(*shape)
 
 
+def save_figure(fig, path: str):
+    """Writes a figure as a PNG that appears only when complete."""
+    with atomic_path(path) as temp:
+        fig.savefig(temp, format='png', dpi=120)
+
+
 def save_loss_curve(stats_path: str, path: str):
     """The loss terms of a `stats.jsonl` against thousands of images, as a PNG."""
     with open(stats_path) as f:
@@ -81,5 +87,4 @@ def save_loss_curve(stats_path: str, path: str):
     axes.grid(alpha=0.3)
     if names:
         axes.legend()
-    with atomic_path(path) as temp:
-        fig.savefig(temp, format='png', dpi=120)
+    save_figure(fig, path)
