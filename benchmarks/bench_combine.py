@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from dnnlib import cli
-from synthetic_data.class_writer import ClassWriter
+from synthetic_data.class_files import ClassWriter
 from training.networks.classifier import WideResNet
 
 CLASSES = 10

@@ -55,16 +55,13 @@ def save_image_grid(path: str, images, columns: int | None = None, row_labels=No
     save_png(image_grid(images, columns, row_labels), path)
 
 
-def figure(size=(6, 4), shape=(1, 1)):
-    """A matplotlib figure that needs no display, and its axes.
-
-    They are an array for a `shape` of several rows and columns.
-    """
+def figure():
+    """A matplotlib figure that needs no display, and its axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    fig = Figure(figsize=size, layout='constrained')
+    fig = Figure(figsize=(6, 4), layout='constrained')
     FigureCanvasAgg(fig)
-    return fig, fig.subplots(*shape)
+    return fig, fig.subplots()
 
 
 def save_figure(fig, path: str):

@@ -1,8 +1,8 @@
-"""Folders of labelled images as one array file for each class: `<class>.npy`, uint8 [N,H,W,3].
+"""Labelled images on the disk: `<class>.npy`, uint8 [N,H,W,3], and all classes as one .npz.
 
 `<class>.json` beside it is its `Record`. While images are made there are also `<class>.npy.part`,
-`<class>.npy.done` and `<class>.part.json`: see `class_writer`. Nothing here but
-`ClassFile.images` needs NumPy, so that `combine_data.py` starts fast.
+`<class>.npy.done` and `<class>.part.json`: see `ClassWriter`. Nothing here but `ClassFile.images`
+needs NumPy, so that `combine_data.py` starts fast.
 """
 
 import contextlib
@@ -11,15 +11,48 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
 
 from dnnlib import UserError
-from dnnlib.npz import read_npy_header
-from dnnlib.util import matching_names, parse_int_list, write_json
+from dnnlib.npz import npy_header, read_npy_header
+from dnnlib.util import atomic_path, matching_names, parse_int_list, require_same, write_json
 
-# What reading a record raises that is not one.
-DAMAGES = (OSError, ValueError, KeyError, TypeError)
-CHUNK_BYTES = 1 << 20  # that are read at a time: they stay in the cache of a core
+CHUNK_BYTES = 1 << 20   # that are read at a time: they stay in the cache of a core
+ALIGNMENT = 32 << 10    # where images begin: systems copy faster between equal places in pages
+PADDING_FIELD = 0xD935  # of a zip's header, as others pad too
+
+# --- The finished file of a class ----------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Record:
+    """What a class file holds, as its .json says."""
+
+    seeds: list              # of each image
+    made_by: dict            # what else they depend on, plain values
+    crc32: int | None = None  # of the images' bytes, once all are there; not of earlier versions
+
+    def save(self, path: str):
+        write_json(path, {'images': len(self.seeds), 'seeds': format_ranges(self.seeds),
+                          'made_by': self.made_by, 'crc32': self.crc32})
+
+    @classmethod
+    def load(cls, path: str) -> 'Record | None':
+        """None if there is no such file. Raises UserError for one that is damaged."""
+        if not os.path.isfile(path):
+            return None
+        try:
+            with open(path) as file:
+                value = json.load(file)
+            crc32 = value.get('crc32')
+            return cls(parse_int_list(value['seeds']), dict(value['made_by']), crc32 and int(crc32))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f'{path} is damaged; remove it and the images beside it') from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,42 +111,19 @@ class ClassFile:
         images = np.memmap(self.path, np.uint8, 'r', self.offset, self.shape)
         return images[indices].transpose(0, 3, 1, 2)
 
+    @property
+    def record_path(self) -> str:
+        return self.path.removesuffix('.npy') + '.json'
+
     def recorded_crc32(self) -> int | None:
         """CRC-32 of the images as the record has it; None if it has none, or the images were
         changed after it."""
-        path = self.path.removesuffix('.npy') + '.json'
-        with contextlib.suppress(*DAMAGES):
-            with open(path) as file:
-                record = json.load(file)
-            unchanged = os.path.getmtime(self.path) <= os.path.getmtime(path)
-            if unchanged and record['images'] == len(self):
-                return int(record['crc32'])
+        with contextlib.suppress(UserError):
+            record = Record.load(self.record_path)
+            if record and len(record.seeds) == len(self) \
+                    and os.path.getmtime(self.path) <= os.path.getmtime(self.record_path):
+                return record.crc32
         return None
-
-
-@dataclasses.dataclass
-class Record:
-    """What a class file holds, as its .json says."""
-
-    seeds: list              # of each image
-    made_by: dict            # what else they depend on, plain values
-    crc32: int | None = None  # of the images' bytes, once all are there; not of earlier versions
-
-    def save(self, path: str):
-        write_json(path, {'images': len(self.seeds), 'seeds': format_ranges(self.seeds),
-                          'made_by': self.made_by, 'crc32': self.crc32})
-
-    @classmethod
-    def load(cls, path: str) -> 'Record | None':
-        """None if there is no such file. Raises UserError for one that is damaged."""
-        if not os.path.isfile(path):
-            return None
-        try:
-            with open(path) as file:
-                value = json.load(file)
-            return cls(parse_int_list(value['seeds']), dict(value['made_by']), value.get('crc32'))
-        except DAMAGES:
-            raise UserError(f'{path} is damaged; remove it and the images beside it') from None
 
 
 def format_ranges(numbers: Iterable[int]) -> str:
@@ -141,22 +151,216 @@ def open_classes(folders: Sequence[str], class_num: int) -> list[list[ClassFile]
     classes = [[ClassFile.open(os.path.join(folder, f'{label}.npy')) for folder in folders]
                for label in range(class_num)]
     first = classes[0][0]
-    for file in itertools.chain(*classes):
-        if file.shape[1:] != first.shape[1:]:
-            raise UserError(f'{file.path} has images of {list(file.shape[1:])}, but those of '
-                            f'{first.path} are {list(first.shape[1:])}')
-    for a, b in itertools.combinations(folders, 2):
-        for label in range(class_num):
-            check_overlap(a, b, label)
+    for files in classes:
+        for file in files:
+            if file.image_shape != first.image_shape:
+                raise UserError(f'{file.path} has images of {list(file.shape[1:])}, but those of '
+                                f'{first.path} are {list(first.shape[1:])}')
+        for file, other in itertools.combinations(files, 2):
+            check_overlap(file, other)
     return classes
 
 
-def check_overlap(a: str, b: str, label: int):
-    """Raises UserError if two folders hold the same seeds of one network."""
-    records = [Record.load(os.path.join(folder, f'{label}.json')) for folder in (a, b)]
-    if None in records or records[0].made_by != records[1].made_by:
-        return
-    common = sorted(set(records[0].seeds) & set(records[1].seeds))
-    if common:
-        raise UserError(f'{a} and {b} both hold class {label} of the seeds '
-                        f'{format_ranges(common)[:60]}; make one of them with other --seeds')
+def check_overlap(a: ClassFile, b: ClassFile):
+    """Raises UserError if two files hold the same seeds of one network."""
+    one = Record.load(a.record_path)
+    other = Record.load(b.record_path)
+    if one and other and one.made_by == other.made_by \
+            and (common := sorted({*one.seeds} & {*other.seeds})):
+        raise UserError(f'{a.path} and {b.path} both hold the seeds {format_ranges(common)[:60]}; '
+                        'make one of them with other --seeds')
+
+
+# --- A file while it is made ---------------------------------------------------------------------
+
+
+def reserve(file: BinaryIO, size: int):
+    """Takes the disk space of a file now: a full disk is noticed before anything is made, and
+    copying is faster."""
+    file.truncate(size)
+    if hasattr(os, 'posix_fallocate'):
+        os.posix_fallocate(file.fileno(), 0, size)
+
+
+def write_at(path: str, offset: int, parts: Iterable[bytes]):
+    """Writes these bytes into an existing file; they are on the disk at the end."""
+    with open(path, 'r+b') as file:
+        file.seek(offset)
+        file.writelines(parts)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class ClassWriter:
+    """The file of one class while it is made, by any number of processes and in any number of
+    runs.
+
+    Images stand in the order in which their seeds were first asked for: seeds that a later run
+    asks for in addition come after those that are there, and seeds that are there are not made
+    again. What a stopped run has not finished is made first. The whole space is reserved before
+    the first image, so a full disk is noticed then.
+
+    `<class>.npy.part` has the final size; a byte of `<class>.npy.done` is set after the image has
+    been written; `<class>.part.json` is the record to be. The part takes the final name when it is
+    complete; `<class>.npy` of an earlier run stays until then.
+
+    Attributes after `open`: record, seeds (of each image); `record` is None if nothing is left to
+    do.
+    """
+
+    def __init__(self, folder: str, label: int):
+        stem = os.path.join(folder, str(label))
+        self.npy = stem + '.npy'
+        self.json = stem + '.json'
+        self.part = stem + '.npy.part'
+        self.done = stem + '.npy.done'
+        self.part_json = stem + '.part.json'
+        self.record = None
+
+    def prepare(self, seeds: Iterable[int], made_by: dict, image_shape: tuple):
+        """Makes the files of what is missing of these seeds (one process does it).
+
+        Raises UserError if the class is of another network or other options, OSError if the disk
+        is too small.
+        """
+        self._recover()
+        finished = Record.load(self.json)
+        begun = Record.load(self.part_json)
+        record = begun or finished or Record([], made_by)
+        wanted = dict.fromkeys(record.made_by) | made_by  # what is no longer given has changed
+        require_same(self.npy, record.made_by, wanted, 'choose another folder, or remove it')
+        if finished is None and os.path.exists(self.npy):
+            raise UserError(f'{self.npy} is there without its record {self.json}; choose another '
+                            'folder')
+        target = list(dict.fromkeys([*record.seeds, *map(int, seeds)]))
+        if begun is None and target == record.seeds:
+            return
+        try:
+            # Also undoes an extension that was stopped before its record was written.
+            self._reserve((len(target), *image_shape), 'r+b' if begun else 'wb')
+            if record is finished:
+                self._take_over(len(finished.seeds))
+            Record(target, made_by).save(self.part_json)
+        except BaseException:
+            self._recover()
+            raise
+
+    def _take_over(self, count: int):
+        """The first `count` images are those of the finished file."""
+        finished = ClassFile.open(self.npy)
+        part = ClassFile.open(self.part)
+        if finished.shape != (count, *part.shape[1:]):
+            raise UserError(f'{self.npy} has shape {list(finished.shape)}, but its record says '
+                            f'{count} images')
+        write_at(self.part, part.offset, finished.chunks())
+        self._mark(0, count)
+
+    def _reserve(self, shape, mode: str):
+        """Room for so many images; the header has the same length whatever their number."""
+        header = npy_header(shape, '|u1')
+        for path, size in (self.done, shape[0]), (self.part, len(header) + math.prod(shape)):
+            with open(path, mode) as file:
+                reserve(file, size)
+        write_at(self.part, 0, [header])
+
+    def _recover(self):
+        """Ends what a stop within `finish` has left, and removes files of a beginning that came to
+        nothing."""
+        begun = Record.load(self.part_json)
+        if begun and not os.path.exists(self.part):
+            if len(ClassFile.open(self.npy)) != len(begun.seeds):
+                raise UserError(f'{self.part} is gone; remove {self.part_json} too')
+            os.replace(self.part_json, self.json)
+            begun = None
+        if begun is None:
+            for path in self.part, self.done:
+                Path(path).unlink(missing_ok=True)
+
+    def open(self) -> 'ClassWriter':
+        """Reads the state after `prepare`, on every process."""
+        self.record = Record.load(self.part_json)
+        if self.active:
+            self.seeds = self.record.seeds
+            self._file = ClassFile.open(self.part)
+            if not len(self.seeds) == len(self._file) == os.path.getsize(self.done):
+                raise UserError(f'{self.part} is too short for its record; remove '
+                                f'{self.part_json}')
+        return self
+
+    @property
+    def active(self) -> bool:
+        """Something is left to do, if only to finish."""
+        return self.record is not None
+
+    def missing(self, block: int) -> list[tuple[int, int]]:
+        """(start, stop) of the blocks of which an image is missing. They are the same in every
+        run: a multiple of `block` images from the first one, so that the images of a stopped run
+        are computed together as in any other."""
+        done = Path(self.done).read_bytes()
+        return [(start, min(start + block, len(done))) for start in range(0, len(done), block)
+                if 0 in done[start:start + block]]
+
+    def write(self, start: int, images):
+        """Images uint8 [n,H,W,3] from place `start` on; they count as made once they are in the
+        file."""
+        offset = self._file.offset + start * math.prod(images.shape[1:])
+        write_at(self.part, offset, [images.tobytes()])
+        self._mark(start, len(images))
+
+    def _mark(self, start, count):
+        write_at(self.done, start, [b'\1' * count])
+
+    def finish(self) -> bool:
+        """Gives the file its final name if all images are in it (one process does it); True if it
+        did."""
+        if not self.active or self.missing(len(self.seeds)):
+            return False
+        crc = 0
+        for chunk in self._file.chunks():
+            crc = zlib.crc32(chunk, crc)
+        Record(self.seeds, self.record.made_by, crc).save(self.part_json)
+        os.replace(self.part, self.npy)
+        self._recover()
+        self.record = None
+        return True
+
+
+# --- All classes in one file ---------------------------------------------------------------------
+
+
+def write_npz(dest: str, image_shape: Sequence[int], counts: Sequence[int], append: Callable):
+    """Writes an uncompressed .npz, whose images are never all in memory; `dest` appears only when
+    complete.
+
+    image_shape  (H, W, 3)
+    counts       images of each class
+    append       `append(file, crc)` writes the bytes of all images, in order, to the binary file
+                 and returns the CRC-32 of them after bytes of the CRC-32 `crc`
+
+    Raises OSError if the disk is full.
+    """
+    shape = (sum(counts), *image_shape)
+    header = npy_header(shape, '|u1')
+    image = zipfile.ZipInfo('image.npy')
+    image.header_offset = 0
+    image.file_size = image.compress_size = len(header) + math.prod(shape)
+    image.CRC = zlib.crc32(header)
+    padding = ALIGNMENT - len(image.FileHeader(zip64=True)) - 4
+    image.extra = struct.pack('<HH', PADDING_FIELD, padding) + bytes(padding)
+    # Not synchronised, as with cp: the files that it was made of are still there if the power
+    # fails.
+    with (atomic_path(dest, sync=False) as temp, open(temp, 'w+b') as file,
+          zipfile.ZipFile(file, 'w') as z):
+        reserve(file, image.file_size)
+        file.seek(ALIGNMENT)
+        file.write(header)
+        image.CRC = append(file, image.CRC)
+        z.start_dir = file.tell()
+        file.seek(0)
+        file.write(image.FileHeader(zip64=True))
+        image.extra = b''
+        z.filelist.append(image)
+        with z.open('label.npy', 'w', force_zip64=True) as labels:
+            labels.write(npy_header(shape[:1], '<i8'))
+            for label, count in enumerate(counts):
+                labels.write(struct.pack('<q', label) * count)

@@ -1,5 +1,7 @@
-"""Classifiers: what training minimises, how images are augmented, and how accurate they are."""
+"""Classifiers: what training minimises, how images are augmented, attacks within a ball of the
+l-infinity norm, and how accurate they are."""
 
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -8,9 +10,53 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from dnnlib import UserError
-from synthetic_data.adversarial import Attack, pgd
 from torch_utils.random import BlockRandomGenerator
 from training.snapshot import load_snapshot
+
+
+@dataclasses.dataclass(frozen=True)
+class Attack:
+    """Projected gradient descent (arXiv 1706.06083): `steps` steps of `step_size` within `eps`,
+    for pixels in [0, 1]."""
+
+    eps: float = 8 / 255
+    step_size: float = 2 / 255
+    steps: int = 10
+
+
+def pgd(net, images, labels, attack: Attack, random):
+    """Images [N,C,H,W] in [0, 1] that differ from the given ones by at most `attack.eps` and raise
+    the loss of `net`.
+
+    x <- clip(x + step_size sign(grad_x CE(net(x), labels)), images - eps, images + eps) in [0, 1],
+    from a uniform point of the ball that `random.rand` draws. `labels` int64 [N]. Nothing reaches
+    the gradients of the network's parameters, and no statistics of batch normalisation change.
+    """
+    low = (images - attack.eps).clamp(min=0)
+    high = (images + attack.eps).clamp(max=1)
+    start = images + attack.eps * (2 * random.rand(images.shape, device=images.device) - 1)
+    x = torch.clamp(start, low, high)
+    with _frozen_statistics(net), torch.enable_grad():
+        for _ in range(attack.steps):
+            x.requires_grad_()
+            loss = F.cross_entropy(net(x).float(), labels, reduction='sum')
+            (gradient,) = torch.autograd.grad(loss, x)
+            x = torch.clamp(x.detach() + attack.step_size * gradient.sign(), low, high)
+    return x.detach()
+
+
+@contextlib.contextmanager
+def _frozen_statistics(net):
+    """Forward passes in training mode normalise by their batch, as they do in training, but leave
+    the running means."""
+    layers = [layer for layer in net.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
 
 
 def augment(images, random, pad: int, xflip: bool):
@@ -84,6 +130,16 @@ def open_classifier(path: str, model: str | None = None, num_classes: int | None
     return net
 
 
+def batches(data, batch: int, device, rank: int = 0, processes: int = 1):
+    """(indices, images [n,3,H,W] in [0, 1], labels [n]) of a labelled data set, `batch` at a time:
+    the share of a process."""
+    parts = np.split(np.arange(len(data)), range(batch, len(data), batch))[rank::processes]
+    # None: on a terminal only
+    for indices in tqdm(parts, unit='batch', delay=2, disable=None if rank == 0 else True):
+        images = torch.from_numpy(data.images(indices)).to(device).float() / 255
+        yield indices, images, torch.from_numpy(data.label_ids[indices]).to(device)
+
+
 @torch.no_grad()
 def accuracy(net, dataset, attack: Attack | None = None, batch: int = 256,
              seed: int = 0) -> dict:
@@ -94,15 +150,12 @@ def accuracy(net, dataset, attack: Attack | None = None, batch: int = 256,
     """
     device = next(net.parameters()).device
     correct = {'clean': [], 'robust': []}
-    for start in tqdm(range(0, len(dataset), batch), unit='batch', delay=2, disable=None):
-        indices = np.arange(start, min(start + batch, len(dataset)))
-        images = torch.from_numpy(dataset.images(indices)).to(device).float() / 255
-        labels = torch.from_numpy(dataset.label_ids[indices]).to(device)
+    for indices, images, labels in batches(dataset, batch, device):
         clean = net(images).argmax(dim=1) == labels
         correct['clean'].append(clean)
         if attack is not None:
-            random = BlockRandomGenerator(device, seed, start, len(indices))
+            random = BlockRandomGenerator(device, seed, indices[0], len(indices))
             attacked = pgd(net, images, labels, attack, random)
             correct['robust'].append(clean & (net(attacked).argmax(dim=1) == labels))
-    return {name: float(torch.cat(parts).double().mean()) if parts else None
+    return {name: torch.cat(parts).double().mean().item() if parts else None
             for name, parts in correct.items()}

@@ -13,8 +13,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 from dnnlib import UserError, cli
 from synthetic_data import common
-from synthetic_data.class_files import ClassFile, open_classes
-from synthetic_data.npz import write_npz
+from synthetic_data.class_files import ClassFile, open_classes, write_npz
 
 # What a file system says that cannot copy within the kernel (another one on the other side, a
 # network, an old kernel).

@@ -16,7 +16,6 @@ import pandas as pd
 import studies
 from dnnlib import UserError, cli, options, util
 from synthetic_data import train_classifier
-from synthetic_data.mixture import GeneratedImages
 from torch_utils import distributed as dist
 from torch_utils import parallel
 from training import runs
@@ -35,7 +34,7 @@ class Run:
     data: str
     training: str
     seed: int
-    config: dict = dataclasses.field(hash=False)
+    config: dict
 
     @property
     def accuracy(self) -> dict | None:
@@ -43,7 +42,7 @@ class Run:
 
         Raises UserError if the folder is of a run with other settings.
         """
-        rows = train_classifier.read_accuracy(os.path.join(self.folder, 'accuracy.json'))
+        rows = train_classifier.read_accuracy(self.folder)
         if not rows or rows[-1]['nimg'] < self.config['duration']:
             return None
         deciding = {key: value for key, value in self.config.items() if key not in REPORTING}
@@ -69,21 +68,19 @@ def plan(outdir: str, data: str, test: str, sources: dict, trainings, seeds,
     shared = options | dict(data=data, test=test, robust=True, test_every=0,
                             snapshot=options['duration'])
     planned = []
-    for training in sorted(trainings):
-        for seed, (name, path) in itertools.product(seeds, sources.items()):
-            differing = dict(generated=path, adversarial=training == 'adversarial', seed=seed)
-            folder = os.path.join(outdir, f'{name}-{training}-seed{seed}')
-            config = train_classifier.build_config(shared | differing)
-            planned.append(Run(folder, name, training, seed, config))
+    for training, seed, name in itertools.product(sorted(trainings), seeds, sources):
+        config = train_classifier.build_config(shared | dict(
+            generated=sources[name], adversarial=training == 'adversarial', seed=seed))
+        folder = os.path.join(outdir, f'{name}-{training}-seed{seed}')
+        planned.append(Run(folder, name, training, seed, config))
     return planned
 
 
 def train_all(planned: list[Run], jobs: int):
     """Trains what has not come to its end."""
     waiting = [run for run in planned if run.accuracy is None]
-    if len(waiting) < len(planned):
-        dist.print0(f'{len(planned) - len(waiting)} of {len(planned)} classifiers are trained '
-                    'already')
+    if finished := len(planned) - len(waiting):
+        dist.print0(f'{finished} of {len(planned)} classifiers are trained already')
     for run in parallel.run_side_by_side(Run.train, waiting, jobs):
         accuracy = dist.broadcast_object(run.accuracy)
         dist.print0(f'{run.training}, {DATA[run.data]}, seed {run.seed}: '
@@ -92,8 +89,9 @@ def train_all(planned: list[Run], jobs: int):
 
 def table(planned: list[Run]) -> pd.DataFrame:
     """A row for each run: training, data, seed, clean and robust accuracy."""
-    return pd.DataFrame([{'training': run.training, 'data': run.data, 'seed': run.seed}
-                         | {name: run.accuracy[name] for name in MEASURES} for run in planned])
+    rows = [dict(training=run.training, data=run.data, seed=run.seed) | run.accuracy
+            for run in planned]
+    return pd.DataFrame(rows).drop(columns='nimg')
 
 
 def summarise(results: pd.DataFrame) -> pd.DataFrame:
@@ -134,14 +132,13 @@ The same command goes on where it was stopped; finished classifiers are not trai
 
 
 @click.command(cls=cli.Command, epilog=EXAMPLES)
-@click.option('--outdir', metavar='DIR', required=True, help='Where results and the runs go')
-@click.option('--data', metavar='ZIP|DIR', required=True, help='Real training images, with labels')
-@click.option('--test', metavar='ZIP|DIR', required=True, help='Real test images, with labels')
-@click.option('--generated', metavar='DIR|NPZ',
-              help='Generated images: a folder of generate.py, or an .npz of combine_data.py')
-@click.option('--selected', metavar='DIR|NPZ', help='Selected images: an .npz of select_1M.py')
-@click.option('--training', metavar='LIST', default='plain,adversarial',
-              help='plain, adversarial, or both')
+@options.text('DIR', '--outdir', 'Where results and the runs go', required=True)
+@options.text('ZIP|DIR', '--data', 'Real training images, with labels', required=True)
+@options.text('ZIP|DIR', '--test', 'Real test images, with labels', required=True)
+@options.text('DIR|NPZ', '--generated',
+              'Generated images: a folder of generate.py, or an .npz of combine_data.py')
+@options.text('DIR|NPZ', '--selected', 'Selected images: an .npz of select_1M.py')
+@options.text('LIST', '--training', 'plain, adversarial, or both', default='plain,adversarial')
 @options.integers('--seeds', '0', 'Classifiers of each kind, by seed')
 @train_classifier.training_options
 @options.batch_gpu
@@ -159,23 +156,23 @@ def main(outdir, data, test, generated, selected, training, seeds, jobs, **setti
         raise UserError(f'--training={training}: give plain, adversarial, or plain,adversarial')
     if len(set(seeds)) < len(seeds):
         raise UserError('--seeds: give each number once')
-    sources = {'generated': generated, 'selected': selected}
-    sources = {name: path for name, path in sources.items() if path}
-    if not sources:
+    sources = {'real': None, 'generated': generated, 'selected': selected}
+    sources = {name: path for name, path in sources.items() if path or name == 'real'}
+    if len(sources) == 1:
         raise UserError('nothing to compare with: give --generated, --selected or both')
     dist.init()
-    one_by_one = dist.get_world_size() > 1
-    if one_by_one and jobs not in (None, 1):
-        raise UserError(f'--jobs={jobs}: under torchrun classifiers train one after the other')
-    classes = train_classifier.open_labelled('data', data).label_dim
-    for path in sources.values():
-        GeneratedImages(path, classes)  # what is wrong with it is said now
-    planned = plan(outdir, data, test, {'real': None} | sources, trainings, seeds,
+    if dist.get_world_size() > 1:
+        if jobs not in (None, 1):
+            raise UserError(f'--jobs={jobs}: under torchrun classifiers train one after the other')
+        jobs = 1
+    planned = plan(outdir, data, test, sources, trainings, seeds,
                    settings | dict(ls=1.0, bench=True))
+    for run in planned[:len(sources)]:
+        train_classifier.open_data(run.config)  # what is wrong with it is said now
     dist.print0(f'{len(planned)} classifiers {settings["model"]} of {settings["duration"]} '
                 f'training images in {outdir}')
     try:
-        train_all(planned, 1 if one_by_one else jobs or parallel.default_jobs())
+        train_all(planned, jobs or parallel.default_jobs())
     except KeyboardInterrupt:
         raise UserError('stopped; the same command goes on from here') from None
     if dist.get_rank() == 0:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from dnnlib import UserError, cli, options
 from synthetic_data import common, fixed_batch
-from synthetic_data.class_writer import ClassWriter
+from synthetic_data.class_files import ClassWriter
 from torch_utils import distributed as dist
 from torch_utils.files.weights import fingerprint
 from training import runs

@@ -18,8 +18,8 @@ class _Joined(Dataset):
     """Data sets one after the other: whatever has a length and `images(indices)` -> uint8
     [n,C,H,W]."""
 
-    def __init__(self, path: str, image_shape: tuple, parts: list, labels, label_dim: int):
-        super().__init__(path, image_shape, labels=labels, label_dim=label_dim)
+    def __init__(self, path: str, parts: list, labels, label_dim: int):
+        super().__init__(path, parts[0].image_shape, labels=labels, label_dim=label_dim)
         self._parts = parts
         self._bounds = np.cumsum([0, *map(len, parts)])
 
@@ -62,7 +62,7 @@ class GeneratedImages(_Joined):
             classes = open_classes(folders, class_num)
             labels = np.repeat(np.arange(class_num), [sum(map(len, files)) for files in classes])
             parts = list(itertools.chain(*classes))
-        super().__init__(path, parts[0].image_shape, parts, labels, class_num)
+        super().__init__(path, parts, labels, class_num)
 
 
 class Mixture(_Joined):
@@ -74,7 +74,7 @@ class Mixture(_Joined):
             raise UserError(f'{generated.path} has images of {list(generated.image_shape)}, but '
                             f'those of {real.path} are {list(real.image_shape)}')
         labels = np.concatenate([real.label_ids, generated.label_ids])
-        super().__init__(real.path, real.image_shape, [real, generated], labels, real.label_dim)
+        super().__init__(real.path, [real, generated], labels, real.label_dim)
         self.real = real
 
     def description(self) -> dict:

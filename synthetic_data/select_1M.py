@@ -1,5 +1,6 @@
 """Select the generated images that a classifier is surest of."""
 
+import math
 import os
 import sys
 import zlib
@@ -13,15 +14,62 @@ import numpy as np
 import torch
 
 import studies
-from dnnlib import cli, options, pictures, util
-from synthetic_data import common, scoring
-from synthetic_data.classify import open_classifier
+from dnnlib import cli, options, util
+from synthetic_data import common, fixed_batch
+from synthetic_data.class_files import write_npz
+from synthetic_data.classify import batches, open_classifier
 from synthetic_data.mixture import GeneratedImages
-from synthetic_data.npz import write_npz
 from torch_utils import distributed as dist
 
+BINS = 50            # of the histogram of confidences
 EXTREMES = 10      # best and worst images of a class in the picture
 WRITE_IMAGES = 4096  # at a time
+
+
+@torch.inference_mode()
+def score(net, data, batch: int, device) -> np.ndarray:
+    """softmax(net(x))[label] of every image of a labelled data set, float32 [len].
+
+    Images are read `batch` at a time; the processes share them, and all get the result. On a CPU a
+    confidence depends on neither.
+    """
+    net = fixed_batch.for_device(net, device, data.resolution)
+    scores = np.zeros(len(data), np.float32)
+    share = dist.get_rank(), dist.get_world_size()
+    for indices, images, labels in batches(data, batch, device, *share):
+        logits = net(images.to(memory_format=torch.channels_last)).float()
+        confidences = logits.softmax(dim=1).gather(1, labels[:, None])
+        scores[indices] = confidences[:, 0].cpu().numpy()
+    return sum(dist.gather_objects(scores))  # each process has zeros for the images of others
+
+
+def surest(scores: np.ndarray) -> np.ndarray:
+    """Indices of scores [N] from the highest to the lowest; of equal ones the first is first."""
+    return np.argsort(-scores, kind='stable')
+
+
+def select_top(scores: np.ndarray, share: float) -> np.ndarray:
+    """Ascending indices (int64) of the best share of scores [N], at least one; of equal scores the
+    first ones are taken."""
+    count = max(math.floor(len(scores) * share + 1e-6), 1)
+    return np.sort(surest(scores)[:count])
+
+
+def report(scores: np.ndarray, selected: np.ndarray) -> dict:
+    """What the selection of a class was like, from all scores and the selected ones: counts, the
+    lowest confidence taken, means, a histogram over [0, 1] of all."""
+    lowest = selected.min()
+    return {
+        'images': len(scores),
+        'selected': len(selected),
+        'lowest_selected': float(lowest),
+        'mean': scores.mean(dtype=float),
+        'mean_selected': selected.mean(dtype=float),
+        'ties_at_lowest': int((scores == lowest).sum()),
+        'histogram': np.histogram(scores, BINS, (0, 1))[0].tolist()}
+
+
+# --- What is written -------------------------------------------------------------------------------
 
 
 def save_picture(path: str, data, scores: np.ndarray):
@@ -31,7 +79,7 @@ def save_picture(path: str, data, scores: np.ndarray):
     for label in range(data.label_dim):
         indices = np.flatnonzero(data.label_ids == label)
         for name, keys in (('best', scores), ('worst', -scores)):
-            row = indices[scoring.surest(keys[indices])[:EXTREMES]]
+            row = indices[surest(keys[indices])[:EXTREMES]]
             rows[f'{label} {name} {scores[row[0]]:.3f}'] = data.images(row)
     studies.save_rows(rows, EXTREMES, path)
 
@@ -40,12 +88,10 @@ def save_histograms(path: str, rows: list[dict]):
     """Confidence of the images of each class, and the lowest one that was selected."""
     across = min(len(rows), 5)
     lines = -(-len(rows) // across)
-    fig, axes = pictures.figure((2.2 * across, 1.6 * lines + 0.4), (lines, across))
-    axes = np.ravel(axes)
-    edges = np.linspace(0, 1, scoring.BINS + 1)
-    for axis in axes[len(rows):]:
-        axis.set_visible(False)
-    for label, (axis, row) in enumerate(zip(axes, rows, strict=False)):
+    fig = studies.plt.figure(figsize=(2.2 * across, 1.6 * lines + 0.4), layout='constrained')
+    edges = np.linspace(0, 1, BINS + 1)
+    for label, row in enumerate(rows):
+        axis = fig.add_subplot(lines, across, label + 1)
         axis.stairs(row['histogram'], edges, fill=True, color='0.6')
         axis.axvline(row['lowest_selected'], color='C0', linewidth=1)
         axis.set_yscale('symlog')
@@ -55,17 +101,17 @@ def save_histograms(path: str, rows: list[dict]):
     fig.supylabel('images', fontsize=8)
     with util.atomic_path(path) as temp:
         fig.savefig(temp, format='png', dpi=120)
+    studies.plt.close(fig)
 
 
 def write_selected(dest: str, data, selected: list[np.ndarray]):
     """The .npz of these images, indices for each class."""
     def append(file, crc):
-        for indices in selected:
-            for start in range(0, len(indices), WRITE_IMAGES):
-                images = data.images(indices[start:start + WRITE_IMAGES])
-                content = images.transpose(0, 2, 3, 1).tobytes()
-                file.write(content)
-                crc = zlib.crc32(content, crc)
+        indices = np.concatenate(selected)
+        for part in np.split(indices, range(WRITE_IMAGES, len(indices), WRITE_IMAGES)):
+            content = data.images(part).transpose(0, 2, 3, 1).tobytes()
+            file.write(content)
+            crc = zlib.crc32(content, crc)
         return crc
 
     channels, height, width = data.image_shape
@@ -81,13 +127,13 @@ def run(model, model_path, data_dir, output_dir, class_num, top_scale, batch_siz
     net = open_classifier(model_path, model, class_num, device)
     dist.print0(f'Scoring {len(data)} images of {class_num} classes on {dist.get_world_size()} x '
                 f'{device.type}')
-    scores = scoring.score(net, data, batch_size, device)
+    scores = score(net, data, batch_size, device)
     selected = []
     rows = []
     for label in range(class_num):
         indices = np.flatnonzero(data.label_ids == label)
-        selected.append(indices[scoring.select_top(scores[indices], top_scale)])
-        rows.append(scoring.report(scores[indices], scores[selected[-1]]))
+        selected.append(indices[select_top(scores[indices], top_scale)])
+        rows.append(report(scores[indices], scores[selected[-1]]))
     if dist.get_rank() == 0:
         stem = os.path.join(output_dir, file_name)
         with common.full_disk(f'--output_dir={output_dir}', 'run it again'):
@@ -97,7 +143,7 @@ def run(model, model_path, data_dir, output_dir, class_num, top_scale, batch_siz
                 'classes': rows})
             save_histograms(stem + '-confidence.png', rows)
             save_picture(stem + '-best-worst.png', data, scores)
-        print(f'{"class":>5}{"images":>10}{"selected":>10}{"mean":>8}{"lowest selected":>17}')
+        print('class    images  selected    mean  lowest selected')
         for label, row in enumerate(rows):
             print(f'{label:5}{row["images"]:10}{row["selected"]:10}{row["mean"]:8.4f}'
                   f'{row["lowest_selected"]:17.6f}')
@@ -119,13 +165,13 @@ Examples:
 
 
 @click.command(cls=cli.Command, epilog=EXAMPLES)
-@click.option('--model', metavar='wrn-D-W',
-              help='What the classifier must be, e.g. wrn-28-10  [default: what the file holds]')
-@click.option('--model_path', metavar='FILE', required=True,
-              help='Its weights: a published .pt, or a snapshot of train_classifier.py')
+@options.text('wrn-D-W', '--model',
+              'What the classifier must be, e.g. wrn-28-10  [default: what the file holds]')
+@options.text('FILE', '--model_path',
+              'Its weights: a published .pt, or a snapshot of train_classifier.py', required=True)
 @common.class_folder_options('1m')
-@click.option('--top_scale', metavar='SHARE', type=click.FloatRange(0, 1, min_open=True),
-              default=0.2, help='Share of each class that is taken')
+@options.text('SHARE', '--top_scale', 'Share of each class that is taken', default=0.2,
+              type=click.FloatRange(0, 1, min_open=True))
 @options.integer('--batch_size', 1024, 'Images at a time on each process')
 def main(**opts):
     """Select the images of each class of whose class a classifier is surest: NAME.npz with `image`

@@ -1,6 +1,7 @@
 """Train a wide residual network to classify images, on real and generated ones, plainly or against
 attacks."""
 
+import functools
 import json
 import os
 import sys
@@ -12,10 +13,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dnnlib import UserError, cli, options, util
-from dnnlib.options import boolean, integer, nimg, number
+from dnnlib.options import boolean, choice, integer, nimg, number, text
 from dnnlib.util import renamed_fields
 from synthetic_data import classify, common
-from synthetic_data.adversarial import Attack
+from synthetic_data.classify import Attack
 from synthetic_data.mixture import GeneratedImages, Mixture, MixtureOrder
 from torch_utils import distributed as dist
 from training import recipe
@@ -23,21 +24,18 @@ from training.data.batches import DatasetBatches
 from training.data.dataset import ImageDataset
 from training.data.sampler import EpochShuffle
 from training.encoders import RGBEncoder
+from training.networks.layers import DTYPES
 
-DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
+ACCURACY = 'accuracy.json'
 
 
 def build_config(opts: dict) -> dict:
     """All settings of a run, from the options."""
-    config = dict(opts)
-    if config['precision'] is None:
-        config['precision'] = 'bf16' if torch.cuda.is_available() else 'fp32'
-    config['precision'] = recipe.choose_precision(config['precision'])
-    for key in ('status', 'snapshot', 'checkpoint', 'test_every'):
-        config[key] = config[key] or None  # 0 switches it off
-    if config['generated'] is None:
-        config['share'] = 0.0
-    return config
+    suiting = 'bf16' if torch.cuda.is_available() else 'fp32'
+    return opts | {key: opts[key] or None  # 0 switches it off
+                   for key in ('status', 'snapshot', 'checkpoint', 'test_every')} | {
+        'precision': recipe.choose_precision(opts['precision'] or suiting),
+        'share': opts['share'] if opts['generated'] else 0.0}
 
 
 def open_labelled(field: str, path: str) -> ImageDataset:
@@ -71,37 +69,31 @@ def open_data(config: dict):
     return Mixture(data, generated), order, test
 
 
-def attack_of(config: dict) -> Attack:
-    return Attack(config['eps'], config['step_size'], config['attack_steps'])
+def attack_of(config: dict, wanted: str) -> Attack | None:
+    """The attack of the settings; None if the setting `wanted` is False."""
+    return Attack(config['eps'], config['step_size'],
+                  config['attack_steps']) if config[wanted] else None
 
 
-class TestAccuracy:
-    """Measures the averaged network on the test data, and keeps all results in accuracy.json of
-    the run."""
-
-    def __init__(self, run_dir: str, test, attack: Attack | None, seed: int):
-        self.path = os.path.join(run_dir, 'accuracy.json')
-        self.test = test
-        self.attack = attack
-        self.seed = seed
-
-    def __call__(self, nimg: int, nets) -> dict:
-        if dist.get_rank() != 0:
-            return {}
-        accuracy = classify.accuracy(nets[0], self.test, self.attack, seed=self.seed)
-        # A run that was killed after a test and before its checkpoint comes here twice with the
-        # same numbers.
-        rows = [row for row in read_accuracy(self.path) if row['nimg'] < nimg]
-        util.write_json(self.path, [*rows, {'nimg': nimg} | accuracy])
-        text = f'clean {accuracy["clean"]:.2%}'
-        if self.attack is not None:
-            text += f', under attack {accuracy["robust"]:.2%}'
-        print(f'Test accuracy after {util.format_count(nimg)} images: {text}', flush=True)
-        return {f'Accuracy/{name}': value for name, value in accuracy.items() if value is not None}
+def measure_accuracy(run_dir: str, test, attack: Attack | None, seed: int, nimg: int,
+                     nets) -> dict:
+    """Tests the averaged network, and keeps all results in accuracy.json of the run."""
+    if dist.get_rank() != 0:
+        return {}
+    accuracy = classify.accuracy(nets[0], test, attack, seed=seed)
+    # A run that was killed after a test and before its checkpoint comes here twice with the same
+    # numbers.
+    rows = [row for row in read_accuracy(run_dir) if row['nimg'] < nimg]
+    util.write_json(os.path.join(run_dir, ACCURACY), [*rows, {'nimg': nimg} | accuracy])
+    attacked = f', under attack {accuracy["robust"]:.2%}' if attack else ''
+    print(f'Test accuracy after {util.format_count(nimg)} images: clean {accuracy["clean"]:.2%}'
+          f'{attacked}', flush=True)
+    return {f'Accuracy/{name}': value for name, value in accuracy.items() if value is not None}
 
 
-def read_accuracy(path: str) -> list[dict]:
-    """The rows {'nimg', 'clean', 'robust'} of an accuracy.json; none if there is no such file."""
+def read_accuracy(run_dir: str) -> list[dict]:
+    """The rows {'nimg', 'clean', 'robust'} of the tests of a run."""
+    path = os.path.join(run_dir, ACCURACY)
     if not os.path.isfile(path):
         return []
     try:
@@ -138,11 +130,11 @@ def train(config: dict, outdir: str, **running) -> int:
     loss = classify.ClassificationLoss(
         pad=data.resolution // 8 if config['pad'] is None else config['pad'],
         xflip=config['xflip'], smoothing=config['smoothing'], dtype=DTYPES[config['precision']],
-        attack=attack_of(config) if config['adversarial'] else None)
+        attack=attack_of(config, 'adversarial'))
     callbacks = []
     if test is not None:
-        attack = attack_of(config) if config['robust'] else None
-        tester = TestAccuracy(outdir, test, attack, config['seed'])
+        tester = functools.partial(measure_accuracy, outdir, test,
+                                   attack_of(config, 'robust'), config['seed'])
         callbacks = [(config['test_every'] or config['duration'], tester)]
     batches = DatasetBatches(data, RGBEncoder(), dist.get_device(), config['seed'], order)
     with renamed_fields(decay='ema', network='model', normalize_input='normalize'):
@@ -164,19 +156,16 @@ Examples:
 The same command resumes an interrupted run from its newest whole checkpoint. select_1M.py takes
 the snapshots."""
 
-FRACTION = options.FRACTION
 NEVER = ', 0 = never'
+fraction = functools.partial(text, 'FRACTION', type=common.FRACTION)
 # How a classifier is trained and attacked, and what is reported.
 training_options = options.together(
-    click.option('--model', metavar='wrn-D-W', default='wrn-28-10',
-                 help='Network, of depth D (6n + 4) and width W'),
+    text('wrn-D-W', '--model', 'Network, of depth D (6n + 4) and width W', default='wrn-28-10'),
     boolean('--normalize', False, "Normalise the input by CIFAR-10's statistics"),
     number('--share', 0.7, 'Part of every batch that is generated, with --generated',
            options.FRACTION),
-    click.option('--eps', metavar='FRACTION', type=common.FRACTION, default='8/255',
-                 help='Largest change of a pixel by an attack'),
-    click.option('--step-size', metavar='FRACTION', type=common.FRACTION, default='2/255',
-                 help='Change of a pixel in a step of an attack'),
+    fraction('--eps', 'Largest change of a pixel by an attack', default='8/255'),
+    fraction('--step-size', 'Change of a pixel in a step of an attack', default='2/255'),
     integer('--attack-steps', 10, 'Steps of an attack'),
     nimg('--duration', '20M', 'Training images in all'),
     nimg('--batch', '512', 'Images of one step'),
@@ -191,9 +180,8 @@ training_options = options.together(
     integer('--pad', None, 'Images are moved by up to so many pixels  [default: an eighth of the '
                            'side]', least=0),
     boolean('--xflip', True, 'Mirror half of the images'),
-    click.option('--precision', metavar='TYPE', type=click.Choice(list(DTYPES)),
-                 help='Of convolutions: fp32, or mixed fp16 (with a loss scale of its own unless '
-                      '--ls) or bf16  [default: bf16 on a GPU, else fp32]'),
+    choice('--precision', None, 'Type of convolutions: fp32, or mixed fp16 (with a loss scale of '
+           'its own unless --ls) or bf16  [default: bf16 on a GPU, else fp32]', DTYPES),
     nimg('--status', '128Ki', 'Report every NIMG images' + NEVER),
     nimg('--checkpoint', '1M', 'Save the state every NIMG images' + NEVER))
 
@@ -201,9 +189,9 @@ training_options = options.together(
 @click.command(cls=cli.Command, epilog=EXAMPLES)
 @options.training(
     'Folder of the run: results, and where to resume from',
-    click.option('--test', metavar='ZIP|DIR', help='Data set to measure the accuracy on'),
-    click.option('--generated', metavar='DIR|NPZ',
-                 help='Generated images: a folder of generate.py, or an .npz of its successors'),
+    text('ZIP|DIR', '--test', 'Data set to measure the accuracy on'),
+    text('DIR|NPZ', '--generated',
+         'Generated images: a folder of generate.py, or an .npz of its successors'),
     boolean('--adversarial', False, 'Train on images that PGD has changed'),
     boolean('--robust', True, 'Test under attack too'),
     training_options,

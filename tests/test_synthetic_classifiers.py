@@ -13,7 +13,7 @@ from helpers import command, environment, fails, run, write_digits
 from synthetic import TINY, TRAIN, same, train, weights
 
 from synthetic_data import classify
-from synthetic_data.adversarial import Attack, pgd
+from synthetic_data.classify import Attack, pgd
 from torch_utils.random import BlockRandomGenerator, GlobalRandom
 from training import schedules
 from training.data.dataset import ImageDataset

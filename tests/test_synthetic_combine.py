@@ -14,8 +14,7 @@ from synthetic import CLASSES, COMBINE, GENERATE, invoke, limited, options, writ
 
 from dnnlib.npz import open_array
 from synthetic_data import combine_data
-from synthetic_data.class_files import ClassFile
-from synthetic_data.npz import write_npz
+from synthetic_data.class_files import ClassFile, write_npz
 
 
 def test_combine_as_written(tmp_path):

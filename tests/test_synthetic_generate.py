@@ -14,7 +14,7 @@ import torch
 from helpers import ROOT, command, environment, fails
 from synthetic import CLASSES, GENERATE, SIDE, contents, invoke, limited, options, save_network
 
-from synthetic_data import class_writer, fixed_batch
+from synthetic_data import class_files, fixed_batch
 from training.encoders import RGBEncoder
 from training.generate import generate_images
 from training.snapshot import load_snapshot
@@ -121,7 +121,7 @@ def test_every_moment_of_a_stop_is_recovered_from(tmp_path, moment):
     images = np.random.RandomState(0).randint(0, 256, [10, 4, 4, 3], np.uint8)
 
     def prepared(seeds=10):
-        writer = class_writer.ClassWriter(str(tmp_path), 0)
+        writer = class_files.ClassWriter(str(tmp_path), 0)
         writer.prepare(np.arange(seeds), {'network': 'a'}, (4, 4, 3))
         return writer.open()
 

@@ -9,7 +9,7 @@ from helpers import fails, run
 from synthetic import SELECT, invoke, save_network, write_classes
 
 from dnnlib import UserError
-from synthetic_data import classify, scoring
+from synthetic_data import classify, select_1M
 from training.networks.classifier import WideResNet
 
 
@@ -64,11 +64,11 @@ def test_two_processes_select_the_same(scored, tmp_path):
 
 def test_ties_are_broken_by_index():
     scores = np.array([0.5, 0.9, 0.9, 1.0, 0.9], np.float32)
-    assert scoring.select_top(scores, 0.4).tolist() == [1, 3]
-    assert scoring.select_top(scores, 0.6).tolist() == [1, 2, 3]
-    assert scoring.select_top(scores, 0.001).tolist() == [3]
-    assert [scoring.surest(keys)[:2].tolist() for keys in (scores, -scores)] == [[3, 1], [0, 1]]
-    row = scoring.report(scores, scores[[1, 3]])
+    assert select_1M.select_top(scores, 0.4).tolist() == [1, 3]
+    assert select_1M.select_top(scores, 0.6).tolist() == [1, 2, 3]
+    assert select_1M.select_top(scores, 0.001).tolist() == [3]
+    assert [select_1M.surest(keys)[:2].tolist() for keys in (scores, -scores)] == [[3, 1], [0, 1]]
+    row = select_1M.report(scores, scores[[1, 3]])
     assert row['ties_at_lowest'] == 3 and row['histogram'][-1] == 1 and sum(row['histogram']) == 5
 
 
