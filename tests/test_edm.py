@@ -10,7 +10,7 @@ import torch
 
 from dnnlib import UserError
 from torch_utils.random import BlockRandomGenerator, GlobalRandom, StackedRandomGenerator, drawing_from
-from training.diffusion.augment import EDM_MULTIPLIERS, AugmentPipe, resample, scaling, translation
+from training.diffusion.augment import EDM_MULTIPLIERS, AugmentPipe, reach, resample, scaling, translation
 from training.diffusion.losses import LOSSES, EDMLoss, VELoss, VPLoss
 from training.diffusion.samplers import SAMPLERS, sample
 from training.networks import build_network
@@ -267,8 +267,8 @@ def test_reference_padding_makes_images_depend_on_each_other():
     image = torch.rand([1, 3, 16, 16], generator=torch.Generator().manual_seed(1)) * 2 - 1
     shrink, shift = scaling(torch.tensor([2.0]), torch.tensor([2.0])), translation(torch.tensor([9.0]), torch.zeros(1))
     batch, G = image.repeat(2, 1, 1, 1), torch.cat([shrink, shift])
-    alone = resample(image, shrink, AugmentPipe._padding(shrink, 16, 16))
-    together = resample(batch, G, AugmentPipe._padding(G, 16, 16))[:1]
+    alone = resample(image, shrink, reach(shrink, 16, 16))
+    together = resample(batch, G, reach(G, 16, 16))[:1]
     assert (alone - together).abs().max() > 2e-4
     torch.testing.assert_close(resample(image, shrink), resample(batch, G)[:1], rtol=0, atol=1e-6)
 

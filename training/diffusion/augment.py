@@ -7,14 +7,11 @@ Geometric operations follow StyleGAN2-ADA: the image is enlarged twice with a wa
 filter, sampled bilinearly, and reduced with the same filter.
 """
 
-import dataclasses
 import functools
 import math
 
 import torch
 import torch.nn.functional as F
-
-from torch_utils.random import GlobalRandom
 
 # Low-pass filter of the symlet-6 wavelet.
 SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633,
@@ -55,188 +52,116 @@ class AugmentPipe:
             raise ValueError(
                 f'unknown operations {sorted(unknown)}; known: {", ".join(self.OPERATIONS)}')
         self.shared_padding = shared_padding
-        self.probabilities = {name: p * value for name, value in multipliers.items()
-                              if value > 0}
-
-    def _active(self, operations) -> list[str]:
-        return [name for name in operations if name in self.probabilities]
+        self.probabilities = {name: p * multipliers[name] for name in self.OPERATIONS
+                              if multipliers.get(name, 0) > 0}
 
     @property
     def label_dim(self) -> int:
-        return sum(self.OPERATIONS[name] for name in self._active(self.OPERATIONS))
+        return sum(self.OPERATIONS[name] for name in self.probabilities)
 
     def __call__(self, images, random):
-        draws = _Draws(random, len(images), images.device, self.probabilities)
-        labels = []
-        for name in self._active(self.PIXEL):
-            images, new = getattr(self, '_' + name)(images, draws)
-            labels += new
-        for apply, operations in ((self._geometry, self.GEOMETRIC), (self._color, self.COLOR)):
-            if names := self._active(operations):
-                images, new = apply(images, draws, names)
-                labels += new
-        labels = [label.float() for label in labels]
-        return images, torch.stack(labels, dim=1) if labels else images.new_zeros([len(images), 0])
-
-    # --- Pixel operations: nothing is interpolated -----------------------------------------------
-
-    def _xflip(self, images, draws):
-        w = draws.integer('xflip', 2)
-        return _flipped(images, w, 3), [w]
-
-    def _yflip(self, images, draws):
-        w = draws.integer('yflip', 2)
-        return _flipped(images, w, 2), [w]
-
-    def _rotate_int(self, images, draws):
-        if images.shape[2] != images.shape[3]:
+        n, channels, h, w = images.shape
+        active = self.probabilities.keys()
+        if 'rotate_int' in active and h != w:
             raise ValueError(f'rotate_int needs square images, got {tuple(images.shape)}')
-        w = draws.integer('rotate_int', 4)
-        x_flipped = (w == 1) | (w == 2)
-        y_flipped = (w == 2) | (w == 3)
-        images = _flipped(_flipped(images, x_flipped, 3), y_flipped, 2)
-        images = torch.where((w % 2 == 1)[:, None, None, None], images.transpose(2, 3), images)
-        return images, [x_flipped, y_flipped]
-
-    def _translate_int(self, images, draws):
-        n, c, h, w = images.shape
-        x, y = draws.gate('translate_int', draws.uniform(2))
-        tx = (x * (w / 8)).round()
-        ty = (y * (h / 8)).round()
-
-        def source(size, shift):
-            index = torch.arange(size, device=images.device) - shift.long()[:, None]
-            return size - 1 - (size - 1 - index % (2 * size - 2)).abs()
-
-        images = images.gather(3, source(w, tx)[:, None, None, :].expand(n, c, h, w))
-        images = images.gather(2, source(h, -ty)[:, None, :, None].expand(n, c, h, w))
-        return images, [tx / (w / 8), ty / (h / 8)]
-
-    # --- Geometry --------------------------------------------------------------------------------
-
-    def _geometry(self, images, draws, names):
-        """Scaling, rotation, anisotropic scaling and translation, composed into one inverse map G
-        of coordinates."""
-        n, _, h, w = images.shape
-        G = torch.eye(3, device=images.device).expand(n, 3, 3)
-        labels = []
-        for name in names:
-            if name == 'scale':
-                x = draws.gate(name, draws.normal())
-                labels.append(x)
-                matrix = scaling(torch.exp2(-0.2 * x), torch.exp2(-0.2 * x))
-            elif name == 'rotate_frac':
-                angle = draws.gate(name, draws.angle())
-                labels += [angle.cos() - 1, angle.sin()]
-                matrix = rotation(angle)
-            elif name == 'aniso':
-                x = draws.normal()
-                angle = draws.angle()
-                x = draws.gate(name, x)
-                angle = draws.where(0.5, angle)
-                labels += [x * angle.cos(), x * angle.sin()]
-                matrix = (rotation(-angle) @ scaling(torch.exp2(-0.2 * x), torch.exp2(0.2 * x))
-                          @ rotation(angle))
-            else:
-                x, y = draws.gate(name, draws.normal(2))
-                labels += [x, y]
-                matrix = translation(-x * w / 8, -y * h / 8)
-            G = G @ matrix
-        return resample(images, G, self._padding(G, w, h) if self.shared_padding else None), labels
-
-    @staticmethod
-    def _padding(G, w, h) -> list[int]:
-        """Left, right, top and bottom padding that serves every image of the batch."""
-        centre = G.new_tensor([w - 1, h - 1]) / 2
-        corners = G.new_tensor([[-1, 1, 1, -1], [-1, -1, 1, 1], [1, 1, 1, 1]])
-        corners[:2] *= centre[:, None]
-        reached = (G @ corners)[:, :2]  # [N, (x, y), 4]
-        reach = torch.stack([-reached.amin(dim=(0, 2)), reached.amax(dim=(0, 2))], dim=1)
-        reach = (reach - centre[:, None] + 2 * MARGIN).ceil().clamp(min=0)
-        return reach.minimum(2 * centre[:, None]).int().flatten().tolist()
-
-    # --- Colour ----------------------------------------------------------------------------------
-
-    def _color(self, images, draws, names):
-        """Brightness, contrast, luma inversion, hue and saturation, composed into one affine map
-        of RGB."""
-        n, channels = images.shape[:2]
-        device = images.device
-        if channels not in (1, 3):
+        if active & self.COLOR and channels not in (1, 3):
             raise ValueError(f'colour operations need 1 or 3 channels, not {channels}')
-        eye = torch.eye(3, device=device)
-        # v v^T, v = (1,1,1) / sqrt(3): the luma axis
-        gray = torch.full([3, 3], 1 / 3, device=device)
-        rest = eye - gray
-        # The generator of rotations around v: (v x ..)
-        cross = torch.tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=device) / math.sqrt(3)
-        maps = {
-            'contrast': lambda w: eye * torch.exp2(0.5 * w),
-            'lumaflip': lambda w: eye - 2 * gray * w,
-            'hue': lambda w: gray + rest * w.cos() + cross * w.sin(),
-            'saturation': lambda w: gray + rest * torch.exp2(w)
-        }
-        matrix = eye.expand(n, 3, 3)
-        offset = torch.zeros([n, 3, 1], device=device)
-        labels = []
-        for name in names:
-            if name == 'lumaflip':
-                w = draws.integer(name, 2)
-            else:
-                w = draws.gate(name, draws.angle() if name == 'hue' else draws.normal())
-            labels += [w.cos() - 1, w.sin()] if name == 'hue' else [w]
-            w = w[:, None, None]
-            if name == 'brightness':
-                offset = offset + 0.2 * w
-            else:
-                step = maps[name](w)
-                matrix = step @ matrix
-                offset = step @ offset
-        if channels == 1:  # (g, g, g) is mapped, and its mean taken
-            matrix = matrix.sum(dim=(1, 2), keepdim=True) / 3
-            offset = offset.mean(dim=1, keepdim=True)
-        return (matrix @ images.flatten(2) + offset).reshape(images.shape), labels
+
+        def uniform(size, **axis):
+            return 2 * random.rand(size, **axis) - 1
+
+        def stretching(size, dim, **axis):
+            return torch.stack([random.randn([n], **axis), uniform([n], **axis)])
+
+        def where(p, values):
+            """`values` of the images that a draw of probability p chooses, 0 of the others."""
+            return values.where(random.rand([n], device=images.device) < p, 0)
+
+        def draw(name, function, *axes):
+            """Amounts of an operation [*axes, N], 0 where it is not applied."""
+            if name not in active:
+                return images.new_zeros([*axes, n])
+            values = function([*axes, n], dim=len(axes), device=images.device)
+            return where(self.probabilities[name], values)
+
+        # The pixels, without interpolation.
+        coin = functools.partial(random.randint, 2)
+        xflip = draw('xflip', coin)
+        yflip = draw('yflip', coin)
+        quarters = draw('rotate_int', functools.partial(random.randint, 4))
+        xturned = (quarters + 1) // 2 % 2
+        yturned = quarters // 2
+        x, y = draw('translate_int', uniform, 2)
+        xshift = (x * (w / 8)).round()
+        yshift = (y * (h / 8)).round()
+        images = _chosen(xflip != xturned, images.flip(3), images)
+        images = _chosen(yflip != yturned, images.flip(2), images)
+        if 'rotate_int' in active:
+            images = _chosen(quarters % 2 == 1, images.transpose(2, 3), images)
+        if 'translate_int' in active:
+            images = _shifted(_shifted(images, xshift, 3), -yshift, 2)
+
+        # The inverse map of coordinates: scaling, rotation, anisotropic scaling, translation.
+        scale = draw('scale', random.randn)
+        angle = math.pi * draw('rotate_frac', uniform)
+        aniso, direction = draw('aniso', stretching, 2)
+        direction = math.pi * (where(0.5, direction) if 'aniso' in active else direction)
+        xmove, ymove = draw('translate_frac', random.randn, 2)
+        if active & self.GEOMETRIC:
+            zoom = torch.exp2(-0.2 * scale)
+            G = (stretch(zoom, zoom, angle, direction, torch.exp2(-0.2 * aniso))
+                 @ translation(-xmove * w / 8, -ymove * h / 8))
+            images = resample(images, G, reach(G, w, h) if self.shared_padding else None)
+
+        # The colours: the luma and what differs from it, which a hue turns around the luma's axis.
+        brightness = draw('brightness', random.randn)
+        contrast = draw('contrast', random.randn)
+        lumaflip = draw('lumaflip', coin)
+        hue = math.pi * draw('hue', uniform)
+        saturation = draw('saturation', random.randn)
+        if active & self.COLOR:
+            images = recolor(images, brightness, contrast, lumaflip, hue, saturation)
+
+        labels = dict(
+            xflip=[xflip], yflip=[yflip], rotate_int=[xturned, yturned],
+            translate_int=[xshift / (w / 8), yshift / (h / 8)], scale=[scale],
+            rotate_frac=[angle.cos() - 1, angle.sin()],
+            aniso=[aniso * direction.cos(), aniso * direction.sin()],
+            translate_frac=[xmove, ymove], brightness=[brightness], contrast=[contrast],
+            lumaflip=[lumaflip], hue=[hue.cos() - 1, hue.sin()], saturation=[saturation])
+        rows = [label.float() for name in active for label in labels[name]]
+        return images, torch.stack(rows, dim=1) if rows else images.new_zeros([n, 0])
 
 
-def _flipped(images, flags, dim: int):
-    """Images [N,C,H,W], of which those with a flag [N] are mirrored along `dim`."""
-    return torch.where((flags > 0)[:, None, None, None], images.flip(dim), images)
+def _chosen(flags, changed, images):
+    """Images [N,C,H,W], those with a flag [N] as `changed`."""
+    return torch.where(flags[:, None, None, None], changed, images)
 
 
-@dataclasses.dataclass
-class _Draws:
-    """Random numbers of the images of a batch: [N], or [count, N]."""
+def _shifted(images, pixels, dim: int):
+    """Images [N,C,H,W] moved along `dim` by whole pixels [N], with mirrors at the border."""
+    last = images.shape[dim] - 1
+    index = torch.arange(last + 1, device=images.device) - pixels.long()[:, None]
+    index = last - (last - index % (2 * last)).abs()
+    return torch.take_along_dim(images, index[:, None, None].transpose(3, dim), dim)
 
-    random: GlobalRandom
-    n: int
-    device: torch.device
-    probabilities: dict
 
-    def _size(self, count=None):
-        return dict(size=[count, self.n] if count else [self.n], dim=1 if count else 0,
-                    device=self.device)
+def recolor(images, brightness, contrast, lumaflip, hue, saturation):
+    """Images [N,C,H,W] of 1 or 3 channels with changed colours; amounts [N].
 
-    def normal(self, count=None):
-        return self.random.randn(**self._size(count))
+    On the axes of the luma v = (1,1,1) / sqrt(3) and around it, all five act one by one, so their
+    order counts for the brightness alone, which comes first.
+    """
+    amounts = torch.stack([brightness, contrast, lumaflip, hue, saturation])
+    brightness, contrast, lumaflip, hue, saturation = amounts[..., None, None, None]
+    luma = images.mean(dim=1, keepdim=True)
+    turned = (images.roll(1, 1) - images.roll(-1, 1)) / math.sqrt(3)  # v x image
+    chroma = (images - luma) * hue.cos() + turned * hue.sin()
+    luma = (luma + 0.2 * brightness) * (1 - 2 * lumaflip)
+    return torch.exp2(0.5 * contrast) * (luma + torch.exp2(saturation) * chroma)
 
-    def uniform(self, count=None):
-        """In [-1, 1)."""
-        return 2 * self.random.rand(**self._size(count)) - 1
 
-    def angle(self):
-        return self.uniform() * math.pi
-
-    def integer(self, name: str, high: int):
-        """0 .. high - 1, gated."""
-        return self.gate(name, self.random.randint(high, **self._size()))
-
-    def where(self, p: float, values):
-        """`values` with probability p, 0 elsewhere; one draw for each image."""
-        return values.where(self.random.rand(**self._size()) < p, 0)
-
-    def gate(self, name: str, values):
-        """`values` where the operation is applied, 0 elsewhere."""
-        return self.where(self.probabilities[name], values)
+# --- Geometry: matrices [N,3,3] for coordinates (x to the right, y down) -------------------------
 
 
 def _matrix(*values) -> torch.Tensor:
@@ -248,20 +173,44 @@ def _matrix(*values) -> torch.Tensor:
 
 
 def scaling(x, y) -> torch.Tensor:
-    """Matrices [N,3,3] that multiply the coordinates by x and y, [N] each or one a number."""
+    """Coordinates are multiplied by x and y, [N] each or one a number."""
     return _matrix(x, 0, 0, 0, y, 0, 0, 0, 1)
 
 
 def translation(x, y) -> torch.Tensor:
-    """Matrices [N,3,3] that add x and y, [N] each or one a number, to the coordinates."""
+    """x and y, [N] each or one a number, are added to the coordinates."""
     return _matrix(1, 0, x, 0, 1, y, 0, 0, 1)
 
 
 def rotation(angle) -> torch.Tensor:
-    """Matrices [N,3,3] of the rotations by `angle` [N]."""
+    """Rotation by `angle` [N]."""
     cos = angle.cos()
     sin = angle.sin()
     return _matrix(cos, -sin, 0, sin, cos, 0, 0, 0, 1)
+
+
+def stretch(x, y, angle, direction, factor) -> torch.Tensor:
+    """Stretching by `factor` along `direction`, then rotation by `angle`, then scaling by x and y;
+    [N] each."""
+    return (scaling(x, y) @ rotation(angle - direction) @ scaling(factor, 1 / factor)
+            @ rotation(direction))
+
+
+def positions(matrices, x, y) -> torch.Tensor:
+    """Where matrices [N,3,3] take the points of a grid with coordinates x [W] and y [H]:
+    [N,2,H,W]."""
+    along_x, along_y, shift = matrices[:, :2, :, None, None].unbind(2)
+    return along_x * x + along_y * y[:, None] + shift
+
+
+def reach(G, w: int, h: int) -> list[int]:
+    """Left, right, top and bottom padding that serves the corners of a whole batch."""
+    centre = G.new_tensor([w - 1, h - 1]) / 2
+    extent = (G[:, :2, :2].abs() * centre).sum(2)
+    shift = G[:, :2, 2]
+    sides = torch.stack([(extent - shift).amax(0), (extent + shift).amax(0)], dim=1)
+    sides = (sides - centre[:, None] + 2 * MARGIN).ceil().clamp(min=0)
+    return sides.minimum(2 * centre[:, None]).int().flatten().tolist()
 
 
 # Doubling and halving along one axis are linear maps of short vectors: as matrices they run at the
@@ -292,21 +241,19 @@ def resample(images, G, padding=None):
     the centre, x to the right, y down). Outside, the image is mirrored as far as `padding` (left,
     right, top, bottom; default size - 1).
     """
-    n, c, h, w = images.shape
+    h, w = images.shape[2:]
+    device = G.device
     left, right, top, bottom = padding or [w - 1, w - 1, h - 1, h - 1]
-    one = G.new_ones([1])
-    G = translation(one * (left - right) / 2, (top - bottom) / 2) @ G
+    images = (_upsampling(h, top, bottom, device) @ images.float()
+              @ _upsampling(w, left, right, device).t())
 
-    # Twice as large.
-    images = (_upsampling(h, top, bottom, G.device) @ images.float()
-              @ _upsampling(w, left, right, G.device).t())
-    G = scaling(2 * one, 2) @ G @ scaling(one / 2, 1 / 2)
-    G = translation(-one / 2, -1 / 2) @ G @ translation(one / 2, 1 / 2)
+    def centred(size):
+        """Positions of the doubled pixels of an axis with its margins."""
+        half = size + 2 * MARGIN
+        return (torch.arange(2 * half, device=device) - half + 1) / 2
 
-    height = 2 * (h + 2 * MARGIN)
-    width = 2 * (w + 2 * MARGIN)
-    theta = (scaling(2 / images.shape[3] * one, 2 / images.shape[2]) @ G
-             @ scaling(width / 2 * one, height / 2))
-    grid = F.affine_grid(theta[:, :2], [n, c, height, width], align_corners=False)
+    x, y = positions(G, centred(w), centred(h)).unbind(1)
+    grid = torch.stack([(4 * x + 2 * (left - right) - 1) / images.shape[3],
+                        (4 * y + 2 * (top - bottom) - 1) / images.shape[2]], dim=-1)
     images = F.grid_sample(images, grid, align_corners=False)
-    return _downsampling(h, G.device) @ images @ _downsampling(w, G.device).t()
+    return _downsampling(h, device) @ images @ _downsampling(w, device).t()

@@ -7,13 +7,12 @@ centres at integers).
 """
 
 import dataclasses
-import functools
 import math
 
 import torch
 import torch.nn.functional as F
 
-from training.diffusion.augment import rotation, scaling, translation
+from training.diffusion.augment import positions, stretch, translation
 
 
 @dataclasses.dataclass
@@ -63,26 +62,21 @@ class ADAAugment:
 
     def matrices(self, a, height: int, width: int) -> torch.Tensor:
         """Where pixels go: [N,3,3] for parameters a [N,8]."""
-        flip_x, flip_y, scale, angle, direction, stretch, move_x, move_y = a.unbind(1)
+        flip_x, flip_y, scale, angle, direction, amount, move_x, move_y = a.unbind(1)
         cx, cy = width / 2 - 0.5, height / 2 - 0.5
         zoom = self.scale**scale
-        factor = self.aniso**stretch
-        return functools.reduce(torch.matmul, [
-            translation(torch.full_like(zoom, cx), cy),
-            scaling((1 - 2 * flip_x) * zoom, (1 - 2 * flip_y) * zoom),
-            rotation(direction - angle),
-            scaling(factor, 1 / factor),
-            rotation(-direction),
-            translation(move_x * width * self.trans - cx, move_y * height * self.trans - cy)
-        ])
+        shape = stretch((1 - 2 * flip_x) * zoom, (1 - 2 * flip_y) * zoom, -angle, -direction,
+                        self.aniso**amount)
+        return (translation(torch.full_like(zoom, cx), cy) @ shape
+                @ translation(move_x * width * self.trans - cx, move_y * height * self.trans - cy))
 
     @staticmethod
     def conditions(a) -> torch.Tensor:
         """What the network is told, [N,9]; zeros for an untouched image."""
-        flip_x, flip_y, scale, angle, direction, stretch, move_x, move_y = a.unbind(1)
+        flip_x, flip_y, scale, angle, direction, amount, move_x, move_y = a.unbind(1)
         return torch.stack([
-            flip_x, flip_y, scale, angle.cos() - 1, angle.sin(), stretch * direction.cos(),
-            stretch * direction.sin(), move_x, move_y
+            flip_x, flip_y, scale, angle.cos() - 1, angle.sin(), amount * direction.cos(),
+            amount * direction.sin(), move_x, move_y
         ], dim=1)
 
 
@@ -93,22 +87,22 @@ def _axis(q, size: int):
     The position is folded into 0..size-1, with the border pixels as mirrors.
     """
     period = 2 * size - 2
-    q = q - (q / period).floor() * period
+    q = q % period
     q = torch.minimum(q, period - q)
     cell = q.floor()
     u = q - cell
-    sign = 1 - 2 * (cell - 2 * (cell / 2).floor())
     to_grid = 2 / (size - 1)
-    return (cell + u * u * (3 - 2 * u)) * to_grid - 1, q * to_grid - 1, sign * u * (1 - u)
+    smooth = cell + u * u * (3 - 2 * u)
+    return smooth * to_grid - 1, q * to_grid - 1, (1 - 2 * (cell % 2)) * u * (1 - u)
 
 
-def _slope(padded, dim: int):
-    """Half the difference of the two neighbours along `dim`, with the sign (-1)^i; the axis loses
-    its ends."""
-    n = padded.shape[dim] - 2
-    sign = (0.5 - torch.arange(n, device=padded.device) % 2).to(padded.dtype)
+def _slope(images, dim: int):
+    """Half the difference of the two neighbours along `dim`, with the sign (-1)^i; 0 at the ends,
+    which are mirrors."""
+    sign = 0.5 - torch.arange(images.shape[dim], device=images.device) % 2
+    sign[0] = sign[-1] = 0
     sign = sign if dim == 3 else sign[:, None]
-    return sign * (padded.narrow(dim, 2, n) - padded.narrow(dim, 0, n))
+    return sign.to(images.dtype) * (images.roll(-1, dim) - images.roll(1, dim))
 
 
 def warp(images, matrices) -> torch.Tensor:
@@ -125,20 +119,15 @@ def warp(images, matrices) -> torch.Tensor:
     dimensions four bilinear look-ups (of the image, its slopes in x and y, and their product) do
     the work of sixteen taps.
     """
-    N, C, H, W = images.shape
+    H, W = images.shape[2:]
     inverse = torch.linalg.inv_ex(matrices.double())[0].to(images.dtype)
-    y, x = torch.meshgrid(torch.arange(H, device=images.device),
-                          torch.arange(W, device=images.device), indexing='ij')
-    pixels = torch.stack([x, y, torch.ones_like(x)]).reshape(3, H * W).to(images.dtype)
-    source = (inverse[:, :2] @ pixels).reshape(N, 2, H, W)
-    x_smooth, x_plain, x_slope = _axis(source[:, 0], W)
-    y_smooth, y_plain, y_slope = _axis(source[:, 1], H)
+    x, y = positions(inverse, torch.arange(W, device=images.device),
+                     torch.arange(H, device=images.device)).unbind(1)
+    x_smooth, x_plain, x_slope = _axis(x, W)
+    y_smooth, y_plain, y_slope = _axis(y, H)
     x_slope, y_slope = x_slope[:, None], y_slope[:, None]
 
-    padded = F.pad(images, [1, 1, 1, 1], mode='reflect')
-    dx = _slope(padded, 3)
-    dy = _slope(padded[..., 1:-1], 2)
-    dxy, dx = _slope(dx, 2), dx[:, :, 1:-1]
+    dx = _slope(images, 3)
 
     def look_up(values, x, y):
         return F.grid_sample(values, torch.stack([x, y], dim=-1), padding_mode='border',
@@ -146,5 +135,5 @@ def warp(images, matrices) -> torch.Tensor:
 
     out = look_up(images, x_smooth, y_smooth)
     out += x_slope * look_up(dx, x_plain, y_smooth)
-    out += x_slope * y_slope * look_up(dxy, x_plain, y_plain)
-    return out.addcmul_(y_slope, look_up(dy, x_smooth, y_plain))
+    out += y_slope * look_up(_slope(images, 2), x_smooth, y_plain)
+    return out.addcmul_(x_slope * y_slope, look_up(_slope(dx, 2), x_plain, y_plain))
