@@ -17,6 +17,9 @@ SIM=${1:-sim3}                                      # similarity level
 LEVEL=$(similarity_classes "$SIM")
 LATENTS=${LATENTS:-datasets/latent_datasets/$SIM}   # made by convert/
 RUNS=${RUNS:-training-runs}                         # made by train/
+REFS=${REFS:-dataset-refs/$SIM}                     # reference statistics, made by convert/convert_1c.sh
+METRICS=${METRICS-fid}                              # what generate/ measures; METRICS= for nothing
+PYTHON=${PYTHON:-python}
 EXTRA=${EXTRA:-}                                    # further options of the Python script
 PORT=${PORT:-25641}                                 # where processes meet
 
@@ -26,7 +29,8 @@ first_classes() { cut -d' ' -f"1-$1" <<<"$LEVEL"; }
 launch() { torchrun --nproc_per_node="$GPUS" --master_port="$PORT" "$@"; }
 
 # convert_sets COUNT: data sets of COUNT classes, for COUNT = 1 one of each class and, for the class that all levels
-# share, a link without its number. What exists is kept, so a stopped script goes on.
+# share, a link without its number; with COUNT = 1 also the statistics $METRICS need, of each class. What exists is
+# kept, so a stopped script goes on.
 convert_sets() {
     SOURCE=${SOURCE:-downloads/imagenet/train}          # folder with a folder for each wnid
     PIXELS=${PIXELS:-datasets/img_datasets/$SIM}        # where the pictures go; latents go to $LATENTS
@@ -35,7 +39,6 @@ convert_sets() {
     RESOLUTION=${RESOLUTION:-256}
     SEED=${SEED:-0}                                     # which images are drawn
     GPUS=${GPUS:-1}                                     # processes that encode
-    PYTHON=${PYTHON:-python}
     local num class folder
     for num in $NUMS; do
         if (( $1 > 1 )); then
@@ -44,6 +47,7 @@ convert_sets() {
         fi
         for class in $LEVEL; do
             convert_set "inet-$RESOLUTION-1c-$class-$num" "$class" "$num"
+            reference_of "inet-$RESOLUTION-1c-$class-$num"
         done
         for folder in "$PIXELS" "$LATENTS"; do
             ln -sfn "inet-$RESOLUTION-1c-${LEVEL%% *}-$num.zip" "$folder/inet-$RESOLUTION-1c-$num.zip"
@@ -66,6 +70,14 @@ convert_set() {
     fi
 }
 
+# reference_of NAME: statistics of the pictures of a data set
+reference_of() {
+    local ref="$REFS/$1.pkl"
+    if [[ -n "$METRICS" && ! -e "$ref" ]]; then
+        "$PYTHON" calculate_metrics.py ref --data="$PIXELS/$1.zip" --dest="$ref" --metrics="$METRICS"
+    fi
+}
+
 # train_models COUNT: a model of COUNT classes, 1000 images of each; for COUNT = 1 one of each class in $CLASSES
 train_models() {
     CLASSES=${CLASSES:-$LEVEL}                          # ImageNet indices, for models of one class
@@ -80,23 +92,42 @@ train_models() {
     done
 }
 
-# generate_classes COUNT: images of each class, from the model of COUNT classes; for COUNT = 1 from that of the class
+# generate_classes COUNT: images of each class, from the model of COUNT classes; for COUNT = 1 from that of the class.
+# Each class is measured against its training pictures, and the numbers are added to $OUT/$SIM-<COUNT>c-$NUM/fids.txt.
 generate_classes() {
     local count=$(( $1 > 1 ? $1 : 10 )) class set net
     CLASSES=${CLASSES:-$(first_classes "$count")}       # ImageNet indices
     NUM=${NUM:-1000}                                    # training images of each class
     OUT=${OUT:-generated}                               # where the images go
-    STD=${STD:-0.100}                                   # EMA width of the snapshot
+    STD=${STD:-0.050}                                   # EMA width of the snapshot
     SEEDS=${SEEDS:-0-4999}                              # images of each class
     BATCH=${BATCH:-64}                                  # images at a time on each GPU
     GPUS=${GPUS:-8}                                     # processes on this machine
+    for class in $CLASSES; do
+        if [[ -n "$METRICS" && ! -e "$REFS/inet-256-1c-$class-$NUM.pkl" ]]; then
+            echo "Error: no statistics $REFS/inet-256-1c-$class-$NUM.pkl; make them with" \
+                "bash_files/convert/convert_1c.sh $SIM, or set METRICS= to measure nothing" >&2
+            exit 1
+        fi
+    done
     for class in $CLASSES; do
         set=${1}c
         if (( $1 == 1 )); then set=1c-$class; fi
         run="$RUNS/$SIM-edm2-img256-xs-$set-$NUM"
         net=$(ls "$run"/network-snapshot-*-"$STD".pkl 2>/dev/null | tail -n 1) ||
             { echo "Error: no snapshot of width $STD in $run; train it with bash_files/train first" >&2; exit 1; }
-        launch generate_images.py --net="$net" --class="$class" --outdir="$OUT/$SIM-${1}c-$NUM/$class" --subdirs \
+        out="$OUT/$SIM-${1}c-$NUM"
+        launch generate_images.py --net="$net" --class="$class" --outdir="$out/$class" --subdirs \
             --seeds="$SEEDS" --batch="$BATCH" $EXTRA
+        measure_class "$out" "$class" "$net"
     done
+}
+
+# measure_class FOLDER CLASS NETWORK: adds 'CLASS NETWORK fid 12.3 ...' to FOLDER/fids.txt, unless it is there
+measure_class() {
+    local ref="$REFS/inet-256-1c-$2-$NUM.pkl" numbers
+    if [[ -z "$METRICS" ]] || grep -qsF "$2 $3 " "$1/fids.txt"; then return; fi
+    numbers=$(launch calculate_metrics.py calc --images="$1/$2" --ref="$ref" --metrics="$METRICS")
+    echo "$numbers"
+    echo "$2 $3 $(tr -s ' \n' ' ' <<<"$numbers")" >>"$1/fids.txt"
 }

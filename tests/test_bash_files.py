@@ -24,13 +24,13 @@ def commands(tmp_path, script, *args, **variables) -> list[str]:
         (tmp_path / name).chmod(0o755)
     for number in ('10c', '5c', *(f'1c-{index}' for index in CLASSES)):
         folder = tmp_path / f'{RUN}-{number}-1000'
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         for kimg in (1, 2):
-            (folder / f'network-snapshot-{kimg:07d}-0.100.pkl').touch()
+            (folder / f'network-snapshot-{kimg:07d}-0.050.pkl').touch()
     places = {key: f'{tmp_path}/{value}' for key, value in (
-        ('RUNS', 'runs'), ('PIXELS', 'pixels'), ('LATENTS', 'latents'), ('OUT', 'out'))}
-    for key in ('PIXELS', 'LATENTS'):
-        os.mkdir(places[key])
+        ('RUNS', 'runs'), ('PIXELS', 'pixels'), ('LATENTS', 'latents'), ('OUT', 'out'), ('REFS', 'refs'))}
+    for key in ('PIXELS', 'LATENTS', 'REFS', 'OUT'):
+        (tmp_path / places[key]).mkdir(exist_ok=True)
     done = subprocess.run(
         ['bash', ROOT / 'bash_files' / script, *args], cwd=tmp_path, capture_output=True, text=True,
         env=os.environ | places | {'PATH': f'{tmp_path}:{os.environ["PATH"]}'} | variables)
@@ -43,6 +43,10 @@ def commands(tmp_path, script, *args, **variables) -> list[str]:
 def test_convert(count, sets, tmp_path):
     lines = commands(tmp_path, f'convert/convert_{count}c.sh', 'sim2', GPUS='2')
     names = [f'inet-256-{name}-{num}' for num in (100, 500, 1000) for name in sets]
+    references = [line for line in lines if 'calculate_metrics.py' in line]
+    assert references == [f'python calculate_metrics.py ref --data=pixels/{name}.zip --dest=refs/{name}.pkl --metrics=fid'
+                          for name in names if count == 1]
+    lines = [line for line in lines if line not in references]
     assert len(lines) == 2 * len(names)
     for name, convert, encode in zip(names, lines[::2], lines[1::2], strict=True):
         assert f'--dest=pixels/{name}.zip' in convert and '--sim_name=sim2 --seed=0' in convert
@@ -63,18 +67,34 @@ def test_train(count, sets, tmp_path):
 
 @pytest.mark.parametrize('count', [10, 5, 1])
 def test_generate(count, tmp_path):
-    lines = commands(tmp_path, f'generate/generate_{count}c.sh', 'sim2', SEEDS='0-9')
     classes = CLASSES if count == 1 else CLASSES[:count]
-    assert lines == [
-        'torchrun --nproc_per_node=8 --master_port=25641 generate_images.py '
-        f'--net={RUN}-{f"1c-{index}" if count == 1 else f"{count}c"}-1000/'
-        f'network-snapshot-0000002-0.100.pkl --class={index} '
-        f'--outdir=out/sim2-{count}c-1000/{index} --subdirs --seeds=0-9 --batch=64'
-        for index in classes]
+    (tmp_path / 'refs').mkdir()
+    (tmp_path / f'out/sim2-{count}c-1000').mkdir(parents=True)
+    for index in classes:
+        (tmp_path / f'refs/inet-256-1c-{index}-1000.pkl').touch()
+    start = 'torchrun --nproc_per_node=8 --master_port=25641'
+    generated, measured, listed = [], [], []
+    for index in classes:
+        net = f'{RUN}-{f"1c-{index}" if count == 1 else f"{count}c"}-1000/network-snapshot-0000002-0.050.pkl'
+        generated.append(f'{start} generate_images.py --net={net} --class={index} '
+                         f'--outdir=out/sim2-{count}c-1000/{index} --subdirs --seeds=0-9 --batch=64')
+        measured.append(f'{start} calculate_metrics.py calc --images=out/sim2-{count}c-1000/{index} '
+                        f'--ref=refs/inet-256-1c-{index}-1000.pkl --metrics=fid')
+        listed.append(f'{index} {net} {measured[-1]}')
+    lines = commands(tmp_path, f'generate/generate_{count}c.sh', 'sim2', SEEDS='0-9')
+    assert lines == [line for pair in zip(generated, measured, strict=True) for line in pair]
+    table = tmp_path / f'out/sim2-{count}c-1000/fids.txt'
+    assert [line.strip().replace(f'{tmp_path}/', '') for line in table.read_text().splitlines()] == listed
+    assert commands(tmp_path, f'generate/generate_{count}c.sh', 'sim2', SEEDS='0-9') == generated  # measured already
+    table.unlink()
+    assert commands(tmp_path, f'generate/generate_{count}c.sh', 'sim2', SEEDS='0-9', METRICS='') == generated
+    assert not table.exists()
 
 
 def test_an_unknown_level_and_a_missing_network_are_named(tmp_path):
-    for args, words in ((['sim9'], 'sim9'), (['sim1'], 'no snapshot of width 0.100')):
+    for args, words, metrics in ((['sim9'], 'sim9', 'fid'), (['sim1'], 'no statistics', 'fid'),
+                                 (['sim1'], 'no snapshot of width 0.050', '')):
         done = subprocess.run(['bash', ROOT / 'bash_files' / 'generate' / 'generate_5c.sh', *args],
-                              env=os.environ | {'RUNS': str(tmp_path)}, capture_output=True, text=True)
+                              env=os.environ | {'RUNS': str(tmp_path), 'METRICS': metrics},
+                              capture_output=True, text=True)
         assert done.returncode == 1 and words in done.stderr and done.stderr.count('\n') == 1

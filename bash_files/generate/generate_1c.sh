@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Images of each of ten classes, from the model trained on that class alone.
+# Images of each of ten classes, from the model trained on that class alone. Each class is
+# measured against its training pictures, and the numbers are added to fids.txt.
 #
 #     [NAME=VALUE ...] bash bash_files/generate/generate_1c.sh [sim3|sim2|sim1]
 #

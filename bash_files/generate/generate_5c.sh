@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Images of each of five classes, from one model trained on the five.
+# Images of each of five classes, from one model trained on the five. Each class is
+# measured against its training pictures, and the numbers are added to fids.txt.
 #
 #     [NAME=VALUE ...] bash bash_files/generate/generate_5c.sh [sim3|sim2|sim1]
 #
