@@ -7,6 +7,7 @@ needs NumPy, so that `combine_data.py` starts fast.
 
 import contextlib
 import dataclasses
+import errno
 import itertools
 import json
 import math
@@ -14,7 +15,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,6 +26,10 @@ from dnnlib.util import atomic_path, matching_names, parse_int_list, require_sam
 CHUNK_BYTES = 1 << 20   # that are read at a time: they stay in the cache of a core
 ALIGNMENT = 32 << 10    # where images begin: systems copy faster between equal places in pages
 PADDING_FIELD = 0xD935  # of a zip's header, as others pad too
+# What a file system says that cannot copy within the kernel (another one on the other side, a
+# network, an old kernel).
+REFUSALS = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
+COPY_BYTES = 64 << 20  # that the kernel copies at a time
 
 # --- The finished file of a class ----------------------------------------------------------------
 
@@ -35,7 +40,7 @@ class Record:
 
     seeds: list              # of each image
     made_by: dict            # what else they depend on, plain values
-    crc32: int | None = None  # of the images' bytes, once all are there; not of earlier versions
+    crc32: int = 0           # of the images' bytes; 0: not all are there, or an earlier version
 
     def save(self, path: str):
         write_json(path, {'images': len(self.seeds), 'seeds': format_ranges(self.seeds),
@@ -49,8 +54,8 @@ class Record:
         try:
             with open(path) as file:
                 value = json.load(file)
-            crc32 = value.get('crc32')
-            return cls(parse_int_list(value['seeds']), dict(value['made_by']), crc32 and int(crc32))
+            return cls(parse_int_list(value['seeds']), dict(value['made_by']),
+                       int(value.get('crc32') or 0))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f'{path} is damaged; remove it and the images beside it') from None
 
@@ -115,15 +120,15 @@ class ClassFile:
     def record_path(self) -> str:
         return self.path.removesuffix('.npy') + '.json'
 
-    def recorded_crc32(self) -> int | None:
-        """CRC-32 of the images as the record has it; None if it has none, or the images were
-        changed after it."""
+    def recorded_crc32(self) -> int:
+        """CRC-32 of the images as the record has it; 0 if it has none, or the images were changed
+        after it."""
         with contextlib.suppress(UserError):
             record = Record.load(self.record_path)
             if record and len(record.seeds) == len(self) \
                     and os.path.getmtime(self.path) <= os.path.getmtime(self.record_path):
                 return record.crc32
-        return None
+        return 0
 
 
 def format_ranges(numbers: Iterable[int]) -> str:
@@ -156,19 +161,13 @@ def open_classes(folders: Sequence[str], class_num: int) -> list[list[ClassFile]
             if file.image_shape != first.image_shape:
                 raise UserError(f'{file.path} has images of {list(file.shape[1:])}, but those of '
                                 f'{first.path} are {list(first.shape[1:])}')
-        for file, other in itertools.combinations(files, 2):
-            check_overlap(file, other)
+        for pair in itertools.combinations(files, 2):
+            a, b = (Record.load(file.record_path) for file in pair)
+            common = sorted({*a.seeds} & {*b.seeds}) if a and b and a.made_by == b.made_by else []
+            if common:
+                raise UserError(f'{pair[0].path} and {pair[1].path} both hold the seeds '
+                                f'{format_ranges(common)[:60]}; make one with other --seeds')
     return classes
-
-
-def check_overlap(a: ClassFile, b: ClassFile):
-    """Raises UserError if two files hold the same seeds of one network."""
-    one = Record.load(a.record_path)
-    other = Record.load(b.record_path)
-    if one and other and one.made_by == other.made_by \
-            and (common := sorted({*one.seeds} & {*other.seeds})):
-        raise UserError(f'{a.path} and {b.path} both hold the seeds {format_ranges(common)[:60]}; '
-                        'make one of them with other --seeds')
 
 
 # --- A file while it is made ---------------------------------------------------------------------
@@ -204,8 +203,8 @@ class ClassWriter:
     been written; `<class>.part.json` is the record to be. The part takes the final name when it is
     complete; `<class>.npy` of an earlier run stays until then.
 
-    Attributes after `open`: record, seeds (of each image); `record` is None if nothing is left to
-    do.
+    Attributes after `open`: seeds (of each image), and `record`, which is None if nothing is left
+    to do, not even to finish.
     """
 
     def __init__(self, folder: str, label: int):
@@ -279,18 +278,13 @@ class ClassWriter:
     def open(self) -> 'ClassWriter':
         """Reads the state after `prepare`, on every process."""
         self.record = Record.load(self.part_json)
-        if self.active:
+        if self.record:
             self.seeds = self.record.seeds
             self._file = ClassFile.open(self.part)
             if not len(self.seeds) == len(self._file) == os.path.getsize(self.done):
                 raise UserError(f'{self.part} is too short for its record; remove '
                                 f'{self.part_json}')
         return self
-
-    @property
-    def active(self) -> bool:
-        """Something is left to do, if only to finish."""
-        return self.record is not None
 
     def missing(self, block: int) -> list[tuple[int, int]]:
         """(start, stop) of the blocks of which an image is missing. They are the same in every
@@ -313,7 +307,7 @@ class ClassWriter:
     def finish(self) -> bool:
         """Gives the file its final name if all images are in it (one process does it); True if it
         did."""
-        if not self.active or self.missing(len(self.seeds)):
+        if not self.record or self.missing(len(self.seeds)):
             return False
         crc = 0
         for chunk in self._file.chunks():
@@ -328,14 +322,82 @@ class ClassWriter:
 # --- All classes in one file ---------------------------------------------------------------------
 
 
-def write_npz(dest: str, image_shape: Sequence[int], counts: Sequence[int], append: Callable):
+def append_images(dest: BinaryIO, source: ClassFile, crc: int) -> int:
+    """Appends the images of a class file; returns the CRC-32 of `dest`, which was `crc` before.
+
+    If the file's record has their checksum, the kernel copies them, and none passes through this
+    process. Raises UserError if the file ends before its last image.
+    """
+    images_crc = source.recorded_crc32()
+    if images_crc and copy_in_kernel(dest, source):
+        return combine_crc32(crc, images_crc, source.num_bytes)
+    end = dest.tell() + source.num_bytes
+    for chunk in source.chunks():
+        dest.write(chunk)
+        crc = zlib.crc32(chunk, crc)
+    if dest.tell() != end:
+        raise UserError(f'{source.path} is cut short; make it again')
+    return crc
+
+
+def copy_in_kernel(dest: BinaryIO, source: ClassFile) -> bool:
+    """Appends the images without a detour through this process, as `cp` does; False, with nothing
+    appended, where that is not possible."""
+    dest.flush()
+    start = dest.tell()
+    copied = 0
+    with open(source.path, 'rb') as file:
+        try:
+            while count := min(source.num_bytes - copied, COPY_BYTES):
+                count = os.copy_file_range(file.fileno(), dest.fileno(), count,
+                                           source.offset + copied, start + copied)
+                if not count:
+                    break
+                copied += count
+        except AttributeError:
+            pass  # not on this system
+        except OSError as error:
+            if error.errno not in REFUSALS:
+                raise
+    complete = copied == source.num_bytes
+    dest.seek(start + copied * complete)
+    return complete
+
+
+def combine_crc32(first: int, second: int, length: int) -> int:
+    """CRC-32 of two byte strings one after the other, from those of each and the second one's
+    length.
+
+    CRCs are remainders modulo a polynomial P over GF(2): crc(ab) = crc(a) x^(8 length) + crc(b)
+    mod P.
+    """
+    square = 1 << 23  # x^8; the highest bit is the coefficient of x^0
+    while length:
+        if length & 1:
+            first = _multiply(first, square)
+        square = _multiply(square, square)
+        length >>= 1
+    return first ^ second
+
+
+def _multiply(a: int, b: int) -> int:
+    """a b mod P."""
+    product = 0
+    for bit in range(31, -1, -1):
+        if a >> bit & 1:
+            product ^= b
+        b = b >> 1 ^ (0xEDB88320 if b & 1 else 0)  # times x
+    return product
+
+
+def write_npz(dest: str, image_shape: Sequence[int], counts: Sequence[int],
+              parts: Iterable[ClassFile | bytes]):
     """Writes an uncompressed .npz, whose images are never all in memory; `dest` appears only when
     complete.
 
     image_shape  (H, W, 3)
     counts       images of each class
-    append       `append(file, crc)` writes the bytes of all images, in order, to the binary file
-                 and returns the CRC-32 of them after bytes of the CRC-32 `crc`
+    parts        all images, in order: files, or bytes
 
     Raises OSError if the disk is full.
     """
@@ -354,7 +416,12 @@ def write_npz(dest: str, image_shape: Sequence[int], counts: Sequence[int], appe
         reserve(file, image.file_size)
         file.seek(ALIGNMENT)
         file.write(header)
-        image.CRC = append(file, image.CRC)
+        for part in parts:
+            if isinstance(part, ClassFile):
+                image.CRC = append_images(file, part, image.CRC)
+            else:
+                file.write(part)
+                image.CRC = zlib.crc32(part, image.CRC)
         z.start_dir = file.tell()
         file.seek(0)
         file.write(image.FileHeader(zip64=True))

@@ -1,7 +1,6 @@
 """Classifiers: what training minimises, how images are augmented, attacks within a ball of the
 l-infinity norm, and how accurate they are."""
 
-import contextlib
 import dataclasses
 
 import numpy as np
@@ -19,9 +18,9 @@ class Attack:
     """Projected gradient descent (arXiv 1706.06083): `steps` steps of `step_size` within `eps`,
     for pixels in [0, 1]."""
 
-    eps: float = 8 / 255
-    step_size: float = 2 / 255
-    steps: int = 10
+    eps: float
+    step_size: float
+    steps: int
 
 
 def pgd(net, images, labels, attack: Attack, random):
@@ -35,28 +34,21 @@ def pgd(net, images, labels, attack: Attack, random):
     low = (images - attack.eps).clamp(min=0)
     high = (images + attack.eps).clamp(max=1)
     start = images + attack.eps * (2 * random.rand(images.shape, device=images.device) - 1)
-    x = torch.clamp(start, low, high)
-    with _frozen_statistics(net), torch.enable_grad():
+    x = start.clamp(low, high)
+    # Forward passes in training mode normalise by their batch, as they do in training, but leave
+    # the running means.
+    layers = [layer for layer in net.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    for layer in layers:
+        layer.track_running_stats = False
+    with torch.enable_grad():
         for _ in range(attack.steps):
             x.requires_grad_()
             loss = F.cross_entropy(net(x).float(), labels, reduction='sum')
             (gradient,) = torch.autograd.grad(loss, x)
-            x = torch.clamp(x.detach() + attack.step_size * gradient.sign(), low, high)
-    return x.detach()
-
-
-@contextlib.contextmanager
-def _frozen_statistics(net):
-    """Forward passes in training mode normalise by their batch, as they do in training, but leave
-    the running means."""
-    layers = [layer for layer in net.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+            x = (x.detach() + attack.step_size * gradient.sign()).clamp(low, high)
     for layer in layers:
-        layer.track_running_stats = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.track_running_stats = True
+        layer.track_running_stats = True
+    return x.detach()
 
 
 def augment(images, random, pad: int, xflip: bool):
@@ -67,16 +59,15 @@ def augment(images, random, pad: int, xflip: bool):
     """
     N, _, H, W = images.shape
     device = images.device
-    rows, columns = (
-        torch.arange(side, device=device) + random.randint(2 * pad + 1, [N]).reshape(N, 1)
-        for side in (H, W))
+    rows, columns = (torch.arange(side, device=device) + random.randint(2 * pad + 1, [N])[:, None]
+                     for side in (H, W))
     if xflip:
-        mirrored = random.randint(2, [N]).reshape(N, 1) == 1
+        mirrored = random.randint(2, [N])[:, None] == 1
         columns = torch.where(mirrored, columns.flip(1), columns)
     padded = F.pad(images, [pad] * 4)
     # Advanced indices with a slice between them put the channels last.
-    return padded[torch.arange(N, device=device).reshape(N, 1, 1), :, rows.reshape(N, H, 1),
-                  columns.reshape(N, 1, W)].movedim(-1, 1).contiguous()
+    numbers = torch.arange(N, device=device)[:, None, None]
+    return padded[numbers, :, rows[:, :, None], columns[:, None]].movedim(-1, 1).contiguous()
 
 
 @dataclasses.dataclass

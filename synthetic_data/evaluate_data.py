@@ -22,7 +22,7 @@ from training import runs
 
 DATA = {'real': 'real', 'generated': 'real + generated', 'selected': 'real + selected'}
 TRAINING = ('plain', 'adversarial')
-MEASURES = ('clean', 'robust')
+MEASURES = {'clean': 'clean', 'robust': 'under attack'}
 REPORTING = ('status', 'checkpoint', 'snapshot', 'bench')  # settings that change no result
 
 
@@ -101,17 +101,16 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
     alone = values.xs('real', level='data').reindex(values.index.droplevel('data'))
     gains = (values - alone.to_numpy()).add_suffix(' gain')
     groups = values.join(gains).groupby(level=['training', 'data'])
-    summary = groups.mean().join(groups.sem().add_suffix(' error'))
-    summary['seeds'] = groups.size()
-    columns = ['seeds', *map(''.join, itertools.product(MEASURES, ('', ' gain'), ('', ' error')))]
+    summary = groups.mean().join(groups.sem().add_suffix(' error')).sort_index(axis=1)
+    summary.insert(0, 'seeds', groups.size())
     rows = [row for row in itertools.product(TRAINING, DATA) if row in summary.index]
-    return summary.loc[rows, columns].reset_index()
+    return summary.loc[rows].reset_index()
 
 
 def show(summary: pd.DataFrame, eps: float):
     """Prints the averages in percent."""
     shown = summary[['training', 'data']].replace({'data': DATA})
-    for name, title in zip(MEASURES, ('clean', 'under attack'), strict=True):
+    for name, title in MEASURES.items():
         for kind, form in (('', '.2f'), (' gain', '+.2f')):
             shown[title + kind] = studies.plus_minus(
                 summary, f'{name}{kind}', f'{name}{kind} error', form, 100)

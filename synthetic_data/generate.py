@@ -45,7 +45,7 @@ def prepare(outdir: str, classes, seeds, made_by: dict, shape: tuple) -> dict[in
         for writer in writers.values():
             writer.prepare(seeds, made_by, shape)
     dist.barrier()
-    return {label: writer for label, writer in writers.items() if writer.open().active}
+    return {label: writer for label, writer in writers.items() if writer.open().record}
 
 
 def generate(generator, writers: dict, batch: int):

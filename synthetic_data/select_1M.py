@@ -3,7 +3,6 @@
 import math
 import os
 import sys
-import zlib
 from pathlib import Path
 
 import click
@@ -69,7 +68,7 @@ def report(scores: np.ndarray, selected: np.ndarray) -> dict:
         'histogram': np.histogram(scores, BINS, (0, 1))[0].tolist()}
 
 
-# --- What is written -------------------------------------------------------------------------------
+# --- What is written -----------------------------------------------------------------------------
 
 
 def save_picture(path: str, data, scores: np.ndarray):
@@ -84,38 +83,32 @@ def save_picture(path: str, data, scores: np.ndarray):
     studies.save_rows(rows, EXTREMES, path)
 
 
+@studies.styled
 def save_histograms(path: str, rows: list[dict]):
     """Confidence of the images of each class, and the lowest one that was selected."""
     across = min(len(rows), 5)
     lines = -(-len(rows) // across)
-    fig = studies.plt.figure(figsize=(2.2 * across, 1.6 * lines + 0.4), layout='constrained')
+    fig = studies.plt.figure(figsize=(2.2 * across, 1.6 * lines + 0.4))
     edges = np.linspace(0, 1, BINS + 1)
     for label, row in enumerate(rows):
         axis = fig.add_subplot(lines, across, label + 1)
         axis.stairs(row['histogram'], edges, fill=True, color='0.6')
-        axis.axvline(row['lowest_selected'], color='C0', linewidth=1)
-        axis.set_yscale('symlog')
-        axis.set_title(f'class {label}: {row["selected"]} of {row["images"]}', fontsize=8)
-        axis.tick_params(labelsize=7)
-    fig.supxlabel('confidence of the intended class (line: lowest selected)', fontsize=8)
-    fig.supylabel('images', fontsize=8)
+        axis.axvline(row['lowest_selected'])
+        axis.set(yscale='symlog', title=f'class {label}: {row["selected"]} of {row["images"]}')
+    fig.supxlabel('confidence of the intended class (line: lowest selected)')
+    fig.supylabel('images')
     with util.atomic_path(path) as temp:
-        fig.savefig(temp, format='png', dpi=120)
+        fig.savefig(temp, format='png')
     studies.plt.close(fig)
 
 
 def write_selected(dest: str, data, selected: list[np.ndarray]):
     """The .npz of these images, indices for each class."""
-    def append(file, crc):
-        indices = np.concatenate(selected)
-        for part in np.split(indices, range(WRITE_IMAGES, len(indices), WRITE_IMAGES)):
-            content = data.images(part).transpose(0, 2, 3, 1).tobytes()
-            file.write(content)
-            crc = zlib.crc32(content, crc)
-        return crc
-
+    indices = np.concatenate(selected)
     channels, height, width = data.image_shape
-    write_npz(dest, (height, width, channels), list(map(len, selected)), append)
+    write_npz(dest, (height, width, channels), list(map(len, selected)), (
+        data.images(part).transpose(0, 2, 3, 1).tobytes()
+        for part in np.split(indices, range(WRITE_IMAGES, len(indices), WRITE_IMAGES))))
 
 
 def run(model, model_path, data_dir, output_dir, class_num, top_scale, batch_size, file_name):

@@ -103,30 +103,25 @@ def read_accuracy(run_dir: str) -> list[dict]:
         raise UserError(f'{path} is damaged; remove it') from None
 
 
-def recipe_of(config: dict, data) -> recipe.Recipe:
-    """The recipe of the settings."""
-    loss = {key: config[key] for key in ('pad', 'xflip', 'smoothing', 'adversarial', 'eps',
+def train(config: dict, outdir: str, **running) -> int:
+    """Trains by the settings; `running` goes to `recipe.fit`. Returns the images seen."""
+    dist.init()
+    data, order, test = open_data(config)
+    settings = {key: config[key] for key in ('pad', 'xflip', 'smoothing', 'adversarial', 'eps',
                                          'step_size', 'attack_steps', 'precision')}
-    return recipe.Recipe.of(
+    plan = recipe.Recipe.of(
         config, total_nimg=config['duration'], dataset=data.description(),
         order={'name': 'mixture', 'share': config['share']},
         network=dict(class_name='WideResNet', name=config['model'], num_classes=data.label_dim,
                      normalize_input=config['normalize']),
-        loss={'name': 'classification', **loss},
+        loss={'name': 'classification', **settings},
         optim={'name': 'SGD', 'nesterov': True, 'momentum': config['momentum'],
                'weight_decay': config['weight_decay'], 'fused': False},
         learning_rate={'name': 'cosine', 'lr': config['lr'], 'duration': config['duration'],
                        'rampup': config['rampup']},
         averages={'name': 'warmup', 'decay': config['ema']}, snapshot_dtype='float32',
         loss_scale={} if config['precision'] == 'fp16' and config['ls'] == 1 else None)
-
-
-def train(config: dict, outdir: str, **running) -> int:
-    """Trains by the settings; `running` goes to `recipe.fit`. Returns the images seen."""
-    dist.init()
-    data, order, test = open_data(config)
-    rules = recipe_of(config, data)
-    net = recipe.new_network(rules)
+    net = recipe.new_network(plan)
     loss = classify.ClassificationLoss(
         pad=data.resolution // 8 if config['pad'] is None else config['pad'],
         xflip=config['xflip'], smoothing=config['smoothing'], dtype=DTYPES[config['precision']],
@@ -138,7 +133,7 @@ def train(config: dict, outdir: str, **running) -> int:
         callbacks = [(config['test_every'] or config['duration'], tester)]
     batches = DatasetBatches(data, RGBEncoder(), dist.get_device(), config['seed'], order)
     with renamed_fields(decay='ema', network='model', normalize_input='normalize'):
-        return recipe.fit(rules, outdir, net, loss, batches, options=config, callbacks=callbacks,
+        return recipe.fit(plan, outdir, net, loss, batches, options=config, callbacks=callbacks,
                           **running)
 
 

@@ -549,7 +549,6 @@ def test_inspect(tmp_path):
     assert json.loads((tmp_path / 'a.json').read_text())['size'] == 100
     with PIL.Image.open(tmp_path / 'a-sheet.png') as sheet:
         assert sheet.size[0] > 300
-    assert 'nix does not exist' in fails(SCRIPT, 'inspect', f'--source={tmp_path}/nix')
 
 
 # --- real pictures, and the script itself

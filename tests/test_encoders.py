@@ -244,9 +244,7 @@ def test_what_cannot_be_encoded_or_decoded(pictures, vae_folder, tmp_path):
     small = write_digits(tmp_path / 'small.zip', 2)
     dest = tmp_path / 'x.zip'
     vae = f'--model-url={vae_folder}'
-    assert 'decode takes latents' in fails('dataset_tool.py', 'decode', f'--source={small}', f'--dest={dest}')
     assert '--dest' in fails('dataset_tool.py', 'encode', f'--source={pictures}', f'--dest={pictures}', vae)
-    assert 'no such folder' in fails('dataset_tool.py', 'encode', f'--source={pictures}', f'--dest={dest}', '--model-url=./nix')
     invoke('encode', f'--source={small}', f'--dest={tmp_path}/sd.zip', vae)
     assert 'latents already' in fails('dataset_tool.py', 'encode', f'--source={tmp_path}/sd.zip', f'--dest={dest}', vae)
     assert not dest.exists()

@@ -154,21 +154,6 @@ def test_presets(case, name):
     assert ours['guidance'] == expected['guidance']
 
 
-@pytest.mark.parametrize('options, message', [
-    (['--net=nowhere.pkl'], 'nowhere.pkl'), ([], '--net'), (['--preset=edm2-img512-huge-fid'], '--preset'),
-    (['--net={}/cond.pkl', '--guidance=2'], '--guidance=2.0 needs a guiding network'),
-    (['--net={}/cond.pkl', '--class=5'], '171 (greyhound)'),
-    (['--net={}/uncond.pkl', '--class=171'], 'no classes'), (['--net={}/cond.pkl', '--seeds=5-x'], '--seeds')])
-def test_errors_end_in_one_line(tmp_path, snapshots, options, message):
-    options = [option.format(snapshots) for option in options]
-    assert message in fails('generate_images.py', f'--outdir={tmp_path}/out', *options)
-
-
-def test_a_folder_of_other_files_is_left_alone(tmp_path, snapshots):
-    (tmp_path / 'mine.txt').write_text('mine')
-    assert 'not empty' in fails('generate_images.py', f'--net={snapshots}/cond.pkl', f'--outdir={tmp_path}')
-
-
 # --- reconstruct_phema.py ---------------------------------------------------------------------------------------------
 
 
@@ -213,14 +198,6 @@ def test_post_hoc_average_of_an_earlier_time(trajectory):
     assert load_snapshot(str(folder / 'early-0000032-0.050.pkl')).nimg == 32768
     assert len(phema.list_profiles(str(folder), 'network-snapshot')) == 32
     assert '--inprefix' in fails('reconstruct_phema.py', f'--indir={folder}', '--outstd=0.1')
-
-
-@pytest.mark.parametrize('options, message', [
-    (['--indir=nowhere', '--outstd=0.1'], 'nowhere'), (['--indir=.', '--outstd=0.1'], 'no snapshots'),
-    (['--indir=.', '--outstd=0.5'], '--outstd'), (['--indir=.', '--outstd=x'], '--outstd')])
-def test_errors_of_reconstruction(tmp_path, monkeypatch, options, message):
-    monkeypatch.chdir(tmp_path)
-    assert message in fails('reconstruct_phema.py', *options)
 
 
 def test_snapshots_of_no_such_time(trajectory):

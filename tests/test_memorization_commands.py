@@ -1,7 +1,6 @@
 """calculate_metrics.py memorization and mem_ratio.py: known copies are found, files are written, processes agree."""
 
 import json
-import os
 
 import click.testing
 import numpy as np
@@ -153,30 +152,12 @@ def test_two_processes_find_the_same(experiment, digits, tmp_path):
 # --- Errors -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('options, message', [
-    ([], '--images'), (['--images=a', '--net=b'], '--images'), (['--images=nowhere'], 'nowhere'),
-    (['--images={made}', '--steps=3'], '--steps'), (['--images={made}', '--seeds=1'], '--seeds'),
-    (['--net=optimal:{data}', '--workers=3'], '--workers'), (['--net=nowhere.pkl'], 'nowhere.pkl'),
-    (['--images={made}', '--grid=/proc/x.png'], '--grid=/proc/x.png cannot be written'),
-    (['--net=optimal:nowhere.zip'], 'nowhere.zip'), (['--net=optimal:{data}', '--num=0'], '--num'),
-    (['--net=optimal:{data}', '--class=eleven'], 'eleven')])
-def test_bad_options_of_memorization(digits, half_copied, tmp_path, options, message):
-    options = [option.format(made=half_copied, data=digits) for option in options]
-    error = fails('calculate_metrics.py', 'memorization', f'--data={digits}', f'--dest={tmp_path}/m.json', *options)
-    assert message in error and not os.listdir(tmp_path)
-
-
-def test_training_sets_that_do_not_fit(digits, half_copied, tmp_path):
+def test_training_sets_that_do_not_fit(half_copied, tmp_path):
     large = write_images(tmp_path / 'large.zip', np.zeros([3, 3, 16, 16], dtype=np.uint8))
-    single = write_images(tmp_path / 'single.zip', np.zeros([1, 3, 8, 8], dtype=np.uint8))
-    for data, message in ((large, '[3, 16, 16]'), (single, 'one image'), ('nowhere.zip', 'nowhere.zip')):
-        assert message in fails('calculate_metrics.py', 'memorization', f'--images={half_copied}', f'--data={data}')
+    assert '[3, 16, 16]' in fails('calculate_metrics.py', 'memorization', f'--images={half_copied}', f'--data={large}')
 
 
 def test_bad_options_of_mem_ratio(experiment, tmp_path):
-    (tmp_path / 'empty').mkdir()
-    assert 'network-snapshot' in fails('mem_ratio.py', f'--expdir={tmp_path / "empty"}')
-    assert 'nowhere' in fails('mem_ratio.py', '--expdir=nowhere')
     assert '.json' in fails('mem_ratio.py', f'--expdir={experiment}', '--log=x.png')
     (experiment / 'mem_ratio.json').write_text('{}')
     assert 'mem_ratio.json' in fails('mem_ratio.py', f'--expdir={experiment}')

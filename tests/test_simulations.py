@@ -229,37 +229,6 @@ def test_source_without_samples(tmp_path):
 # Options
 
 
-@pytest.mark.parametrize('args,words', [
-    (['--tag=K', '--values=0,3'], ['--values', "'0,3'", 'whole numbers']),
-    (['--tag=K', '--values=3,3'], ['--values']),
-    (['--tag=n', '--values=many'], ['--values', "'many'"]),
-    (['--tag=sim', '--values=0,1.5'], ['--values', '0 to 1']),
-    (['--tag=K', '--sim=nan'], ['--sim']),
-    (['--tag=sim', '--values=nan'], ['--values', '0 to 1']),
-    (['--tag=K', '--K=3'], ['--K', '--values']),
-    (['--tag=slope', '--n=3'], ['--n', '--values']),
-    (['--tag=K', '--x=n'], ['--x', '--tag=K']),
-    (['--tag=grid'], ['--x', '--y']),
-    (['--tag=grid', '--x=K', '--y=K'], ['--x', '--y']),
-    (['--tag=grid', '--x=K', '--y=n', '--values=3'], ['--values', 'grid']),
-    (['--tag=grid', '--x=K', '--y=n', '--y-values=x'], ['--y-values']),
-    (['--tag=grid', '--x=K', '--y=n', '--n=5'], ['--n', '--y-values']),
-    (['--tag=K', '--seeds=3,3'], ['--seeds']),
-    (['--tag=K', '--seeds=18446744073709551616'], ['--seeds', '2^64']),
-    (['--tag=slope', '--values=100'], ['--values', 'two or more']),
-])
-def test_bad_values_end_in_one_line(args, words, tmp_path):
-    assert_one_line_error(run(tmp_path, *args, code=1), *words)
-
-
-@pytest.mark.parametrize('option', [
-    '--K=0', '--n=0', '--n=x', '--sim=1.01', '--sim=high', '--dim=0', '--test-points=0', '--seeds=a'])
-def test_bad_numbers_name_the_option(option, tmp_path):
-    tag = '--tag=n' if option.startswith('--K') else '--tag=K'
-    assert_one_line_error(run(tmp_path, tag, option, code=2), option.partition('=')[0])
-    assert not list(tmp_path.iterdir())
-
-
 def test_results_that_cannot_be_written(tmp_path):
     (tmp_path / 'file').write_text('not a folder')
     assert_one_line_error(run(tmp_path / 'file', '--tag=K', code=1), '--outdir')

@@ -143,22 +143,3 @@ def test_inspection(source, tmp_path):
     assert {'edm2': 'Precond', 'edm': 'VPPrecond', 'adm': 'ADMUNet', 'ddpm': 'DDPMUNet'}[kind] in text and '8x8' in text
     assert ('3 classes' if kind in ('edm2', 'ddpm') else 'unconditional') in text
     assert ('(assumed)' in text) == (kind in ('adm', 'ddpm'))
-
-
-@pytest.mark.parametrize('arguments, message', [
-    (['inspect', 'missing.pkl'], 'no such file'), (['convert', 'missing.pkl', '--dest=x.pkl'], 'no such file'),
-    (['convert', '{net}', '--dest=x.onnx'], '--dest'),
-    (['convert', '{net}', '--dest=x.pkl', '--set', 'heads=4'], 'leave out heads'),
-    (['convert', '{net}', '--dest=x.pkl', '--set', 'heads'], 'NAME=VALUE'),
-    (['convert', '{net}', '--dest=/proc/x.pkl'], 'cannot be written'),
-    (['convert', '{net}', '--dest=x.pkl', '--sha256', '12'], '64 hexadecimal digits'),
-    (['convert', '{net}', '--dest=x.pkl', '--sha256', '0' * 64], 'instead of 000'),
-    (['convert', '{wrn}', '--dest=x'], 'classifier'), (['convert', '{text}', '--dest=x'], 'no known kind')])
-def test_bad_input(tmp_path, monkeypatch, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    as_pickle(tmp_path / 'net', small('edm'))
-    torch.save(build_network('WideResNet', name='wrn-10-1').state_dict(), tmp_path / 'wrn')
-    (tmp_path / 'text').write_text('nothing')
-    places = dict(net=tmp_path / 'net', wrn=tmp_path / 'wrn', text=tmp_path / 'text')
-    assert message in fails('snapshot_tool.py', *[argument.format(**places) for argument in arguments])
-    assert sorted(os.listdir(tmp_path)) == ['net', 'text', 'wrn']

@@ -319,30 +319,6 @@ def test_a_study_that_cannot_be_read(text, tmp_path):
     assert '--outdir' in line and 'study.json' in line
 
 
-@pytest.mark.parametrize('name, option, words', [
-    ('multi_source', '--sources=3,5', 'give 1 and'), ('multi_source', '--sources=1', ''),
-    ('multi_source', '--sources=1,11', 'to 10'), ('multi_source', '--nums=20,20', 'once'),
-    ('multi_source', '--nums=1', 'at least 2'), ('multi_source', '--nums=170', 'at most 154'),
-    ('multi_source', '--nums=500', 'class 3'), ('multi_source', '--images-per-class=0', ''),
-    ('memorization', '--sizes=20', 'at least two'),
-    ('memorization', '--sizes=20,25', 'multiples of 10'),
-    ('memorization', '--sizes=20,5000', '10 classes'),
-    ('memorization', '--classes=0,1', '1 to 10'), ('memorization', '--kimg=0', ''),
-    ('distillation', '--rhos=0.4,0.4', 'once'),
-    ('distillation', '--rhos=0', 'give shares'), ('distillation', '--rhos=x', ''),
-    ('distillation', '--samples=3', ''), ('distillation', '--teacher-steps=0', ''),
-    ('long_tail', '--methods=finetune', 'finetune starts from plain'),
-    ('long_tail', '--methods=all', ''), ('long_tail', '--omegas=strong', ''),
-    ('long_tail', '--samples=5', ''),
-    ('synthetic_data', '--seeds=1,1', 'once'), ('synthetic_data', '--real=170', 'at most 154'),
-    ('synthetic_data', '--real=500', 'only 178'), ('synthetic_data', '--duration=0', ''),
-    ('synthetic_data', '--generator-duration=0', ''), ('synthetic_data', '--eps=2', ''),
-    ('synthetic_data', '--top-scale=0', '')])
-def test_mistakes_end_in_one_line(name, option, words, tmp_path):
-    line = helpers.fails(CASES[name].script, f'--outdir={tmp_path}', option)
-    assert words in line and option.split('=')[0] in line, line
-
-
 @of_all
 def test_a_study_is_one_command(name, monkeypatch, tmp_path):
     from torch_utils import distributed

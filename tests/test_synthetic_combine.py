@@ -13,7 +13,7 @@ from helpers import fails, run, script_module
 from synthetic import CLASSES, COMBINE, GENERATE, invoke, limited, options, write_classes
 
 from dnnlib.npz import open_array
-from synthetic_data import combine_data
+from synthetic_data import class_files
 from synthetic_data.class_files import ClassFile, write_npz
 
 
@@ -47,7 +47,7 @@ def in_files(folder, count=CLASSES):
 
 
 def recorded(folder):
-    return [ClassFile.open(f'{folder}/{label}.npy').recorded_crc32() is not None for label in range(CLASSES)]
+    return [ClassFile.open(f'{folder}/{label}.npy').recorded_crc32() != 0 for label in range(CLASSES)]
 
 
 @pytest.mark.parametrize('change', ['nothing', 'images', 'longer', 'older version', 'no record', 'rubbish'])
@@ -136,7 +136,7 @@ def test_checksums_of_parts_make_that_of_the_whole():
     data = np.random.RandomState(0).bytes(10000)
     for cut in (0, 1, 4321, 10000):
         parts = zlib.crc32(data[:cut]), zlib.crc32(data[cut:])
-        assert combine_data.combine_crc32(*parts, 10000 - cut) == zlib.crc32(data)
+        assert class_files.combine_crc32(*parts, 10000 - cut) == zlib.crc32(data)
 
 
 def test_a_full_disk(made, tmp_path):
@@ -146,22 +146,20 @@ def test_a_full_disk(made, tmp_path):
 
 
 def test_a_failing_read_leaves_no_file(tmp_path):
-    def append(file, crc):
+    def parts():
+        yield bytes(4 * 4 * 3)
         raise OSError(28, 'No space left on device')
 
     with pytest.raises(OSError):
-        write_npz(str(tmp_path / 'a.npz'), (4, 4, 3), [5], append)
+        write_npz(str(tmp_path / 'a.npz'), (4, 4, 3), [5], parts())
     assert os.listdir(tmp_path) == []
 
 
-def test_mistakes_in_combining(tmp_path):
+def test_bad_class_files(tmp_path):
     write_classes(tmp_path / 'out', [3, 3, 3])
     path = tmp_path / 'out' / '1.npy'
     good = path.read_bytes()
     base = [f'--data_dir={tmp_path}/out', f'--output_dir={tmp_path}/x', '--file_name=all', '--class_num=3']
-    for more, words in ((['--class_num=2'], '2.npy is of class 2'), (['--class_num=4'], '3.npy: no such file'),
-                        ([f'--data_dir={tmp_path}/nowhere'], 'no such folder'), (['--file_name=a/b'], '--file_name')):
-        assert words in fails(COMBINE, *base, *more)
     for value, words in ((np.zeros([3, 8, 8, 3], np.uint8), '[8, 8, 3]'), (np.zeros([3, 4, 4, 3]), '<f8'),
                          (np.zeros([3, 4, 4], np.uint8), '[3, 4, 4]'), (np.zeros([0, 4, 4, 3], np.uint8), '[0, 4, 4, 3]'),
                          (np.zeros([3], 'u1,u1'), 'it holds objects'), (b'nothing', '1.npy is no .npy'),

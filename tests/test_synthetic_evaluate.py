@@ -131,11 +131,3 @@ def test_a_stop_ends_all_workers_and_the_same_command_goes_on(digits, generated,
 def log(folder) -> list[str]:
     path = folder / 'stats.jsonl'
     return path.read_text().splitlines() if path.exists() else []
-
-
-def test_mistakes_in_evaluating(digits, generated, tmp_path):
-    base = [f'--outdir={tmp_path}/x', f'--data={digits[0]}', f'--test={digits[1]}', *EVALUATE_TINY]
-    for more, words in (([], '--generated'), ([f'--generated={generated}/out', '--training=fast'], '--training=fast'),
-                        (['--generated=nowhere'], 'nowhere'), ([f'--generated={generated}/out', '--seeds=1,1'], '--seeds')):
-        assert words in fails(EVALUATE, *base, *more)
-    assert not (tmp_path / 'x').exists()

@@ -169,13 +169,7 @@ def test_gray_networks_make_rgb(tmp_path):
     assert array.shape == (2, SIDE, SIDE, 3) and (array == array[..., :1]).all()
 
 
-def test_mistakes_in_generating(made, network, tmp_path):
-    assert 'unconditional' in fails(GENERATE, *options(save_network(tmp_path / 'u.pkl', 0), tmp_path / 'x', '--seeds=0'))
-    assert '3 classes' in fails(GENERATE, *options(network, tmp_path / 'x', '--seeds=0', '--class_num=10'))
-    assert '--class=3' in fails(GENERATE, *options(network, tmp_path / 'x', '--seeds=0', '--class=0,3'))
-    assert 'nowhere.pkl' in fails(GENERATE, *options('nowhere.pkl', tmp_path / 'x'))
-    assert '--seeds' in fails(GENERATE, *options(network, tmp_path / 'x', '--seeds=5-2'))
-    assert not (tmp_path / 'x').exists()
+def test_classes_of_other_images_are_left_alone(made, network, tmp_path):
     other = save_network(tmp_path / 'other.pkl', width=16)
     assert 'another network' in fails(GENERATE, *options(other, made, '--seeds=0-19'))
     assert 'another rho' in fails(GENERATE, *options(network, made, '--seeds=0-30', '--rho=5'))

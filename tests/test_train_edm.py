@@ -270,26 +270,6 @@ def test_a_folder_is_used_by_one_run_at_a_time(finished, digits, tmp_path):
 
 
 @pytest.mark.parametrize('options, message', [
-    (['--skip-connections=[1,0,1]'], '--skip-connections'), (['--skip-connections=1,2'], '--skip-connections'),
-    (['--cbase=16'], '--cbase'), (['--momentum=0.9'], '--momentum'), (['--final-ema=0.9'], '--final-ema'),
-    (['--ema_mode=mode3', '--ema=1'], '--ema:'), (['--arch=adm', '--embed=fourier'], '--embed'), (['--fp16=1'], 'fp16'),
-    (['--arch=unet'], '--arch'), (['--precond=iddpm'], '--precond'), (['--duration=0'], '--duration'),
-    (['--batch=0'], '--batch'), (['--num-channels=36', '--cres=1,8'], '--num-channels'), (['--num-channels=7'], 'even'),
-    (['--cres=1,2,2,2,2'], '--cres'), (['--data=nowhere.zip'], 'nowhere.zip'), (['--resume=nowhere'], '--resume'),
-    (['--transfer=nowhere.pkl'], 'nowhere.pkl'), (['--window-size=2'], '--window-size'), (['--desc=a/b'], '--desc'),
-    (['--ema_mode=mode5'], '--ema_mode'), (['--optimizer=AdamW'], '--optimizer')])
-def test_bad_options_end_in_one_line_and_write_nothing(digits, tmp_path, options, message):
-    outdir = tmp_path / 'runs'
-    assert message in fails('train.py', f'--outdir={outdir}', f'--data={digits}', *TINY, *options)
-    assert not outdir.exists()
-
-
-def test_labels_are_needed_for_training_on_classes(tmp_path):
-    data = write_digits(tmp_path / 'plain.zip', count=20, labels=False)
-    assert '--cond' in fails('train.py', f'--outdir={tmp_path / "runs"}', f'--data={data}', *TINY, '--cond=1')
-
-
-@pytest.mark.parametrize('options, message', [
     (['--num-channels=16'], 'model_channels'), (['--arch=adm'], 'model_type'), (['--precond=vp'], 'VPPrecond'),
     (['--batch=50'], '--batch'), (['--seed=4'], '--seed'), (['--optimizer=SGD'], '--optimizer'),
     (['--window-size=0'], '--window-size')])
@@ -302,14 +282,6 @@ def test_another_recipe_does_not_resume(finished, digits, tmp_path, kind, option
     assert message in error and finished in error
     assert before == {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(finished)}
     assert not (tmp_path / 'runs').exists()
-
-
-def test_resume_wants_a_training_state(finished, digits, tmp_path):
-    arguments = [f'--outdir={tmp_path / "runs"}', f'--data={digits}', *TINY]
-    net = os.path.join(finished, 'network-snapshot-0000001.pkl')
-    assert 'no training state' in fails('train.py', *arguments, f'--resume={net}')
-    (tmp_path / 'empty').mkdir()
-    assert 'training-state' in fails('train.py', *arguments, f'--resume={tmp_path / "empty"}')
 
 
 def test_weights_of_another_architecture_are_not_transferred(finished, digits, tmp_path):

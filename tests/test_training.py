@@ -222,15 +222,3 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path, digits):
 def test_another_recipe_does_not_resume(digits, finished, options, message):
     error = fails('train_edm2.py', f'--outdir={finished}', f'--data={digits}', *TINY, *options)
     assert message in error and str(finished) in error
-
-
-@pytest.mark.parametrize('options, message', [
-    (['--data=nowhere.zip'], 'nowhere.zip'), (['--precision=fp16'], 'fp16'), (['--fp16=True', '--precision=bf16'], '--fp16'),
-    (['--batch=x'], '--batch'), (['--preset=edm2-img512-huge'], '--preset'), (['--batch-gpu=0'], '--batch-gpu')])
-def test_bad_options_end_in_one_line(tmp_path, digits, options, message):
-    assert message in fails('train_edm2.py', f'--outdir={tmp_path / "run"}', f'--data={digits}', *TINY, *options)
-
-
-def test_labels_are_needed_for_class_conditional_training(tmp_path):
-    data = write_digits(tmp_path / 'plain.zip', count=20, labels=False)
-    assert '--cond=True needs labels' in fails('train_edm2.py', f'--outdir={tmp_path / "run"}', f'--data={data}', *TINY)

@@ -1,0 +1,231 @@
+"""Mistakes of users: every command line here ends in one line that names what is wrong, and makes nothing."""
+
+import shlex
+
+import numpy as np
+import pytest
+import test_generate
+import test_long_tail
+import torch
+from helpers import fails, script_module, write_digits
+from synthetic import save_network, write_classes
+from test_train_edm import TINY as EDM
+from test_training import TINY as EDM2
+
+from training.encoders import RGBEncoder
+from training.networks.classifier import WideResNet
+from training.snapshot import save_snapshot
+
+
+def snapshot(path, label_dim):
+    save_snapshot(path, test_generate.make_net(label_dim), encoder=RGBEncoder(), recipe={}, nimg=1024,
+                  dataset=test_generate.DATASET if label_dim else {'name': 'none', 'label_dim': 0})
+
+
+def images(path, *shape):
+    np.savez(path, np.zeros(shape, np.uint8))
+
+
+def statistics(path, data):
+    script_module('calculate_metrics.py').main(
+        ['ref', f'--data={data}', f'--dest={path}', '--metrics=fd_pixels,precision_pixels,recall_pixels'],
+        standalone_mode=False)
+
+
+def classifier(path, classes):
+    torch.save(WideResNet('wrn-10-1', classes).state_dict(), path)
+
+
+class Places(dict):
+    """What command lines name in braces: paths of files that are made when one is first needed."""
+
+    makers = {
+        'digits.zip': lambda self, path: write_digits(path, 300),
+        'others.zip': lambda self, path: write_digits(path, 250, first=300),
+        'plain.zip': lambda self, path: write_digits(path, 20, labels=False),
+        'single.zip': lambda self, path: write_digits(path, 1, labels=False),
+        'others.pkl': lambda self, path: statistics(path, self['others.zip']),
+        'unlabelled.npz': lambda self, path: images(path, 30, 8, 8, 3),
+        'unlabelled.pkl': lambda self, path: statistics(path, self['unlabelled.npz']),
+        'small.npz': lambda self, path: images(path, 30, 4, 4, 3),
+        'large.npz': lambda self, path: images(path, 3, 128, 128, 3),
+        'one.npz': lambda self, path: images(path, 1, 8, 8, 3),
+        'evil.pkl': lambda self, path: path.write_bytes(b"cos\nsystem\n(S'true'\ntR."),
+        'net.pkl': lambda self, path: snapshot(path, 3),
+        'uncond.pkl': lambda self, path: snapshot(path, 0),
+        'wrn': lambda self, path: classifier(path, 3),
+        'four': lambda self, path: classifier(path, 4),
+        'text': lambda self, path: path.write_text('nothing'),
+        'empty': lambda self, path: path.mkdir(),
+        'cifar': lambda self, path: test_long_tail.write_cifar(path, 'cifar10', 12),
+        'classes': lambda self, path: write_classes(path, [3, 3, 3], side=8),
+        'ten': lambda self, path: write_classes(path, [2] * 10, side=8),
+        'edm.pkl': lambda self, path: save_network(path),
+        'edm-uncond.pkl': lambda self, path: save_network(path, 0)}
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __missing__(self, name):
+        self[name] = str(self.folder / name)
+        self.makers[name](self, self.folder / name)
+        return self[name]
+
+
+@pytest.fixture(scope='session')
+def places(tmp_path_factory):
+    return Places(tmp_path_factory.mktemp('mistakes'))
+
+
+# {beginning of the command line: {the rest: words of the line, or several}}
+MISTAKES = {
+    f'train.py --outdir=out --data=<digits.zip> {shlex.join(EDM)}': {
+        '--skip-connections=[1,0,1]': '--skip-connections', '--skip-connections=1,2': '--skip-connections',
+        '--cbase=16': '--cbase', '--momentum=0.9': '--momentum', '--final-ema=0.9': '--final-ema',
+        '--ema_mode=mode3 --ema=1': '--ema:', '--arch=adm --embed=fourier': '--embed', '--fp16=1': 'fp16',
+        '--arch=unet': '--arch', '--precond=iddpm': '--precond', '--duration=0': '--duration', '--batch=0': '--batch',
+        '--num-channels=36 --cres=1,8': '--num-channels', '--num-channels=7': 'even', '--cres=1,2,2,2,2': '--cres',
+        '--data=nowhere.zip': 'nowhere.zip', '--resume=nowhere': '--resume', '--transfer=nowhere.pkl': 'nowhere.pkl',
+        '--window-size=2': '--window-size', '--desc=a/b': '--desc', '--ema_mode=mode5': '--ema_mode',
+        '--optimizer=AdamW': '--optimizer', '--data=<plain.zip> --cond=1': '--cond',
+        '--resume=<empty>': 'training-state', '--resume=<net.pkl>': 'no training state'},
+    f'train_edm2.py --outdir=out --data=<digits.zip> {shlex.join(EDM2)}': {
+        '--data=nowhere.zip': 'nowhere.zip', '--precision=fp16': 'fp16', '--fp16=True --precision=bf16': '--fp16',
+        '--batch=x': '--batch', '--preset=edm2-img512-huge': '--preset', '--batch-gpu=0': '--batch-gpu',
+        '--data=<plain.zip>': '--cond=True needs labels'},
+    'generate_images.py --outdir=out': {
+        '--net=nowhere.pkl': 'nowhere.pkl', '': '--net', '--preset=edm2-img512-huge-fid': '--preset',
+        '--net=<net.pkl> --guidance=2': '--guidance=2.0 needs a guiding network',
+        '--net=<net.pkl> --class=5': '171 (greyhound)', '--net=<uncond.pkl> --class=171': 'no classes',
+        '--net=<net.pkl> --seeds=5-x': '--seeds', '--net=<net.pkl> --outdir=<cifar>': 'not empty'},
+    'reconstruct_phema.py': {
+        '--indir=nowhere --outstd=0.1': 'nowhere', '--indir=. --outstd=0.1': 'no snapshots',
+        '--indir=. --outstd=0.5': '--outstd', '--indir=. --outstd=x': '--outstd'},
+    'snapshot_tool.py': {
+        'inspect missing.pkl': 'no such file', 'convert missing.pkl --dest=x.pkl': 'no such file',
+        'convert <net.pkl> --dest=x.onnx': '--dest', 'convert <net.pkl> --dest=x.pkl --set heads=4': 'leave out heads',
+        'convert <net.pkl> --dest=x.pkl --set heads': 'NAME=VALUE',
+        'convert <net.pkl> --dest=/proc/x.pkl': 'cannot be written',
+        'convert <net.pkl> --dest=x.pkl --sha256 12': '64 hexadecimal digits',
+        f'convert <net.pkl> --dest=x.pkl --sha256 {"0" * 64}': 'instead of 000',
+        'convert <wrn> --dest=x': 'classifier', 'convert <text> --dest=x': 'no known kind'},
+    'calculate_metrics.py calc --images=<digits.zip> --ref=<others.pkl> --metrics=fd_pixels': {
+        '--ref=none.pkl': 'no such file', '--ref=<evil.pkl>': 'evil.pkl',
+        '--metrics=sfid --inception=none': 'has nothing for sfid', '--images=none.zip': 'does not exist',
+        '--num=301': 'has only 300 images', '--num=0': 'too few to measure', '--class=12': "class '12' is not in",
+        '--ref=<unlabelled.pkl> --metrics=recognition': 'unlabelled.pkl has no labels',
+        '--images=<unlabelled.npz> --ref=<others.zip> --metrics=recognition': 'the images have no labels',
+        '--ref-class=1': 'needs images as --ref', '--images=<small.npz>': 'of 48 and 192 dimensions',
+        '--images=<one.npz>': 'at least 2 images', '--num=3 --metrics=precision_pixels': 'more than 3 images',
+        '--images=<large.npz>': 'too many for the pixel metrics', '--metrics=fidd': "no metric 'fidd'"},
+    'calculate_metrics.py calc --images=<digits.zip> --metrics=fd_pixels': {'': '--ref is missing'},
+    'calculate_metrics.py ref --data=<digits.zip> --dest=x.pkl': {
+        '--metrics=fid --inception=none.pth': 'none.pth: no such file',
+        '--dest=x.txt --metrics=fd_pixels': 'must end in .pkl', '--metrics=is': 'needs no reference',
+        '--metrics=,': 'no metrics given'},
+    'calculate_metrics.py gen --ref=<others.pkl> --metrics=fd_pixels': {
+        '': '--net: give a network, or a preset', '--net=none.pkl': 'none.pkl',
+        '--net=<net.pkl> --num=0': 'nothing to generate'},
+    'calculate_metrics.py memorization --data=<digits.zip> --dest=m.json': {
+        '': '--images', '--images=a --net=b': '--images', '--images=nowhere': 'nowhere',
+        '--images=<plain.zip> --steps=3': '--steps', '--images=<plain.zip> --seeds=1': '--seeds',
+        '--net=optimal:<digits.zip> --workers=3': '--workers', '--net=nowhere.pkl': 'nowhere.pkl',
+        '--images=<plain.zip> --grid=/proc/x.png': '--grid=/proc/x.png cannot be written',
+        '--net=optimal:nowhere.zip': 'nowhere.zip', '--net=optimal:<digits.zip> --num=0': '--num',
+        '--net=optimal:<digits.zip> --class=eleven': 'eleven',
+        '--images=<plain.zip> --data=<single.zip>': 'one image', '--images=<plain.zip> --data=nowhere.zip': 'nowhere.zip'},
+    'mem_ratio.py': {'--expdir=<empty>': 'network-snapshot', '--expdir=nowhere': 'nowhere'},
+    'benchmarks/run.py': {'--only=nix': '--only=nix is unknown'},
+    'data_utils/dataset_size.py --source=<cifar>/cifar-10-python.tar.gz --dest=out/x.zip': {
+        '--max-images=200': '120', '': '--max-images', '--max-images=10 --source=<plain.zip>': 'no classes'},
+    'data_utils/dataset_tool.py --source=<cifar>/cifar-10-python.tar.gz --dest=out/x.zip': {
+        '--max-images=55': '--max-images=55'},
+    'data_utils/dataset_diversity.py --source=<cifar>/cifar-10-python.tar.gz --dest=out/x.zip --max-images=10': {
+        '--num-classes=11': '1..10', '--num-classes=0': '1..10'},
+    'data_utils/dataset_unique.py --source=<cifar>/cifar-10-python.tar.gz --dest=out/x.zip': {
+        '--max-images=0': '--max-images'},
+    'data_utils/intra_diversity.py --source=<cifar>/cifar-10-python.tar.gz --dest=out/x.zip': {
+        '--class-num=12': '--class-num=12', '--class-num=-1': '--class-num=-1',
+        '--class-num=5 --max-images=13': '--max-images=13', '': '--class-num',
+        '--class-num=5 --inter-rate=0.5': '--class-num', '--class-num=5 --inter-source=x': '--inter-rate',
+        '--inter-rate=0.5 --inter-source=nowhere.zip': 'nowhere.zip',
+        '--inter-rate=1.5 --inter-source=<cifar>/cifar-10-python.tar.gz': '1.5',
+        '--inter-rate=0.5 --inter-source=<cifar>/cifar-10-python.tar.gz --max-images=250': '--inter-rate=0.5: 125'},
+    'data_utils/sample_imagenet.py --dest=x.txt': {'--source=nowhere': '--source=', '--source=<empty>': 'no images'},
+    'dataset_tool.py': {
+        'inspect --source=nix': 'nix does not exist', 'decode --source=<digits.zip> --dest=x.zip': 'decode takes latents',
+        'encode --source=<digits.zip> --dest=x.zip --model-url=./nix': 'no such folder'},
+    'simulations/run_gaussian.py --outdir=out': {
+        '--tag=K --values=0,3': ('--values', "'0,3'", 'whole numbers'), '--tag=K --values=3,3': '--values',
+        '--tag=n --values=many': ('--values', "'many'"), '--tag=sim --values=0,1.5': ('--values', '0 to 1'),
+        '--tag=K --sim=nan': '--sim', '--tag=sim --values=nan': ('--values', '0 to 1'),
+        '--tag=K --K=3': ('--K', '--values'), '--tag=slope --n=3': ('--n', '--values'),
+        '--tag=K --x=n': ('--x', '--tag=K'), '--tag=grid': ('--x', '--y'), '--tag=grid --x=K --y=K': ('--x', '--y'),
+        '--tag=grid --x=K --y=n --values=3': ('--values', 'grid'), '--tag=grid --x=K --y=n --y-values=x': '--y-values',
+        '--tag=grid --x=K --y=n --n=5': ('--n', '--y-values'), '--tag=K --seeds=3,3': '--seeds',
+        '--tag=K --seeds=18446744073709551616': ('--seeds', '2^64'),
+        '--tag=slope --values=100': ('--values', 'two or more'), '--tag=n --K=0': '--K', '--tag=K --n=0': '--n',
+        '--tag=K --n=x': '--n', '--tag=K --sim=1.01': '--sim', '--tag=K --sim=high': '--sim', '--tag=K --dim=0': '--dim',
+        '--tag=K --test-points=0': '--test-points', '--tag=K --seeds=a': '--seeds'},
+    'simulations/digits_multi_source.py --outdir=out': {
+        '--sources=3,5': ('--sources', 'give 1 and'), '--sources=1': '--sources', '--sources=1,11': ('--sources', 'to 10'),
+        '--nums=20,20': ('--nums', 'once'), '--nums=1': ('--nums', 'at least 2'), '--nums=170': ('--nums', 'at most 154'),
+        '--nums=500': ('--nums', 'class 3'), '--images-per-class=0': '--images-per-class'},
+    'data_utils/digits_memorization.py --outdir=out': {
+        '--sizes=20': ('--sizes', 'at least two'), '--sizes=20,25': ('--sizes', 'multiples of 10'),
+        '--sizes=20,5000': ('--sizes', '10 classes'), '--classes=0,1': ('--classes', '1 to 10'), '--kimg=0': '--kimg'},
+    'distillation/digits_distillation.py --outdir=out': {
+        '--rhos=0.4,0.4': ('--rhos', 'once'), '--rhos=0': ('--rhos', 'give shares'), '--rhos=x': '--rhos',
+        '--samples=3': '--samples', '--teacher-steps=0': '--teacher-steps'},
+    'long_tail/digits_long_tail.py --outdir=out': {
+        '--methods=finetune': ('--methods', 'finetune starts from plain'), '--methods=all': '--methods',
+        '--omegas=strong': '--omegas', '--samples=5': '--samples'},
+    'synthetic_data/digits_synthetic_data.py --outdir=out': {
+        '--seeds=1,1': ('--seeds', 'once'), '--real=170': ('--real', 'at most 154'), '--real=500': ('--real', 'only 178'),
+        '--duration=0': '--duration', '--generator-duration=0': '--generator-duration', '--eps=2': '--eps',
+        '--top-scale=0': '--top-scale'},
+    'long_tail/main.py': {
+        '': '--train', '--eval --logdir=nowhere': 'nowhere'},
+    'long_tail/main.py --train': {
+        '--learning_rate=1': '--learning_rate', '--flagfile=nowhere.txt': 'nowhere.txt', '--cb': '--conditional',
+        '--cotrain': '--cotrain', '--ch=20': '--ch=20', '--attn=7': '--attn=7',
+        '--img_size=12 --ch_mult=1,1,1,1': '--ch_mult', '--data_type=mnist': '--data_type', '--num_class=7': '--num_class',
+        '--imb_factor=2 --data_type=cifar10lt': 'imb_factor', '--ddim_steps=2000': '--ddim_steps', '--beta_1=0.5': '--beta_1',
+        '--group_sizes=1,2': '--group_sizes', '--conditional --finetune': '--finetuned_logdir'},
+    'long_tail/make_stats.py --data_type=digits': {'--split=test --dest=x.npz': '--split'},
+    'synthetic_data/generate.py --outdir=out --class_num=3 --steps=2 --network=<edm.pkl> --seeds=0': {
+        '--network=<edm-uncond.pkl>': 'unconditional', '--class_num=10': '3 classes', '--class=0,3': '--class=3',
+        '--network=nowhere.pkl': 'nowhere.pkl', '--seeds=5-2': '--seeds'},
+    'synthetic_data/combine_data.py --data_dir=<classes> --output_dir=out --file_name=all --class_num=3': {
+        '--class_num=2': '2.npy is of class 2', '--class_num=4': '3.npy: no such file',
+        '--data_dir=nowhere': 'no such folder', '--file_name=a/b': '--file_name'},
+    'synthetic_data/select_1M.py --data_dir=<classes> --output_dir=out --model_path=<wrn> --class_num=3': {
+        '--class_num=2': '2.npy is of class 2', '--class_num=4': '3.npy: no such file', '--top_scale=1.5': '--top_scale',
+        '--file_name=a/b': '--file_name', '--model_path=<four>': 'of 4 classes, not of 3',
+        '--model=wrn-16-1': 'not a wrn-16-1', '--model_path=nowhere.pt': 'nowhere.pt',
+        '--model_path=<net.pkl>': 'no classifier'},
+    'synthetic_data/train_classifier.py --outdir=out --data=<digits.zip> --model=wrn-10-1 --duration=192': {
+        '--data=<plain.zip>': '--data', '--test=<plain.zip>': 'no labels', '--model=wrn-11-1': 'wrn-11-1',
+        '--generated=nowhere.npz': 'nowhere.npz', '--eps=2': '--eps', '--eps=x/y': '--eps', '--batch=0': '--batch=0',
+        '--precision=fp16': 'fp16 needs a GPU'},
+    'synthetic_data/evaluate_data.py --outdir=out --data=<digits.zip> --test=<others.zip> --model=wrn-10-1 --duration=64': {
+        '': '--generated', '--generated=<ten> --training=fast': '--training=fast', '--generated=nowhere': 'nowhere',
+        '--generated=<ten> --seeds=1,1': '--seeds', '--selected=<classes>': '3.npy'},
+}
+# What is noticed only when some of the work is done.
+LATE = ('--sizes=20,5000', '--tag=slope --values=100')
+
+
+@pytest.mark.parametrize('command, words', [
+    (f'{base} {rest}', words) for base, rows in MISTAKES.items() for rest, words in rows.items()],
+    ids=[f'{base.split()[0]} {rest}' for base, rows in MISTAKES.items() for rest in rows])
+def test_mistakes_end_in_one_line_and_make_nothing(command, words, places, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in Places.makers:
+        if f'<{name}>' in command:
+            command = command.replace(f'<{name}>', places[name])
+    script, *args = shlex.split(command)
+    line = fails(script, *args)
+    assert all(word in line for word in ([words] if isinstance(words, str) else words)), line
+    if not command.endswith(LATE):
+        assert {path.name for path in tmp_path.rglob('*') if path.is_file()} <= {'study.json'}
