@@ -92,7 +92,7 @@ def main(expdir, knn_ref, log, seeds, subdirs, batch, sampler):
         --subdirs --batch=512
     """
     dist.init()
-    sampler = choose_setting({'name': 'edm'}, sampler)
+    sampler = choose_setting(None, {'name': 'edm'}, sampler)
     snapshots = list_snapshots(expdir)
     if not snapshots:
         raise UserError('holds no network-snapshot-*.pkl; give the folder of a run',

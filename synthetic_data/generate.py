@@ -119,7 +119,7 @@ def main(outdir, seeds, batch, class_num, classes, network, sampler):
     classes = range(count) if classes is None else classes
     if max(classes) >= count:
         raise UserError(f'--class={max(classes)}: there are the classes 0 to {count - 1}')
-    name = choose_setting(snapshot.sampler, sampler)['name']
+    name = choose_setting(snapshot.net, snapshot.sampler, sampler)['name']
     if sampler['num_steps'] is None:
         sampler['num_steps'] = STEPS.get(name)
     generator = open_generator(snapshot, sampler=sampler)

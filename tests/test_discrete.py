@@ -154,7 +154,7 @@ def _distillation(case, process, what, a, t):
     diffusion = _diffusion(case, process, loss=loss[0] if loss and 'student' not in loss[0] else 'mse')
     teacher = diffusion.prediction(a['teacher_output'], a['x'], t, clip=clip == 'teacher_clip1')
     if quantity == 'x_tm1':
-        return diffusion.add_noise(teacher, t, a['noise'])
+        return diffusion.ancestral_step(a['teacher_output'], a['x'], t, a['noise'], clip == 'teacher_clip1')
     if quantity.startswith('teacher_'):
         return getattr(teacher, quantity.removeprefix('teacher_'))
     output = a['model_output'].clone().requires_grad_()

@@ -137,7 +137,7 @@ def test_ddim_of_levels_is_the_chain_of_discrete_time():
     start = (noise / scale / levels[0]).double()
     for eta in (0.0, 1.0):
         torch.manual_seed(1)
-        chain = samplers.chain(samplers.Guided(net), noise, diffusion, GlobalRandom(), ddim=True, eta=eta, clip=True)
+        chain = samplers.chain(samplers.Guided(net), noise, diffusion, GlobalRandom(), eta=eta, clip=True)
         torch.manual_seed(1)
         random = _InFloat32()
         ours = samplers.ancestral(samplers.Guided(gaussian_denoiser), start, levels, random, eta, clip=True)

@@ -20,9 +20,7 @@ from torch_utils import distributed as dist
 from training.data.dataset import class_index
 from training.diffusion.samplers import (
     Guided,
-    check_setting,
     choose_setting,
-    family_sampler,
     sample_seeds,
     seed_inputs,
 )
@@ -127,7 +125,7 @@ def generate_images(net, encoder, seeds, *, labels=None, batch=32, device=None, 
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if split else (0, 1)
     seeds = np.asarray(seeds, dtype=np.int64)
     labels = np.broadcast_to(labels, seeds.shape)
-    setting = choose_setting(sampler or family_sampler(net), options)
+    setting = choose_setting(net, sampler, options)
     plan = split_seeds(range(len(seeds)), batch, rank, world_size)
     for positions in tqdm(plan, unit='batch', disable=None if progress and rank == 0 else True):
         if len(positions) == 0:
@@ -191,8 +189,7 @@ def open_generator(net=None, *, preset=None, gnet=None, guidance=None, guidance_
         snapshot.encoder = make_encoder(snapshot.encoder.config() | {'vae_name': model_url})
     snapshot.encoder.prepare(device)
     label = None if class_ is None else class_index(snapshot.dataset, class_)
-    setting = choose_setting(snapshot.sampler, sampler or {})
-    check_setting(snapshot.net, setting)
+    setting = choose_setting(snapshot.net, snapshot.sampler, sampler or {})
     if guide is not None:
         _check_guide(snapshot.net, guide, setting['name'], gnet)
     plain = {key: str(value) if value == math.inf else value for key, value in setting.items()}

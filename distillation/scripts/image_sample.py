@@ -14,7 +14,7 @@ from distillation import configs, runs
 from distillation.sample_shards import SampleShards
 from dnnlib import UserError, options
 from torch_utils import distributed as dist
-from training.diffusion.samplers import check_setting, choose_setting
+from training.diffusion.samplers import choose_setting
 from training.encoders import RGBEncoder
 from training.generate import generate_images
 
@@ -74,8 +74,7 @@ def main(config, model_path, batch_size, num_samples, timestep_respacing, use_dd
     ddim = diffusion.use_ddim if use_ddim is None else use_ddim
     steps = net.diffusion.respaced(respacing).num_steps        # fails early for what does not fit
     own = dict(name='ddim' if ddim else 'ddpm', num_steps=respacing, clip=diffusion.clip_denoised)
-    setting = choose_setting(own, sampler)
-    check_setting(net, setting)
+    setting = choose_setting(net, own, sampler)
     chosen = {key: value for key, value in sampler.items() if value is not None}
     chain = '-'.join(map(str, chosen.values())) or f'{"ddim" if ddim else "ancestral"}{steps}'
     size = net.img_resolution

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
 
 from .encoders import make_encoder
-from .samplers import choose_setting, family_sampler, sample_seeds
+from .samplers import choose_setting, sample_seeds
 
 
 class SnapshotPipeline(DiffusionPipeline):
@@ -37,8 +37,7 @@ class SnapshotPipeline(DiffusionPipeline):
         net = self.unet.net
         seeds = list(seeds)
         labels = np.broadcast_to(labels, len(seeds)).tolist()
-        setting = choose_setting(self.config.sampler or family_sampler(net),
-                                 options | {'name': sampler})
+        setting = choose_setting(net, self.config.sampler, options | {'name': sampler})
         parts = []
         for start in self.progress_bar(range(0, len(seeds), batch_size)):
             part = slice(start, start + batch_size)

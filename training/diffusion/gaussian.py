@@ -36,10 +36,16 @@ def mean_flat(x):
     return x.flatten(1).mean(1)
 
 
-def gaussian_kl(mean1, log_variance1, mean2, log_variance2):
-    """KL(N(mean1, var1) || N(mean2, var2)) element by element, in nats."""
-    return 0.5 * (-1 + log_variance2 - log_variance1 + (log_variance1 - log_variance2).exp()
-                  + (mean1 - mean2) ** 2 * (-log_variance2).exp())
+def _inner(t):
+    """[N,1,1,1]: 1 where another step follows t [N], which alone gets noise, 0 at t = 0."""
+    return (t != 0).reshape(-1, 1, 1, 1)
+
+
+def _kl(mean, log_variance, p: Prediction):
+    """KL of a Gaussian and a predicted one, in nats, averaged over the elements: [N]."""
+    return mean_flat(0.5 * (-1 + p.log_variance - log_variance
+                            + (log_variance - p.log_variance).exp()
+                            + (mean - p.mean) ** 2 * (-p.log_variance).exp()))
 
 
 def discretized_nll(x, mean, log_variance):
@@ -120,9 +126,9 @@ class GaussianDiffusion:
         self.posterior_mean_coef2 = (1 - abar_prev) * np.sqrt(1 - self.betas) / (1 - abar)
         self.posterior_variance = self.betas * (1 - abar_prev) / (1 - abar)
         # At t = 0 the posterior has no variance: its logarithm is that of t = 1.
-        small = self.posterior_log_variance_clipped = np.log(
-            np.append(self.posterior_variance[1], self.posterior_variance[1:]))
-        large = np.log(np.append(self.posterior_variance[1], self.betas[1:]))
+        small, large = (np.log(np.append(self.posterior_variance[1], values[1:]))
+                        for values in (self.posterior_variance, self.betas))
+        self.posterior_log_variance_clipped = small
         self.log_beta = np.log(self.betas)
         self.log_variance = large if self.variance == 'fixed_large' else small
         self.model_step = kept * (1000 / self.steps if self.rescale_timesteps else 1)
@@ -186,46 +192,36 @@ class GaussianDiffusion:
 
     def ancestral_step(self, output, x_t, t, noise, clip=True):
         """x_(t-1) drawn from the predicted Gaussian; no noise at t = 0."""
-        return self.add_noise(self.prediction(output, x_t, t, clip), t, noise)
-
-    @staticmethod
-    def add_noise(prediction, t, noise):
-        """A draw from the Gaussian of a prediction; its mean at t = 0."""
-        sd = (t != 0).reshape(-1, 1, 1, 1) * (0.5 * prediction.log_variance).exp()
-        return prediction.mean + sd * noise
+        p = self.prediction(output, x_t, t, clip)
+        return p.mean + _inner(t) * (0.5 * p.log_variance).exp() * noise
 
     def ddim_step(self, output, x_t, t, noise=None, eta=0.0, clip=True):
         """x_(t-1) of DDIM (arXiv 2010.02502, Eq. 12); `eta=0` is deterministic and needs no
         noise."""
-        start = self.prediction(output, x_t, t, clip).start
-        epsilon = self._epsilon(start, x_t, t)  # again, as clipping changes it
         abar, abar_prev = self._at('alphas_cumprod', t), self._at('alphas_cumprod_prev', t)
         sd = eta * ((1 - abar_prev) / (1 - abar)).sqrt() * (1 - abar / abar_prev).sqrt()
-        x = start * abar_prev.sqrt() + (1 - abar_prev - sd**2).sqrt() * epsilon
-        return x if eta == 0 else x + (t != 0).reshape(-1, 1, 1, 1) * sd * noise
+        x = self._along_path(output, x_t, t, clip, abar_prev, sd)
+        return x if eta == 0 else x + _inner(t) * sd * noise
 
     def ddim_reverse_step(self, output, x_t, t, clip=True):
         """x_(t+1): the deterministic DDIM path run backwards; pure noise follows the last step."""
+        return self._along_path(output, x_t, t, clip, self._at('alphas_cumprod_next', t))
+
+    def _along_path(self, output, x_t, t, clip, abar, sd=0):
+        """The mean of the predicted x at the level `abar`, to which noise of `sd` is added."""
         start = self.prediction(output, x_t, t, clip).start
-        abar_next = self._at('alphas_cumprod_next', t)
-        return start * abar_next.sqrt() + (1 - abar_next).sqrt() * self._epsilon(start, x_t, t)
+        epsilon = self._epsilon(start, x_t, t)  # again, as clipping changes it
+        return start * abar.sqrt() + (1 - abar - sd**2).sqrt() * epsilon
 
     # Losses, [N].
 
-    def vb_term(self, output, x_0, x_t, t, clip=False):
+    def vb_term(self, output, x_0, x_t, t):
         """A term of the variational bound in bits per dimension: the KL of x_(t-1), at t = 0 the
         likelihood of x_0."""
-        mean, log_variance = self.q_posterior(x_0, x_t, t)
-        p = self.prediction(output, x_t, t, clip)
-        kl = mean_flat(gaussian_kl(mean, log_variance, p.mean, p.log_variance))
+        p = self.prediction(output, x_t, t)
+        kl = _kl(*self.q_posterior(x_0, x_t, t), p)
         nll = mean_flat(discretized_nll(x_0, p.mean, p.log_variance))
         return torch.where(t == 0, nll, kl) / math.log(2)
-
-    def _frozen_mean(self, output):
-        """`output` with no gradient into the image channels: the variational term trains the
-        variance alone."""
-        values, variance = output.chunk(2, dim=1)
-        return torch.cat([values.detach(), variance], dim=1)
 
     def training_losses(self, output, x_0, x_t, t, noise) -> dict:
         """Loss of a network's output at x_t = q_sample(x_0, t, noise): {'loss', and its terms
@@ -234,10 +230,8 @@ class GaussianDiffusion:
             loss = self.vb_term(output, x_0, x_t, t)
             return {'loss': loss * self.num_steps if self.loss == 'rescaled_kl' else loss}
         target = noise if self.predict == 'epsilon' else x_0
-        terms = {'mse': mean_flat((target - output[:, :x_t.shape[1]]) ** 2)}
-        if self.learned:
-            terms['vb'] = self._rescaled(self.vb_term(self._frozen_mean(output), x_0, x_t, t))
-        return {'loss': sum(terms.values()), **terms}
+        return self._terms(target - output[:, :x_t.shape[1]], output,
+                           lambda frozen: self.vb_term(frozen, x_0, x_t, t))
 
     def distillation_losses(self, output, teacher: Prediction, x_t, t, clip=False) -> dict:
         """Loss of a student against the teacher's prediction at the same x_t (arXiv 2409.03550).
@@ -247,14 +241,23 @@ class GaussianDiffusion:
         """
         if self.loss.endswith('kl'):
             raise UserError('use_kl: distillation has no pure KL loss; use mse or rescaled_mse')
-        student = self.prediction(output, x_t, t)
-        terms = {'mse': mean_flat((teacher.epsilon - student.epsilon) ** 2)}
-        if self.learned:
-            student = self.prediction(self._frozen_mean(output), x_t, t, clip)
-            kl = gaussian_kl(teacher.mean, teacher.log_variance, student.mean,
-                             student.log_variance)
-            terms['vb'] = self._rescaled(mean_flat(kl) / math.log(2))
-        return {'loss': sum(terms.values()), **terms}
 
-    def _rescaled(self, vb):
-        return vb * (self.num_steps / 1000) if self.loss == 'rescaled_mse' else vb
+        def divergence(frozen):
+            student = self.prediction(frozen, x_t, t, clip)
+            return _kl(teacher.mean, teacher.log_variance, student) / math.log(2)
+
+        error = teacher.epsilon - self.prediction(output, x_t, t).epsilon
+        return self._terms(error, output, divergence)
+
+    def _terms(self, error, output, bound) -> dict:
+        """The loss of an error [N,C,H,W] and, with a learned variance, of `bound` [N].
+
+        `bound` gets the output with no gradient into the image channels: the variational term
+        trains the variance alone.
+        """
+        terms = {'mse': mean_flat(error**2)}
+        if self.learned:
+            values, variance = output.chunk(2, dim=1)
+            vb = bound(torch.cat([values.detach(), variance], dim=1))
+            terms['vb'] = vb * (self.num_steps / 1000) if self.loss == 'rescaled_mse' else vb
+        return {'loss': sum(terms.values()), **terms}

@@ -5,6 +5,7 @@ A noisy image is x = s (x_0 + sigma z), z ~ N(0, I); the scale s is 1 unless a s
 otherwise. Times and levels are tensors of any shape, in the type of the computation.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -135,11 +136,8 @@ def _linear(steps):
 
 
 def _cosine(steps):
-    def f(u):
-        return np.cos(math.pi / 2 * (u + 0.008) / 1.008) ** 2
-
-    i = np.arange(steps)
-    return np.minimum(1 - f((i + 1) / steps) / f(i / steps), 0.999)
+    abar = np.cos(math.pi / 2 * (np.arange(steps + 1) / steps + 0.008) / 1.008) ** 2
+    return np.minimum(1 - abar[1:] / abar[:-1], 0.999)
 
 
 def _linear_float32(steps, first=1e-4, last=0.02):
@@ -204,9 +202,7 @@ def spaced_steps(total: int, spec) -> list[int]:
         if count > size:
             raise _unfit(f'{count} steps do not fit into a section of {size}')
         stride = (size - 1) / (count - 1) if count > 1 else 1
-        position = 0.0  # repeated addition, as published
-        for _ in range(count):
-            kept.append(start + round(position))
-            position += stride
+        positions = itertools.count(0.0, stride)  # by repeated addition, as published
+        kept += [start + round(position) for position in itertools.islice(positions, count)]
         start += size
     return kept

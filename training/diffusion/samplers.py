@@ -11,9 +11,7 @@ snapshots keep one.
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 
@@ -205,9 +203,9 @@ def ancestral(denoiser, noise, levels, random, eta=1.0, clip=False):
     return x
 
 
-def chain(denoiser, noise, diffusion, random, ddim=False, eta=0.0, clip=True):
+def chain(denoiser, noise, diffusion, random, eta=None, clip=True):
     """x_T -> x_0 by the network's own chain through the steps of `diffusion`: ancestral (DDPM), or
-    DDIM.
+    DDIM with `eta`.
 
     `clip` clamps every predicted x_0. Noise is drawn in every step but the last, and never for
     DDIM with `eta=0`.
@@ -216,11 +214,11 @@ def chain(denoiser, noise, diffusion, random, ddim=False, eta=0.0, clip=True):
     for index in reversed(range(diffusion.num_steps)):
         t = torch.full([len(x)], index, device=x.device)
         output = denoiser.output(x, diffusion.model_steps(t), diffusion.sigmas[index])
-        fresh = 0 if index == 0 or (ddim and eta == 0) else random.randn_like(x)
-        if ddim:
-            x = diffusion.ddim_step(output, x, t, fresh, eta, clip)
-        else:
+        fresh = 0 if index == 0 or eta == 0 else random.randn_like(x)
+        if eta is None:
             x = diffusion.ancestral_step(output, x, t, fresh, clip)
+        else:
+            x = diffusion.ddim_step(output, x, t, fresh, eta, clip)
     return x
 
 
@@ -278,51 +276,43 @@ def _flow(denoiser, noise, random, *, num_steps, sigma_max, solver):
     return heun(denoiser, noise, levels, random, path, scaling='flow', solver=solver)
 
 
-def _discrete(ddim, denoiser, noise, random, *, num_steps, clip, eta=1.0, **levels):
+def _discrete(denoiser, noise, random, *, num_steps, clip, eta=None, **levels):
     """The chain of a network with discrete time, over its own steps; over EDM's levels for any
-    other network."""
-    clip = getattr(denoiser.net, 'clip', False) if clip is None else clip
-    diffusion = getattr(denoiser.net, 'diffusion', None)
+    other network. `eta=None` is DDPM's."""
+    net = denoiser.net
+    clip = getattr(net, 'clip', False) if clip is None else clip
+    if hasattr(net, 'diffusion'):
+        diffusion = net.diffusion if num_steps is None else net.diffusion.respaced(num_steps)
+        return chain(denoiser, noise, diffusion, random, eta, clip)
     levels = {key: value for key, value in levels.items() if value is not None}
-    if diffusion is None:
-        solve = partial(ancestral, eta=eta, clip=clip)
-        num_steps = num_steps or (50 if ddim else 1000)
-        return _edm_levels(solve, denoiser, noise, random, num_steps=num_steps, dtype='float64',
-                           **_RANGE | levels)
-    diffusion = diffusion if num_steps is None else diffusion.respaced(num_steps)
-    return chain(denoiser, noise, diffusion, random, ddim, eta, clip)
+    solve = partial(ancestral, eta=1.0 if eta is None else eta, clip=clip)
+    num_steps = num_steps or (1000 if eta is None else 50)
+    return _edm_levels(solve, denoiser, noise, random, num_steps=num_steps, dtype='float64',
+                       **_RANGE | levels)
 
 
 # --- By name -------------------------------------------------------------------------------------
 
 
-class Sampler(NamedTuple):
-    """`run(denoiser, noise, random, **options)`, and all its options with their defaults."""
-
-    run: Callable
-    options: dict
-
-
 _RANGE = dict(sigma_min=0.002, sigma_max=80, rho=7)
 _CHURN = dict(S_churn=0, S_min=0, S_max=math.inf, S_noise=1)
 _OWN = dict(num_steps=None, clip=None, sigma_min=None, sigma_max=None, rho=None)
-# `dtype` is the type of the computation; None stands for what the network or the discretization
-# says.
+# Name -> (`run(denoiser, noise, random, **options)`, all its options with their defaults). `dtype`
+# is the type of the computation; None stands for what the network or the discretization says.
 SAMPLERS = {
-    'edm': Sampler(partial(_edm_levels, partial(heun, always_draw=True)),
-                   dict(num_steps=18, **_RANGE, **_CHURN, dtype='float64')),
-    'edm2': Sampler(partial(_edm_levels, heun),
-                    dict(num_steps=32, **_RANGE, **_CHURN, dtype='float32')),
-    'ablation': Sampler(
+    'edm': (partial(_edm_levels, partial(heun, always_draw=True)),
+            dict(num_steps=18, **_RANGE, **_CHURN, dtype='float64')),
+    'edm2': (partial(_edm_levels, heun),
+             dict(num_steps=32, **_RANGE, **_CHURN, dtype='float32')),
+    'ablation': (
         _ablation,
         dict(num_steps=18, sigma_min=None, sigma_max=None, rho=7, solver='heun', alpha=1,
              discretization='edm', schedule='linear', scaling='none', epsilon_s=1e-3, beta_d=19.9,
              beta_min=0.1, C_1=0.001, C_2=0.008, M=1000, **_CHURN)),
-    'dpmpp-2m': Sampler(partial(_edm_levels, dpmpp_2m),
-                        dict(num_steps=20, **_RANGE, dtype='float64')),
-    'flow': Sampler(_flow, dict(num_steps=32, sigma_max=999, solver='heun')),
-    'ddim': Sampler(partial(_discrete, True), _OWN | dict(eta=0.0)),
-    'ddpm': Sampler(partial(_discrete, False), _OWN)
+    'dpmpp-2m': (partial(_edm_levels, dpmpp_2m), dict(num_steps=20, **_RANGE, dtype='float64')),
+    'flow': (_flow, dict(num_steps=32, sigma_max=999, solver='heun')),
+    'ddim': (_discrete, _OWN | dict(eta=0.0)),
+    'ddpm': (_discrete, _OWN)
 }
 # Networks, by class, that are not sampled as EDM's are.
 _FAMILIES = {'Precond': 'edm2', 'DiscreteDenoiser': 'ddpm', 'FlowPrecond': 'flow'}
@@ -339,14 +329,18 @@ def family_sampler(net) -> dict:
     return setting
 
 
-def complete_setting(setting: dict) -> dict:
-    """A sampler's setting with all of its options. Raises UserError for an unknown name, option or
-    value."""
+def complete_setting(net, setting: dict):
+    """A sampler's setting for a network, with all of its options.
+
+    Raises UserError for an unknown name, option or value, and for what means nothing for this
+    network.
+    """
     options = dict(setting)
     name = options.pop('name')
     if name not in SAMPLERS:
         raise UserError(f'is no sampler; one of: {", ".join(SAMPLERS)}', field='name', value=name)
-    defaults = SAMPLERS[name].options
+    defaults = SAMPLERS[name][1]
+    own_steps = name in ('ddim', 'ddpm') and hasattr(net, 'diffusion')
     for key, value in options.items():
         if key not in defaults:
             raise UserError(f'is no option of the sampler {name}, which has {", ".join(defaults)}',
@@ -355,33 +349,27 @@ def complete_setting(setting: dict) -> dict:
             raise UserError(f'{value!r} is not one of {", ".join(CHOICES[key])}', field=key)
         if isinstance(defaults[key], int | float) and not isinstance(value, int | float):
             raise UserError('is no number', field=key, value=repr(value))
+        if own_steps and key in _RANGE and value is not None:
+            raise UserError('has no meaning for a network with time steps of its own', field=key,
+                            value=value)
+    if own_steps and options.get('num_steps') is not None:
+        with renamed_fields(timestep_respacing='num_steps'):
+            net.diffusion.respaced(options['num_steps'])
     return {'name': name} | defaults | options
 
 
-def check_setting(net, setting: dict):
-    """Raises UserError if a complete setting has options that mean nothing for this network."""
-    if setting['name'] not in ('ddim', 'ddpm') or not hasattr(net, 'diffusion'):
-        return
-    for key in _RANGE:
-        if setting[key] is not None:
-            raise UserError('has no meaning for a network with time steps of its own', field=key,
-                            value=setting[key])
-    if setting['num_steps'] is not None:
-        with renamed_fields(timestep_respacing='num_steps'):
-            net.diffusion.respaced(setting['num_steps'])
-
-
-def choose_setting(own: dict, given: dict) -> dict:
-    """The complete setting of a network's `own` sampler or the one called given['name'], with the
-    options `given`.
+def choose_setting(net, own: dict | None, given: dict) -> dict:
+    """The complete setting of a network's `own` sampler (by default that of its family) or the one
+    called given['name'], with the options `given`.
 
     None is not given. Without a name, any option that only EDM's ablations have chooses these.
     """
+    own = own or family_sampler(net)
     given = {key: value for key, value in given.items() if value is not None}
-    options = SAMPLERS[own['name']].options if own['name'] in SAMPLERS else {}
+    _, options = SAMPLERS.get(own['name'], (None, {}))
     ablation = CHOICES.keys() & given.keys() - options.keys()
     name = given.pop('name', 'ablation' if ablation else own['name'])
-    return complete_setting((own if name == own['name'] else {}) | {'name': name} | given)
+    return complete_setting(net, (own if name == own['name'] else {}) | {'name': name} | given)
 
 
 def sample(net, noise, labels=None, *, name, guide=None, guidance=1, guidance_interval=None,
@@ -393,35 +381,28 @@ def sample(net, noise, labels=None, *, name, guide=None, guidance=1, guidance_in
     torch_utils.random) draws what noise the sampler adds. Raises UserError for what the sampler
     does not know.
     """
-    setting = complete_setting({'name': name, **options})
-    check_setting(net, setting)
-    del setting['name']
+    setting = complete_setting(net, {'name': name, **options})
+    run, _ = SAMPLERS[setting.pop('name')]
     denoiser = Guided(net, labels, guide, guidance, guidance_interval)
-    return SAMPLERS[name].run(denoiser, noise, random=random or GlobalRandom(noise.device),
-                              **setting)
+    return run(denoiser, noise, random=random or GlobalRandom(noise.device), **setting)
 
 
 def seed_inputs(net, seeds, labels, device):
     """(noise [N,C,H,W], label ids [N] or None, random numbers for the sampler) of seeds, in EDM2's
     order of draws.
 
-    `labels` has one class for each seed, which takes the place of the drawn one; None, as a whole
-    or for a seed, keeps it.
+    `labels` has one class for each seed, which takes the place of the drawn one; None keeps it.
     """
     random = StackedRandomGenerator(device, seeds)
     noise = random.randn([len(seeds), net.img_channels, net.img_resolution, net.img_resolution])
     if net.label_dim == 0:
         return noise, None, random
-    ids = random.randint(net.label_dim, [len(seeds)])
-    if labels is not None:
-        ids = torch.tensor([
-            drawn if label is None else label
-            for drawn, label in zip(ids.tolist(), labels, strict=True)
-        ], device=device)
-    return noise, ids, random
+    drawn = random.randint(net.label_dim, [len(seeds)]).tolist()
+    ids = [one if label is None else label for one, label in zip(drawn, labels, strict=True)]
+    return noise, torch.tensor(ids, device=device), random
 
 
-def sample_seeds(net, encoder, seeds, labels=None, device='cpu', **setting):
+def sample_seeds(net, encoder, seeds, labels, device, **setting):
     """(images uint8 [N,3,H,W], label ids [N] or None), one for each seed (see `seed_inputs` and
     `sample`)."""
     noise, ids, random = seed_inputs(net, seeds, labels, device)
