@@ -97,7 +97,7 @@ def main(expdir, knn_ref, log, seeds, subdirs, batch, sampler):
     if not snapshots:
         raise UserError('holds no network-snapshot-*.pkl; give the folder of a run',
                         'expdir', expdir)
-    run_options = runs.read_options(expdir) if knn_ref is None or runs.has_options(expdir) else {}
+    run_options = runs.read_options(expdir)
     data = knn_ref or run_options.get('data')
     if data is None:
         raise UserError(f'{expdir}/training_options.json names no training set; give --knn-ref')

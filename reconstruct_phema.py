@@ -5,7 +5,8 @@ import os
 import click
 from tqdm import tqdm
 
-from dnnlib import UserError, cli, options
+from dnnlib import UserError, cli
+from dnnlib.options import integer, text
 from training import phema, snapshot
 
 
@@ -20,26 +21,21 @@ def parse_stds(text: str) -> list[float]:
 
 
 def reconstruct(indir, inprefix, outdir, outprefix, outstd, outkimg, batch):
-    """Writes one snapshot for each width; returns their paths."""
-    entries = []
-    for file, nimg, std in phema.list_profiles(indir, inprefix):
-        state = snapshot.read_snapshot(file.path)
-        entries.append((file, state['nimg'] or nimg, state['ema_std'] or std))
-    times = {nimg // 1000: nimg for _, nimg, _ in entries}
-    if outkimg is None:
-        outkimg = max(times)
-    elif outkimg not in times:
-        raise UserError(f'--outkimg={outkimg}: no snapshot of that time; '
-                        f'there are {sorted(times)}')
-    last = times[outkimg]
-    files, in_nimg, in_std = zip(*(entry for entry in entries if entry[1] <= last), strict=True)
+    """Writes one snapshot for each width, and yields its path."""
+    profiles = phema.list_profiles(indir, inprefix)
+    times = {nimg // 1000: nimg for _, nimg, _ in profiles}
+    last = times.get(max(times) if outkimg is None else outkimg)
+    if last is None:
+        raise UserError(f'is the time of no snapshot; there are {sorted(times)}',
+                        'outkimg', outkimg)
+    files, in_nimg, in_std = zip(*(profile for profile in profiles if profile[1] <= last),
+                                 strict=True)
     prefix = files[0].prefix
     outprefix = outprefix or ('phema' if prefix == snapshot.PREFIX else prefix)
     result = snapshot.load_snapshot(files[-1].path)
     result.nimg = last
     parameters = {name for name, _ in result.net.named_parameters()}
     batch = batch or len(outstd)
-    paths = []
     for first in range(0, len(outstd), batch):
         stds = outstd[first:first + batch]
         coefficients = phema.solve_coefficients(in_nimg, in_std, last, stds)
@@ -48,10 +44,10 @@ def reconstruct(indir, inprefix, outdir, outprefix, outstd, outkimg, batch):
         for std, state in zip(stds, phema.combine(states, coefficients, parameters), strict=True):
             result.net.load_state_dict(state)
             result.ema_std = std
-            name = snapshot.snapshot_name(last, f'-{std:.3f}', outprefix)
-            paths.append(os.path.join(outdir or indir, name))
-            snapshot.save_snapshot(paths[-1], **vars(result))
-    return paths
+            path = os.path.join(outdir or indir,
+                                snapshot.snapshot_name(last, f'-{std:.3f}', outprefix))
+            snapshot.save_snapshot(path, **vars(result))
+            yield path
 
 
 EXAMPLES = """\b
@@ -62,17 +58,15 @@ Examples:
 
 
 @click.command(cls=cli.Command, epilog=EXAMPLES)
-@click.option('--indir', metavar='DIR', required=True,
-              help='Run with snapshots PREFIX-KIMG-STD.pkl')
-@click.option('--inprefix', metavar='TEXT', help='Which snapshots, if there are several kinds')
-@click.option('--outdir', metavar='DIR', help='Where to write  [default: --indir]')
-@click.option('--outprefix', metavar='TEXT',
-              help='Start of the new names  [default: phema, or the prefix of the inputs]')
-@click.option('--outstd', metavar='LIST', type=cli.Parsed('list', parse_stds), required=True,
-              help='Relative widths, e.g. 0.05,0.1')
-@click.option('--outkimg', metavar='KIMG', type=int,
-              help='Training time of the result  [default: the latest snapshot]')
-@options.integer('--batch', None, 'Widths at a time, to save memory  [default: all]')
+@text('DIR', '--indir', 'Run with snapshots PREFIX-KIMG-STD.pkl', required=True)
+@text('TEXT', '--inprefix', 'Which snapshots, if there are several kinds')
+@text('DIR', '--outdir', 'Where to write  [default: --indir]')
+@text('TEXT', '--outprefix',
+      'Start of the new names  [default: phema, or the prefix of the inputs]')
+@text('LIST', '--outstd', 'Relative widths, e.g. 0.05,0.1', required=True,
+      type=cli.Parsed('list', parse_stds))
+@text('KIMG', '--outkimg', 'Training time of the result  [default: the latest snapshot]', type=int)
+@integer('--batch', None, 'Widths at a time, to save memory  [default: all]')
 def main(**opts):
     """Reconstruct networks with any EMA width from the snapshots of a run.
 

@@ -103,47 +103,39 @@ def describe(found: Found, options: dict | None = None) -> dict:
     """What there is to say about a file, {name: text}; `options` sets arguments that a state dict
     leaves open.
     """
-    lines = {'type': found.what} | found.facts | describe_network(*network_of(found, options))
+    content = found.content
+    lines = {'type': found.what} | found.facts
     lines.pop('what', None)
+    training = {}
+    if found.kind in ('snapshot', 'safetensors'):
+        network = content['network']
+        lines |= describe_network(network['class_name'], network['kwargs'])
+        dataset = content['dataset']
+        names = dataset.get('class_names') or dataset.get('classes') or []
+        more = f', ... ({len(names)})' if len(names) > 10 else ''
+        training = {
+            'encoder': content['encoder'].get('name'),
+            'data set': f'{dataset.get("name")}, {dataset.get("size", "?")} images',
+            'classes': ', '.join(map(str, names[:10])) + more or 'none',
+            'trained on': f'{content["nimg"]} images',
+            'EMA width': content['ema_std'],
+        }
+    elif found.kind == 'edm':
+        lines |= describe_network(content['ema'].class_name, content['ema'].kwargs)
+        training = {'encoder': getattr(content.get('encoder'), 'class_name', 'none')}
+    elif found.kind == 'weights' and family(found.state) in READERS:
+        inferred = infer(found.state, options)
+        lines |= describe_network(inferred.class_name,
+                                  inferred.kwargs | (inferred.diffusion or {}), inferred.assumed)
     if found.state is not None:
         numbers = sum(value.numel() for value in found.state.values())
         lines['parameters'] = (f'{numbers:,} numbers in {len(found.state)} tensors '
                                '(buffers included)')
-    if found.kind in ('snapshot', 'safetensors'):
-        dataset = found.content['dataset']
-        names = dataset.get('class_names') or dataset.get('classes') or []
-        more = f', ... ({len(names)})' if len(names) > 10 else ''
-        lines |= {
-            'encoder': found.content['encoder'].get('name'),
-            'data set': f'{dataset.get("name")}, {dataset.get("size", "?")} images',
-            'classes': ', '.join(map(str, names[:10])) + more or 'none',
-            'trained on': f'{found.content["nimg"]} images',
-            'EMA width': found.content['ema_std'],
-        }
-    if found.kind == 'edm':
-        lines['encoder'] = getattr(found.content.get('encoder'), 'class_name', 'none')
-    return {key: ' '.join(str(value)[:300].split()) for key, value in lines.items()}
+    return {key: ' '.join(str(value)[:300].split()) for key, value in (lines | training).items()}
 
 
-def network_of(found: Found, options: dict | None = None):
-    """(class name, arguments, assumed arguments) of the network in a file; (None, {}, {}) if there
-    is none that is known.
-    """
-    if found.kind in ('snapshot', 'safetensors'):
-        network = found.content['network']
-        return network['class_name'], network['kwargs'], {}
-    if found.kind == 'edm':
-        return found.content['ema'].class_name, found.content['ema'].kwargs, {}
-    if found.kind == 'weights' and family(found.state) in READERS:
-        inferred = infer(found.state, options)
-        return inferred.class_name, inferred.kwargs | (inferred.diffusion or {}), inferred.assumed
-    return None, {}, {}
-
-
-def describe_network(class_name: str | None, kwargs: dict, assumed) -> dict:
+def describe_network(class_name: str, kwargs: dict, assumed=()) -> dict:
     """Architecture, arguments, resolution and labels, {name: text}."""
-    if class_name is None:
-        return {}
     inner = kwargs.get('network', kwargs)
     resolution = inner.get('img_resolution', inner.get('image_size'))
     labels = inner.get('label_dim', inner.get('num_classes', inner.get('num_class')))

@@ -8,7 +8,7 @@ import secrets
 import click
 
 from dnnlib import UserError, cli, options
-from dnnlib.options import boolean, choice, integer, integers, mimg, nimg, number
+from dnnlib.options import boolean, choice, integer, integers, mimg, nimg, number, text
 from dnnlib.util import renamed_fields
 from torch_utils import distributed as dist
 from training import recipe, runs
@@ -44,7 +44,8 @@ PRECONDITIONINGS = {
 OPTION_NAMES = dict(optim='optimizer', mode='ema_mode', halflife_kimg='ema', rampup_kimg='rampup',
                     class_name='precond', model_type='arch', model_channels='num_channels')
 # Argument of the network -> option that sets it.
-OVERRIDES = dict(channel_mult='cres', num_blocks='num_blocks', attn_resolutions='attn_resolutions',
+OVERRIDES = dict(dropout='dropout', precision='precision', channel_mult='cres',
+                 num_blocks='num_blocks', attn_resolutions='attn_resolutions',
                  embedding_type='embed', skip_connections='skip_connections')
 # Options that count only together with another, and are refused elsewhere: (option, default, other
 # option, its values).
@@ -64,18 +65,16 @@ def build_config(opts: dict) -> dict:
             config[name] = default
         elif config[other] not in values:
             raise UserError(f'has a meaning only with --{other}={" or ".join(values)}', field=name)
-    widths = {config['cbase'], config['num_channels']} - {None}
-    if len(widths) > 1:
-        raise UserError(f'contradicts --num-channels={config["num_channels"]}; give one of them',
-                        'cbase', config['cbase'])
-    network = ARCHITECTURES[config['arch']] | dict(
-        dropout=config['dropout'], precision=config['precision'],
-        class_name=PRECONDITIONINGS[config['precond']][0])
-    overrides = {key: config[option] for key, option in OVERRIDES.items()} | dict(
-        model_channels=next(iter(widths), None),
-        augment_dim=_augmentation(config).label_dim if config['augment'] else None)
-    network |= {key: value for key, value in overrides.items() if value is not None}
-    return config | {'network': network}
+    width = config['num_channels'] or config['cbase']
+    if config['cbase'] not in (None, width):
+        raise UserError(f'contradicts --num-channels={width}; give one of them', 'cbase',
+                        config['cbase'])
+    augment = _augmentation(config)
+    network = {key: config[option] for key, option in OVERRIDES.items()} | dict(
+        class_name=PRECONDITIONINGS[config['precond']][0], model_channels=width,
+        augment_dim=augment and augment.label_dim)
+    network = {key: value for key, value in network.items() if value is not None}
+    return config | {'network': ARCHITECTURES[config['arch']] | network}
 
 
 def _augmentation(config):
@@ -141,25 +140,25 @@ def choose_run(config: dict, outdir: str, name: str, nosubdir: bool, total_kimg:
     """
     resume = config['resume']
     seed = config['seed']
+    folder = outdir if nosubdir else None
     if resume and os.path.isdir(resume):
         if not Checkpoints(resume).numbers():
-            raise UserError('holds no training-state-*.pt', field='resume', value=resume)
+            raise UserError('holds no training-state-*.pt', 'resume', resume)
         folder = resume
         resume = None
-    elif nosubdir:
-        folder = outdir
-    else:
+    if folder is None:
         wanted = {key: value for key, value in config.items()
                   if key != 'network' and (key, value) != ('seed', None)}
-        folder = runs.find_unfinished(outdir, name, wanted, total_kimg, config['snap'] > 0,
-                                      config['dump'] > 0)
-    if seed is None and folder and runs.has_options(folder):
+        folder = runs.find_unfinished(
+            outdir, name, wanted, total_kimg, config['snap'] > 0, config['dump'] > 0
+        ) or runs.next_folder(outdir, name)
+    if seed is None:
         seed = runs.read_options(folder).get('seed')
     if seed is None and resume:
         seed = recipe.seed_of(Checkpoints('').load(resume))
     if seed is None:
         seed = secrets.randbits(31)
-    return folder or runs.next_folder(outdir, name), resume, seed
+    return folder, resume, seed
 
 
 def train(config: dict, outdir: str, desc=None, nosubdir: bool = False, **running) -> str:
@@ -168,8 +167,8 @@ def train(config: dict, outdir: str, desc=None, nosubdir: bool = False, **runnin
     dataset, encoder, rules, lengths = prepare(config)
     chosen = None
     if dist.get_rank() == 0:
-        name = run_name(config, dataset, desc)
-        chosen = choose_run(config, outdir, name, nosubdir, lengths['total_kimg'])
+        chosen = choose_run(config, outdir, run_name(config, dataset, desc), nosubdir,
+                            lengths['total_kimg'])
     run_dir, resume_from, seed = dist.broadcast_object(chosen)
     rules = dataclasses.replace(rules, seed=seed)
     net = recipe.new_network(rules)
@@ -262,23 +261,20 @@ same command goes on with the newest run of that name and these options that is 
     boolean('--fp16', False, 'Half-precision activations'),
     boolean('--cache', True, 'Keep the decoded images in memory'),
     integer('--workers', 1, 'Threads that read images'),
-    click.option('--desc', metavar='STR', help="Words at the end of the folder's name"),
+    text('STR', '--desc', "Words at the end of the folder's name"),
     click.option('--nosubdir', is_flag=True, help='Write to --outdir itself'),
-    click.option('--tick', metavar='KIMG', type=click.FloatRange(0.001), default=50,
-                 help='Report every KIMG thousand images'),
+    text('KIMG', '--tick', 'Report every KIMG thousand images', type=click.FloatRange(0.001),
+         default=50),
     integer('--snap', 50, 'Save the network every so many ticks, 0 = never', 0),
     integer('--dump', 500, 'Save the training state every so many ticks, 0 = never', 0),
     options.compiled,
-    click.option('--seed', metavar='INT', type=click.IntRange(0, 2**31 - 1),
-                 help='Seed of weights, data order and noise  [default: random]'),
-    click.option('--transfer', metavar='PKL|URL',
-                 help='Start from the weights of a snapshot, of this project or of EDM'),
-    click.option('--transfer-sha256', metavar='HEX',
-                 help='SHA-256 that the file of --transfer must have'),
-    click.option('--resume', metavar='PT|DIR',
-                 help='DIR: go on with that run, in its folder; PT: a new run that goes on from '
-                      'this training state. Without: the newest unfinished run of these options, '
-                      'if there is one'))
+    options.seed('--seed', None, 'Seed of weights, data order and noise  [default: random]'),
+    text('PKL|URL', '--transfer',
+         'Start from the weights of a snapshot, of this project or of EDM'),
+    text('HEX', '--transfer-sha256', 'SHA-256 that the file of --transfer must have'),
+    text('PT|DIR', '--resume', 'DIR: go on with that run, in its folder; PT: a new run that goes '
+         'on from this training state. Without: the newest unfinished run of these options, if '
+         'there is one', type=click.Path(exists=True)))
 def main(outdir, desc, nosubdir, dry_run, wandb, allow_changes, **opts):
     """Train a diffusion model with the EDM recipe, for the study of memorization.
 
@@ -287,11 +283,8 @@ def main(outdir, desc, nosubdir, dry_run, wandb, allow_changes, **opts):
     """
     for key in ('data', 'transfer', 'resume'):
         opts[key] = opts[key] and opts[key].rstrip('/')
-    if opts['resume'] and not os.path.exists(opts['resume']):
-        raise UserError('does not exist; give a training-state-*.pt or the folder of a run',
-                        'resume', opts['resume'])
     if desc and '/' in desc:
-        raise UserError(f'--desc={desc} becomes part of a folder name; leave out the slash')
+        raise UserError('becomes part of a folder name; leave out the slash', 'desc', desc)
     config = build_config(opts)
     if dry_run:
         dataset, _, rules, lengths = prepare(config)

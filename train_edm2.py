@@ -5,7 +5,7 @@ import json
 import click
 
 from dnnlib import cli, options
-from dnnlib.options import boolean, choice, integer, nimg, number
+from dnnlib.options import boolean, choice, integer, nimg, number, text
 from dnnlib.util import renamed_fields
 from torch_utils import distributed as dist
 from training import recipe
@@ -131,9 +131,8 @@ The same command resumes an interrupted run from its newest whole checkpoint."""
 @options.training(
     'Folder of the run: results, and where to resume from',
     boolean('--cond', True, 'Train on class labels'),
-    click.option('--preset', metavar='NAME', type=click.Choice(list(PRESETS)),
-                 default='edm2-img512-s',
-                 help='Settings that the options below override; one of ' + ', '.join(PRESETS)),
+    text('NAME', '--preset', 'Settings that the options below override; one of '
+         + ', '.join(PRESETS), type=click.Choice(list(PRESETS)), default='edm2-img512-s'),
     nimg('--duration', None, 'Training images in all' + OF_PRESET),
     nimg('--batch', None, 'Images of one step' + OF_PRESET),
     integer('--channels', None, 'Width of the network' + OF_PRESET),
@@ -141,8 +140,8 @@ The same command resumes an interrupted run from its newest whole checkpoint."""
     number('--P_mean P_mean', None, 'Mean of ln(sigma)' + OF_PRESET, float),
     number('--P_std P_std', None, 'Standard deviation of ln(sigma)' + OF_PRESET),
     number('--lr', None, 'Reference learning rate' + OF_PRESET),
-    click.option('--decay', metavar='BATCHES', type=options.NOT_NEGATIVE,
-                 help='Steps after which the rate decays, 0 = never' + OF_PRESET),
+    text('BATCHES', '--decay', 'Steps after which the rate decays, 0 = never' + OF_PRESET,
+         type=options.NOT_NEGATIVE),
     choice('--lr-schedule', None, 'multisource halves the rate when decay starts  '
            '[default: multisource for img256, else edm2]', ['edm2', 'multisource']),
     choice('--precision', None, 'Type of the activations  [default: fp16 on a GPU, else fp32]',

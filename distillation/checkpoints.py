@@ -20,7 +20,7 @@ class CacheCheckpoints(GuidedCheckpoints):
     cache_interval  steps after which a checkpoint holds the cache; below 1: every one does
     """
 
-    leftovers = (*GuidedCheckpoints.leftovers, '.teacher-state-*')
+    prefixes = (*GuidedCheckpoints.prefixes, 'teacher-state-')
 
     def __init__(self, *args, cache_interval: int = -1):
         super().__init__(*args)

@@ -64,8 +64,9 @@ def _golden_encoder(case):
 @pytest.mark.parametrize('case', cases('math', 'latent_encoders*'), ids=ids)
 def test_golden_whitening(case):
     encoder = _golden_encoder(case)
-    torch.testing.assert_close(encoder.scale, case.tensor('scale'), rtol=1e-5, atol=0)
-    torch.testing.assert_close(encoder.bias, case.tensor('bias'), rtol=1e-5, atol=1e-7)
+    scale, bias = encoder.whitening(torch.zeros(1))
+    torch.testing.assert_close(scale.flatten(), case.tensor('scale'), rtol=1e-5, atol=0)
+    torch.testing.assert_close(bias.flatten(), case.tensor('bias'), rtol=1e-5, atol=1e-7)
     noise = types.SimpleNamespace(randn_like=lambda x: case.tensor('noise'))
     torch.testing.assert_close(encoder.encode_latents(case.tensor('mean_std'), noise), case.tensor('latents'), rtol=1e-5,
                                atol=1e-6)
@@ -107,7 +108,8 @@ def test_autoencoder_sees_pixels_between_0_and_1(vae_folder):
     torch.testing.assert_close(raw, torch.cat([posterior.mean, posterior.std], dim=1), rtol=1e-4, atol=1e-5)
     latents_of = encoder.encode_latents(pixels, StackedRandomGenerator('cpu', [1, 2, 3]))
     noise = StackedRandomGenerator('cpu', [1, 2, 3]).randn([3, 4, 4, 4])
-    expected = (raw[:, :4] + raw[:, 4:] * noise) * encoder.scale.reshape(1, 4, 1, 1) + encoder.bias.reshape(1, 4, 1, 1)
+    scale, bias = encoder.whitening(raw)
+    expected = (raw[:, :4] + raw[:, 4:] * noise) * scale + bias
     torch.testing.assert_close(latents_of, expected)
     decoded = encoder.decode(latents_of)
     assert decoded.shape == (3, 3, 32, 32) and decoded.dtype == torch.uint8
@@ -139,7 +141,9 @@ def test_configurations(vae_folder):
         assert make_encoder(config).config() == config
     encoder = make_encoder({'name': 'sd-vae'})  # loads nothing
     assert encoder.latent_shape((8, 32, 32)) == (4, 32, 32) and encoder.latent_shape((3, 256, 256)) == (4, 32, 32)
-    for config, message in (({'name': 'vq'}, "'vq' is unknown"), ({'name': 'rgb', 'x': 1}, "'x': 1"), ({}, 'None is unknown')):
+    for config, message in (({'name': 'vq'}, 'vq is unknown'), ({'name': 'rgb', 'x': 1}, "'x': 1"), ({}, 'None is unknown'),
+                            ({'name': ['rgb']}, 'is unknown'), ({'name': 'sd-vae', 'raw_mean': [0]}, 'does not take'),
+                            ({'name': 'sd-vae', 'precision': 'fp8'}, 'does not take')):
         with pytest.raises(UserError, match=message):
             make_encoder(config)
     with pytest.raises(UserError, match='5 channels'):
@@ -147,7 +151,7 @@ def test_configurations(vae_folder):
 
 
 def test_autoencoders_that_do_not_load(tmp_path):
-    for name, message in ((str(tmp_path / 'nix'), 'no such folder'), (str(tmp_path), 'no config.json')):
+    for name, message in ((str(tmp_path / 'nix'), 'no such folder'), (str(tmp_path), 'config.json')):
         with pytest.raises(UserError, match=message):
             StabilityVAEEncoder(name).decode(torch.zeros(1, 4, 1, 1))
     (tmp_path / 'config.json').write_text('{}')

@@ -67,8 +67,3 @@ def test_memorization_study_scales_with_the_data(case, index):
         beta = schedules.memorization_beta(match[1], scaled['ema_halflife_kimg'], scaled['data_ratio'],
                                            float(match[2] or 0.99929))
         _close(beta, row['cur_nimg'], row[match[0]], int(match[3]))
-
-
-def test_unknown_ema_mode_is_refused():
-    with pytest.raises(ValueError, match='mode5'):
-        schedules.memorization_beta('mode5', 500)

@@ -295,4 +295,4 @@ def test_other_files_in_the_folder_of_runs_are_passed_over(tmp_path):
     (tmp_path / '00007-else').mkdir()
     (tmp_path / 'notes.txt').write_text('')
     assert runs.next_folder(str(tmp_path), 'x') == str(tmp_path / '00008-x')
-    assert runs.find_unfinished(str(tmp_path), 'else', {}, 1, True, True) is None
+    assert runs.find_unfinished(str(tmp_path), 'else', {'seed': 1}, 1, True, True) is None

@@ -19,16 +19,6 @@ from dnnlib.util import matching_names
 from torch_utils.files.own import read_own
 from training.snapshot import write_state
 
-_PREFIX = 'model.'  # of the U-Net's weights within a DiscreteDenoiser
-
-
-def _without_prefix(weights: dict) -> dict:
-    return {name.removeprefix(_PREFIX): value for name, value in weights.items()}
-
-
-def _with_prefix(weights: dict) -> dict:
-    return {_PREFIX + name: value for name, value in weights.items()}
-
 
 class Checkpoints:
     """The checkpoints in a run's folder, in the layout `training-state-<kimg>.pt`; base of the
@@ -38,9 +28,9 @@ class Checkpoints:
     describe  returns what a snapshot says besides its weights (see `training.snapshot.describe`)
     """
 
-    pattern = r'training-state-(\d{7,})\.pt'
-    leftovers = ('.training-state-*',)   # halves that a killed process has left
-    counts_steps = False                 # logs and files go by steps, from 0, not by images
+    prefixes = ('training-state-',)  # of the names; the first is that of the file to appear last
+    digits = 7                       # at least, of the number in the names
+    counts_steps = False             # logs and files go by steps, from 0, not by images
 
     def __init__(self, folder: str, batch: int = 1, describe: Callable = dict):
         self.folder = folder
@@ -51,15 +41,17 @@ class Checkpoints:
         """What a checkpoint's name says of the images seen."""
         return nimg // 1000
 
-    def path(self, number: int) -> str:
-        return os.path.join(self.folder, f'training-state-{number:07d}.pt')
+    def path(self, number: int, prefix: str | None = None) -> str:
+        name = f'{prefix or self.prefixes[0]}{number:0{self.digits}d}.pt'
+        return os.path.join(self.folder, name)
 
     def numbers(self) -> list[int]:
         """Numbers of the checkpoints in the folder, ascending; none if there is no such folder."""
-        return sorted(int(match[1]) for match in matching_names(self.folder, self.pattern))
+        pattern = rf'{self.prefixes[0]}(\d{{{self.digits},}})\.pt'
+        return sorted(int(match[1]) for match in matching_names(self.folder, pattern))
 
     def pack(self, state: dict) -> dict[str, dict]:
-        """{path: content} of a checkpoint's files; the one that `pattern` matches is the last."""
+        """{path: content} of a checkpoint's files; what `numbers` goes by is the last."""
         return {self.path(self.number(state['nimg'])): state}
 
     def read(self, path: str) -> dict:
@@ -116,6 +108,17 @@ class Checkpoints:
         return batches
 
 
+_PREFIX = 'model.'  # of the U-Net's weights within a DiscreteDenoiser
+
+
+def _without_prefix(weights: dict) -> dict:
+    return {name.removeprefix(_PREFIX): value for name, value in weights.items()}
+
+
+def _with_prefix(weights: dict) -> dict:
+    return {_PREFIX + name: value for name, value in weights.items()}
+
+
 class StepCheckpoints(Checkpoints):
     """`ckpt_<step>.pt` of a run on a DiscreteDenoiser: steps are counted from 0.
 
@@ -124,25 +127,22 @@ class StepCheckpoints(Checkpoints):
     what makes a checkpoint a snapshot too.
     """
 
-    pattern = r'ckpt_(\d+)\.pt'
-    leftovers = ('.ckpt_*',)
+    prefixes = ('ckpt_',)
+    digits = 1
     counts_steps = True
 
     def number(self, nimg):
         return nimg // self.batch - 1
 
-    def path(self, number):
-        return os.path.join(self.folder, f'ckpt_{number}.pt')
-
     def pack(self, state):
         step = self.number(state['nimg'])
-        average, = state['ema'].values()
-        loop = {key: value for key, value in state.items()
-                if key not in ('net', 'ema', 'optimizer')}
+        rest = dict(state)
+        average, = rest.pop('ema').values()
+        weights = {'net_model': _without_prefix(rest.pop('net')),
+                   'ema_model': _without_prefix(average)}
         # The average under its names in a snapshot takes no further room in the file.
-        return {self.path(step): self.describe() | {
-            'net_model': _without_prefix(state['net']), 'ema_model': _without_prefix(average),
-            'optim': state['optimizer'], 'step': step, 'state': average, **loop}}
+        return {self.path(step): self.describe() | weights | {
+            'optim': rest.pop('optimizer'), 'step': step, 'state': average} | rest}
 
     def unpack(self, content, path):
         if 'means' not in content:
@@ -161,34 +161,33 @@ class GuidedCheckpoints(Checkpoints):
     optNNNNNN.pt        optimizer, and the rest of what the loop needs to go on
     """
 
-    pattern = r'model(\d{6,})\.pt'
-    leftovers = ('.model*', '.ema_*', '.opt*')
+    prefixes = ('model', 'ema_', 'opt')
+    digits = 6
 
     def number(self, nimg):
         return nimg // self.batch
 
-    def path(self, number, name='model'):
-        return os.path.join(self.folder, f'{name}{number:06d}.pt')
-
     def pack(self, state):
         step = self.number(state['nimg'])
-        rest = {key: value for key, value in state.items() if key not in ('net', 'ema')}
-        return {
-            **{self.path(step, f'ema_{rate}_'): _without_prefix(weights)
-               for rate, weights in state['ema'].items()},
-            self.path(step, 'opt'): rest | {'rates': list(state['ema'])},
-            self.path(step): _without_prefix(state['net'])}
+        rest = dict(state)
+        net = rest.pop('net')
+        averages = rest.pop('ema')
+        rest['rates'] = list(averages)
+        return {self.path(step, f'ema_{rate}_'): _without_prefix(weights)
+                for rate, weights in averages.items()} | {
+            self.path(step, 'opt'): rest, self.path(step): _without_prefix(net)}
 
     def read(self, path):
-        match = re.fullmatch(self.pattern, os.path.basename(path))
-        if match is None:
+        folder, name = os.path.split(path)
+        if not re.fullmatch(r'model\d{6,}\.pt', name):
             raise UserError(f'{path} is no modelNNNNNN.pt of a run')
-        files = GuidedCheckpoints(os.path.dirname(path))
-        step = int(match[1])
-        rest = read_own(files.path(step, 'opt'))
-        rates = map(str, rest.get('rates', ()))
+
+        def beside(prefix):
+            return read_own(os.path.join(folder, name.replace('model', prefix)))
+
+        rest = beside('opt')
         return rest | {'net': read_own(path), 'ema': {
-            rate: read_own(files.path(step, f'ema_{rate}_')) for rate in rates}}
+            rate: beside(f'ema_{rate}_') for rate in map(str, rest.get('rates', ()))}}
 
     def unpack(self, content, path):
         if not {'rates', 'nimg', 'batches'} <= set(content):

@@ -29,10 +29,10 @@ def power(stds) -> list[Average]:
     They depend on the batch size and the number of images alone, and need no warm-up: the first
     step has beta = 0.
     """
-    def average(std):
-        return Average(f'{std:.3f}', lambda nimg, batch: float(
+    return [
+        Average(f'{std:.3f}', lambda nimg, batch, std=std: float(
             phema.power_function_beta(std, nimg + batch, batch)), std)
-    return [average(std) for std in stds]
+        for std in stds]
 
 
 def constant(rates) -> list[Average]:
@@ -54,6 +54,7 @@ class Averages:
 
     def __init__(self, net: torch.nn.Module, averages: list[Average]):
         self.averages = averages
+        self.names = [average.name for average in averages]
         self.emas = [copy.deepcopy(net).eval().requires_grad_(False) for _ in averages]
         self._targets = [list(ema.parameters()) for ema in self.emas]
 
@@ -66,34 +67,26 @@ class Averages:
 
     def get(self, net: torch.nn.Module) -> list[tuple[torch.nn.Module, str, float | None]]:
         """(network, suffix of the snapshot's name, std) of each average; `net` has the buffers."""
-        result = []
-        for ema, average in zip(self.emas, self.averages, strict=True):
+        for ema in self.emas:
             for target, source in zip(ema.buffers(), net.buffers(), strict=True):
                 target.copy_(source)
-            named = len(self.averages) > 1 or average.std is not None
-            result.append((ema, f'-{average.name}' if named else '', average.std))
-        return result
+        plain = len(self.averages) == 1 and self.averages[0].std is None
+        return [(ema, '' if plain else f'-{average.name}', average.std)
+                for average, ema in zip(self.averages, self.emas, strict=True)]
 
     def state_dict(self) -> dict:
         """Weights of each average, by name."""
-        return {average.name: ema.state_dict()
-                for average, ema in zip(self.averages, self.emas, strict=True)}
+        return {name: ema.state_dict() for name, ema in zip(self.names, self.emas, strict=True)}
 
     def load_state_dict(self, state: dict):
-        """Raises UserError if the state is of other averages."""
-        state = _by_name(state)
-        names = [average.name for average in self.averages]
-        if len(state) != len(names) or len(names) > 1 and list(state) != names:
-            raise UserError(f'the averages are {", ".join(state)} instead of {", ".join(names)}')
+        """Raises UserError if the state is of other averages; the name of a single one may be
+        another.
+        """
+        if 'emas' in state:  # power-function averages of earlier versions
+            names = [average.name for average in power(state['stds'])]
+            state = dict(zip(names, state['emas'], strict=True))
+        if len(state) != len(self.names) or len(state) > 1 and list(state) != self.names:
+            raise UserError(
+                f'the averages are {", ".join(state)} instead of {", ".join(self.names)}')
         for ema, weights in zip(self.emas, state.values(), strict=True):
             ema.load_state_dict(weights)
-
-
-def _by_name(state: dict) -> dict:
-    """The state of `Averages`, also from the three layouts of earlier versions."""
-    if 'ema' in state:
-        return {'': state['ema']}
-    if 'emas' in state:
-        rule = power(state['stds']) if 'stds' in state else constant(state['rates'])
-        state = dict(zip((average.name for average in rule), state['emas'], strict=True))
-    return state

@@ -37,15 +37,11 @@ class RGBEncoder:
     def prepare(self, device):
         """Decoding needs nothing more."""
 
-    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels uint8 [N,C,H,W] as they are stored: unchanged."""
-        return pixels
-
     def encode_latents(self, raw: torch.Tensor, random=None) -> torch.Tensor:
         """Stored pixels uint8 [N,C,H,W] -> float32 in [-1, 1] on the same device. Draws nothing
         from `random`.
         """
-        return raw.to(torch.float32) / 127.5 - 1
+        return raw.float() / 127.5 - 1
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents [N,C,H,W] -> pixels uint8: x*127.5 + 128, clipped to 0..255 and truncated."""
@@ -78,8 +74,9 @@ class StabilityVAEEncoder:
         self.vae_name = vae_name
         self._settings = dict(raw_mean=list(raw_mean), raw_std=list(raw_std),
                               final_mean=final_mean, final_std=final_std)
-        self.scale = final_std / torch.tensor(raw_std, dtype=torch.float32)
-        self.bias = final_mean - torch.tensor(raw_mean, dtype=torch.float32) * self.scale
+        means, stds = torch.tensor([raw_mean, raw_std], dtype=torch.float32)
+        scale = final_std / stds
+        self._whitening = torch.stack([scale, final_mean - means * scale])
         self.batch_size = batch_size
         self._dtype = _DTYPES[precision]
         self._vae = None
@@ -93,22 +90,22 @@ class StabilityVAEEncoder:
         pixels).
         """
         channels, height, width = raw_shape
-        if channels == 2 * len(self.scale):
-            return channels // 2, height, width
-        if channels != 3:
+        latents = self._whitening.shape[1]
+        if channels == 3:
+            return latents, height // 8, width // 8
+        if channels != 2 * latents:
             raise UserError(f'images with {channels} channels are neither pixels nor stored '
-                            f'latents with {2 * len(self.scale)} channels; make them with '
+                            f'latents with {2 * latents} channels; make them with '
                             'dataset_tool.py encode')
-        return len(self.scale), height // 8, width // 8
+        return latents, height, width
 
     def whitening(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(scale, bias), float32 [1,C,1,1] on the device of `like`: a latent is raw * scale +
         bias.
         """
         # Kept on the device: a copy in every step would make the host wait.
-        self.scale = self.scale.to(like.device)
-        self.bias = self.bias.to(like.device)
-        return self.scale.reshape(1, -1, 1, 1), self.bias.reshape(1, -1, 1, 1)
+        self._whitening = self._whitening.to(like.device)
+        return self._whitening[:, None, :, None, None].unbind()
 
     def encode_latents(self, raw: torch.Tensor, random=None) -> torch.Tensor:
         """Stored mean and std [N,8,h,w] (or pixels uint8) -> latents float32 [N,4,h,w]; one
@@ -118,7 +115,7 @@ class StabilityVAEEncoder:
         """
         if raw.dtype == torch.uint8:
             raw = self.encode_pixels(raw)
-        mean, std = raw.to(torch.float32).chunk(2, dim=1)
+        mean, std = raw.float().chunk(2, dim=1)
         scale, bias = self.whitening(mean)
         return (mean + std * (random or GlobalRandom(raw.device)).randn_like(mean)) * scale + bias
 
@@ -128,9 +125,9 @@ class StabilityVAEEncoder:
         posterior.
         """
         def encode(x):
-            x = x.to(torch.float32) / (255 / (1 - self.black)) + self.black
+            x = x.float() / (255 / (1 - self.black)) + self.black
             posterior = self._vae.encode(x.to(self._dtype)).latent_dist
-            return torch.cat([posterior.mean, posterior.std], dim=1).to(torch.float32)
+            return torch.cat([posterior.mean, posterior.std], dim=1).float()
 
         return self._in_batches(encode, pixels)
 
@@ -142,11 +139,11 @@ class StabilityVAEEncoder:
         scale, bias = self.whitening(latents)
 
         def decode(x):
-            pixels = self._vae.decode(x.to(self._dtype)).sample.to(torch.float32)
+            pixels = self._vae.decode(x.to(self._dtype)).sample.float()
             pixels = (pixels - self.black) / (1 - self.black)
             return (pixels.clamp(0, 1) * 255).to(torch.uint8)
 
-        return self._in_batches(decode, (latents.to(torch.float32) - bias) / scale)
+        return self._in_batches(decode, (latents.float() - bias) / scale)
 
     def _in_batches(self, function, x):
         """Applies `function` to parts of one size, so that no image's result depends on how many
@@ -157,11 +154,9 @@ class StabilityVAEEncoder:
         """
         self.prepare(x.device)
         size = self.batch_size if x.device.type == 'cuda' else 1
-        outputs = []
-        for part in x.split(size):
-            fill = part[-1:].expand(size - len(part), -1, -1, -1)
-            outputs.append(function(torch.cat([part, fill]))[:len(part)])
-        return torch.cat(outputs)
+        fill = x[-1:].expand(-len(x) % size, -1, -1, -1)
+        parts = torch.cat([x, fill]).split(size)
+        return torch.cat([function(part) for part in parts])[:len(x)]
 
     def prepare(self, device):
         """The autoencoder on a device, loaded if it is not yet; raises UserError if there is none.
@@ -185,10 +180,8 @@ class SimpleVAEEncoder(StabilityVAEEncoder):
     black = -1
 
     def __init__(self, vae_name=DEFAULT_VAE, factor=0.1825, channels=4, **options):
-        super().__init__(vae_name, raw_mean=[0] * channels, raw_std=[1 / factor] * channels,
-                         final_std=1, **options)
-        self.scale = torch.full([channels], float(factor))
-        self.bias = torch.zeros([channels])
+        super().__init__(vae_name, **options)
+        self._whitening = torch.tensor([[factor], [0.0]]).expand(2, channels)
         self._settings = dict(factor=factor, channels=channels)
 
 
@@ -198,15 +191,10 @@ def load_vae(name: str, dtype=torch.float32):
     Raises UserError in one line if there is none. Weights are read without running code from the
     file.
     """
-    if os.path.isdir(name):
-        # The second is that of a whole pipeline.
-        folders = [folder for folder in (name, os.path.join(name, 'vae'))
-                   if os.path.isfile(os.path.join(folder, 'config.json'))]
-        if not folders:
-            raise UserError(f'autoencoder {name}: the folder has no config.json; '
-                            'give a folder saved by diffusers')
-        name = folders[0]
-    elif name.startswith(('/', '.', '~')) or name.count('/') != 1:
+    pipeline = os.path.join(name, 'vae')
+    if os.path.isdir(pipeline):
+        name = pipeline
+    elif not os.path.isdir(name) and (name.startswith(('/', '.', '~')) or name.count('/') != 1):
         raise UserError(f'autoencoder {name}: no such folder; give a folder saved by diffusers, '
                         f'or a hub name like {DEFAULT_VAE}')
     import diffusers  # slow to import, and needed only here
@@ -233,12 +221,12 @@ def make_encoder(config: dict):
     for unknown ones.
     """
     settings = dict(config)
-    name = settings.pop('name', None)
+    name = str(settings.pop('name', None))
     if name not in _ENCODERS:
-        raise UserError(f'encoder {name!r} is unknown; there are {", ".join(_ENCODERS)}')
+        raise UserError(f'encoder {name} is unknown; there are {", ".join(_ENCODERS)}')
     try:
         return _ENCODERS[name](**settings)
-    except TypeError as error:
+    except Exception as error:  # settings that make no sense raise many kinds
         raise UserError(
             f'encoder {name} does not take the settings {settings} ({error})') from None
 
@@ -247,7 +235,5 @@ def encoder_for(dataset) -> dict:
     """Configuration of the encoder for a data set: the one its archive names, else by what it
     stores.
     """
-    stored = dataset.info.get('encoder')
-    if stored is not None:
-        return stored
-    return {'name': 'rgb'} if dataset.num_channels == 3 else {'name': 'sd-vae'}
+    by_channels = {'name': 'rgb' if dataset.num_channels == 3 else 'sd-vae'}
+    return dataset.info.get('encoder') or by_channels

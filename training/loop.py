@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import glob
 import json
 import os
@@ -20,12 +21,12 @@ from torch_utils import distributed as dist
 from torch_utils.files.weights import load_weights
 from torch_utils.stats import RunningMeans
 from training import runs
-from training.checkpoint import Checkpoints, load_optimizer
+from training.checkpoint import LAYOUTS, load_optimizer
 from training.ema import AVERAGES, Averages
 from training.encoders import make_encoder
 from training.loss_scale import DynamicLossScale
 from training.schedules import LR_SCHEDULES
-from training.snapshot import describe, save_snapshot, snapshot_name
+from training.snapshot import PREFIX, describe, save_snapshot, snapshot_name
 
 # The optimizers of a recipe, by name.
 OPTIMIZERS = {'Adam': torch.optim.Adam, 'AdamW': torch.optim.AdamW, 'SGD': torch.optim.SGD}
@@ -35,61 +36,57 @@ OPTIMIZERS = {'Adam': torch.optim.Adam, 'AdamW': torch.optim.AdamW, 'SGD': torch
 warnings.filterwarnings('ignore', message='`broadcast_buffers` is deprecated')
 
 
-def _by_name(table: dict, settings: dict):
-    """The entry of a table that `settings['name']` names, and the other settings."""
+def _named(table: dict, settings: dict) -> Callable:
+    """The function of a table that `settings['name']` names, with the other settings."""
     settings = dict(settings)
-    return table[settings.pop('name')], settings
+    return functools.partial(table[settings.pop('name')], **settings)
 
 
 @dataclasses.dataclass(eq=False)
 class Trainer:
-    """Trains `net` (in place) by a recipe; see `training.recipe.fit` for the arguments.
-
-    settings  the recipe as checkpoints, snapshots and training_options.json keep it
-    layout    class of the checkpoints
-    """
+    """Trains `net` (in place) by a recipe; see `training.recipe.fit` for the arguments."""
 
     recipe: object
     net: torch.nn.Module
     loss: Callable
     batches: object
     run_dir: str
-    settings: dict | None = None
-    layout: Callable = Checkpoints
+    options: dict | None = None
+    layout: Callable | None = None
     callbacks: tuple = ()
 
     def __post_init__(self):
         recipe = self.recipe
         net = self.net
-        self.settings = self.settings or recipe.settings()
-        self.device = next(net.parameters()).device
-        self.lr_schedule, self.lr_settings = _by_name(LR_SCHEDULES, recipe.learning_rate)
-        optimizer, options = _by_name(OPTIMIZERS, recipe.optim)
-        options = {'lr': self.lr_settings['lr'], 'fused': True} | options
-        self.optimizer = optimizer((p for p in net.parameters() if p.requires_grad), **options)
-        rule, options = _by_name(AVERAGES, recipe.averages)
-        self.ema = Averages(net, rule(**options))
-        scale = recipe.loss_scale
-        self.loss_scale = None if scale is None else DynamicLossScale(**scale)
-        self.snapshot = dict(encoder=make_encoder(recipe.encoder), dataset=recipe.dataset,
-                             recipe=self.settings, sampler=recipe.sampler)
-        self.checkpoints = self.layout(self.run_dir, recipe.batch,
-                                       lambda: describe(net, **self.snapshot))
-        self.means = RunningMeans(self.device)
-        self.nimg = recipe.first_nimg
-        self.stop_requested = False
-        self.start = f'Starting at {self.nimg} images'
-        self.train_seconds = 0.0                              # of earlier sessions
         processes = dist.get_world_size()
         if recipe.batch % processes:
             raise UserError(f'cannot be split over {processes} processes', 'batch', recipe.batch)
         self.per_process = recipe.batch // processes
         self.batch_gpu = min(recipe.batch_gpu or self.per_process, self.per_process)
+        # As checkpoints, snapshots and training_options.json keep it.
+        self.settings = recipe.settings(self.options)
+        self.device = next(net.parameters()).device
+        self.lr_schedule = _named(LR_SCHEDULES, recipe.learning_rate)
+        optimizer = {'lr': recipe.learning_rate['lr'], 'fused': True} | recipe.optim
+        self.optimizer = _named(OPTIMIZERS, optimizer)(
+            p for p in net.parameters() if p.requires_grad)
+        self.ema = Averages(net, _named(AVERAGES, recipe.averages)())
+        scale = recipe.loss_scale
+        self.loss_scale = None if scale is None else DynamicLossScale(**scale)
+        self.snapshot = dict(encoder=make_encoder(recipe.encoder), dataset=recipe.dataset,
+                             recipe=self.settings, sampler=recipe.sampler)
+        layout = self.layout or LAYOUTS[recipe.layout]
+        self.checkpoints = layout(self.run_dir, recipe.batch,
+                                  lambda: describe(net, **self.snapshot))
+        self.means = RunningMeans(self.device)
+        self.nimg = recipe.first_nimg
+        self.stop_requested = False
+        self.start = f'Starting at {self.nimg} images'
+        self._session_start = time.time()                     # if there was but one session
 
     def lr(self, nimg: int) -> float:
         """The learning rate of the step after `nimg` images."""
-        nimg -= self.recipe.first_nimg
-        return self.lr_schedule(nimg, self.recipe.batch, **self.lr_settings)
+        return self.lr_schedule(nimg - self.recipe.first_nimg, self.recipe.batch)
 
     # --- The run --------------------------------------------------------------------------------
 
@@ -102,30 +99,35 @@ class Trainer:
         wandb    project of Weights & Biases
         """
         total = self.recipe.total_nimg
-        with contextlib.ExitStack() as stack, self._signals():
+        with contextlib.ExitStack() as stack:
+            for name in (signal.SIGTERM, signal.SIGINT):
+                stack.callback(signal.signal, name, signal.signal(name, self._request_stop))
             if dist.get_rank() == 0:
                 os.makedirs(self.run_dir, exist_ok=True)
                 stack.enter_context(runs.locked(self.run_dir))
             for line in (summary, self.start, *(f'Changed: {change}' for change in changes)):
-                self._log(line)
+                self.log(line)
             self._open_logs(stack, changes, files or {}, wandb)
             self.model = self._wrap()
             self.net.train()
-            steps = self.batches.iterate(self._plan())
+            steps = stack.enter_context(contextlib.closing(self.batches.iterate(self._plan())))
             start = self.nimg
             # disable=None: shown on a terminal only.
-            bar = tqdm(total=total, initial=start, unit='img', unit_scale=True, leave=False,
-                       disable=dist.get_rank() != 0 or None)
-            with contextlib.closing(steps), bar:
-                while self.nimg < total and not dist.any_rank(self.stop_requested):
-                    self._step(steps)
-                    bar.update(self.recipe.batch)
-                    self._after_step()
+            bar = stack.enter_context(
+                tqdm(total=total, initial=start, unit='img', unit_scale=True, leave=False,
+                     disable=dist.get_rank() != 0 or None))
+            while self.nimg < total and not dist.any_rank(self.stop_requested):
+                self._step(steps)
+                bar.update(self.recipe.batch)
+                self._after_step()
             if self.nimg < total:
                 if self.nimg > start:                          # else there is nothing to keep
                     self._save_checkpoint()
-                self._log(f'Stopped at {self.nimg} images; the same command goes on from here.')
+                self.log(f'Stopped at {self.nimg} images; the same command goes on from here.')
         return self.nimg
+
+    def _request_stop(self, *_):
+        self.stop_requested = True
 
     def _plan(self):
         """(first image, count) of each micro-batch of this process, to the end of the run."""
@@ -139,8 +141,7 @@ class Trainer:
         if dist.get_world_size() == 1:
             return model
         return torch.nn.parallel.DistributedDataParallel(
-            model, device_ids=[self.device] if self.device.type == 'cuda' else None,
-            broadcast_buffers=False, gradient_as_bucket_view=True)
+            model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def _step(self, steps):
         """One step of the optimizer over the whole batch, and of the averages after it.
@@ -150,30 +151,23 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group['lr'] = self.lr(self.nimg)
         self.optimizer.zero_grad(set_to_none=True)
-        scale = self._loss_scaling / self.per_process   # the gradient is the mean over processes
-        micro_batches = -(-self.per_process // self.batch_gpu)
-        for index in range(micro_batches):
-            with self._sync_if(last=index == micro_batches - 1):
+        scaling = self.loss_scale.value if self.loss_scale else self.recipe.ls
+        factor = scaling / self.per_process             # the gradient is the mean over processes
+        several = dist.get_world_size() > 1
+        for offset in range(0, self.per_process, self.batch_gpu):
+            last = offset + self.batch_gpu >= self.per_process
+            # Processes exchange gradients in the last backward pass only.
+            with contextlib.nullcontext() if last or not several else self.model.no_sync():
                 loss, terms = self.loss(self.model, next(steps))
-                (loss.sum() * scale).backward()
+                (loss.sum() * factor).backward()
             self.means.add({f'Loss/{name}': values for name, values in terms.items()})
-        if self._clean_gradients():
+        if self._clean_gradients(scaling):
             self.optimizer.step()
             self.ema.update(self.net, self.nimg, self.recipe.batch)
         self.nimg += self.recipe.batch
 
-    def _sync_if(self, last):
-        """Processes exchange gradients in the last backward pass of a step only."""
-        several = dist.get_world_size() > 1
-        return self.model.no_sync() if several and not last else contextlib.nullcontext()
-
-    @property
-    def _loss_scaling(self):
-        return self.loss_scale.value if self.loss_scale else self.recipe.ls
-
-    def _clean_gradients(self) -> bool:
+    def _clean_gradients(self, scaling: float) -> bool:
         """Brings the gradients to their own scale; False if they overflowed, to skip the step."""
-        scaling = self._loss_scaling
         grads = [p.grad for p in self.net.parameters() if p.grad is not None]
         if self.loss_scale and not self.loss_scale.update(grads):
             return False
@@ -187,62 +181,34 @@ class Trainer:
         return True
 
     @property
-    def _position(self):
-        """Images that are done with, as files and logs count them: where these count steps from 0,
-        those before the step just taken.
-        """
-        return self.nimg - self.recipe.batch * self.checkpoints.counts_steps
-
-    @property
     def _count(self):
         """What logs and files go by: images, or the number of the step just taken."""
-        return self._position // (self.recipe.batch if self.checkpoints.counts_steps else 1)
+        steps = self.checkpoints.counts_steps
+        return self.checkpoints.number(self.nimg) if steps else self.nimg
 
     def _due(self, every: int | None) -> bool:
         """Whether the step just taken has passed a multiple of `every`, or was the last."""
         if every is None:
             return False
-        before = max(self._position - self.recipe.batch, self.recipe.first_nimg)
-        return self.nimg >= self.recipe.total_nimg or self._position // every != before // every
+        batch = self.recipe.batch
+        done = self.nimg - batch * self.checkpoints.counts_steps  # the first step is number 0
+        before = max(done - batch, self.recipe.first_nimg)
+        return self.nimg >= self.recipe.total_nimg or done // every != before // every
 
     def _after_step(self):
-        if self._due(self.recipe.status):
-            self._report()
-        if self._due(self.recipe.snapshot):
-            self._save_snapshots()
-        for every, function in self.callbacks:
+        recipe = self.recipe
+        for every, function in ((recipe.status, self._report),
+                                (recipe.snapshot, self._save_snapshots), *self.callbacks,
+                                (recipe.checkpoint, self._save_checkpoint)):
             if self._due(every):
                 averages = [net for net, _, _ in self.ema.get(self.net)]
                 self._log_scalars(function(self._count, averages) or {})
                 dist.barrier()
-        if self._due(self.recipe.checkpoint):
-            self._save_checkpoint()
-
-    @contextlib.contextmanager
-    def _signals(self):
-        def request_stop(*_):
-            self.stop_requested = True
-        previous = {name: signal.signal(name, request_stop)
-                    for name in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for name, handler in previous.items():
-                signal.signal(name, handler)
 
     # --- Files ----------------------------------------------------------------------------------
 
     def _path(self, name):
         return os.path.join(self.run_dir, name)
-
-    def find_checkpoint(self, resume_from: str | None = None) -> dict | None:
-        """State of the newest whole checkpoint of the folder, else of the file `resume_from`."""
-        state = self.checkpoints.load_newest(report=self._log)
-        if state is None and resume_from:
-            if not os.path.isfile(resume_from):
-                raise UserError('is no file', field='resume_from', value=resume_from)
-            state = self.checkpoints.load(resume_from)
-        return state
 
     def load(self, state: dict):
         """Goes on from a checkpoint's state. Raises UserError if it does not fit."""
@@ -252,7 +218,7 @@ class Trainer:
         try:
             self.ema.load_state_dict(state['ema'])
             # Another optimizer, if such a change is allowed, begins anew.
-            if state.get('recipe', {}).get('optim', {'name': optimizer})['name'] == optimizer:
+            if state.get('recipe', {}).get('optim', {}).get('name', optimizer) == optimizer:
                 load_optimizer(self.optimizer, state['optimizer'])
         except (UserError, ValueError, KeyError) as error:
             raise UserError(f'{path} is of another recipe ({error})') from None
@@ -266,10 +232,10 @@ class Trainer:
         if self.loss_scale and 'loss_scale' in state:         # a run on a CPU has none
             self.loss_scale.load_state_dict(state['loss_scale'])
         self.nimg = state['nimg']
-        self.train_seconds = state['train_seconds']
+        self._session_start -= state['train_seconds']
         self.start = f'Resuming from {self.nimg} images ({path})'
 
-    def _save_checkpoint(self):
+    def _save_checkpoint(self, *_):
         means = self.means.state_dict()
         batches = self.checkpoints.save_share(self.nimg, self.batches.state_dict())
         batches = dist.gather_objects(batches)
@@ -277,28 +243,27 @@ class Trainer:
             state = {
                 'nimg': self.nimg, 'recipe': self.settings, 'net': self.net.state_dict(),
                 'ema': self.ema.state_dict(), 'optimizer': self.optimizer.state_dict(),
-                'means': means, 'batches': batches, 'train_seconds': self._seconds()}
+                'means': means, 'batches': batches,
+                'train_seconds': time.time() - self._session_start}
             if self.loss_scale:
                 state['loss_scale'] = self.loss_scale.state_dict()
             self.checkpoints.save(state)
         dist.barrier()
 
-    def _save_snapshots(self):
+    def _save_snapshots(self, *_):
         if dist.get_rank() == 0:
-            dtype = getattr(torch, self.recipe.snapshot_dtype)
             for net, suffix, std in self.ema.get(self.net):
                 save_snapshot(self._path(snapshot_name(self.nimg, suffix)), net, nimg=self.nimg,
-                              ema_std=std, dtype=dtype, **self.snapshot)
+                              ema_std=std, dtype=getattr(torch, self.recipe.snapshot_dtype),
+                              **self.snapshot)
             if os.path.exists(self._path('stats.jsonl')):
                 pictures.save_loss_curve(self._path('stats.jsonl'), self._path('loss.png'))
-        dist.barrier()
 
     # --- Logs -----------------------------------------------------------------------------------
 
     def _open_logs(self, stack, changes, files, wandb_project):
         self._tick_start = time.time()
         self._tick_nimg = self.nimg
-        self._session_start = self._tick_start - self.train_seconds
         self._wandb = None
         if dist.get_rank() != 0:
             return
@@ -306,8 +271,8 @@ class Trainer:
                        nimg=self.nimg, changes=list(changes))
         for name, text in files.items():
             write_bytes(self._path(name), text.encode())
-        for pattern in (*self.checkpoints.leftovers, '.network-snapshot-*', '.*.png.*'):
-            for leftover in glob.glob(pattern, root_dir=self.run_dir):
+        for prefix in (*self.checkpoints.prefixes, PREFIX, '*.png.'):
+            for leftover in glob.glob(f'.{prefix}*', root_dir=self.run_dir):
                 os.remove(self._path(leftover))               # halves left behind by a kill -9
         self._trim_stats()
         runs.wait_for_later_events(self.run_dir)
@@ -336,31 +301,30 @@ class Trainer:
                         kept.append(line)
         write_bytes(path, ''.join(kept).encode())
 
-    def _log(self, text):
+    def log(self, text):
         if dist.get_rank() == 0:
             tqdm.write(text)
             with open(self._path('log.txt'), 'a') as f:
                 f.write(text + '\n')
 
-    def _seconds(self):
-        return time.time() - self._session_start
-
-    def _report(self):
-        """A line for the log and one for `stats.jsonl`, scalars for TensorBoard."""
+    def _report(self, *_):
+        """A line for the log and one for `stats.jsonl`; returns what they say, {name: value}."""
         means = self.means.report()                           # waits for the device
         now = time.time()
+        seconds = now - self._session_start
         speed = (self.nimg - self._tick_nimg) / max(now - self._tick_start, 1e-9)
         self._tick_start = now
         self._tick_nimg = self.nimg
         memory = psutil.Process().memory_info().rss / 2**30
         values = {'Progress/lr': self.lr(self.nimg), 'Timing/images_per_sec': speed,
-                  'Timing/total_sec': self._seconds(), 'Resources/cpu_mem_gb': memory}
+                  'Timing/total_sec': seconds, 'Resources/cpu_mem_gb': memory}
         if self.loss_scale:
             values['Progress/lg_loss_scale'] = self.loss_scale.lg
-        steps = self.checkpoints.counts_steps
-        count = f'step {self._count:<9}' if steps else f'nimg {format_count(self.nimg):<9}'
+        count = f'nimg {format_count(self.nimg):<9}'
+        if self.checkpoints.counts_steps:
+            count = f'step {self._count:<9}'
         line = (f'{count} {100 * self.nimg / self.recipe.total_nimg:5.1f}%  '
-                f'time {format_time(self._seconds()):<8} {speed:8.1f} img/s  '
+                f'time {format_time(seconds):<8} {speed:8.1f} img/s  '
                 f'lr {values["Progress/lr"]:.4g}  cpumem {memory:.2f}G')
         if self.device.type == 'cuda':
             peak = torch.cuda.max_memory_allocated(self.device) / 2**30
@@ -369,13 +333,12 @@ class Trainer:
             line += f'  gpumem {peak:.2f}G'
         for name, row in means.items():
             line += f'  {name.removeprefix("Loss/")} {row["mean"]:.4f}'
-        self._log(line)
-        if dist.get_rank() != 0:
-            return
-        rows = means | {name: {'mean': value, 'std': 0.0} for name, value in values.items()}
-        with open(self._path('stats.jsonl'), 'a') as f:
-            f.write(json.dumps({'nimg': self.nimg} | rows | {'timestamp': now}) + '\n')
-        self._log_scalars({name: row['mean'] for name, row in rows.items()})
+        self.log(line)
+        if dist.get_rank() == 0:
+            rows = means | {name: {'mean': value, 'std': 0.0} for name, value in values.items()}
+            with open(self._path('stats.jsonl'), 'a') as f:
+                f.write(json.dumps({'nimg': self.nimg} | rows | {'timestamp': now}) + '\n')
+        return {name: row['mean'] for name, row in means.items()} | values
 
     def _log_scalars(self, values):
         if dist.get_rank() == 0:

@@ -9,7 +9,6 @@ A profile is given by the time `ofs` at which it ends (in training images) and i
 import re
 
 import numpy as np
-import torch
 
 from dnnlib import UserError
 from training import snapshot
@@ -17,16 +16,14 @@ from training import snapshot
 
 def exp_to_std(exp):
     """Relative width of the profile t^exp: sqrt((g + 1) / ((g + 2)^2 (g + 3))) (Eq. 123)."""
-    exp = np.float64(exp)
     return np.sqrt((exp + 1) / ((exp + 2) ** 2 * (exp + 3)))
 
 
+@np.vectorize
 def std_to_exp(std):
     """Exponent for a relative width: the largest real part of the roots of the cubic (Eq. 126)."""
-    std = np.float64(std)
-    inverse = std.flatten() ** -2.0
-    roots = [np.roots([1, 7, 16 - t, 12 - t]).real.max() for t in inverse]
-    return np.float64(roots).reshape(std.shape)
+    t = std ** -2.0
+    return np.roots([1, 7, 16 - t, 12 - t]).real.max()
 
 
 def power_function_beta(std, t_next, t_delta):
@@ -35,25 +32,13 @@ def power_function_beta(std, t_next, t_delta):
     t_next   images after the step
     t_delta  its batch
     """
-    return (1 - t_delta / np.float64(t_next)) ** (std_to_exp(std) + 1)
-
-
-def power_function_response(ofs, std, length):
-    """Profiles at the times 0 .. length-1, each with sum 1: [length, profiles] (Eq. 120)."""
-    ofs, exp = np.broadcast_arrays(np.float64(ofs), std_to_exp(std))
-    ofs = ofs.flatten()
-    exp = exp.flatten()
-    t = np.arange(length, dtype=np.float64)[:, None] / ofs
-    response = np.where(t <= 1, np.minimum(t, 1) ** exp * (exp + 1) / ofs, 0)
-    return response / response.sum(axis=0)
+    return (1 - t_delta / t_next) ** (std_to_exp(std) + 1)
 
 
 def power_function_correlation(a_ofs, a_std, b_ofs, b_std):
     """Inner product of two profiles over time (Eq. 151)."""
     a_exp = std_to_exp(a_std)
     b_exp = std_to_exp(b_std)
-    a_ofs = np.float64(a_ofs)
-    b_ofs = np.float64(b_ofs)
     ratio = a_ofs / b_ofs
     exp = np.where(a_ofs < b_ofs, b_exp, -a_exp)
     scale = (a_exp + b_exp + 1) * np.maximum(a_ofs, b_ofs)
@@ -72,17 +57,12 @@ def solve_coefficients(in_ofs, in_std, out_ofs, out_std):
     return X / X.sum(axis=0)
 
 
-def kimg_to_nimg(kimg: int) -> int:
-    """Images for the thousands in a snapshot's name, which are rounded down: batches are
-    multiples of 1024, which undoes it.
-    """
-    return (kimg * 1000 + 999) // 1024 * 1024
-
-
 def list_profiles(folder: str, prefix: str | None = None) -> list[tuple]:
-    """(SnapshotFile, nimg by its name, std) of snapshots `<prefix>-<kimg>-<std>.pkl`, in order.
+    """(SnapshotFile, nimg, std) of snapshots `<prefix>-<kimg>-<std>.pkl`, in order.
 
-    Raises UserError if there are none, or if `prefix` is None and there are several.
+    What a snapshot does not say follows from its name; of nimg it has the thousands, rounded down,
+    which is undone where batches are multiples of 1024. Raises UserError if there are none, or if
+    `prefix` is None and there are several.
     """
     files = [file for file in snapshot.list_snapshots(folder, prefix)
              if re.fullmatch(r'\d+\.\d{3}', file.average)]
@@ -92,27 +72,28 @@ def list_profiles(folder: str, prefix: str | None = None) -> list[tuple]:
     if len(prefixes) > 1:
         raise UserError(f'is needed: {folder} has snapshots of several runs '
                         f'({", ".join(prefixes)})', 'inprefix')
-    return [(file, kimg_to_nimg(file.kimg), float(file.average)) for file in files if file.kimg]
+    profiles = []
+    for file in files:
+        content = snapshot.read_snapshot(file.path)
+        nimg = content['nimg'] or (file.kimg * 1000 + 999) // 1024 * 1024
+        if nimg:
+            profiles.append((file, nimg, content['ema_std'] or float(file.average)))
+    return profiles
 
 
-@torch.no_grad()
 def combine(states, coefficients, parameters):
-    """sum_i coefficients[i, k] states[i] for each output k, in float64, one state after the other.
+    """sum_i coefficients[i, k] states[i] for each output k, one state after the other.
 
     states      iterable of state dictionaries
     parameters  names of what is averaged; other entries (buffers) are those of the last state
 
-    Returns one float32 state dictionary for each column of `coefficients`.
+    Returns one state dictionary, of float64, for each column of `coefficients`.
     """
-    sums = [{} for _ in range(coefficients.shape[1])]
-    for state, row in zip(states, coefficients, strict=True):
-        for out, weight in zip(sums, row, strict=True):
+    outputs = [{} for _ in coefficients.T]
+    for state, row in zip(states, coefficients.tolist(), strict=True):
+        for output, weight in zip(outputs, row, strict=True):
             for name, value in state.items():
-                if name not in parameters:
-                    out[name] = value.clone()
-                elif name in out:
-                    out[name].add_(value.double(), alpha=float(weight))
-                else:
-                    out[name] = value.double() * float(weight)
-    return [{name: value.float() if value.is_floating_point() else value
-             for name, value in out.items()} for out in sums]
+                if name in parameters:
+                    value = output.get(name, 0) + weight * value.double()
+                output[name] = value
+    return outputs

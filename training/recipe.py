@@ -7,14 +7,13 @@ must agree with to be resumed is every field of the recipe but those in `RUNNING
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
 from dnnlib import UserError
 from torch_utils import distributed as dist
 from training import loop
-from training.checkpoint import LAYOUTS
 from training.data.dataset import ImageDataset
 from training.encoders import encoder_for, make_encoder
 from training.generate import save_sample_grid
@@ -73,16 +72,16 @@ class Recipe:
     compile: bool = False
 
     def __post_init__(self):
-        numbers = dict(batch=self.batch, duration=self.total_nimg, batch_gpu=self.batch_gpu)
-        for field, value in numbers.items():
+        for field, value in (('batch', self.batch), ('duration', self.total_nimg),
+                             ('batch_gpu', self.batch_gpu)):
             if value is not None and value < 1:
                 raise UserError('must be at least 1', field, value)
 
     @classmethod
     def of(cls, config: dict, **fields):
         """The recipe of `fields`, and for the others what `config` has under their names."""
-        names = (field.name for field in dataclasses.fields(cls))
-        return cls(**{name: config[name] for name in names if name in config} | fields)
+        named = {name: config[name] for name in cls.__annotations__ if name in config}
+        return cls(**named | fields)
 
     def settings(self, options: dict | None = None) -> dict:
         """The recipe as files keep it, with a script's `options` beside it."""
@@ -92,63 +91,41 @@ class Recipe:
 # Fields that may change from one start of a run to the next.
 RUNNING = ('total_nimg', 'batch_gpu', 'status', 'snapshot', 'checkpoint', 'ls', 'loss_scale',
            'bench', 'compile')
-_FIELDS = [field.name for field in dataclasses.fields(Recipe)]
 
 
-@dataclasses.dataclass
-class Change:
-    """What differs between two recipes: a `path` like network.dropout, and its values."""
-
-    path: str
-    old: object
-    new: object
-
-    @property
-    def field(self) -> str:
-        """The last part of the path; a `name` goes by the field that it is the name of."""
-        parts = self.path.split('.')
-        return parts[-2] if parts[-1] == 'name' and len(parts) > 1 else parts[-1]
-
-    def __str__(self):
-        return f'{self.path} {self.old} -> {self.new}'
-
-
-def _differences(old, new, path: str) -> Iterator[Change]:
-    """Leaves that differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in old | new:
-            yield from _differences(old.get(key), new.get(key), f'{path}.{key}')
-    elif old != new:
-        yield Change(path, old, new)
-
-
-def _leaves(values: dict) -> dict:
-    """All values that are no dictionaries, by their own names; later ones win."""
-    leaves = {}
+def _flatten(values: dict, path: str = '') -> dict:
+    """All values that are no dictionaries, by paths like network.dropout."""
+    flat = {}
     for key, value in values.items():
-        leaves |= _leaves(value) if isinstance(value, dict) else {key: value}
-    return leaves
+        name = f'{path}{key}'
+        flat |= _flatten(value, name + '.') if isinstance(value, dict) else {name: value}
+    return flat
 
 
-def _earlier_differences(identity: dict, settings: dict) -> Iterator[Change]:
-    """As `changes`, for a checkpoint of an earlier version: its identity has options by name."""
-    dataset = settings['dataset']
-    new = _leaves(settings | {'sampler': None}) | _leaves(settings['network']) | {
-        'data set': [dataset.get('name'), dataset.get('size')], 'batch_size': settings['batch']}
-    old = _leaves({key.lstrip('-').replace('-', '_').split('.')[-1]: value
-                   for key, value in json.loads(json.dumps(identity)).items()})
-    for key, value in old.items():
-        if key in new and new[key] != value:
-            yield Change(key, value, new[key])
+def _by_option(values: dict) -> dict:
+    """The same by the names that options have in a recipe; later ones win."""
+    return {path.rpartition('.')[2].lstrip('-').replace('-', '_'): value
+            for path, value in _flatten(values).items()}
 
 
-def changes(state: dict, settings: dict) -> list[Change]:
-    """What differs between the recipe in a checkpoint's state and `Recipe.settings()` of a run."""
-    if 'identity' in state:
-        return list(_earlier_differences(state['identity'], settings))
-    old = state['recipe']
-    return [change for field in _FIELDS if field in old
-            for change in _differences(old[field], settings[field], field)]
+def changes(state: dict, settings: dict) -> dict[str, str]:
+    """What differs between the recipe in a checkpoint's state and `Recipe.settings()` of a run,
+    {path like network.dropout: line that says it}.
+    """
+    if 'identity' not in state:
+        fields = [field for field in Recipe.__annotations__ if field in state['recipe']]
+        old, new = (_flatten({field: values[field] for field in fields})
+                    for values in (state['recipe'], settings))
+        paths = old | new
+    else:  # of an earlier version: its identity has options by name
+        dataset = settings['dataset']
+        old = _by_option(json.loads(json.dumps(state['identity'])))
+        new = _by_option(settings | {'sampler': None}) | _by_option(settings['network']) | {
+            'data set': [dataset.get('name'), dataset.get('size')],
+            'batch_size': settings['batch']}
+        paths = [path for path in old if path in new]
+    return {path: f'{path} {old.get(path)} -> {new.get(path)}'
+            for path in paths if old.get(path) != new.get(path)}
 
 
 def seed_of(state: dict) -> int:
@@ -163,15 +140,17 @@ def check_changes(state: dict, settings: dict, allow: bool) -> list[str]:
     checkpoint has seen more images than the run is to see.
     """
     found = changes(state, settings)
-    refused = [change for change in found if change.path.split('.')[0] not in RUNNING]
+    refused = [path for path in found if path.split('.')[0] not in RUNNING]
     if refused and not allow:
         more = f' and {len(refused) - 1} more' if len(refused) > 1 else ''
-        raise UserError(f'{state["path"]} is of a run with other settings: {refused[0]}{more}; '
-                        'choose another folder, or allow changes', field=refused[0].field)
+        # What is called a name goes by the field that it is the name of.
+        field = refused[0].removesuffix('.name').rpartition('.')[2]
+        raise UserError(f'{state["path"]} is of a run with other settings: {found[refused[0]]}'
+                        f'{more}; choose another folder, or allow changes', field)
     if state['nimg'] > settings['total_nimg']:
         raise UserError(f'{state["path"]} has seen {state["nimg"]} images, more than the '
                         f'{settings["total_nimg"]} asked for; choose another folder', 'duration')
-    return [str(change) for change in found]
+    return list(found.values())
 
 
 # --- Training -----------------------------------------------------------------------------------
@@ -193,11 +172,12 @@ def open_data(data: str, cond: bool, **options):
 
 def choose_precision(precision: str | None, fp16: bool | None = None) -> str:
     """`precision`, or what `fp16` says, or what suits the machine."""
+    on_gpu = torch.cuda.is_available()
     if precision is None:
-        precision = 'fp16' if (torch.cuda.is_available() if fp16 is None else fp16) else 'fp32'
+        precision = 'fp16' if (on_gpu if fp16 is None else fp16) else 'fp32'
     elif fp16 is not None and fp16 != (precision == 'fp16'):
         raise UserError(f'contradicts precision {precision}; give one of them', 'fp16', fp16)
-    if precision == 'fp16' and not torch.cuda.is_available():
+    if precision == 'fp16' and not on_gpu:
         raise UserError('fp16 needs a GPU; on the CPU train with fp32 or bf16', 'precision')
     return precision
 
@@ -242,13 +222,15 @@ def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: 
     recipe or another process trains in the folder.
     """
     torch.backends.cudnn.benchmark = recipe.bench
-    settings = recipe.settings(options)
-    trainer = loop.Trainer(recipe, net, loss, batches, run_dir, settings=settings,
-                           layout=layout or LAYOUTS[recipe.layout], callbacks=callbacks)
-    state = trainer.find_checkpoint(resume_from)
+    trainer = loop.Trainer(recipe, net, loss, batches, run_dir, options, layout, callbacks)
+    state = trainer.checkpoints.load_newest(trainer.log)
+    if state is None and resume_from:
+        if not os.path.isfile(resume_from):
+            raise UserError('is no file', 'resume_from', resume_from)
+        state = trainer.checkpoints.load(resume_from)
     changed = []
     if state is not None:
-        changed = check_changes(state, settings, allow_changes)
+        changed = check_changes(state, trainer.settings, allow_changes)
         trainer.load(state)
     parameters = sum(p.numel() for p in net.parameters())
     data = recipe.dataset
@@ -256,4 +238,4 @@ def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: 
         f'Data: {data.get("name")}, {data.get("size")} images, {data.get("label_dim")} classes\n'
         f'Network: {parameters / 1e6:.2f}M parameters, on {trainer.device.type}, '
         f'{dist.get_world_size()} process(es), batch {recipe.batch}\nRun: {run_dir}')
-    return trainer.run(summary, changed, files or {}, wandb)
+    return trainer.run(summary, changed, files, wandb)

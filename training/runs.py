@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import time
 
 from dnnlib import UserError
@@ -35,29 +36,22 @@ def locked(run_dir: str, doing: str = 'training'):
         os.close(handle)
 
 
-def _in_use(run_dir: str) -> bool:
-    try:
-        with locked(run_dir):
-            return False
-    except UserError:
-        return True
-
-
 # --- What a run says of itself ------------------------------------------------------------------
 
 
 def read_options(run_dir: str) -> dict:
-    """`training_options.json` of a run. Raises UserError if there is none or it is damaged."""
+    """`training_options.json` of a run, {} if none has begun there. Raises UserError if it is
+    damaged.
+    """
     path = os.path.join(run_dir, RECORD)
+    if not os.path.isfile(path):
+        return {}
     try:
         with open(path) as f:
-            options = json.load(f)
-    except (OSError, ValueError) as error:
+            return dict(json.load(f))
+    except (OSError, TypeError, ValueError) as error:
         raise UserError(f'{path} cannot be read ({error}); '
                         f'is {run_dir} the folder of a run?') from None
-    if not isinstance(options, dict):
-        raise UserError(f'{path} holds no options')
-    return options
 
 
 def add_start(run_dir: str, settings: dict, **start):
@@ -65,14 +59,9 @@ def add_start(run_dir: str, settings: dict, **start):
 
     start  what else is to be remembered of this one: first nimg, changes, ...
     """
-    starts = read_options(run_dir).get('starts', []) if has_options(run_dir) else []
+    starts = read_options(run_dir).get('starts', [])
     starts.append(environment() | {'command': command_line(), **start})
     write_json(os.path.join(run_dir, RECORD), settings | {'starts': starts})
-
-
-def has_options(run_dir: str) -> bool:
-    """Whether a run has begun in the folder."""
-    return os.path.isfile(os.path.join(run_dir, RECORD))
 
 
 def wait_for_later_events(run_dir: str):
@@ -93,22 +82,22 @@ def wait_for_later_events(run_dir: str):
 
 def is_finished(run_dir: str, total_kimg: int, snapshots: bool, checkpoints: bool) -> bool:
     """Whether the folder has all that the last step of a run of `total_kimg` kimg writes."""
+    kimgs = []
     if checkpoints:                                            # what comes last, see loop.py
         kimgs = Checkpoints(run_dir).numbers()
     elif snapshots:
         kimgs = [file.kimg for file in list_snapshots(run_dir)]
     else:
-        try:
-            with open(os.path.join(run_dir, 'stats.jsonl')) as f:
-                kimgs = [json.loads(f.readlines()[-1])['nimg'] // 1000]
-        except (OSError, ValueError, LookupError):
-            return False
+        with contextlib.suppress(OSError, ValueError, LookupError), \
+                open(os.path.join(run_dir, 'stats.jsonl')) as f:
+            kimgs = [json.loads(f.readlines()[-1])['nimg'] // 1000]
     return max(kimgs, default=-1) >= total_kimg
 
 
-def numbered_runs(outdir: str) -> list[tuple[int, str]]:
-    """(number, folder name) of the runs in `outdir`, the newest last."""
-    return sorted((int(match[1]), match[0]) for match in matching_names(outdir, r'(\d{5,})-.*'))
+def numbered_runs(outdir: str, pattern: str = '.*') -> list[tuple[int, str]]:
+    """(number, folder) of the runs in `outdir` whose names match, the newest last."""
+    return sorted((int(match[1]), os.path.join(outdir, match[0]))
+                  for match in matching_names(outdir, rf'(\d{{5,}})-{pattern}'))
 
 
 def find_unfinished(outdir: str, name: str, options: dict, *goal) -> str | None:
@@ -116,14 +105,12 @@ def find_unfinished(outdir: str, name: str, options: dict, *goal) -> str | None:
     that has these `options`, and is not finished (`goal`: arguments of `is_finished`); None if
     there is none.
     """
-    for number, folder in reversed(numbered_runs(outdir)):
-        path = os.path.join(outdir, folder)
-        if folder != f'{number:05d}-{name}' or not has_options(path):
-            continue
+    for _, path in reversed(numbered_runs(outdir, re.escape(name))):
         earlier = read_options(path)
         same = all(earlier.get(key) == value for key, value in options.items())
-        if same and not is_finished(path, *goal) and not _in_use(path):
-            return path
+        if same and not is_finished(path, *goal):
+            with contextlib.suppress(UserError), locked(path):
+                return path
     return None
 
 

@@ -51,13 +51,9 @@ def cosine_lr(nimg, batch, lr, duration, rampup=0):
     return lr / 2 * (1 + math.cos(math.pi * min(nimg / duration, 1))) * _rampup(nimg, rampup)
 
 
-def constant_lr(nimg, batch, lr):
-    return lr
-
-
 LR_SCHEDULES = {
     'edm2': edm2_lr, 'multisource': multisource_lr, 'edm': edm_lr, 'warmup': warmup_lr,
-    'anneal': anneal_lr, 'cosine': cosine_lr, 'constant': constant_lr,
+    'anneal': anneal_lr, 'cosine': cosine_lr, 'constant': lambda nimg, batch, lr: lr,
 }
 
 
@@ -73,13 +69,12 @@ def warmup_beta(decay):
 
 
 # The rules of the memorization study (arXiv 2310.02664): (h, batch, q, final) -> beta.
-_MEMORIZATION = {
+EMA_MODES = {
     'mode1': lambda h, batch, q, final: 0.5 ** (batch / h),
     'mode2': lambda h, batch, q, final: 0.5 ** (512 / h / q),
     'mode3': lambda h, batch, q, final: 0.5 ** (batch / 500_000),
     'mode4': lambda h, batch, q, final: final / 0.5 ** (batch / 500_000) * 0.5 ** (batch / h / q),
 }
-EMA_MODES = tuple(_MEMORIZATION)
 
 
 def memorization_beta(mode, halflife_kimg, data_ratio=1.0, final_ema=0.99929, rampup_ratio=0.05):
@@ -88,16 +83,12 @@ def memorization_beta(mode, halflife_kimg, data_ratio=1.0, final_ema=0.99929, ra
 
     mode1: EDM's rule; mode2: 0.5^(512 / h / q), whatever the batch; mode3: 0.5^(batch / 500,000),
     constant; mode4: final_ema / 0.5^(batch / 500,000) * 0.5^(batch / h / q).
-    Raises ValueError for another mode.
     """
-    if mode not in _MEMORIZATION:
-        raise ValueError(f'EMA mode {mode!r} is unknown; choose {", ".join(EMA_MODES)}')
-
     def beta(nimg, batch):
         h = halflife_kimg * 1000
         if rampup_ratio is not None:
             h = min(h, nimg * rampup_ratio)
-        return _MEMORIZATION[mode](max(h, 1e-8), batch, data_ratio, final_ema)
+        return EMA_MODES[mode](max(h, 1e-8), batch, data_ratio, final_ema)
     return beta
 
 

@@ -8,7 +8,9 @@ they are), `encoder`, `dataset` (description of the training set), `recipe`, `ni
 `sampler` (how it is sampled: name and options of a sampler, see training.diffusion.samplers).
 """
 
+import contextlib
 import dataclasses
+import functools
 import os
 from typing import NamedTuple
 
@@ -100,18 +102,18 @@ class SnapshotFile(NamedTuple):
     one).
     """
 
-    path: str
-    prefix: str
     kimg: int
     average: str
+    prefix: str
+    path: str
 
 
 def list_snapshots(folder: str, prefix: str | None = PREFIX) -> list[SnapshotFile]:
     """Snapshots of a run, by time and average; `prefix=None`: whatever they are called."""
-    files = [SnapshotFile(os.path.join(folder, match[0]), match['prefix'], int(match['kimg']),
-                          match['average'] or '')
-             for match in matching_names(folder, _NAME) if prefix in (None, match['prefix'])]
-    return sorted(files, key=lambda file: (file.kimg, file.average))
+    return sorted(
+        SnapshotFile(int(match['kimg']), match['average'] or '', match['prefix'],
+                     os.path.join(folder, match[0]))
+        for match in matching_names(folder, _NAME) if prefix in (None, match['prefix']))
 
 
 # --- Reading ------------------------------------------------------------------------------------
@@ -130,14 +132,11 @@ def _restore(found: Found) -> Snapshot:
     content = found.content
     network = content['network']
     net = rebuild_network(network['class_name'], network['kwargs'], found.state, found.path)
-    sampler = content.get('sampler')
-    for part in ('encoder', 'sampler'):
-        try:
-            check_arguments(content.get(part))
-        except ValueError as error:
-            raise UserError(f'{found.path}: its {part} is malformed ({error})') from None
-    if sampler is not None and not isinstance(sampler.get('name'), str):
-        raise UserError(f'{found.path}: its sampler is malformed')
+    sampler = content['sampler']
+    with errors_of(found.path, 'its encoder or sampler is malformed: '):
+        check_arguments([content['encoder'], sampler])
+        if sampler and not isinstance(sampler['name'], str):
+            raise ForeignPickleError('a name is no text')
     return Snapshot(net, encoders.make_encoder(content['encoder']), content['dataset'],
                     content['recipe'], content['nimg'], content['ema_std'], sampler)
 
@@ -159,10 +158,11 @@ def _restore_foreign(found: Found) -> Snapshot:
             check_arguments(config)
         elif encoder is not None and kind != 'StandardRGBEncoder':
             raise ForeignPickleError(f'unknown encoder {kind}')
-    trained_on = found.content.get('dataset_kwargs')
-    name = trained_on.get('path') if isinstance(trained_on, dict) else None
-    name = os.path.basename(name[:1000]).removesuffix('.zip') if isinstance(name, str) else ''
-    return Snapshot(net, encoders.make_encoder(config), {'name': name, 'label_dim': net.label_dim})
+    dataset = {'name': '', 'label_dim': net.label_dim}
+    with contextlib.suppress(KeyError, TypeError):
+        path = found.content['dataset_kwargs']['path']
+        dataset['name'] = os.path.basename(path[:1000]).removesuffix('.zip')
+    return Snapshot(net, encoders.make_encoder(config), dataset)
 
 
 def _restore_weights(found: Found, options: dict | None) -> Snapshot:
@@ -184,11 +184,10 @@ def _restore_weights(found: Found, options: dict | None) -> Snapshot:
         name = 'DiscreteDenoiser'
         state = {f'model.{key}': value for key, value in state.items()}
     net = rebuild_network(name, kwargs, state, found.path)
-    recipe = {'source': os.path.basename(found.path), 'weights': found.weights,
-              'assumed': inferred.assumed}
-    return Snapshot(net, encoders.make_encoder({'name': 'rgb'}),
+    return Snapshot(net, encoders.RGBEncoder(),
                     {'name': '', 'label_dim': getattr(net, 'label_dim', 0)},
-                    {key: value for key, value in recipe.items() if value})
+                    {'source': os.path.basename(found.path), 'weights': found.weights,
+                     'assumed': inferred.assumed})
 
 
 def load_snapshot(path: str, device='cpu', sha256: str | None = None, options: dict | None = None,
@@ -209,19 +208,16 @@ def load_snapshot(path: str, device='cpu', sha256: str | None = None, options: d
         from training.data.dataset import ImageDataset
         from training.networks.optimal import optimal_denoiser
         dataset = ImageDataset(path.removeprefix('optimal:'))
-        return Snapshot(optimal_denoiser(dataset, device), encoders.make_encoder({'name': 'rgb'}),
+        return Snapshot(optimal_denoiser(dataset, device), encoders.RGBEncoder(),
                         dataset.description())
     found = identify(url.download(path, sha256=sha256), weights)
     if options and found.kind != 'weights':
         raise UserError(f'{path} describes its own network; leave out {", ".join(options)}')
-    if found.kind in ('snapshot', 'safetensors'):
-        snapshot = _restore(found)
-    elif found.kind == 'edm':
-        snapshot = _restore_foreign(found)
-    elif found.kind == 'weights':
-        snapshot = _restore_weights(found, options)
-    else:
+    restore = {'snapshot': _restore, 'safetensors': _restore, 'edm': _restore_foreign,
+               'weights': functools.partial(_restore_weights, options=options)}
+    if found.kind not in restore:
         raise UserError(f'{path} holds no network; it is: {found.what}')
+    snapshot = restore[found.kind](found)
     snapshot.net.to(device)
     return snapshot
 
