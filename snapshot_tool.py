@@ -6,7 +6,7 @@ import os
 import click
 
 from dnnlib import UserError, cli, url
-from dnnlib.options import together
+from dnnlib.options import choice, text, together
 from torch_utils.files.identify import Found, family, identify
 from training import export
 from training.data.archive import check_parent
@@ -27,12 +27,12 @@ def parse_setting(text: str) -> tuple[str, object]:
 
 source_options = together(
     click.argument('file', metavar='FILE|URL'),
-    click.option('--sha256', metavar='HEX', help='SHA-256 that the file must have'),
-    click.option('--weights', metavar='KEY',
-                 help='Weights of a checkpoint, e.g. net_model  [default: the averaged ones]'),
-    click.option('--set', 'settings', metavar='NAME=VALUE', multiple=True,
-                 type=cli.Parsed('setting', parse_setting),
-                 help='Argument of a network that its weights leave open, e.g. num_heads=4'))
+    text('HEX', '--sha256', 'SHA-256 that the file must have'),
+    text('KEY', '--weights',
+         'Weights of a checkpoint, e.g. net_model  [default: the averaged ones]'),
+    text('NAME=VALUE', '--set settings',
+         'Argument of a network that its weights leave open, e.g. num_heads=4', multiple=True,
+         type=cli.Parsed('setting', parse_setting)))
 
 
 @click.group(cls=cli.Group)
@@ -61,11 +61,9 @@ def inspect(file, sha256, weights, settings):
 
 @main.command()
 @source_options
-@click.option('--dest', metavar='FILE|DIR', required=True,
-              help='FILE.pkl: snapshot; FILE.safetensors: with FILE.json beside it; '
-                   'DIR: folder for diffusers')
-@click.option('--dtype', type=click.Choice(list(export.DTYPES)), default='float32',
-              help='Type of the weights')
+@text('FILE|DIR', '--dest', 'FILE.pkl: snapshot; FILE.safetensors: with FILE.json beside it; '
+      'DIR: folder for diffusers', required=True)
+@choice('--dtype', 'float32', 'Type of the weights', export.DTYPES)
 @click.option('--overwrite', is_flag=True, help='Replace what is at --dest')
 def convert(file, dest, dtype, overwrite, sha256, weights, settings):
     """Convert a network, whatever made it, to another form; all of them make the same images.

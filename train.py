@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import secrets
 
 import click
@@ -17,7 +18,6 @@ from training.data.batches import DatasetBatches
 from training.data.sampler import WindowShuffle
 from training.diffusion.augment import EDM_MULTIPLIERS, AugmentPipe
 from training.diffusion.losses import LOSSES
-from training.networks import build_network
 from training.schedules import EMA_MODES, memorization_scaling
 from training.snapshot import copy_weights, load_snapshot
 
@@ -101,7 +101,6 @@ def prepare(config: dict):
                     f'{levels}')
     if network['model_channels'] % 2:
         raise UserError('must be even', 'num_channels', network['model_channels'])
-    build_network(**network)                                    # fails early for what does not fit
     num_images = len(dataset) // (2 if config['xflip'] else 1)  # mirror images are no further data
     lengths = schedule(config, num_images)
     tick = round(config['tick'] * 1000)
@@ -120,7 +119,7 @@ def prepare(config: dict):
                   'data_ratio': lengths['data_ratio']},
         encoder=encoder.config(), sampler={'name': PRECONDITIONINGS[config['precond']][1]},
         bad_gradients=(0, 1e5, -1e5), snapshot_dtype='float32', status=tick,
-        snapshot=config['snap'] * tick or None, checkpoint=config['dump'] * tick or None)
+        snapshot=config['snap'] * tick, checkpoint=config['dump'] * tick)
     return dataset, encoder, rules, lengths
 
 
@@ -149,15 +148,12 @@ def choose_run(config: dict, outdir: str, name: str, nosubdir: bool, total_kimg:
     if folder is None:
         wanted = {key: value for key, value in config.items()
                   if key != 'network' and (key, value) != ('seed', None)}
-        folder = runs.find_unfinished(
-            outdir, name, wanted, total_kimg, config['snap'] > 0, config['dump'] > 0
-        ) or runs.next_folder(outdir, name)
+        folder = runs.choose_folder(outdir, name, wanted, total_kimg, config['snap'] > 0,
+                                    config['dump'] > 0)
     if seed is None:
         seed = runs.read_options(folder).get('seed')
-    if seed is None and resume:
-        seed = recipe.seed_of(Checkpoints('').load(resume))
     if seed is None:
-        seed = secrets.randbits(31)
+        seed = recipe.seed_of(Checkpoints('').load(resume)) if resume else secrets.randbits(31)
     return folder, resume, seed
 
 
@@ -174,7 +170,7 @@ def train(config: dict, outdir: str, desc=None, nosubdir: bool = False, **runnin
     net = recipe.new_network(rules)
     if config['transfer']:
         with dist.rank0_first():
-            source = load_snapshot(config['transfer'], sha256=config.get('transfer_sha256'))
+            source = load_snapshot(config['transfer'], sha256=config['transfer_sha256'])
         taken, total = copy_weights(source.net, net, f'--transfer={config["transfer"]}')
         dist.print0(f'Weights: {taken} of {total} tensors of {config["transfer"]}')
     batches = DatasetBatches(
@@ -191,10 +187,9 @@ def train(config: dict, outdir: str, desc=None, nosubdir: bool = False, **runnin
 
 def parse_skips(text: str) -> list[int]:
     """'[1, 0, 1]', '1,0,1' or '101' -> [1, 0, 1]."""
-    digits = [c for c in text if c not in ' ,[]()']
-    if not digits or set(digits) - {'0', '1'}:
+    if re.search(r'[^01 ,[\]()]', text):
         raise ValueError(f'{text!r} is no list of 0 and 1; write e.g. [1,0,1,1]')
-    return [int(c) for c in digits]
+    return [int(digit) for digit in re.findall('[01]', text)]
 
 
 def settings(args: list[str]) -> dict:
@@ -288,6 +283,7 @@ def main(outdir, desc, nosubdir, dry_run, wandb, allow_changes, **opts):
     config = build_config(opts)
     if dry_run:
         dataset, _, rules, lengths = prepare(config)
+        recipe.new_network(rules)                               # fails for what does not fit
         print(json.dumps(config | dict(outdir=outdir, network=rules.network, schedule=lengths,
                                        name=run_name(config, dataset, desc)), indent=2))
         return

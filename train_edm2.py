@@ -72,8 +72,6 @@ def build_config(opts: dict) -> dict:
     """All settings of a run, from the preset and the options that override it."""
     given = {key: value for key, value in opts.items() if value is not None}
     config = opts | PRESETS[opts['preset']] | given
-    for key in ('status', 'snapshot', 'checkpoint'):
-        config[key] = config[key] or None                                   # 0 switches it off
     config['precision'] = recipe.choose_precision(opts['precision'], opts['fp16'])
     config['network'] = dict(
         class_name='Precond', model_channels=config['channels'], dropout=config['dropout'],

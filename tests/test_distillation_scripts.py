@@ -588,9 +588,6 @@ def test_loss_scale_falls_on_overflow_and_grows_with_good_steps():
     for bad in (float('inf'), float('nan')):
         assert not scale.update([torch.ones(3), torch.tensor([bad])])
     assert scale.lg == pytest.approx(18.001)
-    other = DynamicLossScale()
-    other.load_state_dict(scale.state_dict())
-    assert other.lg == scale.lg
 
 
 class _Line(torch.nn.Module):
@@ -607,6 +604,9 @@ class _Batches:
     def state_dict(self):
         return {}
 
+    def load_state_dict(self, state):
+        pass
+
 
 def test_the_loop_skips_steps_that_overflow(tmp_path):
     """Weights and averages stay, the image count goes on; gradients are those of the unscaled loss."""
@@ -618,7 +618,7 @@ def test_the_loop_skips_steps_that_overflow(tmp_path):
         return loss, {'loss': loss}
 
     net = _Line()
-    recipe = Recipe(batch=2, total_nimg=8, bad_gradients=None, optim={'name': 'SGD'},
+    recipe = Recipe(batch=2, total_nimg=8, checkpoint=8, bad_gradients=None, optim={'name': 'SGD'},
                     learning_rate={'name': 'constant', 'lr': 0.1}, loss_scale={'lg': 10, 'growth': 0.5},
                     averages={'name': 'constant', 'rates': [0.5]})
     trainer = loop.Trainer(recipe, net, objective, _Batches(), str(tmp_path))
@@ -626,6 +626,9 @@ def test_the_loop_skips_steps_that_overflow(tmp_path):
     assert seen == [10, 10.5, 9.5, 10]
     assert net.w.item() == pytest.approx(0.7)                  # three steps of 0.1
     assert trainer.ema.emas[0].w.item() == pytest.approx(((1 + .9) / 2 + .8) / 4 + .35)
+    resumed = loop.Trainer(recipe, net, objective, _Batches(), str(tmp_path))
+    resumed.load(resumed.checkpoints.load_newest())
+    assert resumed.nimg == 8 and resumed.loss_scale.lg == trainer.loss_scale.lg == 10.5
 
 
 def test_students_start_from_their_seed():

@@ -79,7 +79,7 @@ def test_options_override_the_preset(digits):
               '--lr-schedule=multisource', '--ls=100', '--seed=5', '--status=0', '--precision=bf16', '--cond=False').stdout
     config = json.loads(out)
     expected = dict(duration=1536, lr=0.5, decay=7, P_mean=-2, P_std=3, dropout=0.25, channels=64, batch=32, batch_gpu=8,
-                    lr_schedule='multisource', ls=100, seed=5, status=None, precision='bf16', cond=False)
+                    lr_schedule='multisource', ls=100, seed=5, status=0, precision='bf16', cond=False)
     assert {key: config[key] for key in expected} == expected
     assert config['network'] == dict(class_name='Precond', model_channels=64, dropout=0.25, precision='bf16', label_dim=0,
                                      img_resolution=8, img_channels=3, channel_mult=[1, 2], num_blocks=1,

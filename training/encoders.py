@@ -13,9 +13,9 @@ import torch
 
 from dnnlib.util import UserError
 from torch_utils.random import GlobalRandom
+from training.networks.layers import DTYPES
 
 DEFAULT_VAE = 'stabilityai/sd-vae-ft-mse'
-_DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 
 
 class RGBEncoder:
@@ -78,7 +78,7 @@ class StabilityVAEEncoder:
         scale = final_std / stds
         self._whitening = torch.stack([scale, final_mean - means * scale])
         self.batch_size = batch_size
-        self._dtype = _DTYPES[precision]
+        self._dtype = DTYPES[precision]
         self._vae = None
 
     def config(self) -> dict:

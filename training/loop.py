@@ -58,6 +58,7 @@ class Trainer:
     def __post_init__(self):
         recipe = self.recipe
         net = self.net
+        self.leads = dist.get_rank() == 0                     # writes the files
         processes = dist.get_world_size()
         if recipe.batch % processes:
             raise UserError(f'cannot be split over {processes} processes', 'batch', recipe.batch)
@@ -81,7 +82,6 @@ class Trainer:
         self.means = RunningMeans(self.device)
         self.nimg = recipe.first_nimg
         self.stop_requested = False
-        self.start = f'Starting at {self.nimg} images'
         self._session_start = time.time()                     # if there was but one session
 
     def lr(self, nimg: int) -> float:
@@ -90,10 +90,11 @@ class Trainer:
 
     # --- The run --------------------------------------------------------------------------------
 
-    def run(self, summary: str = '', changes=(), files=None, wandb: str | None = None) -> int:
+    def run(self, lines=(), changes=(), files: dict | None = None,
+            wandb: str | None = None) -> int:
         """Trains until `recipe.total_nimg`, or until SIGTERM or SIGINT; returns the images seen.
 
-        summary  first lines of the log
+        lines    first ones of the log
         changes  of the recipe since the checkpoint, for the log and the record
         files    {name: text} of further files to write
         wandb    project of Weights & Biases
@@ -102,12 +103,19 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             for name in (signal.SIGTERM, signal.SIGINT):
                 stack.callback(signal.signal, name, signal.signal(name, self._request_stop))
-            if dist.get_rank() == 0:
+            if self.leads:
                 os.makedirs(self.run_dir, exist_ok=True)
                 stack.enter_context(runs.locked(self.run_dir))
-            for line in (summary, self.start, *(f'Changed: {change}' for change in changes)):
-                self.log(line)
-            self._open_logs(stack, changes, files or {}, wandb)
+                for line in (*lines, *(f'Changed: {change}' for change in changes)):
+                    self.log(line)
+                runs.add_start(self.run_dir, self.settings, world_size=dist.get_world_size(),
+                               nimg=self.nimg, changes=changes)
+                for name, text in (files or {}).items():
+                    write_bytes(self._path(name), text.encode())
+                self._remove_later()
+                self._open_boards(stack, wandb)
+            self._tick_start = time.time()
+            self._tick_nimg = self.nimg
             self.model = self._wrap()
             self.net.train()
             steps = stack.enter_context(contextlib.closing(self.batches.iterate(self._plan())))
@@ -115,7 +123,7 @@ class Trainer:
             # disable=None: shown on a terminal only.
             bar = stack.enter_context(
                 tqdm(total=total, initial=start, unit='img', unit_scale=True, leave=False,
-                     disable=dist.get_rank() != 0 or None))
+                     disable=not self.leads or None))
             while self.nimg < total and not dist.any_rank(self.stop_requested):
                 self._step(steps)
                 bar.update(self.recipe.batch)
@@ -188,7 +196,7 @@ class Trainer:
 
     def _due(self, every: int | None) -> bool:
         """Whether the step just taken has passed a multiple of `every`, or was the last."""
-        if every is None:
+        if not every:
             return False
         batch = self.recipe.batch
         done = self.nimg - batch * self.checkpoints.counts_steps  # the first step is number 0
@@ -230,28 +238,27 @@ class Trainer:
             raise UserError(f'{path} was trained by {len(state["batches"])} processes and its '
                             f'batches have a state for each: resume with as many')
         if self.loss_scale and 'loss_scale' in state:         # a run on a CPU has none
-            self.loss_scale.load_state_dict(state['loss_scale'])
+            self.loss_scale.lg = state['loss_scale']['lg']
         self.nimg = state['nimg']
         self._session_start -= state['train_seconds']
-        self.start = f'Resuming from {self.nimg} images ({path})'
 
     def _save_checkpoint(self, *_):
         means = self.means.state_dict()
         batches = self.checkpoints.save_share(self.nimg, self.batches.state_dict())
         batches = dist.gather_objects(batches)
-        if dist.get_rank() == 0:
+        if self.leads:
             state = {
                 'nimg': self.nimg, 'recipe': self.settings, 'net': self.net.state_dict(),
                 'ema': self.ema.state_dict(), 'optimizer': self.optimizer.state_dict(),
                 'means': means, 'batches': batches,
                 'train_seconds': time.time() - self._session_start}
             if self.loss_scale:
-                state['loss_scale'] = self.loss_scale.state_dict()
+                state['loss_scale'] = {'lg': self.loss_scale.lg}
             self.checkpoints.save(state)
         dist.barrier()
 
     def _save_snapshots(self, *_):
-        if dist.get_rank() == 0:
+        if self.leads:
             for net, suffix, std in self.ema.get(self.net):
                 save_snapshot(self._path(snapshot_name(self.nimg, suffix)), net, nimg=self.nimg,
                               ema_std=std, dtype=getattr(torch, self.recipe.snapshot_dtype),
@@ -261,24 +268,29 @@ class Trainer:
 
     # --- Logs -----------------------------------------------------------------------------------
 
-    def _open_logs(self, stack, changes, files, wandb_project):
-        self._tick_start = time.time()
-        self._tick_nimg = self.nimg
-        self._wandb = None
-        if dist.get_rank() != 0:
-            return
-        runs.add_start(self.run_dir, self.settings, world_size=dist.get_world_size(),
-                       nimg=self.nimg, changes=list(changes))
-        for name, text in files.items():
-            write_bytes(self._path(name), text.encode())
+    def _remove_later(self):
+        """Removes what a stopped process left: halves of files, and what it logged after the
+        checkpoint that we resume from.
+        """
         for prefix in (*self.checkpoints.prefixes, PREFIX, '*.png.'):
             for leftover in glob.glob(f'.{prefix}*', root_dir=self.run_dir):
-                os.remove(self._path(leftover))               # halves left behind by a kill -9
-        self._trim_stats()
+                os.remove(self._path(leftover))
+        path = self._path('stats.jsonl')
+        if os.path.exists(path):
+            kept = []
+            with open(path) as f:
+                for line in f:
+                    with contextlib.suppress(ValueError):     # half a line
+                        if json.loads(line)['nimg'] <= self.nimg:
+                            kept.append(line)
+            write_bytes(path, ''.join(kept).encode())
+
+    def _open_boards(self, stack, wandb_project):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
         runs.wait_for_later_events(self.run_dir)
         first = self._count + self.checkpoints.counts_steps
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
         self._tensorboard = stack.enter_context(SummaryWriter(self.run_dir, purge_step=first))
+        self._wandb = None
         if wandb_project:
             try:
                 import wandb
@@ -288,21 +300,8 @@ class Trainer:
                 project=wandb_project, dir=self.run_dir, resume='allow',
                 id=os.path.basename(os.path.abspath(self.run_dir))))
 
-    def _trim_stats(self):
-        """Drops what was logged after the checkpoint that we resume from, and half a line."""
-        path = self._path('stats.jsonl')
-        if not os.path.exists(path):
-            return
-        kept = []
-        with open(path) as f:
-            for line in f:
-                with contextlib.suppress(ValueError):
-                    if json.loads(line)['nimg'] <= self.nimg:
-                        kept.append(line)
-        write_bytes(path, ''.join(kept).encode())
-
     def log(self, text):
-        if dist.get_rank() == 0:
+        if self.leads:
             tqdm.write(text)
             with open(self._path('log.txt'), 'a') as f:
                 f.write(text + '\n')
@@ -327,21 +326,21 @@ class Trainer:
                 f'time {format_time(seconds):<8} {speed:8.1f} img/s  '
                 f'lr {values["Progress/lr"]:.4g}  cpumem {memory:.2f}G')
         if self.device.type == 'cuda':
-            peak = torch.cuda.max_memory_allocated(self.device) / 2**30
+            peak = torch.cuda.max_memory_allocated() / 2**30
             values['Resources/peak_gpu_mem_gb'] = peak
-            torch.cuda.reset_peak_memory_stats(self.device)
+            torch.cuda.reset_peak_memory_stats()
             line += f'  gpumem {peak:.2f}G'
         for name, row in means.items():
             line += f'  {name.removeprefix("Loss/")} {row["mean"]:.4f}'
         self.log(line)
-        if dist.get_rank() == 0:
+        if self.leads:
             rows = means | {name: {'mean': value, 'std': 0.0} for name, value in values.items()}
             with open(self._path('stats.jsonl'), 'a') as f:
                 f.write(json.dumps({'nimg': self.nimg} | rows | {'timestamp': now}) + '\n')
         return {name: row['mean'] for name, row in means.items()} | values
 
     def _log_scalars(self, values):
-        if dist.get_rank() == 0:
+        if self.leads:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, global_step=self._count)
             if values and self._wandb is not None:

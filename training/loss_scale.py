@@ -1,15 +1,18 @@
 """Loss scaling for float16 gradients that finds its own scale, as in guided diffusion."""
 
+import dataclasses
+
 import torch
 
 
+@dataclasses.dataclass
 class DynamicLossScale:
     """The loss is multiplied by 2^lg: lg grows by `growth` with every good step, and falls by 1
     when gradients overflow.
     """
 
-    def __init__(self, lg: float = 20.0, growth: float = 0.001):
-        self.lg, self.growth = float(lg), growth
+    lg: float = 20.0
+    growth: float = 0.001
 
     @property
     def value(self) -> float:
@@ -28,9 +31,3 @@ class DynamicLossScale:
         finite = bool(torch.isfinite(norms).all())
         self.lg += self.growth if finite else -1
         return finite
-
-    def state_dict(self) -> dict:
-        return {'lg': self.lg}
-
-    def load_state_dict(self, state: dict):
-        self.lg = state['lg']

@@ -26,7 +26,8 @@ def _settings(**values):
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a network is trained. Counts are training images over all processes; None: never.
+    """How a network is trained. Counts are training images over all processes; those of what is
+    done every so many are 0 or None for never.
 
     dataset        description of what is learned (`ImageDataset.description()`); snapshots keep it
     order          how the images follow each other, e.g. {'name': 'window', 'window_size': 0.5}
@@ -228,14 +229,16 @@ def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: 
         if not os.path.isfile(resume_from):
             raise UserError('is no file', 'resume_from', resume_from)
         state = trainer.checkpoints.load(resume_from)
+    start = f'Starting at {recipe.first_nimg} images'
     changed = []
     if state is not None:
         changed = check_changes(state, trainer.settings, allow_changes)
         trainer.load(state)
+        start = f'Resuming from {trainer.nimg} images ({state["path"]})'
     parameters = sum(p.numel() for p in net.parameters())
     data = recipe.dataset
-    summary = (
-        f'Data: {data.get("name")}, {data.get("size")} images, {data.get("label_dim")} classes\n'
+    lines = (
+        f'Data: {data.get("name")}, {data.get("size")} images, {data.get("label_dim")} classes',
         f'Network: {parameters / 1e6:.2f}M parameters, on {trainer.device.type}, '
-        f'{dist.get_world_size()} process(es), batch {recipe.batch}\nRun: {run_dir}')
-    return trainer.run(summary, changed, files, wandb)
+        f'{dist.get_world_size()} process(es), batch {recipe.batch}', f'Run: {run_dir}', start)
+    return trainer.run(lines, changed, files, wandb)

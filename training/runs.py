@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import json
 import os
-import re
 import time
 
 from dnnlib import UserError
@@ -94,27 +93,19 @@ def is_finished(run_dir: str, total_kimg: int, snapshots: bool, checkpoints: boo
     return max(kimgs, default=-1) >= total_kimg
 
 
-def numbered_runs(outdir: str, pattern: str = '.*') -> list[tuple[int, str]]:
-    """(number, folder) of the runs in `outdir` whose names match, the newest last."""
-    return sorted((int(match[1]), os.path.join(outdir, match[0]))
-                  for match in matching_names(outdir, rf'(\d{{5,}})-{pattern}'))
-
-
-def find_unfinished(outdir: str, name: str, options: dict, *goal) -> str | None:
+def choose_folder(outdir: str, name: str, options: dict, *goal) -> str:
     """The newest run in `outdir` called `name` (after its number) that nobody trains at present,
-    that has these `options`, and is not finished (`goal`: arguments of `is_finished`); None if
-    there is none.
+    that has these `options`, and is not finished (`goal`: arguments of `is_finished`); else the
+    folder of a new one, with one number after the last.
     """
-    for _, path in reversed(numbered_runs(outdir, re.escape(name))):
-        earlier = read_options(path)
-        same = all(earlier.get(key) == value for key, value in options.items())
-        if same and not is_finished(path, *goal):
-            with contextlib.suppress(UserError), locked(path):
-                return path
-    return None
-
-
-def next_folder(outdir: str, name: str) -> str:
-    """The folder of a new run: one number after the last."""
-    number = max((number for number, _ in numbered_runs(outdir)), default=-1) + 1
+    found = sorted((int(match[1]), match[2], match[0])
+                   for match in matching_names(outdir, r'(\d{5,})-(.*)'))
+    for _, other, folder in reversed(found):
+        path = os.path.join(outdir, folder)
+        if other == name and not is_finished(path, *goal):
+            earlier = read_options(path)
+            if all(earlier.get(key) == value for key, value in options.items()):
+                with contextlib.suppress(UserError), locked(path):
+                    return path
+    number = found[-1][0] + 1 if found else 0
     return os.path.join(outdir, f'{number:05d}-{name}')

@@ -68,7 +68,8 @@ def describe(net, *, encoder, dataset, recipe, sampler=None, nimg=0, ema_std=Non
              family
     """
     return {
-        'format': SNAPSHOT_FORMAT, 'network': {'class_name': net.class_name, 'kwargs': net.init_kwargs},
+        'format': SNAPSHOT_FORMAT,
+        'network': {'class_name': net.class_name, 'kwargs': net.init_kwargs},
         'encoder': encoder.config(), 'dataset': dataset, 'recipe': recipe, 'sampler': sampler,
         'nimg': int(nimg), 'ema_std': ema_std}
 
@@ -123,7 +124,8 @@ def read_snapshot(path: str) -> dict:
     """The dictionary of a snapshot file, as `save_snapshot` wrote it."""
     found = identify(path)
     if found.kind not in ('snapshot', 'safetensors'):
-        raise UserError(f'{path}: not a network snapshot (format {SNAPSHOT_FORMAT}) but {found.what}')
+        raise UserError(f'{path}: not a network snapshot (format {SNAPSHOT_FORMAT}) '
+                        f'but {found.what}')
     return found.content
 
 
@@ -238,9 +240,8 @@ def copy_weights(source: torch.nn.Module, net: torch.nn.Module, path: str) -> tu
     Returns (tensors taken, tensors of `net`). Raises UserError if none is, or one differs in
     shape.
     """
-    weights = source.state_dict()
     state = net.state_dict()
-    common = {name: weights[name] for name in state if name in weights}
+    common = {name: value for name, value in source.state_dict().items() if name in state}
     if not common:
         raise UserError(f'{path} has nothing in common with this network; '
                         'train with the architecture of the snapshot')
