@@ -48,11 +48,9 @@ def main(network, sampler, class_, outdir, subdirs, grid, seeds, batch):
     collector = GridCollector(grid, snapshot.dataset) if grid else None
     missing = seeds
     if folder and not grid:
-        missing = folder.missing(seeds)
-        existing = sorted(set(seeds) - set(missing))
-        folder.labels |= generator.labels(existing[dist.get_rank()::dist.get_world_size()])
-        if existing:
-            dist.print0(f'{len(existing)} of {len(seeds)} images are there already')
+        missing = folder.missing(seeds, generator)
+        if existing := len(seeds) - len(missing):
+            dist.print0(f'{existing} of {len(seeds)} images are there already')
     side = snapshot.net.img_resolution
     dist.print0(f'Generating {len(missing)} images of {side}x{side} on '
                 f'{dist.get_world_size()} x {dist.get_device().type}')

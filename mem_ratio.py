@@ -50,21 +50,12 @@ def measure(expdir, name, seeds, training, batch, subdirs, sampler):
 
 def save_trajectory(path: str, rows: list[dict], title: str):
     """Memorization ratio against thousands of training images, a curve for each EMA width."""
-    figure, axes = pictures.figure()
     curves = {}
     for row in rows:
+        label = f'EMA {row["ema"]}' if row['ema'] else None
         point = (row['nimg'] / 1000, 100 * row['memorization_ratio'])
-        curves.setdefault(row['ema'], []).append(point)
-    for width, points in sorted(curves.items()):
-        axes.plot(*zip(*points, strict=True), marker='o', markersize=4,
-                  label=f'EMA {width}' if width else None)
-    axes.set(xlabel='thousands of training images', ylabel='memorized samples (%)',
-             ylim=(-3, 103), title=title)
-    axes.grid(alpha=0.3)
-    if any(curves):
-        axes.legend()
-    with util.atomic_path(path) as temp:
-        figure.savefig(temp, format='png', dpi=120)
+        curves.setdefault(label, []).append(point)
+    pictures.save_curves(path, curves, 'memorized samples (%)', ylim=(-3, 103), title=title)
 
 
 @click.command(cls=cli.Command)

@@ -1,5 +1,6 @@
 """Pictures of a run: grids of samples with their labels, loss curves."""
 
+import collections
 import json
 import math
 
@@ -70,18 +71,25 @@ def save_figure(fig, path: str):
         fig.savefig(temp, format='png', dpi=120)
 
 
-def save_loss_curve(stats_path: str, path: str):
-    """The loss terms of a `stats.jsonl` against thousands of images, as a PNG."""
-    with open(stats_path) as f:
-        rows = [json.loads(line) for line in f]
-    names = sorted({name for row in rows for name in row if name.startswith('Loss/')})
+def save_curves(path: str, curves: dict, ylabel: str, **settings):
+    """A PNG of {label or None: [(thousands of training images, value)]}; `settings` of the axes."""
     fig, axes = figure()
-    for name in names:
-        points = [(row['nimg'] / 1000, row[name]['mean']) for row in rows if name in row]
-        marker = '.' if len(points) < 20 else None
-        axes.plot(*zip(*points, strict=True), label=name.removeprefix('Loss/'), marker=marker)
-    axes.set(xlabel='thousands of training images', ylabel='loss (mean over elements)')
+    for label, points in sorted(curves.items(), key=lambda curve: curve[0] or ''):
+        axes.plot(*zip(*points, strict=True), label=label, marker='.' if len(points) < 20 else None)
+    axes.set(xlabel='thousands of training images', ylabel=ylabel, **settings)
     axes.grid(alpha=0.3)
-    if names:
+    if any(curves):
         axes.legend()
     save_figure(fig, path)
+
+
+def save_loss_curve(stats_path: str, path: str):
+    """The loss terms of a `stats.jsonl` against thousands of images, as a PNG."""
+    curves = collections.defaultdict(list)
+    with open(stats_path) as f:
+        for row in map(json.loads, f):
+            for name in row:
+                if name.startswith('Loss/'):
+                    point = (row['nimg'] / 1000, row[name]['mean'])
+                    curves[name.removeprefix('Loss/')].append(point)
+    save_curves(path, curves, 'loss (mean over elements)')

@@ -3,6 +3,7 @@
 `open_generator` is the way from options to images, for every script and for the library.
 """
 
+import collections
 import dataclasses
 import json
 import math
@@ -247,55 +248,56 @@ class OutputFolder:
         self.record = json.loads(json.dumps(record))
         self.dataset = dataset
         self.json_path = os.path.join(path, 'dataset.json')
-        self.labels = {}  # of this process, {seed: label or None}
-        self.old_labels = {}
+        self.labels = {}  # {name of the file: label or None}, of those before and of this process
+        fault = None
         if os.path.isfile(self.json_path):
             try:
                 with open(self.json_path) as f:
                     old = json.load(f)
-                same = old.get('generated_by') == self.record
-                self.old_labels = dict(old.get('labels') or [])
+                if old.get('generated_by') != self.record:
+                    fault = 'holds images made with other options'
+                self.labels = dict(old.get('labels') or [])
             except (ValueError, AttributeError, TypeError):
-                raise UserError(f'{self.json_path} is damaged; remove the folder') from None
-            if not same:
-                raise UserError(
-                    'holds images made with other options; remove it or choose another',
-                    field='outdir', value=path)
+                fault = 'has a damaged dataset.json'
         elif os.path.isdir(path) and os.listdir(path):
-            raise UserError('is not empty; remove it or choose another', field='outdir',
-                            value=path)
+            fault = 'is not empty'
+        if fault:
+            raise UserError(f'{fault}; remove it or choose another', field='outdir', value=path)
         dist.barrier()
         if dist.get_rank() == 0:
-            self._write(self.old_labels)
+            self._write()
         dist.barrier()
 
     def file(self, seed):
         return os.path.join(self.path, image_name(seed, self.subdirs))
 
-    def missing(self, seeds) -> list[int]:
-        """Those whose images are not there; the same on every process."""
-        return dist.broadcast_object(
+    def missing(self, seeds, generator: Generator) -> list[int]:
+        """Those whose images are not there, the same on every process; the labels of those that
+        are there are noted.
+        """
+        missing = dist.broadcast_object(
             [seed for seed in seeds if not os.path.isfile(self.file(seed))])
+        existing = sorted(set(seeds) - set(missing))[dist.get_rank()::dist.get_world_size()]
+        for seed, label in generator.labels(existing).items():
+            self.labels[image_name(seed, self.subdirs)] = label
+        return missing
 
     def add(self, batch: GeneratedBatch):
         for seed, label, image in batch:
             pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
             write_bytes(self.file(seed), encode_png(pixels))
-            self.labels[seed] = label
+            self.labels[image_name(seed, self.subdirs)] = label
 
     def finish(self):
         """Writes the labels of all images, from every process."""
         parts = dist.gather_objects(self.labels)
         if dist.get_rank() == 0:
-            named = {
-                image_name(seed, self.subdirs): label
-                for part in parts
-                for seed, label in part.items()
-            }
-            self._write(self.old_labels | named)
+            self.labels = collections.ChainMap(*parts)
+            self._write()
 
-    def _write(self, labels):
-        rows = sorted(labels.items()) if labels and None not in labels.values() else None
+    def _write(self):
+        labelled = self.labels and None not in self.labels.values()
+        rows = sorted(self.labels.items()) if labelled else None
         described = {key: self.dataset[key] for key in ('classes', 'class_names')
                      if self.dataset.get(key)}
         write_json(self.json_path, {'labels': rows, 'generated_by': self.record, **described})

@@ -40,14 +40,11 @@ class _NoisyImageLoss:
             images, conditions['augment_labels'] = self.augment(images, random)
         noise = random.randn(images.shape) * sigma
         with drawing_from(random):
-            denoised = self.denoised(net, images + noise, sigma, labels, **conditions)
-        return self.compare(denoised, images, sigma)
+            return self.compare(net, images, images + noise, sigma, labels, **conditions)
 
-    def denoised(self, net, noisy, sigma, labels, **conditions):
-        """What the network says of noisy images, for `compare`."""
-        return net(noisy, sigma, labels, **conditions)
-
-    def compare(self, denoised, images, sigma):
+    def compare(self, net, images, noisy, sigma, labels, **conditions):
+        """The loss of what the network says of noisy images."""
+        denoised = net(noisy, sigma, labels, **conditions)
         return self.weight(sigma) * (denoised - images) ** 2
 
     def weight(self, sigma):
@@ -84,11 +81,8 @@ class EDM2Loss(EDMLoss):
     P_mean: float = -0.4
     P_std: float = 1.0
 
-    def denoised(self, net, noisy, sigma, labels):
-        return net(noisy, sigma, labels, return_logvar=True)
-
-    def compare(self, denoised, images, sigma):
-        denoised, logvar = denoised
+    def compare(self, net, images, noisy, sigma, labels):
+        denoised, logvar = net(noisy, sigma, labels, return_logvar=True)
         return self.weight(sigma) / logvar.exp() * (denoised - images) ** 2 + logvar
 
 
@@ -164,21 +158,13 @@ class DDPMLoss:
         return _with_log(self.diffusion.training_losses(output, images, x_t, t, noise))
 
 
-def balancing_terms(h, h_other, weight):
-    """(regularisation, commitment) [N,C,H,W] of the noises predicted for the true label and for
-    another one.
-
-    w (h - sg[h'])^2 and (w/4) (sg[h] - h')^2, where sg stops the gradient (the paper's Eq. 8).
-    """
-    return weight * (h - h_other.detach()) ** 2, 0.25 * weight * (h.detach() - h_other) ** 2
-
-
 @dataclass
 class CBDMLoss:
     """DDPM's loss, with the class-balancing term (`cb`) and dropped labels (`cb` or `cfg`).
 
-    loss = (h - z)^2 + w (h - sg[h'])^2 + (w/4) (sg[h] - h')^2 with w = tau t/T, h = eps(x_t, t, y)
-    and h' = eps(x_t, t, y'), averaged over the elements of an image. y' follows `class_counts`
+    loss = (h - z)^2 + w (h - sg[h'])^2 + (w/4) (sg[h] - h')^2 (the paper's Eq. 8; sg stops the
+    gradient) with w = tau t/T, h = eps(x_t, t, y) and h' = eps(x_t, t, y'), averaged over the
+    elements of an image. y' follows `class_counts`
     when training from scratch and is uniform when they are None, as for fine-tuning. The labels of
     a whole step are dropped with probability `label_drop`, and then there is no class-balancing
     term.
@@ -244,8 +230,8 @@ class CBDMLoss:
             with drawing_from(random):
                 h_other = net(x_t, step=step, class_labels=one_hot, **extra)
             weight = (self.tau * t / self.diffusion.num_steps).reshape(-1, 1, 1, 1)
-            reg, com = balancing_terms(h, h_other, weight)
-            values |= {'other': other, 'reg': reg, 'com': com}
+            values |= {'other': other, 'reg': weight * (h - h_other.detach()) ** 2,
+                       'com': 0.25 * weight * (h.detach() - h_other) ** 2}
         return values
 
     def __call__(self, net, batch):
