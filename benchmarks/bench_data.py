@@ -108,8 +108,8 @@ def make_source(kind: str, count: int, folder: Path) -> Path:
                 PIL.Image.fromarray(_smooth(random, 1, 375, 500)[0]).save(path / f'{i:05d}.jpg', quality=90)
         return path
     if small.is_file():
-        images = open_source(str(small)).images.transpose(0, 2, 3, 1)
-        images = images[np.arange(count) % len(images)]
+        opened = open_source(str(small))
+        images = opened.stack(np.arange(count) % len(opened))
     else:
         images = _smooth(random, count, 32, 32)
     if kind == 'png':

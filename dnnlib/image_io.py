@@ -56,24 +56,26 @@ def encode_pngs(pixels: np.ndarray) -> tuple[np.ndarray, list[int]]:
         rows[:, :, 1 + channel::channels] = pixels.reshape(count, height, width, -1)[..., channel]
     raw = rows.reshape(count, -1)
 
-    body = [_repeated(b'IDAT\x78\x01', count)]  # and a stream of zlib in uncompressed blocks
+    blocks = []  # a stream of zlib in uncompressed blocks
     for start in range(0, raw.shape[1], 0xFFFF):
         block = raw[:, start:start + 0xFFFF]
         length = block.shape[1]
         is_last = start + length == raw.shape[1]
-        block_header = struct.pack('<BHH', is_last, length, length ^ 0xFFFF)
-        body += [_repeated(block_header, count), block]
-    body = np.hstack([*body, _checksums(zlib.adler32, raw)])
+        blocks += [_repeated(struct.pack('<BHH', is_last, length, length ^ 0xFFFF), count), block]
+    size = 6 + sum(block.shape[1] for block in blocks)
 
     header = struct.pack('>IIBBBBB', width, height, 8, 2 if pixels.ndim == 4 else 0, 0, 0, 0)
-    head = _SIGNATURE + _chunk(b'IHDR', header) + struct.pack('>I', body.shape[1] - 4)
+    head = _SIGNATURE + _chunk(b'IHDR', header) + struct.pack('>I', size)
+    tail = bytes(4) + _chunk(b'IEND', b'')
+    files = np.hstack([_repeated(head + b'IDAT\x78\x01', count), *blocks,
+                       _checksums(zlib.adler32, raw), _repeated(tail, count)])
+    body = files[:, len(head):-len(tail)]
     crcs = _checksums(zlib.crc32, body)
-    tail = np.hstack([crcs, _repeated(_chunk(b'IEND', b''), count)])
+    files[:, -len(tail):][:, :4] = crcs
     # That of head + body differs from that of the body by the same bits in all files.
     difference = zlib.crc32(body[0], zlib.crc32(head)) ^ zlib.crc32(body[0])
-    sums = [zlib.crc32(end, crc ^ difference)
-            for end, crc in zip(tail, crcs.view('>u4')[:, 0].tolist(), strict=True)]
-    return np.hstack([_repeated(head, count), body, tail]), sums
+    return files, [zlib.crc32(end, crc ^ difference) for end, crc in zip(
+        files[:, -len(tail):], crcs.view('>u4')[:, 0].tolist(), strict=True)]
 
 
 def _repeated(data: bytes, count: int) -> np.ndarray:

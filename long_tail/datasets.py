@@ -15,7 +15,7 @@ from long_tail import imbalance
 from torch_utils import distributed
 from training.data import sources
 from training.data.dataset import Dataset
-from training.data.transforms import make_transform
+from training.data.transforms import make_transform, resize_stack
 
 URL = 'https://www.cs.toronto.edu/~kriz/'
 CIFAR_IMAGES = 50000  # for training, of each
@@ -158,8 +158,9 @@ def _check_md5(path: str, md5: str):
 
 def _read(source, indices, size) -> np.ndarray:
     """Images uint8 [n,3,size,size] of a source."""
-    if isinstance(source, sources.CifarSource) and size in (None, source.images.shape[-1]):
-        return source.images[indices]
+    stack = source.stack(indices)
+    if stack is not None:
+        return np.ascontiguousarray(resize_stack(stack, size, size).transpose(0, 3, 1, 2))
     transform = make_transform(None, size, size)
     images = []
     for index in indices:

@@ -303,9 +303,12 @@ class RestrictedUnpickler:
 
 def _instructions():
     """(code, (name, reader of its argument, method)) of every instruction of the language."""
-    # The reader of long texts of Python 2 wants bytes; here they may be a view.
-    readers = {'BINSTRING': lambda machine: str(machine.read(pickletools.read_uint4(machine)),
-                                                'latin1')}
+    # Long texts of Python 2 may be the data of an array, which stay where they are.
+    def read_text(machine):
+        data = machine.read(pickletools.read_uint4(machine))
+        return str(data, 'latin1') if isinstance(data, bytes) else data
+
+    readers = {'BINSTRING': read_text}
     for op in pickletools.opcodes:
         reader = readers.get(op.name, op.arg and op.arg.reader)
         yield ord(op.code), (op.name, reader, getattr(RestrictedUnpickler, f'op_{op.name}', None))
@@ -381,16 +384,17 @@ class NumpyDtype(StandIn):
 
     def __init__(self, code, *_):
         super().__init__()
-        self.code = _as_text(code)
+        self.code = as_text(code)
 
     def numpy(self) -> np.dtype:
         if self.code not in _NUMBERS:
             raise ValueError(f'type {self.code[:20]!r}')
-        order = _as_text(self.state[1]) if self.state else '|'
+        order = as_text(self.state[1]) if self.state else '|'
         return np.dtype((order if order in ('<', '>') else '=') + self.code)
 
 
-def _as_text(value) -> str:
+def as_text(value) -> str:
+    """Texts of Python 2, which may have been written as bytes."""
     return value.decode('latin1') if isinstance(value, bytes) else str(value)
 
 

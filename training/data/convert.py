@@ -151,6 +151,7 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
     if resolution:
         _check_size(width, width if transform == 'center-crop-wide' else height)
     kept = []
+    names = []
     skipped = []
     rejected = 0
     shape = None
@@ -167,13 +168,14 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
         position = 0
         for result in results:
             where = source.where(int(selection.indices[position]))
-            positions = range(position, position + getattr(result, 'count', 1))
-            position = positions.stop
-            bar.update(len(positions))
+            count = len(result.files) if isinstance(result, _Pngs) else 1
+            positions = range(position, position + count)
+            position += count
+            bar.update(count)
             match result:
                 case None:
                     rejected += 1
-                case _Damaged(message):
+                case str(message):
                     message = message if where in message else f'{where}: {message}'
                     if not skip_corrupt:
                         raise UserError(f'{message}; mend the file, or skip corrupt files')
@@ -186,13 +188,14 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
                         raise UserError(f'{where} gives {image_shape[1]}x{image_shape[0]} pixels, '
                                         f'but images before it {shape[1]}x{shape[0]}; '
                                         'give a resolution (and a transform)')
-                    out.add_alike([image_name(i) for i in positions], files, crcs)
                     kept += positions
+                    names += map(image_name, positions)
+                    out.add_alike(names[-count:], files, crcs)
         if shape is None:
             raise UserError(f'{source.name}: none of {len(selection)} images is left '
                             f'({rejected} rejected by {transform}, {len(skipped)} damaged)')
         labels = None if selection.labels is None else selection.labels[kept]
-        out.describe(map(image_name, kept), labels, {
+        out.describe(names, labels, {
             **class_tables(selection), 'source': source.name, 'resolution': shape[0],
             'transform': transform, **selection.rule, 'skipped': skipped or None, **(notes or {})})
     return Converted(len(kept), shape[0], rejected, skipped)
@@ -225,22 +228,6 @@ class _Pngs:
     crcs: list[int]
     shape: tuple
 
-    @classmethod
-    def of(cls, pixels):
-        """Of images uint8 [n,H,W,3]."""
-        return cls(*encode_pngs(pixels), pixels.shape[1:3])
-
-    @property
-    def count(self):
-        return len(self.files)
-
-
-@dataclasses.dataclass
-class _Damaged:
-    """An image that cannot be used."""
-
-    message: str
-
 
 class _Job:
     """What a worker process needs; it is handed over once."""
@@ -253,7 +240,7 @@ class _Job:
     def convert(self, indices) -> list:
         """What became of the images: `_Pngs` of all, or a list of what became of each.
 
-        That is `_Pngs` of one, `_Damaged`, or None for a rejected one.
+        That is `_Pngs` of one, a text that says how it is damaged, or None for a rejected one.
         """
         name, width, height = self.rule
         images = self.source.stack(indices)
@@ -263,26 +250,29 @@ class _Job:
             images = resize_stack(images, width, height)
         else:
             transform = make_transform(*self.rule)
-            images = _stacked([image if isinstance(image, _Damaged) else transform(image)
+            images = _stacked([image if isinstance(image, str) else transform(image)
                                for image in images])
         if isinstance(images, np.ndarray):
-            return [_Pngs.of(images)]
-        return [_Pngs.of(image[None]) if isinstance(image, np.ndarray) else image
+            return [_pngs(images)]
+        return [_pngs(image[None]) if isinstance(image, np.ndarray) else image
                 for image in images]
 
     def _picture(self, index):
         try:
             return self.source.picture(int(index))
         except (BadImage, UserError) as error:
-            return _Damaged(str(error))
+            return str(error)
 
 
 def _stacked(images: list):
     """The images as one array, if they are arrays of one shape."""
-    if all(isinstance(image, np.ndarray) for image in images):
-        if len({image.shape for image in images}) == 1:
-            return np.stack(images)
-    return images
+    shapes = {getattr(image, 'shape', None) for image in images}
+    return images if None in shapes or len(shapes) > 1 else np.stack(images)
+
+
+def _pngs(pixels: np.ndarray) -> _Pngs:
+    """Of images uint8 [n,H,W,3]."""
+    return _Pngs(*encode_pngs(pixels), pixels.shape[1:3])
 
 
 _job = None

@@ -10,12 +10,11 @@ Every source is a list of images with `len()`, `picture(index)` (uint8 [H,W,3] o
     implied     True if labels are folder names, which count only if there are several
     in_memory   True if images are decoded already: workers are then threads, not processes
 
-Sources travel to worker processes: they can be pickled and forked. A new kind is a class with
-`kind` and `matches`, listed in SOURCES.
+Sources travel to worker processes: they can be pickled and forked. A new kind is a class and a
+line in SOURCES.
 """
 
 import contextlib
-import dataclasses
 import gzip
 import itertools
 import math
@@ -37,26 +36,35 @@ from training.data.archive import CLASS_TABLES, ArchiveReader, count_classes, la
 
 
 class Source:
-    """Base of all sources (see the module)."""
+    """Base of all sources (see the module): images that `items` stand for."""
 
-    kind = ''  # what the user can give, for messages
     labels = classes = class_names = wnids = None
     implied = coarse = in_memory = False
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, items=()):
         self.name = name
+        self.items = items
 
-    @staticmethod
-    def matches(path: str) -> bool:
-        """Whether `path` is of this kind."""
-        return False
+    def __len__(self):
+        return len(self.items)
+
+    def read(self, index) -> bytes:
+        """Bytes of an image's file. Raises OSError or UserError."""
+        raise NotImplementedError
 
     def picture(self, index):
         """Pixels uint8 [H,W,3], or Pillow's image of mode RGB where Pillow has decoded it.
 
-        Raises BadImage.
+        Raises BadImage or UserError.
         """
-        raise NotImplementedError
+        try:
+            return decode_picture(self.read(index))
+        except OSError as error:
+            raise BadImage(f'cannot be read ({error.strerror})') from None
+
+    def where(self, index) -> str:
+        """The image's name for a message."""
+        return f'{self.name}: image {index}'
 
     def stack(self, indices) -> np.ndarray | None:
         """The images at `indices`, uint8 [n,H,W,3], if they are in memory; else None."""
@@ -76,13 +84,11 @@ class Source:
 class FileSource(Source):
     """Images of a folder or zip; labels of dataset.json, else the sorted top-level folders."""
 
-    kind = 'a folder or .zip of images'
-
     def __init__(self, path: str):
-        super().__init__(path)
         self.reader = ArchiveReader(path)
-        self.files = [i for i, name in enumerate(self.reader.names) if is_image_name(name)]
-        names = [self.reader.names[i] for i in self.files]
+        files = [i for i, name in enumerate(self.reader.names) if is_image_name(name)]
+        super().__init__(path, files)
+        names = [self.reader.names[i] for i in files]
         if not names:
             latents = any(name.endswith('.npy') for name in self.reader.names)
             raise UserError(f'{path} holds ' + ('latents, not images; see dataset_tool.py decode'
@@ -92,10 +98,6 @@ class FileSource(Source):
             self._stored_labels(names, description)
         else:
             self._folder_labels(names)
-
-    @staticmethod
-    def matches(path):
-        return os.path.isdir(path) or zipfile.is_zipfile(path)
 
     def _stored_labels(self, names, description):
         self.labels = labels_of(self.reader, names, description)
@@ -108,17 +110,17 @@ class FileSource(Source):
         self.name_classes(self.labels, class_names, wnids, classes)
 
     def _folder_labels(self, names):
-        tops = [name.partition('/')[0] if '/' in name else None for name in names]
-        folders = sorted(set(tops) - {None})
-        if not folders or (len(folders) == 1 and None in tops):
+        tops = [name.rpartition('/')[0].partition('/')[0] for name in names]
+        folders = sorted(set(tops) - {''})
+        outside = tops.count('')
+        if not folders or (len(folders) == 1 and outside):
             return
-        if None in tops:
-            raise UserError(f'{self.name} has class folders, but {tops.count(None)} of '
-                            f'{len(names)} images lie outside them, e.g. '
-                            f'{names[tops.index(None)]}; move them, or add a dataset.json')
+        if outside:
+            raise UserError(f'{self.name} has class folders, but {outside} of {len(names)} images '
+                            f'lie outside them, e.g. {names[tops.index("")]}; move them, '
+                            'or add a dataset.json')
         self.implied = True
-        label_of = {folder: label for label, folder in enumerate(folders)}
-        labels = [label_of[top] for top in tops]
+        labels = np.searchsorted(folders, tops)
         indices = [imagenet.index_of_wnid().get(folder) for folder in folders]
         if None in indices:
             self.name_classes(labels, folders)
@@ -126,14 +128,11 @@ class FileSource(Source):
             class_names = [imagenet.classes()[index][1] for index in indices]
             self.name_classes(labels, class_names, folders, indices)
 
-    def __len__(self):
-        return len(self.files)
-
-    def picture(self, index):
-        return decode_picture(self.reader.read(self.files[index]))
+    def read(self, index):
+        return self.reader.read(self.items[index])
 
     def where(self, index):
-        return self.reader.where(self.files[index])
+        return self.reader.where(self.items[index])
 
 
 class ListSource(Source):
@@ -144,70 +143,50 @@ class ListSource(Source):
     are left out.
     """
 
-    kind = 'a .txt list of image paths'
-
     def __init__(self, path: str):
-        super().__init__(path)
+        super().__init__(path, [])
+        labels = []
         try:
-            with open(path, encoding='utf-8') as file:
-                lines = enumerate(map(str.strip, file), 1)
-                rows = [(number, *line.partition('\t')[::2]) for number, line in lines
-                        if line and not line.startswith('#')]
+            lines = Path(path).read_text(encoding='utf-8').split('\n')
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f'{path} cannot be read as a list of image paths ({error})') from None
-        if not rows:
-            raise UserError(f'{path} lists no images; write one path a line')
-        self.paths = []
-        labels = []
-        for number, name, label in rows:
+        for number, line in enumerate(map(str.strip, lines), 1):
+            if not line or line.startswith('#'):
+                continue
+            name, _, label = line.partition('\t')
             beside = os.path.join(os.path.dirname(path), name)
-            self.paths.append(beside if os.path.isfile(beside) else name)
-            if not os.path.isfile(self.paths[-1]):
+            self.items.append(beside if os.path.isfile(beside) else name)
+            if not os.path.isfile(self.items[-1]):
                 raise UserError(f'{path} line {number}: {name} does not exist')
             if label and not label.strip().isdigit():
                 raise UserError(f'{path} line {number}: label {label!r} is not a whole number')
             if label:
                 labels.append(int(label))
+        if not self.items:
+            raise UserError(f'{path} lists no images; write one path a line')
         if labels:
-            if len(labels) < len(rows):
-                missing = len(rows) - len(labels)
-                raise UserError(f'{path}: {missing} of {len(rows)} images have no label')
+            if len(labels) < len(self):
+                missing = len(self) - len(labels)
+                raise UserError(f'{path}: {missing} of {len(self)} images have no label')
             self.name_classes(labels, classes=range(max(labels) + 1))
 
-    @staticmethod
-    def matches(path):
-        return path.lower().endswith('.txt') and os.path.isfile(path)
-
-    def __len__(self):
-        return len(self.paths)
-
-    def picture(self, index):
-        try:
-            with open(self.paths[index], 'rb') as file:
-                return decode_picture(file.read())
-        except OSError as error:
-            raise BadImage(f'cannot be read ({error.strerror})') from None
+    def read(self, index):
+        return Path(self.items[index]).read_bytes()
 
     def where(self, index):
-        return self.paths[index]
+        return self.items[index]
 
 
 class LmdbSource(Source):
     """Images of an LSUN database, in the order of its keys; no labels."""
 
-    kind = 'an LSUN *_lmdb folder'
-
     def __init__(self, path: str):
         super().__init__(path)
         with self._transaction() as transaction:
             keys = transaction.cursor().iternext(keys=True, values=False)
-            self.keys = [bytes(key) for key in keys]
-        if not self.keys:
+            self.items = [bytes(key) for key in keys]
+        if not self.items:
             raise UserError(f'{path} is an empty database')
-
-    @staticmethod
-    def matches(path):
-        return os.path.isfile(os.path.join(path, 'data.mdb'))
 
     @contextlib.contextmanager
     def _transaction(self):
@@ -224,15 +203,12 @@ class LmdbSource(Source):
         except lmdb.Error as error:
             raise UserError(f'{self.name} is no readable LMDB database ({error})') from None
 
-    def __len__(self):
-        return len(self.keys)
-
-    def picture(self, index):
+    def read(self, index):
         with self._transaction() as transaction:
-            return decode_picture(transaction.get(self.keys[index]) or b'')
+            return transaction.get(self.items[index]) or b''
 
     def where(self, index):
-        return f'{self.name}: {self.keys[index].decode("latin1")}'
+        return f'{self.name}: {self.items[index].decode("latin1")}'
 
 
 # --- Data sets in files of their own ------------------------------------------------------------
@@ -244,209 +220,66 @@ class ArraySource(Source):
     in_memory = True
 
     def __init__(self, name, images, labels, names):
-        super().__init__(name)
-        self.images = images
+        super().__init__(name, images)
         self.name_classes(labels, names)
-
-    def __len__(self):
-        return len(self.images)
 
     def picture(self, index):
         return self.stack([index])[0]
 
     def stack(self, indices):
-        images = self.images[indices]
+        images = self.items[indices]
         if images.ndim == 3:
             return np.repeat(images[..., None], 3, axis=3)
         return images.transpose(0, 2, 3, 1)
 
-    def where(self, index):
-        return f'{self.name}: image {index}'
 
-
-class DigitsSource(ArraySource):
+def digits_source(path: str = 'digits') -> ArraySource:
     """scikit-learn's 1,797 handwritten digits, installed with it: 8x8, 0..16 scaled to 0..255."""
-
-    kind = 'the word digits'
-
-    def __init__(self, path: str = 'digits'):
-        import sklearn.datasets
-        digits = sklearn.datasets.load_digits()
-        images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-        super().__init__('digits', images, digits.target, [str(digit) for digit in range(10)])
-
-    @staticmethod
-    def matches(path):
-        return path == 'digits'
+    import sklearn.datasets
+    digits = sklearn.datasets.load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    return ArraySource(path, images, digits.target, [str(digit) for digit in range(10)])
 
 
-class MnistSource(ArraySource):
+def mnist_source(path: str) -> ArraySource:
     """MNIST, or what has its format: `*-images-idx3-ubyte.gz` with the labels file beside it.
 
     28x28 images get a black border of two pixels, so that their size is a power of two.
     """
-
-    kind = 'MNIST *-images-idx3-ubyte.gz'
-
-    def __init__(self, path: str):
-        folder, base = os.path.split(path)
-        images = _read_idx(path, 3)
-        base = base.replace('images', 'labels').replace('idx3', 'idx1')
-        labels = _read_idx(os.path.join(folder, base), 1)
-        if len(labels) != len(images) or not len(images):
-            raise UserError(f'{path}: {len(images)} images but {len(labels)} labels')
-        if images.shape[1:] == (28, 28):
-            images = np.pad(images, [(0, 0), (2, 2), (2, 2)])
-        super().__init__(path, images, labels, [str(label) for label in range(labels.max() + 1)])
-
-    @staticmethod
-    def matches(path):
-        return re.search(r'images[.-]idx3-ubyte(\.gz)?$', path) is not None
+    folder, base = os.path.split(path)
+    images = _read_idx(path, 3)
+    base = base.replace('images', 'labels').replace('idx3', 'idx1')
+    labels = _read_idx(os.path.join(folder, base), 1)
+    if len(labels) != len(images) or not len(images):
+        raise UserError(f'{path}: {len(images)} images but {len(labels)} labels')
+    if images.shape[1:] == (28, 28):
+        images = np.pad(images, [(0, 0), (2, 2), (2, 2)])
+    return ArraySource(path, images, labels, [str(label) for label in range(labels.max() + 1)])
 
 
 def _read_idx(path: str, dimensions: int) -> np.ndarray:
     """The uint8 array of an idx file (optionally gzipped) with so many dimensions."""
-    expected = 0x0800 + dimensions
     try:
         with open(path, 'rb') as raw:
             file = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b'\x1f\x8b' else raw
             magic, *shape = struct.unpack(f'>{1 + dimensions}I', file.read(4 + 4 * dimensions))
-            if magic != expected:
-                raise ValueError(f'it starts with {magic:#x} instead of {expected:#x}')
-            size = math.prod(shape)
-            data = file.read(min(size, 1 << 34) + 1)
-    except FileNotFoundError:
-        raise UserError(f'{path} does not exist; it belongs beside the other file '
-                        'of the data set') from None
+            if magic != 0x0800 + dimensions:
+                raise ValueError(f'it starts with {magic:#x}')
+            # One byte more than there are: at its end, a gzip's checksum is compared.
+            data = file.read(min(math.prod(shape), 1 << 34) + 1)
+        return np.frombuffer(data, dtype=np.uint8).reshape(shape)
     except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
-        raise UserError(f'{path} is no readable idx file ({error})') from None
-    if len(data) != size:
-        raise UserError(f'{path} is damaged: {len(data)} bytes of data instead of {size}')
-    return np.frombuffer(data, dtype=np.uint8).reshape(shape)
+        raise UserError(f'{path} is damaged or no idx file ({error})') from None
 
 
-@dataclasses.dataclass(frozen=True)
-class _CifarLayout:
-    """Names of files, and keys of the dictionaries in them."""
-
-    meta: str
-    names_key: str
-    labels_key: str
-    train: tuple
-    test: tuple
-
-
-_CIFAR10 = _CifarLayout('batches.meta', 'label_names', 'labels',
-                        tuple(f'data_batch_{i}' for i in range(1, 6)), ('test_batch',))
-_CIFAR100 = _CifarLayout('meta', 'fine_label_names', 'fine_labels', ('train',), ('test',))
-_COARSE = dataclasses.replace(_CIFAR100, names_key='coarse_label_names',
-                              labels_key='coarse_labels')
-
-
-class CifarSource(ArraySource):
-    """CIFAR-10 or CIFAR-100 from its `-python.tar.gz` or the unpacked folder.
-
-    `split` is 'train' or 'test'; `coarse` takes CIFAR-100's 20 coarse labels. Raises UserError
-    that names the file for any other layout.
-    """
-
-    kind = 'cifar-10-python.tar.gz, cifar-100-python.tar.gz (or their unpacked folders)'
-
-    def __init__(self, path: str, coarse: bool = False, split: str = 'train'):
-        files = _read_folder(path, split) if os.path.isdir(path) else _read_tar(path, split)
-        layout = _CIFAR10 if _CIFAR10.meta in files else _COARSE if coarse else _CIFAR100
-        if layout.meta not in files:
-            raise UserError(f'{path} holds no CIFAR batches; for another archive, '
-                            'unpack it and give the folder')
-        self.coarse = layout is _COARSE
-        images = []
-        labels = []
-        for name in (layout.meta, *getattr(layout, split)):
-            if name not in files:
-                raise UserError(f'{path}: {name} is missing; download the archive again')
-            try:
-                content = pickles.load(files.pop(name), pickles.NUMPY_ARRAYS)
-                content = {_text(key): value for key, value in content.items()}
-                if name == layout.meta:
-                    names = [_text(value) for value in content[layout.names_key]]
-                    continue
-                images.append(content['data'].array())
-                labels.append(np.array(content[layout.labels_key], dtype=np.int64))
-                self._check(images[-1], labels[-1], len(names))
-            except (KeyError, AttributeError, TypeError, ValueError,
-                    pickles.ForeignPickleError) as error:
-                raise UserError(f'{path}: {name} is not the original CIFAR layout '
-                                f'({error})') from None
-        images = np.concatenate(images).reshape(-1, 3, 32, 32)
-        super().__init__(path, images, np.concatenate(labels), names)
-
-    @staticmethod
-    def matches(path):
-        return re.search(r'\.(tar|tgz|tar\.\w+)$', path.lower()) or _cifar_folder(path)
-
-    @staticmethod
-    def _check(images, labels, num_classes):
-        if images.dtype != np.uint8 or images.shape != (len(labels), 3072) or not len(labels):
-            raise ValueError(f'{images.dtype} data {list(images.shape)} with {len(labels)} labels')
-        if labels.min() < 0 or labels.max() >= num_classes:
-            raise ValueError(f'labels from {labels.min()} to {labels.max()}')
-
-
-def _text(value) -> str:
-    return value.decode('latin1') if isinstance(value, bytes) else str(value)
-
-
-def _cifar_folder(path: str) -> str | None:
-    """The folder of CIFAR's files at `path` or below it."""
-    for below in ('', 'cifar-10-batches-py', 'cifar-100-python'):
-        folder = os.path.join(path, below)
-        for layout in (_CIFAR10, _CIFAR100):
-            marks = (layout.meta, layout.train[0])
-            if all(os.path.isfile(os.path.join(folder, name)) for name in marks):
-                return folder
-    return None
-
-
-def _cifar_names(split: str) -> set[str]:
-    return {name for layout in (_CIFAR10, _CIFAR100)
-            for name in (layout.meta, *getattr(layout, split))}
-
-
-def _read_folder(path: str, split: str) -> dict[str, bytes]:
-    """{base name: content} of what an unpacked CIFAR archive has of a split."""
-    folder = Path(_cifar_folder(path) or path)
-    return {name: (folder / name).read_bytes() for name in _cifar_names(split)
-            if (folder / name).is_file()}
-
-
-def _read_tar(path: str, split: str) -> dict[str, bytes]:
-    """The same of the archive itself."""
-    names = _cifar_names(split)
-    files = {}
-    try:
-        with tarfile.open(path) as tar:
-            for count, member in enumerate(tar):
-                name = os.path.basename(member.name)
-                if member.isfile() and name in names and member.size < 1 << 29:
-                    files[name] = tar.extractfile(member).read()
-                if count > 50 and not files:
-                    return files  # some other archive, perhaps a large one
-            while tar.fileobj.read(1 << 20):
-                pass  # a gzip's checksum is at its end
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise UserError(f'{path} is damaged or no tar archive ({error}); '
-                        'download it again') from None
-    return files
-
-
-# --- Several sources, and opening ---------------------------------------------------------------
+# --- Several sources, and CIFAR, which has a file for every 10,000 images -----------------------
 
 
 class JoinedSource(Source):
     """Several sources one after the other."""
 
-    def __init__(self, sources: list[Source]):
-        super().__init__(','.join(source.name for source in sources))
+    def __init__(self, sources: list[Source], name: str | None = None):
+        super().__init__(name or ','.join(source.name for source in sources))
         self.sources = sources
         self.starts = np.cumsum([0] + [len(source) for source in sources])
         self.implied = all(source.implied for source in sources)
@@ -487,19 +320,32 @@ class JoinedSource(Source):
                           keys if by_wnid else None, classes)
 
     def _find(self, index):
-        part = int(np.searchsorted(self.starts, index, side='right')) - 1
-        return self.sources[part], index - int(self.starts[part])
+        """Number of the source, and the index in it."""
+        part = np.searchsorted(self.starts, index, side='right') - 1
+        return part, index - self.starts[part]
 
     def __len__(self):
         return int(self.starts[-1])
 
     def picture(self, index):
-        source, inner = self._find(index)
-        return source.picture(inner)
+        part, inner = self._find(index)
+        return self.sources[part].picture(int(inner))
+
+    def stack(self, indices):
+        if not self.in_memory:
+            return None
+        parts, inner = self._find(np.asarray(indices))
+        order = np.argsort(parts, kind='stable')
+        stacks = [self.sources[part].stack(inner[parts == part]) for part in np.unique(parts)]
+        if len(stacks) == 1:
+            return stacks[0]
+        if len({images.shape[1:] for images in stacks}) > 1:
+            return None
+        return np.concatenate(stacks)[np.argsort(order)]
 
     def where(self, index):
-        source, inner = self._find(index)
-        return source.where(inner)
+        part, inner = self._find(index)
+        return self.sources[part].where(int(inner))
 
 
 def _class_table(source: Source, by_wnid: bool) -> list[tuple]:
@@ -508,13 +354,112 @@ def _class_table(source: Source, by_wnid: bool) -> list[tuple]:
     return list(zip(source.wnids if by_wnid else names, source.classes, names, strict=True))
 
 
-# In the order in which they are tried.
-SOURCES = (DigitsSource, CifarSource, LmdbSource, ListSource, MnistSource, FileSource)
+# By the file that names the classes: the others of each split.
+_CIFAR = {
+    'batches.meta': {'train': [f'data_batch_{i}' for i in range(1, 6)], 'test': ['test_batch']},
+    'meta': {'train': ['train'], 'test': ['test']},
+}
+
+
+class CifarSource(JoinedSource):
+    """CIFAR-10 or CIFAR-100 from its `-python.tar.gz` or the unpacked folder.
+
+    `split` is 'train' or 'test'; `coarse` takes CIFAR-100's 20 coarse labels. Raises UserError
+    that names the file for any other layout.
+    """
+
+    def __init__(self, path: str, coarse: bool = False, split: str = 'train'):
+        wanted = {name for meta, splits in _CIFAR.items() for name in (meta, *splits[split])}
+        if os.path.isdir(path):
+            folder = Path(cifar_folder(path) or path)
+            files = {name: (folder / name).read_bytes() for name in wanted
+                     if (folder / name).is_file()}
+        else:
+            files = _read_tar(path, wanted)
+        meta = next((name for name in _CIFAR if name in files), None)
+        if meta is None:
+            raise UserError(f'{path} holds no CIFAR batches; for another archive, '
+                            'unpack it and give the folder')
+        self.coarse = coarse and meta == 'meta'
+        kind = '' if meta != 'meta' else 'coarse_' if coarse else 'fine_'
+        parts = []
+        for name in (meta, *_CIFAR[meta][split]):
+            if name not in files:
+                raise UserError(f'{path}: {name} is missing; download the archive again')
+            try:
+                content = pickles.load(files.pop(name), pickles.NUMPY_ARRAYS)
+                content = {pickles.as_text(key): value for key, value in content.items()}
+                if name == meta:
+                    names = [pickles.as_text(value) for value in content[f'{kind}label_names']]
+                    continue
+                images = content['data'].array()
+                labels = np.array(content[f'{kind}labels'], dtype=np.int64)
+                if images.dtype != np.uint8 or images.shape != (len(labels), 3072) \
+                        or not set(labels.tolist()) <= set(range(len(names))):
+                    raise ValueError(f'{images.dtype} data {list(images.shape)} with '
+                                     f'{len(labels)} labels of {len(names)} classes')
+            except (KeyError, AttributeError, TypeError, ValueError,
+                    pickles.ForeignPickleError) as error:
+                raise UserError(f'{path}: {name} is not the original CIFAR layout '
+                                f'({error})') from None
+            images = images.reshape(-1, 3, 32, 32)
+            parts.append(ArraySource(f'{path}: {name}', images, labels, names))
+        super().__init__(parts, path)
+
+
+def cifar_folder(path: str) -> str | None:
+    """The folder of CIFAR's files at `path` or below it."""
+    for below in ('', 'cifar-10-batches-py', 'cifar-100-python'):
+        folder = os.path.join(path, below)
+        for meta, splits in _CIFAR.items():
+            marks = (meta, splits['train'][0])
+            if all(os.path.isfile(os.path.join(folder, name)) for name in marks):
+                return folder
+    return None
+
+
+def _read_tar(path: str, names: set[str]) -> dict[str, bytes]:
+    """{base name: content} of the files `names` of CIFAR's archive."""
+    files = {}
+    try:
+        with tarfile.open(path) as tar:
+            for count, member in enumerate(tar):
+                name = os.path.basename(member.name)
+                if member.isfile() and name in names and member.size < 1 << 29:
+                    files[name] = tar.extractfile(member).read()
+                if count > 50 and not files:
+                    return files  # some other archive, perhaps a large one
+            while tar.fileobj.read(1 << 20):
+                pass  # a gzip's checksum is at its end
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise UserError(f'{path} is damaged or no tar archive ({error}); '
+                        'download it again') from None
+    return files
+
+
+# --- Opening ------------------------------------------------------------------------------------
+
+# (what the user can give, whether a path is of this kind, its source), in the order in which they
+# are tried.
+SOURCES = (
+    ('the word digits', lambda path: path == 'digits', digits_source),
+    ('cifar-10-python.tar.gz, cifar-100-python.tar.gz (or their unpacked folders)',
+     lambda path: re.search(r'\.(tar|tgz|tar\.\w+)$', path.lower()) or cifar_folder(path),
+     CifarSource),
+    ('an LSUN *_lmdb folder',
+     lambda path: os.path.isfile(os.path.join(path, 'data.mdb')), LmdbSource),
+    ('a .txt list of image paths',
+     lambda path: path.lower().endswith('.txt') and os.path.isfile(path), ListSource),
+    ('MNIST *-images-idx3-ubyte.gz',
+     lambda path: re.search(r'images[.-]idx3-ubyte(\.gz)?$', path), mnist_source),
+    ('a folder or .zip of images',
+     lambda path: os.path.isdir(path) or zipfile.is_zipfile(path), FileSource),
+)
 
 
 def kinds() -> str:
     """What the user can give, as text."""
-    return ', '.join(source.kind for source in SOURCES)
+    return ', '.join(kind for kind, _, _ in SOURCES)
 
 
 def open_source(text: str, coarse: bool = False) -> Source:
@@ -531,12 +476,12 @@ def open_source(text: str, coarse: bool = False) -> Source:
 
 
 def _open_one(path: str, coarse: bool) -> Source:
-    kind = next((kind for kind in SOURCES if kind.matches(path)), None)
-    if kind is not DigitsSource and not os.path.exists(path):
+    source = next((source for _, matches, source in SOURCES if matches(path)), None)
+    if source is not digits_source and not os.path.exists(path):
         raise UserError(f'{path} does not exist; give {kinds()}')
-    if kind is None:
+    if source is None:
         raise UserError(f'{path} is of no known kind, or damaged; give {kinds()}')
-    source = CifarSource(path, coarse) if kind is CifarSource else kind(path)
-    if coarse and not source.coarse:
+    opened = CifarSource(path, coarse) if source is CifarSource else source(path)
+    if coarse and not opened.coarse:
         raise UserError(f'{path} is not CIFAR-100, which alone has coarse labels', field='coarse')
-    return source
+    return opened
