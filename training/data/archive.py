@@ -249,45 +249,39 @@ class _StoredZip:
         self.count = 0
         self.directory = bytearray()
 
-    def _headers(self, name: str, size: int, crc: int, offset: int) -> tuple[bytes, bytes]:
-        """What stands before a file's bytes, and its entry in the directory."""
-        raw = name.encode()
-        # Flag: names are UTF-8. Date: 1 January 1980, the first day that a zip can name.
-        common = struct.pack('<4H3IH', 0x800, 0, 0, 0x21, crc, size, size, len(raw))
-        is_far = offset >= self.limit
-        extra = struct.pack('<2HQ', 1, 8, offset) if is_far else b''
-        offset = 0xFFFFFFFF if is_far else offset
-        place = struct.pack('<4H2I', len(extra), 0, 0, 0, 0o100644 << 16, offset)
-        entry = struct.pack('<4s2H', b'PK\1\2', 3 << 8 | 45, 45 if is_far else 20)
-        return (struct.pack('<4sH', b'PK\3\4', 20) + common + struct.pack('<H', 0) + raw,
-                entry + common + place + raw + extra)
-
-    def add(self, name: str, data: bytes, crc: int | None = None):
-        crc = zlib.crc32(data) if crc is None else crc
-        header, entry = self._headers(name, len(data), crc, self.offset)
-        self.file.write(header)
-        self.file.write(data)
-        self.directory += entry
-        self.offset += len(header) + len(data)
-        self.count += 1
-
-    def add_alike(self, names: list[str], files: np.ndarray, crcs: list[int]):
-        """The same for the rows of uint8 [n,bytes], faster if names are equally long."""
+    def add(self, names: list[str], files: np.ndarray, crcs: list[int]):
+        """Adds the rows of uint8 [n,bytes], fast if their names are equally long."""
         count, size = files.shape
-        header, entry = self._headers(names[0], size, 0, self.offset)
-        length = len(header) + size
-        if self.offset + count * length >= self.limit or len(set(map(len, names))) > 1:
-            for row in zip(names, files, crcs, strict=True):
-                self.add(*row)
+        names = [name.encode() for name in names]
+        length = len(names[0])
+        end = self.offset + count * (LOCAL_HEADER + length + size)
+        if count > 1 and (end >= self.limit or len(set(map(len, names))) > 1):
+            for name, row, crc in zip(names, files, crcs, strict=True):
+                self.add([name.decode()], row[None], [crc])
             return
-        headers, entries = (np.tile(np.frombuffer(data, np.uint8), (count, 1))
-                            for data in (header, entry))
-        headers[:, 14:18] = entries[:, 16:20] = _numbers(crcs)
-        headers[:, 30:] = entries[:, 46:] = np.array(names, 'S').view(np.uint8).reshape(count, -1)
-        entries[:, 42:46] = _numbers(self.offset + length * np.arange(count))
-        self.file.write(np.hstack([headers, files]))
-        self.directory += entries.tobytes()
-        self.offset += count * length
+        is_far = self.offset >= self.limit
+        extra = struct.pack('<2HQ', 1, 8, self.offset) if is_far else b''
+        # Flag: names are UTF-8. Date: 1 January 1980, the first day that a zip can name.
+        common = struct.pack('<4H3IH', 0x800, 0, 0, 0x21, 0, size, size, length)
+        name = ('name', np.uint8, length)
+        local = np.empty(count, [('head', 'V14'), ('crc', '<u4'), ('sizes', 'V12'), name,
+                                 ('data', np.uint8, size)])
+        entry = np.empty(count, [('head', 'V16'), ('crc', '<u4'), ('sizes', 'V22'),
+                                 ('offset', '<u4'), name])
+        heads = (struct.pack('<4sH', b'PK\3\4', 20),
+                 struct.pack('<4s2H', b'PK\1\2', 3 << 8 | 45, 45 if is_far else 20))
+        tails = (struct.pack('<H', 0),
+                 struct.pack('<4HI', len(extra), 0, 0, 0, 0o100644 << 16))
+        for rows, head, tail in zip((local, entry), heads, tails, strict=True):
+            rows['head'] = np.void(head + common[:8])
+            rows['crc'] = crcs
+            rows['sizes'] = np.void(common[12:] + tail)
+            rows['name'] = np.frombuffer(b''.join(names), np.uint8).reshape(count, length)
+        local['data'] = files
+        entry['offset'] = 0xFFFFFFFF if is_far else self.offset + local.itemsize * np.arange(count)
+        self.file.write(local)
+        self.directory += entry.tobytes() + extra
+        self.offset = end
         self.count += count
 
     def close(self):
@@ -303,11 +297,6 @@ class _StoredZip:
         numbers = (0, 0, count, count, min(size, 0xFFFFFFFF), start, 0)
         self.file.write(struct.pack('<4s4H2IH', b'PK\5\6', *numbers))
         self.file.close()
-
-
-def _numbers(values) -> np.ndarray:
-    """uint8 [n,4]: numbers as a zip has them."""
-    return np.array(values, dtype='<u4').view(np.uint8).reshape(-1, 4)
 
 
 class ArchiveWriter:
@@ -333,7 +322,6 @@ class ArchiveWriter:
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(_disk_errors(self.dest))
         self._temp = self._stack.enter_context(atomic_path(self.dest, sync=self.sync))
-        self._folders = set()
         if self.is_zip:
             self._zip = _StoredZip(self._temp)
             self._stack.callback(self._zip.close)  # before it is renamed
@@ -343,23 +331,18 @@ class ArchiveWriter:
 
     def add(self, name: str, data: bytes):
         """Adds a file; names are relative with forward slashes."""
-        if self.is_zip:
-            self._zip.add(name, data)
-            return
-        folder, _, _ = name.rpartition('/')
-        if folder not in self._folders:
-            os.makedirs(os.path.join(self._temp, folder), exist_ok=True)
-            self._folders.add(folder)
-        with open(os.path.join(self._temp, name), 'wb') as file:
-            file.write(data)
+        self.add_alike([name], np.frombuffer(data, np.uint8)[None], [zlib.crc32(data)])
 
     def add_alike(self, names: list[str], files: np.ndarray, crcs: list[int]):
         """Adds the rows of `files`, uint8 [n,bytes]; `crcs` are their CRC-32."""
         if self.is_zip:
-            self._zip.add_alike(names, files, crcs)
+            self._zip.add(names, files, crcs)
             return
         for name, data in zip(names, files, strict=True):
-            self.add(name, data)
+            path = os.path.join(self._temp, name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, 'wb') as file:
+                file.write(data)
 
     def add_description(self, description: dict):
         """Adds dataset.json; `description['labels']` is a list of [name, label] or None."""
