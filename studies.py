@@ -1,20 +1,22 @@
 """What the five studies in miniature share: options and their folder, models side by side,
 stopping, data and networks of handwritten digits, tables, pictures.
 
-A study is a dataclass of its options, which `command` turns into a command line:
+A study is a dataclass of its options, each with its type of click, which `command` turns into a
+command line:
 
     @dataclasses.dataclass(frozen=True)
     class Study(studies.Study):
-        sizes: list = studies.compared('20,50', cli.INT_LIST, 'Training images')
-        batch: int = studies.setting(32, studies.WHOLE, 'Images of one step')
+        sizes: cli.INT_LIST = compared('20,50', 'Training images')
+        batch: WHOLE = setting(32, 'Images of one step')
 
-    @studies.command(Study, 'study-memorization', 'data_utils/digits_memorization.py')
+    @studies.command(Study)
     def main(study): ...
 """
 
 import contextlib
 import dataclasses
 import functools
+import inspect
 import io
 import json
 import os
@@ -35,8 +37,6 @@ from dnnlib import UserError, cli, pictures, util
 
 ROOT = Path(__file__).resolve().parent
 WHOLE = click.IntRange(min=1)
-POSITIVE = click.FloatRange(0, min_open=True)
-NUMBERS = cli.Parsed('list', lambda text: [float(part) for part in text.split(',')])
 LEAST_HELD_OUT = 20                                            # real digits of a class
 # Runs of some hundreds of steps get further with a higher learning rate than that of the preset,
 # which soon falls.
@@ -57,14 +57,14 @@ def option_of(field: str) -> str:
     return '--' + field.replace('_', '-')
 
 
-def setting(default, type, help: str, **field):
+def setting(default, help: str, **field):
     """A field of a study that is an option too, and that all models of a folder have in common."""
-    return dataclasses.field(default=default, metadata=dict(type=type, help=help), **field)
+    return dataclasses.field(default=default, metadata=dict(help=help), **field)
 
 
-def compared(default, type, help: str):
-    """An option that says which models are compared: it may be another when the study goes on."""
-    return setting(default, type, help, compare=False)
+compared = functools.partial(setting, compare=False)
+compared.__doc__ = """An option that says which models are compared: it may be another when the
+study goes on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +73,11 @@ class Study:
     `setting` and `compared`; `names`: what an error calls a setting that is no option."""
 
     outdir: str
-    jobs: int = compared(None, WHOLE, 'Models that train at a time  '
-                         '[default: one for each core, up to {most}; one on a GPU]')
+    jobs: WHOLE = compared(None, 'Models that train at a time  '
+                           '[default: one for each core, up to {most}; one on a GPU]')
     names = {}
     most_jobs = 8                                              # by default
+    grid = dict(columns=12)                                    # of pictures; see `save_rows`
 
     def path(self, *parts) -> str:
         return os.path.join(self.outdir, *parts)
@@ -97,17 +98,14 @@ class Study:
         try:
             if not os.path.exists(path):
                 util.write_json(path, ours)
-            with open(path) as file:
-                kept = dict(json.load(file))
+            kept = dict(json.loads(Path(path).read_text()))
         except (OSError, TypeError, ValueError) as error:
             raise UserError(f'cannot be used: {path} cannot be written and read ({error})',
                             'outdir', self.outdir) from None
-        for key, value in ours.items():
-            if kept.get(key) != value:
-                option = self.names.get(key, option_of(key))
-                raise UserError(f'holds a study with another {option} ({kept.get(key)} instead of '
-                                f'{value}); choose another folder, or remove it',
-                                'outdir', self.outdir)
+        kept, ours = ({self.names.get(key, option_of(key)): settings.get(key) for key in ours}
+                      for settings in (kept, ours))
+        util.require_same(f'--outdir={self.outdir}: the study in this folder', kept, ours,
+                          'choose another folder, or remove it')
 
     def run(self, function: Callable, items, size=lambda item: 1, **bar) -> Iterator:
         """Calls function(study, item) for all items, `jobs` at a time, and yields each that is
@@ -120,32 +118,35 @@ class Study:
                 yield item
                 progress.update(size(item))
 
-    def save(self, figure=None, *pictures: str, **tables):
-        """Writes a figure as study.png and study.svg, and pandas tables as <name>.csv; then says
-        so, and that there are `pictures` too."""
-        names = [f'{name}.csv' for name in save_tables(self.outdir, **tables)]
+    def save(self, figure=None, grids: dict | None = None, **tables):
+        """Writes a figure as study.png and study.svg, `grids` {file name: rows of images}, and
+        pandas tables as <name>.csv; then says so."""
+        names = save_tables(self.outdir, **tables)
         if figure is not None:
             names += map(os.path.basename, save_figure(figure, self.path('study')))
-        print(f'\nWrote {", ".join([*names, *pictures])} to {self.outdir}')
+        for name, rows in (grids or {}).items():
+            save_rows(rows, self.path(name), **self.grid)
+            names.append(name)
+        print(f'\nWrote {", ".join(names)} to {self.outdir}')
 
 
-def command(study: type[Study], folder: str, script: str, more: str = '') -> Callable:
-    """Decorator: the command line of function(study), whose results go to training-runs/<folder>.
+def command(study: type[Study], more: str = '') -> Callable:
+    """Decorator: the command line of function(study) in digits_<name>.py, whose results go to
+    training-runs/study-<name>.
 
     `more`: further examples. A study that is stopped says that it goes on, in one line.
     """
-    def options():
-        yield click.Option(['--outdir'], metavar='DIR', help='Where results go',
-                           default=str(ROOT / 'training-runs' / folder))
-        for field in sorted(dataclasses.fields(study)[1:], key=lambda field: field.name == 'jobs'):
-            kind = field.metadata['type']
-            yield click.Option(
-                [option_of(field.name)], type=kind, default=field.default,
-                metavar=METAVARS.get(kind.name, kind.name.upper()),
-                help=field.metadata['help'].format(most=study.most_jobs))
-
     def decorate(function):
-        @functools.wraps(function)
+        script = Path(inspect.getfile(function)).resolve().relative_to(ROOT)
+        folder = script.stem.replace('digits', 'study').replace('_', '-')
+        _, jobs, *fields = dataclasses.fields(study)
+        options = [click.Option(['--outdir'], metavar='DIR', help='Where results go',
+                                default=str(ROOT / 'training-runs' / folder))]
+        options += [click.Option(
+            [option_of(field.name)], type=field.type, default=field.default,
+            metavar=METAVARS.get(field.type.name, field.type.name.upper()),
+            help=field.metadata['help'].format(most=study.most_jobs)) for field in [*fields, jobs]]
+
         def callback(outdir, jobs, **values):
             from torch_utils import distributed, parallel
 
@@ -163,7 +164,7 @@ def command(study: type[Study], folder: str, script: str, more: str = '') -> Cal
             except KeyboardInterrupt:
                 raise UserError('stopped; the same command goes on from here') from None
 
-        return cli.Command(None, callback=callback, params=list(options()), help=function.__doc__,
+        return cli.Command(None, callback=callback, params=options, help=function.__doc__,
                            epilog=f"""\b
 Examples:
   # The study of the page, under 15 minutes on 2 CPU cores
@@ -196,37 +197,52 @@ def make(path: str, function: Callable, *args, **kwargs):
         raise KeyboardInterrupt
 
 
-def make_archive(path: str, source, selection):
-    """Converts a selection of a source, unless that is done."""
+@functools.cache
+def digits():
+    """The source of all miniatures: 1,797 handwritten digits of 8x8 pixels."""
+    from training.data import sources
+
+    return sources.open_source('digits')
+
+
+def make_archive(path: str, selection):
+    """Converts a selection of the digits, unless that is done."""
     from training.data import convert
 
-    make(path, convert.convert, source, selection, path, workers=1)
+    make(path, convert.convert, digits(), selection, path, workers=1)
 
 
-def held_out(source, classes, count: int, seed: int, option: str):
-    """The images that `convert.by_class` leaves where it draws `count` of each class by seed.
+def split(count: int, seed: int, option: str, classes=None):
+    """`count` digits of each class, drawn by seed, and all others: two selections.
 
-    Raises UserError about the field `option` if they are too few to measure against.
+    Raises UserError about the field `option` if the others are too few to measure against.
     """
     from training.data import convert
 
     with util.renamed_fields(nums=option):
-        drawn = convert.by_class(source, classes, count, seed)
-    rest = convert.by_class(source, classes)
+        drawn = convert.by_class(digits(), classes, count, seed)
+    rest = convert.by_class(digits(), classes)
     keep = ~np.isin(rest.indices, drawn.indices)
-    least = np.bincount(rest.labels[keep]).min()
+    rest = dataclasses.replace(rest, indices=rest.indices[keep], labels=rest.labels[keep])
+    least = np.bincount(rest.labels).min()
     if least < LEAST_HELD_OUT:
         raise UserError(f'leaves {least} images of a class to measure against; give at most '
                         f'{count + least - LEAST_HELD_OUT}', option, count)
-    return dataclasses.replace(rest, indices=rest.indices[keep], labels=rest.labels[keep])
+    return drawn, rest
+
+
+def arguments(options: dict, prefix: str = '--') -> list[str]:
+    """Options as words of a command line."""
+    return [f'{prefix}{key}={value}' for key, value in options.items()]
 
 
 def edm2_settings(data: str, duration: int, **options) -> dict:
     """Settings of train_edm2.py for a network of digits that trains for `duration` images."""
     import train_edm2
 
-    options = BRIEF | dict(outdir='', data=data, duration=duration, snapshot=duration) | options
-    config = train_edm2.settings([f'--{key}={value}' for key, value in options.items()])
+    given = dict(outdir='', data=data, duration=duration, snapshot=duration,
+                 status=max(duration // 4, 1))
+    config = train_edm2.settings(arguments(BRIEF | given | options))
     return config | dict(rampup_Mimg=RAMPUP * duration / 1e6, ema_stds=[EMA_STD])
 
 
@@ -244,18 +260,19 @@ def edm2_network(run_dir: str, config: dict) -> str:
 # --- Results -------------------------------------------------------------------------------------
 
 
-def pixel_distance(path: str, reference: str, digit: int | None = None) -> float:
-    """Frechet distance of the pixels of the images in two files, of all of them or of one
-    digit."""
+def pixel_gaussian(path: str, digit: int | None = None):
+    """The Gaussian of the pixels of the images in a file, of all of them or of one digit."""
     from metrics import features
     from training.data.images import open_images
 
-    detectors = features.Detectors(device='cpu')
-    ours, theirs = (
-        features.measure_images(open_images(file), detectors, class_name=digit,
-                               gaussians=['fd_pixels']).gaussians['fd_pixels']
-        for file in (path, reference))
-    return ours.distance(theirs)
+    return features.measure_images(open_images(path), features.Detectors(device='cpu'),
+                                   class_name=digit, gaussians=['fd_pixels']).gaussians['fd_pixels']
+
+
+def pixel_distance(path: str, reference: str, digit: int | None = None) -> float:
+    """Frechet distance of the pixels of the images in two files, of all of them or of one
+    digit."""
+    return pixel_gaussian(path, digit).distance(pixel_gaussian(reference, digit))
 
 
 @contextlib.contextmanager
@@ -271,9 +288,9 @@ def writing(path: str) -> Iterator[str]:
 
 def save_tables(outdir: str, **tables) -> list[str]:
     """Writes pandas tables as <name>.csv, with - for _ and six digits, and returns those names."""
-    names = [name.replace('_', '-') for name in tables]
+    names = [f'{name.replace("_", "-")}.csv' for name in tables]
     for name, table in zip(names, tables.values(), strict=True):
-        with writing(os.path.join(outdir, f'{name}.csv')) as temp:
+        with writing(os.path.join(outdir, name)) as temp:
             table.to_csv(temp, index=False, float_format='%.6g', lineterminator='\n')
     return names
 
@@ -312,16 +329,16 @@ def draw_lines(axis, table, x: str, y: str, group: str, labels: dict):
                       elinewidth=0.7, label=label, **series)
 
 
-def pixels(path: str, digit: int | None = None) -> np.ndarray:
-    """The images in a file, of all of them or of one digit: uint8 [N,C,H,W]."""
+def pixels(images, digit: int | None = None) -> np.ndarray:
+    """The images of a file or data set, all of them or those of one digit: uint8 [N,C,H,W]."""
     from metrics.images import select
     from training.data.images import open_images
 
-    opened = open_images(path)
+    opened = open_images(images) if isinstance(images, str) else images
     return opened.images(select(opened, class_name=digit))
 
 
-def save_rows(rows: dict, columns: int, path: str, **options):
+def save_rows(rows: dict, path: str, columns: int, **options):
     """A PNG with a row for each {title: images uint8 [N,C,H,W]}; short rows end in white."""
     tiles = []
     for images in rows.values():

@@ -19,13 +19,12 @@ import pandas as pd
 import studies
 import train
 from data_utils import common, selection
-from dnnlib import UserError, cli, util
+from dnnlib import UserError, cli, options, util
 from metrics.memorization import find_copies
-from torch_utils import distributed
-from training import snapshot
-from training.data import sources
+from studies import WHOLE, compared, setting
 from training.data.dataset import ImageDataset
-from training.generate import generate_images
+from training.generate import open_generator
+from training.snapshot import snapshot_name
 
 LABELS = {'none': 'no labels', 'true': 'true labels', 'random': 'random labels'}
 # What all networks share. The length of a run is the same for all sizes: a CPU cannot afford the
@@ -34,6 +33,7 @@ OPTIONS = ['--precond=edm', '--num-blocks=1', '--cres=1,2', '--augment=0', '--dr
            '--window-size=0', '--duration-rule=fixed', '--ema_mode=mode1', '--snap=1', '--dump=1',
            '--nosubdir']
 SHOWN = 24                                                     # copies in a picture
+LEAST = 174                                                    # digits of a class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,16 +58,15 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Study(studies.Study):
-    sizes: list = studies.compared('20,50,100', cli.INT_LIST, 'Training images')
-    classes: list = studies.compared('1,3', cli.INT_LIST, 'Numbers of classes, besides 10')
-    kimg: int = studies.setting(30, studies.WHOLE, 'Thousands of images that a model sees')
-    batch: int = studies.setting(32, studies.WHOLE, 'Images of one step')
-    lr: float = studies.setting(2e-3, studies.POSITIVE, 'Learning rate')
-    channels: int = studies.setting(16, click.IntRange(min=2), 'Width of the network')
-    samples: int = studies.setting(
-        256, click.IntRange(min=SHOWN), 'Images that a model generates')
-    steps: int = studies.setting(12, studies.WHOLE, 'Sampling steps')
-    seed: int = studies.setting(0, click.IntRange(min=0), 'Seed of weights, data order and noise')
+    sizes: cli.INT_LIST = compared('20,50,100', 'Training images')
+    classes: cli.INT_LIST = compared('1,3', 'Numbers of classes, besides 10')
+    kimg: WHOLE = setting(30, 'Thousands of images that a model sees')
+    batch: WHOLE = setting(32, 'Images of one step')
+    lr: options.POSITIVE = setting(2e-3, 'Learning rate')
+    channels: click.IntRange(min=2) = setting(16, 'Width of the network')
+    samples: click.IntRange(min=SHOWN) = setting(256, 'Images that a model generates')
+    steps: WHOLE = setting(12, 'Sampling steps')
+    seed: click.IntRange(min=0) = setting(0, 'Seed of weights, data order and noise')
 
     def data(self, model: Model) -> str:
         kind = 'random' if model.labels == 'random' else 'true'
@@ -80,45 +79,40 @@ class Study(studies.Study):
 def plan(study: Study) -> list[Model]:
     """All models: every size with each number of classes (as far as there are digits) and each
     kind of labels. Raises UserError for lists that make no comparison."""
-    if any(size % 10 or size < 10 for size in study.sizes) or len(study.sizes) < 2:
-        raise UserError('give at least two multiples of 10', 'sizes')
-    if any(not 1 <= count <= 10 for count in study.classes):
+    if len(study.sizes) < 2 or not set(study.sizes) <= set(range(10, 10 * LEAST + 1, 10)):
+        raise UserError(f'give at least two multiples of 10, up to {10 * LEAST}: {LEAST} digits '
+                        'of each of the 10 classes', 'sizes')
+    if not set(study.classes) <= set(range(1, 11)):
         raise UserError('give numbers from 1 to 10', 'classes')
-    models = [Model(size, labels=labels) for size in study.sizes for labels in LABELS]
-    models += [Model(size, count) for size in study.sizes for count in study.classes
-               if count != 10 and size <= 170 * count]
-    return models
+    return [Model(size, labels=labels) for size in study.sizes for labels in LABELS] + [
+        Model(size, count) for size in study.sizes for count in study.classes
+        if count != 10 and size <= LEAST * count]
 
 
 def make_data(study: Study, models: list[Model]):
     """The archives, by the rules of dataset_size.py, dataset_diversity.py and
     dataset_random.py."""
-    source = sources.open_source('digits')
     for model in models:
-        indices = selection.diversity_subset(source.labels, model.size, model.classes)
-        if len(indices) < model.size:
-            raise UserError(f'there are only {len(indices)} digits of {model.classes} classes',
-                            'sizes')
+        indices = selection.diversity_subset(studies.digits().labels, model.size, model.classes)
         rule = ('diversity', None)
         if model.labels == 'random':
             rule = ('random labels', selection.random_labels(model.size, model.classes))
-        chosen = common.choose(source, indices, *rule, model.classes)
-        studies.make_archive(study.data(model), source, chosen)
+        studies.make_archive(study.data(model), common.choose(
+            studies.digits(), indices, *rule, model.classes))
 
 
 def settings(study: Study, model: Model) -> dict:
     """The settings of train.py for a model."""
-    options = {
+    return train.settings(OPTIONS + studies.arguments({
         'outdir': study.run_dir(model), 'data': study.data(model), 'cond': model.labels != 'none',
         'batch': study.batch, 'duration': study.kimg / 1000, 'rampup': study.kimg / 20_000,
-        'lr': study.lr, 'seed': study.seed, 'tick': study.kimg, 'num-channels': study.channels}
-    return train.settings([f'--{key}={value}' for key, value in options.items()] + OPTIONS)
+        'lr': study.lr, 'seed': study.seed, 'tick': study.kimg, 'num-channels': study.channels}))
 
 
 def run_model(study: Study, model: Model):
     """Trains a model and measures it, as far as that is not done."""
     run_dir = study.run_dir(model)
-    network = os.path.join(run_dir, snapshot.snapshot_name(study.kimg * 1000))
+    network = os.path.join(run_dir, snapshot_name(study.kimg * 1000))
     studies.make(network, lambda: train.train(settings(study, model), run_dir, nosubdir=True))
     for denoiser in model.denoisers:
         net = network if denoiser == 'network' else f'optimal:{study.data(model)}'
@@ -127,10 +121,9 @@ def run_model(study: Study, model: Model):
 
 def measure(study: Study, model: Model, denoiser: str, net: str):
     """Counts the copies among samples of a network; writes the result and a picture of copies."""
-    loaded = snapshot.load_snapshot(net, distributed.get_device())
     training = ImageDataset(study.data(model))
-    batches = generate_images(loaded.net, loaded.encoder, range(study.samples), batch=256,
-                              sampler=dict(name='edm', num_steps=study.steps))
+    generator = open_generator(net, sampler=dict(name='edm', num_steps=study.steps))
+    batches = generator.images(range(study.samples), batch=256)
     copies = find_copies(((batch.seeds, batch.images) for batch in batches), training, keep=SHOWN)
     copies.save_picture(study.result(model, denoiser, '.png'), training)
     util.write_json(study.result(model, denoiser),
@@ -159,10 +152,9 @@ def draw(results: pd.DataFrame):
          {'network': 'network', 'optimal': 'optimal denoiser'}),
         ('Number of classes', unlabelled & network, 'classes', counts),
         ('Labels', network & ten, 'labels', LABELS)]
-    sizes = sorted(set(results['size']))
+    sizes = results['size'].unique()
     table = results.assign(percent=100 * results['memorization_ratio'])
-    figure, axes = studies.plt.subplots(1, len(panels), figsize=(2.6 * len(panels), 2.4),
-                                        sharey=True)
+    figure, axes = studies.plt.subplots(1, 3, figsize=(7.8, 2.4), sharey=True)
     for axis, (title, chosen, column, labels) in zip(axes, panels, strict=True):
         studies.draw_lines(axis, table[chosen], 'size', 'percent', column, labels)
         axis.set(xscale='log', xlabel='Training images', title=title, ylim=(-4, 104))
@@ -173,7 +165,7 @@ def draw(results: pd.DataFrame):
     return figure
 
 
-@studies.command(Study, 'study-memorization', 'data_utils/digits_memorization.py')
+@studies.command(Study)
 def main(study):
     """Measures memorization of handwritten digits against size, number of classes and labels.
 

@@ -9,6 +9,7 @@ result is there.
 import dataclasses
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -24,8 +25,9 @@ import pandas as pd
 
 import studies
 from distillation import configs, runs
-from dnnlib import UserError, util
+from dnnlib import UserError, cli, util
 from metrics.recognition import Recognizer
+from studies import WHOLE, setting
 from training.data.images import open_images
 
 SCRIPTS = studies.ROOT / 'distillation' / 'scripts'
@@ -33,25 +35,23 @@ YAML = studies.ROOT / 'distillation' / 'yaml' / 'digits_8'
 DISTILLED = YAML / 'exp' / 'Digits-Dynamic-0.4.yaml'
 BASELINE = YAML / 'exp' / 'Digits-Baseline.yaml'
 TEACHER = YAML / 'teacher.yaml'
-GRID_COLUMNS = 16
+IMAGES = click.IntRange(min=16)                                # a row of the picture
 SHARE = 0.95         # of real digits, unseen by the classifier, that count as clear
 ENVIRONMENT = {'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
 
 
 @dataclasses.dataclass(frozen=True)
 class Study(studies.Study):
-    teacher_steps: int = studies.setting(2400, studies.WHOLE, 'Steps of the teacher')
-    student_steps: int = studies.setting(1200, studies.WHOLE, 'Steps of each student')
-    rhos: list = studies.setting('0.4,0.02', studies.NUMBERS,
-                                 'Sizes of the cache, as shares of the 50 time steps')
-    batch: int = studies.setting(32, studies.WHOLE, 'Images of a step')
-    teacher_samples: int = studies.setting(
-        1024, click.IntRange(min=GRID_COLUMNS),
-        'Images of the teacher that a student learns from; there are 1,797 real ones')
-    samples: int = studies.setting(500, click.IntRange(min=GRID_COLUMNS),
-                                   'Images that are measured of a student')
-    seed: int = studies.setting(0, click.IntRange(0, 2**31 - 1), 'Seed of everything random')
+    teacher_steps: WHOLE = setting(2400, 'Steps of the teacher')
+    student_steps: WHOLE = setting(1200, 'Steps of each student')
+    rhos: cli.NUMBERS = setting('0.4,0.02', 'Sizes of the cache, as shares of the 50 time steps')
+    batch: WHOLE = setting(32, 'Images of a step')
+    teacher_samples: IMAGES = setting(
+        1024, 'Images of the teacher that a student learns from; there are 1,797 real ones')
+    samples: IMAGES = setting(500, 'Images that are measured of a student')
+    seed: click.IntRange(0, 2**31 - 1) = setting(0, 'Seed of everything random')
     most_jobs = 4
+    grid = dict(columns=IMAGES.min)
 
     @property
     def data(self) -> str:
@@ -84,9 +84,9 @@ def student(rho: float) -> str:
 
 def training_options(study: Study, name: str, prefix: str = '', processes: int = 1) -> list[str]:
     steps = study.steps(name)
-    options = dict(lr_anneal_steps=steps, save_interval=max(steps // 4, 1),
-                   log_interval=max(steps // 10, 1), batch_size=study.batch // processes)
-    return [f'{prefix}{key}={value}' for key, value in options.items()]
+    return studies.arguments(dict(
+        lr_anneal_steps=steps, save_interval=max(steps // 4, 1), log_interval=max(steps // 10, 1),
+        batch_size=study.batch // processes), prefix)
 
 
 def train(study: Study, name: str, data: str, processes: int = 1) -> tuple[list, str]:
@@ -101,8 +101,7 @@ def train(study: Study, name: str, data: str, processes: int = 1) -> tuple[list,
 def train_teacher(study: Study) -> tuple[list, str]:
     """On as many processes as there are jobs: nothing else can be done before."""
     counts = range(1, min(study.jobs, study.batch) + 1)
-    processes = max(count for count in counts if study.batch % count == 0)
-    return train(study, 'teacher', study.data, processes)
+    return train(study, 'teacher', study.data, max(n for n in counts if study.batch % n == 0))
 
 
 def sample(study: Study, name: str, count: int) -> tuple[list, str]:
@@ -117,8 +116,7 @@ def distil(study: Study, rho: float) -> list[tuple[list, str]]:
     name = student(rho)
     cache = study.path('cache', f'{name}.cache')
     shared = ['--config', DISTILLED, '--seed', study.seed, f'teacher.tempfile={cache}',
-              f'teacher.model_path={study.weights("teacher")}',
-              f'teacher.BATCH={rho:g}',
+              f'teacher.model_path={study.weights("teacher")}', f'teacher.BATCH={rho:g}',
               *training_options(study, name, 'student.')]
     return [([SCRIPTS / 'dynamic_prepare.py', *shared], cache),
             ([SCRIPTS / 'image_kd.py', *shared, '--outdir', study.path(name)],
@@ -148,8 +146,8 @@ def run_stage(study: Study, arguments: list, dest: str):
     name = os.path.relpath(dest, study.outdir)
     command = [sys.executable, *map(str, arguments)]
     print(f'$ python {shlex.join(command[1:])}', flush=True)
-    log = study.path('logs', name.replace(os.sep, '-') + '.log')
-    os.makedirs(os.path.dirname(log), exist_ok=True)
+    log = Path(study.path('logs', name.replace(os.sep, '-') + '.log'))
+    log.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     environment = os.environ | ENVIRONMENT
     environment.pop(configs.OUTDIR_VARIABLE, None)
@@ -163,23 +161,19 @@ def run_stage(study: Study, arguments: list, dest: str):
             process.wait()
             raise
     if code != 0 or not os.path.exists(dest):
-        last = Path(log).read_text().strip().rpartition('\n')[2].strip()
+        last = log.read_text().strip().rpartition('\n')[2].strip()
         raise UserError(f'{name} could not be made ({last[:200]}); see {log}')
     seconds = time.monotonic() - start
     with open(study.path('seconds.jsonl'), 'a') as file:
-        file.write(json.dumps({name: seconds}) + '\n')
+        print(json.dumps({name: seconds}), file=file)
     print(f'  {name}: {util.format_time(seconds)}', flush=True)
 
 
 def read_seconds(study: Study) -> dict:
-    """Seconds of each result in its last session."""
-    seconds = {}
-    if os.path.exists(study.path('seconds.json')):             # of earlier versions
-        seconds |= json.loads(Path(study.path('seconds.json')).read_text())
-    if os.path.exists(study.path('seconds.jsonl')):
-        for line in Path(study.path('seconds.jsonl')).read_text().splitlines():
-            seconds |= json.loads(line)
-    return seconds
+    """Seconds of each result in its last session. (seconds.json: of earlier versions.)"""
+    files = sorted(Path(study.outdir).glob('seconds.json*'))
+    pairs = re.findall(r'"(.+?)": ([-+.e\d]+)', ''.join(file.read_text() for file in files))
+    return {name: float(seconds) for name, seconds in pairs}
 
 
 # Numbers and pictures
@@ -197,10 +191,14 @@ def controls(pixels, labels, seed: int) -> dict:
 
 def measure(study: Study) -> pd.DataFrame:
     """A row for each model, in the order of the table, and for each of `controls`."""
-    real = open_images(study.data)
-    pixels = studies.pixels(study.data)
-    recognizer = Recognizer(pixels, real.label_ids)
+    real = studies.pixels(study.data)
+    digits = open_images(study.data).label_ids
+    recognizer = Recognizer(real, digits)
     seconds = read_seconds(study)
+
+    def clear(images) -> float:
+        return 100 * recognizer.recognised_clearly(images, SHARE).mean()
+
     rows = []
     for name, (origin, rho, config) in study.origins.items():
         samples = studies.pixels(study.samples_of(name))
@@ -212,11 +210,10 @@ def measure(study: Study) -> pd.DataFrame:
             'parameters': sum(p.numel() for p in network.model.parameters()),
             'steps': study.steps(name), 'seconds': round(seconds.get(weights, 0)),
             'recognised %': 100 * recognizer.recognised(samples, classes).mean(),
-            'clear %': 100 * recognizer.recognised_clearly(samples, SHARE).mean(),
+            'clear %': clear(samples),
             'fd': studies.pixel_distance(study.samples_of(name), study.data)})
-    for name, other in controls(pixels, real.label_ids, study.seed).items():
-        clear = recognizer.recognised_clearly(other, SHARE)
-        rows.append({'model': name, 'clear %': 100 * clear.mean()})
+    rows += [{'model': name, 'clear %': clear(other)}
+             for name, other in controls(real, digits, study.seed).items()]
     return pd.DataFrame(rows).astype(dict.fromkeys(('parameters', 'steps', 'seconds'), 'Int64'))
 
 
@@ -233,7 +230,7 @@ def show(table: pd.DataFrame):
           'fd: Frechet distance of pixels to the real digits.')
 
 
-@studies.command(Study, 'study-distillation', 'distillation/digits_distillation.py', """\b
+@studies.command(Study, """\b
   # Longer, with more values of rho, in a folder of its own
   python distillation/digits_distillation.py --student-steps=6000 --rhos=0.4,0.1,0.02 --outdir=training-runs/dkdm-long
 """)
@@ -255,9 +252,8 @@ def main(study):
     table = measure(study)
     show(table)
     files = {'real digits': study.data} | {name: study.samples_of(name) for name in study.origins}
-    studies.save_rows({name: studies.pixels(file) for name, file in files.items()}, GRID_COLUMNS,
-                      study.path('samples.png'), min_side=32)
-    study.save(None, 'samples.png', results=table)
+    study.save(grids={'samples.png': {name: studies.pixels(file) for name, file in files.items()}},
+               results=table)
 
 
 if __name__ == '__main__':

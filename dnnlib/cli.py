@@ -76,4 +76,5 @@ def _parse_size(text: str) -> tuple[int, int]:
 
 COUNT = Parsed('count', util.parse_count)           # 4096, 64Ki, 1.5Mi
 INT_LIST = Parsed('list', util.parse_int_list)      # 0,3,10-19
+NUMBERS = Parsed('list', lambda text: [float(part) for part in text.split(',')])  # 0,0.5
 SIZE = Parsed('WxH', _parse_size)                   # 256x256 -> (256, 256)

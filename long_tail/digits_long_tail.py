@@ -21,24 +21,27 @@ import pandas as pd
 import torch
 
 import studies
-from dnnlib import UserError, cli, pictures
+from dnnlib import UserError, cli, options, pictures
 from long_tail import datasets, make_stats
 from long_tail import main as long_tail
+from studies import WHOLE, compared, setting
 from training.checkpoint import StepCheckpoints
 from training.data.images import open_images
 from training.encoders import RGBEncoder
 from training.snapshot import load_snapshot
 
 METHODS = {'plain': 'plain', 'cb': 'class-balancing', 'finetune': 'fine-tuned'}
-# A network that a CPU trains in minutes: two levels of 64 channels, one block at each on the way
-# up. Levels of 32 channels would not see the labels, see training/networks/ddpm.py.
-NETWORK = ['--ch=64', '--ch_mult=1', '--ch_mult=1', '--attn=', '--num_res_blocks=0']
-DATA = ['--data_type=digitslt', '--imb_factor=0.05', '--img_size=8', '--conditional',
-        '--num_workers=1']
-# Less noise at the end than usual (abar_T = 0.0066, not 0.00004): it is enough for 8x8 pixels, and
-# from x_T the first prediction of x_0, which this sampler does not clip, is then 12 times the
-# error of the network, not 157 times.
-RECIPE = ['--beta_T=0.01', '--lr=1e-3', '--warmup=100', '--ema_decay=0.995', '--sample_step=0']
+TAIL = dict(imb_factor=0.05)
+RECIPE = [
+    # A network that a CPU trains in minutes: two levels of 64 channels, one block at each on the
+    # way up. Levels of 32 channels would not see the labels, see training/networks/ddpm.py.
+    '--ch=64', '--ch_mult=1', '--ch_mult=1', '--attn=', '--num_res_blocks=0',
+    '--data_type=digitslt', *studies.arguments(TAIL), '--img_size=8', '--conditional',
+    '--num_workers=1',
+    # Less noise at the end than usual (abar_T = 0.0066, not 0.00004): it is enough for 8x8 pixels,
+    # and from x_T the first prediction of x_0, which this sampler does not clip, is then 12 times
+    # the error of the network, not 157 times.
+    '--beta_T=0.01', '--lr=1e-3', '--warmup=100', '--ema_decay=0.995', '--sample_step=0']
 GRID_COLUMNS = 8
 MEASURES = ['fid', 'precision', 'recall', 'recognition']
 
@@ -57,20 +60,19 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Study(studies.Study):
-    seeds: list = studies.compared('0-2', cli.INT_LIST, 'Seeds of weights, data order and noise')
-    methods: list = studies.compared(
-        ','.join(METHODS), cli.Parsed('list', lambda text: text.split(',')), 'What to compare')
-    omegas: list = studies.compared('0,0.8,1.6,2.4', studies.NUMBERS,
-                                    'Strengths of guidance to sample with')
-    steps: int = studies.setting(1500, click.IntRange(min=3), 'Training steps of every model')
-    batch: int = studies.setting(32, studies.WHOLE, 'Images of one step')
-    tau: float = studies.setting(1.0, click.FloatRange(0), 'Weight of the class-balancing term')
-    samples: int = studies.setting(500, click.IntRange(min=200), 'Images that a model generates')
-    ddim_steps: int = studies.setting(15, click.IntRange(min=2), 'Sampling steps')
+    seeds: cli.INT_LIST = compared('0-2', 'Seeds of weights, data order and noise')
+    methods: cli.Parsed('list', lambda text: text.split(',')) = compared(
+        ','.join(METHODS), 'What to compare')
+    omegas: cli.NUMBERS = compared('0,0.8,1.6,2.4', 'Strengths of guidance to sample with')
+    steps: click.IntRange(min=3) = setting(1500, 'Training steps of every model')
+    batch: WHOLE = setting(32, 'Images of one step')
+    tau: options.NOT_NEGATIVE = setting(1.0, 'Weight of the class-balancing term')
+    samples: click.IntRange(min=200) = setting(500, 'Images that a model generates')
+    ddim_steps: click.IntRange(min=2) = setting(15, 'Sampling steps')
 
     @property
     def settings(self) -> dict:
-        return super().settings | {'recipe': [*NETWORK, *DATA, *RECIPE]}
+        return super().settings | {'recipe': RECIPE}
 
     @property
     def reference(self) -> str:
@@ -116,24 +118,19 @@ def flags_of(study: Study, model: Model, **more) -> dict:
         flags |= dict(finetuned_logdir=study.run_dir(model), ckpt_step=study.pretrained,
                       logdir=study.run_dir(Model('plain', model.seed)),
                       total_steps=study.steps - study.pretrained - 1)
-    args = [f'--{key}={value}' for key, value in (flags | more).items()]
     switches += ['--eval', '--recognition', '--noprd'] if more else ['--train']
-    return long_tail.settings([*NETWORK, *DATA, *RECIPE, *switches, *args])
+    return long_tail.settings([*RECIPE, *switches, *studies.arguments(flags | more)])
 
 
 def run_chain(study: Study, chain: list[Model]):
     """Trains models one after the other and measures them, as far as that is not done."""
     for model in chain:
-        studies.make(study.checkpoint(model),
-                     lambda model=model: long_tail.train(flags_of(study, model)))
+        studies.make(study.checkpoint(model), long_tail.train, flags_of(study, model))
         for omega in study.omegas:
-            studies.make(study.result(model, omega), evaluate, study, model, omega)
-
-
-def evaluate(study: Study, model: Model, omega: float):
-    long_tail.evaluate(flags_of(
-        study, model, ckpt_step=study.last(model), omega=omega, detector='pixels', batch_size=250,
-        fid_cache=study.reference, num_images=study.samples, ddim_steps=study.ddim_steps))
+            flags = flags_of(study, model, ckpt_step=study.last(model), omega=omega, batch_size=250,
+                             detector='pixels', fid_cache=study.reference,
+                             num_images=study.samples, ddim_steps=study.ddim_steps)
+            studies.make(study.result(model, omega), long_tail.evaluate, flags)
 
 
 # --- Results -------------------------------------------------------------------------------------
@@ -146,10 +143,10 @@ def collect(study: Study, models: list[Model]) -> tuple[pd.DataFrame, pd.DataFra
     tables = []
     for model, omega in itertools.product(models, study.omegas):
         result = json.loads(Path(study.result(model, omega)).read_text())
-        key = {'method': model.method, 'seed': model.seed, 'omega': omega}
+        key = dataclasses.asdict(model) | {'omega': omega}
         classes = pd.DataFrame(result['classes']).assign(**key)
         tables.append(classes)
-        groups = {'all': {'classes': list(classes.index)}} | result['groups']
+        groups = {'all': {'classes': classes.index}} | result['groups']
         rows += [key | {'group': name} | classes.loc[group['classes'], MEASURES].mean().to_dict()
                  for name, group in groups.items()]
     return pd.concat(tables, ignore_index=True), pd.DataFrame(rows)
@@ -178,7 +175,7 @@ def verdict(results: pd.DataFrame, omegas: dict[str, float], group: str = 'few')
     values = at(results, omegas).query('group == @group').pivot(
         index='seed', columns='method', values=MEASURES)
     for method, name in itertools.product(omegas, reversed(MEASURES)):
-        if method == 'plain' or 'plain' not in omegas:
+        if method == 'plain':
             continue
         both = values[name][['plain', method]]
         plain, ours = both.mean()
@@ -186,7 +183,7 @@ def verdict(results: pd.DataFrame, omegas: dict[str, float], group: str = 'few')
         spread = np.ptp(both, axis=0).max()
         word = 'better' if gains.mean() > 0 else 'worse'
         if abs(gains.mean()) <= spread:
-            same = len(gains) > 1 and (all(gains > 0) or all(gains < 0))
+            same = len(gains) > 1 and set(np.sign(gains)) in ({1}, {-1})
             word = 'no clear difference' + f', though {word} in every seed' * same
         lines.append(f'{METHODS[method]:16} {name:12} {plain:11.3f} -> {ours:11.3f}  '
                      f'spread {spread:9.3f}  {word}')
@@ -205,18 +202,16 @@ def matched(results: pd.DataFrame, group: str = 'few') -> pd.DataFrame:
                   'recognition').groupby(['method', 'seed'])}
     differences = {}
     for (method, seed), ours in curves.items():
-        plain = curves.get(('plain', seed))
-        if method == 'plain' or plain is None:
-            continue
+        plain = curves['plain', seed]
         low = max(ours[0, 0], plain[0, 0])
         high = min(ours[0, -1], plain[0, -1])
         recognition = np.linspace(low, high, 50)
         difference = np.mean(np.interp(recognition, *ours) - np.interp(recognition, *plain))
-        differences.setdefault(METHODS[method], {})[seed] = difference if high > low else np.nan
-    return pd.DataFrame(differences).T
+        differences[METHODS[method], seed] = difference if high > low else np.nan
+    return pd.Series(differences).unstack().drop('plain')
 
 
-def label_effect(study: Study, models: list[Model], images_each: int = 200) -> pd.DataFrame:
+def label_effect(study: Study, models: list[Model]) -> pd.DataFrame:
     """How much labels change the predicted noise: a row for each step t and method, in shares of
     the plain model.
 
@@ -225,7 +220,7 @@ def label_effect(study: Study, models: list[Model], images_each: int = 200) -> p
     are drawn, has the share 1 / (1 + 5/4 tau t/T).
     """
     data = datasets.open_data('digits', '')
-    chosen = np.random.RandomState(0).permutation(len(data))[:images_each]
+    chosen = np.random.RandomState(0).permutation(len(data))[:200]
     x_0 = RGBEncoder().encode_latents(torch.from_numpy(data.images(chosen)))
     labels = torch.from_numpy(data.labels(chosen))
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
@@ -254,9 +249,11 @@ def show(results: pd.DataFrame, omegas: dict[str, float]):
     table = measured.groupby([measured['method'].map(METHODS), 'omega', columns])['value'].agg(
         lambda values: f'{values.mean():.3f} ({np.ptp(values):.3f})').unstack()
     print('\nMean over seeds (largest less smallest), each method at the omega with its lowest '
-          f'distance over all classes:\n{table.filter(regex="many|few").to_string()}\n\n'
-          'Against plain on the classes with few images, each at its own omega:\n'
-          f'{verdict(results, omegas)}')
+          f'distance over all classes:\n{table.filter(regex="many|few").to_string()}')
+    if 'plain' not in omegas:
+        return
+    print('\nAgainst plain on the classes with few images, each at its own omega:\n'
+          + verdict(results, omegas))
     for group in ('many', 'few'):
         print(f'\nRecall at equal recognition, less that of plain, by seed ({group} images):\n'
               f'{matched(results, group).round(3).to_string()}')
@@ -288,7 +285,7 @@ def draw(study: Study, classes: pd.DataFrame, results: pd.DataFrame, omegas):
             trade.annotate(f'$\\omega$={omega:g}', means.loc[method, omega], (3, 3), fontsize=6,
                            textcoords='offset points')
     trade.set(xlabel='recognition, few', ylabel='recall, few')
-    shown = {'training images': datasets.open_data('digitslt', '', imb_factor=0.05)} | {
+    shown = {'training images': datasets.open_data('digitslt', '', **TAIL)} | {
         METHODS[method]: open_images(study.result(Model(method, min(study.seeds)), omega, '.npz'))
         for method, omega in omegas.items()}
     for axis, (title, opened) in zip(below.subplots(1, len(shown)), shown.items(), strict=True):
@@ -301,7 +298,7 @@ def draw(study: Study, classes: pd.DataFrame, results: pd.DataFrame, omegas):
     return figure
 
 
-@studies.command(Study, 'study-long-tail', 'long_tail/digits_long_tail.py')
+@studies.command(Study)
 def main(study):
     """Compares plain, class-balancing and fine-tuned diffusion models on long-tailed handwritten
     digits.

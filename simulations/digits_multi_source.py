@@ -21,16 +21,14 @@ import tqdm
 import studies
 from dnnlib import UserError, cli, util
 from simulations import plotting, tables
-from torch_utils import distributed
-from training import snapshot
-from training.data import convert, sources
-from training.generate import generate_images
+from studies import WHOLE, compared, setting
+from training.data import convert
+from training.generate import open_generator
 
 # Similar classes first: the three whose mean images are the closest, then always the one closest
 # to those before it (mean Euclidean distance between mean images).
 ORDER = (3, 8, 9, 5, 1, 2, 7, 4, 0, 6)
 COMPARED = 3                                                   # the first ones are measured
-GRID_COLUMNS = 12
 TRAINING = 'fd of training images'
 MEASURES = ('fd', 'single - multi', TRAINING)
 
@@ -55,25 +53,32 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Study(studies.Study):
-    nums: list = studies.compared('20,100', cli.INT_LIST, 'Training images of each class')
-    sources: list = studies.compared(
-        '1,3,5,10', cli.INT_LIST,
-        f'Numbers of classes of a model, which are the first of {",".join(map(str, ORDER))}')
-    seeds: list = studies.compared(
-        '0-2', cli.INT_LIST, 'Seeds of data, weights, noise and samples')
-    images_per_class: int = studies.setting(
-        '2.5Ki', cli.COUNT, 'Training images that a model sees of each of its classes')
-    batch_per_class: int = studies.setting(
-        8, studies.WHOLE, 'Images of one step, of each class on average')
-    channels: int = studies.setting(16, studies.WHOLE, 'Width of the network')
-    samples: int = studies.setting(
-        256, click.IntRange(min=GRID_COLUMNS), 'Images that are generated and measured of a class')
-    steps: int = studies.setting(12, studies.WHOLE, 'Sampling steps')
+    nums: cli.INT_LIST = compared('20,100', 'Training images of each class')
+    sources: cli.INT_LIST = compared('1,3,5,10', 'Numbers of classes of a model, which are the '
+                                     f'first of {",".join(map(str, ORDER))}')
+    seeds: cli.INT_LIST = compared('0-2', 'Seeds of data, weights, noise and samples')
+    images_per_class: cli.COUNT = setting(
+        '2.5Ki', 'Training images that a model sees of each of its classes')
+    batch_per_class: WHOLE = setting(8, 'Images of one step, of each class on average')
+    channels: WHOLE = setting(16, 'Width of the network')
+    samples: click.IntRange(min=studies.Study.grid['columns']) = setting(
+        256, 'Images that are generated and measured of a class')
+    steps: WHOLE = setting(12, 'Sampling steps')
     names = {'most': 'largest of --nums'}
 
     @property
     def settings(self) -> dict:
         return super().settings | {'most': max(self.nums)}     # the others of a seed are held out
+
+    @property
+    def larger(self) -> list[int]:
+        """Numbers of classes of the models of several, the largest first."""
+        return sorted(set(self.sources) - {1}, reverse=True)
+
+    @property
+    def singles(self) -> tuple[int, ...]:
+        """The classes that are compared: all of the larger models have them."""
+        return ORDER[:min(COMPARED, self.larger[-1])]
 
     def data(self, model: Model) -> str:
         return self.path('data', f'{model.name}.zip')
@@ -95,28 +100,24 @@ def plan(study: Study) -> list[Model]:
     counts = study.sources
     if min(study.nums) < 2:
         raise UserError('give at least 2 images of a class', 'nums')
-    if 1 not in counts or len(counts) < 2 or min(counts) < 1 or max(counts) > len(ORDER):
+    if 1 not in counts or not study.larger or min(counts) < 1 or max(counts) > len(ORDER):
         raise UserError(f'give 1 and at least one number of classes from 2 to {len(ORDER)}',
                         'sources')
     if study.images_per_class < 1:
         raise UserError('give at least 1', 'images_per_class')
-    # The classes that all of the larger models share are compared.
-    larger = sorted(set(counts) - {1}, reverse=True)
-    sets = [ORDER[:count] for count in larger]
-    sets += [(digit,) for digit in ORDER[:min(COMPARED, larger[-1])]]
+    sets = [ORDER[:count] for count in study.larger] + [(digit,) for digit in study.singles]
     return [Model(seed, n, classes) for classes in sets for seed in study.seeds
             for n in sorted(study.nums)]
 
 
 def make_data(study: Study, models: list[Model]):
     """Archives of training images, and of those images that are in no training set of a seed."""
-    source = sources.open_source('digits')
     for seed in study.seeds:
-        rest = studies.held_out(source, list(ORDER), max(study.nums), seed, 'nums')
-        studies.make_archive(study.held_out(seed), source, rest)
+        _, rest = studies.split(max(study.nums), seed, 'nums', ORDER)
+        studies.make_archive(study.held_out(seed), rest)
     for model in models:
-        selection = convert.by_class(source, list(model.classes), model.n, model.seed)
-        studies.make_archive(study.data(model), source, selection)
+        studies.make_archive(study.data(model), convert.by_class(
+            studies.digits(), model.classes, model.n, model.seed))
 
 
 def settings(study: Study, model: Model) -> dict:
@@ -126,10 +127,9 @@ def settings(study: Study, model: Model) -> dict:
     of steps, with the same number of images of a class in each on average, and so learning rates
     and averages are the same step by step.
     """
-    duration = study.duration(model)
     return studies.edm2_settings(
-        study.data(model), duration, seed=model.seed, channels=study.channels, checkpoint=0,
-        batch=study.batch_per_class * len(model.classes), status=max(duration // 4, 1))
+        study.data(model), study.duration(model), seed=model.seed, channels=study.channels,
+        checkpoint=0, batch=study.batch_per_class * len(model.classes))
 
 
 def run_model(study: Study, model: Model):
@@ -140,26 +140,25 @@ def run_model(study: Study, model: Model):
 
 def save_samples(study: Study, model: Model, network: str):
     """uint8 [N,H,W,3] `arr_0` and their digits `arr_1`, which calculate_metrics.py reads too."""
-    loaded = snapshot.load_snapshot(network, distributed.get_device())
     seeds = range(model.seed * study.samples, (model.seed + 1) * study.samples)
     samples = []
     for digit in model.measured:
-        samples += [batch.images.cpu().numpy().transpose(0, 2, 3, 1) for batch in generate_images(
-            loaded.net, loaded.encoder, seeds, labels=model.classes.index(digit), batch=256,
-            num_steps=study.steps)]
+        generator = open_generator(network, class_=digit, sampler=dict(num_steps=study.steps))
+        samples += [batch.images.cpu().numpy().transpose(0, 2, 3, 1)
+                    for batch in generator.images(seeds, batch=256)]
     with util.atomic_path(study.samples_file(model)) as temp, open(temp, 'wb') as file:
         np.savez_compressed(file, arr_0=np.concatenate(samples),
                             arr_1=np.repeat(model.measured, study.samples))
 
 
 def measure(study: Study, model: Model) -> list[dict]:
-    """A row for each measured class: the distances of the samples of a finished model, and of its
+    """A row for each compared class: the distances of the samples of a finished model, and of its
     training images, to the held-out digits."""
     reference = study.held_out(model.seed)
     return [{'seed': model.seed, 'n': model.n, 'sources': len(model.classes), 'class': digit,
              'fd': studies.pixel_distance(study.samples_file(model), reference, digit),
              TRAINING: studies.pixel_distance(study.data(model), reference, digit)}
-            for digit in model.measured]
+            for digit in study.singles if digit in model.classes]
 
 
 def summarise(results: pd.DataFrame) -> pd.DataFrame:
@@ -223,21 +222,20 @@ def draw(results: pd.DataFrame, summary: pd.DataFrame):
     return figure
 
 
-def save_sample_grid(study: Study, models: list[Model], n: int) -> str:
-    """For each measured class a row of training images, and a row of samples for each number of
+def sample_rows(study: Study, models: list[Model], n: int) -> dict:
+    """For each compared class a row of training images, and a row of samples for each number of
     sources (first seed)."""
     rows = {}
-    for digit in ORDER[:COMPARED]:
-        row = [model for model in models[::-1] if digit in model.classes
-               and (model.seed, model.n) == (min(study.seeds), n)]
-        files = [('data', study.data(model)) for model in row[:1]]
-        files += [(len(model.classes), study.samples_file(model)) for model in row]
-        rows |= {f'{digit}: {title}': studies.pixels(file, digit) for title, file in files}
-    studies.save_rows(rows, GRID_COLUMNS, study.path(f'samples-n{n}.png'))
-    return f'samples-n{n}.png'
+    for digit in study.singles:
+        shown = [model for model in models[::-1] if digit in model.classes
+                 and (model.seed, model.n) == (min(study.seeds), n)]
+        files = {'data': study.data(shown[0])} | {
+            len(model.classes): study.samples_file(model) for model in shown}
+        rows |= {f'{digit}: {title}': studies.pixels(file, digit) for title, file in files.items()}
+    return rows
 
 
-@studies.command(Study, 'study-multi-source', 'simulations/digits_multi_source.py', """\b
+@studies.command(Study, """\b
   # More seeds, longer training, in a folder of its own
   python simulations/digits_multi_source.py --seeds=0-9 --images-per-class=64Ki --outdir=training-runs/study-long
 """)
@@ -249,14 +247,13 @@ def main(study):
     each model.
     """
     models = plan(study)
-    compared = {digit for model in models if len(model.classes) == 1 for digit in model.classes}
     study.claim()
     make_data(study, models)
     print(f'{len(models)} models, {sum(map(study.duration, models))} training images in all, in '
           f'{study.outdir}', flush=True)
     rows = []
     for model in study.run(run_model, models, study.duration, unit='img', unit_scale=True):
-        measured = [row for row in measure(study, model) if row['class'] in compared]
+        measured = measure(study, model)
         rows += measured
         text = ', '.join(f'{row["class"]}: {row["fd"]:.0f}' for row in measured)
         tqdm.tqdm.write(f'n={model.n}, {len(model.classes)} source(s), seed {model.seed}: '
@@ -264,8 +261,8 @@ def main(study):
     results = pd.DataFrame(rows).sort_values(['seed', 'n', 'sources', 'class'], ignore_index=True)
     summary = summarise(results)
     show(summary)
-    grids = [save_sample_grid(study, models, n) for n in study.nums]
-    study.save(draw(results, summary), *grids, results=results, summary=summary)
+    grids = {f'samples-n{n}.png': sample_rows(study, models, n) for n in study.nums}
+    study.save(draw(results, summary), grids, results=results, summary=summary)
 
 
 if __name__ == '__main__':

@@ -39,10 +39,10 @@ class Setting:
 
     def bounds(self) -> tuple[float, float]:
         """Bounds on the total variation error, single and multi: sqrt(K D / n) and
-        sqrt(((K-1)(D - D_sim) + D) / n)."""
-        single = math.sqrt(self.K * self.D / self.n)
-        multi = math.sqrt(((self.K - 1) * (self.D - self.shared) + self.D) / self.n)
-        return single, multi
+        sqrt((K D - (K-1) D_sim) / n)."""
+        numbers = self.K * self.D
+        pooled = numbers - (self.K - 1) * self.shared
+        return math.sqrt(numbers / self.n), math.sqrt(pooled / self.n)
 
     def means(self) -> torch.Tensor:
         """True means of the sources, [K, D] float32."""
@@ -60,22 +60,14 @@ def draw(means: torch.Tensor, count: int, streams: list[torch.Generator]):
     """
     K, D = means.shape
     weights = torch.full((K,), 1 / K)
-    labels = torch.stack([
-        torch.multinomial(weights, count, replacement=True, generator=stream)
-        for stream in streams])
-    sources, order = labels.sort(stable=True)
-    points = torch.empty(len(streams), count, D)
-    for rows, sizes, generator in zip(points, sizes_of(labels, K), streams, strict=True):
-        for block in rows.split(sizes):
-            block.normal_(generator=generator)
-    points += means[sources]
-    return torch.empty_like(points).scatter_(1, order[..., None].expand_as(points), points), labels
-
-
-def sizes_of(labels: torch.Tensor, K: int) -> list[list[int]]:
-    """Number of samples from each of the K sources, for each row of labels [S, N]."""
-    counts = torch.zeros(len(labels), K, dtype=torch.int64)
-    return counts.scatter_add_(1, labels, torch.ones_like(labels)).tolist()
+    drawn = []
+    for stream in streams:
+        labels = torch.multinomial(weights, count, replacement=True, generator=stream)
+        points = torch.empty(count, D)
+        points[labels.argsort(stable=True)] = torch.cat([
+            torch.randn(size, D, generator=stream) for size in labels.bincount().tolist()])
+        drawn.append((points + means[labels], labels))
+    return [torch.stack(parts) for parts in zip(*drawn, strict=True)]
 
 
 def estimate(points: torch.Tensor, labels: torch.Tensor, K: int, shared: int) -> torch.Tensor:
@@ -83,13 +75,13 @@ def estimate(points: torch.Tensor, labels: torch.Tensor, K: int, shared: int) ->
 
     The mean of a source that has no sample does not exist: its row is NaN.
     """
-    blocks = points.gather(1, labels.argsort(stable=True)[..., None].expand_as(points))
     single = torch.stack([
-        block.mean(0) for rows, sizes in zip(blocks, sizes_of(labels, K), strict=True)
-        for block in rows.split(sizes)]).view(len(points), K, -1)
+        block.mean(0) for rows, row in zip(points, labels, strict=True)
+        for block in rows[row.argsort(stable=True)].split(row.bincount(minlength=K).tolist())])
+    single = single.view(len(points), K, -1)
+    common = slice(points.shape[-1] - shared, None)
     multi = single.clone()
-    if shared > 0:
-        multi[..., -shared:] = points.mean(1, keepdim=True)[..., -shared:]
+    multi[..., common] = points.mean(1, keepdim=True)[..., common]
     return torch.stack([single, multi])
 
 
@@ -106,7 +98,7 @@ def total_variation(estimates: torch.Tensor, means: torch.Tensor, points: torch.
     def log_density(m):  # m: the mean for each point, [..., N, D]
         return -(points - m).square().sum(-1) / 2 - D / 2 * math.log(2 * math.pi)
 
-    index = labels[..., None].expand_as(points).expand(len(estimates), *points.shape)
+    index = labels[..., None].expand(len(estimates), *points.shape)
     log_hat = log_density(estimates.gather(2, index))
     log_true = log_density(means[labels])
     hat = log_hat.exp()
@@ -128,7 +120,7 @@ def simulate(setting: Setting, seeds: list[int], test_points=500) -> list[tuple[
     means = setting.means()
     estimates = estimate(*draw(means, setting.n, streams), setting.K, setting.shared)
     errors = total_variation(estimates, means, *draw(means, test_points, streams))
-    errors[:, estimates.isnan().any(-1).any(-1).any(0)] = math.nan
+    errors[:, estimates.isnan().any((0, 2, 3))] = math.nan
     return [tuple(pair) for pair in errors.T.tolist()]
 
 
@@ -148,17 +140,16 @@ def simulate_many(settings: list[Setting], seeds: list[int], test_points: int = 
         workers = min(core_count(), 1 + total // SIMULATIONS_PER_WORKER)
     errors = []
     with contextlib.ExitStack() as stack:
+        run = map
         if workers > 1:
             # spawn: forking a process that has started torch's threads may hang
-            pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(
-                workers, multiprocessing.get_context('spawn'), torch.set_num_threads, (1,)))
-            results = pool.map(simulate, *zip(*tasks, strict=True))
+            run = stack.enter_context(concurrent.futures.ProcessPoolExecutor(
+                workers, multiprocessing.get_context('spawn'), torch.set_num_threads, (1,))).map
         else:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(1)  # the tensors are too small to share
-            results = (simulate(*task) for task in tasks)
         with tqdm.tqdm(total=total, unit='sim', delay=2, mininterval=1) as progress:
-            for batch in results:
+            for batch in run(simulate, *zip(*tasks, strict=True)):
                 errors += batch
                 progress.update(len(batch))
     return errors

@@ -1,6 +1,9 @@
 """Figures of the Gaussian study, for print: the command behind the plot_gaussian_*.py scripts."""
 
-import pathlib
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import click
 import matplotlib.ticker
@@ -9,7 +12,7 @@ import pandas as pd
 
 import studies
 from dnnlib import UserError, cli
-from simulations import tables
+from simulations import RESULTS, tables
 from studies import plt
 
 # (label, error, bound) of the two estimates, in the order of studies.SERIES.
@@ -18,60 +21,51 @@ ESTIMATES = (('single-source', tables.ERROR_SINGLE, tables.BOUND_SINGLE),
 LABELS = dict(K='Number of sources $K$', n='Number of training samples $n$',
               sim='Similarity of the sources')
 SYMBOLS = dict(K='$K$', n='$n$', sim='sim', D='$D$')
-TITLES = dict(
-    K='Figure 1 (a): error against the number of sources',
-    n='Figure 1 (b): error against the number of samples',
-    sim='Figure 1 (c): error against the similarity of the sources',
-    grid='the advantage of many sources as a heat map',
-    slope='error against the number of samples, with the fitted slopes')
 
 
-def caption(rows: pd.DataFrame, seed_rows: pd.DataFrame, varied: list[str], dashes=False) -> str:
-    """What the figure holds fixed, over how many seeds it averages, and how it shows their
-    spread."""
+def caption(rows: pd.DataFrame, seed_rows: pd.DataFrame, varied: list[str]) -> str:
+    """What the figure holds fixed, over how many seeds it averages, and if it has intervals."""
     parts = [f'{symbol} = {rows[name][0]:g}' for name, symbol in SYMBOLS.items()
              if name not in varied]
     seeds = seed_rows['seed'].nunique()
     if seeds:
         parts.append('1 seed' if seeds == 1 else f'mean of {seeds:,} seeds')
-        if 'seeds' in rows:
-            parts.append('95% intervals')
-        elif dashes and seeds > 1:
-            parts[-1] += ' (dashes)'
+    if 'seeds' in rows:
+        parts.append('95% intervals')
     return ', '.join(parts)
 
 
-def draw_errors(axis, rows: pd.DataFrame, seed_rows: pd.DataFrame, x: str, y: str, **style):
-    """One empirical curve, with 95% intervals if the table has them, else with a dash for each
-    seed."""
+def draw_errors(axis, rows: pd.DataFrame, x: str, y: str, **style):
+    """One empirical curve, with 95% intervals if the table has them."""
     axis.errorbar(rows[x], rows[y], yerr=rows.get(tables.interval_column(y)), elinewidth=0.8,
                   **style)
-    if 'seeds' not in rows:
-        axis.plot(seed_rows[x], seed_rows[y], linestyle='', marker='_', markersize=6,
-                  markeredgewidth=0.7, alpha=0.7, color=style['color'])
 
 
-def set_ticks(axis, values):
-    """A tick at each value of the horizontal axis, and no others."""
-    axis.set_xticks(values, [f'{value:g}' for value in values])
+def new_figure(rows: pd.DataFrame, x: str, **texts):
+    """A figure and its axis of errors, with a tick at each value of x, and no others."""
+    figure, axis = plt.subplots(figsize=(3.5, 2.9))
+    axis.set(xscale='log' if x == 'n' else 'linear', xlabel=LABELS[x], **texts)
+    axis.set_xticks(rows[x], [f'{value:g}' for value in rows[x]])
     axis.xaxis.minorticks_off()
+    return figure, axis
 
 
 def draw_curves(rows: pd.DataFrame, seed_rows: pd.DataFrame, varied: str):
     """Figure 1: empirical error on the left axis, bounds on the right, both from 0."""
-    figure, left = plt.subplots(figsize=(3.5, 2.9))
+    title = caption(rows, seed_rows, [varied])
+    if title.endswith('seeds'):
+        title += ' (dashes)'
+    figure, left = new_figure(rows, varied, ylabel='Empirical TV error (solid)', title=title)
     right = left.twinx()
     right.spines['right'].set_visible(True)
+    right.set_ylabel('Bound on the TV error (dashed)')
     for (label, error, bound), series in zip(ESTIMATES, studies.SERIES, strict=False):
-        draw_errors(left, rows, seed_rows, varied, error, label=f'{label}, empirical', **series)
+        draw_errors(left, rows, varied, error, label=f'{label}, empirical', **series)
+        if 'seeds' not in rows:                                # else intervals show the spread
+            left.plot(seed_rows[varied], seed_rows[error], linestyle='', marker='_', markersize=6,
+                      markeredgewidth=0.7, alpha=0.7, color=series['color'])
         right.plot(rows[varied], rows[bound], markerfacecolor='white', linestyle='--',
                    label=f'{label}, bound', **series)
-    left.set(xlabel=LABELS[varied], ylabel='Empirical TV error (solid)',
-             title=caption(rows, seed_rows, [varied], dashes=True))
-    right.set_ylabel('Bound on the TV error (dashed)')
-    if varied == 'n':
-        left.set_xscale('log')
-    set_ticks(left, rows[varied])
     # The errors take the lower part of the height and the bounds all of it, or the two pairs would
     # lie on each other.
     top = np.nanmax([1.75 * rows[tables.ERROR_SINGLE].max(), 1.05 * left.dataLim.ymax])
@@ -86,19 +80,17 @@ def draw_slope(rows: pd.DataFrame, seed_rows: pd.DataFrame, varied: str):
     if seed_rows.empty:
         raise UserError('the slopes are fitted to the rows of each seed, in the file '
                         '...-seeds.csv beside the table, which is missing', 'result')
-    figure, axis = plt.subplots(figsize=(3.5, 2.9))
+    figure, axis = new_figure(rows, 'n', yscale='log', ylabel='Empirical TV error',
+                              title=caption(rows, seed_rows, ['n']))
     n = rows['n']
     for (label, error, _), series in zip(ESTIMATES, studies.SERIES, strict=False):
         slope, interval = tables.slope(seed_rows, error)
-        draw_errors(axis, rows, seed_rows[:0], varied, error, linestyle='', **series)
+        draw_errors(axis, rows, varied, error, linestyle='', **series)
         scale = np.exp(np.log(rows[error] / n ** slope).mean())
         axis.plot(n, scale * n ** slope, color=series['color'],
                   label=f'{label}: slope ${slope:.3f}$ ± {interval:.3f}')
     guide = rows[tables.ERROR_SINGLE][0] * 1.25 * np.sqrt(n[0] / n)
     axis.plot(n, guide, color='0.4', linestyle=':', label='slope $-1/2$')
-    axis.set(xscale='log', yscale='log', xlabel=LABELS['n'], ylabel='Empirical TV error',
-             title=caption(rows, seed_rows, ['n']))
-    set_ticks(axis, n)
     axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 4, 6)))
     axis.yaxis.set_major_formatter('{x:g}')
     axis.yaxis.minorticks_off()
@@ -113,17 +105,18 @@ def draw_grid(rows: pd.DataFrame, seed_rows: pd.DataFrame, x: str, y: str):
     cells = rows.set_index([y, x])
     size = (max(4.5, 1.2 + 0.8 * rows[x].nunique()), 1.2 + 0.35 * max(4, rows[y].nunique()))
     figure, axes = plt.subplots(1, 2, figsize=size, sharey=True)
-    for axis, name, title in ((axes[0], tables.ERROR_ADVANTAGE, 'Empirical advantage'),
-                              (axes[1], tables.BOUND_ADVANTAGE, 'Difference of the bounds')):
+    titles = {tables.ERROR_ADVANTAGE: 'Empirical advantage',
+              tables.BOUND_ADVANTAGE: 'Difference of the bounds'}
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
         values = cells[name].unstack()
         image = axis.imshow(values, origin='lower', aspect='auto', cmap='cividis')
         axis.spines[:].set_visible(True)
         texts = studies.plus_minus(cells, name, tables.interval_column(name), '.3f').unstack()
         for (row, col), value in np.ndenumerate(values):
             if np.isfinite(value):
-                dark = image.cmap(image.norm(value))[:3] @ np.array((0.299, 0.587, 0.114)) < 0.5
                 axis.text(col, row, texts.iat[row, col].replace(' ', '\n', 1), ha='center',
-                          va='center', fontsize=6, color='white' if dark else 'black')
+                          va='center', fontsize=6,
+                          color='white' if image.norm(value) < 0.5 else 'black')
         figure.colorbar(image, ax=axis, pad=0.02, aspect=30).outline.set_linewidth(0.6)
         axis.set_xticks(range(len(values.columns)), [f'{u:g}' for u in values.columns])
         axis.set_yticks(range(len(values)), [f'{v:g}' for v in values.index])
@@ -134,6 +127,14 @@ def draw_grid(rows: pd.DataFrame, seed_rows: pd.DataFrame, x: str, y: str):
     return figure
 
 
+FIGURES = dict(
+    K=('Figure 1 (a): error against the number of sources', draw_curves),
+    n=('Figure 1 (b): error against the number of samples', draw_curves),
+    sim=('Figure 1 (c): error against the similarity of the sources', draw_curves),
+    grid=('the advantage of many sources as a heat map', draw_grid),
+    slope=('error against the number of samples, with the fitted slopes', draw_slope))
+
+
 @studies.styled
 def draw(tag: str, rows: pd.DataFrame, seed_rows: pd.DataFrame):
     """The figure of a tag. The varied parameters are the first columns of the table."""
@@ -142,24 +143,23 @@ def draw(tag: str, rows: pd.DataFrame, seed_rows: pd.DataFrame):
     if not LABELS.keys() >= set(varied) or varied[0] != expected:
         raise UserError(f'the table varies {" and ".join(varied)}; give one made with --tag={tag}',
                         'result')
-    function = dict(grid=draw_grid, slope=draw_slope).get(tag, draw_curves)
-    return function(rows, seed_rows, *varied)
+    return FIGURES[tag][1](rows, seed_rows, *varied)
 
 
 def command(tag: str) -> click.Command:
     """The command line of plot_gaussian_<tag>.py."""
     @click.command(
-        cls=cli.Command, help=f'Draws {TITLES[tag]}, as PNG and SVG beside the newest result.',
+        cls=cli.Command, help=f'Draws {FIGURES[tag][0]}, as PNG and SVG beside the newest result.',
         epilog=f"""\b
 Examples:
   python simulations/run_gaussian.py --tag={tag}{' --x=K --y=sim' if tag == 'grid' else ''}
   python simulations/plot_gaussian_{tag}.py
 """)
     @click.option('--outdir', help='Where results are, in a folder for each tag', metavar='DIR',
-                  default=str(tables.RESULTS))
+                  default=RESULTS)
     @click.option('--result', help='Table to draw  [default: the newest one]', metavar='CSV')
     def main(outdir, result):
-        path = pathlib.Path(result).resolve() if result else tables.newest(outdir, tag)
+        path = Path(result).resolve() if result else tables.newest(outdir, tag)
         rows = tables.load(path)
         seeds = tables.seeds_path(path)
         figure = draw(tag, rows, tables.load(seeds) if seeds.exists() else rows[:0])

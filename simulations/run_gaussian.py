@@ -7,22 +7,19 @@ import time
 from pathlib import Path
 
 import click
-import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import studies
 from dnnlib import UserError, cli, options, util
-from simulations import tables
+from simulations import RESULTS
 
 DEFAULTS = dict(K=5, n=500, sim=0.5)
-VALUES = dict(K=(1, 3, 5, 10, 15), n=(100, 300, 500, 1000, 5000), sim=(0.0, 0.3, 0.5, 0.7, 1.0))
-SLOPE_VALUES = (1000, 2000, 4000, 8000, 16000)  # K D / n from 0.05 to 0.003: the asymptotic regime
+VALUES = dict(K=(1, 3, 5, 10, 15), n=(100, 300, 500, 1000, 5000), sim=(0.0, 0.3, 0.5, 0.7, 1.0),
+              slope=(1000, 2000, 4000, 8000, 16000))  # K D / n from 0.05 on: the asymptotic regime
 SLOPE_SEEDS = range(200)
-SLOPE_TOLERANCE = 0.03
 # How values of K and n, and of sim, are given: parser, range, example.
 FORMS = ((util.parse_int_list, 1, math.inf, 'whole numbers from 1 up, e.g. 1,3,5-8'),
-         (studies.NUMBERS.function, 0, 1, 'numbers from 0 to 1, e.g. 0,0.3,1'))
+         (cli.NUMBERS.function, 0, 1, 'numbers from 0 to 1, e.g. 0,0.3,1'))
 
 
 def parse_values(option: str, name: str, text: str) -> list:
@@ -30,75 +27,43 @@ def parse_values(option: str, name: str, text: str) -> list:
     sim."""
     parse, low, high, form = FORMS[name == 'sim']
     try:
-        values = parse(text)
+        values = sorted(parse(text))
     except ValueError:
-        values = []
-    if not values or len(set(values)) < len(values) or not all(
-            low <= value <= high for value in values):
+        values = [math.nan]
+    if len(set(values)) < len(values) or not all(low <= value <= high for value in values):
         raise UserError(f'{text!r} is not a list of values of {name}; give different {form}',
                         option)
-    return sorted(values)
+    return values
 
 
-def plan(tag: str, options: dict, given: dict) -> tuple[dict, dict]:
+def plan(tag: str, compared: dict, given: dict) -> tuple[dict, dict]:
     """What is varied, {name: values}, and what is fixed, {name: value}. Raises UserError for
     options that clash.
 
-    `options`: values, x, y, x_values, y_values; `given`: K, n, sim; None where not given.
+    `compared`: values, x, y, x_values, y_values; `given`: K, n, sim; None where not given.
     """
-    for option, text in options.items():
+    for option, text in compared.items():
         if text is not None and (option == 'values') == (tag == 'grid'):
             raise UserError(f'does not go with --tag={tag}', option, text)
     names = {'n' if tag == 'slope' else tag: 'values'}
     if tag == 'grid':
-        names = {options['x']: 'x_values', options['y']: 'y_values'}
+        names = {compared['x']: 'x_values', compared['y']: 'y_values'}
         if None in names or len(names) < 2:
             raise UserError('--x and --y: --tag=grid needs two different parameters, '
                             'e.g. --x=K --y=sim')
-    if given['sim'] is not None and math.isnan(given['sim']):
+    fixed = {name: value for name, value in given.items() if value is not None}
+    if math.isnan(fixed.get('sim', 0)):
         raise UserError('give a number from 0 to 1', 'sim')
     varied = {}
     for name, option in names.items():
-        if given[name] is not None:
+        if name in fixed:
             raise UserError('is what this run varies; give its values with --'
-                            + option.replace('_', '-'), name, given[name])
-        varied[name] = list(SLOPE_VALUES if tag == 'slope' else VALUES[name])
-        if options[option] is not None:
-            varied[name] = parse_values(option, name, options[option])
-    fixed = DEFAULTS | {name: value for name, value in given.items() if value is not None}
-    return varied, {name: value for name, value in fixed.items() if name not in varied}
-
-
-def show(table: pd.DataFrame, varied: list[str]):
-    """Prints the averages."""
-    shown = table[varied].copy()
-    measures = itertools.product(('bound', 'error'), ('single', 'multi', 'advantage'))
-    for (kind, name), column in zip(measures, tables.MEASURES, strict=True):
-        shown[f'{kind} {name}'] = studies.plus_minus(
-            table, column, tables.interval_column(column), '.5f')
-    print(shown.to_string(index=False))
-
-
-def report_undefined(rows: pd.DataFrame):
-    """Says how many simulations have no error because a source had no training sample."""
-    undefined = rows[rows[tables.ERROR_SINGLE].isna()].to_dict('records')
-    if undefined:
-        print(f'Warning: {len(undefined)} of {len(rows)} simulations have no error and are left '
-              'out of the averages: a source had no training sample (e.g. '
-              'seed {seed}, K={K}, n={n})'.format(**undefined[0]), file=sys.stderr)
-
-
-def check_slope(rows: pd.DataFrame):
-    """Prints the slopes of log(error) against log(n). Raises UserError if one is not within 0.03
-    of -1/2."""
-    slopes = {name: tables.slope(rows, name) for name in (tables.ERROR_SINGLE, tables.ERROR_MULTI)}
-    for name, (value, interval) in slopes.items():
-        print(f'slope of log({name}) against log(n): {value:.4f} ± {interval:.4f}, theory -0.5')
-    for name, (value, _) in slopes.items():
-        if not abs(value + 0.5) <= SLOPE_TOLERANCE:
-            raise UserError(f'the slope of {name} is not within {SLOPE_TOLERANCE} of -1/2; give '
-                            '--values far above K times --dim, where the rate holds, and enough '
-                            '--seeds')
+                            + option.replace('_', '-'), name, fixed[name])
+        text = compared[option]
+        varied[name] = (VALUES['slope' if tag == 'slope' else name] if text is None
+                        else parse_values(option, name, text))
+    return varied, {name: value for name, value in (DEFAULTS | fixed).items()
+                    if name not in varied}
 
 
 @click.command(cls=cli.Command, epilog="""\b
@@ -121,14 +86,11 @@ Examples:
               'rate (slope)', type=click.Choice(['K', 'n', 'sim', 'grid', 'slope']), required=True)
 @options.group(
     'compared',
-    click.option('--values', help="Values of what is varied  [default: the paper's]",
-                 metavar='LIST'),
+    options.text('LIST', '--values', "Values of what is varied  [default: the paper's]"),
     options.choice('--x', None, 'First parameter of a grid', DEFAULTS),
     options.choice('--y', None, 'Second parameter of a grid', DEFAULTS),
-    click.option('--x-values', help="Values of the first parameter  [default: the paper's]",
-                 metavar='LIST'),
-    click.option('--y-values', help="Values of the second parameter  [default: the paper's]",
-                 metavar='LIST'))
+    options.text('LIST', '--x-values', "Values of the first parameter  [default: the paper's]"),
+    options.text('LIST', '--y-values', "Values of the second parameter  [default: the paper's]"))
 @options.group(
     'given',
     options.integer('--K K', None, 'Number of sources, where not varied  [default: 5]'),
@@ -140,8 +102,7 @@ Examples:
 @options.integer('--test-points', 500, 'Samples on which the error is measured')
 @options.integers('--seeds', None, "Random seeds, e.g. 3,33,520 or 0-9999; more than the paper's "
                   "five add 95% intervals  [default: the paper's; 0-199 for slope]")
-@click.option('--outdir', help='Where results go, in a folder for each tag', metavar='DIR',
-              default=str(tables.RESULTS))
+@options.text('DIR', '--outdir', 'Where results go, in a folder for each tag', default=RESULTS)
 def main(tag, seeds, dim, test_points, outdir, compared, given):
     """Estimates Gaussian means from several sources, alone and together, and compares the error
     with theory.
@@ -150,26 +111,28 @@ def main(tag, seeds, dim, test_points, outdir, compared, given):
     files.
     """
     varied, fixed = plan(tag, compared, given)
+    from simulations import tables  # the options are good: what takes time to import
+
     seeds = seeds or (SLOPE_SEEDS if tag == 'slope' else tables.PAPER_SEEDS)
     if len(set(seeds)) < len(seeds) or max(seeds) >= 2**64:
         raise UserError('give each seed once, below 2^64', 'seeds')
-    tables.folder(outdir, tag)  # a place that cannot be written shows now, not after the work
+    folder = tables.folder(outdir, tag)  # a place that cannot be written shows now, not after the work
     start = time.monotonic()
-    from simulations import gaussian  # torch takes seconds to import: once the options are good
+    from simulations import gaussian
 
     settings = [gaussian.Setting(**fixed, D=dim, **dict(zip(varied, point, strict=True)))
                 for point in itertools.product(*varied.values())]
     errors = gaussian.simulate_many(settings, seeds, test_points)
     names = list(varied)
-    rows = tables.results(settings, seeds, errors)[tables.columns(names)]
+    rows = tables.results(settings, seeds, errors, names)
     table = tables.average(rows, names, len(seeds) > len(tables.PAPER_SEEDS))
-    path = tables.save(outdir, tag, table, rows)
-    show(table, names)
-    report_undefined(rows)
+    path = tables.save(folder, table, rows)
+    tables.show(table, names)
+    tables.report_undefined(rows)
     took = util.format_time(time.monotonic() - start)
     print(f'{len(rows)} simulations in {took}, averages over {len(seeds)} seeds in {path}')
     if tag == 'slope':
-        check_slope(rows)
+        tables.check_slope(rows)
 
 
 if __name__ == '__main__':

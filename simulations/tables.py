@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import itertools
 import pathlib
+import sys
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,6 @@ from scipy.special import stdtrit
 import studies
 from dnnlib import UserError
 
-RESULTS = pathlib.Path(__file__).resolve().parent / 'results' / 'gaussian'
 PAPER_SEEDS = (3, 33, 520, 2025, 25731)
 
 BOUND_SINGLE = 'theoretical TV bound of single'
@@ -23,6 +23,7 @@ ERROR_MULTI = 'empirical TV of multi'
 ERROR_ADVANTAGE = 'advantage (abs)'
 MEASURED = (ERROR_SINGLE, ERROR_MULTI, ERROR_ADVANTAGE)
 MEASURES = (BOUND_SINGLE, BOUND_MULTI, BOUND_ADVANTAGE, *MEASURED)
+SLOPE_TOLERANCE = 0.03
 
 
 def interval_column(column: str) -> str:
@@ -36,17 +37,17 @@ def columns(varied: list[str]) -> list[str]:
     return [*varied, *others, *MEASURES]
 
 
-def results(settings: list, seeds: list[int], errors: list[tuple]) -> pd.DataFrame:
+def results(settings: list, seeds: list[int], errors: list[tuple], varied: list[str]):
     """A row for each setting (see `gaussian.Setting`) and seed, with its bounds and its two
     errors (single, multi)."""
-    rows = [dataclasses.asdict(setting) | dict(zip(
-        ('seed', BOUND_SINGLE, BOUND_MULTI, ERROR_SINGLE, ERROR_MULTI),
-        (seed, *setting.bounds(), *pair), strict=True))
-        for (setting, seed), pair in zip(itertools.product(settings, seeds), errors, strict=True)]
-    table = pd.DataFrame(rows)
+    names = ('seed', BOUND_SINGLE, BOUND_MULTI, ERROR_SINGLE, ERROR_MULTI)
+    table = pd.DataFrame([
+        dataclasses.asdict(setting) | dict(zip(
+            names, (seed, *setting.bounds(), *pair), strict=True))
+        for (setting, seed), pair in zip(itertools.product(settings, seeds), errors, strict=True)])
     table[BOUND_ADVANTAGE] = table[BOUND_SINGLE] - table[BOUND_MULTI]
     table[ERROR_ADVANTAGE] = table[ERROR_SINGLE] - table[ERROR_MULTI]
-    return table
+    return table[columns(varied)]
 
 
 def half_width(values):
@@ -62,7 +63,7 @@ def average(rows: pd.DataFrame, varied: list[str], intervals: bool) -> pd.DataFr
     `intervals`, columns are added: `seeds`, the number of errors that went into the mean, and the
     half-width of each 95% interval.
     """
-    groups = rows[columns(varied)].groupby(varied)
+    groups = rows.groupby(varied)
     table = groups.mean()
     if intervals:
         table['seeds'] = groups[ERROR_SINGLE].count()
@@ -85,6 +86,42 @@ def slope(rows: pd.DataFrame, column: str) -> tuple[float, float]:
     return slopes.mean(), half_width(slopes)
 
 
+def show(table: pd.DataFrame, varied: list[str]):
+    """Prints the averages."""
+    shown = table[varied].copy()
+    titles = map(' '.join, itertools.product(('bound', 'error'), ('single', 'multi', 'advantage')))
+    for title, name in zip(titles, MEASURES, strict=True):
+        shown[title] = studies.plus_minus(table, name, interval_column(name), '.5f')
+    print(shown.to_string(index=False))
+
+
+def report_undefined(rows: pd.DataFrame):
+    """Says how many simulations have no error because a source had no training sample."""
+    undefined = rows[rows[ERROR_SINGLE].isna()].to_dict('records')
+    if undefined:
+        print(f'Warning: {len(undefined)} of {len(rows)} simulations have no error and are left '
+              'out of the averages: a source had no training sample (e.g. '
+              'seed {seed}, K={K}, n={n})'.format(**undefined[0]), file=sys.stderr)
+
+
+def check_slope(rows: pd.DataFrame):
+    """Prints the slopes of log(error) against log(n). Raises UserError if one is not within 0.03
+    of -1/2."""
+    wrong = []
+    for name in (ERROR_SINGLE, ERROR_MULTI):
+        value, interval = slope(rows, name)
+        print(f'slope of log({name}) against log(n): {value:.4f} ± {interval:.4f}, theory -0.5')
+        if not abs(value + 0.5) <= SLOPE_TOLERANCE:
+            wrong.append(name)
+    if wrong:
+        raise UserError(f'the slope of {wrong[0]} is not within {SLOPE_TOLERANCE} of -1/2; give '
+                        '--values far above K times --dim, where the rate holds, and enough '
+                        '--seeds')
+
+
+# --- Files ---------------------------------------------------------------------------------------
+
+
 def folder(outdir: str, tag: str) -> pathlib.Path:
     """Makes the folder of a tag. Raises UserError if that cannot be done."""
     path = pathlib.Path(outdir).resolve() / tag
@@ -95,14 +132,14 @@ def folder(outdir: str, tag: str) -> pathlib.Path:
     return path
 
 
-def save(outdir: str, tag: str, table: pd.DataFrame, rows: pd.DataFrame) -> pathlib.Path:
-    """Writes `<outdir>/<tag>/gaussian_<tag>-<UTC time>.csv` and, before it, the rows of each seed
-    as `...-seeds.csv`.
+def save(place: pathlib.Path, table: pd.DataFrame, rows: pd.DataFrame) -> pathlib.Path:
+    """Writes `gaussian_<tag>-<UTC time>.csv` to the folder of a tag and, before it, the rows of
+    each seed as `...-seeds.csv`.
 
     Returns the path of the table. Names sort by time, and a result is never overwritten.
     """
     stamp = datetime.datetime.now(datetime.timezone.utc).strftime('%Y%m%d-%H%M%S-%f')
-    path = folder(outdir, tag) / f'gaussian_{tag}-{stamp}.csv'
+    path = place / f'gaussian_{place.name}-{stamp}.csv'
     for dest, frame in ((seeds_path(path), rows), (path, table)):
         with studies.writing(str(dest)) as temp:
             frame.to_csv(temp, index=False, lineterminator='\n')

@@ -19,77 +19,64 @@ import pandas as pd
 import tqdm
 
 import studies
-from dnnlib import cli, util
-from synthetic_data import evaluate_data, generate, select_1M
+from dnnlib import cli, options, util
+from studies import WHOLE, compared, setting
+from synthetic_data import evaluate_data, generate, select_1M, train_classifier
 from synthetic_data.mixture import GeneratedImages
-from training.data import convert, sources
 from training.data.dataset import ImageDataset
 from training.snapshot import snapshot_name
 
 CLASSES = 10
-GRID_COLUMNS = 12
 LEAST_SPAN = 10       # of an axis of accuracies, in percent
+BATCH = 64            # of the diffusion model and of classifiers
 # What all classifiers share; digits must not be mirrored.
-CLASSIFIER = dict(
-    model='wrn-10-1', normalize=False, share=0.7, batch=64, lr=0.2, rampup=0, momentum=0.9,
-    weight_decay=5e-4, ema=0.99, smoothing=0.1, pad=1, xflip=False, precision='fp32', status=1024,
-    checkpoint=None, attack_steps=10, batch_gpu=None, ls=1.0, bench=True)
-GENERATOR_BATCH = 64
+CLASSIFIER = {'model': 'wrn-10-1', 'batch': BATCH, 'ema': 0.99, 'pad': 1, 'xflip': False,
+              'precision': 'fp32', 'status': 1024}
+SHARE = click.FloatRange(0, 1, min_open=True)
 
 
-def whole_batches(batch: int):
-    """The type of a number of training images, rounded up: the last snapshot is then of that
-    name."""
-    def parse(text):
-        count = util.parse_count(text)
-        if count < 1:
-            raise ValueError('must be at least 1')
-        return -(-count // batch) * batch
-    return cli.Parsed('count', parse)
+def whole_batches(text: str) -> int:
+    """A number of training images, rounded up: the last snapshot is then of that name."""
+    count = util.parse_count(text)
+    if count < 1:
+        raise ValueError('must be at least 1')
+    return -(-count // BATCH) * BATCH
+
+
+NIMG = cli.Parsed('count', whole_batches)
 
 
 @dataclasses.dataclass(frozen=True)
 class Study(studies.Study):
-    seeds: list = studies.compared(
-        '0-3', cli.INT_LIST, 'Seeds of data, weights, noise and attacks')
-    real: int = studies.setting(10, studies.WHOLE, 'Real training images of each class')
-    generated: int = studies.setting(500, studies.WHOLE, 'Generated images of each class')
-    top_scale: float = studies.setting(0.2, click.FloatRange(0, 1, min_open=True),
-                                       'Share of the generated images that is selected')
-    generator_duration: int = studies.setting('24Ki', whole_batches(GENERATOR_BATCH),
-                                              'Training images of the diffusion model')
-    channels: int = studies.setting(32, studies.WHOLE, 'Width of the diffusion model')
-    steps: int = studies.setting(8, studies.WHOLE, 'Sampling steps')
-    duration: int = studies.setting('8Ki', whole_batches(CLASSIFIER['batch']),
-                                    'Training images of a classifier')
-    eps: float = studies.setting(0.1, click.FloatRange(0, 1, min_open=True),
-                                 'Largest change of a pixel by an attack')
-    test_images: int = studies.setting(
-        None, click.IntRange(min=CLASSES),
-        'Digits to test on, of those that are not trained on  [default: all]')
+    seeds: cli.INT_LIST = compared('0-3', 'Seeds of data, weights, noise and attacks')
+    real: WHOLE = setting(10, 'Real training images of each class')
+    generated: WHOLE = setting(500, 'Generated images of each class')
+    top_scale: SHARE = setting(0.2, 'Share of the generated images that is selected')
+    generator_duration: NIMG = setting('24Ki', 'Training images of the diffusion model')
+    channels: WHOLE = setting(32, 'Width of the diffusion model')
+    steps: WHOLE = setting(8, 'Sampling steps')
+    duration: NIMG = setting('8Ki', 'Training images of a classifier')
+    eps: SHARE = setting(0.1, 'Largest change of a pixel by an attack')
+    test_images: click.IntRange(min=CLASSES) = setting(
+        None, 'Digits to test on, of those that are not trained on  [default: all]')
+    grid = dict(columns=12, min_side=24)
 
     def of(self, seed: int, *parts) -> str:
         return self.path(f'seed{seed}', *parts)
 
-    def real_data(self, seed: int) -> str:
-        return self.of(seed, 'real.zip')
-
-    def test_data(self, seed: int) -> str:
-        return self.of(seed, 'test.zip')
-
-    def images(self, seed: int) -> str:
-        return self.of(seed, 'generated')
-
-    def selected(self, seed: int) -> str:
-        return self.of(seed, 'selected', 'best.npz')
+    def data(self, seed: int) -> dict:
+        """What classifiers of a seed train on, besides the real digits."""
+        return {'real': None, 'generated': self.of(seed, 'generated'),
+                'selected': self.of(seed, 'selected', 'best.npz')}
 
     def runs(self, seed: int) -> list[evaluate_data.Run]:
         """The six classifiers of a seed."""
-        data = {'real': None, 'generated': self.images(seed), 'selected': self.selected(seed)}
-        options = CLASSIFIER | dict(duration=self.duration, eps=self.eps, step_size=self.eps / 4)
-        return evaluate_data.plan(
-            self.of(seed, 'classifiers'), self.real_data(seed), self.test_data(seed), data,
-            evaluate_data.TRAINING, [seed], options)
+        real = self.of(seed, 'real.zip')
+        shared = options.training_values(train_classifier.main, studies.arguments(CLASSIFIER | {
+            'outdir': '', 'data': real, 'duration': self.duration, 'eps': self.eps,
+            'step-size': self.eps / 4}))
+        return evaluate_data.plan(self.of(seed, 'classifiers'), real, self.of(seed, 'test.zip'),
+                                  self.data(seed), evaluate_data.TRAINING, [seed], shared)
 
 
 # --- The steps -----------------------------------------------------------------------------------
@@ -97,23 +84,22 @@ class Study(studies.Study):
 
 def make_data(study: Study, seed: int):
     """Archives of `study.real` digits of each class, drawn by seed, and of others, to test on."""
-    source = sources.open_source('digits')
-    rest = studies.held_out(source, None, study.real, seed, 'real')
+    real, rest = studies.split(study.real, seed, 'real')
     chosen = np.sort(np.random.RandomState(seed).permutation(len(rest))[:study.test_images])
-    rest = dataclasses.replace(rest, indices=rest.indices[chosen], labels=rest.labels[chosen])
-    real = convert.by_class(source, None, study.real, seed)
-    studies.make_archive(study.real_data(seed), source, real)
-    studies.make_archive(study.test_data(seed), source, rest)
+    test = dataclasses.replace(rest, indices=rest.indices[chosen], labels=rest.labels[chosen])
+    studies.make_archive(study.of(seed, 'real.zip'), real)
+    studies.make_archive(study.of(seed, 'test.zip'), test)
 
 
 def make_images(study: Study, seed: int):
     """Trains a diffusion model and makes its images, as far as that is not done."""
     duration = study.generator_duration
     network = studies.edm2_network(study.of(seed, 'generator'), studies.edm2_settings(
-        study.real_data(seed), duration, seed=seed, channels=study.channels, batch=GENERATOR_BATCH,
-        status=max(duration // 8, 1), checkpoint=max(duration // 4, 1)))
-    args = [f'--outdir={study.images(seed)}', f'--seeds=0-{study.generated - 1}', '--batch=128',
-            f'--steps={study.steps}', f'--class_num={CLASSES}', f'--network={network}']
+        study.of(seed, 'real.zip'), duration, seed=seed, channels=study.channels, batch=BATCH,
+        checkpoint=max(duration // 4, 1)))
+    args = studies.arguments(dict(
+        outdir=study.of(seed, 'generated'), seeds=f'0-{study.generated - 1}', batch=128,
+        steps=study.steps, class_num=CLASSES, network=network))
     with studies.silence():
         generate.main.callback(**generate.main.make_context('generate.py', args).params)
 
@@ -122,7 +108,8 @@ def select(study: Study, seed: int):
     """The best share of the images, by the classifier of the real digits."""
     classifier, = filter(is_first, study.runs(seed))
     network = os.path.join(classifier.folder, snapshot_name(study.duration))
-    studies.make(study.selected(seed), select_1M.run, None, network, [study.images(seed)],
+    data = study.data(seed)
+    studies.make(data['selected'], select_1M.run, None, network, [data['generated']],
                  study.of(seed, 'selected'), CLASSES, study.top_scale, 256, 'best')
 
 
@@ -155,24 +142,21 @@ def draw(results: pd.DataFrame, eps: float):
             half = max(0.75 * np.ptp(ends), LEAST_SPAN / 2)
             axis.set(xlim=(-0.5, len(places) - 0.5), ylim=ends.mean() + (-half, half))
             axis.set_xticks(places, ticks)
+            axis.set_title(f'{training} training' * (kind == 'clean'))
         row[0].set_ylabel(label)
-    for training, axis in zip(evaluate_data.TRAINING, axes[0], strict=True):
-        axis.set_title(f'{training} training')
     return figure
 
 
-def save_samples(study: Study, seed: int):
+def sample_rows(study: Study, seed: int) -> dict:
     """For each digit a row of real, of generated and of selected images."""
-    data = {'real': ImageDataset(study.real_data(seed)),
-            'generated': GeneratedImages(study.images(seed), CLASSES),
-            'selected': GeneratedImages(study.selected(seed), CLASSES)}
-    rows = {f'{digit} {name}': images.images(
-        np.flatnonzero(images.label_ids == digit)[:GRID_COLUMNS])
-        for digit in range(CLASSES) for name, images in data.items()}
-    studies.save_rows(rows, GRID_COLUMNS, study.path('samples.png'), min_side=24)
+    data = {name: GeneratedImages(path, CLASSES) if path
+            else ImageDataset(study.of(seed, 'real.zip'))
+            for name, path in study.data(seed).items()}
+    return {f'{digit} {name}': studies.pixels(images, digit)
+            for digit in range(CLASSES) for name, images in data.items()}
 
 
-@studies.command(Study, 'study-synthetic-data', 'synthetic_data/digits_synthetic_data.py', """\b
+@studies.command(Study, """\b
   # More seeds, more real digits, in a folder of its own
   python synthetic_data/digits_synthetic_data.py --seeds=0-9 --real=50 --outdir=training-runs/study-50
 """)
@@ -199,8 +183,8 @@ def main(study):
     results = evaluate_data.table(runs)
     summary = evaluate_data.summarise(results)
     evaluate_data.show(summary, study.eps)
-    save_samples(study, study.seeds[0])
-    study.save(draw(results, study.eps), 'samples.png', results=results, summary=summary)
+    study.save(draw(results, study.eps), {'samples.png': sample_rows(study, study.seeds[0])},
+               results=results, summary=summary)
 
 
 if __name__ == '__main__':

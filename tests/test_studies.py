@@ -150,7 +150,7 @@ def run(case: Case, outdir, *args) -> str:
 def open_study(module, folder, *args):
     """A study with these options; nothing is written."""
     studied = []
-    command = studies.command(module.Study, 'x', 'x.py')(studied.append)
+    command = studies.command(module.Study)(lambda study: studied.append(study))
     result = CliRunner().invoke(command, [f'--outdir={folder}', *args])
     assert result.exit_code == 0, result.output
     return studied[0]
