@@ -125,7 +125,7 @@ class Study:
         if figure is not None:
             names += map(os.path.basename, save_figure(figure, self.path('study')))
         for name, rows in (grids or {}).items():
-            save_rows(rows, self.path(name), **self.grid)
+            save_rows(rows, path=self.path(name), **self.grid)
             names.append(name)
         print(f'\nWrote {", ".join(names)} to {self.outdir}')
 
@@ -338,7 +338,7 @@ def pixels(images, digit: int | None = None) -> np.ndarray:
     return opened.images(select(opened, class_name=digit))
 
 
-def save_rows(rows: dict, path: str, columns: int, **options):
+def save_rows(rows: dict, columns: int, path: str, **options):
     """A PNG with a row for each {title: images uint8 [N,C,H,W]}; short rows end in white."""
     tiles = []
     for images in rows.values():

@@ -37,7 +37,7 @@ BASELINE = YAML / 'exp' / 'Digits-Baseline.yaml'
 TEACHER = YAML / 'teacher.yaml'
 IMAGES = click.IntRange(min=16)                                # a row of the picture
 SHARE = 0.95         # of real digits, unseen by the classifier, that count as clear
-ENVIRONMENT = {'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
+ENVIRONMENT = {'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1', configs.OUTDIR_VARIABLE: ''}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,10 +149,8 @@ def run_stage(study: Study, arguments: list, dest: str):
     log = Path(study.path('logs', name.replace(os.sep, '-') + '.log'))
     log.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    environment = os.environ | ENVIRONMENT
-    environment.pop(configs.OUTDIR_VARIABLE, None)
     with open(log, 'a') as file, subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env=environment,
+            command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | ENVIRONMENT,
             start_new_session=True) as process:
         try:
             code = process.wait()
@@ -161,7 +159,7 @@ def run_stage(study: Study, arguments: list, dest: str):
             process.wait()
             raise
     if code != 0 or not os.path.exists(dest):
-        last = log.read_text().strip().rpartition('\n')[2].strip()
+        last = log.read_text().strip().rpartition('\n')[2]
         raise UserError(f'{name} could not be made ({last[:200]}); see {log}')
     seconds = time.monotonic() - start
     with open(study.path('seconds.jsonl'), 'a') as file:
@@ -185,7 +183,7 @@ def controls(pixels, labels, seed: int) -> dict:
     random = np.random.default_rng(seed)
     pairs = random.integers(len(pixels), size=(2, 2000))
     pairs = pairs[:, labels[pairs[0]] != labels[pairs[1]]]
-    return {'two digits at once': (pixels[pairs].astype(np.uint16).sum(0) // 2).astype(np.uint8),
+    return {'two digits at once': (pixels[pairs].sum(0) // 2).astype(np.uint8),
             'noise': random.integers(0, 256, (1000, *pixels.shape[1:])).astype(np.uint8)}
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 import studies
-from dnnlib import UserError, cli
+from dnnlib import UserError, cli, options
 from simulations import RESULTS, tables
 from studies import plt
 
@@ -155,9 +155,9 @@ Examples:
   python simulations/run_gaussian.py --tag={tag}{' --x=K --y=sim' if tag == 'grid' else ''}
   python simulations/plot_gaussian_{tag}.py
 """)
-    @click.option('--outdir', help='Where results are, in a folder for each tag', metavar='DIR',
+    @options.text('DIR', '--outdir', 'Where results are, in a folder for each tag',
                   default=RESULTS)
-    @click.option('--result', help='Table to draw  [default: the newest one]', metavar='CSV')
+    @options.text('CSV', '--result', 'Table to draw  [default: the newest one]')
     def main(outdir, result):
         path = Path(result).resolve() if result else tables.newest(outdir, tag)
         rows = tables.load(path)

@@ -104,17 +104,12 @@ def make_images(study: Study, seed: int):
         generate.main.callback(**generate.main.make_context('generate.py', args).params)
 
 
-def select(study: Study, seed: int):
-    """The best share of the images, by the classifier of the real digits."""
-    classifier, = filter(is_first, study.runs(seed))
+def select(study: Study, classifier: evaluate_data.Run):
+    """The best share of the images, by a classifier of the real digits."""
     network = os.path.join(classifier.folder, snapshot_name(study.duration))
-    data = study.data(seed)
+    data = study.data(classifier.seed)
     studies.make(data['selected'], select_1M.run, None, network, [data['generated']],
-                 study.of(seed, 'selected'), CLASSES, study.top_scale, 256, 'best')
-
-
-def is_first(run: evaluate_data.Run) -> bool:
-    return (run.data, run.training) == ('real', 'plain')
+                 os.path.dirname(data['selected']), CLASSES, study.top_scale, 256, 'best')
 
 
 # --- Results -------------------------------------------------------------------------------------
@@ -127,22 +122,21 @@ def draw(results: pd.DataFrame, eps: float):
     figure, axes = studies.plt.subplots(2, 2, figsize=(6.2, 4.4), sharex=True)
     kinds = {'clean': 'clean accuracy (%)', 'robust': f'under PGD-10, eps {eps:.2g} (%)'}
     ticks = [label.replace(' + ', '\n+ ') for label in evaluate_data.DATA.values()]
-    places = range(len(ticks))
     for (kind, label), row in zip(kinds.items(), axes, strict=True):
         for training, axis in zip(evaluate_data.TRAINING, row, strict=True):
             by_seed = 100 * results[results['training'] == training].pivot(
                 index='seed', columns='data', values=kind)[list(evaluate_data.DATA)]
-            axis.plot(places, by_seed.T, color='0.75', linewidth=0.8, marker='.', markersize=5)
-            axis.plot(places, by_seed.mean(), 'C0_', markersize=22, markeredgewidth=2.2)
-            for place, mean, highest in zip(places, by_seed.mean(), by_seed.max(), strict=True):
-                axis.annotate(f'{mean:.1f}', (place, highest), (0, 6), ha='center', color='C0',
+            axis.plot(ticks, by_seed.T, color='0.75', linewidth=0.8, marker='.', markersize=5)
+            axis.plot(ticks, by_seed.mean(), 'C0_', markersize=22, markeredgewidth=2.2)
+            for tick, mean, highest in zip(ticks, by_seed.mean(), by_seed.max(), strict=True):
+                axis.annotate(f'{mean:.1f}', (tick, highest), (0, 6), ha='center', color='C0',
                               textcoords='offset points')
             # A difference of a percent is not to look like a large one.
             ends = np.array([by_seed.min(axis=None), by_seed.max(axis=None)])
             half = max(0.75 * np.ptp(ends), LEAST_SPAN / 2)
-            axis.set(xlim=(-0.5, len(places) - 0.5), ylim=ends.mean() + (-half, half))
-            axis.set_xticks(places, ticks)
-            axis.set_title(f'{training} training' * (kind == 'clean'))
+            axis.set(ylim=ends.mean() + (-half, half),
+                     title=f'{training} training' * (kind == 'clean'))
+            axis.margins(x=0.25)
         row[0].set_ylabel(label)
     return figure
 
@@ -175,9 +169,10 @@ def main(study):
         tqdm.tqdm.write(f'    seed {seed}: done')
     print('2/3 A classifier of the real digits selects', flush=True)
     runs = [run for seed in study.seeds for run in study.runs(seed)]
-    evaluate_data.train_all([run for run in runs if is_first(run)], study.jobs)
-    for seed in study.seeds:
-        select(study, seed)
+    first = [run for run in runs if (run.data, run.training) == ('real', 'plain')]
+    evaluate_data.train_all(first, study.jobs)
+    for run in first:
+        select(study, run)
     print('3/3 Classifiers', flush=True)
     evaluate_data.train_all(sorted(runs, key=lambda run: run.training), study.jobs)
     results = evaluate_data.table(runs)
