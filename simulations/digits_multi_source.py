@@ -30,7 +30,7 @@ from training.generate import open_generator
 ORDER = (3, 8, 9, 5, 1, 2, 7, 4, 0, 6)
 COMPARED = 3                                                   # the first ones are measured
 TRAINING = 'fd of training images'
-MEASURES = ('fd', 'single - multi', TRAINING)
+MEASURES = {'distance': 'fd', 'single - multi': 'single - multi', 'training images': TRAINING}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +172,7 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
     values['single - multi'] = (-by_sources).add(by_sources[1], axis=0).drop(columns=1).stack()
     groups = values.groupby(['n', 'sources'])
     summary = groups.size().to_frame('seeds')
-    for name in MEASURES:
+    for name in MEASURES.values():
         summary[name] = groups[name].mean()
         summary[tables.interval_column(name)] = tables.half_width(groups[name])
     single = summary['fd'].xs(1, level='sources')
@@ -182,10 +182,7 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
 
 def show(summary: pd.DataFrame):
     """Prints the averages."""
-    shown = summary[['n', 'sources']].copy()
-    for title, name in zip(('distance', 'single - multi', 'training images'), MEASURES,
-                           strict=True):
-        shown[title] = studies.plus_minus(summary, name, tables.interval_column(name), '.0f')
+    shown = tables.texts(summary, ['n', 'sources'], MEASURES, '.0f')
     shown['gain %'] = studies.plus_minus(summary, 'single - multi, % of single', '', '+.0f')
     print('\nFrechet distance of pixels to held-out digits, mean ± 95% interval over seeds:\n'
           + shown.to_string(index=False))

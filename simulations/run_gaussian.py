@@ -127,7 +127,7 @@ def main(tag, seeds, dim, test_points, outdir, compared, given):
     rows = tables.results(settings, seeds, errors, names)
     table = tables.average(rows, names, len(seeds) > len(tables.PAPER_SEEDS))
     path = tables.save(folder, table, rows)
-    tables.show(table, names)
+    print(tables.texts(table, names, tables.TITLES, '.5f').to_string(index=False))
     tables.report_undefined(rows)
     took = util.format_time(time.monotonic() - start)
     print(f'{len(rows)} simulations in {took}, averages over {len(seeds)} seeds in {path}')

@@ -22,7 +22,10 @@ ERROR_SINGLE = 'empirical TV of single'
 ERROR_MULTI = 'empirical TV of multi'
 ERROR_ADVANTAGE = 'advantage (abs)'
 MEASURED = (ERROR_SINGLE, ERROR_MULTI, ERROR_ADVANTAGE)
-MEASURES = (BOUND_SINGLE, BOUND_MULTI, BOUND_ADVANTAGE, *MEASURED)
+TITLES = {'bound single': BOUND_SINGLE, 'bound multi': BOUND_MULTI,
+          'bound advantage': BOUND_ADVANTAGE, 'error single': ERROR_SINGLE,
+          'error multi': ERROR_MULTI, 'error advantage': ERROR_ADVANTAGE}
+MEASURES = tuple(TITLES.values())
 SLOPE_TOLERANCE = 0.03
 
 
@@ -86,13 +89,12 @@ def slope(rows: pd.DataFrame, column: str) -> tuple[float, float]:
     return slopes.mean(), half_width(slopes)
 
 
-def show(table: pd.DataFrame, varied: list[str]):
-    """Prints the averages."""
-    shown = table[varied].copy()
-    titles = map(' '.join, itertools.product(('bound', 'error'), ('single', 'multi', 'advantage')))
-    for title, name in zip(titles, MEASURES, strict=True):
-        shown[title] = studies.plus_minus(table, name, interval_column(name), '.5f')
-    print(shown.to_string(index=False))
+def texts(table: pd.DataFrame, keys: list[str], titles: dict, form: str) -> pd.DataFrame:
+    """The columns `keys` of averages, and those in `titles` {title: column} with their intervals,
+    to be printed."""
+    return table[keys].assign(**{
+        title: studies.plus_minus(table, name, interval_column(name), form)
+        for title, name in titles.items()})
 
 
 def report_undefined(rows: pd.DataFrame):
