@@ -26,7 +26,6 @@ from long_tail import datasets, make_stats
 from long_tail import main as long_tail
 from studies import WHOLE, compared, setting
 from training.checkpoint import StepCheckpoints
-from training.data.images import open_images
 from training.encoders import RGBEncoder
 from training.snapshot import load_snapshot
 
@@ -102,9 +101,9 @@ def plan(study: Study) -> list[list[Model]]:
     methods = set(study.methods)
     if not methods <= METHODS.keys() or ('finetune' in methods and 'plain' not in methods):
         raise UserError(f'give some of {",".join(METHODS)}; finetune starts from plain', 'methods')
-    chains = [[Model(method, seed) for method in chain if method in methods]
-              for chain in (['cb'], ['plain', 'finetune']) for seed in study.seeds]
-    return [chain for chain in chains if chain]
+    chains = [methods.intersection(chain) for chain in (['cb'], ['plain', 'finetune'])]
+    return [[Model(method, seed) for method in METHODS if method in chain]
+            for chain in chains if chain for seed in study.seeds]
 
 
 def flags_of(study: Study, model: Model, **more) -> dict:
@@ -286,13 +285,12 @@ def draw(study: Study, classes: pd.DataFrame, results: pd.DataFrame, omegas):
                            textcoords='offset points')
     trade.set(xlabel='recognition, few', ylabel='recall, few')
     shown = {'training images': datasets.open_data('digitslt', '', **TAIL)} | {
-        METHODS[method]: open_images(study.result(Model(method, min(study.seeds)), omega, '.npz'))
+        METHODS[method]: study.result(Model(method, min(study.seeds)), omega, '.npz')
         for method, omega in omegas.items()}
-    for axis, (title, opened) in zip(below.subplots(1, len(shown)), shown.items(), strict=True):
-        rows = [np.resize(np.flatnonzero(opened.label_ids == digit), GRID_COLUMNS)
+    for axis, (title, images) in zip(below.subplots(1, len(shown)), shown.items(), strict=True):
+        rows = [np.resize(studies.pixels(images, digit), (GRID_COLUMNS, 3, 8, 8))
                 for digit in range(10)]
-        axis.imshow(pictures.image_grid(opened.images(np.concatenate(rows)), GRID_COLUMNS,
-                                        min_side=24))
+        axis.imshow(pictures.image_grid(np.concatenate(rows), GRID_COLUMNS, min_side=24))
         axis.set_title(title)
         axis.axis('off')
     return figure
