@@ -60,7 +60,7 @@ def plan(tag: str, compared: dict, given: dict) -> tuple[dict, dict]:
             raise UserError('is what this run varies; give its values with --'
                             + option.replace('_', '-'), name, fixed[name])
         text = compared[option]
-        varied[name] = (VALUES['slope' if tag == 'slope' else name] if text is None
+        varied[name] = (VALUES.get(tag, VALUES[name]) if text is None
                         else parse_values(option, name, text))
     return varied, {name: value for name, value in (DEFAULTS | fixed).items()
                     if name not in varied}

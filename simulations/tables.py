@@ -3,8 +3,8 @@
 import dataclasses
 import datetime
 import itertools
-import pathlib
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -36,8 +36,7 @@ def interval_column(column: str) -> str:
 
 def columns(varied: list[str]) -> list[str]:
     """The paper's columns: what is varied, the seed, the other parameters, bounds and errors."""
-    others = [name for name in ('seed', 'K', 'D', 'sim', 'n') if name not in varied]
-    return [*varied, *others, *MEASURES]
+    return list(dict.fromkeys([*varied, 'seed', 'K', 'D', 'sim', 'n', *MEASURES]))
 
 
 def results(settings: list, seeds: list[int], errors: list[tuple], varied: list[str]):
@@ -124,9 +123,9 @@ def check_slope(rows: pd.DataFrame):
 # --- Files ---------------------------------------------------------------------------------------
 
 
-def folder(outdir: str, tag: str) -> pathlib.Path:
+def folder(outdir: str, tag: str) -> Path:
     """Makes the folder of a tag. Raises UserError if that cannot be done."""
-    path = pathlib.Path(outdir).resolve() / tag
+    path = Path(outdir).resolve() / tag
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -134,7 +133,7 @@ def folder(outdir: str, tag: str) -> pathlib.Path:
     return path
 
 
-def save(place: pathlib.Path, table: pd.DataFrame, rows: pd.DataFrame) -> pathlib.Path:
+def save(place: Path, table: pd.DataFrame, rows: pd.DataFrame) -> Path:
     """Writes `gaussian_<tag>-<UTC time>.csv` to the folder of a tag and, before it, the rows of
     each seed as `...-seeds.csv`.
 
@@ -148,23 +147,22 @@ def save(place: pathlib.Path, table: pd.DataFrame, rows: pd.DataFrame) -> pathli
     return path
 
 
-def seeds_path(path: pathlib.Path) -> pathlib.Path:
+def seeds_path(path: Path) -> Path:
     """The file with the rows of each seed, beside a table."""
     return path.with_name(f'{path.stem}-seeds.csv')
 
 
-def newest(outdir: str, tag: str) -> pathlib.Path:
+def newest(outdir: str, tag: str) -> Path:
     """Path of the newest table of a tag. Raises UserError saying what to run first."""
-    place = pathlib.Path(outdir).resolve() / tag
-    paths = [path for path in place.glob(f'gaussian_{tag}-*.csv')
-             if not path.stem.endswith('-seeds')]
-    if not paths:
+    place = Path(outdir).resolve() / tag
+    path = max(place.glob(f'gaussian_{tag}-*[0-9].csv'), default=None)
+    if path is None:
         raise UserError(f'no result in {place}; first run: '
                         f'python simulations/run_gaussian.py --tag={tag}')
-    return max(paths)
+    return path
 
 
-def load(path: pathlib.Path) -> pd.DataFrame:
+def load(path: Path) -> pd.DataFrame:
     """A table, or its file of seeds, as numbers (empty cells are NaN). Raises UserError for other
     files."""
     try:
