@@ -12,6 +12,7 @@ import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import studies
 from dnnlib import cli, options, pictures
 from torch_utils.random import GlobalRandom
 from training import ema
@@ -157,7 +158,8 @@ def measure(data: Branches, points, label: int, floor: float) -> dict:
 
 def draw_figure(data: Branches, samples: dict, label: int, floor: float, dest: str):
     """One panel for each way: the class's density as contours, samples as points, outliers red."""
-    figure, axes = pictures.figure((3.2 * len(samples), 3.4), (1, len(samples)))
+    figure, axes = studies.plt.subplots(1, len(samples), figsize=(3.2 * len(samples), 3.4),
+                                        layout='constrained')
     middle = data.means[data.labels == label].mean(0)
     x, y = (torch.linspace(-0.9, 0.9, 200) + float(centre) for centre in middle)
     plane = torch.stack(torch.meshgrid(x, y, indexing='xy'), 2).reshape(-1, 2)
@@ -170,6 +172,7 @@ def draw_figure(data: Branches, samples: dict, label: int, floor: float, dest: s
         axis.set(title=name, xlim=(x[0], x[-1]), ylim=(y[0], y[-1]), xticks=[], yticks=[],
                  aspect='equal')
     pictures.save_figure(figure, dest)
+    studies.plt.close(figure)
 
 
 @click.command(cls=cli.Command, epilog="""\b
