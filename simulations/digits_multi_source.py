@@ -220,15 +220,15 @@ def draw(results: pd.DataFrame, summary: pd.DataFrame):
 
 
 def sample_rows(study: Study, models: list[Model], n: int) -> dict:
-    """For each compared class a row of training images, and a row of samples for each number of
+    """For each measured class a row of training images, and a row of samples for each number of
     sources (first seed)."""
     rows = {}
-    for digit in study.singles:
+    for digit in ORDER[:COMPARED]:
         shown = [model for model in models[::-1] if digit in model.classes
                  and (model.seed, model.n) == (min(study.seeds), n)]
-        files = {'data': study.data(shown[0])} | {
-            len(model.classes): study.samples_file(model) for model in shown}
-        rows |= {f'{digit}: {title}': studies.pixels(file, digit) for title, file in files.items()}
+        files = [('data', study.data(model)) for model in shown[:1]]
+        files += [(len(model.classes), study.samples_file(model)) for model in shown]
+        rows |= {f'{digit}: {title}': studies.pixels(file, digit) for title, file in files}
     return rows
 
 
