@@ -52,8 +52,7 @@ class Record:
         if not os.path.isfile(path):
             return None
         try:
-            with open(path) as file:
-                value = json.load(file)
+            value = json.loads(Path(path).read_bytes())
             return cls(parse_int_list(value['seeds']), dict(value['made_by']),
                        int(value.get('crc32') or 0))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -57,10 +57,10 @@ def augment(images, random, pad: int, xflip: bool):
 
     Draws of `random`: vertical move, horizontal move, mirror.
     """
-    N, _, H, W = images.shape
+    N = len(images)
     device = images.device
     rows, columns = (torch.arange(side, device=device) + random.randint(2 * pad + 1, [N])[:, None]
-                     for side in (H, W))
+                     for side in images.shape[2:])
     if xflip:
         mirrored = random.randint(2, [N])[:, None] == 1
         columns = torch.where(mirrored, columns.flip(1), columns)
@@ -81,8 +81,8 @@ class ClassificationLoss:
     dtype       of convolutions and products (mixed precision): float32, float16 or bfloat16
     """
 
-    pad: int = 4
-    xflip: bool = True
+    pad: int
+    xflip: bool
     smoothing: float = 0.0
     attack: Attack | None = None
     dtype: torch.dtype = torch.float32
@@ -140,13 +140,13 @@ def accuracy(net, dataset, attack: Attack | None = None, batch: int = 256,
     The random start of image i depends on `seed` and i alone.
     """
     device = next(net.parameters()).device
-    correct = {'clean': [], 'robust': []}
+    clean = 0
+    robust = 0
     for indices, images, labels in batches(dataset, batch, device):
-        clean = net(images).argmax(dim=1) == labels
-        correct['clean'].append(clean)
+        correct = net(images).argmax(dim=1) == labels
+        clean += correct.sum().item()
         if attack is not None:
             random = BlockRandomGenerator(device, seed, indices[0], len(indices))
             attacked = pgd(net, images, labels, attack, random)
-            correct['robust'].append(clean & (net(attacked).argmax(dim=1) == labels))
-    return {name: torch.cat(parts).double().mean().item() if parts else None
-            for name, parts in correct.items()}
+            robust += (correct & (net(attacked).argmax(dim=1) == labels)).sum().item()
+    return {'clean': clean / len(dataset), 'robust': robust / len(dataset) if attack else None}

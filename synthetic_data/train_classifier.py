@@ -14,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dnnlib import UserError, cli, options, util
 from dnnlib.options import boolean, choice, integer, nimg, number, text
-from dnnlib.util import renamed_fields
 from synthetic_data import classify, common
 from synthetic_data.classify import Attack
 from synthetic_data.mixture import GeneratedImages, Mixture, MixtureOrder
@@ -54,14 +53,12 @@ def open_data(config: dict):
     """(training data, its order, test data or None). Raises UserError where they do not fit
     together."""
     data = open_labelled('data', config['data'])
-    test = None
-    if config['test']:
-        test = open_labelled('test', config['test'])
-        if (test.image_shape, test.classes) != (data.image_shape, data.classes) \
-                or test.label_dim > data.label_dim:
-            raise UserError(f'has {test.label_dim} classes of images {list(test.image_shape)}, '
-                            f'which are not those of {data.path}: {data.label_dim} of '
-                            f'{list(data.image_shape)}', 'test', test.path)
+    test = open_labelled('test', config['test']) if config['test'] else None
+    if test and ((test.image_shape, test.classes) != (data.image_shape, data.classes)
+                 or test.label_dim > data.label_dim):
+        raise UserError(f'has {test.label_dim} classes of images {list(test.image_shape)}, which '
+                        f'are not those of {data.path}: {data.label_dim} of '
+                        f'{list(data.image_shape)}', 'test', test.path)
     if config['generated'] is None:
         return data, EpochShuffle(len(data), config['seed']), test
     generated = GeneratedImages(config['generated'], data.label_dim)
@@ -71,8 +68,8 @@ def open_data(config: dict):
 
 def attack_of(config: dict, wanted: str) -> Attack | None:
     """The attack of the settings; None if the setting `wanted` is False."""
-    return Attack(config['eps'], config['step_size'],
-                  config['attack_steps']) if config[wanted] else None
+    settings = (config[name] for name in ('eps', 'step_size', 'attack_steps'))
+    return Attack(*settings) if config[wanted] else None
 
 
 def measure_accuracy(run_dir: str, test, attack: Attack | None, seed: int, nimg: int,
@@ -97,8 +94,7 @@ def read_accuracy(run_dir: str) -> list[dict]:
     if not os.path.isfile(path):
         return []
     try:
-        with open(path) as file:
-            return sorted(json.load(file), key=lambda row: row['nimg'])
+        return sorted(json.loads(Path(path).read_bytes()), key=lambda row: row['nimg'])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f'{path} is damaged; remove it') from None
 
@@ -107,32 +103,34 @@ def train(config: dict, outdir: str, **running) -> int:
     """Trains by the settings; `running` goes to `recipe.fit`. Returns the images seen."""
     dist.init()
     data, order, test = open_data(config)
-    settings = {key: config[key] for key in ('pad', 'xflip', 'smoothing', 'adversarial', 'eps',
-                                         'step_size', 'attack_steps', 'precision')}
+
+    def chosen(*names):
+        return {name: config[name] for name in names}
+
     plan = recipe.Recipe.of(
         config, total_nimg=config['duration'], dataset=data.description(),
-        order={'name': 'mixture', 'share': config['share']},
+        order={'name': 'mixture'} | chosen('share'),
         network=dict(class_name='WideResNet', name=config['model'], num_classes=data.label_dim,
                      normalize_input=config['normalize']),
-        loss={'name': 'classification', **settings},
-        optim={'name': 'SGD', 'nesterov': True, 'momentum': config['momentum'],
-               'weight_decay': config['weight_decay'], 'fused': False},
-        learning_rate={'name': 'cosine', 'lr': config['lr'], 'duration': config['duration'],
-                       'rampup': config['rampup']},
+        loss={'name': 'classification'} | chosen('pad', 'xflip', 'smoothing', 'adversarial', 'eps',
+                                                 'step_size', 'attack_steps', 'precision'),
+        optim={'name': 'SGD', 'nesterov': True, 'fused': False} | chosen(
+            'momentum', 'weight_decay'),
+        learning_rate={'name': 'cosine'} | chosen('lr', 'duration', 'rampup'),
         averages={'name': 'warmup', 'decay': config['ema']}, snapshot_dtype='float32',
         loss_scale={} if config['precision'] == 'fp16' and config['ls'] == 1 else None)
     net = recipe.new_network(plan)
     loss = classify.ClassificationLoss(
         pad=data.resolution // 8 if config['pad'] is None else config['pad'],
-        xflip=config['xflip'], smoothing=config['smoothing'], dtype=DTYPES[config['precision']],
-        attack=attack_of(config, 'adversarial'))
+        dtype=DTYPES[config['precision']], attack=attack_of(config, 'adversarial'),
+        **chosen('xflip', 'smoothing'))
     callbacks = []
     if test is not None:
         tester = functools.partial(measure_accuracy, outdir, test,
                                    attack_of(config, 'robust'), config['seed'])
         callbacks = [(config['test_every'] or config['duration'], tester)]
     batches = DatasetBatches(data, RGBEncoder(), dist.get_device(), config['seed'], order)
-    with renamed_fields(decay='ema', network='model', normalize_input='normalize'):
+    with util.renamed_fields(decay='ema', network='model', normalize_input='normalize'):
         return recipe.fit(plan, outdir, net, loss, batches, options=config, callbacks=callbacks,
                           **running)
 
