@@ -58,6 +58,13 @@ def script_module(script):
     return module
 
 
+def invoke(script, *args) -> str:
+    """Runs a script in this process; it must succeed. Returns what it prints."""
+    result = click.testing.CliRunner().invoke(script_module(script).main, list(map(str, args)))
+    assert result.exit_code == 0, f'{script} failed:\n{result.output}\n{result.exception!r}'
+    return result.output
+
+
 def fails(script, *args) -> str:
     """Runs a script (in this process) that must end in exactly one line of error and no traceback; returns that line."""
     result = click.testing.CliRunner().invoke(script_module(script).main, [str(arg) for arg in args])

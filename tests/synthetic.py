@@ -3,11 +3,10 @@
 import resource
 import subprocess
 
-import click.testing
 import numpy as np
 import pytest
 import torch
-from helpers import command, environment, script_module, write_digits
+from helpers import command, environment, invoke, write_digits
 
 from training.checkpoint import Checkpoints
 from training.encoders import RGBEncoder
@@ -19,12 +18,6 @@ GENERATE, SELECT, COMBINE, TRAIN, EVALUATE = (
 SIDE, CLASSES = 8, 3
 TINY = ['--model=wrn-10-1', '--batch=16', '--duration=192', '--xflip=0', '--checkpoint=64', '--snapshot=192', '--status=64',
         '--lr=0.1', '--ema=0.8', '--attack-steps=2']
-
-
-def invoke(script, *args):
-    result = click.testing.CliRunner().invoke(script_module(script).main, [str(arg) for arg in args])
-    assert result.exit_code == 0, result.output + repr(result.exception)
-    return result.output
 
 
 def save_network(path, label_dim=CLASSES, side=SIDE, channels=3, width=8):

@@ -6,12 +6,11 @@ import json
 import pathlib
 import pickle
 
-import click.testing
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from helpers import fails, run, script_module, write_digits
+from helpers import fails, invoke, run, write_digits
 
 from benchmarks import gpu
 from benchmarks.bench_training import NETWORKS
@@ -156,9 +155,7 @@ def test_compile_is_an_option_of_both_trainers(tmp_path, monkeypatch, script, op
     compiled = []
     monkeypatch.setattr(torch, 'compile', lambda net: compiled.append(type(net).__name__) or net)
     data = write_digits(tmp_path / 'digits.zip', 100)
-    arguments = [f'--outdir={tmp_path}/runs', f'--data={data}', *options, f'--compile={compile}']
-    result = click.testing.CliRunner().invoke(script_module(script).main, arguments)
-    assert result.exit_code == 0, result.output + repr(result.exception)
+    invoke(script, f'--outdir={tmp_path}/runs', f'--data={data}', *options, f'--compile={compile}')
     assert len(compiled) == compile
 
 

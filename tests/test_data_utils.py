@@ -5,23 +5,15 @@ import json
 import pickle
 import tarfile
 
-import click.testing
 import numpy as np
 import PIL.Image
 import pytest
-from helpers import fails, run, script_module
+from helpers import fails, invoke, run
 
 from data_utils import selection
 from training.data.dataset import ImageDataset
 
 PER_CLASS = 12
-
-
-def invoke(script, *args):
-    """Runs a script in this process; returns its output."""
-    result = click.testing.CliRunner().invoke(script_module(script).main, [str(arg) for arg in args])
-    assert result.exit_code == 0, result.output + repr(result.exception)
-    return result.output
 
 
 @pytest.fixture(scope='module')

@@ -14,11 +14,10 @@ import tarfile
 import types
 import zipfile
 
-import click.testing
 import numpy as np
 import PIL.Image
 import pytest
-from helpers import ROOT, fails, script_module, write_digits
+from helpers import ROOT, fails, invoke, write_digits
 
 from dnnlib.image_io import BadImage, decode_image, encode_png
 from training.data import convert, imagenet, sources
@@ -30,10 +29,7 @@ SCRIPT = 'dataset_tool.py'
 
 
 def tool(*args):
-    """Runs the script in this process; it must succeed. Returns what it prints."""
-    result = click.testing.CliRunner().invoke(script_module(SCRIPT).main, [str(arg) for arg in args], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
+    return invoke(SCRIPT, *args)
 
 
 def convert_to(dest, *args):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner
+from helpers import invoke as call
 
 from distillation import configs, runs
 from distillation.cache import open_cache
@@ -39,13 +39,6 @@ PREPARE, KD, SAMPLE, TRAIN, MIX = (f'distillation/scripts/{name}.py' for name in
 TINY = ['model.image_size=8', 'model.num_channels=32', 'model.num_res_blocks=1', 'model.channel_mult=1',
         'model.attention_resolutions=4', 'diffusion.diffusion_steps=10', 'diffusion.timestep_respacing=10']
 SMALL = [f'{section}.{item}' for section in ('teacher', 'student') for item in TINY]
-
-
-def call(script, *args) -> str:
-    """Runs a script in this process; returns what it printed."""
-    result = CliRunner().invoke(helpers.script_module(script).main, list(map(str, args)))
-    assert result.exit_code == 0, f'{result.output}\n{result.exception!r}'
-    return result.output
 
 
 def weights(folder, name) -> dict:

@@ -5,7 +5,6 @@ import socket
 import subprocess
 import types
 
-import click.testing
 import golden_cases
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ import tiny
 import torch
 import torch.multiprocessing
 from golden_cases import cases, ids
-from helpers import ROOT, fails, script_module, write_digits
+from helpers import ROOT, fails, invoke, write_digits
 
 from dnnlib import UserError
 from dnnlib.image_io import encode_png
@@ -35,9 +34,8 @@ def vae_folder(tmp_path_factory):
 def pictures(tmp_path_factory):
     """A data set of 13 enlarged digits, 16x16."""
     folder = tmp_path_factory.mktemp('pictures')
-    result = click.testing.CliRunner().invoke(script_module('dataset_tool.py').main, [
-        'convert', '--source=digits', '--max-images=13', '--resolution=16x16', f'--dest={folder}/digits16.zip'])
-    assert result.exit_code == 0, result.output
+    invoke('dataset_tool.py', 'convert', '--source=digits', '--max-images=13', '--resolution=16x16',
+           f'--dest={folder}/digits16.zip')
     return f'{folder}/digits16.zip'
 
 
@@ -177,15 +175,10 @@ def test_autoencoder_on_a_gpu(vae_folder):
 # --- dataset_tool.py encode and decode
 
 
-def invoke(*args):
-    result = click.testing.CliRunner().invoke(script_module('dataset_tool.py').main, list(map(str, args)))
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
 def test_encode_and_decode(pictures, vae_folder, tmp_path):
     dest = tmp_path / 'sd.zip'
-    assert '13 images encoded' in invoke('encode', f'--source={pictures}', f'--dest={dest}', f'--model-url={vae_folder}')
+    assert '13 images encoded' in invoke('dataset_tool.py', 'encode', f'--source={pictures}', f'--dest={dest}',
+                                         f'--model-url={vae_folder}')
     pixels, stored = ImageDataset(pictures), ImageDataset(dest)
     assert stored.image_shape == (8, 2, 2) and ArchiveReader(dest).names[12] == '00000/img-mean-std-00000012.npy'
     assert stored.label_ids.tolist() == pixels.label_ids.tolist() and stored.class_names == pixels.class_names
@@ -195,7 +188,7 @@ def test_encode_and_decode(pictures, vae_folder, tmp_path):
     expected = encoder.encode_pixels(torch.from_numpy(pixels.images(np.arange(13))))
     np.testing.assert_array_equal(stored.images(np.arange(13)), expected)
 
-    invoke('decode', f'--source={dest}', f'--dest={tmp_path}/decoded.zip')
+    invoke('dataset_tool.py', 'decode', f'--source={dest}', f'--dest={tmp_path}/decoded.zip')
     decoded = ImageDataset(tmp_path / 'decoded.zip')
     assert decoded.image_shape == (3, 16, 16) and decoded.label_ids.tolist() == pixels.label_ids.tolist()
     assert encoder_for(decoded) == {'name': 'rgb'}
@@ -205,7 +198,7 @@ def test_encode_and_decode(pictures, vae_folder, tmp_path):
 
 def test_default_autoencoder_can_be_set_outside(pictures, vae_folder, tmp_path, monkeypatch):
     monkeypatch.setenv('SD_VAE', vae_folder)
-    invoke('encode', f'--source={pictures}', f'--dest={tmp_path}/sd')
+    invoke('dataset_tool.py', 'encode', f'--source={pictures}', f'--dest={tmp_path}/sd')
     assert encoder_for(ImageDataset(tmp_path / 'sd'))['vae_name'] == vae_folder
 
 
@@ -249,7 +242,7 @@ def test_what_cannot_be_encoded_or_decoded(pictures, vae_folder, tmp_path):
     dest = tmp_path / 'x.zip'
     vae = f'--model-url={vae_folder}'
     assert '--dest' in fails('dataset_tool.py', 'encode', f'--source={pictures}', f'--dest={pictures}', vae)
-    invoke('encode', f'--source={small}', f'--dest={tmp_path}/sd.zip', vae)
+    invoke('dataset_tool.py', 'encode', f'--source={small}', f'--dest={tmp_path}/sd.zip', vae)
     assert 'latents already' in fails('dataset_tool.py', 'encode', f'--source={tmp_path}/sd.zip', f'--dest={dest}', vae)
     assert not dest.exists()
 

@@ -15,7 +15,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from helpers import ROOT, command, environment, fails, run, script_module, write_digits
+from helpers import ROOT, command, environment, fails, invoke, run, script_module, write_digits
 
 from dnnlib import UserError
 from long_tail import classwise, datasets, imbalance
@@ -34,12 +34,6 @@ SMALL = ['--ch=32', '--ch_mult=2', '--ch_mult=2', '--attn=', '--num_res_blocks=0
 DIGITS = [*SMALL, '--data_type=digitslt', '--imb_factor=0.05', '--img_size=8', '--conditional', '--batch_size=8',
           '--save_step=2', '--sample_step=0', '--lr=1e-2', '--ema_decay=0.5']
 FAST = ['--noprd', '--noimproved_prd']
-
-
-def invoke(script, *args):
-    result = click.testing.CliRunner().invoke(script_module(script).main, [str(arg) for arg in args])
-    assert result.exit_code == 0, result.output + repr(result.exception)
-    return result.output
 
 
 def options(*args) -> dict:

@@ -2,11 +2,10 @@
 
 import json
 
-import click.testing
 import numpy as np
 import PIL.Image
 import pytest
-from helpers import fails, run, script_module, write_digits
+from helpers import fails, invoke, run, write_digits
 
 from dnnlib.image_io import encode_png
 from metrics.memorization import find_copies
@@ -17,12 +16,6 @@ from training.networks import build_network
 from training.snapshot import save_snapshot
 
 COUNT = 60
-
-
-def invoke(script, *args):
-    result = click.testing.CliRunner().invoke(script_module(script).main, [str(arg) for arg in args])
-    assert result.exit_code == 0, result.output + repr(result.exception)
-    return result.output
 
 
 @pytest.fixture(scope='module')

@@ -9,7 +9,6 @@ import helpers
 import legacy_files
 import pytest
 import torch
-from click.testing import CliRunner
 from tensorboard.summary.writer import event_file_writer
 
 from dnnlib import UserError
@@ -77,12 +76,6 @@ CHANGES = {
 }
 
 
-def invoke(script, *arguments):
-    result = CliRunner().invoke(helpers.script_module(script).main, arguments)
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
 @pytest.mark.parametrize('name', CHANGES)
 def test_changed_settings_are_refused_or_logged(tmp_path, monkeypatch, name):
     """A run of an earlier version goes on, and what it then has written is held to its settings."""
@@ -93,12 +86,12 @@ def test_changed_settings_are_refused_or_logged(tmp_path, monkeypatch, name):
     script, arguments, longer, _, then = legacy_files.RUNS[name]
     arguments = [*arguments, longer.format(then)]
     option, named, change, allow = CHANGES[name]
-    assert 'Resuming from' in invoke(script, *arguments)
+    assert 'Resuming from' in helpers.invoke(script, *arguments)
     before = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
     error = helpers.fails(script, *arguments, option)
     assert named in error and change in error and 'allow changes' in error
     assert before == {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
-    assert change in invoke(script, *arguments, option, allow)
+    assert change in helpers.invoke(script, *arguments, option, allow)
     assert change in (tmp_path / name / 'log.txt').read_text()
     starts = json.loads((tmp_path / name / 'training_options.json').read_text())['starts']
     assert [any(change in line for line in start['changes']) for start in starts] == [False, True]
