@@ -38,86 +38,81 @@ def class_groups(counts, sizes=(100, 20)) -> dict[str, list[int]]:
 class Evaluation:
     """Measures generated images against a reference, in the features of one space.
 
-    score, prd, manifold  whether to compute the Inception Score (where there are probabilities),
-                          PRD, and improved precision and recall
-    recognizer            classifier of the features that was trained on the reference
-    frechet_device        where torch computes the Frechet distance; None: without torch
+    prd, manifold   whether to compute PRD, and improved precision and recall
+    recognizer      classifier of the features that was trained on the reference
+    frechet_device  where torch computes the Frechet distance; None: without torch
     """
 
     reference: Statistics
     space: str = 'fid'
     device: torch.device | str = 'cpu'
-    score: bool = True
     prd: bool = True
     manifold: bool = True
     recognizer: Recognizer | None = None
     frechet_device: torch.device | None = None
 
+    def __call__(self, generated: Statistics, counts, sizes=(100, 20)) -> dict:
+        """{'all': metrics, 'groups': {group: {'classes', metrics}}, 'classes': [{'class', ...}]}.
+
+        counts  training images of each class
+        sizes   see `class_groups`
+
+        Groups and classes are measured only with labels on both sides. Raises UserError if a
+        class of the generated images has no reference image.
+        """
+        real = self.reference
+        if generated.labels is None or real.labels is None:
+            return {'all': self.metrics(generated, real, len(counts))}
+        present = set(generated.labels.tolist())
+        missing = sorted(present - {*real.labels.tolist()})
+        if missing:
+            raise UserError(f'{real.path} has no image of class {missing[0]}; '
+                            'make it from all classes')
+        return {
+            'all': self.metrics(generated, real, len(present)),
+            'groups': {name: {'classes': classes}
+                       | self.of_classes(generated, classes, len(classes))
+                       for name, classes in class_groups(counts, sizes).items()},
+            'classes': [{'class': label, 'training_images': int(count)}
+                        | self.of_classes(generated, [label])
+                        for label, count in enumerate(counts)]}
+
+    def of_classes(self, generated: Statistics, classes, num_classes=0) -> dict[str, float]:
+        """`metrics` of some classes, with the real images of the same classes as reference."""
+        sides = generated, self.reference
+        wanted = torch.tensor(classes)
+        if any(torch.isin(side.labels, wanted).sum() < 2 for side in sides):
+            return {}
+        return self.metrics(*(side.of_classes(wanted, self.device) for side in sides), num_classes)
+
     def metrics(self, generated: Statistics, real: Statistics, num_classes: int) -> dict:
-        """All metrics of images of so many classes."""
+        """All metrics of images of so many classes; for 0 without those that need many images,
+        PRD and the Inception Score (which also needs probabilities).
+        """
         a, b = (side.gaussians[self.space] for side in (generated, real))
         values = {'fid': a.distance(b, self.frechet_device)}
-        if self.score and PROTOCOL.probs in generated.features:
+        if num_classes and PROTOCOL.probs in generated.features:
             values |= compute.score(generated, real, self.space, PROTOCOL)
         if self.space not in real.features:
             return values
         gen, ref = (side.features[self.space] for side in (generated, real))
-        if self.prd:
+        if num_classes and self.prd:
             values |= _prd(gen, ref, CLUSTERS_PER_CLASS * num_classes)
         if self.manifold and min(len(gen), len(ref)) > PROTOCOL.k:
             values['precision'], values['recall'] = precision_recall(
                 ref.to(self.device), gen.to(self.device), PROTOCOL.k, PROTOCOL.strict)
         if self.recognizer is not None and generated.labels is not None:
-            recognised = self.recognizer.recognised(gen.numpy(), generated.labels)
-            values['recognition'] = float(recognised.mean())
+            values['recognition'] = float(
+                self.recognizer.recognised(gen, generated.labels).mean())
         return values
-
-    def of_classes(self, generated: Statistics, classes) -> dict[str, float]:
-        """All metrics of some classes, with the real images of the same classes as reference."""
-        real = self.reference
-        wanted = torch.tensor(classes)
-        if any(torch.isin(side.labels, wanted).sum() < 2 for side in (generated, real)):
-            return {}
-        sides = (side.of_classes(classes, self.device) for side in (generated, real))
-        return self.metrics(*sides, len(classes))
 
 
 def _prd(gen, ref, clusters: int) -> dict[str, float]:
     """F_8 (recall) and F_1/8 (precision) of equal numbers of images, and no more clusters."""
     num = min(len(gen), len(ref))
-    gen, ref = (x[subset(len(x), num, seed=0)].numpy() for x in (gen, ref))
-    f8, f1_8 = prd.prd_from_features(gen, ref, min(clusters, num)).max_f(8)
-    return {'prd_f8': f8, 'prd_f1_8': f1_8}
-
-
-def evaluate(generated: Statistics, evaluation: Evaluation, counts=None, sizes=(100, 20)) -> dict:
-    """{'all': metrics, 'groups': {group: {'classes', metrics}}, 'classes': [{'class', ...}]}.
-
-    counts  training images of each class; groups and classes are measured only with them, and
-            with features and labels on both sides
-    sizes   see `class_groups`
-
-    Raises UserError if a class of the generated images has no reference image.
-    """
-    real = evaluation.reference
-    labels = generated.labels
-    num_classes = len(counts) if counts is not None else 1
-    if labels is not None:
-        num_classes = len(labels.unique())
-    results = {'all': evaluation.metrics(generated, real, num_classes)}
-    if counts is None or labels is None or real.labels is None:
-        return results
-    missing = sorted({*labels.tolist()} - {*real.labels.tolist()})
-    if missing:
-        raise UserError(f'{real.path} has no image of class {missing[0]}; '
-                        'make it from all classes')
-    results['groups'] = {name: {'classes': classes} | evaluation.of_classes(generated, classes)
-                         for name, classes in class_groups(counts, sizes).items()}
-    by_class = dataclasses.replace(evaluation, prd=False, score=False)
-    results['classes'] = [
-        {'class': label, 'training_images': int(count)} | by_class.of_classes(generated, [label])
-        for label, count in enumerate(counts)]
-    return results
+    sides = (side[subset(len(side), num, seed=0)].numpy() for side in (gen, ref))
+    return dict(zip(('prd_f8', 'prd_f1_8'),
+                    prd.prd_from_features(*sides, min(clusters, num)).max_f(8), strict=True))
 
 
 def table(results: dict) -> str:

@@ -430,7 +430,7 @@ def test_bad_evaluations(trained, digits_stats, tmp_path):
     assert 'nowhere.npz' in fails(MAIN, *args, '--fid_cache=nowhere.npz')
     np.savez(tmp_path / 'inception.npz', mu=np.zeros(5), sigma=np.eye(5))
     error = fails(MAIN, *args, f'--fid_cache={tmp_path}/inception.npz')
-    assert '5 dimensions' in error and '192' in error
+    assert "dimensions: {'fd_pixels': 5}" in error and '192' in error
     np.savez(tmp_path / 'odd.npz', mu=np.zeros(5), sigma=np.eye(4))
     np.savez(tmp_path / 'none.npz', a=np.zeros(5))
     (tmp_path / 'damaged.npz').write_bytes(b'PK\x03\x04' + bytes(30))
@@ -482,14 +482,14 @@ def test_recall_of_a_class_is_its_own(tmp_path):
     real[150:] += 100                                                   # the second class has two modes
     made = torch.cat([real[:100], real[100:150], real[100:150] + 0.01])
     evaluation = classwise.Evaluation(statistics_of(real, labels))
-    found = classwise.evaluate(statistics_of(made, labels), evaluation, [500, 5])
+    found = evaluation(statistics_of(made, labels), [500, 5])
     recall = [row['recall'] for row in found['classes']]
     assert recall[0] > 0.95 and recall[1] == 0.5 and found['groups']['few']['recall'] == 0.5
     assert found['groups']['many']['fid'] == pytest.approx(0, abs=1e-6) and found['groups']['few']['prd_f8'] < 0.9
     assert found['all']['recall'] == pytest.approx(np.mean(recall), abs=0.02)
     # The golden rule: the same as the whole matrix of distances.
     with pytest.raises(UserError, match='class 2'):
-        classwise.evaluate(statistics_of(made, labels + 1), evaluation, [500, 5, 5])
+        evaluation(statistics_of(made, labels + 1), [500, 5, 5])
 
 
 def test_inception_scores_by_group(tmp_path):
@@ -504,7 +504,7 @@ def test_inception_scores_by_group(tmp_path):
     reference = statistics_of(features, labels)
     reference.gaussians['fid'] = Gaussian(np.zeros(3), np.eye(3))
     evaluation = classwise.Evaluation(reference, prd=False)
-    found = classwise.evaluate(statistics_of(features, labels, softmax=probs), evaluation, [500, 5])
+    found = evaluation(statistics_of(features, labels, softmax=probs), [500, 5])
     assert found['groups']['many']['is'] == pytest.approx(1) and found['groups']['few']['is'] == pytest.approx(2)
     assert found['all']['fid'] > 0 and 'is' not in found['classes'][0]
 

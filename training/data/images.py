@@ -7,6 +7,7 @@ import numpy as np
 
 from dnnlib import UserError
 from dnnlib.npz import open_array
+from dnnlib.util import atomic_path
 from training.data.dataset import Dataset, ImageDataset
 
 
@@ -45,6 +46,15 @@ class NpzImages(Dataset):
     def images(self, indices) -> np.ndarray:
         """uint8 [n,C,H,W]."""
         return np.ascontiguousarray(self._array[np.asarray(indices)].transpose(0, 3, 1, 2))
+
+
+def save_npz_images(path: str, images: np.ndarray, labels=None):
+    """Writes uint8 [N,C,H,W], and classes [N] if there are any, as `NpzImages` reads them."""
+    arrays = {'arr_0': images.transpose(0, 2, 3, 1)}
+    if labels is not None:
+        arrays['arr_1'] = np.asarray(labels, np.int64)
+    with atomic_path(path) as temp, open(temp, 'wb') as file:
+        np.savez(file, **arrays)
 
 
 def open_dataset(path: str, **options) -> Dataset:
