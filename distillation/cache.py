@@ -16,7 +16,6 @@ from safetensors import SafetensorError, safe_open
 
 from dnnlib import UserError
 from dnnlib.util import atomic_path, require_same
-from torch_utils import distributed as dist
 
 TYPES = {'x': 'F32', 'levels': 'I64', 'classes': 'I64'}  # of the tensors in a file
 READ_ROWS = 4096
@@ -60,11 +59,11 @@ class Cache:
 
     def load_state_dict(self, state: dict):
         """Copies in place, also from memory-mapped tensors. Raises UserError for another size."""
-        shapes = [[*cache['x'].shape, 'classes' in cache] for cache in (state, self.state_dict())]
-        if shapes[0] != shapes[1]:
+        stored = self.state_dict()
+        if state['x'].shape != self.x.shape or ('classes' in state) != ('classes' in stored):
             raise UserError(f'the checkpoint has a cache of {list(state["x"].shape)}, not '
                             f'{list(self.x.shape)}, or one of them has classes and the other not')
-        self[:] = Cache(**{name: state[name] for name in self.state_dict()})
+        self[:] = Cache(**{name: state[name] for name in stored})
 
 
 def open_cache(path: str) -> tuple[Cache, dict]:
@@ -76,17 +75,13 @@ def open_cache(path: str) -> tuple[Cache, dict]:
         raise UserError(f'{path}: there is no such cache; make it with dynamic_prepare.py')
     try:
         with safe_open(path, 'pt') as file:
-            shape = file.get_slice('x').get_shape()
-            if len(shape) != 4 or 0 in shape:
-                raise ValueError(f'its images have the shape {shape}')
-            for name in file.keys():
-                tensor = file.get_slice(name)
-                expected = TYPES.get(name), shape if name == 'x' else shape[:1]
-                if (tensor.get_dtype(), tensor.get_shape()) != expected:
-                    raise ValueError(f'{name} is not what a cache holds')
-            metadata = (file.metadata() or {}).items()
-            description = {name: json.loads(value) for name, value in metadata}
-            return Cache(**{name: file.get_tensor(name) for name in file.keys()}), description
+            cache = Cache(**{name: file.get_tensor(name) for name in file.keys()})
+            metadata = file.metadata() or {}
+        x, *integers = cache.state_dict().values()
+        if x.ndim != 4 or not x.numel() or x.dtype != torch.float32 or any(
+                value.shape != x.shape[:1] or value.dtype != torch.int64 for value in integers):
+            raise ValueError('its tensors are not those of a cache')
+        return cache, {name: json.loads(value) for name, value in metadata.items()}
     except (SafetensorError, OSError, TypeError, ValueError) as error:
         raise UserError(f'{path} is not a cache made by dynamic_prepare.py, or damaged '
                         f'({error})') from None
@@ -113,18 +108,18 @@ def write_cache(path: str, shares: list[Cache], description: dict):
                 state[name].cpu().numpy().tofile(file)
 
 
-def load_cache(path: str, size: int, expected: dict, rank: int | None = None) -> Cache:
-    """This process's share of a cache file: images `rank * size .. (rank + 1) * size - 1`.
+def load_cache(path: str, rank: int, size: int, expected: dict) -> Cache:
+    """The share of a process in a cache file: images `rank * size .. (rank + 1) * size - 1`.
 
     `expected` are entries that the file's description must agree with. Raises UserError saying
     what differs, or if the file is too small.
     """
     cache, description = open_cache(path)
     require_same(path, description, expected, 'make another one with dynamic_prepare.py')
-    first = (dist.get_rank() if rank is None else rank) * size
+    first = rank * size
     end = first + size
     if len(cache) < end:
-        raise UserError(f'{path} holds {len(cache)} images, and process {first // size} needs '
+        raise UserError(f'{path} holds {len(cache)} images, and process {rank} needs '
                         f'those up to {end}: prepare it for as many processes, this batch size '
                         'and this rho')
     share = Cache(**{name: torch.empty_like(value)

@@ -5,9 +5,9 @@
 """
 
 import os
-import re
 
 from distillation.cache import Cache, open_cache, write_cache
+from dnnlib.util import matching_names
 from torch_utils import distributed as dist
 from training.checkpoint import GuidedCheckpoints
 
@@ -36,10 +36,9 @@ class CacheCheckpoints(GuidedCheckpoints):
         name = f'teacher-state-{step:06d}{rank}.cache'
         description = {'step': step, 'rank': dist.get_rank()}
         write_cache(os.path.join(self.folder, name), [Cache(**cache)], description)
-        pattern = re.compile(rf'teacher-state-\d{{6,}}{rank}\.cache')
-        names = filter(pattern.fullmatch, os.listdir(self.folder))
-        for old in sorted(names, key=lambda name: (len(name), name))[:-_KEPT_CACHES]:
-            os.remove(os.path.join(self.folder, old))
+        caches = matching_names(self.folder, rf'teacher-state-(\d{{6,}}){rank}\.cache')
+        for old in sorted(caches, key=lambda match: int(match[1]))[:-_KEPT_CACHES]:
+            os.remove(os.path.join(self.folder, old[0]))
         return rest | {'cache': name}
 
     def read(self, path):
@@ -51,7 +50,7 @@ class CacheCheckpoints(GuidedCheckpoints):
     def load_share(self, path, batches):
         """Raises UserError if the cache beside the checkpoint is damaged."""
         name = batches.get('cache')
-        if not isinstance(name, str):
-            return batches
-        cache, _ = open_cache(os.path.join(os.path.dirname(path), os.path.basename(name)))
-        return batches | {'cache': cache.state_dict()}
+        if isinstance(name, str):
+            cache, _ = open_cache(os.path.join(os.path.dirname(path), os.path.basename(name)))
+            batches = batches | {'cache': cache.state_dict()}
+        return batches

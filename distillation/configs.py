@@ -20,14 +20,16 @@ from omegaconf import OmegaConf
 
 from distillation.dkdm import SOURCES
 from dnnlib import UserError, cli
-from dnnlib.options import seed, together
+from dnnlib.options import seed, text, together
 
 FOLDER = Path(__file__).resolve().parent
 
 # --- What may be in a configuration --------------------------------------------------------------
 
+section = dataclasses.dataclass(kw_only=True)
 
-@dataclasses.dataclass(kw_only=True)
+
+@section
 class Architecture:
     """A file of yaml/arch: the options of guided diffusion's U-Net."""
 
@@ -50,7 +52,7 @@ class Architecture:
     num_classes: int = 1000
 
 
-@dataclasses.dataclass(kw_only=True)
+@section
 class Diffusion:
     """A diffusion file: the process of T = `diffusion_steps` steps, and what networks predict of
     it.
@@ -71,20 +73,17 @@ class Diffusion:
 
     def arguments(self) -> dict:
         """Arguments of GaussianDiffusion."""
-        loss = 'mse'
-        if self.use_kl:
-            loss = 'rescaled_kl'
-        elif self.rescale_learned_sigmas:
-            loss = 'rescaled_mse'
+        mse = 'rescaled_mse' if self.rescale_learned_sigmas else 'mse'
         return dict(
             schedule=self.noise_schedule, steps=self.diffusion_steps,
             respacing=self.timestep_respacing,
-            variance='learned_range' if self.learn_sigma else 'fixed_large', loss=loss,
+            variance='learned_range' if self.learn_sigma else 'fixed_large',
+            loss='rescaled_kl' if self.use_kl else mse,
             predict='start' if self.predict_xstart else 'epsilon',
             rescale_timesteps=self.rescale_timesteps)
 
 
-@dataclasses.dataclass(kw_only=True)
+@section
 class Network:
     """What all sections have."""
 
@@ -105,7 +104,7 @@ class Network:
                     diffusion=self.diffusion.arguments(), clip=self.diffusion.clip_denoised)
 
 
-@dataclasses.dataclass(kw_only=True)
+@section
 class Teacher(Network):
     """What is distilled, and how its chains make the batches. `BATCH` is rho."""
 
@@ -118,7 +117,7 @@ class Teacher(Network):
     input_perturb: float = 0.0
 
 
-@dataclasses.dataclass(kw_only=True)
+@section
 class Training(Network):
     """A network and how it is trained. `batch_size` is that of one process."""
 
@@ -139,7 +138,7 @@ class Training(Network):
     allow_changes: bool = False
 
 
-@dataclasses.dataclass(kw_only=True)
+@section
 class Experiment:
     """A network and its teacher."""
 
@@ -172,7 +171,7 @@ _RULES = [
 
 # --- Reading -------------------------------------------------------------------------------------
 
-_FILES = {'model': Architecture, 'diffusion': Diffusion}
+_FILES = ('model', 'diffusion')  # what is given as the name of a file
 
 
 @contextlib.contextmanager
@@ -204,12 +203,10 @@ def _load(path: str, what: str) -> omegaconf.DictConfig:
 def _open_files(config, prefix: str = ''):
     """Puts the content of files in place of their names."""
     for key, value in config.items_ex(resolve=False):
-        if key in _FILES and isinstance(value, str):
-            content = _load(value, prefix + key)
-            with _one_line_errors(value):
-                config[key] = OmegaConf.merge(OmegaConf.structured(_FILES[key]), content)
-        elif isinstance(value, omegaconf.DictConfig):
+        if isinstance(value, omegaconf.DictConfig):
             _open_files(value, f'{prefix}{key}.')
+        elif key in _FILES and isinstance(value, str):
+            config[key] = _load(value, prefix + key)
 
 
 def _check(config, prefix: str = ''):
@@ -225,21 +222,19 @@ def _read(schema, path: str, content, overrides):
     # Names of files come first, so that other overrides can change what is in them.
     files = []
     values = []
-    for text in overrides:
-        match = re.fullmatch(r'(?:\w+\.)*(\w+)=(.*)', text)
+    for override in overrides:
+        match = re.fullmatch(r'(?:\w+\.)*(\w+)=(.*)', override)
         if not match:
-            raise UserError(f'{text!r}: overrides are written key=value, e.g. student.lr=2e-4')
+            raise UserError(f'{override!r}: overrides are written key=value, e.g. student.lr=2e-4')
         kind = files if match[1] in _FILES else values
-        kind.append(text if match[2] else text + '""')
-    with _one_line_errors('overrides'):
-        files, values = map(OmegaConf.from_dotlist, (files, values))
+        kind.append(override if match[2] else override + '""')
     with _one_line_errors(path):
-        config = OmegaConf.merge(content, files)
+        config = OmegaConf.merge(content, OmegaConf.from_dotlist(files))
         _open_files(config)
-        config = OmegaConf.merge(OmegaConf.structured(schema), config, values)
-        missing = sorted(OmegaConf.missing_keys(config))
-        if missing:
-            raise UserError(f'{path}: {missing[0]} is missing')
+        config = OmegaConf.merge(OmegaConf.structured(schema), config,
+                                 OmegaConf.from_dotlist(values))
+        for key in sorted(OmegaConf.missing_keys(config)):
+            raise UserError(f'{path}: {key} is missing')
         _check(config)
         return OmegaConf.to_object(config)
 
@@ -270,13 +265,12 @@ class Command(cli.Command):
 
 
 common_options = together(
-    click.option('--config', metavar='YAML', required=True,
-                 help='Experiment or network, see yaml/'),
+    text('YAML', '--config', 'Experiment or network, see yaml/', required=True),
     seed('--seed', 0, 'Seed of everything random'),
     click.argument('overrides', metavar='[KEY=VALUE]...', nargs=-1))
-outdir_option = click.option(
-    '--outdir', metavar='DIR', envvar=OUTDIR_VARIABLE, show_envvar=True,
-    help='Where checkpoints go  [default: experiments/NAME of the configuration]')
+outdir_option = text(
+    'DIR', '--outdir', 'Where checkpoints go  [default: experiments/NAME of the configuration]',
+    envvar=OUTDIR_VARIABLE, show_envvar=True)
 
 
 def default_outdir(config: str) -> str:

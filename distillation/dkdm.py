@@ -10,6 +10,7 @@ With a class-conditional teacher every chain also has a class, drawn at random a
 This goes beyond the paper, whose networks have no classes.
 """
 
+import dataclasses
 import random
 import time
 
@@ -40,12 +41,11 @@ class ProcessRandom:
         return torch.randn(list(shape), generator=self.generator, device=self.device)
 
     def state_dict(self) -> dict:
-        version, state, gauss = self.python.getstate()
-        return {'torch': self.generator.get_state(), 'python': [version, list(state), gauss]}
+        return {'torch': self.generator.get_state(), 'python': self.python.getstate()}
 
     def load_state_dict(self, state: dict):
         self.generator.set_state(state['torch'].cpu())
-        version, numbers, gauss = state['python']
+        version, numbers, gauss = state['python']  # lists in files of earlier versions
         self.python.setstate((version, tuple(numbers), gauss))
 
 
@@ -54,9 +54,8 @@ class Teacher:
     gradients.
     """
 
-    def __init__(self, net, clip=True):
+    def __init__(self, net):
         self.net = net.eval().requires_grad_(False)
-        self.clip = clip
         self.diffusion = net.diffusion
         self.num_classes = net.label_dim
         self.image_shape = [net.img_channels, net.img_resolution, net.img_resolution]
@@ -84,14 +83,34 @@ class Teacher:
             labels = one_hot(images.classes, self.num_classes).float().to(rng.device)
         output = self.net(x, step=self.diffusion.model_steps(t), class_labels=labels).float()
         noise = rng.randn(x.shape)
-        images.x = self.diffusion.ancestral_step(output, x, t, noise, self.clip)
+        images.x = self.diffusion.ancestral_step(output, x, t, noise, self.net.clip)
         return {'images': x, 't': t, 'teacher': output, 'previous': images.x, 'labels': labels}
 
 
 # --- Preparation ---------------------------------------------------------------------------------
 
 
-class Preparation:
+@dataclasses.dataclass
+class Chains:
+    """What advances the images of a cache: a teacher, `batch` images at a time."""
+
+    teacher: Teacher
+    cache: Cache
+    batch: int
+    rng: ProcessRandom
+
+    def state_dict(self) -> dict:
+        return {'cache': self.cache.state_dict(), 'draws': self.rng.state_dict()}
+
+    def load_state_dict(self, state: dict):
+        """A state may come without a cache: the cache then stays as it is."""
+        cache = state.get('cache', state)
+        if 'x' in cache:
+            self.cache.load_state_dict(cache)
+        self.rng.load_state_dict(state['draws'])
+
+
+class Preparation(Chains):
     """Makes a cache of mixed levels: each image is noise, denoised down to a level drawn from
     1..T-1.
 
@@ -100,12 +119,9 @@ class Preparation:
     """
 
     def __init__(self, teacher: Teacher, size: int, rng: ProcessRandom, teacher_batch: int):
-        self.teacher = teacher
-        self.rng = rng
-        self.batch = teacher_batch
-        self.num_steps = teacher.diffusion.num_steps
-        self.cache = teacher.noise(size, rng)
+        super().__init__(teacher, teacher.noise(size, rng), teacher_batch, rng)
         self.cache.x = self.cache.x.cpu()
+        self.num_steps = teacher.diffusion.num_steps
         self.targets = torch.tensor(rng.python.choices(range(1, self.num_steps), k=size))
 
     @property
@@ -153,19 +169,18 @@ class Preparation:
         return self.cache
 
     def state_dict(self) -> dict:
-        return {'cache': self.cache.state_dict(), 'targets': self.targets,
-                'draws': self.rng.state_dict()}
+        return super().state_dict() | {'targets': self.targets}
 
     def load_state_dict(self, state: dict):
-        self.cache.load_state_dict(state['cache'])
+        super().load_state_dict(state)
         self.targets.copy_(state['targets'])
-        self.rng.load_state_dict(state['draws'])
 
 
 # --- Batches -------------------------------------------------------------------------------------
 
 
-class Source:
+@dataclasses.dataclass
+class Source(Chains):
     """Endless batches of teacher steps at positions of a cache, which are written back one level
     lower.
 
@@ -173,37 +188,28 @@ class Source:
     else its images are denoised on until one is.
     """
 
-    def __init__(self, teacher: Teacher, cache: Cache, batch: int, rng: ProcessRandom, prob=1.0):
-        if len(cache) < batch:
-            raise UserError(f'a cache of {len(cache)} images cannot give batches of {batch}')
-        self.teacher = teacher
-        self.cache = cache
-        self.batch = batch
-        self.rng = rng
-        self.prob = prob
+    prob: float = 1.0
+
+    def __post_init__(self):
+        size = len(self.cache)
+        if size < self.batch:
+            raise UserError(f'a cache of {size} images cannot give batches of {self.batch}')
 
     def _positions(self) -> torch.Tensor:
         return torch.arange(self.batch)
-
-    def __iter__(self):
-        return self
 
     def __next__(self) -> dict:
         positions = self._positions()
         images = self.cache[positions]
         used = False
         while not used:
-            self._restart(images)
+            finished = (images.levels == 0).nonzero().flatten()
+            if len(finished):  # noise again, and other classes
+                images[finished] = self.teacher.noise(len(finished), self.rng)
             batch = self.teacher.advance(images, self.rng)
             used = self.rng.python.random() < self.prob
         self.cache[positions] = images
         return batch | {'positions': positions}
-
-    def _restart(self, images: Cache):
-        """Noise, and other classes, for the images that are finished."""
-        finished = (images.levels == 0).nonzero().flatten()
-        if len(finished):
-            images[finished] = self.teacher.noise(len(finished), self.rng)
 
     def iterate(self, plan):
         """Batches for the training loop: pairs (first image, count) ask for a batch or for
@@ -225,16 +231,6 @@ class Source:
             yield part | {'random': dropout, 'start': start}
             used = end
 
-    def state_dict(self) -> dict:
-        return {'cache': self.cache.state_dict(), 'draws': self.rng.state_dict()}
-
-    def load_state_dict(self, state: dict):
-        """A state may come without a cache: the cache then stays as it is."""
-        cache = state.get('cache', state)
-        if 'x' in cache:
-            self.cache.load_state_dict(cache)
-        self.rng.load_state_dict(state['draws'])
-
 
 class DynamicSource(Source):
     """Dynamic iterative distillation: every batch takes `batch` distinct images of the whole
@@ -250,8 +246,9 @@ class ShuffledSource(Source):
     of mixed levels.
     """
 
-    def __init__(self, teacher, cache, batch, rng, prob=1.0):
-        super().__init__(teacher, cache[torch.arange(batch)], batch, rng, prob)
+    def __post_init__(self):
+        super().__post_init__()
+        self.cache = self.cache[torch.arange(self.batch)]
 
 
 class IterativeSource(Source):

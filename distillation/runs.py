@@ -59,12 +59,17 @@ def open_teacher(section: configs.Teacher) -> Teacher:
     """The teacher with its weights, on the device of this process."""
     net = build(section, section.model_path).to(dist.get_device())
     describe('Teacher', net)
-    return Teacher(net, clip=section.diffusion.clip_denoised)
+    return Teacher(net)
 
 
 def cache_description(experiment: configs.Experiment, teacher: Teacher) -> dict:
-    """What a cache is made with, and must agree with where it is used."""
+    """What a cache is made with, and must agree with where it is used.
+
+    Raises UserError if the configuration names none.
+    """
     section, batch = experiment.teacher, experiment.student.batch_size
+    if not section.tempfile:
+        raise UserError('teacher.tempfile is missing; it names the cache of dynamic_prepare.py')
     return {'rho': section.BATCH, 'batch_size': batch,
             'images of a process': cache_size(section.BATCH, teacher.diffusion.num_steps, batch),
             'image_shape': teacher.image_shape, 'diffusion': section.diffusion.arguments(),
@@ -79,14 +84,14 @@ def align(experiment: configs.Experiment):
     """
     teacher, student = experiment.teacher, experiment.student
     for name in ('diffusion_steps', 'timestep_respacing'):
-        steps, own = getattr(teacher.diffusion, name), getattr(student.diffusion, name)
+        steps, own = (getattr(side.diffusion, name) for side in (teacher, student))
         if steps != own:
             dist.print0(f"Warning: student.diffusion.{name}={own} differs from the teacher's; "
                         f'{steps} is used')
             setattr(student.diffusion, name, steps)
     names = ['image_size', 'img_channels', 'class_cond']
     for name in names + ['num_classes'] * teacher.model.class_cond:
-        value, own = getattr(teacher.model, name), getattr(student.model, name)
+        value, own = (getattr(side.model, name) for side in (teacher, student))
         if value != own:
             raise UserError(f"student.model.{name}: {own} differs from the teacher's {value}")
     if student.diffusion.use_kl:
@@ -103,10 +108,9 @@ def open_source(experiment: configs.Experiment, teacher: Teacher, seed: int):
     source = SOURCES[section.iter_choice]
     if source is IterativeSource:
         return source(teacher, batch, rng, section.prob)
-    if not section.tempfile:
-        raise UserError('teacher.tempfile is missing; it names the cache of dynamic_prepare.py')
     description = cache_description(experiment, teacher)
-    cache = load_cache(section.tempfile, description['images of a process'], description)
+    cache = load_cache(section.tempfile, dist.get_rank(), description['images of a process'],
+                       description)
     return source(teacher, cache, batch, rng, section.prob)
 
 
@@ -125,27 +129,31 @@ def description(net, name: str, size: int = 0) -> dict:
             'num_channels': net.img_channels, 'label_dim': net.label_dim}
 
 
-def train(section: configs.Training, net, loss, batches, outdir: str, *, rule: dict, seed: int,
+def train(section: configs.Training, net, loss, batches, outdir: str | None, *, rule: dict,
           dataset: dict, options: dict):
     """Trains `net` as the section says, with checkpoints in `outdir`, from the newest one there.
 
+    outdir   None: experiments/NAME of the configuration
     rule     name and settings of the loss, for the recipe
     dataset  description of what is learned
-    options  settings, for training_options.json
+    options  settings, for training_options.json, with `config` and `seed`
 
     Raises UserError for a checkpoint of another run.
     """
     batch = section.batch_size * dist.get_world_size()
     steps = section.total_steps or section.lr_anneal_steps or ENDLESS
-    half = net.model.precision == 'fp16'
-    on_gpu = dist.get_device().type == 'cuda'
-    if half and not on_gpu:
-        dist.print0('Note: float16 is for GPUs; this CPU computes in float32')
+    save = section.save_interval * batch
+    loss_scale = None
+    if net.model.precision == 'fp16':
+        if dist.get_device().type == 'cuda':
+            loss_scale = {'growth': section.fp16_scale_growth}
+        else:
+            dist.print0('Note: float16 is for GPUs; this CPU computes in float32')
     if steps == ENDLESS:
         dist.print0('Training until it is stopped: Ctrl-C or SIGTERM saves a checkpoint '
                     '(total_steps=N sets an end)')
     rules = recipe.Recipe(
-        batch=batch, total_nimg=steps * batch, seed=seed, dataset=dataset, loss=rule,
+        batch=batch, total_nimg=steps * batch, seed=options['seed'], dataset=dataset, loss=rule,
         network=section.arguments(),
         optim={'name': 'AdamW', 'weight_decay': section.weight_decay},
         learning_rate={'name': 'anneal', 'lr': section.lr,
@@ -153,12 +161,12 @@ def train(section: configs.Training, net, loss, batches, outdir: str, *, rule: d
         averages={'name': 'constant', 'rates': configs.ema_rates(section.ema_rate)},
         sampler={'name': 'ddpm'}, bad_gradients=None, layout='guided',
         batch_gpu=None if section.microbatch == -1 else section.microbatch,
-        status=section.log_interval * batch, snapshot=section.save_interval * batch,
-        checkpoint=section.save_interval * batch,
-        loss_scale={'growth': section.fp16_scale_growth} if half and on_gpu else None)
+        status=section.log_interval * batch, snapshot=save, checkpoint=save,
+        loss_scale=loss_scale)
     layout = functools.partial(CacheCheckpoints, cache_interval=section.cache_save_interval)
     with renamed_fields(resume_from='resume_checkpoint'):
-        nimg = recipe.fit(rules, outdir, net, loss, batches, options=options, layout=layout,
+        nimg = recipe.fit(rules, outdir or configs.default_outdir(options['config']), net, loss,
+                          batches, options=options, layout=layout,
                           resume_from=section.resume_checkpoint or None,
                           allow_changes=section.allow_changes)
     dist.print0(f'{nimg // batch} steps done')

@@ -39,7 +39,7 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """PNG of uint8 pixels [H,W,3] (or [H,W] gray), uncompressed: fast to write and to read."""
+    """PNG of uint8 pixels [H,W,3] (or [H,W,1] or [H,W] gray), uncompressed: fast to write and to read."""
     return encode_pngs(pixels[None])[0].tobytes()
 
 
@@ -64,7 +64,7 @@ def encode_pngs(pixels: np.ndarray) -> tuple[np.ndarray, list[int]]:
         blocks += [_repeated(struct.pack('<BHH', is_last, length, length ^ 0xFFFF), count), block]
     size = 6 + sum(block.shape[1] for block in blocks)
 
-    header = struct.pack('>IIBBBBB', width, height, 8, 2 if pixels.ndim == 4 else 0, 0, 0, 0)
+    header = struct.pack('>IIBBBBB', width, height, 8, 2 if channels == 3 else 0, 0, 0, 0)
     head = _SIGNATURE + _chunk(b'IHDR', header) + struct.pack('>I', size)
     tail = bytes(4) + _chunk(b'IEND', b'')
     files = np.hstack([_repeated(head + b'IDAT\x78\x01', count), *blocks,

@@ -5,6 +5,7 @@ The groups are those of classes with many, medium and few training images.
 
 import dataclasses
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -28,9 +29,8 @@ def class_groups(counts, sizes=(100, 20)) -> dict[str, list[int]]:
     long-tailed recognition. Groups without a class are left out.
     """
     many, few = sizes
-    groups = {name: [] for name in GROUPS}
-    for label, count in enumerate(counts):
-        groups['many' if count > many else 'medium' if count >= few else 'few'].append(label)
+    places = np.digitize(counts, [few, many + 1])  # 0 few, 1 medium, 2 many
+    groups = {name: np.flatnonzero(places == 2 - i).tolist() for i, name in enumerate(GROUPS)}
     return {name: classes for name, classes in groups.items() if classes}
 
 

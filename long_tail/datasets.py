@@ -66,9 +66,7 @@ def nominal_counts(data_type: str, imb_type: str, imb_factor: float) -> np.ndarr
     base, kind = _parse(data_type, imb_type)
     if base not in CIFAR:
         return None
-    cifar = CIFAR[base]
-    return imbalance.class_counts(CIFAR_IMAGES, cifar.num_classes, kind,
-                                  1 if kind == 'none' else imb_factor)
+    return imbalance.class_counts(CIFAR_IMAGES, CIFAR[base].num_classes, kind, imb_factor)
 
 
 def open_data(data_type: str, root: str, *, size: int | None = None, imb_type='exp',
@@ -88,7 +86,7 @@ def open_data(data_type: str, root: str, *, size: int | None = None, imb_type='e
     base, kind = _parse(data_type, imb_type)
     source = _open_source(base, root, split, download)
     names = source.class_names or [str(c) for c in source.classes]
-    indices = np.arange(len(source), dtype=np.int64)
+    indices = np.arange(len(source))
     if kind != 'none':
         indices = imbalance.long_tailed(source.labels, len(names), kind, imb_factor)
     labels = source.labels[indices]
@@ -104,8 +102,6 @@ def open_data(data_type: str, root: str, *, size: int | None = None, imb_type='e
 
 def _parse(data_type, imb_type):
     """(kind of data, kind of long tail or 'none')."""
-    if data_type not in DATA_TYPES:
-        raise UserError(f'is unknown; there are {", ".join(DATA_TYPES)}', 'data_type', data_type)
     base = data_type.removesuffix('lt')
     return base, 'none' if base == data_type else imb_type
 
@@ -138,38 +134,39 @@ def find_cifar(base: str, root: str, download: bool = False) -> str:
     if download:
         with distributed.rank0_first():
             if not os.path.isfile(path):
-                fetched = download_url(URL + cifar.archive)
-                _check_md5(fetched, cifar.md5)
                 with atomic_path(path) as temp:
-                    shutil.copyfile(fetched, temp)
-        _check_md5(path, cifar.md5)
+                    shutil.copyfile(_checked(download_url(URL + cifar.archive), cifar.md5), temp)
+        return _checked(path, cifar.md5)
     if not os.path.isfile(path):
         raise UserError(f'has neither {cifar.archive} nor the folder {cifar.folder}; '
                         'put it there, or give --download', 'root', root)
     return path
 
 
-def _check_md5(path: str, md5: str):
+def _checked(path: str, md5: str) -> str:
+    """The path. Raises UserError unless the file is the published one."""
     digest = hash_file(path, 'md5')
     if digest != md5:
         raise UserError(f'{path} has the checksum (MD5) {digest} instead of {md5}; '
                         'remove it and download it again')
+    return path
 
 
 def _read(source, indices, size) -> np.ndarray:
     """Images uint8 [n,3,size,size] of a source."""
     stack = source.stack(indices)
     if stack is not None:
-        return np.ascontiguousarray(resize_stack(stack, size, size).transpose(0, 3, 1, 2))
+        return resize_stack(stack, size, size).transpose(0, 3, 1, 2)
     transform = make_transform(None, size, size)
     images = []
     for index in indices:
         try:
-            image = transform(source.picture(index)).transpose(2, 0, 1)
+            image = transform(source.picture(index))
         except BadImage as error:
             raise UserError(f'{source.where(index)}: {error}') from None
         images.append(image)
-        if image.shape != images[0].shape or image.shape[1] != image.shape[2]:
-            raise UserError(f'{source.where(index)} is {image.shape[2]} x {image.shape[1]}; '
-                            'all images must be squares of one size', field='img_size')
-    return np.stack(images)
+        height, width, _ = image.shape
+        if height != width or image.shape != images[0].shape:
+            raise UserError(f'{source.where(index)} is {width} x {height}; all images must be '
+                            'squares of one size', field='img_size')
+    return np.stack(images).transpose(0, 3, 1, 2)

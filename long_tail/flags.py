@@ -2,11 +2,11 @@
 
 import difflib
 import os
-from collections.abc import Iterator
+from pathlib import Path
 
 import click
 
-from dnnlib import UserError, cli
+from dnnlib import cli
 
 
 class FlagCommand(cli.Command):
@@ -14,91 +14,76 @@ class FlagCommand(cli.Command):
     `--name=true`.
 
     The lines of a file stand in for the option that names it: what comes later on the command line
-    wins. An option that may be repeated has the values of the last place (a file, or the command
-    line) that gives any, so a run can override the list of its flag file.
+    wins. The numbers of a list may be given one by one. It has those of the last place (a file, or
+    the command line) that gives any, so a run can override the list of its flag file.
     """
 
     def parse_args(self, ctx, args):
         if not {'-h', '--help'}.intersection(args):
+            names = {option.lstrip('-'): param for param in self.params
+                     for option in (*param.opts, *param.secondary_opts)}
             try:
-                args = expand(args, self.params)
-            except UserError as error:
-                raise click.ClickException(str(error)) from None
+                args = to_text(self.params, read_flags(args, names)).splitlines()
+            except click.UsageError as error:
+                raise click.ClickException(error.format_message()) from None
         return super().parse_args(ctx, args)
 
 
-def expand(args, params) -> list[str]:
-    """Arguments without flag files, in one spelling: --name=value, --name or --noname.
-
-    Raises UserError that names the option, and the line of the file that it is from.
-    """
-    names = {option.lstrip('-'): param for param in params
-             for option in (*param.opts, *param.secondary_opts)}
-    flags = list(_flags(args, names, ()))
-    last = {param: files for param, files, _ in flags}
-    return [text for param, files, text in flags if not param.multiple or files == last[param]]
-
-
-def _flags(args, names: dict, files: tuple, where='') -> Iterator[tuple]:
-    """(option, files, text) of each in `args`.
+def read_flags(args, names: dict, files: tuple = ()) -> dict:
+    """{option: its text, or whether a switch is on} of arguments.
 
     names  {name: option}, with the noname of switches
     files  that are being read, each named by the one before it
-    where  the line that the arguments are from, for messages
+
+    Raises click.UsageError that names the option, and the file that it is from.
     """
+    values = {}
+    lists = set()  # that this place has begun
     args = iter(args)
     for arg in args:
         name, equals, value = arg.lstrip('-').partition('=')
         name = name.replace('-', '_')
-        if not arg.startswith('-') or not name:
-            raise UserError(f'{where}{arg!r} is no option; write --name=value')
-        if name not in names:
+        param = names.get(name)
+        if param is None or not arg.startswith('-'):
             similar = ', '.join(difflib.get_close_matches(name, names)) or 'none'
-            raise UserError(f'{where}unknown option --{name}; see --help (similar: {similar})')
-        param = names[name]
+            raise click.UsageError(f'{arg!r} is no option; write --name=value, see --help '
+                                   f'(similar: {similar})')
         if param.is_flag:
-            if equals:
-                name = _switch(param, name, value, where)
-            yield param, files, f'--{name}'
+            on = not equals or click.BOOL(value, param)
+            values[param.name] = on == (name == param.name)
             continue
         if not equals:
             value = next(args, None)
         if value is None:
-            raise UserError(f'{where}--{name} needs a value')
+            raise click.UsageError(f'--{name} needs a value')
         if name == 'flagfile':
-            yield from _file_flags(value, names, files)
+            values |= _read_file(value, names, files)
+            lists.clear()
+        elif name in lists:
+            values[name] += f',{value}'
         else:
-            yield param, files, f'--{name}={value}'
+            values[name] = value
+            if param.type.name == 'list':
+                lists.add(name)
+    return values
 
 
-def _switch(param, name: str, value: str, where: str) -> str:
-    """'name' or 'noname' for --name=true and the like."""
-    try:
-        on = click.BOOL(value)
-    except click.BadParameter:
-        on = None
-    if on is None or name != param.name:
-        raise UserError(f'{where}--{name}={value}: write --{param.name} or --no{param.name}')
-    return name if on else f'no{name}'
-
-
-def _file_flags(path: str, names: dict, files: tuple) -> Iterator[tuple]:
-    """`_flags` of a file: at `path`, else beside the file that names it."""
+def _read_file(path: str, names: dict, files: tuple) -> dict:
+    """`read_flags` of a file: at `path`, else beside the file that names it."""
     if files and not os.path.exists(path):
         path = os.path.join(os.path.dirname(files[-1]), path)
     real = os.path.realpath(path)
-    if real in files:
-        raise UserError(f'--flagfile={path} names itself')
+    args = []
     try:
-        with open(path, encoding='utf-8') as file:
-            lines = file.read().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'--flagfile={path} cannot be read ({error})') from None
-    for number, text in enumerate(lines, 1):
-        text = text.strip()
-        if text and not text.startswith(('#', '//')):
-            args = [text] if '=' in text.split()[0] else text.split(None, 1)
-            yield from _flags(args, names, (*files, real), f'{path} line {number}: ')
+        if real in files:
+            raise click.UsageError('it names itself')
+        for line in map(str.strip, Path(path).read_text(encoding='utf-8').splitlines()):
+            if line and not line.startswith(('#', '//')):
+                args += [line] if '=' in line.split()[0] else line.split(None, 1)
+        return read_flags(args, names, (*files, real))
+    except (OSError, UnicodeDecodeError, click.UsageError) as error:
+        reason = error.format_message() if isinstance(error, click.UsageError) else error
+        raise click.UsageError(f'--flagfile={path}: {reason}') from None
 
 
 def to_text(params, values: dict) -> str:
@@ -107,14 +92,11 @@ def to_text(params, values: dict) -> str:
     """
     lines = []
     for param in sorted(params, key=lambda param: param.name):
-        if param.name not in values:
-            continue
-        value = values[param.name]
-        if param.is_flag:
-            lines.append(f'--{"" if value else "no"}{param.name}')
-        elif param.multiple:
-            lines += [f'--{param.name}={item}' for item in value or ['']]
-        else:
-            text = ','.join(map(str, value)) if isinstance(value, list) else value
-            lines.append(f'--{param.name}={text}')
+        name = param.name
+        value = values.get(name)
+        if isinstance(value, bool):
+            lines.append(f'--{name}' if value else f'--no{name}')
+        elif value is not None:
+            items = value if isinstance(value, list) else [value]
+            lines += [f'--{name}={item}' for item in items or ['']]
     return '\n'.join(lines) + '\n'

@@ -40,7 +40,7 @@ from training.networks import build_network
 
 # --- Options -------------------------------------------------------------------------------------
 
-INTS = cli.Parsed('ints', lambda text: [int(part) for part in text.split(',') if part])
+INTS = cli.Parsed('list', lambda text: [int(part) for part in text.split(',') if part])
 VARIANCES = {'fixedlarge': 'fixed_large', 'fixedsmall': 'fixed_small'}
 # Switches of the published program that are no part of the study: its flag files have them, off.
 UNUSED = ('improve', 'weight', 'cotrain', 'logit')
@@ -52,12 +52,6 @@ def switch(name: str, text: str, default: bool = False):
 
 def steps(name: str, default: int, text: str):
     return integer(name, default, text, 0)
-
-
-def levels(name: str, default: str, text: str):
-    """Numbers of levels: 1,2 or repeated."""
-    return click.option(name, multiple=True, type=INTS, metavar='INTS', default=[default],
-                        help=text)
 
 
 options_of_study = together(
@@ -88,8 +82,8 @@ options_of_study = together(
     steps('--num_workers', 4, 'Threads that read images'),
     # Network and diffusion
     integer('--ch', 128, 'Width of the network'),
-    levels('--ch_mult', '1,2,2,2', 'Width of each level, in multiples of --ch'),
-    levels('--attn', '1', 'Levels with attention'),
+    integers('--ch_mult', '1,2,2,2', 'Width of each level, in multiples of --ch', INTS),
+    integers('--attn', '1', 'Levels with attention', INTS),
     steps('--num_res_blocks', 2, 'Blocks of a level'),
     number('--dropout', 0.1, 'Dropout', BELOW_ONE),
     switch('conditional', 'The network sees class labels'),
@@ -152,34 +146,45 @@ def settings(args: list[str]) -> Flags:
 
 
 def prepare(options: dict) -> Flags:
-    """The options as click gives them, with lists as lists.
+    """The options as click gives them.
 
-    Raises UserError for options that contradict each other or the machine, before anything is
-    written.
+    Raises UserError for options that contradict each other, the data or the machine, before
+    anything is written.
     """
     flags = Flags(options)
-    for name in ('ch_mult', 'attn'):
-        flags[name] = [value for part in flags[name] for value in part]
-    if len(flags.group_sizes) != 2 or flags.group_sizes[0] < flags.group_sizes[1]:
-        raise UserError('--group_sizes: give two numbers, the larger first')
-    if not (flags.train or flags.eval):
-        raise UserError('nothing to do: give --train or --eval')
-    for name in (*UNUSED, 'private_num_images'):
-        if flags[name]:
-            raise UserError(f'--{name} belongs to experiments that are no part of this study; '
-                            'leave it off')
-    for name in ('cb', 'cfg', 'finetune'):
-        if flags[name] and not flags.conditional:
-            raise UserError(f'--{name} is about class labels; it needs --conditional')
-    if flags.beta_1 > flags.beta_T:
-        raise UserError(f'--beta_1={flags.beta_1} must not be above --beta_T={flags.beta_T}')
-    if flags.ddim_steps > flags.T:
-        raise UserError(f'--ddim_steps={flags.ddim_steps} is more than --T={flags.T}')
-    guided = flags.sample_method != 'uncond' and flags.omega
-    if flags.eval and guided and not flags.conditional:
-        raise UserError('--omega guides by class labels, and this network has none; '
-                        'use --sample_method=uncond')
-    network_of(flags)
+    mults = flags.ch_mult
+    faults = {
+        'nothing to do: give --train or --eval': not (flags.train or flags.eval),
+        '--group_sizes: give two numbers, the larger first':
+            len(flags.group_sizes) != 2 or flags.group_sizes[0] < flags.group_sizes[1],
+        **{f'--{name} belongs to experiments that are no part of this study; leave it off':
+           flags[name] for name in (*UNUSED, 'private_num_images')},
+        **{f'--{name} is about class labels; it needs --conditional':
+           flags[name] and not flags.conditional for name in ('cb', 'cfg', 'finetune')},
+        f'--beta_1={flags.beta_1} must not be above --beta_T={flags.beta_T}':
+            flags.beta_1 > flags.beta_T,
+        f'--ddim_steps={flags.ddim_steps} is more than --T={flags.T}': flags.ddim_steps > flags.T,
+        '--omega guides by class labels, and this network has none; use --sample_method=uncond':
+            flags.eval and flags.omega and flags.sample_method != 'uncond'
+            and not flags.conditional,
+        f'--ch={flags.ch} times each of --ch_mult={mults} must be a multiple of 32, the groups '
+        'of the normalisation': any(flags.ch * mult % 32 for mult in mults),
+        f'--ch_mult: give one number or more; {flags.img_size} pixels are halved after each but '
+        'the last': not mults or flags.img_size % 2 ** (len(mults) - 1),
+        f'--attn={flags.attn}: --ch_mult makes the levels 0 to {len(mults) - 1}':
+            max(flags.attn, default=0) >= len(mults),
+        '--finetune needs --finetuned_logdir, the folder of the new run':
+            flags.finetune and not flags.finetuned_logdir,
+        f'--finetuned_logdir={flags.finetuned_logdir} is the folder of the pretrained run; '
+        'choose another name': flags.train and flags.finetune and os.path.realpath(
+            run_folder(flags)) == os.path.realpath(flags.logdir)}
+    for text, found in faults.items():
+        if found:
+            raise UserError(text)
+    num_class = len(class_counts(flags))
+    if flags.num_class not in (0, num_class):
+        raise UserError(f'--num_class={flags.num_class:g}, but '
+                        f'--data_type={flags.data_type} has {num_class} classes')
     if flags.train:
         start_of(flags)
     else:
@@ -191,24 +196,10 @@ def prepare(options: dict) -> Flags:
 
 
 def network_of(flags) -> dict:
-    """Arguments of `build_network` for a DiscreteDenoiser. Raises UserError for unfit options."""
-    ch, mults = flags.ch, flags.ch_mult
-    if any(ch * mult % 32 for mult in mults):
-        raise UserError(f'--ch={ch} times each of --ch_mult={mults} must be a multiple of 32, the '
-                        'groups of the normalisation')
-    if not mults or flags.img_size % 2 ** (len(mults) - 1):
-        raise UserError(f'--ch_mult: give one number or more; {flags.img_size} pixels are '
-                        'halved after each but the last')
-    if max(flags.attn, default=0) >= len(mults):
-        raise UserError(f'--attn={max(flags.attn)}: --ch_mult makes the levels 0 to '
-                        f'{len(mults) - 1}')
-    num_class = len(class_counts(flags))
-    if flags.num_class not in (0, num_class):
-        raise UserError(f'--num_class={flags.num_class:g}, but '
-                        f'--data_type={flags.data_type} has {num_class} classes')
+    """Arguments of `build_network` for a DiscreteDenoiser."""
     names = ('T', 'ch', 'ch_mult', 'attn', 'num_res_blocks', 'dropout', 'augm')
     unet = {name: flags[name] for name in names}
-    unet |= dict(class_name='DDPMUNet', cond=flags.conditional, num_class=num_class,
+    unet |= dict(class_name='DDPMUNet', cond=flags.conditional, num_class=len(class_counts(flags)),
                  img_resolution=flags.img_size)
     return dict(class_name='DiscreteDenoiser', network=unet, diffusion=dict(
         schedule='linear_float32', steps=flags.T, variance=VARIANCES[flags.var_type],
@@ -233,18 +224,9 @@ def run_folder(flags) -> str:
 
     The latter is beside --logdir if it is a bare name.
     """
-    logdir = flags.logdir
-    if not flags.finetune:
-        return logdir
-    name = flags.finetuned_logdir
-    if not name:
-        raise UserError('--finetune needs --finetuned_logdir, the folder of the new run')
-    folder = name
-    if not os.path.dirname(name):
-        folder = os.path.normpath(os.path.join(logdir, os.pardir, name))
-    if not flags.eval and os.path.realpath(folder) == os.path.realpath(logdir):
-        raise UserError(f'--finetuned_logdir={name} is the folder of the pretrained run; '
-                        'choose another name')
+    folder = flags.finetuned_logdir if flags.finetune else flags.logdir
+    if flags.finetune and not os.path.dirname(folder):
+        return os.path.normpath(os.path.join(flags.logdir, os.pardir, folder))
     return folder
 
 
@@ -273,7 +255,6 @@ def load_average(path: str, net: torch.nn.Module):
 
 def start_of(flags) -> tuple[str | None, int]:
     """(checkpoint to start from, number of the first step): those of the pretrained run."""
-    run_folder(flags)
     if not flags.finetune:
         return None, 0
     step = choose_step(flags.logdir, flags.ckpt_step)

@@ -30,19 +30,24 @@ def make(data_type, dest, detector, weights=None, root='./', split='train', down
          img_size=None, num=None, features=True, batch=64):
     """Writes the statistics of a data set to `dest`; the arguments are those of the command."""
     check_destination(dest, ['.npz'])
+    if data_type.endswith('lt'):
+        raise UserError('is long-tailed, and the reference is the whole data set; '
+                        f'give {data_type.removesuffix("lt")}', 'data_type', data_type)
+    if split == 'test' and data_type not in datasets.CIFAR:
+        raise UserError(f'is no part of {data_type}', 'split', split)
     data = datasets.open_data(data_type, root, size=img_size, split=split, download=download)
     indices = np.arange(len(data)) if num is None else balanced(data.label_ids, num)
     space = USUAL[detector]
     detectors = Detectors({detector: weights})
-    batches = read_batches(data, indices, batch)
-    statistics = measure(batches, len(indices), detectors, gaussians=[space],
-                         features=[space] if features else [])
+    statistics = measure(read_batches(data, indices, batch), len(indices), detectors,
+                         gaussians=[space], features=[space] if features else [])
     if dist.get_rank() == 0:
         statistics.meta = dict(data_type=data_type, split=split, class_names=data.class_names,
                                detectors=detectors.description())
         save_statistics(dest, statistics)
         print(f'{dest}: {len(indices)} images, {statistics.gaussians[space].dim} dimensions of '
               f'{detector}' + (', with features' if features else ''))
+    dist.barrier()
 
 
 @click.command(cls=cli.Command, epilog="""\b
@@ -73,16 +78,10 @@ Under torchrun the processes share the work.
 @click.option('--features/--nofeatures', default=True,
               help='Store features and labels, which precision, recall, PRD and class groups need')
 @options.batch(64)
-def main(data_type, split, **settings):
+def main(**settings):
     """Make the --fid_cache of main.py from a data set."""
     dist.init()
-    if data_type.endswith('lt'):
-        raise UserError('is long-tailed, and the reference is the whole data set; '
-                        f'give {data_type.removesuffix("lt")}', 'data_type', data_type)
-    if split == 'test' and data_type not in datasets.CIFAR:
-        raise UserError(f'is no part of {data_type}', 'split', split)
-    make(data_type, split=split, **settings)
-    dist.barrier()
+    make(**settings)
     dist.shutdown()
 
 

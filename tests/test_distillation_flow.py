@@ -36,8 +36,9 @@ from training.snapshot import load_snapshot
 class _GoldenNet(torch.nn.Module):
     """eps = tanh(x) (a + t/T) + b c[:3]; variance channels d tanh(x reversed) - t/T + b c[3:], as `words` say."""
 
-    def __init__(self, words, schedule, num_steps, image_shape):
+    def __init__(self, words, schedule, num_steps, image_shape, clip):
         super().__init__()
+        self.clip = clip
         self.img_channels, self.img_resolution, _ = image_shape
         self.label_dim = 0
         self.diffusion = GaussianDiffusion(schedule, num_steps)
@@ -56,8 +57,8 @@ class _GoldenNet(torch.nn.Module):
 def _golden(case):
     arguments = case.json['arguments']
     schedule = arguments['schedule'].partition(',')[0]
-    net = _GoldenNet(case.json['teacher'], schedule, arguments['T'], arguments['image'])
-    teacher = Teacher(net, arguments['clip_denoised'])
+    net = _GoldenNet(case.json['teacher'], schedule, arguments['T'], arguments['image'], arguments['clip_denoised'])
+    teacher = Teacher(net)
     assert cache_size(arguments['rho'], arguments['T'], arguments['batch']) == arguments['cache_size']
     return arguments, teacher
 
@@ -118,10 +119,10 @@ def _teacher(T=10, dropout=0.0, clip=True, num_classes=0):
     network = dict(class_name='ADMUNet', image_size=4, num_channels=32, num_res_blocks=1, channel_mult='1',
                    attention_resolutions='2', learn_sigma=True, dropout=dropout,
                    class_cond=num_classes > 0, num_classes=num_classes)
-    net = build_network('DiscreteDenoiser', network=network, diffusion=dict(schedule='cosine', steps=T))
+    net = build_network('DiscreteDenoiser', network=network, diffusion=dict(schedule='cosine', steps=T), clip=clip)
     for parameter in net.parameters():                                  # a new network's output is zero
         parameter.data += 0.05 * torch.randn_like(parameter)
-    return Teacher(net, clip)
+    return Teacher(net)
 
 
 def _prepared(teacher, size=12, seed=0):
@@ -268,13 +269,13 @@ def test_a_cache_file_holds_the_shares_of_all_processes(classes, tmp_path, monke
     write_cache(part, [shares[1]], {})
     write_cache(path, [shares[0], open_cache(part)[0], shares[2]], {'rho': 0.4, 'teacher': {'class_name': 'ADMUNet'}})
     for rank, share in enumerate(shares):
-        cache = load_cache(path, 7, {'rho': 0.4, 'teacher': {'class_name': 'ADMUNet'}}, rank=rank)
+        cache = load_cache(path, rank, 7, {'rho': 0.4, 'teacher': {'class_name': 'ADMUNet'}})
         assert torch.equal(cache.x, share.x) and torch.equal(cache.levels, share.levels)
         assert cache.classes is None if classes is None else torch.equal(cache.classes, share.classes)
     with pytest.raises(UserError, match='another rho .0.4 instead of 0.3'):
-        load_cache(path, 7, {'rho': 0.3}, rank=0)
+        load_cache(path, 0, 7, {'rho': 0.3})
     with pytest.raises(UserError, match='holds 21 images, and process 2 needs those up to 24'):
-        load_cache(path, 8, {}, rank=2)
+        load_cache(path, 2, 8, {})
 
 
 def test_a_cache_file_is_safetensors(tmp_path):
@@ -306,7 +307,7 @@ def test_other_files_are_refused(tmp_path, content):
     path = tmp_path / 'foreign'
     path.write_bytes(content)
     with pytest.raises(UserError, match='foreign is not a cache'):
-        load_cache(str(path), 1, {})
+        load_cache(str(path), 0, 1, {})
 
 
 def test_a_cache_is_in_memory_once(tmp_path):
@@ -332,7 +333,7 @@ base = peak()
 cache = Cache(torch.zeros([size, 3, 32, 32]), torch.ones([size], dtype=torch.int64))
 write_cache(path, [cache], {{}})
 del cache
-cache = load_cache(path, size, {{}}, rank=0)
+cache = load_cache(path, 0, size, {{}})
 source = DynamicSource(Zero(), cache, 8, ProcessRandom(0))
 next(source)
 torch.save(source.state_dict(), state)

@@ -433,7 +433,7 @@ def test_sampling_goes_on_where_it_was_stopped(world, tmp_path, monkeypatch):
     assert np.array_equal(sample(world, tmp_path / 'b.npz'), expected)     # complete: nothing is done
     assert 'another timestep_respacing' in helpers.fails(SAMPLE, *arguments, '--timestep_respacing=10')
     np.savez(tmp_path / 'c.npz', arr_0=expected)
-    assert 'nothing says how it was made' in helpers.fails(SAMPLE, *arguments, '--dest', tmp_path / 'c.npz')
+    assert 'another model (None instead of' in helpers.fails(SAMPLE, *arguments, '--dest', tmp_path / 'c.npz')
 
 
 def test_processes_of_mpiexec_share_the_samples(world, tmp_path):

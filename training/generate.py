@@ -284,8 +284,7 @@ class OutputFolder:
 
     def add(self, batch: GeneratedBatch):
         for seed, label, image in batch:
-            pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
-            write_bytes(self.file(seed), encode_png(pixels))
+            write_bytes(self.file(seed), encode_png(image.transpose(1, 2, 0)))
             self.labels[image_name(seed, self.subdirs)] = label
 
     def finish(self):

@@ -14,20 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from distillation import configs, runs
 from distillation.cache import open_cache, write_cache
 from distillation.dkdm import SOURCES, IterativeSource, Preparation
-from dnnlib import UserError
+from dnnlib import UserError, options
 from dnnlib.util import require_same
 from torch_utils import distributed as dist
 from torch_utils.files.own import read_own
 from training.snapshot import write_state
-
-
-def resume(preparation: Preparation, path: str, description: dict):
-    """Takes up the unfinished share of an earlier run, if there is one of the same settings."""
-    if os.path.exists(path):
-        state = read_own(path)
-        require_same(path, state['description'], description, 'remove it to start anew')
-        preparation.load_state_dict(state['preparation'])
-        print(f'Going on with {path}', flush=True)
 
 
 def merge(path: str, part: str, cache, description: dict):
@@ -63,8 +54,8 @@ The same command goes on with a preparation that was stopped. Under several proc
 has a share for each; image_kd.py then needs as many, on a common file system.
 """)
 @configs.common_options
-@click.option('--save_every', metavar='SECONDS', type=click.FloatRange(0), default=600,
-              help='Save unfinished work this often')
+@options.number('--save_every', 600, 'Seconds after which unfinished work is saved',
+                options.NOT_NEGATIVE)
 def main(config, seed, save_every, overrides):
     """Make the cache of a distillation (teacher.tempfile): images denoised down to random time
     steps.
@@ -80,8 +71,6 @@ def main(config, seed, save_every, overrides):
     if SOURCES[section.iter_choice] is IterativeSource:
         raise UserError(f'teacher.iter_choice: {section.iter_choice} needs no cache; '
                         'start image_kd.py')
-    if not dest:
-        raise UserError('teacher.tempfile is missing; it names the cache to make')
     teacher = runs.open_teacher(section)
     description = runs.cache_description(experiment, teacher)
     size = description['images of a process']
@@ -97,7 +86,11 @@ def main(config, seed, save_every, overrides):
     preparation = Preparation(teacher, size, rng, section.batch_size)
     preparation.equalize(min(dist.gather_objects(preparation.remaining)))
     part = f'{os.path.abspath(dest)}.part-{dist.get_rank()}-of-{dist.get_world_size()}'
-    resume(preparation, part, description)
+    if os.path.exists(part):
+        state = read_own(part)
+        require_same(part, state['description'], description, 'remove it to start anew')
+        preparation.load_state_dict(state['preparation'])
+        print(f'Going on with {part}', flush=True)
 
     def save(state: dict):
         write_state(part, {'description': description, 'preparation': state})

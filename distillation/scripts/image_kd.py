@@ -41,12 +41,12 @@ def main(config, outdir, seed, overrides):
     net = runs.new_network(experiment.student, seed)
     loss = DKDMLoss(net.diffusion, teacher, section.input_perturb)
     source = runs.open_source(experiment, teacher, seed)
-    chains = dict(iter_choice=section.iter_choice, BATCH=section.BATCH, prob=section.prob,
-                  teacher=runs.fingerprint(section.model_path))
+    chains = {name: getattr(section, name) for name in ('iter_choice', 'BATCH', 'prob')}
     runs.train(
-        experiment.student, net, loss, source, outdir or configs.default_outdir(config), seed=seed,
+        experiment.student, net, loss, source, outdir,
         rule={'name': 'dkdm', 'input_perturb': section.input_perturb},
-        dataset=runs.description(net, 'distilled') | chains,
+        dataset=runs.description(net, 'distilled') | chains | {
+            'teacher': runs.fingerprint(section.model_path)},
         options=dataclasses.asdict(experiment) | dict(config=config, seed=seed))
     dist.shutdown()
 

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from distillation import configs, runs
 from distillation.sample_shards import SampleShards
-from dnnlib import UserError, options
+from dnnlib import options
+from metrics.statistics import check_destination
 from torch_utils import distributed as dist
 from training.diffusion.samplers import choose_setting
 from training.encoders import RGBEncoder
@@ -27,7 +28,7 @@ def sample(net, shards: SampleShards, seed: int, sampler: dict):
                            disable=True if dist.get_rank() != 0 else None):
         batch, = generate_images(net, RGBEncoder(), range(first + start, first + end),
                                  batch=end - start, split=False, sampler=sampler)
-        shards.save(start, batch.images.permute(0, 2, 3, 1).cpu().numpy(), batch.labels)
+        shards.save(start, batch.images.cpu().numpy(), batch.labels)
 
 
 @click.command(cls=configs.Command, epilog="""\b
@@ -45,17 +46,16 @@ Examples:
 The same command goes on where it was stopped, also with another number of processes.
 """)
 @configs.common_options
-@click.option('--model_path', metavar='PT', required=True,
-              help='Weights: a teacher, modelNNNNNN.pt or ema_RATE_NNNNNN.pt')
+@options.text('PT', '--model_path', 'Weights: a teacher, modelNNNNNN.pt or ema_RATE_NNNNNN.pt',
+              required=True)
 @options.integer('--batch_size', 16, 'Images at a time in each process')
 @options.integer('--num_samples', 10000, 'Images in all')
-@click.option('--timestep_respacing', metavar='STR',
-              help='Steps to take: 50, 10,15,20 or ddim50  [default: configuration]')
+@options.text('STR', '--timestep_respacing',
+              'Steps to take: 50, 10,15,20 or ddim50  [default: configuration]')
 @options.boolean('--use_ddim', None,
                  'DDIM instead of ancestral sampling  [default: configuration]')
-@click.option('--dest', metavar='NPZ',
-              help='Where the samples go  '
-                   '[default: experiments/NAME/MODEL-CHAIN/samples_NxHxWxC.npz]')
+@options.text('NPZ', '--dest', 'Where the samples go  '
+              '[default: experiments/NAME/MODEL-CHAIN/samples_NxHxWxC.npz]')
 @options.sampling
 def main(config, model_path, batch_size, num_samples, timestep_respacing, use_ddim, sampler, dest,
          seed, overrides):
@@ -72,8 +72,9 @@ def main(config, model_path, batch_size, num_samples, timestep_respacing, use_dd
     diffusion = section.diffusion
     respacing = diffusion.timestep_respacing if timestep_respacing is None else timestep_respacing
     ddim = diffusion.use_ddim if use_ddim is None else use_ddim
+    clip = diffusion.clip_denoised
     steps = net.diffusion.respaced(respacing).num_steps        # fails early for what does not fit
-    own = dict(name='ddim' if ddim else 'ddpm', num_steps=respacing, clip=diffusion.clip_denoised)
+    own = dict(name='ddim' if ddim else 'ddpm', num_steps=respacing, clip=clip)
     setting = choose_setting(net, own, sampler)
     chosen = {key: value for key, value in sampler.items() if value is not None}
     chain = '-'.join(map(str, chosen.values())) or f'{"ddim" if ddim else "ancestral"}{steps}'
@@ -82,14 +83,13 @@ def main(config, model_path, batch_size, num_samples, timestep_respacing, use_dd
         os.environ.get(configs.OUTDIR_VARIABLE) or configs.default_outdir(config),
         f'{Path(model_path).stem}-{chain}',
         f'samples_{num_samples}x{size}x{size}x{net.img_channels}.npz')
-    if not dest.endswith('.npz'):
-        raise UserError('must end in .npz', 'dest', dest)
+    check_destination(dest, ['.npz'])
     arguments = section.arguments()
     arguments['network'].pop('dropout')
     settings = dict(
         model=runs.fingerprint(model_path), seed=seed, timestep_respacing=respacing, use_ddim=ddim,
-        network=arguments['network'], diffusion=arguments['diffusion'],
-        clip_denoised=diffusion.clip_denoised, sampler=chosen or None)
+        network=arguments['network'], diffusion=arguments['diffusion'], clip_denoised=clip,
+        sampler=chosen or None)
     shards = SampleShards(dest, num_samples, batch_size, settings)
     if dist.broadcast_object(shards.open() if dist.get_rank() == 0 else None):
         runs.describe('Network', net)

@@ -62,11 +62,10 @@ def main(data_dir, config, outdir, seed, overrides):
     net = runs.new_network(section, seed)
     dataset = open_data(data_dir, net)
     batches = DatasetBatches(dataset, RGBEncoder(), dist.get_device(), seed)
-    options = dict(config=config, data_dir=data_dir, seed=seed)
     runs.train(
-        section, net, DDPMLoss(net.diffusion), batches, outdir or configs.default_outdir(config),
-        seed=seed, rule={'name': 'ddpm'}, options=dataclasses.asdict(section) | options,
-        dataset=runs.description(net, dataset.name, len(dataset)))
+        section, net, DDPMLoss(net.diffusion), batches, outdir, rule={'name': 'ddpm'},
+        dataset=runs.description(net, dataset.name, len(dataset)),
+        options=dataclasses.asdict(section) | dict(config=config, data_dir=data_dir, seed=seed))
     dist.shutdown()
 
 

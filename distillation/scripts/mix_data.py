@@ -39,14 +39,12 @@ Example:
   python scripts/mix_data.py --real datasets/cifar10.zip --share 0.1 --dest datasets/mix-0.1 \\
       --synthetic experiments/samples/samples_50000x32x32x3.npz
 """)
-@click.option('--real', metavar='DIR|ZIP|NPZ', required=True, help='Real images')
-@click.option('--synthetic', metavar='DIR|ZIP|NPZ', required=True, help="The teacher's samples")
-@click.option('--share', metavar='FLOAT', type=options.FRACTION, required=True,
-              help='Share of real images')
+@options.text('DIR|ZIP|NPZ', '--real', 'Real images', required=True)
+@options.text('DIR|ZIP|NPZ', '--synthetic', "The teacher's samples", required=True)
+@options.text('FLOAT', '--share', 'Share of real images', type=options.FRACTION, required=True)
 @options.integer('--count', None, 'Images in all  [default: as many as --real has]')
 @options.seed('--seed', 0, 'Seed of the choice', click.IntRange(0, 2**32 - 1))
-@click.option('--dest', metavar='DIR|ZIP', required=True,
-              help='Folder or zip to write, for image_train.py')
+@options.text('DIR|ZIP', '--dest', 'Folder or zip to write, for image_train.py', required=True)
 def main(real, synthetic, share, count, seed, dest):
     """Write round(count share) real images and as many synthetic ones as are left.
 
@@ -63,12 +61,12 @@ def main(real, synthetic, share, count, seed, dest):
     with ArchiveWriter(dest) as out:
         bar = tqdm(pairs, unit='img', leave=False, disable=None)
         for number, (folder, index) in enumerate(bar):
-            image = folder.images([index])[0]
-            pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
-            out.add(f'{number:06d}.png', encode_png(pixels))
+            image, = folder.images([index])
+            out.add(f'{number:06d}.png', encode_png(image.transpose(1, 2, 0)))
+        real_indices, synthetic_indices = (indices.tolist() for indices in chosen)
         out.add_description({'labels': None, 'selection': {
             'rule': 'mixture', 'real': real, 'synthetic': synthetic, 'share': share, 'seed': seed,
-            'real images': chosen[0].tolist(), 'synthetic images': chosen[1].tolist()}})
+            'real images': real_indices, 'synthetic images': synthetic_indices}})
     print(f'{dest}: {len(chosen[0])} real and {len(chosen[1])} synthetic images')
 
 

@@ -265,7 +265,7 @@ class DKDMLoss:
 
     def __call__(self, net, batch):
         x_t, t, diffusion = batch['images'], batch['t'], self.diffusion
-        target = self.teacher.diffusion.prediction(batch['teacher'], x_t, t, self.teacher.clip)
+        target = self.teacher.diffusion.prediction(batch['teacher'], x_t, t, self.teacher.net.clip)
         seen = x_t
         if self.input_perturb:
             noise = batch['random'].randn(x_t.shape, device=x_t.device)
