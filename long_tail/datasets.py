@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 
 from dnnlib.image_io import BadImage
+from dnnlib.options import path
 from dnnlib.url import download as download_url
 from dnnlib.util import UserError, atomic_path, hash_file
 from long_tail import imbalance
@@ -39,6 +40,8 @@ CIFAR = {
     'cifar100': Cifar('cifar-100-python.tar.gz', 'cifar-100-python', 'meta',
                       'eb9058c3a382ffc7106e4002c42a8d85', 100),
 }
+root_option = path('--root', './',
+                   'Where the CIFAR archive or its folder is; for zip, the zip or folder')
 DATA_TYPES = [base + tail for base in (*CIFAR, 'digits', 'zip') for tail in ('', 'lt')]
 
 
@@ -55,10 +58,6 @@ class ArrayDataset(Dataset):
     def images(self, indices) -> np.ndarray:
         """uint8 [n,C,H,W] at `indices` (int [n])."""
         return self._images[np.asarray(indices)]
-
-    def description(self) -> dict:
-        """What snapshots keep of the data, with the images of each class."""
-        return super().description() | {'class_counts': self.class_counts.tolist()}
 
 
 def nominal_counts(data_type: str, imb_type: str, imb_factor: float) -> np.ndarray | None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from dnnlib import UserError, pictures, util
+from dnnlib.options import choice, path, together
 from long_tail import classwise
 from metrics.features import Detectors, measure_images
 from metrics.recognition import Recognizer
@@ -19,6 +20,10 @@ from training.encoders import RGBEncoder
 from training.generate import generate_images
 
 MOST_RECOGNISED = 5000  # reference images that the classifier is trained on in reasonable time
+detector_options = together(
+    choice('--detector', 'inception', 'Network of the features', USUAL),
+    path('--weights', '',
+         'Weights of the detector: file, folder or URL  [default: the published ones]'))
 SETTINGS = ('sample_method', 'omega', 'ddim_steps', 'num_images', 'seed', 'detector', 'fid_cache',
             'group_sizes')
 

@@ -99,4 +99,4 @@ def to_text(params, values: dict) -> str:
         elif value is not None:
             items = value if isinstance(value, list) else [value]
             lines += [f'--{name}={item}' for item in items or ['']]
-    return '\n'.join(lines) + '\n'
+    return ''.join(f'{line}\n' for line in lines)

@@ -22,6 +22,7 @@ from dnnlib.options import (
     number,
     path,
     seed,
+    text,
     together,
 )
 from dnnlib.util import renamed_fields
@@ -59,23 +60,18 @@ options_of_study = together(
     switch('train', 'Train; from the newest checkpoint of the run, if there is one'),
     switch('eval', 'Sample from a checkpoint and measure'),
     path('--logdir', './logs/', 'Folder of the run'),
-    switch('finetune', "Train a new run from the averaged weights of --logdir; y' is then "
-           'uniform, and steps count on'),
-    path('--finetuned_logdir', '', 'Folder of the fine-tuned run; a bare name lies beside '
-           '--logdir'),
+    switch('finetune', "Train a new run from the averages of --logdir; y' is uniform"),
+    path('--finetuned_logdir', '', 'Folder of the fine-tuned run; a bare name is beside --logdir'),
     steps('--ckpt_step', 0, 'Checkpoint to fine-tune or to evaluate; 0 = the newest'),
     switch('parallel', 'One process for each visible GPU'),
-    switch('allow_changes', 'Go on with a run though its settings have changed; changes are '
-           'logged'),
+    switch('allow_changes', 'Go on with a run though its settings have changed; that is logged'),
     # Data
     choice('--data_type', 'cifar100', 'Data set; "lt" makes it long-tailed', datasets.DATA_TYPES),
-    path('--root', './', 'Where the CIFAR archive or its folder is; for zip, the zip or folder'),
-    switch('download', 'Fetch the CIFAR archive to --root if it is not there, and insist on its '
-           'published checksum'),
+    datasets.root_option,
+    switch('download', 'Fetch the CIFAR archive to --root; it must have the published checksum'),
     choice('--imb_type', 'exp', 'Shape of the long tail', ['exp', 'step']),
     number('--imb_factor', 0.01, 'Images of the last class, as a share of the first'),
-    number('--num_class', 0.0, 'Number of classes, checked against the data; 0 = that of the data',
-           float),
+    number('--num_class', 0.0, 'Number of classes, for a check; 0 = that of the data', float),
     integer('--img_size', 32, 'Width and height of the images'),
     switch('xflip', 'Add the mirror image of each'),
     switch('augm', 'Augment, and tell the network how'),
@@ -113,25 +109,20 @@ options_of_study = together(
     choice('--sample_method', 'cfg', 'Guided, with labels, or without', ['cfg', 'cond', 'uncond']),
     number('--omega', 0.0, 'Strength of guidance; 0 = none', NOT_NEGATIVE),
     steps('--ddim_steps', 0, 'Steps of DDIM; 0 = ancestral sampling, all steps'),
-    click.option('--sample_name', metavar='NAME', default='saved',
-                 help='First part of the names of sample files'),
+    text('NAME', '--sample_name', 'First part of the names of sample files', default='saved'),
     switch('sampled', 'Measure the samples of an earlier call with the same options'),
     path('--fid_cache', './stats/cifar10.train.npz', 'Reference statistics (make_stats.py)'),
     switch('fid_use_torch', 'Compute the Frechet distance by torch, on the GPU if there is one'),
-    choice('--detector', 'inception', 'Network of the features', evaluation.USUAL),
-    path('--weights', '', 'Weights of the detector: file, folder or URL  [default: the published '
-           'ones]'),
+    evaluation.detector_options,
     switch('prd', 'Precision and recall of distributions, F_8 and F_1/8', True),
     switch('improved_prd', 'Improved precision and recall', True),
-    switch('recognition', 'Share of samples that a classifier of the pixels recognises '
-           '(--detector=pixels)'),
-    integers('--group_sizes', '100,20', 'Classes with more training images than the first are '
-             '"many", with fewer than the second "few"'),
+    switch('recognition', 'Share of samples that a classifier recognises (--detector=pixels)'),
+    integers('--group_sizes', '100,20', '"many": classes of more training images than the first '
+             'number; "few": of fewer than the second'),
     *(switch(name, 'Not part of the study') for name in UNUSED),
     steps('--private_num_images', 0, 'Not part of the study'),
-    click.option('--flagfile', metavar='FILE', expose_value=False,
-                 help='Take options from a file, one --name=value a line; lines may name '
-                      'files. Later options win'))
+    text('FILE', '--flagfile', 'Take options from a file, one --name=value a line; lines may name '
+         'files. Later options win', expose_value=False))
 
 
 class Flags(dict):
@@ -171,24 +162,24 @@ def prepare(options: dict) -> Flags:
         'of the normalisation': any(flags.ch * mult % 32 for mult in mults),
         f'--ch_mult: give one number or more; {flags.img_size} pixels are halved after each but '
         'the last': not mults or flags.img_size % 2 ** (len(mults) - 1),
-        f'--attn={flags.attn}: --ch_mult makes the levels 0 to {len(mults) - 1}':
+        f'--attn={max(flags.attn, default=0)}: --ch_mult makes the levels 0 to {len(mults) - 1}':
             max(flags.attn, default=0) >= len(mults),
         '--finetune needs --finetuned_logdir, the folder of the new run':
             flags.finetune and not flags.finetuned_logdir,
         f'--finetuned_logdir={flags.finetuned_logdir} is the folder of the pretrained run; '
         'choose another name': flags.train and flags.finetune and os.path.realpath(
             run_folder(flags)) == os.path.realpath(flags.logdir)}
-    for text, found in faults.items():
+    for fault, found in faults.items():
         if found:
-            raise UserError(text)
+            raise UserError(fault)
     num_class = len(class_counts(flags))
     if flags.num_class not in (0, num_class):
-        raise UserError(f'--num_class={flags.num_class:g}, but '
-                        f'--data_type={flags.data_type} has {num_class} classes')
+        raise UserError(f'is not {num_class}, as of {flags.data_type}', 'num_class',
+                        f'{flags.num_class:g}')
     if flags.train:
         start_of(flags)
     else:
-        choose_step(run_folder(flags), flags.ckpt_step)
+        find_checkpoint(run_folder(flags), flags.ckpt_step)
     return flags
 
 
@@ -230,18 +221,19 @@ def run_folder(flags) -> str:
     return folder
 
 
-def choose_step(folder: str, step: int) -> int:
-    """`step` if the folder has its checkpoint, the newest for 0.
+def find_checkpoint(folder: str, step: int) -> tuple[str, int]:
+    """(path, step) of the checkpoint of a step, for 0 of the newest.
 
     Raises UserError that lists those there are.
     """
-    numbers = StepCheckpoints(folder).numbers()
+    checkpoints = StepCheckpoints(folder)
+    numbers = checkpoints.numbers()
     if numbers and step == 0 and 0 not in numbers:
-        return numbers[-1]
+        step = numbers[-1]
     if step not in numbers:
         raise UserError(f'--ckpt_step={step}: {folder} has no ckpt_{step}.pt; there are the steps '
                         f'{", ".join(map(str, numbers)) or "none: train first"}')
-    return step
+    return checkpoints.path(step), step
 
 
 def load_average(path: str, net: torch.nn.Module):
@@ -255,10 +247,7 @@ def load_average(path: str, net: torch.nn.Module):
 
 def start_of(flags) -> tuple[str | None, int]:
     """(checkpoint to start from, number of the first step): those of the pretrained run."""
-    if not flags.finetune:
-        return None, 0
-    step = choose_step(flags.logdir, flags.ckpt_step)
-    return StepCheckpoints(flags.logdir).path(step), step
+    return find_checkpoint(flags.logdir, flags.ckpt_step) if flags.finetune else (None, 0)
 
 
 # --- Training ------------------------------------------------------------------------------------
@@ -283,11 +272,12 @@ def callbacks_of(flags, folder, dataset) -> list[tuple]:
 def recipe_of(flags, dataset, first: int) -> recipe.Recipe:
     """The recipe of the options; `first` is the number of the first step."""
     batch = flags.batch_size
+    counts = dataset.class_counts.tolist()
     loss = {key: flags[key] for key in ('cb', 'cfg', 'tau', 'finetune', 'augm')}
     return recipe.Recipe(
         batch=batch, total_nimg=(first + flags.total_steps) * batch, first_nimg=first * batch,
-        seed=flags.seed, dataset=dataset.description() | {'xflip': flags.xflip},
-        order={'name': 'epoch'}, network=network_of(flags), loss={'name': 'cbdm', **loss},
+        seed=flags.seed, order={'name': 'epoch'}, network=network_of(flags), loss={'name': 'cbdm', **loss},
+        dataset=dataset.description() | {'class_counts': counts, 'xflip': flags.xflip},
         learning_rate={'name': 'warmup', 'lr': flags.lr, 'warmup': flags.warmup},
         averages={'name': 'constant', 'rates': [flags.ema_decay]}, sampler={'name': 'ddpm'},
         clip_grad_norm=flags.grad_clip or None, bad_gradients=None, layout='steps',
@@ -304,7 +294,6 @@ def train(flags) -> bool:
         dist.print0(f'Fine-tuning {source}')
     folder = run_folder(flags)
     dataset = open_data(flags)
-    counts = dataset.class_counts
     callbacks = callbacks_of(flags, folder, dataset)
     rules = recipe_of(flags, dataset, first)
     net = recipe.new_network(rules)
@@ -312,7 +301,7 @@ def train(flags) -> bool:
         load_average(source, net)
     loss = CBDMLoss(
         net.diffusion, dataset.label_dim, cb=flags.cb, cfg=flags.cfg, tau=flags.tau,
-        class_counts=None if flags.finetune else counts,
+        class_counts=None if flags.finetune else dataset.class_counts,
         augment=ADAAugment() if flags.augm else None, batch_size=rules.batch,
         seed=flags.seed)
     batches = DatasetBatches(dataset, RGBEncoder(), dist.get_device(), flags.seed,
@@ -320,7 +309,7 @@ def train(flags) -> bool:
     with renamed_fields(batch='batch_size', duration='total_steps', rates='ema_decay',
                         clip_grad_norm='grad_clip'):
         nimg = recipe.fit(
-            rules, folder, net, loss, batches, options=flags | {'class_counts': counts.tolist()},
+            rules, folder, net, loss, batches, options=flags,
             callbacks=callbacks, allow_changes=allow_changes,
             files={'flagfile.txt': to_text(main.params, flags)})
     return nimg >= rules.total_nimg
@@ -332,10 +321,10 @@ def train(flags) -> bool:
 def evaluate(flags):
     """Samples from a checkpoint, saves the samples, and measures them."""
     folder = run_folder(flags)
-    step = choose_step(folder, 0 if flags.train else flags.ckpt_step)
+    path, step = find_checkpoint(folder, 0 if flags.train else flags.ckpt_step)
     run = evaluation.Evaluator(flags, folder, class_counts(flags))
     net = build_network(**network_of(flags))
-    load_average(StepCheckpoints(folder).path(step), net)
+    load_average(path, net)
     run(net.eval().requires_grad_(False).to(dist.get_device()), step)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from dnnlib import UserError, cli, options
-from long_tail import datasets
+from long_tail import datasets, evaluation
 from metrics.features import Detectors, measure
 from metrics.images import read_batches
 from metrics.statistics import USUAL, check_destination, save_statistics
@@ -63,15 +63,12 @@ Under torchrun the processes share the work.
 @options.text('NAME', '--data_type --data-type', 'Data set, as for main.py; of a long-tailed one '
               '("lt") give the balanced original',
               required=True, type=click.Choice(datasets.DATA_TYPES))
-@options.path('--root', './',
-              'Where the CIFAR archive or its folder is; for zip, the zip or folder')
+@datasets.root_option
 @click.option('--download', is_flag=True,
               help='Fetch the CIFAR archive to --root if it is not there')
 @options.choice('--split', 'train', 'Images of CIFAR', ['train', 'test'])
 @options.text('NPZ', '--dest', 'File to write', required=True)
-@options.choice('--detector', 'inception', 'Network of the features', USUAL)
-@options.path('--weights', None,
-              'Weights of the detector: file, folder or URL  [default: the published ones]')
+@evaluation.detector_options
 @options.integer('--img_size --img-size', None, 'Resize the images  [default: as stored]')
 @options.integer('--max_images --max-images --num num', None,
                  'Use so many images, the same number of each class  [default: all]', least=2)

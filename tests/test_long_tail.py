@@ -138,9 +138,9 @@ def test_flag_files(tmp_path):
 
 
 @pytest.mark.parametrize('lines, message', [
-    ('--ch=64\n--chanels=3\n', "bad.txt: '--chanels=3' is no option"), ('ch=64', 'is no option'), ('--ch', 'bad.txt: --ch needs a value'),
-    ('--train=maybe', "'--train': 'maybe' is not a valid boolean"), ('--flagfile=nowhere.txt', 'nowhere.txt'), ('--flagfile=bad.txt', 'names itself'),
-    ('--batch_size=many', 'batch_size')])
+    ('--ch=64\n--chanels=3\n', "bad.txt: '--chanels=3' is no option"), ('ch=64', 'is no option'),
+    ('--ch', 'bad.txt: --ch needs a value'), ('--train=maybe', "'--train': 'maybe' is not a valid boolean"),
+    ('--flagfile=nowhere.txt', 'nowhere.txt'), ('--flagfile=bad.txt', 'names itself'), ('--batch_size=many', 'batch_size')])
 def test_bad_flag_files(tmp_path, lines, message):
     (tmp_path / 'bad.txt').write_text(lines)
     assert message in fails(MAIN, '--train', f'--flagfile={tmp_path}/bad.txt')
