@@ -276,8 +276,9 @@ def recipe_of(flags, dataset, first: int) -> recipe.Recipe:
     loss = {key: flags[key] for key in ('cb', 'cfg', 'tau', 'finetune', 'augm')}
     return recipe.Recipe(
         batch=batch, total_nimg=(first + flags.total_steps) * batch, first_nimg=first * batch,
-        seed=flags.seed, order={'name': 'epoch'}, network=network_of(flags), loss={'name': 'cbdm', **loss},
+        seed=flags.seed, order={'name': 'epoch'}, network=network_of(flags),
         dataset=dataset.description() | {'class_counts': counts, 'xflip': flags.xflip},
+        loss={'name': 'cbdm', **loss},
         learning_rate={'name': 'warmup', 'lr': flags.lr, 'warmup': flags.warmup},
         averages={'name': 'constant', 'rates': [flags.ema_decay]}, sampler={'name': 'ddpm'},
         clip_grad_norm=flags.grad_clip or None, bad_gradients=None, layout='steps',
