@@ -147,13 +147,8 @@ class Experiment:
 
 
 def ema_rates(text: str) -> list[float]:
-    """'0.99,0.9999' -> [0.99, 0.9999]; none for anything else than different rates below 1."""
-    try:
-        rates = [float(part) for part in text.split(',')]
-    except ValueError:
-        return []
-    valid = all(0 <= rate < 1 for rate in rates) and len(set(rates)) == len(rates)
-    return rates if valid else []
+    """'0.99,0.9999' -> [0.99, 0.9999]; each once."""
+    return list(dict.fromkeys(map(float, text.split(','))))
 
 
 # What types alone do not tell: (keys, test of a value, what it must be).
@@ -166,7 +161,8 @@ _RULES = [
     ('prob', lambda value: 0 < value <= 1, 'must be a probability above 0'),
     ('schedule_sampler', lambda value: value == 'uniform', 'is not supported; write uniform'),
     ('iter_choice', lambda value: value in SOURCES, f'is not one of {", ".join(SOURCES)}'),
-    ('ema_rate', ema_rates, 'must be different rates below 1, e.g. 0.99,0.9999'),
+    ('ema_rate', re.compile(r'(0|0?\.\d+)(, ?(0|0?\.\d+))*').fullmatch,
+     'must be rates below 1, e.g. 0.99,0.9999'),
 ]
 
 # --- Reading -------------------------------------------------------------------------------------

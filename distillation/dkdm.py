@@ -19,7 +19,6 @@ from torch.nn.functional import one_hot
 from tqdm import tqdm
 
 from distillation.cache import Cache
-from dnnlib import UserError
 from torch_utils import distributed as dist
 from torch_utils.random import BlockRandomGenerator, tuple_seed
 
@@ -137,8 +136,6 @@ class Preparation(Chains):
         """
         while (excess := self.remaining - least_steps) > 0:
             able = (self.targets < self.num_steps - 1).nonzero().flatten()
-            if len(able) == 0:
-                return
             if excess < len(able):
                 able = able[self.rng.python.sample(range(len(able)), excess)]
             self.targets[able] += 1
@@ -189,11 +186,6 @@ class Source(Chains):
     """
 
     prob: float = 1.0
-
-    def __post_init__(self):
-        size = len(self.cache)
-        if size < self.batch:
-            raise UserError(f'a cache of {size} images cannot give batches of {self.batch}')
 
     def _positions(self) -> torch.Tensor:
         return torch.arange(self.batch)
@@ -247,7 +239,6 @@ class ShuffledSource(Source):
     """
 
     def __post_init__(self):
-        super().__post_init__()
         self.cache = self.cache[torch.arange(self.batch)]
 
 

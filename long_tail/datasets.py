@@ -15,7 +15,7 @@ from dnnlib.util import UserError, atomic_path, hash_file
 from long_tail import imbalance
 from torch_utils import distributed
 from training.data import sources
-from training.data.dataset import Dataset
+from training.data.images import ArrayImages
 from training.data.transforms import make_transform, resize_stack
 
 URL = 'https://www.cs.toronto.edu/~kriz/'
@@ -45,21 +45,6 @@ root_option = path('--root', './',
 DATA_TYPES = [base + tail for base in (*CIFAR, 'digits', 'zip') for tail in ('', 'lt')]
 
 
-class ArrayDataset(Dataset):
-    """Images uint8 [n,C,H,W] in memory, with classes int64 [n]."""
-
-    def __init__(self, name: str, images: np.ndarray, labels, class_names: list):
-        super().__init__(name, images.shape[1:], labels=labels, info={'class_names': class_names})
-        self._images = images
-
-    def __len__(self):
-        return len(self._images)
-
-    def images(self, indices) -> np.ndarray:
-        """uint8 [n,C,H,W] at `indices` (int [n])."""
-        return self._images[np.asarray(indices)]
-
-
 def nominal_counts(data_type: str, imb_type: str, imb_factor: float) -> np.ndarray | None:
     """Training images of each class of CIFAR, without reading it; None for other data."""
     base, kind = _parse(data_type, imb_type)
@@ -69,7 +54,7 @@ def nominal_counts(data_type: str, imb_type: str, imb_factor: float) -> np.ndarr
 
 
 def open_data(data_type: str, root: str, *, size: int | None = None, imb_type='exp',
-              imb_factor=0.01, split='train', download=False, xflip=False) -> ArrayDataset:
+              imb_factor=0.01, split='train', download=False, xflip=False) -> ArrayImages:
     """The data that `data_type` names: cifar10, cifar100, digits or zip, with `lt`: a long tail
     of it.
 
@@ -94,9 +79,9 @@ def open_data(data_type: str, root: str, *, size: int | None = None, imb_type='e
                         'leave it out of the data, or give a larger imb_factor')
     images = _read(source, indices, size)
     if xflip:
-        images = np.concatenate([images, images[..., ::-1]])
+        images = np.concatenate([images, images[:, :, ::-1]])
         labels = np.concatenate([labels, labels])
-    return ArrayDataset(data_type, images, labels, names)
+    return ArrayImages(data_type, images, labels, {'class_names': names})
 
 
 def _parse(data_type, imb_type):
@@ -152,10 +137,10 @@ def _checked(path: str, md5: str) -> str:
 
 
 def _read(source, indices, size) -> np.ndarray:
-    """Images uint8 [n,3,size,size] of a source."""
+    """Images uint8 [n,size,size,3] of a source."""
     stack = source.stack(indices)
     if stack is not None:
-        return resize_stack(stack, size, size).transpose(0, 3, 1, 2)
+        return resize_stack(stack, size, size)
     transform = make_transform(None, size, size)
     images = []
     for index in indices:
@@ -168,4 +153,4 @@ def _read(source, indices, size) -> np.ndarray:
         if height != width or image.shape != images[0].shape:
             raise UserError(f'{source.where(index)} is {width} x {height}; all images must be '
                             'squares of one size', field='img_size')
-    return np.stack(images).transpose(0, 3, 1, 2)
+    return np.stack(images)

@@ -34,6 +34,7 @@ from torch_utils.files.weights import load_weights
 from training import recipe
 from training.checkpoint import StepCheckpoints
 from training.data.batches import DatasetBatches
+from training.data.images import ArrayImages
 from training.diffusion.augment_ada import ADAAugment
 from training.diffusion.losses import CBDMLoss
 from training.encoders import RGBEncoder
@@ -203,7 +204,7 @@ def class_counts(flags):
     return open_data(flags).class_counts if counts is None else counts
 
 
-def open_data(flags) -> datasets.ArrayDataset:
+def open_data(flags) -> ArrayImages:
     """The training data."""
     names = ('imb_type', 'imb_factor', 'download', 'xflip')
     return datasets.open_data(flags.data_type, flags.root, size=flags.img_size,

@@ -391,8 +391,6 @@ def test_what_cannot_be_distilled_is_refused():
     teacher = _teacher()
     with pytest.raises(UserError, match='noise schedule and time steps'):
         DKDMLoss(GaussianDiffusion('cosine', 20), teacher)
-    with pytest.raises(UserError, match='cache of 12 images cannot give batches of 13'):
-        DynamicSource(teacher, _prepared(teacher), 13, ProcessRandom(0))
     with pytest.raises(UserError, match='one of them has classes and the other not'):
         Cache(torch.zeros([4, 3, 4, 4]), torch.zeros([4]).long()).load_state_dict(
             _prepared(_teacher(num_classes=5), size=4).state_dict())

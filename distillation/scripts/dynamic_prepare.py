@@ -2,7 +2,6 @@
 chains.
 """
 
-import contextlib
 import os
 import sys
 from pathlib import Path
@@ -33,8 +32,7 @@ def merge(path: str, part: str, cache, description: dict):
         write_cache(path, shares, description)
     dist.barrier()
     for leftover in (part, part + '.share'):
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(leftover)
+        Path(leftover).unlink(missing_ok=True)
 
 
 @click.command(cls=configs.Command, epilog="""\b

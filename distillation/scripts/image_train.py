@@ -22,14 +22,13 @@ def open_data(path: str, net):
     """The images, as they suit the network. Raises UserError where they do not."""
     dataset = open_dataset(path, use_labels=net.label_dim > 0)
     shape = (net.img_channels, net.img_resolution, net.img_resolution)
-    if dataset.dtype != np.uint8 or dataset.image_shape != shape:
-        raise UserError(f'{path} holds {dataset.dtype} {list(dataset.image_shape)}, but the '
-                        f'network takes images {list(shape)}; see model.image_size and '
-                        'dataset_tool.py convert --resolution', field='data_dir')
-    if net.label_dim and dataset.label_dim != net.label_dim:
-        raise UserError(f'{path} has {dataset.label_dim} classes, but the network has '
-                        f'{net.label_dim}; give model.num_classes, or model.class_cond=false',
-                        field='data_dir')
+    fits = dataset.dtype == np.uint8 and dataset.image_shape == shape
+    if not fits or net.label_dim not in (0, dataset.label_dim):
+        raise UserError(
+            f'{path} holds {dataset.dtype} {list(dataset.image_shape)} and has '
+            f'{dataset.label_dim} classes, but the network has {net.label_dim} and takes images '
+            f'{list(shape)}; see model.image_size, model.num_classes, model.class_cond, and '
+            'dataset_tool.py convert --resolution', field='data_dir')
     return dataset
 
 

@@ -11,7 +11,22 @@ from dnnlib.util import atomic_path
 from training.data.dataset import Dataset, ImageDataset
 
 
-class NpzImages(Dataset):
+class ArrayImages(Dataset):
+    """uint8 images [N,H,W,C] of an array, with their classes, int [N], if any."""
+
+    def __init__(self, path: str, array: np.ndarray, labels=None, info: dict | None = None):
+        self._array = array
+        super().__init__(path, (array.shape[3], *array.shape[1:3]), labels=labels, info=info)
+
+    def __len__(self):
+        return len(self._array)
+
+    def images(self, indices) -> np.ndarray:
+        """uint8 [n,C,H,W]."""
+        return np.ascontiguousarray(self._array[np.asarray(indices)].transpose(0, 3, 1, 2))
+
+
+class NpzImages(ArrayImages):
     """uint8 images [N,H,W,C] (RGB or gray) of an .npz file, with their classes, int [N], if any.
 
     An uncompressed array stays on the disk; a compressed one is read whole. Raises UserError that
@@ -21,31 +36,24 @@ class NpzImages(Dataset):
     def __init__(self, path: str, image_key: str = 'arr_0', label_key: str = 'arr_1'):
         labels = None
         try:
-            self._array = open_array(path, image_key)
+            array = open_array(path, image_key)
             with contextlib.suppress(KeyError):
                 labels = open_array(path, label_key)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             reason = ' '.join(str(error).split())[:100]
             raise UserError(f'{path}: no .npz file with the array {image_key} '
                             f'({reason})') from None
-        shape = self._array.shape
+        shape = array.shape
         is_images = len(shape) == 4 and shape[3] in (1, 3) and shape[0] > 0
-        if self._array.dtype != np.uint8 or not is_images:
-            raise UserError(f'{path}: {image_key} is {self._array.dtype} {list(shape)} '
+        if array.dtype != np.uint8 or not is_images:
+            raise UserError(f'{path}: {image_key} is {array.dtype} {list(shape)} '
                             'instead of uint8 images [N, H, W, 3]')
         if labels is not None:
             if labels.shape != shape[:1] or labels.dtype.kind not in 'iu':
                 raise UserError(f'{path}: {label_key} is {labels.dtype} {list(labels.shape)} '
                                 f'instead of whole numbers [{shape[0]}]')
             labels = np.asarray(labels, dtype=np.int64)
-        super().__init__(path, (shape[3], *shape[1:3]), labels=labels)
-
-    def __len__(self):
-        return len(self._array)
-
-    def images(self, indices) -> np.ndarray:
-        """uint8 [n,C,H,W]."""
-        return np.ascontiguousarray(self._array[np.asarray(indices)].transpose(0, 3, 1, 2))
+        super().__init__(path, array, labels)
 
 
 def save_npz_images(path: str, images: np.ndarray, labels=None):
