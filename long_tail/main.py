@@ -17,6 +17,7 @@ from dnnlib.options import (
     BELOW_ONE,
     NOT_NEGATIVE,
     choice,
+    count,
     integer,
     integers,
     number,
@@ -52,10 +53,6 @@ def switch(name: str, text: str, default: bool = False):
     return click.option(f'--{name}/--no{name}', name, default=default, help=text)
 
 
-def steps(name: str, default: int, text: str):
-    return integer(name, default, text, 0)
-
-
 options_of_study = together(
     # What to do
     switch('train', 'Train; from the newest checkpoint of the run, if there is one'),
@@ -63,7 +60,7 @@ options_of_study = together(
     path('--logdir', './logs/', 'Folder of the run'),
     switch('finetune', "Train a new run from the averages of --logdir; y' is uniform"),
     path('--finetuned_logdir', '', 'Folder of the fine-tuned run; a bare name is beside --logdir'),
-    steps('--ckpt_step', 0, 'Checkpoint to fine-tune or to evaluate; 0 = the newest'),
+    count('--ckpt_step', 0, 'Checkpoint to fine-tune or to evaluate; 0 = the newest'),
     switch('parallel', 'One process for each visible GPU'),
     switch('allow_changes', 'Go on with a run though its settings have changed; that is logged'),
     # Data
@@ -76,12 +73,12 @@ options_of_study = together(
     integer('--img_size', 32, 'Width and height of the images'),
     switch('xflip', 'Add the mirror image of each'),
     switch('augm', 'Augment, and tell the network how'),
-    steps('--num_workers', 4, 'Threads that read images'),
+    count('--num_workers', 4, 'Threads that read images'),
     # Network and diffusion
     integer('--ch', 128, 'Width of the network'),
     integers('--ch_mult', '1,2,2,2', 'Width of each level, in multiples of --ch', INTS),
     integers('--attn', '1', 'Levels with attention', INTS),
-    steps('--num_res_blocks', 2, 'Blocks of a level'),
+    count('--num_res_blocks', 2, 'Blocks of a level'),
     number('--dropout', 0.1, 'Dropout', BELOW_ONE),
     switch('conditional', 'The network sees class labels'),
     integer('--T T', 1000, 'Diffusion steps', 2),
@@ -94,22 +91,22 @@ options_of_study = together(
     switch('cb', 'Class-balancing term (labels are dropped too)'),
     number('--tau', 1.0, 'Weight of the class-balancing term', NOT_NEGATIVE),
     number('--lr', 2e-4, 'Learning rate'),
-    steps('--warmup', 5000, 'Steps over which the learning rate rises'),
+    count('--warmup', 5000, 'Steps over which the learning rate rises'),
     number('--grad_clip', 1.0, 'Largest norm of the gradient; 0 = any', NOT_NEGATIVE),
     number('--ema_decay', 0.9999, 'Decay of the averaged weights', BELOW_ONE),
     integer('--batch_size', 128, 'Images of a step over all processes; of a batch of samples'),
     integer('--total_steps', 800000, 'Steps to take; for fine-tuning, further steps'),
-    steps('--save_step', 100000, 'Steps between checkpoints; 0 = none'),
-    steps('--sample_step', 10000, 'Steps between sample grids; 0 = none'),
+    count('--save_step', 100000, 'Steps between checkpoints; 0 = none'),
+    count('--sample_step', 10000, 'Steps between sample grids; 0 = none'),
     integer('--sample_size', 64, 'Images of a grid'),
-    steps('--eval_step', 0, 'Steps between evaluations during training; 0 = none'),
+    count('--eval_step', 0, 'Steps between evaluations during training; 0 = none'),
     integer('--log_step', 100, 'Steps between reports'),
     seed('--seed', 0, 'Seed of weights, data order and noise'),
     # Sampling and evaluation
     integer('--num_images', 50000, 'Images to sample'),
     choice('--sample_method', 'cfg', 'Guided, with labels, or without', ['cfg', 'cond', 'uncond']),
     number('--omega', 0.0, 'Strength of guidance; 0 = none', NOT_NEGATIVE),
-    steps('--ddim_steps', 0, 'Steps of DDIM; 0 = ancestral sampling, all steps'),
+    count('--ddim_steps', 0, 'Steps of DDIM; 0 = ancestral sampling, all steps'),
     text('NAME', '--sample_name', 'First part of the names of sample files', default='saved'),
     switch('sampled', 'Measure the samples of an earlier call with the same options'),
     path('--fid_cache', './stats/cifar10.train.npz', 'Reference statistics (make_stats.py)'),
@@ -121,7 +118,7 @@ options_of_study = together(
     integers('--group_sizes', '100,20', '"many": classes of more training images than the first '
              'number; "few": of fewer than the second'),
     *(switch(name, 'Not part of the study') for name in UNUSED),
-    steps('--private_num_images', 0, 'Not part of the study'),
+    count('--private_num_images', 0, 'Not part of the study'),
     text('FILE', '--flagfile', 'Take options from a file, one --name=value a line; lines may name '
          'files. Later options win', expose_value=False))
 
@@ -189,10 +186,10 @@ def prepare(options: dict) -> Flags:
 
 def network_of(flags) -> dict:
     """Arguments of `build_network` for a DiscreteDenoiser."""
-    names = ('T', 'ch', 'ch_mult', 'attn', 'num_res_blocks', 'dropout', 'augm')
-    unet = {name: flags[name] for name in names}
-    unet |= dict(class_name='DDPMUNet', cond=flags.conditional, num_class=len(class_counts(flags)),
-                 img_resolution=flags.img_size)
+    unet = dict(
+        class_name='DDPMUNet', cond=flags.conditional, num_class=len(class_counts(flags)),
+        img_resolution=flags.img_size, **{name: flags[name] for name in (
+            'T', 'ch', 'ch_mult', 'attn', 'num_res_blocks', 'dropout', 'augm')})
     return dict(class_name='DiscreteDenoiser', network=unet, diffusion=dict(
         schedule='linear_float32', steps=flags.T, variance=VARIANCES[flags.var_type],
         beta_range=[flags.beta_1, flags.beta_T]))
@@ -206,9 +203,9 @@ def class_counts(flags):
 
 def open_data(flags) -> ArrayImages:
     """The training data."""
-    names = ('imb_type', 'imb_factor', 'download', 'xflip')
-    return datasets.open_data(flags.data_type, flags.root, size=flags.img_size,
-                              **{name: flags[name] for name in names})
+    return datasets.open_data(
+        flags.data_type, flags.root, size=flags.img_size, imb_type=flags.imb_type,
+        imb_factor=flags.imb_factor, download=flags.download, xflip=flags.xflip)
 
 
 def run_folder(flags) -> str:
