@@ -30,7 +30,10 @@ class SampleShards:
         self.count = count
         self.settings = json.loads(json.dumps(settings | {'num_samples': count}))
         self.parts = self.dest + '.parts'
-        self.pieces = [(start, min(start + size, count)) for start in range(0, count, size)]
+        self.paths = {}
+        for start in range(0, count, size):
+            end = min(start + size, count)
+            self.paths[start, end] = os.path.join(self.parts, f'{start:09d}-{end:09d}.npz')
 
     def open(self) -> bool:
         """Describes the samples, on one process. False if they are complete.
@@ -49,20 +52,17 @@ class SampleShards:
         require_same(places[0], recorded, self.settings, 'remove it, or choose another --dest')
         return places[0] != self.dest
 
-    def _path(self, start: int, end: int) -> str:
-        return os.path.join(self.parts, f'{start:09d}-{end:09d}.npz')
-
     def missing(self) -> list[tuple[int, int]]:
         """(first, end) of the pieces that are to be made."""
-        return [piece for piece in self.pieces if not os.path.exists(self._path(*piece))]
+        return [piece for piece, path in self.paths.items() if not os.path.exists(path)]
 
-    def save(self, start: int, images: np.ndarray, labels=None):
-        """A piece: images uint8 [n,C,H,W], and classes [n]."""
-        save_npz_images(self._path(start, start + len(images)), images, labels)
+    def save(self, piece: tuple, images: np.ndarray, labels=None):
+        """Images uint8 [n,C,H,W] of a piece, and classes [n]."""
+        save_npz_images(self.paths[piece], images, labels)
 
     def finish(self):
         """Writes the .npz from all pieces, one at a time, and removes them. On one process."""
-        paths = [self._path(*piece) for piece in self.pieces]
+        paths = list(self.paths.values())
         with np.load(paths[0]) as first:
             names = first.files
         with atomic_path(self.dest) as temp, zipfile.ZipFile(temp, 'w') as z:

@@ -28,7 +28,7 @@ def sample(net, shards: SampleShards, seed: int, sampler: dict):
                            disable=True if dist.get_rank() != 0 else None):
         batch, = generate_images(net, RGBEncoder(), range(first + start, first + end),
                                  batch=end - start, split=False, sampler=sampler)
-        shards.save(start, batch.images.cpu().numpy(), batch.labels)
+        shards.save((start, end), batch.images.cpu().numpy(), batch.labels)
 
 
 @click.command(cls=configs.Command, epilog="""\b
