@@ -233,6 +233,7 @@ class DynamicSource(Source):
         return torch.tensor(self.rng.python.sample(range(len(self.cache)), self.batch))
 
 
+@dataclasses.dataclass
 class ShuffledSource(Source):
     """Shuffled iterative distillation: every batch takes the first `batch` images of the cache,
     of mixed levels.
