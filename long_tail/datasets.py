@@ -42,7 +42,8 @@ CIFAR = {
 }
 root_option = path('--root', './',
                    'Where the CIFAR archive or its folder is; for zip, the zip or folder')
-DATA_TYPES = [base + tail for base in (*CIFAR, 'digits', 'zip') for tail in ('', 'lt')]
+BALANCED = [*CIFAR, 'digits', 'zip']
+DATA_TYPES = [base + tail for base in BALANCED for tail in ('', 'lt')]
 
 
 def nominal_counts(data_type: str, imb_type: str, imb_factor: float) -> np.ndarray | None:

@@ -30,9 +30,6 @@ def make(data_type, dest, detector, weights=None, root='./', split='train', down
          img_size=None, num=None, features=True, batch=64):
     """Writes the statistics of a data set to `dest`; the arguments are those of the command."""
     check_destination(dest, ['.npz'])
-    if data_type.endswith('lt'):
-        raise UserError('is long-tailed, and the reference is the whole data set; '
-                        f'give {data_type.removesuffix("lt")}', 'data_type', data_type)
     if split == 'test' and data_type not in datasets.CIFAR:
         raise UserError(f'is no part of {data_type}', 'split', split)
     data = datasets.open_data(data_type, root, size=img_size, split=split, download=download)
@@ -60,9 +57,8 @@ Examples:
 \b
 Under torchrun the processes share the work.
 """)
-@options.text('NAME', '--data_type --data-type', 'Data set, as for main.py; of a long-tailed one '
-              '("lt") give the balanced original',
-              required=True, type=click.Choice(datasets.DATA_TYPES))
+@options.text('NAME', '--data_type --data-type', 'Data set, of a long-tailed one the original',
+              required=True, type=click.Choice(datasets.BALANCED))
 @datasets.root_option
 @click.option('--download', is_flag=True,
               help='Fetch the CIFAR archive to --root if it is not there')

@@ -456,7 +456,7 @@ def test_statistics(tmp_path, cifar, digits_stats):
     invoke(*make, f'--dest={tmp_path}/small.npz', '--nofeatures', '--split=test')
     assert not load_statistics(str(tmp_path / 'small.npz')).features
     assert '.npz' in fails(*make, f'--dest={tmp_path}/x.pkl')
-    assert '--data_type=cifar100lt' in fails(*make, '--data_type=cifar100lt', f'--dest={tmp_path}/x.npz')
+    assert "'cifar100lt' is not one of" in fails(*make, '--data_type=cifar100lt', f'--dest={tmp_path}/x.npz')
     assert '--dest' in fails(*make)
 
 
