@@ -1,14 +1,15 @@
 """Frechet distance of Gaussians (Dowson and Landau 1982), as FID and FD-DINOv2 use it."""
 
 import numpy as np
-import scipy.linalg
 import torch
+from scipy.linalg import lapack
 
 from dnnlib import UserError
 
 # Largest relative error of the distance that the fast way may leave, by a bound that is rarely
 # reached.
 TOLERANCE = 1e-6
+
 
 def frechet_distance(mu1, sigma1, mu2, sigma2, device=None) -> float:
     """|mu1 - mu2|^2 + tr(sigma1) + tr(sigma2) - 2 tr((sigma1 sigma2)^(1/2)), in float64.
@@ -43,14 +44,18 @@ def _trace(sigma1, sigma2, rest: float) -> float:
     one, much to that of a tiny one, and of a zero it makes sqrt(eps). Where that matters, the
     roots are the singular values of A^T B, right to eps times the largest, and slower.
     """
-    factor = _factor(sigma1)
-    eigenvalues = np.linalg.eigvalsh(factor.T @ sigma2 @ factor)
+    lower, pivots, rank = _factor(sigma1)
+    # A is `lower` with its rows in the order of the pivots. sygst: L^T sigma L.
+    product, _ = lapack.dsygst(sigma2[np.ix_(pivots, pivots)], lower, itype=2, lower=1)
+    eigenvalues = np.linalg.eigvalsh(product[:rank, :rank])
     roots = np.sqrt(eigenvalues.clip(0))
     eps = np.finfo(np.float64).eps
     noise = max(4 * eps * eigenvalues.max(initial=0), -eigenvalues.min(initial=0))
     error = np.minimum(np.sqrt(noise), noise / np.maximum(roots, 1e-300)).sum()
     if 2 * error > TOLERANCE * (rest - 2 * roots.sum()):
-        roots = np.linalg.svd(factor.T @ _factor(sigma2), compute_uv=False)
+        lower2, pivots2, rank2 = _factor(sigma2)
+        factor2 = lower2[np.argsort(pivots2), :rank2]
+        roots = np.linalg.svd(lower[:, :rank].T @ factor2[pivots], compute_uv=False)
     return roots.sum()
 
 
@@ -62,14 +67,16 @@ def _trace_on(device, sigma1, sigma2) -> float:
     return torch.linalg.eigvalsh(root.T @ sigma2 @ root).clamp_min(0).sqrt().sum().item()
 
 
-def _factor(sigma: np.ndarray) -> np.ndarray:
-    """A [D, rank] with A A^T = sigma. Raises UserError if there is none."""
+def _factor(sigma: np.ndarray):
+    """(L, p, rank) with L L^T = sigma[p][:, p]: lower triangular, its columns from `rank` on zero.
+
+    Raises UserError if there is none.
+    """
     # Pivots below D eps max(diag) are noise: LAPACK's own choice, asked for with tol < 0.
-    lower, pivots, rank, _ = scipy.linalg.lapack.dpstrf(sigma, lower=1, tol=-1)
-    factor = np.empty_like(sigma)
-    factor[pivots - 1] = np.tril(lower)
-    factor = factor[:, :rank]
-    if not np.isclose(np.square(factor).sum(), np.trace(sigma), rtol=1e-4, atol=0):
+    lower, pivots, rank, _ = lapack.dpstrf(sigma, lower=1, tol=-1)
+    lower = np.tril(lower)
+    lower[:, rank:] = 0
+    if not np.isclose(np.square(lower).sum(), np.trace(sigma), rtol=1e-4, atol=0):
         raise UserError('Frechet distance: a covariance is not positive semidefinite; '
                         'are these statistics from another file format, or damaged?')
-    return factor
+    return lower, pivots - 1, rank

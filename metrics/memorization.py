@@ -119,7 +119,7 @@ def nearest_neighbors(queries, blocks: Iterable, k: int = 2, device='cpu'):
     offset = 0
     for images in blocks:
         points = torch.as_tensor(images).to(device).flatten(1)
-        values, places = neighbors.nearest(queries, points, min(k, len(points)))
+        values, places = neighbors.nearest_pixels(queries, points, min(k, len(points)))
         squares, order = torch.cat([squares, values], dim=1).topk(k, largest=False)
         indices = torch.cat([indices, places + offset], dim=1).gather(1, order)
         offset += len(points)

@@ -3,8 +3,8 @@
 |u - v|^2 = |u|^2 + |v|^2 - 2 u.v is fast in single precision, but wrong by up to about
 D eps (|u|^2 + |v|^2). So products only select; distances that count are computed as sum (u - v)^2
 in double precision, and whatever the error bound leaves open is settled that way too. Products of
-pixels (uint8) are whole numbers without rounding, several times as fast. Results depend on no
-block size and on no device.
+pixels are whole numbers without rounding, several times as fast. Results depend on no block size
+and on no device.
 """
 
 from collections.abc import Iterator
@@ -18,6 +18,7 @@ from dnnlib import UserError
 ROWS = 2048        # points of one side of a block of distances: 16 MiB
 NUMBERS = 2**20    # differences computed at a time: 8 MiB
 SPARE = 2          # candidates beyond k, so that rounding rarely leaves the choice open
+GROUP = 64         # columns of which only the smallest is looked at first
 MAX_DIM = 1 << 15  # pixels of an image whose squared distances fit into int32: 255^2 2^15 < 2^31
 
 
@@ -29,18 +30,63 @@ def nearest(queries: torch.Tensor, points: torch.Tensor | None = None, k: int = 
     half the cost. Values can be of any type that float32 holds. Raises UserError if there are
     fewer than k points.
     """
-    others = queries if points is None else points
-    if k > len(others):
-        raise UserError(f'the {k} nearest of {len(others)} points: too few images')
-    exact = queries.dtype == others.dtype == torch.uint8 and queries.shape[1] <= MAX_DIM
-    served = queries.is_cuda or torch.backends.mkldnn.is_available()
-    dtype = torch.int8 if exact and served else torch.float32
-    squares, index, floor = _settled(_Blocks(queries, points, dtype), k)
+    blocks = _Blocks(queries, points, torch.float32)
+    if k > len(blocks.points):
+        raise UserError(f'the {k} nearest of {len(blocks.points)} points: too few images')
+    squares, index, floor = _settled(blocks, k)
     unsure = (squares[:, -1] > floor).nonzero()[:, 0]
     if len(unsure):
-        blocks = _Blocks(queries[unsure], others, torch.float64)
+        blocks = _Blocks(queries[unsure], blocks.points, torch.float64)
         squares[unsure], index[unsure], _ = _settled(blocks, k)
     return squares, index
+
+
+def nearest_pixels(queries: torch.Tensor, points: torch.Tensor, k: int):
+    """`nearest` of pixels uint8 by products of int8, with as many points as fit into memory."""
+    if queries.shape[1] > MAX_DIM or not (queries.is_cuda or torch.backends.mkldnn.is_available()):
+        return nearest(queries, points, k)
+    # Shifted by 128, which leaves distances as they are.
+    queries, points = ((x ^ 128).view(torch.int8) for x in (queries, points))
+    norms = _int_norms(points)
+    parts = []
+    for part in queries.split(ROWS // 2):
+        products = _int_products(part, points)
+        parts.append(_smallest(torch.sub(norms, products, alpha=2, out=products), k))
+    squares, index = map(torch.cat, zip(*parts, strict=True))
+    return (squares + _int_norms(queries)[:, None]).double(), index
+
+
+def _int_norms(x):
+    """Sum of squares of each row of int8 [N, D], int32."""
+    if x.is_cuda:
+        return torch.cat([part.int().square().sum(dim=1) for part in x.split(ROWS)]).int()
+    # NumPy widens a few values at a time, not the array.
+    return torch.from_numpy(np.einsum('nd,nd->n', x, x, dtype=np.int32))
+
+
+def _int_products(u, v):
+    """u v^T of int8 as int32."""
+    if not u.is_cuda:
+        return torch._int_mm(u, v.T)
+    # cuBLAS takes more than 16 rows, and multiples of 8.
+    depth = -u.shape[1] % 8
+    return torch._int_mm(F.pad(u, [0, depth, 0, max(17 - len(u), 0)]),
+                         F.pad(v, [0, depth, 0, -len(v) % 8]).T)[:len(u), :len(v)]
+
+
+def _smallest(values, k: int):
+    """The k smallest of each row [N, k], ascending, and their places.
+
+    They are among the k groups of columns, those of equal remainder, that have the smallest
+    minima; these are found several times as fast.
+    """
+    if values.shape[1] % GROUP or values.shape[1] < k * GROUP:
+        return values.topk(k, largest=False)
+    groups = values.unflatten(1, [GROUP, -1])
+    group = groups.amin(dim=1).topk(k, largest=False).indices
+    candidates = groups.gather(2, group[:, None].expand(-1, GROUP, -1)).flatten(1)
+    values, place = candidates.topk(k, largest=False)
+    return values, place // k * groups.shape[2] + group.gather(1, place % k)
 
 
 def _settled(blocks: '_Blocks', k: int):
@@ -49,13 +95,29 @@ def _settled(blocks: '_Blocks', k: int):
     Exact squared distances and indices [N, k]; and squared distances [N] below which, despite the
     rounding, there is no other point.
     """
-    best, index = _candidates(blocks, k + SPARE)
+    keep = min(k + SPARE, len(blocks.points))
+    best = blocks.queries.new_full([len(blocks.queries), keep], torch.inf, dtype=torch.float64)
+    index = torch.zeros_like(best, dtype=torch.int64)
+    for rows, columns, squares in blocks:
+        values, place = _smallest(squares, min(keep, squares.shape[1]))
+        values = torch.cat([best[rows], values.double()], dim=1)
+        place = torch.cat([index[rows], place + columns.start], dim=1)
+        best[rows], order = values.topk(keep, largest=False)
+        index[rows] = place.gather(1, order)
     squares, order = _exact(blocks.queries, blocks.points, index).sort(dim=1)
     # A distance of exactly zero needs no certificate: nothing is nearer.
     floor = (best[:, -1] - blocks.margin).clamp_min(0)
-    if index.shape[1] == len(blocks.points):
+    if keep == len(blocks.points):
         floor[:] = torch.inf
     return squares[:, :k].contiguous(), index.gather(1, order[:, :k]), floor
+
+
+def _exact(queries, points, index):
+    """sum (u - v)^2 in float64, [N, n], of queries [N, D] and the points of `index` [N, n]."""
+    step = max(NUMBERS // (index.shape[1] * queries.shape[1]), 1)
+    parts = [(points[places].double() - part[:, None]).square_().sum(dim=2)
+             for part, places in zip(queries.split(step), index.split(step), strict=True)]
+    return torch.cat(parts)
 
 
 def inside_balls(queries, points, query_squares, point_squares, strict: bool):
@@ -65,8 +127,8 @@ def inside_balls(queries, points, query_squares, point_squares, strict: bool):
     squared radii of the balls around each. A ball has its boundary unless `strict`.
     """
     blocks = _Blocks(queries, points, torch.float32)
-    inside = torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
-    points_inside = torch.zeros(len(points), dtype=torch.bool, device=queries.device)
+    inside = torch.zeros_like(query_squares, dtype=torch.bool)
+    points_inside = torch.zeros_like(point_squares, dtype=torch.bool)
     for rows, columns, squares in blocks:
         u = queries[rows]
         v = points[columns]
@@ -90,101 +152,49 @@ def _mark(inside, queries, points, squares, radii, margin: float, strict: bool):
 class _Blocks:
     """Squared distances of `queries` [N, D] and `points` [M, D] (None: the queries), in blocks.
 
-    `dtype` float32 or float64; or int8, for pixels, whose distances are int32 and exact.
-    `margin` bounds the error of squared distances: (D + 32) u (|u|^2 + |v|^2), u = eps/2.
+    Computed in `dtype`; `margin` bounds their error: (D + 32) u (|u|^2 + |v|^2), u = eps/2.
+    Raises UserError for points that are not finite.
     """
 
     def __init__(self, queries, points, dtype):
-        self.dtype = dtype
         self.same = points is None
         self.queries = queries
         self.points = queries if self.same else points
-        if dtype != torch.int8:
-            # Distances do not change if the origin moves to the middle of the points, and
-            # rounding errors shrink.
-            self.origin = self.points[:10000].to(torch.float64).mean(dim=0).to(dtype)
+        # Distances do not change if the origin moves to the middle of the points, and rounding
+        # errors shrink.
+        self.origin = self.points[:10000].double().mean(dim=0).to(dtype)
         self.query_norms = self._norms(self.queries)
         self.point_norms = self.query_norms if self.same else self._norms(self.points)
-        norms = 2 * float(torch.cat([self.query_norms, self.point_norms]).max())
+        norms = float(self.query_norms.max() + self.point_norms.max())
         if not np.isfinite(norms):
             raise UserError('the features hold NaN or infinite numbers; '
                             'are the weights of the detector damaged?')
-        self.margin = 0.0
-        if dtype != torch.int8:
-            self.margin = (queries.shape[1] + 32) * torch.finfo(dtype).eps / 2 * norms
+        self.margin = (queries.shape[1] + 32) * torch.finfo(dtype).eps / 2 * norms
 
-    def _values(self, x):
-        """Rows as they are multiplied."""
-        if self.dtype == torch.int8:
-            return (x ^ 128).view(torch.int8)
-        return x.to(self.dtype) - self.origin
+    def _centred(self, x):
+        return x.to(self.origin) - self.origin
 
     def _norms(self, x):
-        """Sum of squares of each row: int32 and exact for int8, else rounded once."""
-        dtype = torch.int32 if self.dtype == torch.int8 else self.dtype
-        norms = torch.empty(len(x), dtype=dtype, device=x.device)
-        for rows in _slices(len(x)):
-            values = self._values(x[rows])
-            if x.is_cuda:
-                norms[rows] = values.double().square().sum(dim=1).to(dtype)
-            else:  # NumPy widens a few values at a time, not the array.
-                squares = np.einsum('nd,nd->n', values, values, dtype=np.float64)
-                norms[rows] = torch.from_numpy(squares).to(dtype)
-        return norms
+        """Sum of squares of each row, rounded once."""
+        return torch.cat([self._centred(part).double().square_().sum(dim=1)
+                          for part in x.split(256)]).to(self.origin)
 
     def __iter__(self) -> Iterator[tuple[slice, slice, torch.Tensor]]:
         """(rows, columns, squared distances [rows, columns]).
 
-        Within one set only the blocks on and above the diagonal.
+        Within one set the blocks below the diagonal are those above it, transposed.
         """
         for rows in _slices(len(self.queries)):
-            u = self._values(self.queries[rows])
+            u = self._centred(self.queries[rows])
             for columns in _slices(len(self.points)):
                 if self.same and columns.start < rows.start:
                     continue
-                products = _products(u, self._values(self.points[columns]))
-                squares = torch.sub(self.point_norms[columns], products, alpha=2, out=products)
-                yield rows, columns, squares.add_(self.query_norms[rows, None])
-
-
-def _products(u, v):
-    """u v^T; of int8 as int32, for which cuBLAS takes more than 16 rows, and multiples of 8."""
-    if u.dtype != torch.int8:
-        return u @ v.T
-    depth = -u.shape[1] % 8
-    return torch._int_mm(F.pad(u, [0, depth, 0, max(17 - len(u), 0)]),
-                         F.pad(v, [0, depth, 0, -len(v) % 8]).T)[:len(u), :len(v)]
-
-
-def _candidates(blocks: _Blocks, keep: int):
-    """The nearest points by the distances of the blocks, all if there are no more than `keep`.
-
-    These distances, float64, and indices [N, keep], ascending.
-    """
-    shape = (len(blocks.queries), min(keep, len(blocks.points)))
-    best = torch.full(shape, torch.inf, dtype=torch.float64, device=blocks.queries.device)
-    index = torch.zeros_like(best, dtype=torch.int64)
-
-    def update(rows, columns, squares):
-        values, place = squares.topk(min(keep, squares.shape[1]), largest=False)
-        values = torch.cat([best[rows], values.double()], dim=1)
-        place = torch.cat([index[rows], place + columns.start], dim=1)
-        best[rows], order = values.topk(shape[1], largest=False)
-        index[rows] = place.gather(1, order)
-
-    for rows, columns, squares in blocks:
-        update(rows, columns, squares)
-        if blocks.same and rows != columns:
-            update(columns, rows, squares.T)
-    return best, index
-
-
-def _exact(queries, points, index):
-    """sum (u - v)^2 in float64, [N, n], of queries [N, D] and the points of `index` [N, n]."""
-    step = max(NUMBERS // (index.shape[1] * queries.shape[1]), 1)
-    parts = [(points[places].double() - part[:, None]).square_().sum(dim=2)
-             for part, places in zip(queries.split(step), index.split(step), strict=True)]
-    return torch.cat(parts)
+                v = self._centred(self.points[columns])
+                squares = torch.addmm(self.point_norms[columns], u, v.T, alpha=-2)
+                squares += self.query_norms[rows, None]
+                yield rows, columns, squares
+                if self.same and rows != columns:
+                    yield columns, rows, squares.T
 
 
 def _slices(count: int) -> list[slice]:
