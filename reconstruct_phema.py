@@ -11,10 +11,7 @@ from training import phema, snapshot
 
 
 def parse_stds(text: str) -> list[float]:
-    try:
-        stds = [float(part) for part in text.split(',')]
-    except ValueError:
-        raise ValueError(f'{text!r} is not a list of widths; write e.g. 0.05,0.1') from None
+    stds = [float(part) for part in text.split(',')]
     if not all(0 < std < phema.exp_to_std(0) for std in stds):
         raise ValueError(f'widths must lie between 0 and {phema.exp_to_std(0):.3f}')
     return stds
@@ -23,13 +20,13 @@ def parse_stds(text: str) -> list[float]:
 def reconstruct(indir, inprefix, outdir, outprefix, outstd, outkimg, batch):
     """Writes one snapshot for each width, and yields its path."""
     profiles = phema.list_profiles(indir, inprefix)
-    times = {nimg // 1000: nimg for _, nimg, _ in profiles}
+    times = {nimg // 1000: nimg for _, nimg, *_ in profiles}
     last = times.get(max(times) if outkimg is None else outkimg)
     if last is None:
         raise UserError(f'is the time of no snapshot; there are {sorted(times)}',
                         'outkimg', outkimg)
-    files, in_nimg, in_std = zip(*(profile for profile in profiles if profile[1] <= last),
-                                 strict=True)
+    files, in_nimg, in_std, states = zip(
+        *(profile for profile in profiles if profile[1] <= last), strict=True)
     prefix = files[0].prefix
     outprefix = outprefix or ('phema' if prefix == snapshot.PREFIX else prefix)
     result = snapshot.load_snapshot(files[-1].path)
@@ -39,9 +36,8 @@ def reconstruct(indir, inprefix, outdir, outprefix, outstd, outkimg, batch):
     for first in range(0, len(outstd), batch):
         stds = outstd[first:first + batch]
         coefficients = phema.solve_coefficients(in_nimg, in_std, last, stds)
-        states = (snapshot.read_snapshot(file.path)['state']
-                  for file in tqdm(files, unit='snapshot', disable=None))
-        for std, state in zip(stds, phema.combine(states, coefficients, parameters), strict=True):
+        bar = tqdm(states, unit='snapshot', disable=None)
+        for std, state in zip(stds, phema.combine(bar, coefficients, parameters), strict=True):
             result.net.load_state_dict(state)
             result.ema_std = std
             path = os.path.join(outdir or indir,

@@ -161,11 +161,10 @@ def train(config: dict, outdir: str, desc=None, nosubdir: bool = False, **runnin
     """Trains by the settings; `running` goes to `recipe.fit`. Returns the run's folder."""
     dist.init()
     dataset, encoder, rules, lengths = prepare(config)
-    chosen = None
-    if dist.get_rank() == 0:
-        chosen = choose_run(config, outdir, run_name(config, dataset, desc), nosubdir,
-                            lengths['total_kimg'])
-    run_dir, resume_from, seed = dist.broadcast_object(chosen)
+    name = run_name(config, dataset, desc)
+    run_dir, resume_from, seed = dist.broadcast_object(
+        choose_run(config, outdir, name, nosubdir, lengths['total_kimg'])
+        if dist.get_rank() == 0 else None)
     rules = dataclasses.replace(rules, seed=seed)
     net = recipe.new_network(rules)
     if config['transfer']:

@@ -200,5 +200,13 @@ def test_post_hoc_average_of_an_earlier_time(trajectory):
     assert '--inprefix' in fails('reconstruct_phema.py', f'--indir={folder}', '--outstd=0.1')
 
 
+def test_snapshots_of_the_first_thousand_images(tmp_path):
+    for std in (0.05, 0.10):
+        save_snapshot(tmp_path / snapshot_name(320, f'-{std:.3f}'), make_net(), encoder=RGBEncoder(), dataset=DATASET,
+                      recipe={}, nimg=320, ema_std=std)
+    path, = script_module('reconstruct_phema.py').reconstruct(str(tmp_path), None, None, None, [0.08], None, None)
+    assert load_snapshot(path).nimg == 320 and path.endswith('phema-0000000-0.080.pkl')
+
+
 def test_snapshots_of_no_such_time(trajectory):
     assert '--outkimg' in fails('reconstruct_phema.py', f'--indir={trajectory[0]}', '--outstd=0.1', '--outkimg=7')

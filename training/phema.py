@@ -58,11 +58,11 @@ def solve_coefficients(in_ofs, in_std, out_ofs, out_std):
 
 
 def list_profiles(folder: str, prefix: str | None = None) -> list[tuple]:
-    """(SnapshotFile, nimg, std) of snapshots `<prefix>-<kimg>-<std>.pkl`, in order.
+    """(SnapshotFile, nimg, std, state) of snapshots `<prefix>-<kimg>-<std>.pkl`, in order.
 
-    What a snapshot does not say follows from its name; of nimg it has the thousands, rounded down,
-    which is undone where batches are multiples of 1024. Raises UserError if there are none, or if
-    `prefix` is None and there are several.
+    States stay in the files until they are used. What a snapshot does not say follows from its
+    name; of nimg it has the thousands, rounded down, which is undone where batches are multiples
+    of 1024. Raises UserError if there are none, or if `prefix` is None and there are several.
     """
     files = [file for file in snapshot.list_snapshots(folder, prefix)
              if re.fullmatch(r'\d+\.\d{3}', file.average)]
@@ -77,7 +77,8 @@ def list_profiles(folder: str, prefix: str | None = None) -> list[tuple]:
         content = snapshot.read_snapshot(file.path)
         nimg = content['nimg'] or (file.kimg * 1000 + 999) // 1024 * 1024
         if nimg:
-            profiles.append((file, nimg, content['ema_std'] or float(file.average)))
+            std = content['ema_std'] or float(file.average)
+            profiles.append((file, nimg, std, content['state']))
     return profiles
 
 
