@@ -195,7 +195,7 @@ def generate_part(part):
 
                 def generate(model=model, batch=batch, steps=steps):
                     encoder.decode = lambda latents: latents  # the network's share alone
-                    list(generate_images(model, encoder, range(batch), batch=batch, device=part.device,
+                    list(generate_images(model, encoder, range(batch), batch=batch,
                                          sampler=dict(name='edm2', num_steps=steps)))
                 with torch.inference_mode():
                     model(torch.zeros(batch, net.img_channels, net.img_resolution, net.img_resolution, device=part.device),

@@ -72,10 +72,12 @@ def save_figure(fig, path: str):
 
 
 def save_curves(path: str, curves: dict, ylabel: str, **settings):
-    """A PNG of {label or None: [(thousands of training images, value)]}; `settings` of the axes."""
+    """A PNG of {label or None: [(thousands of training images, value)]}; `settings` are those of
+    the axes."""
     fig, axes = figure()
     for label, points in sorted(curves.items(), key=lambda curve: curve[0] or ''):
-        axes.plot(*zip(*points, strict=True), label=label, marker='.' if len(points) < 20 else None)
+        marker = '.' if len(points) < 20 else None
+        axes.plot(*zip(*points, strict=True), label=label, marker=marker)
     axes.set(xlabel='thousands of training images', ylabel=ylabel, **settings)
     axes.grid(alpha=0.3)
     if any(curves):

@@ -78,7 +78,6 @@ def save_folder(dest: str, snapshot: Snapshot, dtype=torch.float32):
     version = dict(_diffusers_version=diffusers.__version__)
     with atomic_path(dest) as temp:
         unet = os.path.join(temp, 'unet')
-        os.makedirs(unet)
         index = dict(_class_name=['pipeline', 'SnapshotPipeline'],
                      unet=['network', 'SnapshotNetwork'], encoder=description['encoder'],
                      sampler=description['sampler'], **version)

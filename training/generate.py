@@ -111,8 +111,8 @@ def split_seeds(seeds, batch: int, rank: int, world_size: int) -> list[np.ndarra
     return np.array_split(np.asarray(seeds, dtype=np.int64), count)[rank::world_size]
 
 
-def generate_images(net, encoder, seeds, *, labels=None, batch=32, device=None, guide=None,
-                    guidance=1, guidance_interval=None, sampler=None, split=True, progress=False,
+def generate_images(net, encoder, seeds, *, labels=None, batch=32, guide=None, guidance=1,
+                    guidance_interval=None, sampler=None, split=True, progress=False,
                     **options) -> Iterator[GeneratedBatch]:
     """Samples one image for each seed; under several processes each yields its share
     (`split=False`: all of them).
@@ -122,7 +122,7 @@ def generate_images(net, encoder, seeds, *, labels=None, batch=32, device=None, 
     where it is overridden), churn noise. `sampler` is a setting (default: of the network's
     family), which `options` change; see `training.diffusion.samplers`.
     """
-    device = torch.device(device) if device is not None else next(net.parameters()).device
+    device = next(net.parameters()).device
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if split else (0, 1)
     seeds = np.asarray(seeds, dtype=np.int64)
     labels = np.broadcast_to(labels, seeds.shape)
@@ -165,8 +165,8 @@ class Generator:
 
 
 def open_generator(net=None, *, preset=None, gnet=None, guidance=None, guidance_interval=None,
-                   class_=None, sampler=None, model_url=None, sha256=None, gnet_sha256=None,
-                   device=None) -> Generator:
+                   class_=None, sampler=None, model_url=None, sha256=None,
+                   gnet_sha256=None) -> Generator:
     """Opens a network, and its guide, to make images by the options of a command line; None is
     what was not given.
 
@@ -182,7 +182,7 @@ def open_generator(net=None, *, preset=None, gnet=None, guidance=None, guidance_
     guidance = float(chosen['guidance'] if guidance is None else guidance)
     if net is None:
         raise UserError('give a network, or a preset', field='net')
-    device = device or dist.get_device()
+    device = dist.get_device()
     snapshot = net if isinstance(net, Snapshot) else _open(net, device, sha256)
     guide = _open(gnet, device, gnet_sha256).net if gnet else None
     Guided(snapshot.net, None, guide, guidance, guidance_interval)
@@ -205,17 +205,15 @@ def _check_guide(net, guide, sampler: str, path: str):
     """Raises UserError for a guide that does not fit the network."""
     chain = getattr(net, 'diffusion', None) if sampler in ('ddim', 'ddpm') else None
     other = getattr(guide, 'diffusion', None)
-    advice = ''
+    fault = None
     if (guide.img_resolution, guide.img_channels) != (net.img_resolution, net.img_channels):
         fault = 'makes images of another shape'
     elif guide.label_dim and net.label_dim not in (0, guide.label_dim):
         fault = 'has other classes'
     elif chain and not (other and np.array_equal(other.sigmas, chain.sigmas)):
-        fault = 'has other time steps'
-        advice = '; choose another sampler, e.g. edm'
-    else:
-        return
-    raise UserError(f'{fault} than the network that it guides{advice}', field='gnet', value=path)
+        fault = 'has other time steps (choose another sampler, e.g. edm)'
+    if fault:
+        raise UserError(f'{fault} than the network that it guides', field='gnet', value=path)
 
 
 def _open(path: str, device, sha256) -> Snapshot:
@@ -341,8 +339,9 @@ class GridCollector:
             row = list(self.images[label].values())
             tiles += row + [np.full_like(row[0], 255)] * (-len(row) % self.columns)
         names = self.dataset.get('class_names') or self.dataset.get('classes')
-        titles = [names[label] if names else label for label in labels]
-        titles = None if labels == [None] else titles
+        titles = None
+        if labels != [None]:
+            titles = [names[label] if names else label for label in labels]
         pictures.save_image_grid(self.path, np.stack(tiles), self.columns, titles)
 
 

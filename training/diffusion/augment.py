@@ -114,21 +114,19 @@ class AugmentPipe:
             images = resample(images, G, reach(G, w, h) if self.shared_padding else None)
 
         # The colours: the luma and what differs from it, which a hue turns around the luma's axis.
-        brightness = draw('brightness', random.randn)
-        contrast = draw('contrast', random.randn)
-        lumaflip = draw('lumaflip', coin)
-        hue = math.pi * draw('hue', uniform)
-        saturation = draw('saturation', random.randn)
+        kinds = dict(brightness=random.randn, contrast=random.randn, lumaflip=coin, hue=uniform,
+                     saturation=random.randn)
+        colors = {name: draw(name, kind) for name, kind in kinds.items()}
         if active & self.COLOR:
-            images = recolor(images, brightness, contrast, lumaflip, hue, saturation)
+            images = recolor(images, **colors)
 
-        labels = dict(
+        hue = math.pi * colors['hue']
+        labels = {name: [amount] for name, amount in colors.items()} | dict(
             xflip=[xflip], yflip=[yflip], rotate_int=[xturned, yturned],
             translate_int=[xshift / (w / 8), yshift / (h / 8)], scale=[scale],
             rotate_frac=[angle.cos() - 1, angle.sin()],
             aniso=[aniso * direction.cos(), aniso * direction.sin()],
-            translate_frac=[xmove, ymove], brightness=[brightness], contrast=[contrast],
-            lumaflip=[lumaflip], hue=[hue.cos() - 1, hue.sin()], saturation=[saturation])
+            translate_frac=[xmove, ymove], hue=[hue.cos() - 1, hue.sin()])
         rows = [label.float() for name in active for label in labels[name]]
         return images, torch.stack(rows, dim=1) if rows else images.new_zeros([n, 0])
 
@@ -146,14 +144,16 @@ def _shifted(images, pixels, dim: int):
     return torch.take_along_dim(images, index[:, None, None].transpose(3, dim), dim)
 
 
-def recolor(images, brightness, contrast, lumaflip, hue, saturation):
-    """Images [N,C,H,W] of 1 or 3 channels with changed colours; amounts [N].
+def recolor(images, **amounts):
+    """Images [N,C,H,W] of 1 or 3 channels with changed colours, by amounts [N] of the operations
+    in COLOR; a hue of 1 is half a turn.
 
     On the axes of the luma v = (1,1,1) / sqrt(3) and around it, all five act one by one, so their
     order counts for the brightness alone, which comes first.
     """
-    amounts = torch.stack([brightness, contrast, lumaflip, hue, saturation])
-    brightness, contrast, lumaflip, hue, saturation = amounts[..., None, None, None]
+    brightness, contrast, lumaflip, hue, saturation = (
+        amounts[name][:, None, None, None] for name in AugmentPipe.COLOR)
+    hue = math.pi * hue
     luma = images.mean(dim=1, keepdim=True)
     turned = (images.roll(1, 1) - images.roll(-1, 1)) / math.sqrt(3)  # v x image
     chroma = (images - luma) * hue.cos() + turned * hue.sin()

@@ -187,9 +187,8 @@ class CBDMLoss:
     seed: int = 0
 
     def __post_init__(self):
-        counts = np.ones(self.num_classes)
-        if self.class_counts is not None:
-            counts = np.asarray(self.class_counts)
+        uniform = self.class_counts is None
+        counts = np.ones(self.num_classes) if uniform else np.asarray(self.class_counts)
         if self.cb and (len(counts) != self.num_classes or min(counts) <= 0):
             raise UserError('class-balancing training needs images of each of the '
                             f'{self.num_classes} classes; their numbers are {counts.tolist()}')
