@@ -12,7 +12,7 @@ from helpers import fails, run, script_module
 from training import phema
 from training.data.dataset import ImageDataset
 from training.encoders import RGBEncoder
-from training.generate import generate_images, preset_options, split_seeds
+from training.generate import GeneratedBatch, GridCollector, generate_images, preset_options, split_seeds
 from training.networks import build_network
 from training.snapshot import load_snapshot, save_snapshot, snapshot_name
 
@@ -74,6 +74,13 @@ def test_seeds_are_split_completely(count, batch, ranks):
     assert len({len(part) for part in parts}) == 1
     assert sorted(seed for part in parts for piece in part for seed in piece) == list(range(count))
     assert all(len(piece) <= batch for part in parts for piece in part)
+
+
+def test_images_without_classes_have_no_titles_though_their_data_set_names_classes(tmp_path):
+    grid = GridCollector(str(tmp_path / 'grid.png'), DATASET, columns=2, rows=1)
+    grid.add(GeneratedBatch(torch.zeros([2, 3, 8, 8], dtype=torch.uint8), [0, 1], None))
+    grid.write()
+    assert (tmp_path / 'grid.png').exists()
 
 
 # --- generate_images.py -----------------------------------------------------------------------------------------------
