@@ -32,8 +32,7 @@ batch_options = options.together(
 
 @main.command()
 @options.conversion(transforms.NAMES)
-@click.option('--max-images', metavar='INT', type=cli.COUNT,
-              help='Use at most this many, the first ones')
+@options.count('--max-images', None, 'Use at most this many, the first ones')
 @options.integers('--class_labels', None,
                   'Classes to take, in the order of their new labels, e.g. 171,182,198')
 @options.integer('--nums', None, 'Images to draw of each class; 0 for all', 0)
@@ -87,11 +86,10 @@ def convert(source, dest, overwrite, coarse, rules, class_labels, nums, sim_name
 
 
 @main.command()
-@click.option('--source', metavar='ZIP|DIR', required=True, help='Data set of pixels')
+@options.text('ZIP|DIR', '--source', 'Data set of pixels', required=True)
 @options.destination
-@click.option('--model-url', metavar='NAME|DIR', default=DEFAULT_VAE, envvar='SD_VAE',
-              help='Autoencoder: a hub name, or a local folder; '
-                   'the variable SD_VAE sets another default')
+@options.text('NAME|DIR', '--model-url', 'Autoencoder: a hub name, or a local folder; '
+              'the variable SD_VAE sets another default', default=DEFAULT_VAE, envvar='SD_VAE')
 @batch_options
 def encode(source, dest, overwrite, model_url, batch, precision):
     """Encode pixels as mean and standard deviation of Stable Diffusion's autoencoder.
@@ -114,10 +112,10 @@ def encode(source, dest, overwrite, model_url, batch, precision):
 
 
 @main.command()
-@click.option('--source', metavar='ZIP|DIR', required=True, help='Data set of latents')
+@options.text('ZIP|DIR', '--source', 'Data set of latents', required=True)
 @options.destination
-@click.option('--model-url', metavar='NAME|DIR',
-              help='Autoencoder  [default: the one that the data set names]')
+@options.text('NAME|DIR', '--model-url',
+              'Autoencoder  [default: the one that the data set names]')
 @batch_options
 def decode(source, dest, **others):
     """Decode latents to pictures (of the mean), with their labels.
@@ -134,11 +132,10 @@ def decode(source, dest, **others):
 
 
 @main.command()
-@click.option('--source', metavar='ZIP|DIR', required=True, help='Data set of pixels or latents')
-@click.option('--dest', metavar='PNG', help='Contact sheet to write  [default: SOURCE-sheet.png]')
-@click.option('--max-images', metavar='INT', type=cli.COUNT, default=10000,
-              help='Images over which numbers are taken')
-@click.option('--json', 'json_path', metavar='FILE', help='Write the numbers as JSON too')
+@options.text('ZIP|DIR', '--source', 'Data set of pixels or latents', required=True)
+@options.text('PNG', '--dest', 'Contact sheet to write  [default: SOURCE-sheet.png]')
+@options.count('--max-images', 10000, 'Images over which numbers are taken')
+@options.text('FILE', '--json json_path', 'Write the numbers as JSON too')
 def inspect(source, dest, max_images, json_path):
     """Show what is in a data set, and draw a contact sheet.
 

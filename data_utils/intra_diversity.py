@@ -4,7 +4,6 @@ import os
 import sys
 from pathlib import Path
 
-import click
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -16,12 +15,11 @@ from training.data import convert, sources
 
 @common.command
 @options.integer('--max-images', None, 'Use at most this many, the first ones')
-@click.option('--class-num', metavar='INT', type=int, help='The class to take, by its number')
-@click.option('--inter-rate', metavar='FLOAT', type=float,
-              help='Make a mixture: so much of it from --inter-source, the rest from --source')
-@click.option('--inter-source', metavar='PATH',
-              help='The other source of a mixture  '
-                   '[default: --source with imagenet in place of cifar10]')
+@options.integer('--class-num', None, 'The class to take, by its number', None)
+@options.number('--inter-rate', None,
+                'Make a mixture: so much of it from --inter-source, the rest from --source', float)
+@options.path('--inter-source', None, 'The other source of a mixture  '
+              '[default: --source with imagenet in place of cifar10]')
 def main(source, max_images, class_num, inter_rate, inter_source):
     """Make a data set of one class: of CIFAR, of a list of ImageNet images, or a mixture of both.
 

@@ -43,10 +43,6 @@ def latent_name(index: int) -> str:
     return image_name(index, 'img-mean-std-', '.npy')
 
 
-def _hidden(name: str) -> bool:
-    return name.startswith(('.', '__MACOSX/')) or '/.' in name
-
-
 class ArchiveReader:
     """Files of a folder or a zip by name, sorted.
 
@@ -72,29 +68,29 @@ class ArchiveReader:
     def _list_zip(self):
         try:
             with zipfile.ZipFile(self.path) as z:
-                infos = [info for info in z.infolist() if not info.is_dir()]
+                infos = sorted(z.infolist(), key=lambda info: info.filename)
         except (zipfile.BadZipFile, OSError, NotImplementedError, UnicodeDecodeError) as error:
             raise UserError(f'{self.path} is not a readable zip file ({error})') from None
+        self.names = []
+        # Numbers instead of ZipInfo objects: a tenth of the memory; millions of files are usual.
+        columns = []
         for info in infos:
             name = info.filename
             is_link = stat.S_ISLNK(info.external_attr >> 16)
             if name.startswith('/') or '..' in name.split('/') or is_link:
                 raise UserError(f'{self.path}: {name!r} points outside the zip; '
                                 'make the zip without such names and links')
-        infos = [info for info in infos if not _hidden(info.filename)]
-        infos.sort(key=lambda info: info.filename)
-        self.names = [info.filename for info in infos]
-        for info, following in zip(infos, self.names[1:] + [None], strict=True):
-            name = info.filename
-            if name == following:
+            if info.is_dir() or name.startswith(('.', '__MACOSX/')) or '/.' in name:
+                continue
+            if self.names[-1:] == [name]:
                 raise UserError(f'{self.path}: {name!r} is in the zip twice')
             plain = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
             if info.flag_bits & 1 or not plain:
                 raise UserError(f'{self.path}: {name!r} is encrypted or compressed in an unusual '
                                 'way; use a plain zip')
-        # Numbers instead of ZipInfo objects: a tenth of the memory; millions of files are usual.
-        columns = [(info.header_offset, info.compress_size, info.file_size, info.CRC,
-                    info.compress_type) for info in infos]
+            self.names.append(name)
+            columns.append((info.header_offset, info.compress_size, info.file_size, info.CRC,
+                            info.compress_type))
         self._entries = np.array(columns, dtype=np.int64).reshape(-1, 5)
 
     def __getstate__(self):

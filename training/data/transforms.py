@@ -44,14 +44,16 @@ def make_transform(name: str | None, width: int | None = None, height: int | Non
 
 def _check(name, width, height):
     if name not in NAMES:
-        raise UserError(f'is unknown; there are {", ".join(NAMES)}', field='transform', value=name)
-    if not width or not height:
-        raise UserError('needs a resolution, WIDTHxHEIGHT', field='transform', value=name)
-    if name == 'center-crop-wide' and height > width:
-        raise UserError(f'makes bands that are not higher than wide; {width}x{height} is',
-                        field='transform', value=name)
-    if name == 'center-crop-dhariwal' and width != height:
-        raise UserError(f'makes squares; {width}x{height} is none', field='transform', value=name)
+        text = f'is unknown; there are {", ".join(NAMES)}'
+    elif not width or not height:
+        text = 'needs a resolution, WIDTHxHEIGHT'
+    elif name == 'center-crop-wide' and height > width:
+        text = f'makes bands that are not higher than wide; {width}x{height} is'
+    elif name == 'center-crop-dhariwal' and width != height:
+        text = f'makes squares; {width}x{height} is none'
+    else:
+        return
+    raise UserError(text, field='transform', value=name)
 
 
 def _resize(picture, width, height):
