@@ -229,6 +229,12 @@ def test_source_without_samples(tmp_path):
 # Options
 
 
+def test_help_needs_neither_tables_nor_torch():
+    code = ("import sys; from simulations import run_gaussian; "
+            "sys.exit(bool({'matplotlib', 'pandas', 'torch'} & set(sys.modules)))")
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
+
+
 def test_results_that_cannot_be_written(tmp_path):
     (tmp_path / 'file').write_text('not a folder')
     assert_one_line_error(run(tmp_path / 'file', '--tag=K', code=1), '--outdir')
