@@ -72,12 +72,11 @@ class PlainBlock(edm2.Block):
         return x if self.clip_act is None else x.clip(-self.clip_act, self.clip_act)
 
     def _resampled(self, x):
-        kernel, _ = self.resample.filter
-        kernel = torch.as_tensor(kernel, dtype=x.dtype, device=x.device).expand(x.shape[1], 1, -1, -1)
+        if isinstance(self.resample, torch.nn.Identity):
+            return x
+        kernel = self.resample.resample_filter.to(x.dtype).expand(x.shape[1], 1, -1, -1)
         options = dict(groups=x.shape[1], stride=2, padding=(kernel.shape[-1] - 1) // 2)
-        if self.resample.mode == 'down':
-            return F.conv2d(x, kernel, **options)
-        return F.conv_transpose2d(x, kernel * 4, **options) if self.resample.mode == 'up' else x
+        return F.conv_transpose2d(x, kernel * 4, **options) if self.resample.up else F.conv2d(x, kernel, **options)
 
     def _attention(self, x):
         N, C, H, W = x.shape

@@ -20,11 +20,11 @@ from training.networks.layers import (
     Dropout,
     GroupNorm,
     ResampleConv,
-    UNetLayers,
     attention,
     compute_dtype,
     embed_labels,
     time_features,
+    unet_layers,
 )
 
 # Widths of the levels relative to the base width, where the configuration leaves them open.
@@ -178,12 +178,12 @@ class ADMUNet(nn.Module):
         def layers(kind, attention, c_in, c_out, heads):
             if kind == 'conv':
                 return [Conv2d(img_channels, c_out, 3, padding=1)]
-            if 'block' in kind:
-                blocks = [block(c_in, c_out)]
-                return blocks + [attention_block(c_out, heads)] if attention else blocks
-            if resblock_updown:
-                return [block(c_in, c_out, kind)]
-            return [ResampleConv(c_in, 'op' if kind == 'down' else 'conv', kind == 'up')]
+            if kind in ('up', 'down'):
+                if resblock_updown:
+                    return [block(c_in, c_out, kind)]
+                return [ResampleConv(c_in, 'op' if kind == 'down' else 'conv', kind == 'up')]
+            blocks = [block(c_in, c_out)]
+            return blocks + [attention_block(c_out, heads)] if attention else blocks
 
         self.time_embed = nn.Sequential(
             nn.Linear(num_channels, emb_channels), nn.SiLU(),
@@ -191,21 +191,19 @@ class ADMUNet(nn.Module):
         if class_cond:
             self.label_emb = nn.Embedding(num_classes, emb_channels)
 
-        order = UNetLayers(image_size, widths[0], widths, num_res_blocks, attention_at)
-        self.input_blocks = nn.ModuleList(
-            _Layers(*layers(*rest, num_heads)) for _, *rest in order.encoder())
-        c_mid = order.skips[-1]
-        self.middle_block = _Layers(block(c_mid, c_mid), attention_block(c_mid, num_heads),
-                                    block(c_mid, c_mid))
-        self.output_blocks = nn.ModuleList()
         heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
-        _, _, *decoder = order.decoder()
+        encoder, (in0, in1, *decoder) = unet_layers(image_size, widths[0], widths, num_res_blocks,
+                                                    attention_at)
+        self.input_blocks = nn.ModuleList(
+            _Layers(*layers(*rest, num_heads)) for _, *rest in encoder)
+        self.middle_block = _Layers(*layers(*in0[1:], num_heads), *layers(*in1[1:], num_heads))
+        self.output_blocks = nn.ModuleList()
         for _, kind, *rest in decoder:
-            made = layers(kind, *rest, heads_up)
+            block_layers = layers(kind, *rest, heads_up)
             if kind == 'up':
-                self.output_blocks[-1].extend(made)
+                self.output_blocks[-1].extend(block_layers)
             else:
-                self.output_blocks.append(_Layers(*made))
+                self.output_blocks.append(_Layers(*block_layers))
         self.out = nn.Sequential(
             GroupNorm(widths[0]), nn.SiLU(),
             _zeroed(Conv2d(widths[0], img_channels * (2 if learn_sigma else 1), 3, padding=1)))

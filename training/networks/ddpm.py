@@ -16,10 +16,10 @@ from training.networks.layers import (
     Conv2d,
     GroupNorm,
     ResampleConv,
-    UNetLayers,
     attention,
     compute_dtype,
     embed_labels,
+    unet_layers,
 )
 
 
@@ -100,13 +100,11 @@ class DDPMUNet(nn.Module):
 
         self.head = Conv2d(img_channels, ch, 3, padding=1)
         widths = [ch * mult for mult in ch_mult]
-        layers = UNetLayers(img_resolution, ch, widths, num_res_blocks,
-                            [img_resolution >> level for level in attn])
-        _, *encoder = layers.encoder()
-        self.downblocks = nn.ModuleList(layer(*rest) for _, *rest in encoder)
-        middle, last, *decoder = layers.decoder()
-        self.middleblocks = nn.ModuleList(layer(*rest) for _, *rest in (middle, last))
-        self.upblocks = nn.ModuleList(layer(*rest) for _, *rest in decoder)
+        (_, *encoder), decoder = unet_layers(img_resolution, ch, widths, num_res_blocks,
+                                             [img_resolution >> level for level in attn])
+        self.downblocks, self.middleblocks, self.upblocks = (
+            nn.ModuleList(layer(*rest) for _, *rest in layers)
+            for layers in (encoder, decoder[:2], decoder[2:]))
         c_out = widths[0]
         self.tail = nn.Sequential(
             GroupNorm(c_out), nn.SiLU(), Conv2d(c_out, img_channels, 3, padding=1))

@@ -4,7 +4,7 @@ import torch
 
 from training.diffusion.gaussian import GaussianDiffusion
 from training.networks import build_network
-from training.networks.layers import Denoiser
+from training.networks.layers import Denoiser, noise_coefficients
 
 
 class DiscreteDenoiser(Denoiser):
@@ -33,19 +33,17 @@ class DiscreteDenoiser(Denoiser):
         self.register_buffer('levels', torch.from_numpy(self.diffusion.sigmas), persistent=False)
         self.sigma_min, *_, self.sigma_max = self.diffusion.sigmas.tolist()
 
+    def coefficients(self, sigma):
+        if self.diffusion.predict == 'start':
+            return 0, torch.ones_like(sigma), *noise_coefficients(sigma, self.step_of(sigma))[2:]
+        return noise_coefficients(sigma, self.step_of(sigma))
+
     def forward(self, x, sigma=None, class_labels=None, step=None, **extra):
-        if self.label_dim == 0:
-            class_labels = None
-        elif class_labels is None:
-            class_labels = x.new_zeros([1, self.label_dim])
         if step is not None:
-            return self.model(x, step, class_labels, **extra)
-        x = x.float()
-        sigma = torch.as_tensor(sigma, device=x.device).float().reshape(-1, 1, 1, 1)
-        t = self.step_of(sigma.flatten()).expand(len(x))
-        output = self.model(x / (1 + sigma**2).sqrt(), t, class_labels, **extra)
-        output = output[:, :self.img_channels]
-        D_x = output if self.diffusion.predict == 'start' else x - sigma * output
+            _, _, labels = self.conditions(x, 0, class_labels)
+            return self.model(x, step, labels, **extra)
+        # In float32 here: the network has a precision of its own.
+        D_x = self.precondition(self.model, x, sigma, class_labels, force_fp32=True, **extra)
         return D_x.clamp(-1, 1) if self.clip else D_x
 
     def _nearest(self, sigma):

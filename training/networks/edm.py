@@ -6,7 +6,7 @@ Names and shapes of the state dict are those of the published weights. Shapes: N
 channels, H x W pixels.
 """
 
-import dataclasses
+import functools
 import math
 
 import torch
@@ -16,99 +16,67 @@ from torch import nn
 from dnnlib import UserError
 from training.diffusion.noise import VP, iddpm_levels
 from training.networks.layers import (
+    Conv2d,
     Denoiser,
     GroupNorm,
-    UNetLayers,
+    Linear,
+    Resample,
     attention,
-    compute_dtype,
     drop_labels,
     dropout,
     edm_coefficients,
-    low_pass,
-    resample,
+    noise_coefficients,
+    parameters,
     time_features,
+    unet_layers,
 )
 
 # -------------------------------------------------------------------------------------------------
 # Layers
 
 
-INITIAL = {
-    'xavier_uniform': lambda shape, inputs, outputs: math.sqrt(6 / (inputs + outputs))
-    * (2 * torch.rand(shape) - 1),
-    'kaiming_uniform': lambda shape, inputs, outputs: math.sqrt(3 / inputs)
-    * (2 * torch.rand(shape) - 1),
-    'kaiming_normal': lambda shape, inputs, outputs: torch.randn(shape) / math.sqrt(inputs),
-}
+def _initialized(layer, gain: float | None):
+    """`layer` with weights ~ U(-a, a), a = gain sqrt(6 / (inputs + outputs)), and biases of zero;
+    `gain` None: as torch makes both, ~ U(-b, b), b = 1 / sqrt(inputs).
+    """
+    if gain is not None:
+        outputs, inputs = layer.weight.shape[:2]
+        with torch.no_grad():
+            layer.weight *= gain * math.sqrt(6 * inputs / (inputs + outputs))
+            if layer.bias is not None:
+                layer.bias.zero_()
+    return layer
 
 
-@dataclasses.dataclass(frozen=True)
-class Init:
-    """Initial values of a layer: a distribution of INITIAL, and the factors of weight and bias."""
-
-    mode: str = 'kaiming_normal'
-    weight: float = 1.0
-    bias: float = 0.0
-
-    def parameters(self, weight_shape, fan_in: int, fan_out: int, bias: bool):
-        """(weight, bias or None) of a layer whose bias has `weight_shape[0]` entries and the same
-        fans.
-        """
-        draw = INITIAL[self.mode]
-        weight = nn.Parameter(draw(weight_shape, fan_in, fan_out) * self.weight)
-        if not bias:
-            return weight, None
-        return weight, nn.Parameter(draw(weight_shape[:1], fan_in, fan_out) * self.bias)
+def linear(inputs: int, outputs: int, gain=None, bias=True) -> Linear:
+    return _initialized(Linear(inputs, outputs, bias), gain)
 
 
-class Linear(nn.Module):
-    """x W^T + b with weights cast to the precision of x."""
-
-    def __init__(self, in_features, out_features, bias=True, init=Init()):
-        super().__init__()
-        self.weight, self.bias = init.parameters([out_features, in_features], in_features,
-                                                 out_features, bias)
-
-    def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None
-                        else self.bias.to(x.dtype))
+def conv(inputs: int, outputs: int, kernel: int, gain=None, *resampling) -> nn.Module:
+    """Convolution with zero padding that keeps the size; with `resampling`, the arguments of
+    `ResampleConv`, one that halves or doubles it.
+    """
+    layer = _initialized(Conv2d(inputs, outputs, kernel, padding=kernel // 2), gain)
+    return ResampleConv(layer, *resampling) if resampling else layer
 
 
-class Conv2d(nn.Module):
-    """Convolution with zero padding that keeps the size, after a resampling by 2 where `kind`
-    (that of a layer of the U-Net) is 'up' or 'down'.
-
-    `kernel=0` resamples only. `fused_resample` (with 'down'): the convolution comes first, padded
-    so that the filter then needs no padding.
+class ResampleConv(Resample):
+    """A resampling by 2, then the convolution `layer`. `fused` (with 'down'): the convolution
+    comes first, padded so that the filter then needs no padding.
     """
 
-    def __init__(self, in_channels, out_channels, kernel, kind='', resample_filter=(1, 1),
-                 fused_resample=False, init=Init()):
-        super().__init__()
-        self.kernel = kernel
-        self.up = kind == 'up'
-        self.fused = fused_resample
-        self.weight = self.bias = None
-        if kernel:
-            shape = [out_channels, in_channels, kernel, kernel]
-            self.weight, self.bias = init.parameters(shape, in_channels * kernel**2,
-                                                     out_channels * kernel**2, True)
-        low, self.box = low_pass(resample_filter)
-        self.register_buffer('resample_filter', torch.from_numpy(low) if kind in ('up', 'down')
-                             else None)
+    def __init__(self, layer: Conv2d, kind: str, taps, fused=False):
+        super().__init__(kind, taps)
+        self.weight, self.bias, self.fused = layer.weight, layer.bias, fused
 
     def forward(self, x_NCHW):
-        if self.resample_filter is not None and not self.fused:
-            x_NCHW = resample(x_NCHW, self.resample_filter, self.box, self.up)
-        if self.weight is None:
-            return x_NCHW
-        weight, bias = self.weight.to(x_NCHW.dtype), self.bias.to(x_NCHW.dtype)
+        weight, bias = parameters(self, x_NCHW.dtype)
+        padding = weight.shape[-1] // 2
         if not self.fused:
-            return F.conv2d(x_NCHW, weight, bias, padding=self.kernel // 2)
-        pad = (self.resample_filter.shape[-1] - 1) // 2
-        x_NCHW = F.conv2d(x_NCHW, weight, padding=self.kernel // 2 + pad)
-        x_NCHW = resample(x_NCHW, self.resample_filter, self.box, self.up, pad=False)
-        return x_NCHW + bias[:, None, None]
+            return F.conv2d(super().forward(x_NCHW), weight, bias, padding=padding)
+        padding += (self.resample_filter.shape[-1] - 1) // 2
+        x_NCHW = F.conv2d(x_NCHW, weight, padding=padding)
+        return super().forward(x_NCHW, pad=False) + bias[:, None, None]
 
 
 def norm(num_channels: int, eps: float = 1e-5) -> GroupNorm:
@@ -129,39 +97,46 @@ class FourierEmbedding(nn.Module):
 
 
 class UNetBlock(nn.Module):
-    """Residual block with optional resampling and self-attention, for all U-Nets of this file.
+    """Residual block of DDPM++ and NCSN++ with optional resampling and self-attention of one
+    head.
 
-    `num_heads=0` switches attention off. `adaptive_scale`: the embedding scales and shifts the
-    normalised activations (ADM), else it is added to them (DDPM++, NCSN++). `resample_proj`: the
-    skip path of a resampling block has a 1x1 convolution even where the channels stay.
+    The embedding is added to the normalised activations or, if `adaptive`, scales and shifts
+    them. `gain` and so on: of the initial values, of the last layers of branches, of the
+    attention.
     """
 
-    def __init__(self, in_channels, out_channels, emb_channels, kind, num_heads=0, dropout=0.0,
-                 skip_scale=1.0, eps=1e-5, resample_filter=(1, 1), resample_proj=False,
-                 adaptive_scale=True, init=Init(), init_zero=Init(), init_attn=None):
-        super().__init__()
-        self.in_channels, self.out_channels, self.num_heads = in_channels, out_channels, num_heads
-        self.dropout, self.skip_scale, self.adaptive_scale = dropout, skip_scale, adaptive_scale
-        resampling = dict(kind=kind, resample_filter=resample_filter, init=init)
+    gain, gain_last, gain_attention = 1, 1e-5, math.sqrt(0.2)
+    eps, skip_scale, adaptive = 1e-6, math.sqrt(0.5), False
 
-        self.norm0 = norm(in_channels, eps)
-        self.conv0 = Conv2d(in_channels, out_channels, 3, **resampling)
-        self.affine = Linear(emb_channels, out_channels * (2 if adaptive_scale else 1), init=init)
-        self.norm1 = norm(out_channels, eps)
-        self.conv1 = Conv2d(out_channels, out_channels, 3, init=init_zero)
+    def __init__(self, in_channels, out_channels, emb_channels, kind, attention, dropout,
+                 taps=(1, 1)):
+        super().__init__()
+        self.in_channels, self.dropout = in_channels, dropout
+        self.num_heads = self.heads(out_channels) if attention else 0
+        resampling = (kind, taps) if kind in ('up', 'down') else ()
+
+        self.norm0 = norm(in_channels, self.eps)
+        self.conv0 = conv(in_channels, out_channels, 3, self.gain, *resampling)
+        self.affine = linear(emb_channels, out_channels * (1 + self.adaptive), self.gain)
+        self.norm1 = norm(out_channels, self.eps)
+        self.conv1 = conv(out_channels, out_channels, 3, self.gain_last)
         self.skip = None
-        if in_channels != out_channels or kind in ('up', 'down'):
-            kernel = int(resample_proj or in_channels != out_channels)
-            self.skip = Conv2d(in_channels, out_channels, kernel, **resampling)
-        if num_heads:
-            self.norm2 = norm(out_channels, eps)
-            self.qkv = Conv2d(out_channels, out_channels * 3, 1, init=init_attn or init)
-            self.proj = Conv2d(out_channels, out_channels, 1, init=init_zero)
+        if resampling and self.adaptive:
+            self.skip = Resample(*resampling)
+        elif resampling or in_channels != out_channels:
+            self.skip = conv(in_channels, out_channels, 1, self.gain, *resampling)
+        if self.num_heads:
+            self.norm2 = norm(out_channels, self.eps)
+            self.qkv = conv(out_channels, out_channels * 3, 1, self.gain_attention)
+            self.proj = conv(out_channels, out_channels, 1, self.gain_last)
+
+    def heads(self, channels: int) -> int:
+        return 1
 
     def forward(self, x, emb):
         h = self.conv0(F.silu(self.norm0(x)))
         params = self.affine(emb)[:, :, None, None].to(x.dtype)
-        if self.adaptive_scale:
+        if self.adaptive:
             scale, shift = params.chunk(2, dim=1)
             h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
         else:
@@ -174,9 +149,26 @@ class UNetBlock(nn.Module):
         return x
 
 
+class ADMBlock(UNetBlock):
+    """Residual block of ADM: heads of 64 channels, none where there are fewer."""
+
+    gain, gain_last, gain_attention = None, 0, None
+    eps, skip_scale, adaptive = 1e-5, 1, True
+
+    def heads(self, channels):
+        return channels // 64
+
+
 # -------------------------------------------------------------------------------------------------
 # U-Nets. All are called as model(x [N,C,H,W], noise_labels [N], class_labels [N or 1, label_dim]
 # or None, augment_labels [N, augment_dim] or None) and return [N, out_channels, H, W].
+
+
+def _check(**choices):
+    """Raises ValueError unless each value, {name: (value, possible ones)}, is possible."""
+    for name, (value, possible) in choices.items():
+        if value not in possible:
+            raise ValueError(f'{name} {value!r} is unknown; choose {" or ".join(possible)}')
 
 
 def check_skip_connections(skip_connections, count: int) -> list[bool]:
@@ -205,10 +197,17 @@ class _UNet(nn.Module):
         super().__init__()
         self.keep_skip = check_skip_connections(skip_connections, num_layers)
         self.label_dropout = label_dropout
+        self.map_label = self.map_augment = None
 
-    def embed(self, noise_labels, class_labels, augment_labels):
+    def embed(self, noise_labels, labels, augment_labels):
         """Embedding [N or 1, emb_channels] of the conditions."""
         raise NotImplementedError
+
+    def augmented(self, emb, augment_labels):
+        """`emb`, to which that of the augmentation is added where there is one."""
+        if self.map_augment is None or augment_labels is None:
+            return emb
+        return emb + self.map_augment(augment_labels)
 
     def encode(self, x, emb) -> list[torch.Tensor]:
         """Activations for the decoder, in order, zeros where a skip connection is off; last the
@@ -231,7 +230,8 @@ class _UNet(nn.Module):
         return [*skips, x]
 
     def forward(self, x, noise_labels, class_labels=None, augment_labels=None):
-        emb = self.embed(noise_labels, class_labels, augment_labels)
+        labels = drop_labels(class_labels, self.label_dropout, self.training)
+        emb = self.embed(noise_labels, labels, augment_labels)
         *skips, x = self.encode(x, emb)
         out = None
         for name, block in self.dec.items():
@@ -260,73 +260,61 @@ class SongUNet(_UNet):
                  embedding_type='positional', channel_mult_noise=1, encoder_type='standard',
                  decoder_type='standard', resample_filter=(1, 1), skip_connections=None):
         super().__init__(skip_connections, (num_blocks + 1) * len(channel_mult), label_dropout)
-        for name, value, choices in [('embedding_type', embedding_type, ['positional', 'fourier']),
-                                     ('encoder_type', encoder_type,
-                                      ['standard', 'skip', 'residual']),
-                                     ('decoder_type', decoder_type, ['standard', 'skip'])]:
-            if value not in choices:
-                raise ValueError(f'{name} {value!r} is unknown; choose {" or ".join(choices)}')
+        _check(embedding_type=(embedding_type, ['positional', 'fourier']),
+               encoder_type=(encoder_type, ['standard', 'skip', 'residual']),
+               decoder_type=(decoder_type, ['standard', 'skip']))
         emb_channels = model_channels * channel_mult_emb
         noise_channels = model_channels * channel_mult_noise
-        xavier = 'xavier_uniform'
-        init, zero, attn = Init(xavier), Init(xavier, 1e-5), Init(xavier, math.sqrt(0.2))
-        resampling = dict(resample_filter=resample_filter, init=init)
 
         # Embedding of noise level, class and augmentation.
-        self.noise_channels = noise_channels
-        self.map_noise = FourierEmbedding(noise_channels) if embedding_type == 'fourier' else None
-        self.map_label = Linear(label_dim, noise_channels, init=init) if label_dim else None
-        self.map_augment = None
+        self.map_noise = functools.partial(time_features, width=noise_channels, endpoint=True)
+        if embedding_type == 'fourier':
+            self.map_noise = FourierEmbedding(noise_channels)
+        if label_dim:
+            self.map_label = linear(label_dim, noise_channels, 1)
         if augment_dim:
-            self.map_augment = Linear(augment_dim, noise_channels, bias=False, init=init)
-        self.map_layer0 = Linear(noise_channels, emb_channels, init=init)
-        self.map_layer1 = Linear(emb_channels, emb_channels, init=init)
+            self.map_augment = linear(augment_dim, noise_channels, 1, bias=False)
+        self.map_layer0 = linear(noise_channels, emb_channels, 1)
+        self.map_layer1 = linear(emb_channels, emb_channels, 1)
 
         def block(c_in, c_out, kind, attention):
-            return UNetBlock(c_in, c_out, emb_channels, kind, int(attention), dropout,
-                             math.sqrt(0.5), eps=1e-6, resample_proj=True, adaptive_scale=False,
-                             init_zero=zero, init_attn=attn, **resampling)
+            return UNetBlock(c_in, c_out, emb_channels, kind, attention, dropout, resample_filter)
 
         self.enc = nn.ModuleDict()
         self.dec = nn.ModuleDict()
         widths = [model_channels * mult for mult in channel_mult]
-        layers = UNetLayers(img_resolution, model_channels, widths, num_blocks, attn_resolutions)
+        encoder, decoder = unet_layers(img_resolution, model_channels, widths, num_blocks,
+                                       attn_resolutions)
         aux = in_channels
-        for name, kind, attend, c_in, c_out in layers.encoder():
+        for name, kind, attend, c_in, c_out in encoder:
             if kind == 'conv':
-                self.enc[name] = Conv2d(in_channels, c_out, 3, init=init)
+                self.enc[name] = conv(in_channels, c_out, 3, 1)
                 continue
             self.enc[name] = block(c_in, c_out, kind, attend)
             size = name.removesuffix(kind)
             if kind == 'down' and encoder_type == 'skip':
-                self.enc[size + 'aux_down'] = Conv2d(aux, aux, 0, kind, **resampling)
-                self.enc[size + 'aux_skip'] = Conv2d(aux, c_out, 1, init=init)
+                self.enc[size + 'aux_down'] = Resample(kind, resample_filter)
+                self.enc[size + 'aux_skip'] = conv(aux, c_out, 1, 1)
             if kind == 'down' and encoder_type == 'residual':
-                self.enc[size + 'aux_residual'] = Conv2d(aux, c_out, 3, kind, fused_resample=True,
-                                                         **resampling)
+                self.enc[size + 'aux_residual'] = conv(aux, c_out, 3, 1, kind, resample_filter,
+                                                       True)
                 aux = c_out
-        for name, kind, attend, c_in, c_out in layers.decoder():
+        for name, kind, attend, c_in, c_out in decoder:
             last = kind == f'block{num_blocks}'
             self.dec[name] = block(c_in, c_out, kind, attend and (last or kind == 'in0'))
             size = name.removesuffix(kind)
-            if last and (decoder_type == 'skip' or not layers.skips):
+            if last and (decoder_type == 'skip' or name == decoder[-1][0]):
                 if decoder_type == 'skip' and f'{size}up' in self.dec:
-                    self.dec[size + 'aux_up'] = Conv2d(out_channels, out_channels, 0, 'up',
-                                                       **resampling)
+                    self.dec[size + 'aux_up'] = Resample('up', resample_filter)
                 self.dec[size + 'aux_norm'] = norm(c_out, eps=1e-6)
-                self.dec[size + 'aux_conv'] = Conv2d(c_out, out_channels, 3, init=zero)
+                self.dec[size + 'aux_conv'] = conv(c_out, out_channels, 3, 1e-5)
 
-    def embed(self, noise_labels, class_labels, augment_labels):
-        if self.map_noise is None:
-            emb = time_features(noise_labels, self.noise_channels, endpoint=True)
-        else:
-            emb = self.map_noise(noise_labels)
-        emb = torch.cat(emb.chunk(2, dim=1)[::-1], dim=1)  # [sin, cos]
+    def embed(self, noise_labels, labels, augment_labels):
+        emb = self.map_noise(noise_labels)
+        emb = emb.roll(emb.shape[1] // 2, dims=1)       # [sin, cos]
         if self.map_label is not None:
-            class_labels = drop_labels(class_labels, self.label_dropout, self.training)
-            emb = emb + self.map_label(class_labels * math.sqrt(class_labels.shape[1]))
-        if self.map_augment is not None and augment_labels is not None:
-            emb = emb + self.map_augment(augment_labels)
+            emb = emb + self.map_label(labels * math.sqrt(labels.shape[1]))
+        emb = self.augmented(emb, augment_labels)
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
 
@@ -341,42 +329,32 @@ class DhariwalUNet(_UNet):
                  skip_connections=None):
         super().__init__(skip_connections, (num_blocks + 1) * len(channel_mult), label_dropout)
         emb_channels = model_channels * channel_mult_emb
-        init = Init('kaiming_uniform', math.sqrt(1 / 3), math.sqrt(1 / 3))
-        zero = Init('kaiming_uniform', 0, 0)
 
         def layer(kind, attention, c_in, c_out):
             if kind == 'conv':
-                return Conv2d(in_channels, c_out, 3, init=init)
-            return UNetBlock(c_in, c_out, emb_channels, kind, c_out // 64 if attention else 0,
-                             dropout, init=init, init_zero=zero)
+                return conv(in_channels, c_out, 3)
+            return ADMBlock(c_in, c_out, emb_channels, kind, attention, dropout)
 
-        self.noise_channels = model_channels
-        self.map_augment = None
+        self.map_noise = functools.partial(time_features, width=model_channels)
         if augment_dim:
-            self.map_augment = Linear(augment_dim, model_channels, bias=False, init=zero)
-        self.map_layer0 = Linear(model_channels, emb_channels, init=init)
-        self.map_layer1 = Linear(emb_channels, emb_channels, init=init)
-        self.map_label = None
-        if label_dim:
-            self.map_label = Linear(label_dim, emb_channels, bias=False,
-                                    init=Init('kaiming_normal', math.sqrt(label_dim)))
+            self.map_augment = linear(augment_dim, model_channels, 0, bias=False)
+        self.map_layer0 = linear(model_channels, emb_channels)
+        self.map_layer1 = linear(emb_channels, emb_channels)
+        if label_dim:                                   # on `meta` it draws no random numbers
+            self.map_label = Linear(label_dim, emb_channels, bias=False, device='meta')
+            self.map_label.weight = nn.Parameter(torch.randn(emb_channels, label_dim))
 
         widths = [model_channels * mult for mult in channel_mult]
-        layers = UNetLayers(img_resolution, widths[0], widths, num_blocks, attn_resolutions)
-        self.enc = nn.ModuleDict({name: layer(*rest) for name, *rest in layers.encoder()})
-        self.dec = nn.ModuleDict({name: layer(*rest) for name, *rest in layers.decoder()})
+        self.enc, self.dec = (
+            nn.ModuleDict({name: layer(*rest) for name, *rest in layers}) for layers in
+            unet_layers(img_resolution, widths[0], widths, num_blocks, attn_resolutions))
         self.out_norm = norm(widths[0])
-        self.out_conv = Conv2d(widths[0], out_channels, 3, init=zero)
+        self.out_conv = conv(widths[0], out_channels, 3, 0)
 
-    def embed(self, noise_labels, class_labels, augment_labels):
-        emb = time_features(noise_labels, self.noise_channels)
-        if self.map_augment is not None and augment_labels is not None:
-            emb = emb + self.map_augment(augment_labels)
+    def embed(self, noise_labels, labels, augment_labels):
+        emb = self.augmented(self.map_noise(noise_labels), augment_labels)
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
-        if self.map_label is not None:
-            class_labels = drop_labels(class_labels, self.label_dropout, self.training)
-            emb = emb + self.map_label(class_labels)
-        return F.silu(emb)
+        return F.silu(emb if self.map_label is None else emb + self.map_label(labels))
 
     def forward(self, x, noise_labels, class_labels=None, augment_labels=None):
         x = super().forward(x, noise_labels, class_labels, augment_labels)
@@ -390,8 +368,8 @@ MODELS = {'SongUNet': SongUNet, 'DhariwalUNet': DhariwalUNet}
 
 
 class Precond(Denoiser):
-    """What the four preconditionings share; subclasses define `coefficients(sigma)` and the range
-    of sigma.
+    """What the four preconditionings share; subclasses define `coefficients` and the range of
+    sigma.
 
     Called as net(x [N,C,H,W], sigma [N] or a single value, class_labels [N, label_dim] or None,
     augment_labels=...), it returns the denoised images [N,C,H,W] in float32. Labels None in a
@@ -405,25 +383,15 @@ class Precond(Denoiser):
                  **model_kwargs):
         super().__init__(img_resolution, img_channels, label_dim, precision, use_fp16)
         model_type = model_type or self.default_model
-        if model_type not in MODELS:
-            raise ValueError(f'model_type {model_type!r} is unknown; choose {" or ".join(MODELS)}')
+        _check(model_type=(model_type, MODELS))
         self.sigma_min = sigma_min
         self.sigma_max = sigma_max
         self.model = MODELS[model_type](img_resolution=img_resolution, in_channels=img_channels,
                                         out_channels=out_channels or img_channels,
                                         label_dim=label_dim, **model_kwargs)
 
-    def coefficients(self, sigma):
-        """(c_skip, c_out, c_in, c_noise) at `sigma` [N,1,1,1]."""
-        raise NotImplementedError
-
     def forward(self, x, sigma, class_labels=None, force_fp32=False, **model_kwargs):
-        x, sigma, class_labels = self.conditions(x, sigma, class_labels)
-        dtype = torch.float32 if force_fp32 else compute_dtype(self.precision, x.device)
-        c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
-        F_x = self.model((c_in * x).to(dtype), c_noise.flatten(), class_labels=class_labels,
-                         **model_kwargs)
-        return c_skip * x + c_out * F_x[:, :self.img_channels].float()
+        return self.precondition(self.model, x, sigma, class_labels, force_fp32, **model_kwargs)
 
 
 class VPPrecond(Precond, VP):
@@ -440,7 +408,7 @@ class VPPrecond(Precond, VP):
     sigma_inv = VP.inverse                      # the published name
 
     def coefficients(self, sigma):
-        return 1, -sigma, 1 / (sigma.square() + 1).sqrt(), (self.M - 1) * self.inverse(sigma)
+        return noise_coefficients(sigma, (self.M - 1) * self.inverse(sigma))
 
 
 class VEPrecond(Precond):
@@ -476,7 +444,7 @@ class iDDPMPrecond(Precond):
 
     def coefficients(self, sigma):
         c_noise = self.M - 1 - self.round_sigma(sigma, return_index=True).to(torch.float32)
-        return 1, -sigma, 1 / (sigma.square() + 1).sqrt(), c_noise
+        return noise_coefficients(sigma, c_noise)
 
 
 class EDMPrecond(Precond):

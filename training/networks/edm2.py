@@ -13,12 +13,10 @@ import torch.nn.functional as F
 
 from training.networks.layers import (
     Denoiser,
-    UNetLayers,
-    compute_dtype,
+    Resample,
     dropout,
     edm_coefficients,
-    low_pass,
-    resample,
+    unet_layers,
 )
 
 SILU_GAIN = 1 / 0.596  # 0.596 is the RMS of SiLU of a standard normal
@@ -157,22 +155,6 @@ def mp_cat(a, b, t=0.5):
     return _MPCat.apply(a, b, wa, wb)
 
 
-class Resample(torch.nn.Module):
-    """Resolution times 2 (`up`), 1/2 (`down`) or 1 (else) with a separable low-pass filter of even
-    length.
-    """
-
-    def __init__(self, mode: str, taps):
-        super().__init__()
-        self.mode = mode
-        self.filter = low_pass(taps)
-
-    def forward(self, x_NCHW):
-        if self.mode not in ('up', 'down'):
-            return x_NCHW
-        return resample(x_NCHW, *self.filter, self.mode == 'up')
-
-
 class MPFourier(torch.nn.Module):
     """Random Fourier features of unit magnitude, [N] -> [N, K] (Eq. 75). `freqs` include the
     factor 2 pi.
@@ -268,7 +250,9 @@ class Block(torch.nn.Module):
         self.flavor, self.dropout = flavor, dropout
         self.res_balance, self.attn_balance, self.clip_act = res_balance, attn_balance, clip_act
         self.num_heads = out_channels // channels_per_head if attention else 0
-        self.resample = Resample(kind, resample_filter)
+        self.resample = torch.nn.Identity()
+        if kind in ('up', 'down'):
+            self.resample = Resample(kind, resample_filter, stored=False)
         self.emb_gain = torch.nn.Parameter(torch.zeros([]))
         self.conv_res0 = MPConv(out_channels if flavor == 'enc' else in_channels, out_channels,
                                 [3, 3])
@@ -348,11 +332,10 @@ class UNet(torch.nn.Module):
                 return MPConv(img_channels + 1, c_out, [3, 3])
             return Block(c_in, c_out, cemb, flavor, kind, attention, **block_kwargs)
 
-        layers = UNetLayers(img_resolution, cblock[0], cblock, num_blocks, attn_resolutions)
-        self.enc = torch.nn.ModuleDict(
-            {name: layer('enc', *rest) for name, *rest in layers.encoder()})
-        self.dec = torch.nn.ModuleDict(
-            {name: layer('dec', *rest) for name, *rest in layers.decoder()})
+        encoder, decoder = unet_layers(img_resolution, cblock[0], cblock, num_blocks,
+                                       attn_resolutions)
+        self.enc = torch.nn.ModuleDict({name: layer('enc', *rest) for name, *rest in encoder})
+        self.dec = torch.nn.ModuleDict({name: layer('dec', *rest) for name, *rest in decoder})
         self.out_conv = MPConv(cblock[0], img_channels, [3, 3])
 
     def forward(self, x, noise_labels, class_labels=None):
@@ -395,13 +378,12 @@ class Precond(Denoiser):
         self.logvar_fourier = MPFourier(logvar_channels)
         self.logvar_linear = MPConv(logvar_channels, 1, [])
 
+    def coefficients(self, sigma):
+        return edm_coefficients(sigma, self.sigma_data)
+
     def forward(self, x, sigma, class_labels=None, return_logvar=False, force_fp32=False):
-        x, sigma, class_labels = self.conditions(x, sigma, class_labels)
-        dtype = torch.float32 if force_fp32 else compute_dtype(self.precision, x.device)
-        c_skip, c_out, c_in, c_noise = edm_coefficients(sigma, self.sigma_data)
-        c_noise = c_noise.flatten()
-        F_x = self.unet((c_in * x).to(dtype), c_noise, class_labels)
-        D_x = torch.addcmul(c_skip * x, c_out, F_x.float().contiguous())
+        D_x = self.precondition(self.unet, x, sigma, class_labels, force_fp32)
         if not return_logvar:
             return D_x
-        return D_x, self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)
+        *_, c_noise = self.coefficients(self.conditions(x, sigma, None)[1])
+        return D_x, self.logvar_linear(self.logvar_fourier(c_noise.flatten())).reshape(-1, 1, 1, 1)

@@ -1,5 +1,5 @@
-"""What several architectures share: precision, dropout, attention, normalisation, resampling, the
-order of a U-Net.
+"""What several architectures share: preconditioning, precision, dropout, attention, normalisation,
+resampling, the order of a U-Net.
 
 Masks of dropout depend on the training image, not on how the batch is split over processes. The
 loss opens `torch_utils.random.drawing_from(batch['random'])` around the forward pass; `dropout`
@@ -9,8 +9,6 @@ global generator, like torch's own dropout.
 Shapes: N images, C channels, H x W pixels, E numbers of an embedding.
 """
 
-import collections.abc
-import dataclasses
 import math
 
 import numpy as np
@@ -55,6 +53,10 @@ class Denoiser(nn.Module):
         """The nearest noise level that the network knows."""
         return torch.as_tensor(sigma)
 
+    def coefficients(self, sigma):
+        """(c_skip, c_out, c_in, c_noise) at `sigma` [N or 1, 1, 1, 1]."""
+        raise NotImplementedError
+
     def conditions(self, x_NCHW, sigma, labels):
         """x in float32, sigma [N or 1, 1, 1, 1], labels [N or 1, label_dim]: zeros ("no label") if
         None. The labels of an unconditional network are None.
@@ -66,6 +68,23 @@ class Denoiser(nn.Module):
         if labels is None:
             labels = torch.zeros([1, self.label_dim], device=x_NCHW.device)
         return x_NCHW, sigma, labels.float().reshape(-1, self.label_dim)
+
+    def precondition(self, network, x_NCHW, sigma, labels, force_fp32=False, **kwargs):
+        """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) of the network F in float32 (arXiv
+        2206.00364, Eq. 7); `force_fp32`: F is too. Of more channels than images have, the first
+        count.
+        """
+        x_NCHW, sigma, labels = self.conditions(x_NCHW, sigma, labels)
+        dtype = torch.float32 if force_fp32 else compute_dtype(self.precision, x_NCHW.device)
+        c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
+        F_x = network((c_in * x_NCHW).to(dtype), c_noise.flatten(), labels, **kwargs)
+        F_x = F_x[:, :self.img_channels].float().contiguous()
+        return torch.addcmul(c_skip * x_NCHW, c_out, F_x)
+
+
+def noise_coefficients(sigma, c_noise):
+    """The coefficients of networks that predict the noise in x / sqrt(1 + sigma^2)."""
+    return 1, -sigma, 1 / (1 + sigma**2).sqrt(), c_noise
 
 
 def edm_coefficients(sigma, sigma_data: float):
@@ -80,17 +99,19 @@ def edm_coefficients(sigma, sigma_data: float):
 # --- Dropout -------------------------------------------------------------------------------------
 
 
+def _keep(shape, p: float, device):
+    """True with probability 1 - p."""
+    random = network_random() or GlobalRandom(device)
+    return random.rand(shape, device=device) >= p
+
+
 def dropout(x, p: float, training: bool):
     """Zeroes elements of x [N, ...] with probability p and divides the others by 1 - p, in
     training only.
     """
     if not training or p == 0:
         return x
-    random = network_random()
-    if random is None:
-        return F.dropout(x, p)
-    keep = random.rand(x.shape, device=x.device) >= p
-    return x * (keep / (1 - p)).to(x.dtype)
+    return x * (_keep(x.shape, p, x.device) / (1 - p)).to(x.dtype)
 
 
 class Dropout(nn.Dropout):
@@ -102,26 +123,33 @@ class Dropout(nn.Dropout):
 
 def drop_labels(labels, p: float, training: bool):
     """Sets whole rows of labels [N, label_dim] to zero ("no label") with probability p, in
-    training only.
+    training only. None stays None.
     """
-    if not training or p == 0:
+    if labels is None or not training or p == 0:
         return labels
-    random = network_random() or GlobalRandom(labels.device)
-    return labels * (random.rand([len(labels), 1], device=labels.device) >= p)
+    return labels * _keep([len(labels), 1], p, labels.device)
 
 
 # --- Layers: weights stay in float32 and are cast to the type of the activations -----------------
 
 
+def parameters(layer, dtype):
+    """(weight, bias or None) of a layer in `dtype`."""
+    return layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype)
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, *parameters(self, x.dtype))
+
+
 class Conv2d(nn.Conv2d):
-    def forward(self, x_NCHW):
-        weight, bias = self.weight.to(x_NCHW.dtype), self.bias.to(x_NCHW.dtype)
-        return self._conv_forward(x_NCHW, weight, bias)
+    def forward(self, x):
+        return self._conv_forward(x, *parameters(self, x.dtype))
 
 
 class Conv1d(nn.Conv1d):
-    def forward(self, x_NCL):
-        return self._conv_forward(x_NCL, self.weight.to(x_NCL.dtype), self.bias.to(x_NCL.dtype))
+    forward = Conv2d.forward
 
 
 class ResampleConv(nn.Module):
@@ -152,8 +180,7 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(num_groups, num_channels, eps)
 
     def forward(self, x):
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+        return F.group_norm(x, self.num_groups, *parameters(self, x.dtype), self.eps)
 
 
 def time_features(t_N, width: int, endpoint: bool = False) -> torch.Tensor:
@@ -216,53 +243,51 @@ def resample(x_NCHW, kernel, box: bool, up: bool, pad: bool = True) -> torch.Ten
     return F.conv2d(x_NCHW, kernel, groups=C, stride=2, padding=padding)
 
 
+class Resample(nn.Module):
+    """`resample` by `kind`, 'up' or 'down'; `stored`: the filter belongs to the state."""
+
+    def __init__(self, kind: str, taps, stored: bool = True):
+        super().__init__()
+        self.up = kind == 'up'
+        kernel, self.box = low_pass(taps)
+        self.register_buffer('resample_filter', torch.from_numpy(kernel), persistent=stored)
+
+    def forward(self, x_NCHW, pad=True):
+        return resample(x_NCHW, self.resample_filter, self.box, self.up, pad)
+
+
 # --- The order of a U-Net ------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class UNetLayers:
-    """The layers of a U-Net in order: (name such as `16x16_block0`, kind, attention, channels in,
-    channels out).
+def unet_layers(img_resolution: int, channels: int, widths: list, num_blocks: int,
+                attn_resolutions) -> tuple[list, list]:
+    """The layers of encoder and decoder in order, each (name such as `16x16_block0`, kind,
+    attention, channels in, channels out).
 
-    Level 0 has the full resolution and `widths[0]` channels, each further one half of it. Blocks
-    have attention at `attn_resolutions`. `encoder` comes first: it notes in `skips` the channels
-    of its outputs, which `decoder` uses up.
+    Level 0 has the full resolution and `widths[0]` channels, each further one half of it; the
+    first convolution has `channels`. Blocks have attention at `attn_resolutions`. Kinds are conv,
+    block0, ..., down, block0, ... and in0, in1, block0, ..., up, block0, ...: each block of the
+    decoder also takes the last of the encoder's outputs that is left.
     """
+    encoder, decoder = [], []
 
-    img_resolution: int
-    channels: int               # after the first convolution
-    widths: list
-    num_blocks: int
-    attn_resolutions: collections.abc.Collection
+    def add(layers, kind, level, width, skip=0):
+        nonlocal channels
+        size = img_resolution >> level
+        attention = kind == 'in0' or ('block' in kind and size in attn_resolutions)
+        layers.append((f'{size}x{size}_{kind}', kind, attention, channels + skip, width))
+        channels = width
 
-    def encoder(self):
-        """Kinds: conv, block0, ..., down, block0, ..."""
-        self.skips = []
-        channels = self.channels
-        for level, width in enumerate(self.widths):
-            self.skips.append(channels)
-            yield self._layer('down' if level else 'conv', level, channels, channels)
-            for index in range(self.num_blocks):
-                self.skips.append(width)
-                yield self._layer(f'block{index}', level, channels, width)
-                channels = width
-
-    def decoder(self):
-        """Kinds: in0, in1, block0, ..., up, block0, ...; each block also takes the last of the
-        skips.
-        """
-        channels, deepest = self.skips[-1], len(self.widths) - 1
-        yield self._layer('in0', deepest, channels, channels)
-        yield self._layer('in1', deepest, channels, channels)
-        for level in range(deepest, -1, -1):
-            if level < deepest:
-                yield self._layer('up', level, channels, channels)
-            for index in range(self.num_blocks + 1):
-                width = self.widths[level]
-                yield self._layer(f'block{index}', level, channels + self.skips.pop(), width)
-                channels = width
-
-    def _layer(self, kind, level, c_in, c_out):
-        size = self.img_resolution >> level
-        attention = kind == 'in0' or ('block' in kind and size in self.attn_resolutions)
-        return f'{size}x{size}_{kind}', kind, attention, c_in, c_out
+    for level, width in enumerate(widths):
+        add(encoder, 'down' if level else 'conv', level, channels)
+        for index in range(num_blocks):
+            add(encoder, f'block{index}', level, width)
+    skips = [c_out for *_, c_out in encoder]
+    for kind in ('in0', 'in1'):
+        add(decoder, kind, level, channels)
+    for level, width in reversed([*enumerate(widths)]):
+        if level + 1 < len(widths):
+            add(decoder, 'up', level, channels)
+        for index in range(num_blocks + 1):
+            add(decoder, f'block{index}', level, width, skips.pop())
+    return encoder, decoder
