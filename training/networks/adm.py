@@ -6,23 +6,22 @@ State names and shapes are those of the published weights (`ADM_cifar10_baseline
 (fractions allowed), embedding emb_NE.
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dnnlib import UserError
+from training.networks import layers
 from training.networks.layers import (
     Conv1d,
-    Conv2d,
-    Dropout,
     GroupNorm,
-    ResampleConv,
+    StridedConv,
     attention,
     compute_dtype,
+    conv,
     embed_labels,
+    initialized,
     time_features,
     unet_layers,
 )
@@ -33,67 +32,32 @@ CHANNEL_MULT = {512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 
                  32: (1, 2, 2, 2)}
 
 
-def _zeroed(layer):
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-# How a residual block resamples.
-RESAMPLE = {
-    'keep': lambda x_NCHW: x_NCHW,
-    'up': functools.partial(F.interpolate, scale_factor=2),
-    'down': functools.partial(F.avg_pool2d, kernel_size=2),
-}
-
-
-class ResBlock(nn.Module):
-    """Residual block modulated by the embedding; `resample` is 'keep', 'up' (nearest) or 'down'
-    (2x2 average). `names`: of the layers in the state.
-    """
+class ResBlock(layers.ResBlock):
+    """ADM's residual block. `names`: of the parts in the state."""
 
     names = ('in_layers', 'emb_layers', 'out_layers', 'skip_connection')
 
-    def __init__(self, in_channels, out_channels, emb_channels, dropout, scale_shift,
-                 resample='keep', use_checkpoint=False):
-        super().__init__()
-        self.scale_shift, self.use_checkpoint = scale_shift, use_checkpoint
-        self.resample = RESAMPLE[resample]
-        same = in_channels == out_channels
-        layers = [
-            nn.Sequential(GroupNorm(in_channels), nn.SiLU(),
-                          Conv2d(in_channels, out_channels, 3, padding=1)),
-            nn.Sequential(nn.SiLU(),
-                          nn.Linear(emb_channels, out_channels * (2 if scale_shift else 1))),
-            nn.Sequential(GroupNorm(out_channels), nn.SiLU(), Dropout(dropout),
-                          _zeroed(Conv2d(out_channels, out_channels, 3, padding=1))),
-            nn.Identity() if same else Conv2d(in_channels, out_channels, 1)]
-        for name, layer in zip(self.names, layers, strict=True):
-            self.add_module(name, layer)
+    def __init__(self, *args, use_checkpoint=False):
+        super().__init__(*args)
+        self.use_checkpoint = use_checkpoint
+
+    def register(self, norm0, conv0, affine, norm1, conv1, skip):
+        other = nn.Identity()
+        super().register(nn.Sequential(norm0, other, conv0), nn.Sequential(other, affine),
+                         nn.Sequential(norm1, other, other, conv1), skip)
 
     def forward(self, x_NCHW, emb_NE):
-        if self.use_checkpoint and torch.is_grad_enabled():
-            h = self.resample(x_NCHW)
-            # The mask is drawn here once: the block runs again in the backward pass and must not
-            # draw another.
-            _, _, drop, conv = self.get_submodule(self.names[2])
-            mask = drop(h.new_ones([len(h), conv.in_channels, *h.shape[2:]]))
-            return checkpoint(self._forward, x_NCHW, emb_NE, mask, use_reentrant=False)
-        return self._forward(x_NCHW, emb_NE)
+        if not self.use_checkpoint or not torch.is_grad_enabled():
+            return super().forward(x_NCHW, emb_NE)
+        masks = []
 
-    def _forward(self, x, emb, mask=None):
-        before, embedding, after, skip = map(self.get_submodule, self.names)
-        norm, silu, conv = before
-        h = conv(self.resample(silu(norm(x))))
-        emb = embedding(emb)[:, :, None, None].to(h.dtype)
-        norm, silu, drop, conv = after
-        if self.scale_shift:
-            scale, shift = emb.chunk(2, dim=1)
-            h = silu(norm(h) * (1 + scale) + shift)
-        else:
-            h = silu(norm(h + emb))
-        h = conv(drop(h) if mask is None else h * mask)
-        return skip(self.resample(x)) + h
+        def drop(h):
+            # The block runs again in the backward pass and must not draw another mask.
+            if not masks:
+                masks.append(self.drop(torch.ones_like(h)))
+            return h * masks[0]
+
+        return checkpoint(super().forward, x_NCHW, emb_NE, drop, use_reentrant=False)
 
 
 class AttentionBlock(nn.Module):
@@ -108,7 +72,7 @@ class AttentionBlock(nn.Module):
         self.num_heads, self.new_order, self.use_checkpoint = num_heads, new_order, use_checkpoint
         self.norm = GroupNorm(channels)
         self.qkv = Conv1d(channels, channels * 3, 1)
-        self.proj_out = _zeroed(Conv1d(channels, channels, 1))
+        self.proj_out = initialized(Conv1d(channels, channels, 1), 0)
 
     def forward(self, x_NCHW):
         if self.use_checkpoint and torch.is_grad_enabled():
@@ -116,10 +80,9 @@ class AttentionBlock(nn.Module):
         return self._forward(x_NCHW)
 
     def _forward(self, x_NCHW):
-        size = x_NCHW.shape[2:]
-        qkv = self.qkv(self.norm(x_NCHW).flatten(2)).unflatten(2, size)
+        qkv = self.qkv(self.norm(x_NCHW))
         y = attention(qkv, self.num_heads, 'qhc' if self.new_order else 'hqc')
-        return x_NCHW + self.proj_out(y.flatten(2)).unflatten(2, size)
+        return x_NCHW + self.proj_out(y)
 
 
 class _Layers(nn.Sequential):
@@ -164,9 +127,9 @@ class ADMUNet(nn.Module):
         self.precision = precision or ('fp16' if use_fp16 else 'fp32')
         emb_channels = num_channels * 4
 
-        def block(c_in, c_out, resample='keep'):
-            return ResBlock(c_in, c_out, emb_channels, dropout, use_scale_shift_norm, resample,
-                            use_checkpoint)
+        def block(c_in, c_out, *resampling):
+            return ResBlock(c_in, c_out, emb_channels, dropout, use_scale_shift_norm, *resampling,
+                            use_checkpoint=use_checkpoint)
 
         def attention_block(channels, heads):
             heads = heads if num_head_channels == -1 else channels // num_head_channels
@@ -175,13 +138,13 @@ class ADMUNet(nn.Module):
                                 f'into {heads} heads')
             return AttentionBlock(channels, heads, use_new_attention_order, use_checkpoint)
 
-        def layers(kind, attention, c_in, c_out, heads):
+        def make(kind, attention, c_in, c_out, heads):
             if kind == 'conv':
-                return [Conv2d(img_channels, c_out, 3, padding=1)]
+                return [conv(img_channels, c_out, 3)]
             if kind in ('up', 'down'):
                 if resblock_updown:
-                    return [block(c_in, c_out, kind)]
-                return [ResampleConv(c_in, 'op' if kind == 'down' else 'conv', kind == 'up')]
+                    return [block(c_in, c_out, kind, (1, 1), False)]
+                return [StridedConv(c_in, 'op' if kind == 'down' else 'conv', kind == 'up')]
             blocks = [block(c_in, c_out)]
             return blocks + [attention_block(c_out, heads)] if attention else blocks
 
@@ -195,18 +158,18 @@ class ADMUNet(nn.Module):
         encoder, (in0, in1, *decoder) = unet_layers(image_size, widths[0], widths, num_res_blocks,
                                                     attention_at)
         self.input_blocks = nn.ModuleList(
-            _Layers(*layers(*rest, num_heads)) for _, *rest in encoder)
-        self.middle_block = _Layers(*layers(*in0[1:], num_heads), *layers(*in1[1:], num_heads))
+            _Layers(*make(*rest, num_heads)) for _, *rest in encoder)
+        self.middle_block = _Layers(*make(*in0[1:], num_heads), *make(*in1[1:], num_heads))
         self.output_blocks = nn.ModuleList()
         for _, kind, *rest in decoder:
-            block_layers = layers(kind, *rest, heads_up)
+            block_layers = make(kind, *rest, heads_up)
             if kind == 'up':
                 self.output_blocks[-1].extend(block_layers)
             else:
                 self.output_blocks.append(_Layers(*block_layers))
         self.out = nn.Sequential(
             GroupNorm(widths[0]), nn.SiLU(),
-            _zeroed(Conv2d(widths[0], img_channels * (2 if learn_sigma else 1), 3, padding=1)))
+            conv(widths[0], img_channels * (2 if learn_sigma else 1), 3, 0))
 
     def forward(self, x, t, labels=None):
         if (labels is not None) != bool(self.label_dim):
@@ -214,14 +177,15 @@ class ADMUNet(nn.Module):
         emb = self.time_embed(time_features(t, self.num_channels))
         if labels is not None:
             emb = emb + embed_labels(self.label_emb, labels)
+        emb = F.silu(emb)
         h = x.to(compute_dtype(self.precision, x.device))
         skips = []
-        for layers in self.input_blocks:
-            h = layers(h, emb)
+        for block in self.input_blocks:
+            h = block(h, emb)
             skips.append(h)
         h = self.middle_block(h, emb)
-        for layers in self.output_blocks:
-            h = layers(torch.cat([h, skips.pop()], dim=1), emb)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), emb)
         return self.out(h.float())
 
 

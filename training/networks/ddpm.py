@@ -13,11 +13,11 @@ from torch import nn
 
 from training.networks import adm
 from training.networks.layers import (
-    Conv2d,
     GroupNorm,
-    ResampleConv,
+    StridedConv,
     attention,
     compute_dtype,
+    conv,
     embed_labels,
     unet_layers,
 )
@@ -47,7 +47,7 @@ class AttnBlock(nn.Module):
         super().__init__()
         self.group_norm = GroupNorm(channels)
         for name in ('proj_q', 'proj_k', 'proj_v', 'proj'):
-            self.add_module(name, Conv2d(channels, channels, 1))
+            self.add_module(name, conv(channels, channels, 1))
 
     def forward(self, x_NCHW):
         h = self.group_norm(x_NCHW)
@@ -61,7 +61,7 @@ class ResBlock(adm.ResBlock):
     names = ('block1', 'temb_proj', 'block2', 'shortcut')
 
     def __init__(self, in_channels, out_channels, temb_channels, dropout, attn):
-        super().__init__(in_channels, out_channels, temb_channels, dropout, scale_shift=False)
+        super().__init__(in_channels, out_channels, temb_channels, dropout, False)
         self.attn = AttnBlock(out_channels) if attn else nn.Identity()
 
     def forward(self, x, temb):
@@ -95,10 +95,10 @@ class DDPMUNet(nn.Module):
 
         def layer(kind, attention, c_in, c_out):
             if kind in ('down', 'up'):
-                return ResampleConv(c_in, 'main', kind == 'up')
+                return StridedConv(c_in, 'main', kind == 'up')
             return ResBlock(c_in, c_out, tdim, dropout, attention)
 
-        self.head = Conv2d(img_channels, ch, 3, padding=1)
+        self.head = conv(img_channels, ch, 3)
         widths = [ch * mult for mult in ch_mult]
         (_, *encoder), decoder = unet_layers(img_resolution, ch, widths, num_res_blocks,
                                              [img_resolution >> level for level in attn])
@@ -107,7 +107,7 @@ class DDPMUNet(nn.Module):
             for layers in (encoder, decoder[:2], decoder[2:]))
         c_out = widths[0]
         self.tail = nn.Sequential(
-            GroupNorm(c_out), nn.SiLU(), Conv2d(c_out, img_channels, 3, padding=1))
+            GroupNorm(c_out), nn.SiLU(), conv(c_out, img_channels, 3))
         self._initialize()
 
     def _initialize(self):
@@ -128,6 +128,7 @@ class DDPMUNet(nn.Module):
         if self.augm and augm is not None:
             temb = temb + self.augm_embedding(augm)
 
+        temb = F.silu(temb)
         h = self.head(x.to(compute_dtype(self.precision, x.device)))
         skips = [h]
         for layer in self.downblocks:

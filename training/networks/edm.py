@@ -16,67 +16,23 @@ from torch import nn
 from dnnlib import UserError
 from training.diffusion.noise import VP, iddpm_levels
 from training.networks.layers import (
-    Conv2d,
     Denoiser,
     GroupNorm,
     Linear,
     Resample,
+    ResBlock,
     attention,
+    conv,
     drop_labels,
-    dropout,
     edm_coefficients,
+    linear,
     noise_coefficients,
-    parameters,
     time_features,
     unet_layers,
 )
 
 # -------------------------------------------------------------------------------------------------
 # Layers
-
-
-def _initialized(layer, gain: float | None):
-    """`layer` with weights ~ U(-a, a), a = gain sqrt(6 / (inputs + outputs)), and biases of zero;
-    `gain` None: as torch makes both, ~ U(-b, b), b = 1 / sqrt(inputs).
-    """
-    if gain is not None:
-        outputs, inputs = layer.weight.shape[:2]
-        with torch.no_grad():
-            layer.weight *= gain * math.sqrt(6 * inputs / (inputs + outputs))
-            if layer.bias is not None:
-                layer.bias.zero_()
-    return layer
-
-
-def linear(inputs: int, outputs: int, gain=None, bias=True) -> Linear:
-    return _initialized(Linear(inputs, outputs, bias), gain)
-
-
-def conv(inputs: int, outputs: int, kernel: int, gain=None, *resampling) -> nn.Module:
-    """Convolution with zero padding that keeps the size; with `resampling`, the arguments of
-    `ResampleConv`, one that halves or doubles it.
-    """
-    layer = _initialized(Conv2d(inputs, outputs, kernel, padding=kernel // 2), gain)
-    return ResampleConv(layer, *resampling) if resampling else layer
-
-
-class ResampleConv(Resample):
-    """A resampling by 2, then the convolution `layer`. `fused` (with 'down'): the convolution
-    comes first, padded so that the filter then needs no padding.
-    """
-
-    def __init__(self, layer: Conv2d, kind: str, taps, fused=False):
-        super().__init__(kind, taps)
-        self.weight, self.bias, self.fused = layer.weight, layer.bias, fused
-
-    def forward(self, x_NCHW):
-        weight, bias = parameters(self, x_NCHW.dtype)
-        padding = weight.shape[-1] // 2
-        if not self.fused:
-            return F.conv2d(super().forward(x_NCHW), weight, bias, padding=padding)
-        padding += (self.resample_filter.shape[-1] - 1) // 2
-        x_NCHW = F.conv2d(x_NCHW, weight, padding=padding)
-        return super().forward(x_NCHW, pad=False) + bias[:, None, None]
 
 
 def norm(num_channels: int, eps: float = 1e-5) -> GroupNorm:
@@ -96,53 +52,31 @@ class FourierEmbedding(nn.Module):
         return torch.cat([x.cos(), x.sin()], dim=1)
 
 
-class UNetBlock(nn.Module):
+class UNetBlock(ResBlock):
     """Residual block of DDPM++ and NCSN++ with optional resampling and self-attention of one
     head.
-
-    The embedding is added to the normalised activations or, if `adaptive`, scales and shifts
-    them. `gain` and so on: of the initial values, of the last layers of branches, of the
-    attention.
     """
 
     gain, gain_last, gain_attention = 1, 1e-5, math.sqrt(0.2)
-    eps, skip_scale, adaptive = 1e-6, math.sqrt(0.5), False
+    eps, skip_scale, resample_proj = 1e-6, math.sqrt(0.5), True
+    adaptive = False
+    names = ('norm0', 'conv0', 'affine', 'norm1', 'conv1', 'skip')
 
     def __init__(self, in_channels, out_channels, emb_channels, kind, attention, dropout,
                  taps=(1, 1)):
-        super().__init__()
-        self.in_channels, self.dropout = in_channels, dropout
-        self.num_heads = self.heads(out_channels) if attention else 0
-        resampling = (kind, taps) if kind in ('up', 'down') else ()
-
-        self.norm0 = norm(in_channels, self.eps)
-        self.conv0 = conv(in_channels, out_channels, 3, self.gain, *resampling)
-        self.affine = linear(emb_channels, out_channels * (1 + self.adaptive), self.gain)
-        self.norm1 = norm(out_channels, self.eps)
-        self.conv1 = conv(out_channels, out_channels, 3, self.gain_last)
-        self.skip = None
-        if resampling and self.adaptive:
-            self.skip = Resample(*resampling)
-        elif resampling or in_channels != out_channels:
-            self.skip = conv(in_channels, out_channels, 1, self.gain, *resampling)
+        super().__init__(in_channels, out_channels, emb_channels, dropout, self.adaptive,
+                         *((kind, taps) if kind in ('up', 'down') else ()))
+        self.num_heads = attention * (out_channels // 64 if self.adaptive else 1)
         if self.num_heads:
-            self.norm2 = norm(out_channels, self.eps)
+            self.norm2 = self.norm(out_channels)
             self.qkv = conv(out_channels, out_channels * 3, 1, self.gain_attention)
             self.proj = conv(out_channels, out_channels, 1, self.gain_last)
 
-    def heads(self, channels: int) -> int:
-        return 1
+    def norm(self, channels):
+        return norm(channels, self.eps)
 
     def forward(self, x, emb):
-        h = self.conv0(F.silu(self.norm0(x)))
-        params = self.affine(emb)[:, :, None, None].to(x.dtype)
-        if self.adaptive:
-            scale, shift = params.chunk(2, dim=1)
-            h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
-        else:
-            h = F.silu(self.norm1(h + params))
-        h = self.conv1(dropout(h, self.dropout, self.training))
-        x = (h + (x if self.skip is None else self.skip(x))) * self.skip_scale
+        x = super().forward(x, emb)
         if self.num_heads:
             y = attention(self.qkv(self.norm2(x)), self.num_heads, 'hcq')
             x = (self.proj(y) + x) * self.skip_scale
@@ -153,10 +87,8 @@ class ADMBlock(UNetBlock):
     """Residual block of ADM: heads of 64 channels, none where there are fewer."""
 
     gain, gain_last, gain_attention = None, 0, None
-    eps, skip_scale, adaptive = 1e-5, 1, True
-
-    def heads(self, channels):
-        return channels // 64
+    eps, skip_scale, resample_proj = 1e-5, 1, False
+    adaptive = True
 
 
 # -------------------------------------------------------------------------------------------------
@@ -297,7 +229,7 @@ class SongUNet(_UNet):
                 self.enc[size + 'aux_skip'] = conv(aux, c_out, 1, 1)
             if kind == 'down' and encoder_type == 'residual':
                 self.enc[size + 'aux_residual'] = conv(aux, c_out, 3, 1, kind, resample_filter,
-                                                       True)
+                                                       True, True)
                 aux = c_out
         for name, kind, attend, c_in, c_out in decoder:
             last = kind == f'block{num_blocks}'

@@ -149,10 +149,14 @@ class Conv2d(nn.Conv2d):
 
 
 class Conv1d(nn.Conv1d):
-    forward = Conv2d.forward
+    """A convolution of single pixels whose weight has one axis less in the state."""
+
+    def forward(self, x_NCHW):
+        weight, bias = parameters(self, x_NCHW.dtype)
+        return F.conv2d(x_NCHW, weight[..., None], bias)
 
 
-class ResampleConv(nn.Module):
+class StridedConv(nn.Module):
     """Twice the resolution (`up`: nearest neighbour, then a convolution), or half of it (a
     convolution with stride 2). `name` is that of the convolution in the state. Called like a
     residual block, with an embedding that it does not need.
@@ -254,6 +258,99 @@ class Resample(nn.Module):
 
     def forward(self, x_NCHW, pad=True):
         return resample(x_NCHW, self.resample_filter, self.box, self.up, pad)
+
+
+class ResampleConv(Resample):
+    """A resampling by 2, then the convolution `layer`. `fused` (with 'down'): the convolution
+    comes first, padded so that the filter then needs no padding.
+    """
+
+    def __init__(self, layer: Conv2d, kind: str, taps, stored=True, fused=False):
+        super().__init__(kind, taps, stored)
+        self.weight, self.bias, self.fused = layer.weight, layer.bias, fused
+
+    def forward(self, x_NCHW):
+        weight, bias = parameters(self, x_NCHW.dtype)
+        padding = weight.shape[-1] // 2
+        if not self.fused:
+            return F.conv2d(super().forward(x_NCHW), weight, bias, padding=padding)
+        padding += (self.resample_filter.shape[-1] - 1) // 2
+        x_NCHW = F.conv2d(x_NCHW, weight, padding=padding)
+        return super().forward(x_NCHW, pad=False) + bias[:, None, None]
+
+
+def initialized(layer, gain: float | None):
+    """`layer` with weights ~ U(-a, a), a = gain sqrt(6 / (inputs + outputs)), and biases of zero;
+    `gain` None: as torch makes both, ~ U(-b, b), b = 1 / sqrt(inputs).
+    """
+    if gain is not None:
+        outputs, inputs = layer.weight.shape[:2]
+        with torch.no_grad():
+            layer.weight *= gain * math.sqrt(6 * inputs / (inputs + outputs))
+            if layer.bias is not None:
+                layer.bias.zero_()
+    return layer
+
+
+def linear(inputs: int, outputs: int, gain=None, bias=True) -> Linear:
+    return initialized(Linear(inputs, outputs, bias), gain)
+
+
+def conv(inputs: int, outputs: int, kernel: int, gain=None, *resampling) -> nn.Module:
+    """Convolution with zero padding that keeps the size; with `resampling`, the arguments of
+    `ResampleConv`, one that halves or doubles it.
+    """
+    layer = initialized(Conv2d(inputs, outputs, kernel, padding=kernel // 2), gain)
+    return ResampleConv(layer, *resampling) if resampling else layer
+
+
+class ResBlock(nn.Module):
+    """Residual block that the embedding of the conditions modulates, of DDPM and ADM.
+
+    The embedding, which is activated already, is added to the normalised activations or, if
+    `adaptive`, scales and shifts them. `resampling` are the arguments of `Resample`, or none.
+    `gain` and `gain_last` are those of the initial values, and of the last layer; with
+    `resample_proj` the skip path of a resampling block has a convolution even where the channels
+    stay. `names` are those of the layers in the state.
+    """
+
+    gain, gain_last, skip_scale, resample_proj = None, 0, 1, False
+    norm = GroupNorm
+
+    def __init__(self, in_channels, out_channels, emb_channels, dropout, adaptive, *resampling):
+        super().__init__()
+        self.in_channels, self.p, self.adaptive = in_channels, dropout, adaptive
+        norm0 = self.norm(in_channels)
+        conv0 = conv(in_channels, out_channels, 3, self.gain, *resampling)
+        affine = linear(emb_channels, out_channels * (1 + adaptive), self.gain)
+        norm1 = self.norm(out_channels)
+        conv1 = conv(out_channels, out_channels, 3, self.gain_last)
+        skip = nn.Identity()
+        if resampling and not self.resample_proj:
+            skip = Resample(*resampling)
+        elif resampling or in_channels != out_channels:
+            skip = conv(in_channels, out_channels, 1, self.gain, *resampling)
+        self.layers = norm0, conv0, affine, norm1, conv1, skip
+        self.register(*self.layers)
+
+    def register(self, *layers):
+        for name, layer in zip(self.names, layers, strict=True):
+            self.add_module(name, layer)
+
+    def drop(self, h_NCHW):
+        return dropout(h_NCHW, self.p, self.training)
+
+    def forward(self, x_NCHW, emb_NE, drop=None):
+        norm0, conv0, affine, norm1, conv1, skip = self.layers
+        h = conv0(F.silu(norm0(x_NCHW)))
+        shift = affine(emb_NE)[:, :, None, None].to(h.dtype)
+        if self.adaptive:
+            scale, shift = shift.chunk(2, dim=1)
+            h = torch.addcmul(shift, norm1(h), scale + 1)
+        else:
+            h = norm1(h + shift)
+        h = conv1((drop or self.drop)(F.silu(h)))
+        return (h + skip(x_NCHW)) * self.skip_scale
 
 
 # --- The order of a U-Net ------------------------------------------------------------------------
