@@ -74,7 +74,7 @@ class PlainBlock(edm2.Block):
     def _resampled(self, x):
         if isinstance(self.resample, torch.nn.Identity):
             return x
-        kernel = self.resample.resample_filter.to(x.dtype).expand(x.shape[1], 1, -1, -1)
+        kernel = torch.as_tensor(self.resample.resample_filter).to(x).expand(x.shape[1], 1, -1, -1)
         options = dict(groups=x.shape[1], stride=2, padding=(kernel.shape[-1] - 1) // 2)
         return F.conv_transpose2d(x, kernel * 4, **options) if self.resample.up else F.conv2d(x, kernel, **options)
 

@@ -222,42 +222,35 @@ def attention(qkv_NCHW, num_heads: int, order: str) -> torch.Tensor:
     return y.transpose(2, 3).reshape(N, C, H, W)
 
 
-def low_pass(taps) -> tuple[np.ndarray, bool]:
-    """The separable filter [1, 1, k, k] of sum 1 with these taps, and whether it is that of
-    [1, 1]. Raises ValueError unless the taps are an even number.
-    """
-    taps = np.float32(taps)
-    if taps.ndim != 1 or len(taps) % 2:
-        raise ValueError(f'resample_filter must be a list of even length, not {taps.tolist()}')
-    taps = taps / taps.sum()
-    return np.outer(taps, taps)[None, None], taps.tolist() == [0.5, 0.5]
-
-
-def resample(x_NCHW, kernel, box: bool, up: bool, pad: bool = True) -> torch.Tensor:
-    """Resolution times 2 or 1/2 with a low-pass filter [1, 1, k, k], `kernel` and `box` of
-    `low_pass`; depthwise. `pad=False`: the images are padded already.
-    """
-    if box:                                             # what repetition and pooling do, faster
-        return F.interpolate(x_NCHW, scale_factor=2) if up else F.avg_pool2d(x_NCHW, 2)
-    C = x_NCHW.shape[1]
-    kernel = torch.as_tensor(kernel, dtype=x_NCHW.dtype, device=x_NCHW.device).expand(C, 1, -1, -1)
-    padding = (kernel.shape[-1] - 1) // 2 if pad else 0
-    if up:
-        return F.conv_transpose2d(x_NCHW, 4 * kernel, groups=C, stride=2, padding=padding)
-    return F.conv2d(x_NCHW, kernel, groups=C, stride=2, padding=padding)
-
-
 class Resample(nn.Module):
-    """`resample` by `kind`, 'up' or 'down'; `stored`: the filter belongs to the state."""
+    """Resolution times 2 (`kind` 'up') or 1/2 ('down') with the separable low-pass filter of these
+    taps, depthwise; `stored`: the filter belongs to the state. Raises ValueError unless the taps
+    are an even number.
+    """
 
     def __init__(self, kind: str, taps, stored: bool = True):
         super().__init__()
-        self.up = kind == 'up'
-        kernel, self.box = low_pass(taps)
-        self.register_buffer('resample_filter', torch.from_numpy(kernel), persistent=stored)
+        taps = np.float32(taps)
+        if taps.ndim != 1 or len(taps) % 2:
+            raise ValueError(f'resample_filter must be a list of even length, not {taps.tolist()}')
+        taps = taps / taps.sum()
+        self.up, self.box = kind == 'up', taps.tolist() == [0.5, 0.5]
+        kernel = np.outer(taps, taps)[None, None]
+        if stored:
+            self.register_buffer('resample_filter', torch.from_numpy(kernel))
+        else:
+            self.resample_filter = kernel
 
     def forward(self, x_NCHW, pad=True):
-        return resample(x_NCHW, self.resample_filter, self.box, self.up, pad)
+        """`pad=False`: the images are padded already."""
+        if self.box:                                    # what repetition and pooling do, faster
+            return F.interpolate(x_NCHW, scale_factor=2) if self.up else F.avg_pool2d(x_NCHW, 2)
+        C = x_NCHW.shape[1]
+        kernel = torch.as_tensor(self.resample_filter).to(x_NCHW).expand(C, 1, -1, -1)
+        options = dict(groups=C, stride=2, padding=(kernel.shape[-1] - 1) // 2 if pad else 0)
+        if self.up:
+            return F.conv_transpose2d(x_NCHW, 4 * kernel, **options)
+        return F.conv2d(x_NCHW, kernel, **options)
 
 
 class ResampleConv(Resample):
