@@ -37,6 +37,11 @@ class UserError(Exception):
         return self.line(self.field)
 
 
+def one_line(error: Exception) -> str:
+    """What an error says in one line of modest length, or its type where it says nothing."""
+    return ' '.join(str(error).split())[:120] or type(error).__name__
+
+
 @contextlib.contextmanager
 def renamed_fields(**names):
     """Errors of the block whose field is a key of `names` are about the field in its value."""

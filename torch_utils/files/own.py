@@ -1,8 +1,7 @@
 """Files of torch that this project wrote: checkpoints, snapshots, statistics."""
 
+import collections
 import re
-
-import torch
 
 from torch_utils.files import pickles, torchfile
 
@@ -11,20 +10,18 @@ STATISTICS_FORMAT = 'feature-statistics-1'
 
 
 def _set(items=()):
-    if not all(isinstance(item, str | int | float | None) for item in items):
-        raise pickles.ForeignPickleError('it has a set of strange values')
+    if len(items) > 100 or not all(isinstance(item, str | int | float | None) for item in items):
+        raise pickles.ForeignPickleError('it has a set of strange values, or a large one')
+    return set(items)
 
 
-# What a pickle of ours may name. torch allows more, such as bytearray(10**12); nothing here makes
-# anything from a number.
-_NAMES = {
-    ('collections', 'OrderedDict'): lambda: {},
+# What a pickle of ours may name besides tensors.
+_NAMES = torchfile.TENSORS | {
+    ('collections', 'OrderedDict'): lambda: collections.OrderedDict(),
     ('_codecs', 'encode'): pickles.encode,
     ('__builtin__', 'set'): _set,
-    ('__builtin__', 'complex'): lambda *_: None,
-    ('torch', 'Size'): lambda *_: None,
-} | {('torch._utils', f'_rebuild_{name}'): lambda *_: None for name in (
-    'tensor_v2', 'tensor_v3', 'parameter')}
+    ('__builtin__', 'complex'): complex,
+}
 
 
 def is_own(records: torchfile.ZipRecords) -> bool:
@@ -37,14 +34,11 @@ def read_own(path: str):
     """What `torch.save` wrote to `path`: plain values, lists, dictionaries, and tensors of every
     type on the CPU.
 
-    Every byte is verified first, by the CRCs that the zip holds. Then the pickle is followed by
-    the bounded reader, which refuses what torch.load would spend memory or time on (nested keys,
-    records that share bytes, constructors of other types); what is left cannot ask for more memory
-    than the file has, since tensors are views of the mapped file. Their values can be changed;
-    that stays in memory. Raises UserError that names the file.
+    Every byte is verified first, by the CRCs that the zip holds. The bounded reader of pickles
+    cannot ask for more memory than the file has, since tensors are views of the mapped file. Their
+    values can be changed; that stays in memory. Raises UserError that names the file.
     """
     with pickles.errors_of(path, 'not a file that this project wrote, or damaged: '):
         records = torchfile.ZipRecords(path, pickles.map_file(path))
         records.verify()
-        torchfile.StorageUnpickler(records.record('data.pkl'), records.checked, _NAMES).load()
-        return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        return records.load(_NAMES)

@@ -8,7 +8,6 @@ the file before anything is read, and large strings of bytes are not copied.
 """
 
 import contextlib
-import math
 import mmap
 import os
 import pickletools
@@ -18,6 +17,7 @@ from functools import partialmethod
 import numpy as np
 
 from dnnlib import UserError
+from dnnlib.util import one_line
 
 MAX_STEPS = 3_000_000       # of one pickle; the largest published files take a tenth of it
 _LARGE = 4096               # strings of bytes from this length on stay where they are
@@ -42,9 +42,8 @@ def errors_of(path: str, prefix: str = ''):
     except ForeignPickleError as error:
         raise UserError(f'{path}: {prefix}{error}') from None
     except Exception as error:  # zipfile, tarfile, NumPy and torch raise nearly anything
-        reason = ' '.join(str(error).split())[:120]
         raise UserError(f'{path}: {prefix}it is damaged '
-                        f'({type(error).__name__}: {reason})') from None
+                        f'({type(error).__name__}: {one_line(error)})') from None
 
 
 class StandIn:
@@ -56,8 +55,6 @@ class StandIn:
 
 class _Global:
     """What a global name becomes: it can be called and passed on, and nothing else."""
-
-    __slots__ = ('function', 'name')
 
     def __init__(self, function, name):
         self.function, self.name = function, name
@@ -101,30 +98,23 @@ class RestrictedUnpickler:
         """The next object. Raises ForeignPickleError with one line for damaged or unexpected
         content.
         """
-        self._stack = []
-        self._marks = []
-        self._memo = {}
+        self._stack, self._marks, self._memo = [], [], {}
         try:
-            return self._run()
+            while self._steps:
+                self._steps -= 1
+                code = self.read(1)[0]
+                name, reader, method = _INSTRUCTIONS.get(code, (hex(code), None, None))
+                if name == 'STOP':
+                    return self._stack.pop()
+                if method is None:
+                    raise ForeignPickleError('it is no pickle, or uses an instruction that is not '
+                                             f'allowed ({name})')
+                method(self, reader(self) if reader else None)
         except ForeignPickleError:
             raise
         except Exception as error:  # damaged pickles raise nearly anything
-            reason = ' '.join(str(error).split())[:100] or 'damaged'
             raise ForeignPickleError('it is no readable pickle '
-                                     f'({type(error).__name__}: {reason})') from None
-
-    def _run(self):
-        while self._steps:
-            self._steps -= 1
-            code = self.read(1)[0]
-            if code not in _INSTRUCTIONS:
-                raise ForeignPickleError(f'it is no pickle (instruction {code:#x})')
-            name, reader, method = _INSTRUCTIONS[code]
-            if name == 'STOP':
-                return self._stack.pop()
-            if method is None:
-                raise ForeignPickleError(f'it uses the instruction {name}, which is not allowed')
-            method(self, reader(self) if reader else None)
+                                     f'({type(error).__name__}: {one_line(error)})') from None
         raise ForeignPickleError('it has too many parts')
 
     def find_class(self, module: str, name: str):
@@ -171,9 +161,9 @@ class RestrictedUnpickler:
     def _push_new(self, make, _):
         self._stack.append(make())
 
-    op_NONE = partialmethod(_push_new, lambda: None)
+    op_NONE = partialmethod(_push_new, type(None))
     op_NEWTRUE = partialmethod(_push_new, lambda: True)
-    op_NEWFALSE = partialmethod(_push_new, lambda: False)
+    op_NEWFALSE = partialmethod(_push_new, bool)
     op_EMPTY_LIST = op_EMPTY_SET = partialmethod(_push_new, list)
     op_EMPTY_TUPLE = partialmethod(_push_new, tuple)
     op_EMPTY_DICT = partialmethod(_push_new, dict)
@@ -193,13 +183,7 @@ class RestrictedUnpickler:
         return items
 
     def op_POP(self, _):
-        if self._marks and self._marks[-1] == len(self._stack):
-            self._marks.pop()
-        else:
-            self._stack.pop()
-
-    def op_DUP(self, _):
-        self._stack.append(self._stack[-1])
+        self._stack.pop()
 
     def op_LIST(self, _):
         self._stack.append(self.op_POP_MARK(_))
@@ -243,7 +227,7 @@ class RestrictedUnpickler:
 
     def _set_items(self, items: list):
         target = self._stack[-1]
-        if type(target) is not dict or len(items) % 2:
+        if not isinstance(target, dict) or len(items) % 2:
             raise ForeignPickleError('it is damaged (no dictionary to fill)')
         if not all(type(key) in _KEYS for key in items[::2]):
             raise ForeignPickleError('it has a dictionary with strange keys')
@@ -281,7 +265,7 @@ class RestrictedUnpickler:
             target.state = state
         elif isinstance(target, _Global):
             raise ForeignPickleError(f'it tries to change {target.name}')
-        elif type(target) is not dict:  # attributes of a dictionary (of versions) say nothing
+        elif not isinstance(target, dict):  # attributes of a dictionary (of versions) say nothing
             raise ForeignPickleError(f'it tries to change a {type(target).__name__}')
 
     def op_BINPERSID(self, _):
@@ -359,21 +343,16 @@ class NumpyArray(StandIn):
     """Stand-in for numpy.ndarray, which makes the array when asked."""
 
     def array(self) -> np.ndarray:
-        """The array, a view of the file's bytes. Raises ForeignPickleError unless it holds plain
-        numbers.
+        """The array, a view of the file's bytes. Raises TypeError, ValueError or AttributeError
+        unless it holds plain numbers.
         """
-        try:
-            _, shape, dtype, fortran, data = self.state
-            if isinstance(data, str):  # bytes as Python 3 wrote them for protocol 2
-                data = data.encode('latin1')
-            dtype = dtype.numpy()
-            if not all(type(n) is int and n >= 0 for n in shape) \
-                    or math.prod(shape) * dtype.itemsize != len(data):
-                raise ValueError(f'{len(data)} bytes for the shape {list(shape)}'[:100])
-            order = 'F' if fortran else 'C'
-            return np.frombuffer(data, dtype=dtype).reshape(tuple(shape), order=order)
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ForeignPickleError(f'it holds a malformed array ({error})') from None
+        _, shape, dtype, fortran, data = self.state
+        if isinstance(data, str):  # bytes as Python 3 wrote them for protocol 2
+            data = encode(data)
+        if min(shape, default=0) < 0:
+            raise ValueError(f'an array of shape {list(shape)}'[:100])
+        array = np.frombuffer(data, dtype=dtype.numpy())
+        return array.reshape(tuple(shape), order='F' if fortran else 'C')
 
 
 _NUMBERS = {'b1', 'u1', 'u2', 'u4', 'u8', 'i1', 'i2', 'i4', 'i8', 'f2', 'f4', 'f8'}
@@ -412,8 +391,7 @@ def encode(text, encoding=None):
 
 def scalar(dtype, data):
     """Stand-in for NumPy's scalar: a plain Python number."""
-    array = _from_buffer(data, dtype, (), 'C').array()
-    return array.item()
+    return _from_buffer(data, dtype, (), 'C').array().item()
 
 
 def _only_named(*_):

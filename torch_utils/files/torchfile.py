@@ -8,13 +8,13 @@ mapped, until they are used.
 
 import functools
 import math
-import struct
 import zipfile
 import zlib
 
 import numpy as np
 import torch
 
+from dnnlib.npz import LOCAL_HEADER, entry_start
 from torch_utils.files import pickles
 from torch_utils.files.pickles import ForeignPickleError
 
@@ -132,28 +132,21 @@ class ZipRecords:
                                          '(wrong CRC)')
 
     def _view(self, info) -> memoryview:
-        name = info.filename
+        name, offset = info.filename[:100], info.header_offset
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 \
                 or info.compress_size != info.file_size:
-            raise ForeignPickleError(f'its part {name[:100]} is compressed, which torch never does')
-        header = self.data[info.header_offset:info.header_offset + 30]
-        if len(header) != 30 or bytes(header[:4]) != b'PK\3\4':
-            raise ForeignPickleError(f'its part {name[:100]} is not where the zip says')
-        start = info.header_offset + 30 + sum(struct.unpack_from('<HH', header, 26))
-        if start + info.file_size > len(self.data):
-            raise ForeignPickleError(f'its part {name[:100]} is cut off')
-        return self.data[start:start + info.file_size]
+            raise ForeignPickleError(f'its part {name} is compressed, which torch never does')
+        start = entry_start(self.data[offset:offset + LOCAL_HEADER], offset)
+        view = self.data[start:start + info.file_size]
+        if len(view) < info.file_size:
+            raise ForeignPickleError(f'its part {name} is cut off')
+        return view
 
-    def checked(self, key: str, dtype: torch.dtype, count: int) -> memoryview:
-        """The bytes of a storage, which must be as many as the pickle says."""
+    def storage(self, key: str, dtype: torch.dtype, count: int) -> torch.Tensor:
+        """The numbers of a storage, which must be as many as the pickle says."""
         record = self.record(f'data/{key}')
         if len(record) != count * dtype.itemsize:
             raise ForeignPickleError(f'the numbers in data/{key[:100]} are not as many as it says')
-        return record
-
-    def storage(self, key: str, dtype: torch.dtype, count: int) -> torch.Tensor:
-        """The numbers of a storage."""
-        record = self.checked(key, dtype, count)
         self.left -= len(record)
         if self.left < 0:  # records of a zip can share their bytes
             raise ForeignPickleError('its tensors are larger than the file')
@@ -162,11 +155,11 @@ class ZipRecords:
         raw = torch.frombuffer(record, dtype=torch.uint8)
         return (raw.clone() if raw.data_ptr() % dtype.itemsize else raw).view(dtype)
 
-    def load(self):
+    def load(self, allowed=_ALLOWED):
         """The object that was saved: plain values, lists, dictionaries and tensors, whose memory
         is the mapped file (changes stay in memory). Arrays of NumPy stay `pickles.NumpyArray`.
         """
-        return StorageUnpickler(self.record('data.pkl'), self.storage).load()
+        return StorageUnpickler(self.record('data.pkl'), self.storage, allowed).load()
 
 
 def read_legacy(data):
