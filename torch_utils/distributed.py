@@ -165,10 +165,7 @@ def gather_objects(value) -> list:
 
 def broadcast_object(value):
     """The value of rank 0 on every process."""
-    box = [value]
-    if get_world_size() > 1:
-        torch.distributed.broadcast_object_list(box, src=0, group=_host_group)
-    return box[0]
+    return gather_objects(value)[0]
 
 
 @contextlib.contextmanager

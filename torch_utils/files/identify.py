@@ -6,6 +6,7 @@ statistics or images looks at the `kind` of what it found.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -127,8 +128,6 @@ def _file(path, weights) -> Found:
 
 
 def _zip(path, data, weights) -> Found:
-    if not zipfile.is_zipfile(path):
-        raise ForeignPickleError('it is a zip that is cut off or damaged')
     with zipfile.ZipFile(path) as z:
         names = z.namelist()
     if any(name.startswith('/') or '..' in name.replace('\\', '/').split('/') for name in names):
@@ -141,7 +140,7 @@ def _zip(path, data, weights) -> Found:
         return _torch(path, content, weights)
     if names and all(name.endswith('.npy') for name in names):
         arrays = NpzArrays(path)
-        statistics = any(name == 'mu' or name.endswith('/mu') for name in arrays.facts)
+        statistics = any(name.split('/')[-1] == 'mu' for name in arrays.facts)
         return Found(path, 'statistics' if statistics else 'samples', arrays, facts=arrays.facts)
     pictures = sum(name.lower().endswith(PICTURES) for name in names)
     if not pictures:
@@ -154,7 +153,7 @@ def _torch(path, content, weights) -> Found:
         raise ForeignPickleError(f'it holds a {type(content).__name__} instead of a dictionary of '
                                  'weights')
     if content.get('format') == SNAPSHOT_FORMAT:
-        return _snapshot(path, 'snapshot', content)
+        return _snapshot(path, 'snapshot', content, os.path.getsize(path))
     if content.get('format') == STATISTICS_FORMAT or _moments(content):
         return _statistics(path, content)
     if 'nimg' in content and {'means', 'identity'} & set(content):
@@ -194,7 +193,7 @@ def _weights(path, state, key, facts) -> Found:
     return Found(path, 'weights', None, state, key, dict(what=what) | facts)
 
 
-def _snapshot(path, kind, content) -> Found:
+def _snapshot(path, kind, content, size) -> Found:
     """A snapshot of this project, its parts checked: weights by name, and plain values of modest
     size.
     """
@@ -207,7 +206,6 @@ def _snapshot(path, kind, content) -> Found:
     if not isinstance(network.get('class_name'), str) \
             or not isinstance(network.get('kwargs'), dict) or not _is_state(state):
         raise ForeignPickleError('it is a network snapshot without a network')
-    size = os.path.getsize(path if os.path.isfile(path) else os.path.join(path, FOLDER_WEIGHTS))
     return Found(path, kind, content, torchfile.state_of(state, size))
 
 
@@ -216,21 +214,19 @@ def _safetensors(path, weights, description) -> Found:
     project.
     """
     import safetensors.torch
-    if int.from_bytes(pickles.map_file(weights)[:8], 'little') > MAX_JSON:
+    data = pickles.map_file(weights)
+    if int.from_bytes(data[:8], 'little') > MAX_JSON:
         raise ForeignPickleError('its header is too large')
     state = safetensors.torch.load_file(weights)
     if not os.path.isfile(description):
         return _weights(path, state, None, {})
     with pickles.errors_of(path, f'its description {os.path.basename(description)}: '):
-        data = pickles.map_file(description)
-        if len(data) > MAX_JSON:
-            raise ForeignPickleError('it is too large')
-        content = json.loads(bytes(data))
+        content = json.loads(bytes(pickles.map_file(description)[:MAX_JSON]))
         if not isinstance(content, dict) or content.get('format') != SNAPSHOT_FORMAT:
             raise ForeignPickleError('it is not of a network snapshot')
     if os.path.isdir(path):  # there the network is part of a model of diffusers
         state = {name.removeprefix('net.'): value for name, value in state.items()}
-    return _snapshot(path, 'safetensors', content | dict(state=state))
+    return _snapshot(path, 'safetensors', content | dict(state=state), len(data))
 
 
 # --- Pickles and arrays --------------------------------------------------------------------------
@@ -238,11 +234,9 @@ def _safetensors(path, weights, description) -> Found:
 
 def _pickle(path, data) -> Found:
     content = persistence.load(data)
-    if not isinstance(content, dict):
-        content = {}
     # Python 3 writes the bytes of Python 2 as such.
     content = {key.decode('latin1') if isinstance(key, bytes) else key: value
-               for key, value in content.items()}
+               for key, value in content.items()} if isinstance(content, dict) else {}
     if persistence.is_network(content):
         return Found(path, 'edm', content, persistence.state_dict(content['ema'], len(data)))
     images = content.get('data')
@@ -310,11 +304,11 @@ class NpzArrays:
 def _tar(path) -> Found:
     """A tar archive with CIFAR batches among its first files."""
     with tarfile.open(path, 'r|*') as tar:
-        for count, member in enumerate(tar):
+        for member in itertools.islice(tar, 50):
             name = os.path.basename(member.name)
             if member.isfile() and name in ('batches.meta', 'meta', 'data_batch_1', 'test_batch'):
                 layout = 'CIFAR-10' if 'batch' in name else 'CIFAR-100'
                 return Found(path, 'cifar-archive', facts=dict(layout=layout))
-            if count > 50 or member.size > 1 << 29:
+            if member.size > 1 << 29:
                 break
     raise ForeignPickleError('it is an archive without CIFAR batches')

@@ -86,6 +86,6 @@ def _children(module):
         raise pickles.ForeignPickleError('it has something else in the place of a module')
     for kind in ('_parameters', '_buffers', '_modules'):
         table = state.get(kind) or {}
-        if not isinstance(table, dict) or not all(isinstance(name, str) for name in table):
+        if not isinstance(table, dict):
             raise pickles.ForeignPickleError(f'its {kind} are malformed')
         yield from table.items()

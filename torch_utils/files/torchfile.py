@@ -20,7 +20,7 @@ from torch_utils.files.pickles import ForeignPickleError
 
 # How files of the older format begin: a pickle of the number 0x1950a86a20f9469cfc6c.
 _LEGACY_HEAD = b'\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.'
-MAX_PARTS, MAX_DEPTH = 100_000, 32      # of a network
+MAX_PARTS, MAX_NAME = 100_000, 1000     # of a network: modules and tensors, letters
 STORAGES = {
     'UntypedStorage': torch.uint8, 'ComplexFloatStorage': torch.complex64,
     'ComplexDoubleStorage': torch.complex128,
@@ -195,20 +195,17 @@ def named_tensors(module, children) -> dict[str, torch.Tensor]:
     """{dotted name: tensor} of nested modules; children(module) yields (name, tensor, module or
     None). Raises ForeignPickleError where they have no end.
     """
-    tensors, parts = {}, 0
-
-    def walk(module, prefix, depth):
-        nonlocal parts
-        parts += 1
-        if depth > MAX_DEPTH or parts > MAX_PARTS:
-            raise ForeignPickleError('its modules are nested without end')
-        for name, child in children(module):
+    tensors, pending, parts = {}, [('', module)], 0
+    for prefix, part in pending:                        # grows on the way
+        for name, child in children(part):
+            parts += 1
+            full = f'{prefix}{name}'
+            if parts > MAX_PARTS or len(full) > MAX_NAME:
+                raise ForeignPickleError('its modules are nested without end')
             if isinstance(child, torch.Tensor):
-                tensors[prefix + name] = child
+                tensors[full] = child
             elif child is not None:
-                walk(child, f'{prefix}{name}.', depth + 1)
-
-    walk(module, '', 0)
+                pending.append((f'{full}.', child))
     return tensors
 
 

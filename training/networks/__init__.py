@@ -6,6 +6,7 @@ import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from dnnlib import UserError
+from dnnlib.util import one_line
 from torch_utils.files.weights import check_weights
 from training.networks import edm
 
@@ -86,9 +87,8 @@ def rebuild_network(class_name: str, kwargs: dict, state: dict, path: str):
     except UserError as error:
         raise UserError(f'{path}: {error}') from None
     except Exception as error:  # arguments that make no sense raise nearly anything
-        reason = ' '.join(str(error).split())[:100]
         raise UserError(f'{path}: it describes no possible network '
-                        f'({class_name}: {reason})') from None
+                        f'({class_name}: {one_line(error)})') from None
     finally:
         hook.remove()
     check_weights(net, state, path)

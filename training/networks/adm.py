@@ -16,9 +16,9 @@ from training.networks import layers
 from training.networks.layers import (
     Conv1d,
     GroupNorm,
+    Network,
     StridedConv,
     attention,
-    compute_dtype,
     conv,
     embed_labels,
     initialized,
@@ -94,7 +94,7 @@ class _Layers(nn.Sequential):
         return x
 
 
-class ADMUNet(nn.Module):
+class ADMUNet(Network):
     """ADM's U-Net, built from the options of its configuration files.
 
     net(x [N,C,H,W], t [N], labels) -> [N, C or 2C, H, W]: the predicted noise, then, with
@@ -114,17 +114,15 @@ class ADMUNet(nn.Module):
                  num_heads_upsample=-1, use_scale_shift_norm=False, dropout=0.0,
                  resblock_updown=False, use_fp16=False, use_new_attention_order=False,
                  img_channels=3, num_classes=1000, precision=None):
-        super().__init__()
+        super().__init__(image_size, img_channels, num_classes if class_cond else 0, precision,
+                         use_fp16)
         if not channel_mult and image_size not in CHANNEL_MULT:
             raise UserError(f'channel_mult: none is known for images of {image_size} pixels; '
                             'write e.g. 1,2,2')
         mult = _numbers(channel_mult, 'channel_mult') if channel_mult else CHANNEL_MULT[image_size]
         widths = [int(factor * num_channels) for factor in mult]
         attention_at = _numbers(attention_resolutions, 'attention_resolutions')
-        self.img_resolution, self.img_channels = image_size, img_channels
-        self.label_dim = num_classes if class_cond else 0
         self.num_channels, self.learn_sigma = num_channels, learn_sigma
-        self.precision = precision or ('fp16' if use_fp16 else 'fp32')
         emb_channels = num_channels * 4
 
         def block(c_in, c_out, *resampling):
@@ -178,7 +176,7 @@ class ADMUNet(nn.Module):
         if labels is not None:
             emb = emb + embed_labels(self.label_emb, labels)
         emb = F.silu(emb)
-        h = x.to(compute_dtype(self.precision, x.device))
+        h = self.activations(x)
         skips = []
         for block in self.input_blocks:
             h = block(h, emb)

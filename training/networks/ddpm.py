@@ -14,9 +14,9 @@ from torch import nn
 from training.networks import adm
 from training.networks.layers import (
     GroupNorm,
+    Network,
     StridedConv,
     attention,
-    compute_dtype,
     conv,
     embed_labels,
     unet_layers,
@@ -68,7 +68,7 @@ class ResBlock(adm.ResBlock):
         return self.attn(super().forward(x, temb))
 
 
-class DDPMUNet(nn.Module):
+class DDPMUNet(Network):
     """net(x [N,C,H,W], t int64 [N] in 0..T-1, y, augm) -> predicted noise [N,C,H,W].
 
     `y` (with `cond`): class numbers [N], or vectors [N, num_class] with zeros for "no label"; None
@@ -81,10 +81,8 @@ class DDPMUNet(nn.Module):
 
     def __init__(self, T, ch, ch_mult, attn, num_res_blocks, dropout, cond, augm, num_class,
                  img_resolution=32, img_channels=3, precision='fp32'):
-        super().__init__()
-        self.T, self.cond, self.augm, self.precision = T, cond, augm, precision
-        self.img_resolution, self.img_channels = img_resolution, img_channels
-        self.label_dim = num_class if cond else 0
+        super().__init__(img_resolution, img_channels, num_class if cond else 0, precision)
+        self.T, self.cond, self.augm = T, cond, augm
         tdim = ch * 4
         self.time_embedding = nn.Sequential(collections.OrderedDict(timembedding=nn.Sequential(
             TimestepTable(T, ch), nn.Linear(ch, tdim), nn.SiLU(), nn.Linear(tdim, tdim))))
@@ -129,7 +127,7 @@ class DDPMUNet(nn.Module):
             temb = temb + self.augm_embedding(augm)
 
         temb = F.silu(temb)
-        h = self.head(x.to(compute_dtype(self.precision, x.device)))
+        h = self.head(self.activations(x))
         skips = [h]
         for layer in self.downblocks:
             h = layer(h, temb)

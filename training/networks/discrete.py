@@ -1,5 +1,6 @@
 """Discrete-time networks (ADM, DDPM) as denoisers of continuous noise level."""
 
+import numpy as np
 import torch
 
 from training.diffusion.gaussian import GaussianDiffusion
@@ -53,13 +54,9 @@ class DiscreteDenoiser(Denoiser):
         """What the network is told for noise levels sigma [N]."""
         if not self.interpolate:
             return self.diffusion.model_steps(self._nearest(sigma))
-        levels = self.levels
-        sigma = sigma.double().clamp(levels[0], levels[-1])
-        upper = torch.bucketize(sigma, levels).clamp(1, len(levels) - 1)
-        low, high = levels[upper - 1].log(), levels[upper].log()
-        share = ((sigma.log() - low) / (high - low)).float()
-        start, end = (self.diffusion.model_steps(step).float() for step in (upper - 1, upper))
-        return start.lerp(end, share)
+        steps = self.diffusion.model_steps(torch.arange(len(self.levels)))
+        t = np.interp(sigma.double().log().cpu(), self.levels.log().cpu(), steps)
+        return torch.from_numpy(t).to(sigma.device, torch.float32)
 
     def round_sigma(self, sigma):
         """The nearest noise level that the network was trained on (any level, if it

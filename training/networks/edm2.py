@@ -77,8 +77,8 @@ def normalize(x, dim=None):
 
 
 class _EffectiveWeight(torch.autograd.Function):
-    """w gain / (sqrt(n) (EPS + r)) in `dtype`, for rows w of n elements and RMS r (Eq. 66); `gain`
-    may be a tensor [].
+    """w gain / (sqrt(n) (EPS + r)) in `dtype`, for rows w of n elements and RMS r (Eq. 66), gain
+    [].
 
     With s = 1 / (sqrt(n) (EPS + r)): dgain = s <g, w>, dw = gain s (g - w <g, w> / (n r (EPS +
     r))).
@@ -86,22 +86,19 @@ class _EffectiveWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight, gain, r, dtype):
-        n = weight[0].numel()
-        s = 1 / (math.sqrt(n) * (r + EPS))
-        ctx.save_for_backward(weight, r, s, gain if torch.is_tensor(gain) else None)
-        ctx.gain, ctx.n = gain, n
+        ctx.n = weight[0].numel()
+        s = 1 / (math.sqrt(ctx.n) * (r + EPS))
+        ctx.save_for_backward(weight, r, s, gain)
         return torch.mul(weight, s * gain, out=torch.empty_like(weight, dtype=dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         weight, r, s, gain = ctx.saved_tensors
-        learned = gain is not None
-        gain = gain if learned else ctx.gain
         dot = _dot(grad, weight, _row_axes(weight))
         scale = s * gain
         share = dot * scale / (r.clamp_min(1e-30) * (r + EPS) * -ctx.n)
-        dgain = (dot * s).sum() if learned else None
+        dgain = (dot * s).sum() if ctx.needs_input_grad[1] else None
         return (grad * scale).addcmul_(weight, share), dgain, None, None
 
 
@@ -215,7 +212,7 @@ class MPConv(torch.nn.Module):
         if torch.compiler.is_compiling():
             return (normalize(weight) * (gain / math.sqrt(weight[0].numel()))).to(dtype)
         rms = _rms(weight, _row_axes(weight)) if rms is None else rms
-        return _EffectiveWeight.apply(weight, gain, rms, dtype)
+        return _EffectiveWeight.apply(weight, torch.as_tensor(gain), rms, dtype)
 
     @torch.no_grad()
     def _forced_normalize(self):

@@ -22,24 +22,12 @@ from torch_utils.random import GlobalRandom, network_random
 DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 
 
-def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Type of the activations on `device`: float16 is for GPUs only, the CPU computes such
-    networks in float32.
-    """
-    if precision == 'fp16' and device.type != 'cuda':
-        return torch.float32
-    return DTYPES[precision]
-
-
-class Denoiser(nn.Module):
-    """What denoisers D(x; sigma, labels) share; these are continuous in the noise level, from 0 to
-    any.
+class Network(nn.Module):
+    """What all networks of images share: resolution, channels, labels and precision.
 
     `precision` is 'fp32', 'fp16' (on GPUs; float32 on the CPU) or 'bf16'; `use_fp16` is the
     published name for the first two.
     """
-
-    sigma_min, sigma_max = 0.0, math.inf
 
     def __init__(self, img_resolution: int, img_channels: int, label_dim: int, precision=None,
                  use_fp16=False):
@@ -48,6 +36,22 @@ class Denoiser(nn.Module):
         self.img_channels = img_channels
         self.label_dim = label_dim
         self.precision = precision or ('fp16' if use_fp16 else 'fp32')
+
+    def activations(self, x):
+        """x in the type of the activations: float16 is for GPUs only, the CPU computes such
+        networks in float32.
+        """
+        if self.precision == 'fp16' and x.device.type != 'cuda':
+            return x.float()
+        return x.to(DTYPES[self.precision])
+
+
+class Denoiser(Network):
+    """What denoisers D(x; sigma, labels) share; these are continuous in the noise level, from 0 to
+    any.
+    """
+
+    sigma_min, sigma_max = 0.0, math.inf
 
     def round_sigma(self, sigma):
         """The nearest noise level that the network knows."""
@@ -75,9 +79,10 @@ class Denoiser(nn.Module):
         count.
         """
         x_NCHW, sigma, labels = self.conditions(x_NCHW, sigma, labels)
-        dtype = torch.float32 if force_fp32 else compute_dtype(self.precision, x_NCHW.device)
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
-        F_x = network((c_in * x_NCHW).to(dtype), c_noise.flatten(), labels, **kwargs)
+        scaled = c_in * x_NCHW
+        F_x = network(scaled if force_fp32 else self.activations(scaled), c_noise.flatten(),
+                      labels, **kwargs)
         F_x = F_x[:, :self.img_channels].float().contiguous()
         return torch.addcmul(c_skip * x_NCHW, c_out, F_x)
 
@@ -213,13 +218,12 @@ def attention(qkv_NCHW, num_heads: int, order: str) -> torch.Tensor:
     (head) and c (channel of a head).
     """
     N, C, H, W = qkv_NCHW.shape
-    C //= 3
-    sizes = {'q': 3, 'h': num_heads, 'c': C // num_heads}
-    place = {name: 1 + order.index(name) for name in sizes}
+    sizes = {'q': 3, 'h': num_heads, 'c': C // 3 // num_heads}
     qkv = qkv_NCHW.reshape(N, *(sizes[name] for name in order), H * W)
-    q, k, v = qkv.permute(place['q'], 0, place['h'], 4, place['c']).contiguous().unbind(0)
+    parts, heads, channels = (1 + order.index(name) for name in 'qhc')
+    q, k, v = qkv.permute(parts, 0, heads, 4, channels).contiguous()
     y = F.scaled_dot_product_attention(q, k, v)         # [N, heads, pixels, channels of a head]
-    return y.transpose(2, 3).reshape(N, C, H, W)
+    return y.transpose(2, 3).reshape(N, -1, H, W)
 
 
 class Resample(nn.Module):
