@@ -116,6 +116,11 @@ def check_skip_connections(skip_connections, count: int) -> list[bool]:
     return [bool(value) for value in skip_connections]
 
 
+def added(emb, layer, labels, scale=1):
+    """The embedding, and that of the labels where there are some."""
+    return emb if layer is None or labels is None else emb + layer(labels * scale)
+
+
 class _UNet(nn.Module):
     """The way through a U-Net of this file; subclasses make `enc`, `dec` and the layers of
     `embed`.
@@ -134,12 +139,6 @@ class _UNet(nn.Module):
     def embed(self, noise_labels, labels, augment_labels):
         """Embedding [N or 1, emb_channels] of the conditions."""
         raise NotImplementedError
-
-    def augmented(self, emb, augment_labels):
-        """`emb`, to which that of the augmentation is added where there is one."""
-        if self.map_augment is None or augment_labels is None:
-            return emb
-        return emb + self.map_augment(augment_labels)
 
     def encode(self, x, emb) -> list[torch.Tensor]:
         """Activations for the decoder, in order, zeros where a skip connection is off; last the
@@ -202,6 +201,7 @@ class SongUNet(_UNet):
         self.map_noise = functools.partial(time_features, width=noise_channels, endpoint=True)
         if embedding_type == 'fourier':
             self.map_noise = FourierEmbedding(noise_channels)
+        self.label_scale = math.sqrt(label_dim)
         if label_dim:
             self.map_label = linear(label_dim, noise_channels, 1)
         if augment_dim:
@@ -209,7 +209,9 @@ class SongUNet(_UNet):
         self.map_layer0 = linear(noise_channels, emb_channels, 1)
         self.map_layer1 = linear(emb_channels, emb_channels, 1)
 
-        def block(c_in, c_out, kind, attention):
+        def layer(kind, attention, c_in, c_out):
+            if kind == 'conv':
+                return conv(in_channels, c_out, 3, 1)
             return UNetBlock(c_in, c_out, emb_channels, kind, attention, dropout, resample_filter)
 
         self.enc = nn.ModuleDict()
@@ -219,10 +221,7 @@ class SongUNet(_UNet):
                                        attn_resolutions)
         aux = in_channels
         for name, kind, attend, c_in, c_out in encoder:
-            if kind == 'conv':
-                self.enc[name] = conv(in_channels, c_out, 3, 1)
-                continue
-            self.enc[name] = block(c_in, c_out, kind, attend)
+            self.enc[name] = layer(kind, attend, c_in, c_out)
             size = name.removesuffix(kind)
             if kind == 'down' and encoder_type == 'skip':
                 self.enc[size + 'aux_down'] = Resample(kind, resample_filter)
@@ -233,7 +232,7 @@ class SongUNet(_UNet):
                 aux = c_out
         for name, kind, attend, c_in, c_out in decoder:
             last = kind == f'block{num_blocks}'
-            self.dec[name] = block(c_in, c_out, kind, attend and (last or kind == 'in0'))
+            self.dec[name] = layer(kind, attend and (last or kind == 'in0'), c_in, c_out)
             size = name.removesuffix(kind)
             if last and (decoder_type == 'skip' or name == decoder[-1][0]):
                 if decoder_type == 'skip' and f'{size}up' in self.dec:
@@ -244,9 +243,8 @@ class SongUNet(_UNet):
     def embed(self, noise_labels, labels, augment_labels):
         emb = self.map_noise(noise_labels)
         emb = emb.roll(emb.shape[1] // 2, dims=1)       # [sin, cos]
-        if self.map_label is not None:
-            emb = emb + self.map_label(labels * math.sqrt(labels.shape[1]))
-        emb = self.augmented(emb, augment_labels)
+        emb = added(emb, self.map_label, labels, self.label_scale)
+        emb = added(emb, self.map_augment, augment_labels)
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
 
@@ -284,9 +282,9 @@ class DhariwalUNet(_UNet):
         self.out_conv = conv(widths[0], out_channels, 3, 0)
 
     def embed(self, noise_labels, labels, augment_labels):
-        emb = self.augmented(self.map_noise(noise_labels), augment_labels)
+        emb = added(self.map_noise(noise_labels), self.map_augment, augment_labels)
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
-        return F.silu(emb if self.map_label is None else emb + self.map_label(labels))
+        return F.silu(added(emb, self.map_label, labels))
 
     def forward(self, x, noise_labels, class_labels=None, augment_labels=None):
         x = super().forward(x, noise_labels, class_labels, augment_labels)
