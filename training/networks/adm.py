@@ -12,11 +12,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dnnlib import UserError
-from training.networks import layers
 from training.networks.layers import (
     Conv1d,
     GroupNorm,
     Network,
+    ResidualBlock,
     StridedConv,
     attention,
     conv,
@@ -32,7 +32,7 @@ CHANNEL_MULT = {512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 
                  32: (1, 2, 2, 2)}
 
 
-class ResBlock(layers.ResBlock):
+class ResBlock(ResidualBlock):
     """ADM's residual block. `names`: of the parts in the state."""
 
     names = ('in_layers', 'emb_layers', 'out_layers', 'skip_connection')

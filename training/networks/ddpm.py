@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from training.networks import adm
+from training.networks.adm import ResBlock as ADMBlock
 from training.networks.layers import (
     GroupNorm,
     Network,
@@ -55,7 +55,7 @@ class AttnBlock(nn.Module):
         return x_NCHW + self.proj(attention(qkv, 1, 'qhc'))
 
 
-class ResBlock(adm.ResBlock):
+class ResBlock(ADMBlock):
     """Residual block to which the embedding is added; `attn`: with attention behind it."""
 
     names = ('block1', 'temb_proj', 'block2', 'shortcut')

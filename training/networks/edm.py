@@ -20,7 +20,7 @@ from training.networks.layers import (
     GroupNorm,
     Linear,
     Resample,
-    ResBlock,
+    ResidualBlock,
     attention,
     conv,
     drop_labels,
@@ -52,7 +52,7 @@ class FourierEmbedding(nn.Module):
         return torch.cat([x.cos(), x.sin()], dim=1)
 
 
-class UNetBlock(ResBlock):
+class UNetBlock(ResidualBlock):
     """Residual block of DDPM++ and NCSN++ with optional resampling and self-attention of one
     head.
     """

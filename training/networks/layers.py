@@ -301,7 +301,7 @@ def conv(inputs: int, outputs: int, kernel: int, gain=None, *resampling) -> nn.M
     return ResampleConv(layer, *resampling) if resampling else layer
 
 
-class ResBlock(nn.Module):
+class ResidualBlock(nn.Module):
     """Residual block that the embedding of the conditions modulates, of DDPM and ADM.
 
     The embedding, which is activated already, is added to the normalised activations or, if
