@@ -277,6 +277,36 @@ def nested_key(path):
     write(path, program(b'}', b')' + b'\x85' * 1_000_000, b'Ns'))
 
 
+def _lists(count):
+    """`count` lists that each hold the next twice: 2^count parts when written out."""
+    steps = (b'](h' + bytes([i]) + b'h' + bytes([i]) + b'eq' + bytes([i + 1]) + b'0' for i in range(count))
+    return b']q\x000' + b''.join(steps) + b'h' + bytes([count])
+
+
+@case('a class name of 2^60 lists')
+def class_of_lists(path):
+    write(path, program(dictionary(ema=persistent('X', b'}').replace(text('X'), _lists(60), 1))))
+
+
+@case('a type of numbers of 2^60 lists', REF)
+def dtype_of_lists(path):
+    array = name('numpy.core.multiarray', '_reconstruct') + b')R(' + number(1) + ints(2) + name('numpy', 'dtype') + \
+        _lists(60) + b'\x85R\x89' + raw(b'12345678') + b'tb'
+    write(path, program(dictionary(mu=array, sigma=array)))
+
+
+@case('a weight whose numbers are in a place called by 2^60 lists', NET)
+def storage_of_lists(path):
+    torch_zip(path, program(dictionary(w=zip_tensor(1, [1], [1]).replace(text('0'), _lists(60), 1))), {'data/0': bytes(4)})
+
+
+@case('a module with a name of 1 MB whose 5,000 weights are one', NET)
+def long_name(path):
+    weights = b'}(' + text('w') + tensor(storage(1), [1], [1]) + b'q\x01' + b''.join(
+        text(f'w{i}') + b'h\x01' for i in range(5000)) + b'u'
+    write(path, edm(module(children=dictionary(**{'a' * 1_000_000: persistent('Linear', module(weights))}))))
+
+
 @case('two million nested lists')
 def nested_lists(path):
     write(path, program(b']' * 2_000_000 + b'a' * 1_999_999))
@@ -592,6 +622,12 @@ def snapshot_bomb(path):
 @case('a snapshot with 100,000 tuples in each other in a set', NET)
 def snapshot_nested(path):
     _own(path, old_name('__builtin__', 'set') + b'](' + b')' + b'\x85' * 100_000 + b'e\x85R')
+
+
+@case('a snapshot with a set of 100,000 numbers that is made 20,000 times', NET)
+def snapshot_sets(path):
+    items = b'](' + b'K\x01' * 100_000 + b'eq\x01'
+    _own(path, b'(' + items + (old_name('__builtin__', 'set') + b'h\x01\x85R') * 20_000 + b'l')
 
 
 @case('a snapshot with a recipe of 2^40 entries (lists that hold each other)', CONVERT)

@@ -31,10 +31,10 @@ class Persistent:
 
 
 def _reconstruct(meta):
-    if not isinstance(meta, dict) or meta.get('type') != 'class' \
-            or not isinstance(meta.get('state'), dict):
+    if not isinstance(meta, dict) or not isinstance(meta.get('state'), dict) \
+            or not isinstance(meta.get('class_name'), str):
         raise pickles.ForeignPickleError('it holds a malformed persistent object')
-    return Persistent(str(meta.get('class_name'))[:100], meta['state'])
+    return Persistent(meta['class_name'][:100], meta['state'])
 
 
 _ALLOWED = pickles.NUMPY_ARRAYS | torchfile.TENSORS | {

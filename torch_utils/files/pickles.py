@@ -11,7 +11,6 @@ import contextlib
 import mmap
 import os
 import pickletools
-import stat
 from functools import partialmethod
 
 import numpy as np
@@ -41,6 +40,9 @@ def errors_of(path: str, prefix: str = ''):
         raise
     except ForeignPickleError as error:
         raise UserError(f'{path}: {prefix}{error}') from None
+    except OSError as error:
+        raise UserError(f'{path}: {prefix}it cannot be read '
+                        f'({error.strerror or one_line(error)})') from None
     except Exception as error:  # zipfile, tarfile, NumPy and torch raise nearly anything
         raise UserError(f'{path}: {prefix}it is damaged '
                         f'({type(error).__name__}: {one_line(error)})') from None
@@ -64,18 +66,13 @@ def map_file(path: str) -> memoryview:
     """The bytes of a regular file, mapped (private, so that tensors over them can be written to
     without harm).
 
-    Raises ForeignPickleError for anything that is no regular file, or is empty.
+    Raises ForeignPickleError for anything that is no regular file; an OSError or, for an empty
+    file, a ValueError.
     """
-    try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), 'rb') as file:
-            info = os.fstat(file.fileno())
-            if not stat.S_ISREG(info.st_mode):  # a device or a pipe may have no end
-                raise ForeignPickleError('it is no regular file')
-            if not info.st_size:
-                raise ForeignPickleError('it is empty')
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
-    except OSError as error:
-        raise ForeignPickleError(f'it cannot be read ({error.strerror or error})') from None
+    if not os.path.isfile(path):                        # a device or a pipe may have no end
+        raise ForeignPickleError('it is no regular file')
+    with open(path, 'rb') as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
 
 
 class RestrictedUnpickler:
@@ -102,8 +99,7 @@ class RestrictedUnpickler:
         try:
             while self._steps:
                 self._steps -= 1
-                code = self.read(1)[0]
-                name, reader, method = _INSTRUCTIONS.get(code, (hex(code), None, None))
+                name, reader, method = _INSTRUCTIONS[self.read(1)[0]]
                 if name == 'STOP':
                     return self._stack.pop()
                 if method is None:
@@ -298,7 +294,7 @@ def _instructions():
         yield ord(op.code), (op.name, reader, getattr(RestrictedUnpickler, f'op_{op.name}', None))
 
 
-_INSTRUCTIONS = dict(_instructions())
+_INSTRUCTIONS = {code: (hex(code), None, None) for code in range(256)} | dict(_instructions())
 
 
 def load(data, allowed: dict):
@@ -311,14 +307,14 @@ def load(data, allowed: dict):
 # --- Plain values --------------------------------------------------------------------------------
 
 
-def check_plain(value, what: str):
+def check_plain(value, what: str, size: int = 1_000_000, largest: int = 1 << 64):
     """`value`, if it consists of dictionaries, lists, strings and numbers and is small when
-    written out.
+    written out: of at most `size` parts (16 letters are one), whole numbers at most `largest`.
 
     A file can hold one list a thousand times in another, and so on: a few bytes that are endless
     for whoever walks through them. Raises ForeignPickleError that names `what`.
     """
-    size, pending = 0, [(value, 0)]
+    pending = [(value, 0)]
     while pending:
         item, depth = pending.pop()
         if not isinstance(item, str | int | float | bool | list | tuple | dict | None):
@@ -329,8 +325,8 @@ def check_plain(value, what: str):
             if not all(type(key) in _KEYS for key in item):
                 raise ForeignPickleError(f'{what} has strange keys')
             children = [*item, *item.values()]
-        size += 1 + (len(item) // 16 if isinstance(item, str) else len(children))
-        if size > 1_000_000 or depth > 16 or (isinstance(item, int) and item.bit_length() > 64):
+        size -= 1 + (len(item) // 16 if isinstance(item, str) else len(children))
+        if size < 0 or depth > 16 or (isinstance(item, int) and abs(item) > largest):
             raise ForeignPickleError(f'{what} is too large or too deeply nested')
         pending += [(child, depth + 1) for child in children]
     return value
@@ -367,14 +363,14 @@ class NumpyDtype(StandIn):
 
     def numpy(self) -> np.dtype:
         if self.code not in _NUMBERS:
-            raise ValueError(f'type {self.code[:20]!r}')
+            raise ValueError('numbers of a type that is not known')
         order = as_text(self.state[1]) if self.state else '|'
         return np.dtype((order if order in ('<', '>') else '=') + self.code)
 
 
-def as_text(value) -> str:
-    """Texts of Python 2, which may have been written as bytes."""
-    return value.decode('latin1') if isinstance(value, bytes) else str(value)
+def as_text(value):
+    """Texts of Python 2, which may have been written as bytes; all else as it is."""
+    return value.decode('latin1') if isinstance(value, bytes) else value
 
 
 def _from_buffer(data, dtype, shape, order):

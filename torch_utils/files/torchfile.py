@@ -35,18 +35,12 @@ def rebuild_tensor(storage, offset, size, stride, *_):
     """Stand-in for torch's: a view of a flat tensor, refused where it reaches outside or has more
     elements.
     """
-    if not isinstance(storage, torch.Tensor):
-        raise ForeignPickleError('it holds a tensor without a storage')
-    if type(size) is not tuple or type(stride) is not tuple \
-            or len(size) != len(stride) or len(size) > 16 \
-            or not all(type(n) is int and n >= 0 for n in (offset, *size, *stride)):
-        raise ForeignPickleError('it holds a tensor with a malformed shape')
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if not math.prod(size):
-        return storage.new_empty(size)
-    if max(math.prod(size), last + 1) > len(storage):
+    if not isinstance(storage, torch.Tensor) or type(size) is not tuple \
+            or type(stride) is not tuple or not len(size) == len(stride) <= 16:
+        raise ForeignPickleError('it holds a malformed tensor')
+    if math.prod(size) > len(storage):
         raise ForeignPickleError(f'a tensor of shape {list(size)} is larger than its storage'[:120])
-    return torch.as_strided(storage, size, stride, offset)
+    return torch.as_strided(storage, size, stride, offset)  # which it refuses outside the storage
 
 
 def _rebuild_untyped(storage, offset, size, stride, requires_grad, hooks, dtype, *_):
@@ -90,12 +84,11 @@ class StorageUnpickler(pickles.RestrictedUnpickler):
         return super().find_class(module, name)
 
     def persistent_load(self, pid):
-        valid = type(pid) is tuple and len(pid) >= 5 and pid[0] == 'storage'
-        if not valid or not isinstance(pid[1], torch.dtype) \
-                or type(pid[4]) is not int or pid[4] < 0:
-            raise ForeignPickleError('it refers to something that is no storage')
         _, dtype, key, _, count = pid[:5]
-        return self._storage(str(key)[:200], dtype, count)
+        if not isinstance(dtype, torch.dtype) or not isinstance(key, str) \
+                or type(count) is not int or count < 0:
+            raise ForeignPickleError('it refers to something that is no storage')
+        return self._storage(key[:200], dtype, count)
 
 
 class ZipRecords:

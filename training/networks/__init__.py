@@ -7,6 +7,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from dnnlib import UserError
 from dnnlib.util import one_line
+from torch_utils.files.pickles import check_plain
 from torch_utils.files.weights import check_weights
 from training.networks import edm
 
@@ -18,8 +19,7 @@ NETWORKS = {
     'WideResNet': 'classifier',
 }
 
-# Of arguments from files.
-MAX_ARGUMENT, MAX_RESOLUTION, MAX_ENTRIES, MAX_TEXT = 100_000, 2048, 256, 1000
+MAX_RESOLUTION = 2048   # of networks from files
 
 
 def network_class(name: str):
@@ -45,22 +45,10 @@ def build_network(class_name: str, **kwargs):
 
 
 def check_arguments(value):
-    """Raises ValueError unless constructor arguments from a file, which are plain values, are of a
+    """Raises ForeignPickleError unless constructor arguments from a file, which are plain values, are of a
     modest size.
     """
-    if isinstance(value, str) and len(value) > MAX_TEXT:
-        raise ValueError('an argument is a text without end')
-    if isinstance(value, dict | list | tuple) and len(value) > MAX_ENTRIES:
-        raise ValueError(f'an argument has {len(value)} entries')
-    if isinstance(value, int) and abs(value) > MAX_ARGUMENT:
-        raise ValueError(f'an argument is {str(value)[:20]}')
-    if isinstance(value, dict):
-        for key in value.keys() & {'img_resolution', 'image_size'}:
-            if type(value[key]) is not int or not 0 < value[key] <= MAX_RESOLUTION:
-                raise ValueError(f'{key} is {str(value[key])[:20]}')
-        value = value.values()
-    for item in () if isinstance(value, str | int | float | None) else value:
-        check_arguments(item)
+    check_plain(value, 'an argument', 5000, 100_000)
 
 
 def rebuild_network(class_name: str, kwargs: dict, state: dict, path: str):
@@ -84,6 +72,9 @@ def rebuild_network(class_name: str, kwargs: dict, state: dict, path: str):
         check_arguments(kwargs)
         with torch.device('meta'):
             net = build_network(class_name, **kwargs)
+        resolution = getattr(net, 'img_resolution', 1)
+        if resolution not in range(1, MAX_RESOLUTION + 1):
+            raise ValueError(f'img_resolution is {resolution}')
     except UserError as error:
         raise UserError(f'{path}: {error}') from None
     except Exception as error:  # arguments that make no sense raise nearly anything

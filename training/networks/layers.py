@@ -119,13 +119,6 @@ def dropout(x, p: float, training: bool):
     return x * (_keep(x.shape, p, x.device) / (1 - p)).to(x.dtype)
 
 
-class Dropout(nn.Dropout):
-    """`dropout` as a layer."""
-
-    def forward(self, x):
-        return dropout(x, self.p, self.training)
-
-
 def drop_labels(labels, p: float, training: bool):
     """Sets whole rows of labels [N, label_dim] to zero ("no label") with probability p, in
     training only. None stays None.
