@@ -24,17 +24,17 @@ class GlobalRandom:
     def __init__(self, device='cpu'):
         self.device = torch.device(device)
 
-    def _draw(self, function, size, dim, device):
+    def _draw(self, function, size, dim, device, **options):
         """function(size, generator=..., device=...), whose axis `dim` is the batch."""
-        return function(list(size), generator=None, device=device or self.device)
+        return function(list(size), generator=None, device=device or self.device, **options)
 
     def randn(self, size, dim=0, device=None, dtype=torch.float32):
         """Standard normal numbers of shape `size`; `size[dim]` is the batch."""
-        return self._draw(functools.partial(torch.randn, dtype=dtype), size, dim, device)
+        return self._draw(torch.randn, size, dim, device, dtype=dtype)
 
     def rand(self, size, dim=0, device=None, dtype=torch.float32):
         """Uniform numbers in [0, 1)."""
-        return self._draw(functools.partial(torch.rand, dtype=dtype), size, dim, device)
+        return self._draw(torch.rand, size, dim, device, dtype=dtype)
 
     def randint(self, high, size, dim=0, device=None):
         """Whole numbers in 0..high-1 (int64)."""
@@ -56,17 +56,15 @@ class _Stack(GlobalRandom):
         self.first = first
         self.count = count
 
-    def _draw(self, function, size, dim, device):
+    def _draw(self, function, size, dim, device, **options):
         size = list(size)
         if size[dim] != self.count:
             raise ValueError(f'drawing {size} along axis {dim} for a batch of {self.count}')
         size[dim] = self.block
-        rows = [function(size, generator=generator, device=generator.device)
+        rows = [function(size, generator=generator, device=generator.device, **options)
                 for generator in self.generators]
-        out = torch.cat(rows, dim=dim) if len(rows) > 1 else rows[0]
-        if out.shape[dim] != self.count:
-            out = out.narrow(dim, self.first, self.count)
-        return out.to(device or self.device)
+        out = torch.cat(rows, dim) if len(rows) > 1 else rows[0]
+        return out.narrow(dim, self.first, self.count).to(device or self.device)
 
 
 class StackedRandomGenerator(_Stack):

@@ -122,8 +122,8 @@ def added(emb, layer, labels, scale=1):
 
 
 class _UNet(nn.Module):
-    """The way through a U-Net of this file; subclasses make `enc`, `dec` and the layers of
-    `embed`.
+    """The way through a U-Net of this file; subclasses make `enc` and `dec`, and the embedding
+    [N or 1, emb_channels] of the conditions, `embed(noise_labels, labels, augment_labels)`.
 
     `skip_connections`: one 0 or 1 for each encoder layer (first convolution, blocks of level 0,
     down of level 1, blocks of level 1, ...); where 0 the decoder gets zeros instead of the
@@ -135,10 +135,6 @@ class _UNet(nn.Module):
         self.keep_skip = check_skip_connections(skip_connections, num_layers)
         self.label_dropout = label_dropout
         self.map_label = self.map_augment = None
-
-    def embed(self, noise_labels, labels, augment_labels):
-        """Embedding [N or 1, emb_channels] of the conditions."""
-        raise NotImplementedError
 
     def encode(self, x, emb) -> list[torch.Tensor]:
         """Activations for the decoder, in order, zeros where a skip connection is off; last the

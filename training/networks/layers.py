@@ -57,10 +57,6 @@ class Denoiser(Network):
         """The nearest noise level that the network knows."""
         return torch.as_tensor(sigma)
 
-    def coefficients(self, sigma):
-        """(c_skip, c_out, c_in, c_noise) at `sigma` [N or 1, 1, 1, 1]."""
-        raise NotImplementedError
-
     def conditions(self, x_NCHW, sigma, labels):
         """x in float32, sigma [N or 1, 1, 1, 1], labels [N or 1, label_dim]: zeros ("no label") if
         None. The labels of an unconditional network are None.
@@ -76,7 +72,8 @@ class Denoiser(Network):
     def precondition(self, network, x_NCHW, sigma, labels, force_fp32=False, **kwargs):
         """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) of the network F in float32 (arXiv
         2206.00364, Eq. 7); `force_fp32`: F is too. Of more channels than images have, the first
-        count.
+        count. `coefficients(sigma [N or 1, 1, 1, 1])` of subclasses are (c_skip, c_out, c_in,
+        c_noise).
         """
         x_NCHW, sigma, labels = self.conditions(x_NCHW, sigma, labels)
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
