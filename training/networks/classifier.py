@@ -96,8 +96,8 @@ def WideResNet(name: str = 'wrn-28-10', num_classes: int = 10,
     `normalize_input` puts a layer in front, and the state names become `0.mean`, `0.std` and
     `1.<name>`. Raises UserError for other names.
     """
-    match = re.fullmatch(r'wrn-(\d+)-(\d+)', name)
-    if match is None or int(match[1]) < 10 or (int(match[1]) - 4) % 6 or int(match[2]) < 1:
+    match = re.fullmatch(r'wrn-(\d{2,4})-([1-9]\d*)', name)
+    if match is None or int(match[1]) not in range(10, 10_000, 6):
         raise UserError(f'model {name!r} is not wrn-<depth>-<widen> with depth 10, 16, 22, 28, ... '
                         '(6n + 4)')
     net = _WideResNet(int(match[1]), int(match[2]), num_classes)
