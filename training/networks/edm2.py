@@ -237,7 +237,7 @@ class MPConv(torch.nn.Module):
 
 class Block(torch.nn.Module):
     """One encoder or decoder block: resampling, residual branch modulated by the embedding,
-    attention. `kind` is that of the layer (`layers.UNetLayers`).
+    attention. `kind` is that of the layer (`layers.unet_layers`).
     """
 
     def __init__(self, in_channels, out_channels, emb_channels, flavor, kind, attention,
