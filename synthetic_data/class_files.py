@@ -53,8 +53,10 @@ class Record:
             return None
         try:
             value = json.loads(Path(path).read_bytes())
-            return cls(parse_int_list(value['seeds']), dict(value['made_by']),
-                       int(value.get('crc32') or 0))
+            made_by = dict(value['made_by'])
+            if made_by.get('discretization') == 'vp':  # of an earlier version
+                made_by.setdefault('beta_d', 19.9)
+            return cls(parse_int_list(value['seeds']), made_by, int(value.get('crc32') or 0))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f'{path} is damaged; remove it and the images beside it') from None
 
@@ -226,7 +228,7 @@ class ClassWriter:
         begun = Record.load(self.part_json)
         record = begun or finished or Record([], made_by)
         wanted = dict.fromkeys(record.made_by) | made_by  # what is no longer given has changed
-        require_same(self.npy, record.made_by, wanted, 'choose another folder, or remove it')
+        require_same(self.npy, record.made_by, wanted, 'give that one, or choose another folder')
         if finished is None and os.path.exists(self.npy):
             raise UserError(f'{self.npy} is there without its record {self.json}; choose another '
                             'folder')

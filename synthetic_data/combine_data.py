@@ -23,7 +23,7 @@ Examples:
 
 
 @click.command(cls=cli.Command, epilog=EXAMPLES)
-@common.class_folder_options()
+@common.class_folder_options('5m')
 def main(data_dir, output_dir, class_num, file_name):
     """Join the files of all classes into one .npz for numpy.load: `image` uint8 [N,H,W,3], `label`
     int64 [N].

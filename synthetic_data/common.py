@@ -37,7 +37,7 @@ def full_disk(option: str, then: str):
                         f'choose another folder, and {then}') from None
 
 
-def class_folder_options(file_name: str | None = None):
+def class_folder_options(file_name: str):
     """Decorator: --data_dir (which may be given several times), --output_dir, --class_num,
     --file_name."""
     return options.together(
@@ -46,4 +46,4 @@ def class_folder_options(file_name: str | None = None):
         options.text('DIR', '--output_dir', 'Where results go', required=True),
         options.integer('--class_num', 10, 'Number of classes'),
         options.text('NAME', '--file_name', 'The file is <output_dir>/NAME.npz', type=NPZ_NAME,
-                     default=file_name, required=file_name is None))
+                     default=file_name))

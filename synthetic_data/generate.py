@@ -21,8 +21,8 @@ from training.diffusion.samplers import choose_setting
 from training.generate import open_generator
 from training.snapshot import load_denoiser
 
-# Steps of the study, which are not those of EDM's paper.
-STEPS = dict.fromkeys(('edm', 'ablation'), 20)
+# Slope of the vp schedule that sets the range of noise levels in this study's code; EDM's is 19.9.
+BETA_D = 19.1
 # Options that the record of a class always has; others are there if they were given.
 RECORDED = ('num_steps', 'rho', 'S_churn', 'S_min', 'S_max', 'S_noise')
 
@@ -91,22 +91,24 @@ Examples:
   python generate.py --outdir=out_cifar10 --seeds=500000-599999 --batch=2048 --steps=20 \\
       --class_num=10 --network=...
 \b
-The sampler is that of the network, EDM's with 20 steps; any of --solver --disc --schedule
---scaling chooses that of EDM's ablations, with the rest at its defaults. The same command goes on
-with a run that was stopped."""
+The sampler is that of the network, EDM's with 18 steps; any of --solver --disc --schedule
+--scaling chooses that of EDM's ablations, with the rest at its defaults, but for --beta-d=19.1
+with --disc=vp, as published. The same command goes on with a run that was stopped."""
 
 
 @click.command(cls=cli.Command, epilog=EXAMPLES)
 @options.text('DIR', '--outdir', 'Where <class>.npy go, uint8 [N,H,W,3]', required=True)
-@options.seeds('0-499999')
-@options.batch(2048)
+@options.seeds('0-63')
+@options.batch(64)
 @options.integer('--class_num', None,
                  'Classes that the network must have, 1 without labels  [default: any]')
 @options.integers('--class classes', None, 'Only these classes, e.g. 0-4  [default: all]')
 @options.text('FILE|URL', '--network',
               'Snapshot of this project or EDM; without labels there is one class', required=True)
+@click.option('--subdirs', is_flag=True,
+              help='Changes nothing: a class is one file, which has no folders')
 @options.sampling
-def main(outdir, seeds, batch, class_num, classes, network, sampler):
+def main(outdir, seeds, batch, class_num, classes, network, subdirs, sampler):
     """Generate labelled images by the million, one file for each class.
 
     Every image depends on its seed and class alone. The work is split over the processes of
@@ -119,9 +121,13 @@ def main(outdir, seeds, batch, class_num, classes, network, sampler):
     classes = range(count) if classes is None else classes
     if max(classes) >= count:
         raise UserError(f'--class={max(classes)}: there are the classes 0 to {count - 1}')
-    name = choose_setting(snapshot.net, snapshot.sampler, sampler)['name']
-    if sampler['num_steps'] is None:
-        sampler['num_steps'] = STEPS.get(name)
+    if subdirs:
+        dist.print0('--subdirs changes nothing: a class is one file')
+    setting = choose_setting(snapshot.net, snapshot.sampler, sampler)
+    name = setting['name']
+    own = (snapshot.sampler or {}).get('name')
+    if setting.get('discretization') == 'vp' and sampler['beta_d'] is None and own != name:
+        sampler['beta_d'] = BETA_D
     generator = open_generator(snapshot, sampler=sampler)
     made_by = dict(
         network=fingerprint(snapshot.net.state_dict().items(),

@@ -48,10 +48,10 @@ def surest(scores: np.ndarray) -> np.ndarray:
 
 
 def select_top(scores: np.ndarray, share: float) -> np.ndarray:
-    """Ascending indices (int64) of the best share of scores [N], at least one; of equal scores the
-    first ones are taken."""
+    """Indices (int64) of the best share of scores [N], at least one, from the highest down; of
+    equal scores the first is first."""
     count = max(math.floor(len(scores) * share + 1e-6), 1)
-    return np.sort(surest(scores)[:count])
+    return surest(scores)[:count]
 
 
 def report(scores: np.ndarray, selected: np.ndarray) -> dict:
@@ -170,8 +170,8 @@ def main(**opts):
     """Select the images of each class of whose class a classifier is surest: NAME.npz with `image`
     and `label`.
 
-    The work is split over the processes of torchrun. Of images of equal confidence the first are
-    taken; the selected ones stand in the order of their files. NAME-report.json,
+    The work is split over the processes of torchrun. In the file, each class begins
+    with the image of highest confidence; of equal ones the first is first. NAME-report.json,
     NAME-confidence.png and NAME-best-worst.png say what was selected.
     """
     run(**opts)

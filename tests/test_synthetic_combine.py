@@ -19,8 +19,8 @@ from synthetic_data.class_files import ClassFile, write_npz
 
 def test_combine_as_written(tmp_path):
     arrays = write_classes(tmp_path / 'out', [5, 3, 8])
-    result = run(COMBINE, '--data_dir', './out', '--output_dir', './npz', '--class_num', '3', '--file_name', '5m',
-                 cwd=tmp_path, PYTHONPROFILEIMPORTTIME='1')
+    result = run(COMBINE, '--data_dir', './out', '--output_dir', './npz', '--class_num', '3', cwd=tmp_path,
+                 PYTHONPROFILEIMPORTTIME='1')
     assert 'class_files' in result.stderr and 'numpy' not in result.stderr  # NumPy would take a third of the time
     with np.load(tmp_path / 'npz' / '5m.npz') as z:
         assert z.files == ['image', 'label'] and z['label'].dtype == np.int64

@@ -75,7 +75,8 @@ def test_a_finished_class_is_never_made_twice(made, network, tmp_path):
     (['--S_churn=20'], dict(S_churn=20)), (['--S_churn=20', '--S_min=1'], dict(S_churn=20, S_min=1)),
     (['--S_churn=20', '--S_max=50'], dict(S_churn=20, S_max=50)),
     (['--S_churn=20', '--S_noise=2'], dict(S_churn=20, S_noise=2)),
-    (['--solver=euler'], dict(solver='euler')), (['--disc=vp'], dict(discretization='vp')),
+    (['--solver=euler'], dict(solver='euler')), (['--disc=vp'], dict(discretization='vp', beta_d=19.1)),
+    (['--disc=vp', '--beta-d=19.9'], dict(discretization='vp', beta_d=19.9)),
     (['--schedule=vp'], dict(schedule='vp')), (['--scaling=vp', '--schedule=vp'], dict(scaling='vp', schedule='vp'))])
 def test_sampler_options(network, tmp_path, given, changed):
     invoke(GENERATE, *options(network, tmp_path, '--seeds=0-5', '--class=2', *given, '--steps=3'))
@@ -84,6 +85,27 @@ def test_sampler_options(network, tmp_path, given, changed):
                        .images.permute(0, 2, 3, 1).int().numpy() for settings in (changed, {}))
     found = np.load(tmp_path / '2.npy').astype(int)
     assert np.abs(found - expected).max() <= 1 and np.abs(found - plain).max() > 1
+
+
+def test_without_options_it_is_the_published_command(network, tmp_path):
+    assert '--subdirs changes nothing' in invoke(
+        GENERATE, f'--network={network}', f'--outdir={tmp_path}/out', '--class=1', '--subdirs')
+    assert sorted(contents(tmp_path / 'out')) == ['1.json', '1.npy']
+    record = json.loads((tmp_path / 'out' / '1.json').read_text())
+    assert record['seeds'] == '0-63' and record['made_by']['num_steps'] == 18 and 'beta_d' not in record['made_by']
+    (batch,) = generate_images(load_snapshot(network).net, RGBEncoder(), range(64), labels=1, batch=64)
+    assert np.abs(np.load(tmp_path / 'out' / '1.npy').astype(int) - batch.images.permute(0, 2, 3, 1).numpy()).max() <= 1
+
+
+def test_runs_of_an_earlier_version_keep_their_range(network, tmp_path):
+    """Without --beta-d these had EDM's range of noise levels, and their records do not say so."""
+    vp = options(network, tmp_path, '--class=0', '--disc=vp', '--steps=3')
+    invoke(GENERATE, *vp, '--seeds=0-1', '--beta-d=19.9')
+    record = json.loads((tmp_path / '0.json').read_text())
+    assert record['made_by'].pop('beta_d') == 19.9
+    (tmp_path / '0.json').write_text(json.dumps(record))
+    assert 'another beta_d (19.9 instead of 19.1)' in fails(GENERATE, *vp, '--seeds=0-2')
+    assert '1 of 1 classes' in invoke(GENERATE, *vp, '--seeds=0-2', '--beta-d=19.9')
 
 
 @pytest.mark.slow
