@@ -18,15 +18,16 @@ from training.generate import OutputFolder, open_generator
 from training.snapshot import list_snapshots
 
 
-def load_log(path: str, settings: dict) -> dict:
-    """Rows that an earlier call with the same settings has written to the log, by snapshot."""
+def load_log(path: str) -> tuple[dict, dict]:
+    """The settings of an earlier call, and the rows that it has written to the log, by
+    snapshot."""
     if not os.path.isfile(path):
-        return {}
+        return {}, {}
     try:
         with open(path) as f:
             log = json.load(f)
         rows = {(row['snapshot'], row['modified']): row for row in log['snapshots']}
-        return rows if log['settings'] == json.loads(json.dumps(settings)) else {}
+        return dict(log['settings']), rows
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError('is no log of mem_ratio.py; remove it or choose another name',
                         'log', path) from None
@@ -63,7 +64,8 @@ def save_trajectory(path: str, rows: list[dict], title: str):
 @options.text('ZIP|DIR', '--knn-ref', 'Training set  [default: that of the run]')
 @options.text('JSON', '--log', 'Table to write; pictures get its name  '
               '[default: EXPDIR/mem_ratio.json]')
-@options.seeds('0-9999')
+@options.integers('--seeds', None, 'Seeds, e.g. 0-9999: one image each  '
+                  '[default: those of the log, else 0-63]')
 @click.option('--subdirs', is_flag=True,
               help='Keep the samples: EXPDIR/samples/SNAPSHOT, a folder for each 1000 seeds')
 @options.batch(64)
@@ -77,7 +79,8 @@ def main(expdir, knn_ref, log, seeds, subdirs, batch, sampler):
     sampler in 18 steps, as published, unless options say otherwise.
 
     \b
-    python mem_ratio.py --expdir=runs/00000-cifar10-2000-uncond-ddpmpp-vp-gpus8-batch512-fp32
+    python mem_ratio.py --expdir=runs/00000-cifar10-2000-uncond-ddpmpp-vp-gpus8-batch512-fp32 \\
+        --seeds=0-9999
     torchrun --standalone --nproc_per_node=8 mem_ratio.py --expdir=RUN \\
         --knn-ref=datasets/cifar10/cifar10-2000.zip --log=RUN/ratio.json --seeds=0-9999 \\
         --subdirs --batch=512
@@ -99,10 +102,13 @@ def main(expdir, knn_ref, log, seeds, subdirs, batch, sampler):
         raise UserError(f'is the name of a picture; give e.g. {stem}.json', 'log', log)
     log = stem + ending
     check_parent(log)
+    earlier, known = load_log(log)
+    seeds = seeds or earlier.get('seeds', [*range(64)])
     settings = dict(
         expdir=os.path.abspath(expdir), knn_ref=os.path.abspath(data), num_training=len(training),
         seeds=seeds, sampler={key: str(value) for key, value in sampler.items()})
-    known = load_log(log, settings)
+    if earlier != json.loads(json.dumps(settings)):
+        known = {}
     rows = []
     dist.print0(f'{len(seeds)} samples of each of {len(snapshots)} snapshots '
                 f'against {len(training)} images of {data}\n'

@@ -117,8 +117,16 @@ def test_every_snapshot_is_measured_once(experiment):
     log['snapshots'][0]['memorization_ratio'] = 0.25
     (experiment / 'mem_ratio.json').write_text(json.dumps(log))
     assert '25.00%' in invoke('mem_ratio.py', *arguments)
+    arguments.remove('--seeds=0-3')                            # those of the log
+    assert '25.00%' in invoke('mem_ratio.py', *arguments)
     assert '25.00%' not in invoke('mem_ratio.py', *arguments, '--seeds=0-4', f'--log={experiment}/other.json')
     assert (experiment / 'other.png').is_file()
+
+
+def test_by_default_there_are_64_samples(experiment):
+    assert '64 samples of each of 3 snapshots' in invoke('mem_ratio.py', f'--expdir={experiment}', '--steps=1')
+    settings = json.loads((experiment / 'mem_ratio.json').read_text())['settings']
+    assert settings['seeds'] == list(range(64))
 
 
 def test_the_reference_can_be_given(experiment, digits, tmp_path):
