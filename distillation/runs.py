@@ -130,13 +130,14 @@ def description(net, name: str, size: int = 0) -> dict:
 
 
 def train(section: configs.Training, net, loss, batches, outdir: str | None, *, rule: dict,
-          dataset: dict, options: dict):
+          dataset: dict, options: dict, **running):
     """Trains `net` as the section says, with checkpoints in `outdir`, from the newest one there.
 
     outdir   None: experiments/NAME of the configuration
     rule     name and settings of the loss, for the recipe
     dataset  description of what is learned
     options  settings, for training_options.json, with `config` and `seed`
+    running  further arguments of `recipe.fit`
 
     Raises UserError for a checkpoint of another run.
     """
@@ -168,5 +169,5 @@ def train(section: configs.Training, net, loss, batches, outdir: str | None, *, 
         nimg = recipe.fit(rules, outdir or configs.default_outdir(options['config']), net, loss,
                           batches, options=options, layout=layout,
                           resume_from=section.resume_checkpoint or None,
-                          allow_changes=section.allow_changes)
+                          allow_changes=section.allow_changes, **running)
     dist.print0(f'{nimg // batch} steps done')

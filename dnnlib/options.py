@@ -146,6 +146,9 @@ def batch(default: int):
 batch_gpu = nimg('--batch-gpu', None, 'Images of one forward pass  [default: all of a process]')
 
 
+wandb = text('PROJECT', '--wandb', 'Log to this project of Weights & Biases too; needs the package')
+
+
 def training(outdir_help: str, *options):
     """Decorator: options of a command that trains; those called as its fields go into the
     recipe."""
@@ -156,7 +159,7 @@ def training(outdir_help: str, *options):
         batch_gpu,
         number('--ls', 1, 'Loss scaling against underflow of float16 gradients'),
         boolean('--bench', True, 'Let cuDNN choose the fastest convolutions'),
-        text('PROJECT', '--wandb', 'Log to Weights & Biases too, if installed'),
+        wandb,
         click.option('--allow-changes', is_flag=True,
                      help='Go on with a run though its settings have changed; what has is logged'),
         click.option('-n', '--dry-run', is_flag=True, help='Print the settings and exit'))

@@ -25,6 +25,7 @@ from dnnlib.options import (
     seed,
     text,
     together,
+    wandb,
 )
 from dnnlib.util import renamed_fields
 from long_tail import datasets, evaluation
@@ -63,6 +64,7 @@ options_of_study = together(
     count('--ckpt_step', 0, 'Checkpoint to fine-tune or to evaluate; 0 = the newest'),
     switch('parallel', 'One process for each visible GPU'),
     switch('allow_changes', 'Go on with a run though its settings have changed; that is logged'),
+    wandb,
     # Data
     choice('--data_type', 'cifar100', 'Data set; "lt" makes it long-tailed', datasets.DATA_TYPES),
     datasets.root_option,
@@ -286,7 +288,7 @@ def recipe_of(flags, dataset, first: int) -> recipe.Recipe:
 def train(flags) -> bool:
     """Trains, from the newest checkpoint if there is one. Returns whether it came to its end."""
     flags = Flags(flags)
-    allow_changes = flags.pop('allow_changes')
+    running = {name: flags.pop(name) for name in ('allow_changes', 'wandb')}
     source, first = start_of(flags)
     if source:
         flags['ckpt_step'] = first
@@ -309,7 +311,7 @@ def train(flags) -> bool:
                         clip_grad_norm='grad_clip'):
         nimg = recipe.fit(
             rules, folder, net, loss, batches, options=flags,
-            callbacks=callbacks, allow_changes=allow_changes,
+            callbacks=callbacks, **running,
             files={'flagfile.txt': to_text(main.params, flags)})
     return nimg >= rules.total_nimg
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import tarfile
 import types
 
@@ -64,6 +65,16 @@ def test_what_does_not_decide_them_may(field, value):
 
 # --- Every training command -----------------------------------------------------------------------
 
+# What training calls of the package wandb: it writes down what it gets.
+WANDB = '''
+import contextlib, json
+class Run(contextlib.nullcontext):
+    def log(self, values, step):
+        print(json.dumps([step, values]), file=open('wandb.jsonl', 'a'))
+def init(project, dir, config, resume, name, id):
+    print(json.dumps([project, dir, name, config['batch']]), file=open('wandb.json', 'w'))
+    return Run(Run())
+'''
 # Run of legacy_files -> an option that changes, how the error names it, the change, what allows it.
 CHANGES = {
     'edm2': ('--lr=0.02', '--lr', 'lr 0.015 -> 0.02', '--allow-changes'),
@@ -78,7 +89,9 @@ CHANGES = {
 
 @pytest.mark.parametrize('name', CHANGES)
 def test_changed_settings_are_refused_or_logged(tmp_path, monkeypatch, name):
-    """A run of an earlier version goes on, and what it then has written is held to its settings."""
+    """A run of an earlier version goes on, and what it then has written is held to its settings.
+
+    Weights & Biases gets what TensorBoard gets, or one line says that the package is missing."""
     with tarfile.open(legacy_files.ARCHIVE) as archive:
         archive.extractall(tmp_path, filter='data')
     (tmp_path / 'yaml').symlink_to(helpers.ROOT / 'distillation' / 'yaml')
@@ -86,7 +99,19 @@ def test_changed_settings_are_refused_or_logged(tmp_path, monkeypatch, name):
     script, arguments, longer, _, then = legacy_files.RUNS[name]
     arguments = [*arguments, longer.format(then)]
     option, named, change, allow = CHANGES[name]
-    assert 'Resuming from' in helpers.invoke(script, *arguments)
+    before = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    assert '--wandb: needs the package wandb' in helpers.fails(script, *arguments, '--wandb=diffusion')
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+    (tmp_path / 'wandb.py').write_text(WANDB)
+    monkeypatch.delitem(sys.modules, 'wandb')
+    monkeypatch.syspath_prepend(tmp_path)
+    assert 'Resuming from' in helpers.invoke(script, *arguments, '--wandb=diffusion')
+    project = json.loads((tmp_path / 'wandb.json').read_text())
+    assert project[:3] == ['diffusion', str(tmp_path / name), name] and project[3] > 0
+    if name != 'classifier':                                   # which has nothing left to do
+        step, values = json.loads((tmp_path / 'wandb.jsonl').read_text().splitlines()[0])
+        assert step > 0 and 'Loss/loss' in values and 'Progress/lr' in values
     before = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
     error = helpers.fails(script, *arguments, option)
     assert named in error and change in error and 'allow changes' in error

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import functools
 import glob
+import hashlib
+import importlib.util
 import json
 import os
 import signal
@@ -100,6 +102,8 @@ class Trainer:
         wandb    project of Weights & Biases
         """
         total = self.recipe.total_nimg
+        if wandb and not importlib.util.find_spec('wandb'):
+            raise UserError('needs the package wandb: pip install wandb', 'wandb')
         with contextlib.ExitStack() as stack:
             for name in (signal.SIGTERM, signal.SIGINT):
                 stack.callback(signal.signal, name, signal.signal(name, self._request_stop))
@@ -292,13 +296,11 @@ class Trainer:
         self._tensorboard = stack.enter_context(SummaryWriter(self.run_dir, purge_step=first))
         self._wandb = None
         if wandb_project:
-            try:
-                import wandb
-            except ImportError:
-                raise UserError('needs the package wandb: pip install wandb', 'wandb') from None
+            import wandb  # optional
+            path = os.path.realpath(self.run_dir)
             self._wandb = stack.enter_context(wandb.init(
-                project=wandb_project, dir=self.run_dir, resume='allow',
-                id=os.path.basename(os.path.abspath(self.run_dir))))
+                project=wandb_project, dir=path, config=self.settings, resume='allow',
+                name=os.path.basename(path), id=hashlib.sha256(path.encode()).hexdigest()[:16]))
 
     def log(self, text):
         if self.leads:

@@ -9,6 +9,7 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from distillation import configs, runs
+from dnnlib import options
 from torch_utils import distributed as dist
 from training.diffusion.losses import DKDMLoss
 
@@ -26,7 +27,8 @@ The same command goes on with a run that was stopped.
 """)
 @configs.common_options
 @configs.outdir_option
-def main(config, outdir, seed, overrides):
+@options.wandb
+def main(config, outdir, seed, overrides, wandb):
     """Train a student on the steps of a teacher's chains, with no data.
 
     Every so many steps (student.save_interval) it writes modelNNNNNN.pt, ema_RATE_NNNNNN.pt,
@@ -47,7 +49,7 @@ def main(config, outdir, seed, overrides):
         rule={'name': 'dkdm', 'input_perturb': section.input_perturb},
         dataset=runs.description(net, 'distilled') | chains | {
             'teacher': runs.fingerprint(section.model_path)},
-        options=dataclasses.asdict(experiment) | dict(config=config, seed=seed))
+        options=dataclasses.asdict(experiment) | dict(config=config, seed=seed), wandb=wandb)
     dist.shutdown()
 
 

@@ -10,7 +10,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from distillation import configs, runs
-from dnnlib import UserError
+from dnnlib import UserError, options
 from torch_utils import distributed as dist
 from training.data.batches import DatasetBatches
 from training.data.images import open_dataset
@@ -49,7 +49,8 @@ The same command goes on with a run that was stopped.
 @click.option('--data_dir', metavar='DIR|ZIP|NPZ', required=True,
               help='Images: a folder, a zip, or an .npz with arr_0')
 @configs.outdir_option
-def main(data_dir, config, outdir, seed, overrides):
+@options.wandb
+def main(data_dir, config, outdir, seed, overrides, wandb):
     """Train a network on images with the loss of improved DDPM; of an experiment, its student.
 
     Every so many steps (save_interval) it writes modelNNNNNN.pt, ema_RATE_NNNNNN.pt and
@@ -64,7 +65,8 @@ def main(data_dir, config, outdir, seed, overrides):
     runs.train(
         section, net, DDPMLoss(net.diffusion), batches, outdir, rule={'name': 'ddpm'},
         dataset=runs.description(net, dataset.name, len(dataset)),
-        options=dataclasses.asdict(section) | dict(config=config, data_dir=data_dir, seed=seed))
+        options=dataclasses.asdict(section) | dict(config=config, data_dir=data_dir, seed=seed),
+        wandb=wandb)
     dist.shutdown()
 
 
