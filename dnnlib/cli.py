@@ -16,7 +16,7 @@ def _option_of(ctx, field: str | None) -> str | None:
     """The option of the command for a field of the library, e.g. '--batch-gpu' for batch_gpu."""
     for param in ctx.command.params:
         if param.name == field and isinstance(param, click.Option):
-            return max(param.opts, key=len)
+            return max(param.opts, key=lambda name: name.startswith('--'))  # the first long one
     return None
 
 

@@ -322,8 +322,8 @@ def test_scripts_run_headless_from_any_folder(tmp_path):
     """The lines of the README, each in a process of its own, without a display."""
     env = {key: value for key, value in os.environ.items() if key not in ('DISPLAY', 'MPLBACKEND', 'PYTHONPATH')}
     for script, args in (('run_gaussian', ['--tag=K', '--values=2,3']), ('plot_gaussian_K', [])):
-        done = subprocess.run([sys.executable, str(ROOT / 'simulations' / f'{script}.py'), *args, '--outdir=results'],
-                              cwd=tmp_path, env=env, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, str(ROOT / 'simulations' / f'{script}.py'), *args,
+                               '--results_dir=results'], cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0 and not done.stderr, done.stderr
     assert_pictures(tables.newest(tmp_path / 'results', 'K'))
     for tag in ('K', 'n', 'sim', 'grid', 'slope'):
