@@ -1,6 +1,8 @@
 """What the scripts of this folder share: options, and writing what was selected."""
 
 import functools
+import os
+import re
 
 import click
 import numpy as np
@@ -24,11 +26,23 @@ def command(choose):
     @functools.wraps(choose)
     def main(source, dest, overwrite, coarse, rules, **values):
         archive.check_destination(dest, overwrite)
-        source, chosen = choose(sources.open_source(source, coarse), **values)
+        source, chosen = choose(open_source(source, coarse), **values)
         converted = convert.convert(source, chosen, dest, overwrite=overwrite, **rules)
         print(converted.summary(dest, chosen.classes))
 
     return main
+
+
+def open_source(path: str, coarse: bool = False):
+    """`sources.open_source`, but a list of paths alone takes the class from its file name: of
+    dog_2000.txt all are dogs, CIFAR-10's class 5."""
+    source = sources.open_source(path, coarse)
+    if isinstance(source, sources.ListSource) and source.labels is None:
+        words = re.split('[^a-z]+', os.path.basename(path).lower())
+        for label in {animal['label'] for name, animal in selection.animal_classes().items()
+                      if name in words}:
+            source.name_classes([label] * len(source), classes=range(label + 1))
+    return source
 
 
 def choose(source, indices, rule: str, labels=None, num_classes: int | None = None,

@@ -14,13 +14,15 @@ from dnnlib import UserError, cli, options, util
 from dnnlib.image_io import is_image_name
 from training.data.archive import check_new
 
-SOURCES = ('downloads/imagenet/train', 'datasets/imagenet/train')
+# Where the folders of classes are, and below it: the last one is the layout of ILSVRC's archive.
+SOURCES = ('downloads/imagenet', 'datasets/imagenet')
+BELOW = ('', 'train', 'ILSVRC/Data/CLS-LOC/train')
 
 
 @click.command(cls=cli.Command)
 @click.option('--source', metavar='DIR',
-              help='Folder of the ImageNet classes n01440764, n01443537, ...  '
-                   f'[default: {SOURCES[0]}, else {SOURCES[1]}]')
+              help='Folder of the ImageNet classes n01440764, n01443537, ..., or one that has '
+                   f'them in {" or ".join(BELOW[1:])}  [default: {" or ".join(SOURCES)}]')
 @click.option('--class', 'animal', metavar='dog|cat|bird', default='dog',
               help='Animal, of which all ImageNet classes are used')
 @options.integer('--num', 2000, 'Images in all')
@@ -43,10 +45,11 @@ def main(source, animal, num, seed, dest, overwrite):
     counts = selection.animal_counts(animal, num)
     dest = dest or f'datasets/imagenet/{animal}_{num}.txt'
     check_new(dest, overwrite)
-    source = source or next((path for path in SOURCES if os.path.isdir(path)), SOURCES[0])
-    if not os.path.isdir(source):
-        raise UserError(f'--source={source} is no folder; give the one that holds the ImageNet '
-                        'classes n01440764, ...')
+    folders = [os.path.join(place, below)
+               for place in ([source] if source else SOURCES) for below in BELOW]
+    source = next((folder for folder in folders
+                   if any(os.path.isdir(os.path.join(folder, wnid)) for wnid in counts)),
+                  source or SOURCES[0])
     paths = []
     short = []
     for wnid, count in counts.items():
@@ -57,7 +60,7 @@ def main(source, animal, num, seed, dest, overwrite):
             short.append(wnid)
     if not paths:
         raise UserError(f'--source={source} has no images of the {len(counts)} classes of '
-                        f'--class={animal}')
+                        f'--class={animal}; give the folder that holds n01440764, ...')
     if short:
         click.echo(f'Note: {len(short)} of {len(counts)} classes have too few images in {source}; '
                    f'the list has {len(paths)} instead of {num}', err=True)

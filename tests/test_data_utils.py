@@ -65,13 +65,23 @@ def written(path):
 def test_size_takes_the_first_of_each_class(cifar, tmp_path):
     path, images, labels = cifar
     expected = first_of_each(labels, 5)
-    for script in ('data_utils/dataset_tool.py', 'data_utils/dataset_size.py'):
-        dest = tmp_path / (script.replace('/', '-') + '.zip')
-        invoke(script, f'--source={path}', f'--dest={dest}', '--max-images=50')
+    for script, *option in (('dataset_tool', '--balanced'), ('dataset_size',)):
+        dest = tmp_path / f'{script}.zip'
+        invoke(f'data_utils/{script}.py', f'--source={path}', f'--dest={dest}', '--max-images=50', *option)
         dataset, info = written(dest)
         np.testing.assert_array_equal(dataset.images(range(50)), images[expected])
         assert dataset.label_ids.tolist() == sorted(labels[expected]) and dataset.class_names[5] == 'dog'
         assert info['selection'] == {'rule': 'size', 'max_images': 50, 'images': expected.tolist()}
+
+
+@pytest.mark.parametrize('count', [50, 3, 1000])
+def test_the_tool_takes_the_first_images_as_published(cifar, tmp_path, count):
+    path, images, labels = cifar
+    invoke('data_utils/dataset_tool.py', f'--source={path}', f'--dest={tmp_path}/first.zip', f'--max-images={count}')
+    dataset, info = written(tmp_path / 'first.zip')
+    np.testing.assert_array_equal(dataset.images(range(len(dataset))), images[:count])
+    assert dataset.label_ids.tolist() == labels[:count].tolist() and dataset.class_names[5] == 'dog'
+    assert info['selection']['rule'] == 'first images'
 
 
 def test_without_a_size_the_tool_takes_everything_in_order(cifar, tmp_path):
@@ -166,9 +176,38 @@ def test_the_real_pictures(real_data, tmp_path):
     """From another working directory, as users run it."""
     source = real_data / 'cifar10-small' / 'cifar-10-python.tar.gz'
     run('data_utils/dataset_tool.py', f'--source={source}', '--dest=x/cifar10-16x16-2000.zip', '--resolution=16x16',
-        '--max-images=500', cwd=tmp_path)
+        '--max-images=500', '--balanced', cwd=tmp_path)
     dataset = ImageDataset(tmp_path / 'x' / 'cifar10-16x16-2000.zip')
     assert np.bincount(dataset.label_ids).tolist() == [50] * 10 and dataset.class_names[5] == 'dog'
+
+
+@pytest.mark.parametrize('place', ['downloads/imagenet/train', 'datasets/imagenet/ILSVRC/Data/CLS-LOC/train',
+                                   'elsewhere/ILSVRC/Data/CLS-LOC/train'])
+def test_imagenet_is_found_where_its_archive_puts_it(imagenet, tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / place).parent.mkdir(parents=True)
+    (tmp_path / place).symlink_to(imagenet)
+    given = ['--source=elsewhere'] if place.startswith('elsewhere') else []
+    assert '10 images of 10 classes' in invoke('data_utils/sample_imagenet.py', '--num=10', *given)
+    names, _ = read_list(tmp_path / 'datasets' / 'imagenet' / 'dog_10.txt')
+    assert all((tmp_path / 'datasets' / 'imagenet' / name).samefile(imagenet / name.split('/')[-2] / name.split('/')[-1])
+               for name in names)
+
+
+@pytest.mark.parametrize('name, label', [('dog_6.txt', 5), ('imagenet-cat.txt', 3), ('bird_2000.txt', 2),
+                                         ('category.txt', None)])
+def test_a_list_of_paths_alone_has_the_class_of_its_name(cifar, imagenet, tmp_path, name, label):
+    paths = sorted(imagenet.glob('n02*/*.JPEG'))[:6]
+    (tmp_path / name).write_text('\n'.join(map(str, paths)))
+    convert = ['--resolution=32x32', '--transform=center-crop']
+    invoke('data_utils/intra_diversity.py', f'--source={tmp_path}/{name}', f'--dest={tmp_path}/list.zip', *convert)
+    dataset = ImageDataset(tmp_path / 'list.zip')
+    assert dataset.has_labels == (label is not None) and set(dataset.label_ids) == {label or 0}
+    invoke('data_utils/intra_diversity.py', f'--source={cifar[0]}', f'--dest={tmp_path}/mixed.zip', '--inter-rate=0.5',
+           f'--inter-source={tmp_path}/{name}', '--max-images=8', *convert)
+    mixed = ImageDataset(tmp_path / 'mixed.zip')
+    expected = cifar[2][:4].tolist() + [label] * 4
+    assert not mixed.has_labels if label is None else mixed.label_ids.tolist() == expected
 
 
 # --- Errors -----------------------------------------------------------------------------------------------------------

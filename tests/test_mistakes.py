@@ -139,7 +139,7 @@ MISTAKES = {
     'data_utils/dataset_size.py --source=<cifar>/cifar-10-python.tar.gz --dest=out/x.zip': {
         '--max-images=200': '120', '': '--max-images', '--max-images=10 --source=<plain.zip>': 'no classes'},
     'data_utils/dataset_tool.py --source=<cifar>/cifar-10-python.tar.gz --dest=out/x.zip': {
-        '--max-images=55': '--max-images=55'},
+        '--max-images=55 --balanced': '--max-images=55', '--balanced': '--max-images'},
     'data_utils/dataset_diversity.py --source=<cifar>/cifar-10-python.tar.gz --dest=out/x.zip --max-images=10': {
         '--num-classes=11': '1..10', '--num-classes=0': '1..10'},
     'data_utils/dataset_unique.py --source=<cifar>/cifar-10-python.tar.gz --dest=out/x.zip': {
