@@ -296,7 +296,8 @@ def test_own_files_are_read_as_torch_reads_them(tmp_path):
     state = {'complex': torch.randn(3, dtype=torch.complex64), 'labels': torch.arange(4).to(torch.uint16),
              'float8': torch.ones(4).to(torch.float8_e4m3fn), 'empty': torch.zeros(0, 2), 'half': torch.ones(2, 3).half().t(),
              'rng': torch.get_rng_state(), 'set': {1, 2}, 'number': 1 + 2j, 'nested': [1, -2**40, None, (1, (2,))],
-             'bytes': b'raw', 'expanded': torch.ones(1).expand(5), 'size': torch.Size([2, 3]), 'names': torch.nn.Linear(2, 2).state_dict()}
+             'bytes': b'raw', 'expanded': torch.ones(1).expand(5), 'size': torch.Size([2, 3]),
+             'names': torch.nn.Linear(2, 2).state_dict()}
     path = str(tmp_path / 'training-state-0000001.pt')
     torch.save(state, path)
     theirs, ours = torch.load(path, weights_only=True), read_own(path)
@@ -305,7 +306,7 @@ def test_own_files_are_read_as_torch_reads_them(tmp_path):
         getattr(value, 'dtype', None) for value in state.values()]
     ours['complex'].zero_()                                      # changes stay in memory
     assert torch.equal(read_own(path)['complex'], state['complex'])
-    for name in ('set', 'number', 'expanded'):                               # the reader of foreign files knows fewer containers
+    for name in ('set', 'number', 'expanded'):                   # the reader of foreign files knows fewer containers
         del state[name]
     torch.save({'identity': {}, 'nimg': 1} | state, path)
     assert identify(path).content['labels'].dtype == torch.uint16
