@@ -191,7 +191,7 @@ def calc(images, detection, comparison, num, reading):
 @options.seeds('0-49999')
 @num('Only the first ones of --seeds')
 @workers('Threads that read reference images')
-def gen(network, class_, sampler, seeds, num, batch, workers, detection, comparison):
+def gen(network, class_, sampler, precision, seeds, num, batch, workers, detection, comparison):
     """Generate images and measure them, without writing them to files.
 
     The images are those of generate_images.py with the same options.
@@ -202,7 +202,7 @@ def gen(network, class_, sampler, seeds, num, batch, workers, detection, compari
     python calculate_metrics.py gen --net=NET.pkl --seeds=0-999 --ref=datasets/digits.zip \\
         --metrics=fd_pixels
     """
-    dist.init()
+    dist.init(precision)
     batches, count, what = of_network(network, class_, sampler, seeds, num, batch=batch)
     measure_and_report(batches, count, what, detection, **comparison, seed=0, batch=batch,
                        workers=workers)
@@ -224,7 +224,7 @@ def gen(network, class_, sampler, seeds, num, batch, workers, detection, compari
 @options.text('PNG', '--grid',
               'Write a picture of the most memorized images above their training images')
 @workers('Threads that read --images')
-def memorization(network, class_, sampler, images, data, xflip, seeds, num, seed, dest, grid,
+def memorization(network, class_, sampler, precision, images, data, xflip, seeds, num, seed, dest, grid,
                  batch, workers):
     """Measure how many images are copies of training images.
 
@@ -238,13 +238,13 @@ def memorization(network, class_, sampler, images, data, xflip, seeds, num, seed
     python calculate_metrics.py memorization --net=optimal:datasets/digits.zip \\
         --data=datasets/digits.zip --num=500
     """
-    dist.init()
+    dist.init(precision)
     if (images is None) == (network['net'] is None and network['preset'] is None):
         raise UserError('give either --net (or --preset) or --images')
     if images is None:
         refuse_unused({'seed', 'workers'}, '--net')
     else:
-        refuse_unused({*sampler, *network, 'seeds'}, '--images')
+        refuse_unused({*sampler, *network, 'seeds', 'precision'}, '--images')
     for option, path in (('dest', dest), ('grid', grid)):
         if path:
             with renamed_fields(dest=option):

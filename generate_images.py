@@ -32,14 +32,14 @@ Published presets: """ + ', '.join(f'edm2-{name}' for name in PRESETS)
 @options.image_class
 @options.batch(32)
 @options.sampling
-def main(network, sampler, class_, outdir, subdirs, grid, seeds, batch):
+def main(network, sampler, precision, class_, outdir, subdirs, grid, seeds, batch):
     """Generate images: one for each seed, the same whatever the batch size and the number of
     processes.
 
     Each network is sampled as it was meant to be, unless options say otherwise. Runs on a CPU, a
     GPU, or under torchrun on many.
     """
-    dist.init()
+    dist.init(precision)
     if outdir is None and grid is None:
         raise UserError('nowhere to write to: give --outdir or --grid')
     generator = open_generator(**network, class_=class_, sampler=sampler)

@@ -70,7 +70,7 @@ def save_trajectory(path: str, rows: list[dict], title: str):
               help='Keep the samples: EXPDIR/samples/SNAPSHOT, a folder for each 1000 seeds')
 @options.batch(64)
 @options.sampling
-def main(expdir, knn_ref, log, seeds, subdirs, batch, sampler):
+def main(expdir, knn_ref, log, seeds, subdirs, batch, sampler, precision):
     """Measure the memorization ratio of every snapshot of a run.
 
     As calculate_metrics.py memorization does. Writes a table, the curve of the ratio over training
@@ -85,7 +85,7 @@ def main(expdir, knn_ref, log, seeds, subdirs, batch, sampler):
         --knn-ref=datasets/cifar10/cifar10-2000.zip --log=RUN/ratio.json --seeds=0-9999 \\
         --subdirs --batch=512
     """
-    dist.init()
+    dist.init(precision)
     sampler = choose_setting(None, {'name': 'edm'}, sampler)
     snapshots = list_snapshots(expdir)
     if not snapshots:

@@ -59,7 +59,9 @@ DEPENDENT = [
 
 def build_config(opts: dict) -> dict:
     """All settings of a run, from the options (by their names in `main`)."""
-    config = dict(opts, precision=recipe.choose_precision(None, opts['fp16']))
+    precision = opts['precision']
+    config = dict(opts, precision=recipe.choose_precision(
+        precision, opts['fp16'] or (False if precision is None else None)))
     for name, default, other, values in DEPENDENT:
         if config[name] is None:
             config[name] = default
@@ -159,7 +161,7 @@ def choose_run(config: dict, outdir: str, name: str, nosubdir: bool, total_kimg:
 
 def train(config: dict, outdir: str, desc=None, nosubdir: bool = False, **running) -> str:
     """Trains by the settings; `running` goes to `recipe.fit`. Returns the run's folder."""
-    dist.init()
+    dist.init(config['precision'])
     dataset, encoder, rules, lengths = prepare(config)
     name = run_name(config, dataset, desc)
     run_dir, resume_from, seed = dist.broadcast_object(
@@ -253,6 +255,7 @@ same command goes on with the newest run of that name and these options that is 
     choice('--optimizer', 'Adam', 'Optimizer', ['Adam', 'SGD']),
     number('--momentum', None, 'Of SGD  [default: 0.9]', options.BELOW_ONE),
     boolean('--fp16', False, 'Half-precision activations'),
+    options.precision('Type of the activations  [default: as --fp16 says]'),
     boolean('--cache', True, 'Keep the decoded images in memory'),
     integer('--workers', 1, 'Threads that read images'),
     text('STR', '--desc', "Words at the end of the folder's name"),

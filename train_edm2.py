@@ -100,7 +100,7 @@ def prepare(config: dict):
 
 def train(config: dict, outdir: str, **running) -> int:
     """Trains by the settings; `running` goes to `recipe.fit`. Returns the images seen."""
-    dist.init()
+    dist.init(config['precision'])
     dataset, encoder, plan = prepare(config)
     net = recipe.new_network(plan)
     loss = EDM2Loss(config['P_mean'], config['P_std'], net.sigma_data)
@@ -142,8 +142,7 @@ The same command resumes an interrupted run from its newest whole checkpoint."""
          type=options.NOT_NEGATIVE),
     choice('--lr-schedule', None, 'multisource halves the rate when decay starts  '
            '[default: multisource for img256, else edm2]', ['edm2', 'multisource']),
-    choice('--precision', None, 'Type of the activations  [default: fp16 on a GPU, else fp32]',
-           ['fp32', 'fp16', 'bf16']),
+    options.precision('Type of the activations  [default: fp16 on a GPU, else fp32]'),
     boolean('--fp16', None, '--precision=fp16 or fp32'),
     options.compiled,
     nimg('--status', None, 'Report every NIMG images, 0 = never  [default: 128Ki]'),

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from distillation.dkdm import SOURCES
 from dnnlib import UserError, cli
-from dnnlib.options import seed, text, together
+from dnnlib.options import fast_products, seed, text, together
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -262,7 +262,7 @@ class Command(cli.Command):
 
 common_options = together(
     text('YAML', '--config', 'Experiment or network, see yaml/', required=True),
-    seed('--seed', 0, 'Seed of everything random'),
+    seed('--seed', 0, 'Seed of everything random'), fast_products,
     click.argument('overrides', metavar='[KEY=VALUE]...', nargs=-1))
 outdir_option = text(
     'DIR', '--outdir', 'Where checkpoints go  [default: experiments/NAME of the configuration]',

@@ -106,7 +106,7 @@ network = group(
          '[default: of the snapshot]'))
 
 # How they are sampled. An option that the sampler does not know is refused.
-sampling = group(
+samplers = group(
     'sampler',
     text('NAME', '--sampler name', 'edm, edm2, ablation, dpmpp-2m, ddim, ddpm or flow  [default: '
          'of the network; ablation with any of --solver --disc --schedule --scaling]'),
@@ -128,6 +128,16 @@ sampling = group(
     _of_sampler('--epsilon-s', 'Ablation: last time of the vp time steps', of='ablation'),
     _of_sampler('--eta', 'DDIM: share of fresh noise, 0 = none, 1 = as much as DDPM',
                 NOT_NEGATIVE))
+
+
+def precision(text: str, default: str | None = None, types=('fp32', 'fp16', 'bf16', 'tf32')):
+    """Types of activations; tf32 is float32 with fast products (torch_utils.distributed.init)."""
+    return choice('--precision', default, text, types)
+
+
+fast_products = precision('float32 on a GPU. tf32: products of factors of 10 bits, faster', 'fp32',
+                          ['fp32', 'tf32'])
+sampling = together(samplers, fast_products)
 
 image_class = text('CLASS', '--class class_',
                    'Class: original index, name or wnid  [default: drawn from the seed]')

@@ -18,6 +18,7 @@ from dnnlib.options import (
     NOT_NEGATIVE,
     choice,
     count,
+    fast_products,
     integer,
     integers,
     number,
@@ -104,6 +105,7 @@ options_of_study = together(
     count('--eval_step', 0, 'Steps between evaluations during training; 0 = none'),
     integer('--log_step', 100, 'Steps between reports'),
     seed('--seed', 0, 'Seed of weights, data order and noise'),
+    fast_products,
     # Sampling and evaluation
     integer('--num_images', 50000, 'Images to sample'),
     choice('--sample_method', 'cfg', 'Guided, with labels, or without', ['cfg', 'cond', 'uncond']),
@@ -375,7 +377,7 @@ def main(**options):
     processes = visible_gpus() if flags.parallel else 0
     if processes > 1:
         sys.exit(dist.launch(worker, (to_text(main.params, flags).splitlines(),), processes))
-    dist.init()
+    dist.init(flags.precision)
     finished = not flags.train or train(flags)
     if flags.eval and finished:
         evaluate(flags)

@@ -108,13 +108,13 @@ with --disc=vp, as published. The same command goes on with a run that was stopp
 @click.option('--subdirs', is_flag=True,
               help='Changes nothing: a class is one file, which has no folders')
 @options.sampling
-def main(outdir, seeds, batch, class_num, classes, network, subdirs, sampler):
+def main(outdir, seeds, batch, class_num, classes, network, subdirs, sampler, precision):
     """Generate labelled images by the million, one file for each class.
 
     Every image depends on its seed and class alone. The work is split over the processes of
     torchrun; images are written as they are made, so memory does not grow with their number.
     """
-    dist.init()
+    dist.init(precision)
     with dist.rank0_first():
         snapshot = load_denoiser(network, dist.get_device())
     count, shape = check_network(snapshot, network, class_num)

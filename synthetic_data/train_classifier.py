@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dnnlib import UserError, cli, options, util
-from dnnlib.options import boolean, choice, integer, nimg, number, text
+from dnnlib.options import boolean, integer, nimg, number, text
 from synthetic_data import classify, common
 from synthetic_data.classify import Attack
 from synthetic_data.mixture import GeneratedImages, Mixture, MixtureOrder
@@ -101,7 +101,7 @@ def read_accuracy(run_dir: str) -> list[dict]:
 
 def train(config: dict, outdir: str, **running) -> int:
     """Trains by the settings; `running` goes to `recipe.fit`. Returns the images seen."""
-    dist.init()
+    dist.init(config['precision'])
     data, order, test = open_data(config)
 
     def chosen(*names):
@@ -173,8 +173,9 @@ training_options = options.together(
     integer('--pad', None, 'Images are moved by up to so many pixels  [default: an eighth of the '
                            'side]', least=0),
     boolean('--xflip', True, 'Mirror half of the images'),
-    choice('--precision', None, 'Type of convolutions: fp32, or mixed fp16 (with a loss scale of '
-           'its own unless --ls) or bf16  [default: bf16 on a GPU, else fp32]', DTYPES),
+    options.precision(
+        'Type of convolutions: fp32 (tf32: faster), or mixed fp16 (with a loss scale of its own '
+        'unless --ls) or bf16  [default: bf16 on a GPU, else fp32]'),
     nimg('--status', '128Ki', 'Report every NIMG images' + NEVER),
     nimg('--checkpoint', '1M', 'Save the state every NIMG images' + NEVER))
 

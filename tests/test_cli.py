@@ -1,11 +1,14 @@
 """Command lines: what the library says of a field, a script says of its option."""
 
 import click
+import helpers
 import pytest
+import torch
 from click.testing import CliRunner
 
 from dnnlib import UserError, cli
 from dnnlib.util import renamed_fields
+from torch_utils import distributed
 
 
 @pytest.mark.parametrize('field, value, printed', [
@@ -31,3 +34,57 @@ def test_errors_name_the_option_of_the_command(field, value, printed):
 def test_without_a_command_line_the_field_is_named():
     assert str(UserError('must be at least 1', field='batch', value=0)) == 'batch=0 must be at least 1'
     assert str(UserError('x.zip: no such file')) == 'x.zip: no such file'
+
+
+# --- What float32 means ---------------------------------------------------------------------------
+
+# Every script that trains or samples -> arguments with which it comes to its work.
+FLOAT32 = {
+    'train.py': ['--outdir=x', '--data=x'],
+    'train_edm2.py': ['--outdir=x', '--data=x'],
+    'generate_images.py': ['--outdir=x', '--net=x'],
+    'calculate_metrics.py gen': ['--net=x'],
+    'calculate_metrics.py memorization': ['--net=x', '--data=x'],
+    'mem_ratio.py': ['--expdir=x'],
+    'distillation/scripts/dynamic_prepare.py': ['--config=x'],
+    'distillation/scripts/image_kd.py': ['--config=x'],
+    'distillation/scripts/image_sample.py': ['--config=x', '--model_path=x'],
+    'distillation/scripts/image_train.py': ['--config=x', '--data_dir=x'],
+    'long_tail/main.py': ['--train'],
+    'synthetic_data/generate.py': ['--outdir=x', '--network=x'],
+    'synthetic_data/train_classifier.py': ['--outdir=x', '--data=x'],
+}
+SHARED = ('@options.sampling', '@options.training(', '@configs.common_options', '@options_of_study')
+
+
+class Reached(Exception):
+    """A script has come to its work."""
+
+
+@pytest.mark.parametrize('script', FLOAT32)
+def test_float32_is_float32_unless_asked_otherwise(monkeypatch, script):
+    products = torch.backends.cuda.matmul
+    set_tf32 = distributed.set_tf32
+
+    def reached(*args):
+        set_tf32(*args)
+        raise Reached
+
+    monkeypatch.setattr(distributed, 'set_tf32', reached)
+    name, *command = script.split()
+    for option in ([], ['--precision=fp32'], ['--precision=tf32']):
+        set_tf32(True)
+        result = CliRunner().invoke(
+            helpers.script_module(name).main, [*command, *FLOAT32[script], *option])
+        assert isinstance(result.exception, Reached), result.output
+        fast = option == ['--precision=tf32']
+        assert (products.allow_tf32, torch.backends.cudnn.allow_tf32) == (fast, fast)
+        assert not products.allow_fp16_reduced_precision_reduction
+        assert not products.allow_bf16_reduced_precision_reduction
+    set_tf32(False)
+
+
+def test_no_script_is_left_out():
+    scripts = {str(path.relative_to(helpers.ROOT)) for path in helpers.project_files()
+               if any(shared in path.read_text() for shared in SHARED)}
+    assert scripts == {script.split()[0] for script in FLOAT32}

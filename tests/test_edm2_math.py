@@ -1,5 +1,6 @@
 """The mathematics of the EDM2 recipe against the golden numbers: random streams, sampler, power-function EMA."""
 
+import math
 import re
 
 import golden_cases
@@ -105,6 +106,8 @@ def test_power_function_formulas(case):
     np.testing.assert_allclose(beta, a['beta'], rtol=1e-8, atol=1e-15)
     corr = phema.power_function_correlation(a['corr_a_ofs'], a['corr_a_std'], a['corr_b_ofs'], a['corr_b_std'])
     np.testing.assert_allclose(corr, a['corr'], rtol=1e-8)
+    np.testing.assert_allclose(phema.power_function_response(a['response_ofs'], _response_std(case), len(a['response'])),
+                               a['response'], rtol=1e-8)
     index = 1
     while f'coef{index}' in a:
         inputs = [a[f'coef{index}_{key}'] for key in ('in_ofs', 'in_std', 'out_ofs', 'out_std')]
@@ -112,6 +115,16 @@ def test_power_function_formulas(case):
             phema.solve_coefficients(*inputs), a[f'coef{index}'], rtol=1e-5, atol=1e-12)
         index += 1
     assert index > 1
+
+
+def _response_std(case):
+    """The widths of the stored profiles are not in the file: recover each exponent from two of its samples."""
+    stds = []
+    for ofs, r in zip(case.arrays['response_ofs'], case.arrays['response'].T, strict=True):
+        last = int(ofs)
+        assert r[last // 2] > 0
+        stds.append(phema.exp_to_std(math.log(r[last] / r[last // 2]) / math.log(last / (last // 2))))
+    return stds
 
 
 class _Walk(torch.nn.Module):

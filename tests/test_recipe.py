@@ -13,6 +13,7 @@ import torch
 from tensorboard.summary.writer import event_file_writer
 
 from dnnlib import UserError
+from torch_utils import distributed
 from training import checkpoint, recipe
 from training.checkpoint import Checkpoints
 from training.recipe import Recipe, fit
@@ -178,6 +179,21 @@ def test_every_start_is_remembered(tmp_path):
     assert [start['changes'] for start in record['starts']] == [[], ['total_nimg 4 -> 8'], []]
     for start in record['starts']:
         assert {'time', 'command', 'python', 'torch', 'project', 'device', 'world_size'} <= set(start)
+
+
+@pytest.mark.parametrize('earlier', [False, True])
+def test_a_run_of_an_earlier_version_keeps_its_convolutions(tmp_path, earlier):
+    """Which were in TF32 on a GPU, before float32 was exact."""
+    distributed.set_tf32(False)
+    train(tmp_path, 4)
+    if earlier:
+        path = tmp_path / 'training_options.json'
+        record = json.loads(path.read_text())
+        del record['starts'][0]['tf32']
+        path.write_text(json.dumps(record))
+    train(tmp_path, 8)
+    assert torch.backends.cudnn.allow_tf32 == earlier and not distributed.uses_tf32()
+    distributed.set_tf32(False)
 
 
 def test_events_of_a_later_start_sort_behind(tmp_path, monkeypatch):

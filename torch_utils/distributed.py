@@ -31,11 +31,14 @@ _LAUNCHERS = [
 _host_group = None  # gloo group for agreements between hosts that must not touch the GPU
 
 
-def init():
-    """Joins the process group of the launcher, or sets up a world of one. Calling it again does
-    nothing.
+def init(precision: str | None = None):
+    """Joins the process group of the launcher, or sets up a world of one, and sets what float32
+    means there (see `set_tf32`): called again, it does only that.
+
+    precision  'tf32' for fast products of float32; else they are exact
     """
     global _host_group
+    set_tf32(precision == 'tf32')
     if torch.distributed.is_initialized():
         return
     for rank, size, local, *needed in _LAUNCHERS:
@@ -55,6 +58,22 @@ def init():
             'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo',
             timeout=datetime.timedelta(hours=2))
         _host_group = torch.distributed.new_group(backend='gloo')
+
+
+def set_tf32(allowed: bool, convolutions: bool | None = None):
+    """Whether a GPU may round the factors of float32 products and convolutions to 10 bits (TF32).
+
+    Sums of half-precision products are in float32 either way.
+    """
+    products = torch.backends.cuda.matmul
+    products.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed if convolutions is None else convolutions
+    products.allow_fp16_reduced_precision_reduction = False
+    products.allow_bf16_reduced_precision_reduction = False
+
+
+def uses_tf32() -> bool:
+    return torch.backends.cuda.matmul.allow_tf32
 
 
 def launch(function, args: tuple, processes: int) -> int:
@@ -118,7 +137,7 @@ def environment() -> dict:
         'python': platform.python_version(), 'torch': torch.__version__, 'numpy': np.__version__,
         'project': project_version(),
         'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu',
-        'processes': get_world_size(),
+        'processes': get_world_size(), 'tf32': uses_tf32(),
     }
 
 

@@ -35,6 +35,14 @@ def power_function_beta(std, t_next, t_delta):
     return (1 - t_delta / t_next) ** (std_to_exp(std) + 1)
 
 
+def power_function_response(ofs, std, length):
+    """Profiles at the times 0 .. length - 1, each with sum 1: [length, profiles] (Eq. 120)."""
+    exp = std_to_exp(std)
+    t = np.arange(length)[:, None] / ofs
+    response = np.where(t <= 1, np.minimum(t, 1) ** exp * (exp + 1) / ofs, 0)
+    return response / response.sum(axis=0)
+
+
 def power_function_correlation(a_ofs, a_std, b_ofs, b_std):
     """Inner product of two profiles over time (Eq. 151)."""
     a_exp = std_to_exp(a_std)

@@ -13,7 +13,7 @@ import torch
 
 from dnnlib import UserError
 from torch_utils import distributed as dist
-from training import loop
+from training import loop, runs
 from training.data.dataset import ImageDataset
 from training.encoders import encoder_for, make_encoder
 from training.generate import save_sample_grid
@@ -233,6 +233,8 @@ def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: 
     changed = []
     if state is not None:
         changed = check_changes(state, trainer.settings, allow_changes)
+        if 'tf32' not in runs.read_options(run_dir).get('starts', [{'tf32': False}])[0]:
+            dist.set_tf32(dist.uses_tf32(), convolutions=True)  # as it began, in earlier versions
         trainer.load(state)
         start = f'Resuming from {trainer.nimg} images ({state["path"]})'
     parameters = sum(p.numel() for p in net.parameters())

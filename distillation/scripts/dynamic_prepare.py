@@ -54,7 +54,7 @@ has a share for each; image_kd.py then needs as many, on a common file system.
 @configs.common_options
 @options.number('--save_every', 600, 'Seconds after which unfinished work is saved',
                 options.NOT_NEGATIVE)
-def main(config, seed, save_every, overrides):
+def main(config, seed, precision, save_every, overrides):
     """Make the cache of a distillation (teacher.tempfile): images denoised down to random time
     steps.
 
@@ -62,7 +62,7 @@ def main(config, seed, save_every, overrides):
     through the teacher at once. The file is in the safetensors format: x [M,C,H,W], levels [M],
     classes [M] if the teacher has them, and what it was made with.
     """
-    dist.init()
+    dist.init(precision)
     experiment = configs.read_experiment(config, overrides)
     section = experiment.teacher
     dest = section.tempfile

@@ -28,14 +28,14 @@ The same command goes on with a run that was stopped.
 @configs.common_options
 @configs.outdir_option
 @options.wandb
-def main(config, outdir, seed, overrides, wandb):
+def main(config, outdir, seed, precision, overrides, wandb):
     """Train a student on the steps of a teacher's chains, with no data.
 
     Every so many steps (student.save_interval) it writes modelNNNNNN.pt, ema_RATE_NNNNNN.pt,
     optNNNNNN.pt and teacher-state-NNNNNN.cache, and network-snapshot-*.pkl for generate_images.py.
     Each process advances its own share of the cache, with student.batch_size images in a step.
     """
-    dist.init()
+    dist.init(precision)
     experiment = configs.read_experiment(config, overrides)
     runs.align(experiment)
     section = experiment.teacher

@@ -56,9 +56,9 @@ The same command goes on where it was stopped, also with another number of proce
                  'DDIM instead of ancestral sampling  [default: configuration]')
 @options.text('NPZ', '--dest', 'Where the samples go  '
               '[default: experiments/NAME/MODEL-CHAIN/samples_NxHxWxC.npz]')
-@options.sampling
+@options.samplers
 def main(config, model_path, batch_size, num_samples, timestep_respacing, use_ddim, sampler, dest,
-         seed, overrides):
+         seed, precision, overrides):
     """Sample images: `arr_0` uint8 [N,H,W,C] in an .npz, with classes as `arr_1` if the network
     has any.
 
@@ -66,7 +66,7 @@ def main(config, model_path, batch_size, num_samples, timestep_respacing, use_dd
     processes share the work; the images are those of one. A .json beside the .npz says how they
     were made.
     """
-    dist.init()
+    dist.init(precision)
     section = configs.read_network(config, overrides)
     net = runs.build(section, model_path).eval().requires_grad_(False)
     diffusion = section.diffusion

@@ -50,14 +50,14 @@ The same command goes on with a run that was stopped.
               help='Images: a folder, a zip, or an .npz with arr_0')
 @configs.outdir_option
 @options.wandb
-def main(data_dir, config, outdir, seed, overrides, wandb):
+def main(data_dir, config, outdir, seed, precision, overrides, wandb):
     """Train a network on images with the loss of improved DDPM; of an experiment, its student.
 
     Every so many steps (save_interval) it writes modelNNNNNN.pt, ema_RATE_NNNNNN.pt and
     optNNNNNN.pt, and network-snapshot-*.pkl for generate_images.py. batch_size is that of one
     process.
     """
-    dist.init()
+    dist.init(precision)
     section = configs.read_network(config, overrides)
     net = runs.new_network(section, seed)
     dataset = open_data(data_dir, net)

@@ -19,7 +19,8 @@ from torch import nn
 from dnnlib import UserError
 from torch_utils.random import GlobalRandom, network_random
 
-DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
+DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16,
+          'tf32': torch.float32}
 
 
 class Network(nn.Module):
