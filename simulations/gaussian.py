@@ -60,14 +60,21 @@ def draw(means: torch.Tensor, count: int, streams: list[torch.Generator]):
     """
     K, D = means.shape
     weights = torch.full((K,), 1 / K)
-    drawn = []
-    for stream in streams:
-        labels = torch.multinomial(weights, count, replacement=True, generator=stream)
-        points = torch.empty(count, D)
-        points[labels.argsort(stable=True)] = torch.cat([
-            torch.randn(size, D, generator=stream) for size in labels.bincount().tolist()])
-        drawn.append((points + means[labels], labels))
-    return [torch.stack(parts) for parts in zip(*drawn, strict=True)]
+    labels = torch.stack([torch.multinomial(weights, count, replacement=True, generator=stream)
+                          for stream in streams])
+    sources, order = labels.sort(stable=True)
+    points = torch.empty(*labels.shape, D)
+    for rows, sizes, stream in zip(points, sizes_of(labels, K), streams, strict=True):
+        for block in rows.split(sizes):
+            block.normal_(generator=stream)
+    points += means[sources]
+    return torch.empty_like(points).scatter_(1, order[..., None].expand_as(points), points), labels
+
+
+def sizes_of(labels: torch.Tensor, K: int) -> list[list[int]]:
+    """Number of samples of each of the K sources, for each row of labels [S, N]."""
+    cells = labels + K * torch.arange(len(labels))[:, None]
+    return cells.flatten().bincount(minlength=K * len(labels)).view(-1, K).tolist()
 
 
 def estimate(points: torch.Tensor, labels: torch.Tensor, K: int, shared: int) -> torch.Tensor:
@@ -75,9 +82,11 @@ def estimate(points: torch.Tensor, labels: torch.Tensor, K: int, shared: int) ->
 
     The mean of a source that has no sample does not exist: its row is NaN.
     """
-    single = torch.stack([
-        block.mean(0) for rows, row in zip(points, labels, strict=True)
-        for block in rows[row.argsort(stable=True)].split(row.bincount(minlength=K).tolist())])
+    order = labels.argsort(stable=True)
+    blocks = points.gather(1, order[..., None].expand_as(points))
+    single = torch.stack([block.mean(0)
+                          for rows, sizes in zip(blocks, sizes_of(labels, K), strict=True)
+                          for block in rows.split(sizes)])
     single = single.view(len(points), K, -1)
     common = slice(points.shape[-1] - shared, None)
     multi = single.clone()
