@@ -247,7 +247,7 @@ same command goes on with the newest run of that name and these options that is 
            'for 512 images, relative to the size of the data; mode3: half-life 0.5 Mimg whatever '
            'the data; mode4: as mode2, towards --final-ema', EMA_MODES),
     number('--final-ema', None, 'Factor of each step that mode4 ends with (at batch 512)  '
-           '[default: 0.99929]', click.FloatRange(0, 1, min_open=True, max_open=True)),
+           '[default: 0.99929]', cli.Number(0, 1, min_open=True, max_open=True)),
     integers('--skip-connections', None, '0 or 1 for each layer of the encoder, from the input '
              'down: (num_blocks + 1) x resolutions of them, e.g. [1,0,1,1,0,1]  [default: all 1]',
              cli.Parsed('list', parse_skips)),
@@ -260,7 +260,7 @@ same command goes on with the newest run of that name and these options that is 
     integer('--workers', 1, 'Threads that read images'),
     text('STR', '--desc', "Words at the end of the folder's name"),
     click.option('--nosubdir', is_flag=True, help='Write to --outdir itself'),
-    text('KIMG', '--tick', 'Report every KIMG thousand images', type=click.FloatRange(0.001),
+    text('KIMG', '--tick', 'Report every KIMG thousand images', type=cli.Number(0.001),
          default=50),
     integer('--snap', 50, 'Save the network every so many ticks, 0 = never', 0),
     integer('--dump', 500, 'Save the training state every so many ticks, 0 = never', 0),

@@ -135,7 +135,7 @@ The same command resumes an interrupted run from its newest whole checkpoint."""
     nimg('--batch', None, 'Images of one step' + OF_PRESET),
     integer('--channels', None, 'Width of the network' + OF_PRESET),
     number('--dropout', None, 'Dropout probability' + OF_PRESET, options.BELOW_ONE),
-    number('--P_mean P_mean', None, 'Mean of ln(sigma)' + OF_PRESET, float),
+    number('--P_mean P_mean', None, 'Mean of ln(sigma)' + OF_PRESET, options.ANY),
     number('--P_std P_std', None, 'Standard deviation of ln(sigma)' + OF_PRESET),
     number('--lr', None, 'Reference learning rate' + OF_PRESET),
     text('BATCHES', '--decay', 'Steps after which the rate decays, 0 = never' + OF_PRESET,

@@ -17,7 +17,8 @@ from training.data import convert, sources
 @options.integer('--max-images', None, 'Use at most this many, the first ones')
 @options.integer('--class-num', None, 'The class to take, by its number', None)
 @options.number('--inter-rate', None,
-                'Make a mixture: so much of it from --inter-source, the rest from --source', float)
+                'Make a mixture: so much of it from --inter-source, the rest from --source',
+                options.ANY)
 @options.path('--inter-source', None, 'The other source of a mixture  '
               '[default: --source with imagenet in place of cifar10]')
 def main(source, max_images, class_num, inter_rate, inter_source):

@@ -67,6 +67,24 @@ class Parsed(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
+class Number(click.FloatRange):
+    """click.FloatRange that refuses nan, which lies within any range there."""
+
+    def convert(self, value, param, ctx):
+        number = super().convert(value, param, ctx)
+        if number != number:
+            self.fail(f'{value!r} is not a number', param, ctx)
+        return number
+
+
+def parse_number(text: str) -> float:
+    """A number; raises ValueError for nan too."""
+    number = float(text)
+    if number != number:
+        raise ValueError(f'{text!r} is not a number')
+    return number
+
+
 def _parse_size(text: str) -> tuple[int, int]:
     width, sep, height = text.lower().partition('x')
     if not (sep and width.isdigit() and height.isdigit() and int(width) > 0 and int(height) > 0):
@@ -76,5 +94,5 @@ def _parse_size(text: str) -> tuple[int, int]:
 
 COUNT = Parsed('count', util.parse_count)           # 4096, 64Ki, 1.5Mi
 INT_LIST = Parsed('list', util.parse_int_list)      # 0,3,10-19
-NUMBERS = Parsed('list', lambda text: [float(part) for part in text.split(',')])  # 0,0.5
+NUMBERS = Parsed('list', lambda text: list(map(parse_number, text.split(','))))  # 0,0.5
 SIZE = Parsed('WxH', _parse_size)                   # 256x256 -> (256, 256)

@@ -10,8 +10,9 @@ import click
 
 from dnnlib import cli
 
-POSITIVE = click.FloatRange(0, min_open=True)
-NOT_NEGATIVE = click.FloatRange(min=0)
+ANY = cli.Number()
+POSITIVE = cli.Number(0, min_open=True)
+NOT_NEGATIVE = cli.Number(min=0)
 
 
 def together(*options):
@@ -38,8 +39,8 @@ def group(name: str, *options):
     return decorate
 
 
-FRACTION = click.FloatRange(0, 1)
-BELOW_ONE = click.FloatRange(0, 1, max_open=True)
+FRACTION = cli.Number(0, 1)
+BELOW_ONE = cli.Number(0, 1, max_open=True)
 
 
 def _maker(metavar: str, type):  # noqa: A002
@@ -76,7 +77,7 @@ def choice(name: str, default: str | None, text: str, values):
 
 def _interval(text: str) -> tuple[float, float]:
     try:
-        low, high = map(float, text.split(','))
+        low, high = map(cli.parse_number, text.split(','))
     except ValueError:
         raise ValueError(f'{text!r} is not two noise levels; write LO,HI, e.g. 0.2,2') from None
     return low, high
@@ -98,7 +99,7 @@ network = group(
     text('HEX', '--sha256', 'SHA-256 that the file of --net must have'),
     text('HEX', '--gnet-sha256', 'SHA-256 that the file of --gnet must have'),
     number('--guidance', None, 'Strength of guidance, 1 = none  [default: 1, or of the preset]',
-           float),
+           ANY),
     text('LO,HI', '--guidance-interval',
          'Guide only where the noise level is above LO and at most HI  [default: everywhere]',
          type=cli.Parsed('interval', _interval)),

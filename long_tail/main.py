@@ -14,6 +14,7 @@ import torch
 
 from dnnlib import UserError, cli
 from dnnlib.options import (
+    ANY,
     BELOW_ONE,
     NOT_NEGATIVE,
     choice,
@@ -72,7 +73,7 @@ options_of_study = together(
     switch('download', 'Fetch the CIFAR archive to --root; it must have the published checksum'),
     choice('--imb_type', 'exp', 'Shape of the long tail', ['exp', 'step']),
     number('--imb_factor', 0.01, 'Images of the last class, as a share of the first'),
-    number('--num_class', 0.0, 'Number of classes, for a check; 0 = that of the data', float),
+    number('--num_class', 0.0, 'Number of classes, for a check; 0 = that of the data', ANY),
     integer('--img_size', 32, 'Width and height of the images'),
     switch('xflip', 'Add the mirror image of each'),
     switch('augm', 'Augment, and tell the network how'),
@@ -87,7 +88,7 @@ options_of_study = together(
     integer('--T T', 1000, 'Diffusion steps', 2),
     number('--beta_1', 1e-4, 'First noise variance'),
     number('--beta_T beta_T', 0.02, 'Last noise variance',
-           click.FloatRange(0, 1, min_open=True, max_open=True)),
+           cli.Number(0, 1, min_open=True, max_open=True)),
     choice('--var_type', 'fixedlarge', 'Variance of sampling steps', VARIANCES),
     # Training
     switch('cfg', 'Drop the labels of a tenth of the steps, for guidance'),

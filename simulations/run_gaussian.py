@@ -52,8 +52,6 @@ def plan(tag: str, compared: dict, given: dict) -> tuple[dict, dict]:
             raise UserError('--x and --y: --tag=grid needs two different parameters, '
                             'e.g. --x=K --y=sim')
     fixed = {name: value for name, value in given.items() if value is not None}
-    if math.isnan(fixed.get('sim', 0)):
-        raise UserError('give a number from 0 to 1', 'sim')
     varied = {}
     for name, option in names.items():
         if name in fixed:

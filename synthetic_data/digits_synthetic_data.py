@@ -32,7 +32,7 @@ BATCH = 64            # of the diffusion model and of classifiers
 # What all classifiers share; digits must not be mirrored.
 CLASSIFIER = {'model': 'wrn-10-1', 'batch': BATCH, 'ema': 0.99, 'pad': 1, 'xflip': False,
               'precision': 'fp32', 'status': 1024, 'checkpoint': 0}
-SHARE = click.FloatRange(0, 1, min_open=True)
+SHARE = cli.Number(0, 1, min_open=True)
 
 
 def whole_batches(text: str) -> int:

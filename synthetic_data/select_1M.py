@@ -164,7 +164,7 @@ Examples:
               'Its weights: a published .pt, or a snapshot of train_classifier.py', required=True)
 @common.class_folder_options('1m')
 @options.text('SHARE', '--top_scale', 'Share of each class that is taken', default=0.2,
-              type=click.FloatRange(0, 1, min_open=True))
+              type=cli.Number(0, 1, min_open=True))
 @options.integer('--batch_size', 1024, 'Images at a time on each process')
 def main(**opts):
     """Select the images of each class of whose class a classifier is surest: NAME.npz with `image`

@@ -165,7 +165,7 @@ training_options = options.together(
     number('--lr', 0.2, 'Highest learning rate; it falls to zero along a cosine'),
     nimg('--rampup', '0', 'The learning rate grows from zero over so many images'),
     number('--momentum', 0.9, "Nesterov's momentum",
-           click.FloatRange(0, 1, min_open=True, max_open=True)),
+           cli.Number(0, 1, min_open=True, max_open=True)),
     number('--weight-decay', 5e-4, 'Weight decay', options.NOT_NEGATIVE),
     number('--ema', 0.995, 'Factor of a step in the average of weights, which is what is tested '
                            'and saved; 0 = no average', options.BELOW_ONE),

@@ -88,15 +88,18 @@ MISTAKES = {
         '--data=nowhere.zip': 'nowhere.zip', '--resume=nowhere': '--resume', '--transfer=nowhere.pkl': 'nowhere.pkl',
         '--window-size=2': '--window-size', '--desc=a/b': '--desc', '--ema_mode=mode5': '--ema_mode',
         '--optimizer=AdamW': '--optimizer', '--data=<plain.zip> --cond=1': '--cond',
+        '--lr=nan': '--lr', '--final-ema=nan': '--final-ema', '--tick=nan': '--tick',
         '--resume=<empty>': 'training-state', '--resume=<net.pkl>': 'no training state'},
     f'train_edm2.py --outdir=out --data=<digits.zip> {shlex.join(EDM2)}': {
         '--data=nowhere.zip': 'nowhere.zip', '--precision=fp16': 'fp16', '--fp16=True --precision=bf16': '--fp16',
         '--batch=x': '--batch', '--preset=edm2-img512-huge': '--preset', '--batch-gpu=0': '--batch-gpu',
-        '--data=<plain.zip>': '--cond=True needs labels'},
+        '--lr=nan': '--lr', '--P_mean=nan': '--P_mean', '--data=<plain.zip>': '--cond=True needs labels'},
     'generate_images.py --outdir=out': {
         '--net=nowhere.pkl': 'nowhere.pkl', '': '--net', '--preset=edm2-img512-huge-fid': '--preset',
         '--net=<net.pkl> --guidance=2': '--guidance=2.0 needs a guiding network',
         '--net=<net.pkl> --class=5': '171 (greyhound)', '--net=<uncond.pkl> --class=171': 'no classes',
+        '--net=<net.pkl> --sigma_max=nan': '--sigma_max', '--net=<net.pkl> --guidance=nan': '--guidance',
+        '--net=<net.pkl> --guidance-interval=nan,1': '--guidance-interval',
         '--net=<net.pkl> --seeds=5-x': '--seeds', '--net=<net.pkl> --outdir=<cifar>': 'not empty'},
     'reconstruct_phema.py': {
         '--indir=nowhere --outstd=0.1': 'nowhere', '--indir=. --outstd=0.1': 'no snapshots',
@@ -149,6 +152,7 @@ MISTAKES = {
         '--class-num=5 --max-images=13': '--max-images=13', '': '--class-num',
         '--class-num=5 --inter-rate=0.5': '--class-num', '--class-num=5 --inter-source=x': '--inter-rate',
         '--inter-rate=0.5 --inter-source=nowhere.zip': 'nowhere.zip',
+        '--inter-rate=nan --inter-source=<cifar>/cifar-10-python.tar.gz': '--inter-rate',
         '--inter-rate=1.5 --inter-source=<cifar>/cifar-10-python.tar.gz': '1.5',
         '--inter-rate=0.5 --inter-source=<cifar>/cifar-10-python.tar.gz --max-images=250': '--inter-rate=0.5: 125'},
     'data_utils/sample_imagenet.py --dest=x.txt': {'--source=nowhere': '--source=', '--source=<empty>': 'no images'},
@@ -179,11 +183,11 @@ MISTAKES = {
         '--samples=3': '--samples', '--teacher-steps=0': '--teacher-steps'},
     'long_tail/digits_long_tail.py --outdir=out': {
         '--methods=finetune': ('--methods', 'finetune starts from plain'), '--methods=all': '--methods',
-        '--omegas=strong': '--omegas', '--samples=5': '--samples'},
+        '--omegas=strong': '--omegas', '--omegas=0,nan': '--omegas', '--tau=nan': '--tau', '--samples=5': '--samples'},
     'synthetic_data/digits_synthetic_data.py --outdir=out': {
         '--seeds=1,1': ('--seeds', 'once'), '--real=170': ('--real', 'at most 154'), '--real=500': ('--real', 'only 178'),
         '--duration=0': '--duration', '--generator-duration=0': '--generator-duration', '--eps=2': '--eps',
-        '--top-scale=0': '--top-scale'},
+        '--top-scale=0': '--top-scale', '--top-scale=nan': '--top-scale'},
     'long_tail/main.py': {
         '': '--train', '--eval --logdir=nowhere': 'nowhere'},
     'long_tail/main.py --train': {
@@ -191,6 +195,7 @@ MISTAKES = {
         '--cotrain': '--cotrain', '--ch=20': '--ch=20', '--attn=7': '--attn=7',
         '--img_size=12 --ch_mult=1,1,1,1': '--ch_mult', '--data_type=mnist': '--data_type', '--num_class=7': '--num_class',
         '--imb_factor=2 --data_type=cifar10lt': 'imb_factor', '--ddim_steps=2000': '--ddim_steps', '--beta_1=0.5': '--beta_1',
+        '--beta_T=nan': '--beta_T', '--imb_factor=nan': '--imb_factor', '--num_class=nan': '--num_class',
         '--group_sizes=1,2': '--group_sizes', '--conditional --finetune': '--finetuned_logdir'},
     'long_tail/make_stats.py --data_type=digits': {'--split=test --dest=x.npz': '--split'},
     'synthetic_data/generate.py --outdir=out --class_num=3 --steps=2 --network=<edm.pkl> --seeds=0': {
@@ -201,13 +206,14 @@ MISTAKES = {
         '--data_dir=nowhere': 'no such folder', '--file_name=a/b': '--file_name'},
     'synthetic_data/select_1M.py --data_dir=<classes> --output_dir=out --model_path=<wrn> --class_num=3': {
         '--class_num=2': '2.npy is of class 2', '--class_num=4': '3.npy: no such file', '--top_scale=1.5': '--top_scale',
+        '--top_scale=nan': '--top_scale',
         '--file_name=a/b': '--file_name', '--model_path=<four>': 'of 4 classes, not of 3',
         '--model=wrn-16-1': 'not a wrn-16-1', '--model_path=nowhere.pt': 'nowhere.pt',
         '--model_path=<net.pkl>': 'no classifier'},
     'synthetic_data/train_classifier.py --outdir=out --data=<digits.zip> --model=wrn-10-1 --duration=192': {
         '--data=<plain.zip>': '--data', '--test=<plain.zip>': 'no labels', '--model=wrn-11-1': 'wrn-11-1',
         '--generated=nowhere.npz': 'nowhere.npz', '--eps=2': '--eps', '--eps=x/y': '--eps', '--batch=0': '--batch=0',
-        '--precision=fp16': 'fp16 needs a GPU'},
+        '--momentum=nan': '--momentum', '--eps=nan': '--eps', '--precision=fp16': 'fp16 needs a GPU'},
     'synthetic_data/evaluate_data.py --outdir=out --data=<digits.zip> --test=<others.zip> --model=wrn-10-1 --duration=64': {
         '': '--generated', '--generated=<ten> --training=fast': '--training=fast', '--generated=nowhere': 'nowhere',
         '--generated=<ten> --seeds=1,1': '--seeds', '--selected=<classes>': '3.npy'},
