@@ -23,8 +23,10 @@ def main():
     """
 
 
+max_images_option = options.count('--max-images', None, 'Use at most this many, the first ones')
 # Of the commands that run the autoencoder.
-batch_options = options.together(
+latent_options = options.together(
+    max_images_option,
     options.integer('--batch', 16, 'Images that go through the autoencoder together'),
     options.choice('--precision', 'fp32', 'Precision of the autoencoder',
                    ['fp32', 'fp16', 'bf16']))
@@ -32,7 +34,7 @@ batch_options = options.together(
 
 @main.command()
 @options.conversion(transforms.NAMES)
-@options.count('--max-images', None, 'Use at most this many, the first ones')
+@max_images_option
 @options.integers('--class_labels', None,
                   'Classes to take, in the order of their new labels, e.g. 171,182,198')
 @options.integer('--nums', None, 'Images to draw of each class; 0 for all', 0)
@@ -90,8 +92,8 @@ def convert(source, dest, overwrite, coarse, rules, class_labels, nums, sim_name
 @options.destination
 @options.text('NAME|DIR', '--model-url', 'Autoencoder: a hub name, or a local folder; '
               'the variable SD_VAE sets another default', default=DEFAULT_VAE, envvar='SD_VAE')
-@batch_options
-def encode(source, dest, overwrite, model_url, batch, precision):
+@latent_options
+def encode(source, dest, model_url, batch, precision, **others):
     """Encode pixels as mean and standard deviation of Stable Diffusion's autoencoder.
 
     The result is the same for any number of processes.
@@ -106,7 +108,7 @@ def encode(source, dest, overwrite, model_url, batch, precision):
     dist.init()
     dist.print0(f'Autoencoder: {model_url}')
     encoder = encoders.StabilityVAEEncoder(model_url, batch_size=batch, precision=precision)
-    count = latents.encode(source, dest, encoder, batch=batch, overwrite=overwrite)
+    count = latents.encode(source, dest, encoder, batch=batch, **others)
     dist.print0(f'{dest}: {count} images encoded')
     dist.shutdown()
 
@@ -116,7 +118,7 @@ def encode(source, dest, overwrite, model_url, batch, precision):
 @options.destination
 @options.text('NAME|DIR', '--model-url',
               'Autoencoder  [default: the one that the data set names]')
-@batch_options
+@latent_options
 def decode(source, dest, **others):
     """Decode latents to pictures (of the mean), with their labels.
 

@@ -196,6 +196,21 @@ def test_encode_and_decode(pictures, vae_folder, tmp_path):
     assert np.abs(decoded.images(np.arange(13)).astype(int) - direct.to(torch.uint8).numpy()).max() <= 1
 
 
+def test_the_first_images_are_encoded_and_decoded(pictures, vae_folder, tmp_path):
+    for count, name in ((13, 'all'), (5, 'first')):
+        invoke('dataset_tool.py', 'encode', f'--source={pictures}', f'--dest={tmp_path}/{name}', '--batch=4',
+               f'--max-images={count}', f'--model-url={vae_folder}')
+    everything, first = ImageDataset(tmp_path / 'all'), ImageDataset(tmp_path / 'first')
+    np.testing.assert_array_equal(first.images(np.arange(len(first))), everything.images(np.arange(5)))
+    assert first.label_ids.tolist() == everything.label_ids[:5].tolist() and len(everything) == 13
+    assert '3 images decoded' in invoke('dataset_tool.py', 'decode', f'--source={tmp_path}/first', f'--dest={tmp_path}/out',
+                                        '--max-images=3')
+    assert ImageDataset(tmp_path / 'out').label_ids.tolist() == everything.label_ids[:3].tolist()
+    assert '--max-images=0' in fails('dataset_tool.py', 'decode', f'--source={tmp_path}/first', f'--dest={tmp_path}/none',
+                                     '--max-images=0')
+    assert not (tmp_path / 'none').exists()
+
+
 def test_default_autoencoder_can_be_set_outside(pictures, vae_folder, tmp_path, monkeypatch):
     monkeypatch.setenv('SD_VAE', vae_folder)
     invoke('dataset_tool.py', 'encode', f'--source={pictures}', f'--dest={tmp_path}/sd')

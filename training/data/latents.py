@@ -17,9 +17,10 @@ from training.data.dataset import ImageDataset
 from training.encoders import StabilityVAEEncoder, encoder_for, make_encoder
 
 
-def encode(source: str, dest: str, encoder: StabilityVAEEncoder, *, batch=16,
-           overwrite=False) -> int:
-    """Stores mean and std of the autoencoder's posterior for every image of an archive of pixels.
+def encode(source: str, dest: str, encoder: StabilityVAEEncoder, *, batch=16, overwrite=False,
+           max_images: int | None = None) -> int:
+    """Stores mean and std of the autoencoder's posterior for every image of an archive of pixels, or
+    for the first `max_images`.
 
     `dest` gets `latent_name(i)` (float32 [8,R/8,R/8]) for image i of `source`, its labels and its
     description. Returns the number of images; raises UserError for sources that hold no pixels or
@@ -43,12 +44,13 @@ def encode(source: str, dest: str, encoder: StabilityVAEEncoder, *, batch=16,
 
     encoder.prepare(dist.get_device())
     return _map(dataset, dest, encoder.encode_pixels, to_bytes, latent_name, batch, overwrite,
-                encoder.config())
+                max_images, encoder.config())
 
 
 def decode(source: str, dest: str, *, model_url=None, precision='fp32', batch=16,
-           overwrite=False) -> int:
-    """Pictures of the means of an archive of latents: PNG files at `dest` with the same labels.
+           overwrite=False, max_images: int | None = None) -> int:
+    """Pictures of the means of an archive of latents, or of the first `max_images`: PNG files at
+    `dest` with the same labels.
 
     The autoencoder is the one that the archive names, or `model_url`. Returns the number of
     images.
@@ -69,18 +71,21 @@ def decode(source: str, dest: str, *, model_url=None, precision='fp32', batch=16
         return encode_png(pixels.transpose(1, 2, 0))
 
     encoder.prepare(dist.get_device())
-    return _map(dataset, dest, function, to_bytes, image_name, batch, overwrite, None)
+    return _map(dataset, dest, function, to_bytes, image_name, batch, overwrite, max_images, None)
 
 
-def _map(dataset, dest, function, to_bytes, name_of, batch, overwrite, encoder) -> int:
-    """Writes `to_bytes(function(images))` of all images, and returns their number.
+def _map(dataset, dest, function, to_bytes, name_of, batch, overwrite, max_images, encoder) -> int:
+    """Writes `to_bytes(function(images))` of the first images, and returns their number.
 
     Batches are the same ones for any number of processes. Process r of R takes batches r, r+R,
     ...; the first process gathers and writes them in order.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
-    batches = [np.arange(i, min(i + batch, len(dataset))) for i in range(0, len(dataset), batch)]
-    names = [name_of(i) for i in range(len(dataset))]
+    total = len(dataset) if max_images is None else min(max_images, len(dataset))
+    if not total:
+        raise UserError('leaves no image', 'max_images', max_images)
+    batches = [np.arange(i, min(i + batch, total)) for i in range(0, total, batch)]
+    names = [name_of(i) for i in range(total)]
     writer = contextlib.nullcontext() if rank else ArchiveWriter(dest, overwrite)
     with ThreadPoolExecutor(1) as pool, _parallel(function) as function, writer as out:
         ahead = map_ahead(pool, dataset.images, batches[rank::size], 1)
@@ -92,9 +97,11 @@ def _map(dataset, dest, function, to_bytes, name_of, batch, overwrite, encoder) 
                 for index, value in zip(batches[number], values, strict=True):
                     out.add(names[index], to_bytes(value))
         if rank == 0:
-            out.describe(names, dataset.stored_labels, dataset.info | {'encoder': encoder})
+            labels = dataset.stored_labels
+            out.describe(names, None if labels is None else labels[:total],
+                         dataset.info | {'encoder': encoder})
     dist.barrier()  # no process ends before the archive is there
-    return len(dataset)
+    return total
 
 
 @contextlib.contextmanager
