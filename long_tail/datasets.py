@@ -139,19 +139,21 @@ def _checked(path: str, md5: str) -> str:
 
 def _read(source, indices, size) -> np.ndarray:
     """Images uint8 [n,size,size,3] of a source."""
-    stack = source.stack(indices)
-    if stack is not None:
-        return resize_stack(stack, size, size)
     transform = make_transform(None, size, size)
-    images = []
-    for index in indices:
+
+    def picture(index):
         try:
-            image = transform(source.picture(index))
+            return transform(source.picture(index))
         except BadImage as error:
             raise UserError(f'{source.where(index)}: {error}') from None
-        images.append(image)
+
+    stack = source.stack(indices)
+    images = map(picture, indices) if stack is None else resize_stack(stack, size, size)
+    squares = []
+    for index, image in zip(indices, images, strict=True):
+        squares.append(image)
         height, width, _ = image.shape
-        if height != width or image.shape != images[0].shape:
+        if height != width or image.shape != squares[0].shape:
             raise UserError(f'{source.where(index)} is {width} x {height}; all images must be '
                             'squares of one size', field='img_size')
-    return np.stack(images)
+    return np.stack(squares)

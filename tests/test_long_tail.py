@@ -8,6 +8,7 @@ import signal
 import subprocess
 import tarfile
 import time
+import types
 
 import click.testing
 import golden_cases
@@ -523,3 +524,10 @@ def test_help_shows_examples_and_defaults():
     assert result.exit_code == 0 and re.search(r'--tau FLOAT.{,200}default:\s+1\.0', result.output, re.S)
     assert '--noparallel' in result.output and '--finetuned_logdir cifar100lt_cbdm_finetune' in result.output
     assert distributed.get_world_size() == 1
+
+
+def test_pictures_in_memory_must_be_squares_too():
+    source = types.SimpleNamespace(stack=lambda indices: np.zeros([2, 4, 6, 3], np.uint8), where='images.idx[{}]'.format)
+    with pytest.raises(UserError, match=r'images.idx\[0\] is 6 x 4; all images must be squares'):
+        datasets._read(source, [0, 1], None)
+    assert datasets._read(source, [0, 1], 8).shape == (2, 8, 8, 3)
