@@ -9,6 +9,7 @@ from click.core import ParameterSource
 from dnnlib import UserError, cli, options
 from dnnlib.util import renamed_fields, write_json
 from metrics import compute
+from metrics.detectors import PROTOCOLS
 from metrics.features import Detectors, measure, measure_images
 from metrics.images import class_ids, read_batches, select
 from metrics.memorization import find_copies
@@ -20,14 +21,6 @@ from training.data.images import open_images, pixels_of
 from training.generate import open_generator
 
 DEFAULT = 'fid,fd_dinov2'
-
-
-def num(text: str):
-    return options.count('--num --num-images', None, text)
-
-
-def workers(text: str):
-    return options.integer('--workers', 2, text)
 
 
 @click.group(cls=cli.Group)
@@ -51,6 +44,14 @@ def main():
       recognition               share of small images recognised as their class by a classifier
                                 trained on the reference images
 
+    
+    Protocols: Inception sees images as in the TensorFlow graph with edm and adm, as in its ports
+    to PyTorch with cbdm; distances of the one are not those of the other
+      edm     EDM and EDM2
+      adm     guided diffusion's suite: is in chunks of 5000, k=3, 10000 images as reference
+              of precision and recall
+      cbdm    class-balancing diffusion (long_tail): is in 10 parts, k=5, 50000 images
+
     Inception and DINOv2 are downloaded on first use, or read from --inception and --dinov2; pixel
     metrics need neither. All commands run under torchrun as well, with the same results. Some
     versions of torchrun take --num for an option of their own: write --num-images there.
@@ -62,20 +63,24 @@ detection = options.group(
     'detection',
     options.text('LIST', '--metrics', f'What to calculate, see above  [default: {DEFAULT}]',
                  type=cli.Parsed('list', compute.parse_metrics)),
+    options.choice('--protocol', 'edm', 'Rules of the measurement, see above', PROTOCOLS),
     options.text('FILE|URL', '--inception', 'Weights of the FID network: pt_inception-2015-12-05 '
                  'as torch, safetensors or TorchScript file',
                  envvar='INCEPTION_WEIGHTS', show_envvar=True),
     options.text('DIR|NAME', '--dinov2', 'DINOv2 ViT-L/14: folder of transformers, or hub name',
                  envvar='DINOV2_WEIGHTS', show_envvar=True),
 )
+workers = options.integer('--workers', 2, 'Threads that read images ahead; 0 = none', least=0)
 # Options of commands that read images from files.
 reading = options.group(
     'reading',
     options.text('CLASS', '--class class_name',
                  'Only images of this class: original index, name or wnid'),
+    options.count('--num --num-images', None,
+                  'Use a random subset of this size  [default: all; calc: at most 50000]'),
     options.integer('--seed', 0, 'Which images --num takes', least=0),
     options.batch(64),
-    workers('Threads that read ahead'),
+    workers,
 )
 # Options of commands that compare with a reference.
 comparison = options.group(
@@ -84,19 +89,30 @@ comparison = options.group(
                  'Statistics (.pkl, .npz), or reference images (folder, .zip, .npz)'),
     options.text('HEX', '--ref-sha256', 'SHA-256 that the file of --ref must have'),
     options.text('CLASS', '--ref-class', 'Only this class of the reference, if it is images'),
-    options.choice('--protocol', 'adm', 'Rules of is, precision and recall: chunks of 5000, k=3; '
-                   'or 10 parts, k=5 (long-tail study)', compute.PROTOCOLS),
+    click.option('--mix-protocols', is_flag=True,
+                 help='Compare with statistics of another protocol'),
     options.text('JSON', '--dest', 'Write results and all that is needed to repeat them'),
 )
 
 
-def make_detectors(metrics, inception, dinov2, reference=None):
+def generation(num: int):
+    """Decorator: options of a command that measures `num` images of a network."""
+    return options.together(
+        options.network, options.image_class, options.batch(32), options.sampling,
+        options.integers('--seeds', None, 'Seeds, e.g. 1,2,5-10: one image each  '
+                         f'[default: {num} of them from --seed on]'),
+        options.count('--num --num-images', None, 'Images, of the first of the seeds'),
+        options.integer('--seed', 0, 'Seed of the first image', least=0),
+        workers)
+
+
+def make_detectors(metrics, protocol, inception, dinov2, reference=None):
     """The metrics to calculate, and their detectors; `reference` has to serve them, if any.
 
     Of the default metrics, what cannot be had is left out, with a warning; what the user asked for
     must be there.
     """
-    detectors = Detectors({'inception': inception, 'dinov2': dinov2})
+    detectors = Detectors({'inception': inception, 'dinov2': dinov2}, protocol=protocol)
     chosen = []
     problems = []
     for metric in metrics or compute.parse_metrics(DEFAULT):
@@ -121,11 +137,10 @@ def make_detectors(metrics, inception, dinov2, reference=None):
 @options.text('ZIP|DIR|NPZ', '--data', 'Reference images', required=True)
 @options.text('FILE', '--dest', 'Statistics to write: .pkl or .npz', required=True)
 @detection
-@num('Use a random subset of this size  [default: all]')
-@options.count('--features', 10000,
-               'Keep the features of at most this many images, if the metrics need them')
+@options.count('--features', None, 'Keep the features of at most this many images, if the '
+               'metrics need them  [default: as many as the protocol compares with]')
 @reading
-def ref(data, dest, detection, num, features, reading):
+def ref(data, dest, detection, features, reading):
     """Make reference statistics of a data set, for the metrics that are to use them.
 
     \b
@@ -144,7 +159,8 @@ def ref(data, dest, detection, num, features, reading):
     # features are.
     wanted = compute.needs(metrics)
     wanted['gaussians'] = list(dict.fromkeys(wanted['gaussians'] + wanted['features']))
-    statistics = measure_images(images, detectors, num=num, keep_num=features, **reading, **wanted)
+    statistics = measure_images(images, detectors, **reading, **wanted,
+                                keep_num=features or detectors.rules.manifold)
     num = statistics.gaussians[wanted['gaussians'][0]].num
     statistics.meta = dict(data=data, class_name=reading['class_name'], seed=reading['seed'],
                            num=num, detectors=detectors.description())
@@ -160,9 +176,8 @@ def ref(data, dest, detection, num, features, reading):
 @options.text('ZIP|DIR|NPZ', '--images', 'Images to measure', required=True)
 @detection
 @comparison
-@num('Images to use, a random subset  [default: 50000]')
 @reading
-def calc(images, detection, comparison, num, reading):
+def calc(images, detection, comparison, reading):
     """Measure images in files.
 
     \b
@@ -173,25 +188,20 @@ def calc(images, detection, comparison, num, reading):
         --metrics=fd_pixels
     """
     dist.init()
-    batches, count, what = of_files(images, 50000 if num is None else num, **reading)
-    class_name = reading.pop('class_name')
+    num = reading['num']
+    if num is None:
+        reading['num'] = PROTOCOLS[detection['protocol']].num
+    batches, count, what = of_files(images, **reading)
     if num and count < num:
-        raise UserError(f'is too many: {images} has only {count} images'
-                        + (f' of class {class_name}' if class_name else ''), 'num', num)
-    measure_and_report(batches, count, what | dict(num=num), detection, **comparison, **reading)
+        raise UserError(f'is too many: {images} has only {count} images', 'num', num)
+    measure_and_report(batches, count, what, detection, reading, **comparison)
 
 
 @main.command()
-@options.network
-@options.image_class
-@options.batch(32)
-@options.sampling
+@generation(50000)
 @detection
 @comparison
-@options.seeds('0-49999')
-@num('Only the first ones of --seeds')
-@workers('Threads that read reference images')
-def gen(network, class_, sampler, precision, seeds, num, batch, workers, detection, comparison):
+def gen(precision, detection, comparison, **source):
     """Generate images and measure them, without writing them to files.
 
     The images are those of generate_images.py with the same options.
@@ -203,33 +213,25 @@ def gen(network, class_, sampler, precision, seeds, num, batch, workers, detecti
         --metrics=fd_pixels
     """
     dist.init(precision)
-    batches, count, what = of_network(network, class_, sampler, seeds, num, batch=batch)
-    measure_and_report(batches, count, what, detection, **comparison, seed=0, batch=batch,
-                       workers=workers)
+    batches, count, what = of_network(50000, **source)
+    measure_and_report(batches, count, what, detection, source, **comparison)
 
 
 @main.command()
 @options.text('ZIP|DIR|NPZ', '--images', 'Images to measure, instead of those of --net')
 @options.text('ZIP|DIR', '--data', 'Training set', required=True)
 @options.boolean('--xflip', False, 'Compare with mirrored training images too')
-@options.network
-@options.image_class
-@options.batch(32)
-@options.sampling
-@options.seeds('0-9999')
-@num('Only the first ones of --seeds; of --images a random subset')
-@options.integer('--seed', 0, 'Which of --images --num takes', least=0)
+@generation(10000)
 @options.text('JSON', '--dest',
               'Write ratio, distances and indices of the nearest training images')
 @options.text('PNG', '--grid',
               'Write a picture of the most memorized images above their training images')
-@workers('Threads that read --images')
-def memorization(network, class_, sampler, precision, images, data, xflip, seeds, num, seed, dest, grid,
-                 batch, workers):
+def memorization(images, data, xflip, dest, grid, precision, **source):
     """Measure how many images are copies of training images.
 
     Memorized is what is less than a third as far from its nearest training image as from the
-    second nearest (L2 distance of pixels 0..255; arXiv 2310.02664).
+    second nearest (L2 distance of pixels 0..255; arXiv 2310.02664). Of --images --num takes a
+    random subset, and --seed says which.
 
     \b
     python calculate_metrics.py memorization --net=NET.pkl --data=datasets/cifar10-2000.zip \\
@@ -239,22 +241,23 @@ def memorization(network, class_, sampler, precision, images, data, xflip, seeds
         --data=datasets/digits.zip --num=500
     """
     dist.init(precision)
+    network = source['network']
     if (images is None) == (network['net'] is None and network['preset'] is None):
         raise UserError('give either --net (or --preset) or --images')
     if images is None:
-        refuse_unused({'seed', 'workers'}, '--net')
+        refuse_unused({'workers'}, '--net')
     else:
-        refuse_unused({*sampler, *network, 'seeds', 'precision'}, '--images')
+        refuse_unused({*source['sampler'], *network, 'seeds', 'precision'}, '--images')
     for option, path in (('dest', dest), ('grid', grid)):
         if path:
             with renamed_fields(dest=option):
                 check_parent(path)
     training = pixels_of(ImageDataset(data, use_labels=False, xflip=xflip))
     if images is None:
-        batches, count, what = of_network(network, class_, sampler, seeds, num, batch=batch,
-                                          progress=True)
+        batches, count, what = of_network(10000, progress=True, **source)
     else:
-        batches, count, what = of_files(images, num, class_, seed, batch, workers)
+        batches, count, what = of_files(images, source['class_'], *(
+            source[key] for key in ('num', 'seed', 'batch', 'workers')))
     copies = find_copies(batches, training)
     if dist.get_rank() == 0:
         results = copies.results()
@@ -264,7 +267,7 @@ def memorization(network, class_, sampler, precision, images, data, xflip, seeds
         if dest:
             write_json(dest, dict(
                 what, results=results, data=data, xflip=xflip, num_training=len(training),
-                num=num, seed=seed, batch=batch, command=sys.argv, **dist.environment(),
+                command=sys.argv, **dist.environment(),
                 samples=copies.table()), indent=None)
         if grid:
             copies.save_picture(grid, training)
@@ -280,16 +283,21 @@ def refuse_unused(names, where: str):
             raise UserError(f'{param.opts[0]} has no meaning with {where}; leave it out')
 
 
-def of_files(path, num, class_name, seed, batch, workers):
+def of_files(path, class_name, num, seed, batch, workers):
     """Batches for `measure` of images in files, how many images they are, and what they are."""
     images = open_images(path)
     indices = select(images, num, seed, class_name)
     batches = read_batches(images, indices, batch, workers)
-    return batches, len(indices), dict(images=path, class_name=class_name)
+    return batches, len(indices), dict(images=path, class_name=class_name, num=num, seed=seed,
+                                       batch=batch)
 
 
-def of_network(network, class_, sampler, seeds, num, **options):
-    """The same of images of a network, for the first `num` of the seeds, each once."""
+def of_network(default, network, class_, sampler, seeds, seed, num, batch, workers, **options):
+    """The same of images of a network, for the first `num` (else `default`) seeds, each once."""
+    if seeds is None:
+        seeds = range(seed, seed + (default if num is None else num))
+    elif seed:
+        raise UserError('is for calls without --seeds', 'seed', seed)
     seeds = sorted(list(dict.fromkeys(seeds))[:num])
     if not seeds:
         raise UserError('there is nothing to generate', field='num', value=0)
@@ -297,8 +305,8 @@ def of_network(network, class_, sampler, seeds, num, **options):
     classes = generator.snapshot.dataset.get('classes')
     batches = ((torch.tensor(part.seeds), part.images,
                 part.labels and torch.from_numpy(class_ids(part.labels, classes)))
-               for part in generator.images(seeds, **options))
-    return batches, len(seeds), dict(generator.record, seeds=seeds, num=num)
+               for part in generator.images(seeds, batch=batch, **options))
+    return batches, len(seeds), dict(generator.record, seeds=seeds, num=num, batch=batch)
 
 
 def open_reference(path, sha256, class_name, metrics) -> Statistics:
@@ -315,14 +323,20 @@ def open_reference(path, sha256, class_name, metrics) -> Statistics:
     return Statistics(path, images=reference.images)  # its statistics are those of all classes
 
 
-def measure_and_report(batches, count: int, what: dict, detection, *, ref, ref_sha256, ref_class,
-                       protocol, dest, seed, batch, workers):
-    """Measures images, compares them with the reference, prints a table and writes JSON."""
+def measure_and_report(batches, count: int, what: dict, detection, reading, ref, ref_sha256,
+                       ref_class, mix_protocols, dest):
+    """Measures images, compares them with the reference, prints a table and writes JSON.
+
+    `reading` has `batch` and `workers`, for reference images.
+    """
     reference = open_reference(ref, ref_sha256, ref_class, detection['metrics'])
     metrics, detectors = make_detectors(**detection, reference=reference)
-    rules = compute.PROTOCOLS[protocol]
+    protocol, rules = detectors.protocol, detectors.rules
+    if not mix_protocols:
+        compute.same_protocol(reference, protocol, metrics)
     reference = compute.complete(reference, metrics, detectors, open_images, class_name=ref_class,
-                                 batch=batch, workers=workers, keep_num=50000, seed=seed)
+                                 batch=reading['batch'], workers=reading['workers'],
+                                 keep_num=rules.manifold)
     generated = measure(batches, count, detectors, **compute.needs(metrics, rules))
     if dist.get_rank() == 0:
         results = compute.evaluate(metrics, generated, reference, rules, detectors.device)
@@ -335,10 +349,11 @@ def measure_and_report(batches, count: int, what: dict, detection, *, ref, ref_s
             print(f'Note: {note}')
         if dest:
             write_json(dest, dict(
-                results=results, num_images=count, **what, seed=seed, ref=ref, ref_class=ref_class,
+                results=results, num_images=count, **what, ref=ref, ref_class=ref_class,
                 ref_images={space: part.num for space, part in reference.gaussians.items()},
-                ref_meta=reference.meta, protocol=protocol, batch=batch, notes=notes,
-                detectors=detectors.description(), command=sys.argv, **dist.environment()))
+                ref_meta=reference.meta, ref_protocol=reference.protocol, protocol=protocol,
+                notes=notes, detectors=detectors.description(), command=sys.argv,
+                **dist.environment()))
     dist.shutdown()
 
 

@@ -13,12 +13,12 @@ from dnnlib import UserError
 from dnnlib.util import subset
 from long_tail import prd
 from metrics import compute
+from metrics.detectors import PROTOCOLS, Protocol
 from metrics.precision_recall import precision_recall
 from metrics.recognition import Recognizer
 from metrics.statistics import Statistics
 
 GROUPS = ('many', 'medium', 'few')
-PROTOCOL = compute.PROTOCOLS['cbdm']
 CLUSTERS_PER_CLASS = 20
 
 
@@ -41,6 +41,7 @@ class Evaluation:
     prd, manifold   whether to compute PRD, and improved precision and recall
     recognizer      classifier of the features that was trained on the reference
     frechet_device  where torch computes the Frechet distance; None: without torch
+    protocol        rules of the Inception Score, precision and recall
     """
 
     reference: Statistics
@@ -50,6 +51,7 @@ class Evaluation:
     manifold: bool = True
     recognizer: Recognizer | None = None
     frechet_device: torch.device | None = None
+    protocol: Protocol = PROTOCOLS['cbdm']
 
     def __call__(self, generated: Statistics, counts, sizes=(100, 20)) -> dict:
         """{'all': metrics, 'groups': {group: {'classes', metrics}}, 'classes': [{'class', ...}]}.
@@ -91,16 +93,16 @@ class Evaluation:
         """
         a, b = (side.gaussians[self.space] for side in (generated, real))
         values = {'fid': a.distance(b, self.frechet_device)}
-        if num_classes and PROTOCOL.probs in generated.features:
-            values |= compute.score(generated, real, self.space, PROTOCOL)
+        if num_classes and self.protocol.probs in generated.features:
+            values |= compute.score(generated, real, self.space, self.protocol)
         if self.space not in real.features:
             return values
         gen, ref = (side.features[self.space] for side in (generated, real))
         if num_classes and self.prd:
             values |= _prd(gen, ref, CLUSTERS_PER_CLASS * num_classes)
-        if self.manifold and min(len(gen), len(ref)) > PROTOCOL.k:
+        if self.manifold and min(len(gen), len(ref)) > self.protocol.k:
             values['precision'], values['recall'] = precision_recall(
-                ref.to(self.device), gen.to(self.device), PROTOCOL.k, PROTOCOL.strict)
+                ref.to(self.device), gen.to(self.device), self.protocol.k, self.protocol.strict)
         if self.recognizer is not None and generated.labels is not None:
             values['recognition'] = float(
                 self.recognizer.recognised(gen, generated.labels).mean())

@@ -1,5 +1,7 @@
 """Samples of the long-tail study: grids by class, arrays for evaluation, and their measures."""
 
+import dataclasses
+import glob
 import itertools
 import math
 import os
@@ -10,15 +12,18 @@ import torch
 from dnnlib import UserError, pictures, util
 from dnnlib.options import choice, path, together
 from long_tail import classwise
+from metrics import compute
 from metrics.features import Detectors, measure_images
 from metrics.recognition import Recognizer
 from metrics.statistics import USUAL, Statistics, load_statistics
 from torch_utils import distributed as dist
-from training.data.images import NpzImages, save_npz_images
+from torch_utils.files.pickles import errors_of
+from training.data.images import ArrayImages, NpzImages, save_npz_images
 from training.diffusion.samplers import without_labels
 from training.encoders import RGBEncoder
 from training.generate import generate_images
 
+PROTOCOL = 'cbdm'
 MOST_RECOGNISED = 5000  # reference images that the classifier is trained on in reasonable time
 detector_options = together(
     choice('--detector', 'inception', 'Network of the features', USUAL),
@@ -76,6 +81,42 @@ def sample(net, flags) -> tuple:
     return np.stack(images), labels if has_labels(net, flags) else None
 
 
+def read_npy(path: str) -> np.ndarray:
+    """An .npy file of numbers, mapped. Raises UserError that names it."""
+    with errors_of(path):
+        return np.lib.format.open_memmap(path, mode='r')
+
+
+def published_samples(path: str) -> ArrayImages:
+    """Samples that the published code wrote, *_samples_ema_*.npy, and *_labels_ema_*.npy if it is
+    beside them.
+
+    Images [N,C,H,W] or [N,H,W,C], uint8 or numbers in 0..1, -1..1 or 0..255, which are rounded.
+    Raises UserError that names the file.
+    """
+    array = read_npy(path)
+    if array.ndim == 4 and array.shape[1] in (1, 3):
+        array = array.transpose(0, 2, 3, 1)
+    is_images = array.ndim == 4 and array.shape[3] in (1, 3) and len(array) > 0
+    if not is_images or array.dtype.kind not in 'uif':
+        raise UserError(f'{path}: {array.dtype} {list(array.shape)} instead of images '
+                        '[N, 3, H, W] or [N, H, W, 3]')
+    if array.dtype != np.uint8:
+        low, high = float(array.min()), float(array.max())
+        if not -1.001 <= low <= high <= 255.5:
+            raise UserError(f'{path}: numbers in {low:g}..{high:g} instead of 0..1, -1..1 or '
+                            '0..255')
+        scale, shift = (127.5, 1) if low < -0.001 else (255, 0) if high <= 1.001 else (1, 0)
+        array = np.concatenate([
+            np.rint((part.astype(np.float32) + shift) * scale).clip(0, 255).astype(np.uint8)
+            for part in np.array_split(array, len(array) // 1000 + 1)])
+    labels = path.replace('_samples_ema_', '_labels_ema_')
+    labels = read_npy(labels).ravel().astype(np.int64) if os.path.isfile(labels) else None
+    if labels is not None and len(labels) != len(array):
+        raise UserError(f'{path}: {len(array)} images, and {len(labels)} labels beside them')
+    return ArrayImages(path, array, labels)
+
+
 class Evaluator:
     """Samples from networks of a run and measures them, by the options of the command line.
 
@@ -88,13 +129,14 @@ class Evaluator:
         self.folder = folder
         self.counts = counts
         self.space = USUAL[flags.detector]
-        self.detectors = Detectors({flags.detector: flags.weights})
+        self.detectors = Detectors({flags.detector: flags.weights}, protocol=PROTOCOL)
         reference = self._reference(flags.fid_cache)
         device = self.detectors.device
         self.evaluation = classwise.Evaluation(
             reference, self.space, device, prd=flags.prd, manifold=flags.improved_prd,
             recognizer=self._recognizer(reference) if flags.recognition else None,
-            frechet_device=device if flags.fid_use_torch else None)
+            frechet_device=device if flags.fid_use_torch else None,
+            protocol=dataclasses.replace(self.detectors.rules, unbiased=flags.fid_use_torch))
         if self.space not in reference.features and (flags.prd or flags.improved_prd):
             dist.print0(f'Note: {reference.path} has no features: no PRD, precision, recall and '
                         'class groups (make_stats.py stores them)')
@@ -111,11 +153,22 @@ class Evaluator:
         if stored.get(self.space) != dim:
             raise UserError(f'has statistics of so many dimensions: {stored}, and the features of '
                             f'{detector} have {dim}; {advice}', 'fid_cache', path)
+        with util.renamed_fields(protocol='fid_cache'):
+            compute.same_protocol(reference, PROTOCOL, [self.space])
         weights = self.detectors[detector].fingerprint
         made_with = reference.meta.get('detectors', {}).get(detector, {})
         if made_with.get('fingerprint', weights) != weights:
             raise UserError(f'was made with other weights of {detector}; make it again',
                             'fid_cache', path)
+        features = os.path.join(os.path.dirname(path),
+                                f'{self.flags.data_type.removesuffix("lt")}_feats.npy')
+        if detector == 'inception' and not reference.features and os.path.isfile(features):
+            values = read_npy(features)
+            if values.shape[1:] != (dim,) or values.dtype.kind != 'f':
+                raise UserError(f'{features}: {values.dtype} {list(values.shape)} instead of '
+                                f'features [N, {dim}]')
+            dist.print0(f'Features of the reference: {features}')
+            reference.features[self.space] = torch.from_numpy(values.astype(np.float32))
         return reference
 
     def _recognizer(self, reference: Statistics) -> Recognizer:
@@ -145,7 +198,7 @@ class Evaluator:
         images = self._samples(net, step)
         features = [self.space]
         if flags.detector == 'inception':
-            features.append(classwise.PROTOCOL.probs)
+            features.append(self.detectors.rules.probs)
         generated = measure_images(images, self.detectors, batch=flags.batch_size,
                                    gaussians=[self.space], features=features)
         if dist.get_rank() != 0:
@@ -168,9 +221,27 @@ class Evaluator:
                 save_npz_images(path, *samples)
             dist.barrier()
         elif not os.path.isfile(path):
-            raise UserError(f'{path} does not exist; sample first, without --sampled', 'sampled')
-        images = NpzImages(path)
+            path = self._published(os.path.basename(path))
+        images = NpzImages(path) if path.endswith('.npz') else published_samples(path)
         if len(images) != num:
             raise UserError(f'{path} has {len(images)} images instead of --num_images={num}',
                             'sampled')
         return images
+
+    def _published(self, ours: str) -> str:
+        """The published code's samples in the folder: of these options, else of this name, else
+        the only ones. Raises UserError if there are none, or several.
+        """
+        flags = self.flags
+        name = glob.escape(flags.sample_name)
+        for pattern in (f'{flags.sample_method}_{flags.omega}_samples_ema_{name}.npy',
+                        f'*_samples_ema_{name}.npy', '*_samples_ema_*.npy'):
+            names = sorted(glob.glob(pattern, root_dir=self.folder))
+            if len(names) > 1:
+                raise UserError(f'{self.folder} has several: {", ".join(names)}; choose by '
+                                'method, omega or name', 'sampled')
+            if names:
+                dist.print0(f'Samples: {names[0]}')
+                return os.path.join(self.folder, names[0])
+        raise UserError(f'{self.folder} has neither {ours} nor *_samples_ema_*.npy; sample '
+                        'first, without this', 'sampled')

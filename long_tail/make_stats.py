@@ -35,7 +35,7 @@ def make(data_type, dest, detector, weights=None, root='./', split='train', down
     data = datasets.open_data(data_type, root, size=img_size, split=split, download=download)
     indices = np.arange(len(data)) if num is None else balanced(data.label_ids, num)
     space = USUAL[detector]
-    detectors = Detectors({detector: weights})
+    detectors = Detectors({detector: weights}, protocol=evaluation.PROTOCOL)
     statistics = measure(read_batches(data, indices, batch), len(indices), detectors,
                          gaussians=[space], features=[space] if features else [])
     if dist.get_rank() == 0:

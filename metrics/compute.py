@@ -4,33 +4,12 @@ import dataclasses
 from collections.abc import Callable, Iterable
 
 from dnnlib import UserError
+from metrics.detectors import PROTOCOLS, Protocol
 from metrics.features import Detectors, measure_images
-from metrics.inception_score import chunks, equal_parts, inception_score
+from metrics.inception_score import inception_score
 from metrics.precision_recall import precision_recall
 from metrics.recognition import Recognizer
 from metrics.statistics import SPACES, Statistics
-
-
-@dataclasses.dataclass(frozen=True)
-class Protocol:
-    """What differs between publications, and where it is computed.
-
-    probs      space of the class probabilities of the Inception Score
-    parts      number of images -> bounds of the parts whose scores are averaged
-    k, strict  balls of precision and recall: neighbours, and whether they are without boundary
-    """
-
-    probs: str
-    parts: Callable
-    k: int
-    strict: bool
-
-
-PROTOCOLS = {
-    'adm': Protocol('softmax_nobias', chunks, k=3, strict=False),  # guided diffusion's suite
-    'cbdm': Protocol('softmax', equal_parts, k=5, strict=True),    # class-balancing diffusion
-}
-
 
 # --- The metrics: (generated, real, space, protocol, device) -> {name: value} -------------------
 
@@ -44,7 +23,8 @@ def score(generated: Statistics, real, space, protocol: Protocol, *_) -> dict:
     """Inception Score, and its spread over the parts."""
     probs = generated.features[protocol.probs]
     scores = inception_score(probs, protocol.parts(len(probs)))
-    return {'is': scores.mean().item(), 'is_std': scores.std(correction=0).item()}
+    spread = scores.std(correction=int(protocol.unbiased))
+    return {'is': scores.mean().item(), 'is_std': spread.item()}
 
 
 def manifold(generated: Statistics, real: Statistics, space, protocol: Protocol, device) -> dict:
@@ -128,6 +108,17 @@ def missing_in(reference: Statistics, metrics) -> dict[str, list[str]]:
     return missing
 
 
+def same_protocol(reference: Statistics, protocol: str, metrics):
+    """Raises UserError if Inception saw the images of the reference in another way."""
+    spaces = {*sum(needs(metrics).values(), [])} & {*reference.gaussians, *reference.features}
+    theirs = reference.protocol or protocol
+    if PROTOCOLS[theirs].prepare is not PROTOCOLS[protocol].prepare \
+            and any(SPACES[space][0] == 'inception' for space in spaces):
+        raise UserError(f'resizes and scales images in another way than {reference.path}, which '
+                        f'is of the protocol {theirs}: distances would not be those of either',
+                        'protocol', protocol)
+
+
 def complete(reference: Statistics, metrics, detectors: Detectors, open_images,
              **options) -> Statistics:
     """The reference with all that the metrics need, measured where its statistics lack it.
@@ -141,6 +132,7 @@ def complete(reference: Statistics, metrics, detectors: Detectors, open_images,
     measured = measure_images(open_images(reference.images), detectors, **missing, **options)
     return dataclasses.replace(reference, gaussians=reference.gaussians | measured.gaussians,
                                features=reference.features | measured.features,
+                               protocol=reference.protocol or measured.protocol,
                                labels=measured.labels if missing['features'] else reference.labels)
 
 
@@ -158,8 +150,18 @@ def evaluate(metrics, generated: Statistics, reference: Statistics, protocol: Pr
 
 
 def notes(generated: Statistics, reference: Statistics, detectors: Detectors) -> list[str]:
-    """What a reader should know: singular covariances, references made with other weights."""
+    """What a reader should know: singular covariances, references made with other weights or
+    rules.
+    """
     lines = []
+    if 'inception' in detectors.loaded and reference.gaussians:
+        theirs = reference.protocol
+        if theirs is None:
+            lines.append(f'{reference.path} names no protocol and may be of EDM, CBDM or '
+                         f'pytorch-fid; taken as of {detectors.protocol}')
+        elif theirs != detectors.protocol:
+            lines.append(f'{reference.path} is of the protocol {theirs}, the images of '
+                         f'{detectors.protocol}')
     for space, gaussian in generated.gaussians.items():
         if gaussian.num <= gaussian.dim:
             lines.append(f'{space}: {gaussian.num} images for {gaussian.dim} dimensions; the '

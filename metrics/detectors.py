@@ -3,8 +3,10 @@
 A detector takes images uint8 [N, C, H, W] and names of outputs, and gives {name: float32 [N, D]}.
 """
 
+import dataclasses
 import functools
 import os
+from collections.abc import Callable
 
 import requests
 import torch
@@ -12,7 +14,8 @@ from torch.nn import functional as F
 
 from dnnlib import UserError
 from dnnlib.url import download
-from metrics.inception import InceptionV3
+from metrics.inception import InceptionV3, half_pixel, tensorflow
+from metrics.inception_score import chunks, equal_parts
 from torch_utils import distributed
 from torch_utils.files.identify import identify
 from torch_utils.files.weights import fingerprint, load_weights
@@ -21,6 +24,37 @@ INCEPTION_URL = ('https://github.com/mseitzer/pytorch-fid/releases/download/fid_
                  'pt_inception-2015-12-05-6726825d.pth')
 DINOV2_NAME = 'facebook/dinov2-large'
 MAX_PIXELS = 64 * 64 * 3  # numbers an image: the covariance has the square of it
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """How a family of publications measures.
+
+    prepare    resizing and scaling: what Inception sees of images
+    probs      space of the class probabilities of the Inception Score
+    parts      number of images -> bounds of the parts whose scores are averaged
+    k, strict  balls of precision and recall: neighbours, and whether they are without boundary
+    manifold   reference images of precision and recall
+    num        generated images
+    unbiased   whether the spread of the Inception Score is divided by one part less
+    """
+
+    prepare: Callable
+    probs: str
+    parts: Callable
+    k: int
+    strict: bool
+    manifold: int
+    num: int = 50000
+    unbiased: bool = False
+
+
+# EDM and EDM2, whose own measure is FID; guided diffusion's suite; class-balancing diffusion.
+PROTOCOLS = {
+    'edm': Protocol(tensorflow, 'softmax_nobias', chunks, 3, strict=False, manifold=10000),
+    'adm': Protocol(tensorflow, 'softmax_nobias', chunks, 3, strict=False, manifold=10000),
+    'cbdm': Protocol(half_pixel, 'softmax', equal_parts, 5, strict=True, manifold=50000),
+}
 
 
 class Pixels:
@@ -71,11 +105,11 @@ class Inception(_Network):
     there is no such file or its weights do not fit.
     """
 
-    def __init__(self, weights: str | None = None, device='cpu'):
+    def __init__(self, weights: str | None = None, device='cpu', prepare=tensorflow):
         weights = weights or INCEPTION_URL
         with distributed.rank0_first():
             path = download(weights, hint='give a local copy of the weights')
-        net = InceptionV3()
+        net = InceptionV3(prepare)
         state = read_tensors(path)
         for name, value in net.state_dict().items():
             if name.endswith('num_batches_tracked'):  # some files leave these counters out

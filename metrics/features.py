@@ -8,22 +8,31 @@ import tqdm
 
 from dnnlib.util import subset
 from metrics import images as image_files
-from metrics.detectors import DETECTORS
+from metrics.detectors import DETECTORS, PROTOCOLS, Protocol
 from metrics.statistics import SPACES, FeatureSums, Statistics
 from torch_utils import distributed
 
 
 class Detectors:
-    """The detectors, loaded when they are first needed. `weights`: paths or URLs by name."""
+    """The detectors, loaded when they are first needed.
 
-    def __init__(self, weights: dict | None = None, device=None):
+    `weights`: paths or URLs by name; `protocol`: a key of PROTOCOLS.
+    """
+
+    def __init__(self, weights: dict | None = None, device=None, protocol: str = 'edm'):
+        self.protocol = protocol
         self.weights = {name: path for name, path in (weights or {}).items() if path}
         self.device = torch.device(device) if device is not None else distributed.get_device()
         self.loaded = {}
 
+    @property
+    def rules(self) -> Protocol:
+        return PROTOCOLS[self.protocol]
+
     def __getitem__(self, name: str):
         if name not in self.loaded:
-            self.loaded[name] = DETECTORS[name](self.weights.get(name), self.device)
+            rules = {'prepare': self.rules.prepare} if name == 'inception' else {}
+            self.loaded[name] = DETECTORS[name](self.weights.get(name), self.device, **rules)
         return self.loaded[name]
 
     def description(self) -> dict:
@@ -69,7 +78,8 @@ def measure(batches: Iterable, num: int, detectors: Detectors, *, gaussians=(), 
         gaussians={space: feature_sums.gaussian() for space, feature_sums in sums.items()},
         features={space: torch.cat(column)[order]
                   for space, column in zip(features, values, strict=True)},
-        labels=None if None in ids else torch.cat(ids)[order])
+        labels=None if None in ids else torch.cat(ids)[order],
+        protocol=detectors.protocol)
 
 
 def measure_images(images, detectors: Detectors, *, num=None, seed=0, class_name=None, batch=64,

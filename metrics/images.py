@@ -45,7 +45,7 @@ def read_batches(images, indices, batch: int = 64, workers: int = 2) -> Iterator
     """This process's share of the batches of images[indices], as tensors.
 
     Yields (indices int64 [n], images uint8 [n, C, H, W], class ids int64 [n] or None). `workers`
-    threads read ahead.
+    threads read ahead; 0 reads when asked.
     """
     def read(start):
         part = indices[start:start + batch]
@@ -55,5 +55,5 @@ def read_batches(images, indices, batch: int = 64, workers: int = 2) -> Iterator
         return torch.from_numpy(part), torch.from_numpy(images.images(part)), ids
 
     starts = range(0, len(indices), batch)[distributed.get_rank()::distributed.get_world_size()]
-    with ThreadPoolExecutor(workers, thread_name_prefix='images') as pool:
+    with ThreadPoolExecutor(max(workers, 1), thread_name_prefix='images') as pool:
         yield from map_ahead(pool, read, starts, workers)

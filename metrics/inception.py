@@ -9,8 +9,31 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+SIZE = 299  # pixels, in height and width
 OUTPUTS = ('block0_mean', 'block1_mean', 'block2_mean', 'spatial', 'pool3', 'logits', 'softmax',
            'softmax_nobias')
+
+
+def half_pixel(images: torch.Tensor) -> torch.Tensor:
+    """Images [N, C, H, W], 0..255, as ports to PyTorch show them to the network, -1..1.
+
+    Sample i of the output is taken at (i + 1/2) in / out - 1/2 of the input.
+    """
+    x = images.float() / 255
+    return 2 * F.interpolate(x, (SIZE, SIZE), mode='bilinear', align_corners=False) - 1
+
+
+def tensorflow(images: torch.Tensor) -> torch.Tensor:
+    """The same as the TensorFlow graph does it: (x - 128) / 128, -1..1.
+
+    Sample i of the output is taken at i in / out of the input; beyond the last pixel is the last.
+    """
+    x = images.float()
+    for size in x.shape[:1:-1]:  # columns, then rows
+        place = torch.arange(SIZE, device=x.device) * (size / SIZE)
+        low = place.long()
+        x = x[..., low].lerp(x[..., (low + 1).clamp_max(size - 1)], place - low).mT
+    return (x - 128) / 128
 
 
 class _Conv(nn.Module):
@@ -95,9 +118,9 @@ def _mixed7(in_channels, pool):
 
 
 class InceptionV3(nn.ModuleDict):
-    """The network with its preprocessing; use it in eval mode."""
+    """The network; use it in eval mode. `prepare` is `half_pixel` or `tensorflow`."""
 
-    def __init__(self):
+    def __init__(self, prepare=half_pixel):
         super().__init__(dict(
             Conv2d_1a_3x3=_Conv(3, 32, 3, stride=2),
             Conv2d_2a_3x3=_Conv(32, 32, 3, padding=0),
@@ -121,6 +144,7 @@ class InceptionV3(nn.ModuleDict):
             Mixed_7b=_mixed7(1280, _avg_pool),
             Mixed_7c=_mixed7(2048, _max_pool)))
         self.fc = nn.Linear(2048, 1008)
+        self.prepare = prepare
 
     def forward(self, images: torch.Tensor, outputs=('pool3',)) -> dict[str, torch.Tensor]:
         """Features of images [N, 3, H, W] with values 0..255: the `outputs` by name.
@@ -131,8 +155,7 @@ class InceptionV3(nn.ModuleDict):
         `block0_mean`, `block1_mean`, `block2_mean` the spatial means after the first and second
         pooling and after Mixed_6e.
         """
-        x = images.to(torch.float32) / 255
-        x = 2 * F.interpolate(x, size=(299, 299), mode='bilinear', align_corners=False) - 1
+        x = self.prepare(images)
         out = {}
         for name, layer in self.items():
             if name == 'fc':

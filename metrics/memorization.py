@@ -120,7 +120,6 @@ def nearest_neighbors(queries, blocks: Iterable, k: int = 2, device='cpu'):
     for images in blocks:
         points = torch.as_tensor(images).to(device).flatten(1)
         values, places = neighbors.nearest_pixels(queries, points, min(k, len(points)))
-        squares, order = torch.cat([squares, values], dim=1).topk(k, largest=False)
-        indices = torch.cat([indices, places + offset], dim=1).gather(1, order)
+        squares, indices = neighbors.merge(squares, indices, values, places + offset)
         offset += len(points)
     return (squares / queries.shape[1]).sqrt().cpu().numpy(), indices.cpu().numpy()

@@ -89,6 +89,14 @@ def _smallest(values, k: int):
     return values, place // k * groups.shape[2] + group.gather(1, place % k)
 
 
+def merge(best, index, values, places):
+    """The smallest of `best` [N, k] and of `values` [N, n], as many as before, and where they are:
+    `index` [N, k] and `places` [N, n] say that.
+    """
+    best, order = torch.cat([best, values], dim=1).topk(best.shape[1], largest=False)
+    return best, torch.cat([index, places], dim=1).gather(1, order)
+
+
 def _settled(blocks: '_Blocks', k: int):
     """The k nearest among those that products select.
 
@@ -100,10 +108,7 @@ def _settled(blocks: '_Blocks', k: int):
     index = torch.zeros_like(best, dtype=torch.int64)
     for rows, columns, squares in blocks:
         values, place = _smallest(squares, min(keep, squares.shape[1]))
-        values = torch.cat([best[rows], values.double()], dim=1)
-        place = torch.cat([index[rows], place + columns.start], dim=1)
-        best[rows], order = values.topk(keep, largest=False)
-        index[rows] = place.gather(1, order)
+        best[rows], index[rows] = merge(best[rows], index[rows], values, place + columns.start)
     squares, order = _exact(blocks.queries, blocks.points, index).sort(dim=1)
     # A distance of exactly zero needs no certificate: nothing is nearer.
     floor = (best[:, -1] - blocks.margin).clamp_min(0)

@@ -1,21 +1,24 @@
 """Statistics of features, and the file that keeps them, in our layout and in published ones.
 
 A file holds {space: {'mu': [D], 'sigma': [D, D], 'num': images, 'features': [n, D] or missing}},
-`labels` [n] of the images whose features it has, and `meta`. The spaces are those of `SPACES`.
+`labels` [n] of the images whose features it has, `protocol`, and `meta` as JSON. The spaces are
+those of `SPACES`.
 
-- `.pkl`, `.pt`: written by torch.save as plain tensors and containers;
-- `.npz`: the same under `fid/mu`, `fid/sigma`, ..., and `meta` as JSON. Where there is one space
-  only, its name is under `space` and the keys are `mu`, `sigma`, `num`, `features`, so that other
-  programs find what they know.
+- `.pkl`: a pickle of plain dictionaries and NumPy arrays, as EDM2 reads it;
+- `.npz`: the same under `fd_dinov2/mu`, `fd_dinov2/sigma`, ... One space, `fid` if it is there,
+  has the bare keys `mu`, `sigma`, `num`, `features`, and `space` names it; `sfid` has `mu_s` and
+  `sigma_s`: what EDM, CBDM, guided diffusion and pytorch-fid read.
 
-Read as well: EDM2's `.pkl` ({'fid': {'mu', 'sigma'}, 'fd_dinov2': ...} of NumPy arrays), EDM's and
-CBDM's `.npz` (`mu`, `sigma`), guided diffusion's (`arr_0`, with or without `mu`, `sigma`, `mu_s`,
-`sigma_s`), and what earlier versions wrote (`fid/mu` for one space too; `meta` with the detector).
+Read as well, and of the protocol that the layout tells: EDM2's `.pkl`, guided diffusion's `.npz`
+(`arr_0`, with or without `mu`, `sigma`, `mu_s`, `sigma_s`), and what earlier versions wrote (which
+always measured as `cbdm`). `mu` and `sigma` alone are written by EDM, CBDM and pytorch-fid alike:
+such a file is of no protocol, and taken as of that of the images that it is compared with.
 """
 
 import dataclasses
 import json
 import os
+import pickle
 
 import numpy as np
 import torch
@@ -24,10 +27,11 @@ from torch.nn import functional as F
 from dnnlib import UserError
 from dnnlib.url import download
 from dnnlib.util import atomic_path
+from metrics.detectors import PROTOCOLS
 from metrics.frechet import frechet_distance
 from torch_utils import distributed
 from torch_utils.files.identify import NpzArrays, identify
-from torch_utils.files.own import STATISTICS_FORMAT
+from torch_utils.files.pickles import errors_of
 
 # Space -> (detector, its output): the kinds of features, named like the distance that uses them.
 SPACES = {
@@ -40,9 +44,7 @@ SPACES = {
 }
 # Detector -> the space of its usual features.
 USUAL = {'inception': 'fid', 'dinov2': 'fd_dinov2', 'pixels': 'fd_pixels'}
-# Guided diffusion's names.
-_SPATIAL = {'mu_s': 'sfid/mu', 'sigma_s': 'sfid/sigma'}
-_KEYS = ('mu', 'sigma', 'num', 'features')
+_KEYS = ('mu', 'sigma', 'num', 'features', 'labels', 'meta', 'protocol', 'space')
 
 
 @dataclasses.dataclass
@@ -107,6 +109,7 @@ class Statistics:
     features   float32 [n, D] on the CPU, of all images or of some
     labels     int64 [n], class ids of the images whose features are here, or None
     images     path of the images, from which what is missing can be measured; or None
+    protocol   key of PROTOCOLS by which Inception saw the images; None: not known
     meta       plain values: data set, detectors and the fingerprints of their weights
     """
 
@@ -115,6 +118,7 @@ class Statistics:
     features: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     labels: torch.Tensor | None = None
     images: str | None = None
+    protocol: str | None = None
     meta: dict = dataclasses.field(default_factory=dict)
 
     def of_classes(self, classes, device='cpu') -> 'Statistics':
@@ -143,27 +147,41 @@ def check_destination(dest: str, endings=('.pkl', '.pt', '.npz')):
 
 
 def save_statistics(dest: str, statistics: Statistics):
-    """Writes a .pkl or .npz file that appears only when complete (not the path of images)."""
+    """Writes a .pkl or .npz file that appears only when complete (not the path of images).
+
+    The same statistics make the same bytes.
+    """
     check_destination(dest)
-    content = {}
-    for space, gaussian in statistics.gaussians.items():
-        content[space] = {'mu': torch.from_numpy(gaussian.mu),
-                          'sigma': torch.from_numpy(gaussian.sigma), 'num': gaussian.num}
-        if space in statistics.features:
-            content[space]['features'] = statistics.features[space]
-    labels = {}
-    if statistics.features and statistics.labels is not None:
-        labels['labels'] = statistics.labels
+    content = {'protocol': statistics.protocol, 'meta': json.dumps(statistics.meta),
+               'labels': statistics.labels if statistics.features else None}
+    tables = {space: vars(gaussian) | {'features': statistics.features.get(space)}
+              for space, gaussian in statistics.gaussians.items()}
+    if dest.lower().endswith('.npz'):
+        content['space'] = min(tables, key=lambda space: space != 'fid')
+        tables = {_bare_name(space, key, content['space']): value
+                  for space, table in tables.items() for key, value in table.items()}
+    content = _arrays(content | tables)
     with atomic_path(dest) as temp, open(temp, 'wb') as file:
-        if not dest.lower().endswith('.npz'):
-            content |= {'format': STATISTICS_FORMAT, 'meta': statistics.meta}
-            torch.save(content | labels, file)
-            return
-        arrays = {f'{space}/{key}': value for space, values in content.items()
-                  for key, value in values.items()}
-        if len(content) == 1:
-            arrays = content[space] | {'space': space}
-        np.savez(file, meta=json.dumps(statistics.meta), **labels, **arrays)
+        if 'space' in content:
+            np.savez(file, **content)
+        else:
+            # Every version of NumPy finds its arrays by the former name of their module.
+            data = pickle.dumps(content, 3)
+            file.write(data.replace(b'cnumpy._core.multiarray\n', b'cnumpy.core.multiarray\n'))
+
+
+def _bare_name(space: str, key: str, bare: str) -> str:
+    """The name in an .npz: of sFID guided diffusion's, of the space `bare` the key alone."""
+    if space == 'sfid':
+        return f'{key}_s'
+    return key if space == bare else f'{space}/{key}'
+
+
+def _arrays(value):
+    """Dictionaries without what is None, and tensors as arrays."""
+    if isinstance(value, dict):
+        return {key: _arrays(item) for key, item in value.items() if item is not None}
+    return value.numpy() if isinstance(value, torch.Tensor) else value
 
 
 def load_statistics(path: str, sha256: str | None = None, space: str = 'fid') -> Statistics:
@@ -175,66 +193,69 @@ def load_statistics(path: str, sha256: str | None = None, space: str = 'fid') ->
     """
     local = download(path, sha256=sha256)
     found = identify(local)
-    content = found.content
-    if found.kind in ('images', 'folder'):
-        return Statistics(path, images=local)
-    if found.kind not in ('statistics', 'samples'):
+    if found.kind not in ('statistics', 'samples', 'images', 'folder'):
         raise UserError(f'{path}: it is a {found.what}, neither reference statistics (.pkl, .npz) '
                         'nor images (folder, .zip, .npz)')
+    if found.content is None:
+        return Statistics(path, images=local)
+    with errors_of(path):
+        return _parse(path, local, found.content, space)
+
+
+def _parse(path: str, local: str, content, space: str) -> Statistics:
+    """Statistics of any layout; `space` is that of its bare keys."""
     statistics = Statistics(path)
-    try:
-        if isinstance(content, NpzArrays):
-            statistics.images = local if 'arr_0' in content else None
-            content = _nested(content, space)
-        return _parse(statistics, content, space)
-    except UserError:
-        raise
-    except Exception as error:  # NumPy and zip have errors of their own for damaged arrays
-        reason = ' '.join(str(error).split())[:120]
-        raise UserError(f'{path}: damaged ({reason})') from None
-
-
-def _nested(arrays: NpzArrays, sole: str) -> dict:
-    """The content of an .npz in the layout of a .pkl."""
-    meta = json.loads(str(arrays['meta'])) if 'meta' in arrays else {}
-    if 'space' in arrays:
-        sole = str(arrays['space'])
-    elif 'detector' in meta:  # make_stats.py, up to November 2026
-        sole = USUAL[meta['detector']]
-        meta['detectors'] = {meta['detector']: {key: meta.get(key)
-                                                for key in ('weights', 'fingerprint')}}
-    content = {'meta': meta}
-    for name in arrays.facts:
-        space, _, key = _SPATIAL.get(name, name).rpartition('/')
-        if key in _KEYS:
-            content.setdefault(space or sole, {})[key] = arrays[name]
-    if 'labels' in arrays:
-        content['labels'] = arrays['labels']
-    return content
-
-
-def _parse(statistics: Statistics, content: dict, sole: str) -> Statistics:
+    if isinstance(content, NpzArrays):
+        statistics.images = local if 'arr_0' in content else None
+        content = _nested(content)
+    # Without a name it is of the family that has this layout.
+    family = ('cbdm' if 'meta' in content else 'adm' if statistics.images or 'sfid' in content
+              else None if 'mu' in content else 'edm')
+    statistics.protocol = str(content['protocol']) if 'protocol' in content else family
+    meta = content.get('meta', {})
+    statistics.meta = meta if isinstance(meta, dict) else json.loads(str(meta))
+    if 'detector' in statistics.meta:  # make_stats.py, up to November 2026
+        detector = statistics.meta['detector']
+        space = USUAL[detector]
+        statistics.meta['detectors'] = {
+            detector: {key: statistics.meta.get(key) for key in ('weights', 'fingerprint')}}
     if 'mu' in content:
-        content = {sole: content}
+        content = content | {str(content.get('space', space)): content}
     if content.get('labels') is not None:
-        statistics.labels = torch.as_tensor(content['labels']).long()
-    if isinstance(content.get('meta'), dict):
-        statistics.meta = content['meta']
-    for space, values in content.items():
-        if not isinstance(values, dict) or not {'mu', 'sigma'} & values.keys():
+        statistics.labels = _tensor(content['labels']).long()
+    sound = statistics.protocol in (None, *PROTOCOLS)
+    for space, table in content.items():
+        if not isinstance(table, dict) or not {'mu', 'sigma'} & table.keys():
             continue
-        mu, sigma = (np.asarray(values.get(key), dtype=np.float64) for key in ('mu', 'sigma'))
-        wrong = mu.ndim != 1 or sigma.shape != mu.shape * 2
-        if values.get('features') is not None:
-            features = torch.as_tensor(values['features']).float()
+        mu, sigma = (np.asarray(table.get(key), np.float64) for key in ('mu', 'sigma'))
+        sound = sound and mu.ndim == 1 and sigma.shape == mu.shape * 2
+        if table.get('features') is not None:
+            features = _tensor(table['features']).float()
             rows = features if statistics.labels is None else statistics.labels
-            wrong = wrong or features.shape != (len(rows), len(mu))
+            sound = sound and features.shape == (len(rows), len(mu))
             statistics.features[space] = features
-        if wrong:
-            raise UserError(f'{statistics.path}: {space} has arrays of other shapes than mu [D], '
-                            'sigma [D, D], features [n, D] and labels [n]')
-        num = values.get('num')
+        num = table.get('num')
         statistics.gaussians[space] = Gaussian(mu, sigma, None if num is None else int(num))
+    if not sound:
+        raise UserError(f'{path}: its arrays have other shapes than mu [D], sigma [D, D], '
+                        'features [n, D] and labels [n], or its protocol is none of '
+                        f'{",".join(PROTOCOLS)}')
     if not statistics.gaussians and statistics.images is None:
-        raise UserError(f'{statistics.path}: no statistics (mu and sigma) in this file')
+        raise UserError(f'{path}: no statistics (mu and sigma) in this file')
     return statistics
+
+
+def _tensor(values) -> torch.Tensor:
+    return torch.from_numpy(np.require(values, requirements='W'))
+
+
+def _nested(arrays: NpzArrays) -> dict:
+    """The content of an .npz in the layout of a .pkl, but for its bare keys."""
+    content = {}
+    for name in arrays.facts:
+        space, _, key = name.rpartition('/')
+        if key.endswith('_s'):
+            space, key = 'sfid', key.removesuffix('_s')
+        if key in _KEYS:
+            (content.setdefault(space, {}) if space else content)[key] = arrays[name]
+    return content

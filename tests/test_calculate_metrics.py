@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import run, script_module, write_digits
+from helpers import fails, run, script_module, write_digits
 
 from dnnlib.util import subset
 from metrics.frechet import frechet_distance
@@ -135,6 +135,51 @@ def test_gen_measures_what_generate_images_makes(data, snapshot, capsys, tmp_pat
     found = results(tmp_path / 'gen.json')
     assert found['results']['fd_pixels'] == pytest.approx(expected, rel=1e-3)   # a rounded pixel may differ
     assert found['seeds'] == list(range(5, 35)) and found['sampler']['num_steps'] == 3
+
+
+def test_seed_of_gen_is_that_of_the_first_image(data, snapshot, capsys, tmp_path):
+    """--seed=S --num=N are the seeds S to S + N - 1; files are read without threads too."""
+    for name, seeds in {'seed': ['--seed=7', '--num=5'], 'seeds': ['--seeds=7-11']}.items():
+        calculate(capsys, 'gen', f'--net={snapshot}', *seeds, '--steps=2', f'--ref={data}/b.pkl', '--metrics=fd_pixels',
+                  f'--dest={tmp_path}/{name}.json')
+    one, two = results(tmp_path / 'seed.json'), results(tmp_path / 'seeds.json')
+    assert one['seeds'] == two['seeds'] == [7, 8, 9, 10, 11] and one['results'] == two['results']
+    for workers in (0, 2):
+        calculate(capsys, 'calc', f'--images={data}/a.zip', f'--workers={workers}', f'--ref={data}/b.pkl', '--num=40',
+                  '--metrics=fd_pixels', f'--dest={tmp_path}/{workers}.json')
+    assert results(tmp_path / '0.json')['results'] == results(tmp_path / '2.json')['results']
+
+
+def test_same_command_same_bytes(data, capsys, tmp_path):
+    for name in ('x.pkl', 'x.npz'):
+        for folder in 'ab':
+            calculate(capsys, 'ref', f'--data={data}/a.zip', f'--dest={tmp_path}/{folder}/{name}', '--metrics=' + PIXELS)
+        assert (tmp_path / 'a' / name).read_bytes() == (tmp_path / 'b' / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_protocols_are_not_mixed_unless_asked_for(tmp_path, capsys, monkeypatch):
+    """Three references of the same pictures; each is compared with its own kind, and EDM's with ADM's."""
+    torch.manual_seed(0)
+    torch.save(InceptionV3().state_dict(), tmp_path / 'inception.pth')
+    monkeypatch.setenv('INCEPTION_WEIGHTS', str(tmp_path / 'inception.pth'))
+    write_digits(tmp_path / 'few.zip', 3)
+    for protocol in ('edm', 'adm', 'cbdm'):
+        calculate(capsys, 'ref', f'--data={tmp_path}/few.zip', f'--dest={tmp_path}/{protocol}.npz', '--metrics=fid',
+                  f'--protocol={protocol}')
+    with np.load(tmp_path / 'edm.npz') as z, np.load(tmp_path / 'cbdm.npz') as y:
+        assert z['protocol'] == 'edm' and y['protocol'] == 'cbdm'
+        np.savez(tmp_path / 'bare.npz', mu=z['mu'], sigma=z['sigma'])
+    calc = ['calc', f'--images={tmp_path}/few.zip', '--metrics=fid', f'--dest={tmp_path}/out.json']
+    for ref, protocol in (('edm', 'edm'), ('adm', 'edm'), ('edm', 'adm'), ('cbdm', 'cbdm'), ('bare', 'edm')):
+        printed = calculate(capsys, *calc, f'--ref={tmp_path}/{ref}.npz', f'--protocol={protocol}')
+        found = results(tmp_path / 'out.json')
+        assert found['results']['fid'] == pytest.approx(0, abs=1e-4) and found['protocol'] == protocol
+        assert ('names no protocol' in printed) == (ref == 'bare')
+    args = [*calc, f'--ref={tmp_path}/cbdm.npz']
+    assert '--protocol=edm resizes and scales' in fails(SCRIPT, *args)
+    assert 'is of the protocol cbdm' in calculate(capsys, *args, '--mix-protocols')
+    assert results(tmp_path / 'out.json')['ref_protocol'] == 'cbdm'
 
 
 @pytest.mark.slow

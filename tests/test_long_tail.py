@@ -21,6 +21,7 @@ from helpers import ROOT, command, environment, fails, invoke, run, script_modul
 from dnnlib import UserError
 from long_tail import classwise, datasets, imbalance
 from metrics.frechet import frechet_distance
+from metrics.inception import InceptionV3
 from metrics.statistics import Gaussian, Statistics, load_statistics
 from torch_utils import distributed
 from torch_utils.files.own import read_own
@@ -415,6 +416,64 @@ def test_published_checkpoints_are_evaluated_and_fine_tuned(trained, digits_stat
     assert StepCheckpoints(str(tmp_path / 'tuned')).numbers() == [200001]
     assert 'does not fit the network' in fails(MAIN, '--eval', *args,
                                                '--ch=64', '--detector=pixels', f'--fid_cache={digits_stats}')
+
+
+def test_samples_of_the_published_code(trained, digits_stats):
+    """*_samples_ema_*.npy in every layout, with --sampled."""
+    args = ['--ckpt_step=4', '--omega=1.6', '--sampled', '--noprd']
+    evaluate(trained, digits_stats, *args[:2], '--noprd', num=40)
+    ours = trained / 'saved_4_cfg_omega1.6.npz'
+    report = ours.with_suffix('.json')
+    expected = json.loads(report.read_text())
+    images = NpzImages(str(ours))
+    pixels, labels = images.images(np.arange(40)), images.label_ids
+    ours.unlink()
+    np.save(trained / 'cfg_1.6_labels_ema_saved.npy', labels)
+    for array in (pixels, pixels.transpose(0, 2, 3, 1), pixels / np.float32(255), pixels / 127.5 - 1,
+                  pixels.astype(np.float32)):
+        np.save(trained / 'cfg_1.6_samples_ema_saved.npy', array)
+        evaluate(trained, digits_stats, *args)
+        assert json.loads(report.read_text())['all'] == pytest.approx(expected['all'])
+        assert json.loads(report.read_text())['groups'].keys() == expected['groups'].keys()
+    np.save(trained / 'cfg_1.6_samples_ema_other.npy', pixels)
+    assert 'cfg_1.6_samples_ema_saved.npy' in evaluate(trained, digits_stats, *args)
+    failing = [f'--flagfile={trained}/flagfile.txt', f'--logdir={trained}', '--notrain', '--eval', '--num_images=40',
+               '--detector=pixels', f'--fid_cache={digits_stats}', *args]
+    assert 'several' in fails(MAIN, *failing, '--sample_name=third')
+    for array, words in ((pixels[:3], '3 images'), (pixels[:, 0], 'instead of images'), (pixels * 3.0, '0..765')):
+        np.save(trained / 'cfg_1.6_samples_ema_saved.npy', array)
+        (trained / 'cfg_1.6_labels_ema_saved.npy').unlink(missing_ok=True)
+        assert words in fails(MAIN, *failing)
+    for path in trained.glob('*_ema_*.npy'):
+        path.unlink()
+
+
+@pytest.mark.slow
+def test_published_features_beside_a_cache(trained, tmp_path):
+    """The cache of mean and covariance alone, and DATA_feats.npy: the same as of our file with features."""
+    torch.manual_seed(0)
+    torch.save(InceptionV3().state_dict(), tmp_path / 'weights.pth')
+    network = ['--detector=inception', f'--weights={tmp_path}/weights.pth']
+    invoke('long_tail/make_stats.py', '--data_type=digits', '--num=12', f'--dest={tmp_path}/ours.npz', *network)
+    stats = load_statistics(str(tmp_path / 'ours.npz'))
+    assert stats.protocol == 'cbdm'
+    (tmp_path / 'theirs').mkdir()
+    np.savez(tmp_path / 'theirs' / 'digits.train.npz', mu=stats.gaussians['fid'].mu, sigma=stats.gaussians['fid'].sigma)
+    found = []
+    for cache in ('ours.npz', 'theirs/digits.train.npz'):
+        evaluate(trained, tmp_path / cache, '--ckpt_step=4', '--sample_name=feats', *network,
+                 *(['--sampled'] if found else []), num=12)
+        found.append(json.loads((trained / 'feats_4_cfg_omega0.json').read_text())['all'])
+        np.save(tmp_path / 'theirs' / 'digits_feats.npy', stats.features['fid'].double().numpy())
+    assert found[0] == pytest.approx(found[1], rel=1e-6) and {'prd_f8', 'precision', 'recall', 'is'} <= found[1].keys()
+    np.save(tmp_path / 'theirs' / 'digits_feats.npy', np.zeros([5, 7]))
+    assert 'digits_feats.npy: float64 [5, 7]' in fails(
+        MAIN, f'--flagfile={trained}/flagfile.txt', f'--logdir={trained}', '--notrain', '--eval', *network,
+        f'--fid_cache={tmp_path}/theirs/digits.train.npz')
+    (tmp_path / 'edm2.pkl').write_bytes(pickle.dumps({'fid': dict(mu=np.zeros(2048), sigma=np.eye(2048))}))
+    assert 'which is of the protocol edm' in fails(
+        MAIN, f'--flagfile={trained}/flagfile.txt', f'--logdir={trained}', '--notrain', '--eval', *network,
+        f'--fid_cache={tmp_path}/edm2.pkl')
 
 
 def test_evaluation_during_training(digits_stats, tmp_path):

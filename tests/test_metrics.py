@@ -3,6 +3,7 @@
 import http.server
 import os
 import pickle
+import pickletools
 import re
 import threading
 import zipfile
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from dnnlib import UserError, url
 from dnnlib.util import subset
-from metrics import compute, detectors, inception_score, neighbors, precision_recall
+from metrics import compute, detectors, inception, inception_score, neighbors, precision_recall
 from metrics import images as image_files
 from metrics.features import Detectors, measure_images
 from metrics.frechet import frechet_distance
@@ -224,6 +225,44 @@ def test_inception_weights_are_read_from_every_form(weights):
     torch.testing.assert_close(found['pool3'], made[1](gray.repeat(1, 3, 1, 1), ('pool3',))['pool3'])
 
 
+def test_tensorflow_resizing_by_hand(monkeypatch):
+    """A ramp 64 r + 16 c of 4 x 4 pixels at 6 x 6: pixel (i, j) is the ramp at 2/3 (i, j), and at 3 beyond the last."""
+    monkeypatch.setattr(inception, 'SIZE', 6)
+    ramp = (64 * torch.arange(4)[:, None] + 16 * torch.arange(4)).to(torch.uint8)
+    rows = [0, 128 / 3, 256 / 3, 128, 512 / 3, 192]
+    columns = [0, 32 / 3, 64 / 3, 32, 128 / 3, 48]
+    expected = (torch.tensor(rows)[:, None] + torch.tensor(columns) - 128) / 128
+    torch.testing.assert_close(inception.tensorflow(ramp[None, None])[0, 0], expected)
+    half = inception.half_pixel(ramp[None, None])[0, 0]         # at 2/3 (i + 1/2) - 1/2, within the picture
+    places = torch.tensor([0, 1 / 2, 7 / 6, 11 / 6, 5 / 2, 3])
+    torch.testing.assert_close(half, (64 * places[:, None] + 16 * places) / 127.5 - 1)
+
+
+@pytest.mark.parametrize('shape', [(2, 3, 7, 5), (1, 1, 1, 1), (1, 1, 299, 299), (1, 3, 301, 640)])
+def test_tensorflow_resizing_pixel_by_pixel(shape):
+    """Odd sizes, gray, larger ones: the weighted four pixels around i in / out."""
+    images = (random(*shape) * 60 + 128).clamp(0, 255).to(torch.uint8)
+    found = inception.tensorflow(images)
+    assert found.shape == (*shape[:2], 299, 299)
+    x = images.double()
+    for i, j in np.random.RandomState(0).randint(299, size=(40, 2)).tolist() + [[298, 298], [0, 0]]:
+        (r, u), (c, v) = (divmod(k * size / 299, 1) for k, size in zip((i, j), shape[2:], strict=True))
+        r, c = int(r), int(c)
+        below, right = min(r + 1, shape[2] - 1), min(c + 1, shape[3] - 1)
+        pixel = (1 - u) * ((1 - v) * x[..., r, c] + v * x[..., r, right]) \
+            + u * ((1 - v) * x[..., below, c] + v * x[..., below, right])
+        torch.testing.assert_close(found[..., i, j].double(), (pixel - 128) / 128, rtol=0, atol=1e-3)
+
+
+def test_protocols_show_images_in_their_way(weights):
+    images = (random(2, 3, 32, 32) * 60 + 128).clamp(0, 255).to(torch.uint8)
+    seen = {name: Detectors({'inception': str(weights / 'state.pth')}, 'cpu', name)['inception'].net.prepare(images)
+            for name in detectors.PROTOCOLS}
+    assert torch.equal(seen['edm'], seen['adm'])
+    assert torch.equal(seen['edm'], inception.tensorflow(images))
+    assert torch.equal(seen['cbdm'], inception.half_pixel(images))
+
+
 @pytest.mark.filterwarnings('ignore:Detected pickle protocol')
 def test_foreign_weights_are_refused_in_one_line(tmp_path):
     torch.save({'fc.weight': torch.zeros(1008, 2048), 'other': torch.zeros(1)}, tmp_path / 'other.pth')
@@ -388,6 +427,73 @@ def test_one_space_in_an_npz_is_what_other_programs_read(tmp_path):
     np.savez(tmp_path / 'long_tail.npz', mu=a.mu, sigma=a.sigma, meta=meta, num=50)
     for name in ('new', 'old', 'long_tail'):
         assert_same(load_statistics(str(tmp_path / f'{name}.npz')).gaussians['fd_pixels'], a)
+
+
+def test_npz_has_the_names_of_the_originals(tmp_path):
+    """`mu`, `sigma` of FID, `mu_s`, `sigma_s` of sFID, whatever else is beside them; of sFID alone, too."""
+    made = Statistics('', {space: gaussian(dim, dim, 50) for space, dim in
+                           (('fd_pixels', 3), ('sfid', 4), ('fid', 6))}, {'sfid': random(5, 4)}, protocol='adm')
+    save_statistics(str(tmp_path / 'x.npz'), made)
+    with np.load(tmp_path / 'x.npz', allow_pickle=False) as z:
+        for name, array in (('mu', made.gaussians['fid'].mu), ('sigma', made.gaussians['fid'].sigma),
+                            ('mu_s', made.gaussians['sfid'].mu), ('sigma_s', made.gaussians['sfid'].sigma)):
+            np.testing.assert_array_equal(z[name], array)
+    save_statistics(str(tmp_path / 'sfid.npz'), Statistics('', {'sfid': made.gaussians['sfid']}, protocol='adm'))
+    with np.load(tmp_path / 'sfid.npz', allow_pickle=False) as z:
+        assert 'mu_s' in z and 'mu' not in z
+    for name, spaces in (('x.npz', made.gaussians.keys()), ('sfid.npz', {'sfid'})):
+        found = load_statistics(str(tmp_path / name))
+        assert found.gaussians.keys() == spaces and found.protocol == 'adm'
+        assert_same(found.gaussians['sfid'], made.gaussians['sfid'])
+
+
+def test_pkl_is_a_plain_pickle_of_the_same_bytes(tmp_path):
+    """EDM2 loads it with the pickle of Python; so does any version of NumPy, by names that all of them know."""
+    made = Statistics('', {'fid': gaussian(6, 0, 50), 'fd_dinov2': gaussian(4, 1, 50)}, {'fid': random(5, 6)},
+                      torch.arange(5), protocol='edm', meta={'data': 'x.zip'})
+    for name in ('a.pkl', 'b.pkl', 'a.npz', 'b.npz'):
+        save_statistics(str(tmp_path / name), made)
+    assert (tmp_path / 'a.pkl').read_bytes() == (tmp_path / 'b.pkl').read_bytes()
+    assert (tmp_path / 'a.npz').read_bytes() == (tmp_path / 'b.npz').read_bytes()
+    content = pickle.loads((tmp_path / 'a.pkl').read_bytes())
+    for space, values in made.gaussians.items():
+        assert type(content[space]['mu']) is np.ndarray
+        np.testing.assert_array_equal(content[space]['mu'], values.mu)
+        np.testing.assert_array_equal(content[space]['sigma'], values.sigma)
+    names = {arg for op, arg, _ in pickletools.genops((tmp_path / 'a.pkl').read_bytes()) if op.name == 'GLOBAL'}
+    assert names == {'numpy.core.multiarray _reconstruct', 'numpy ndarray', 'numpy dtype'}
+
+
+def test_statistics_are_of_the_protocol_that_they_name_or_of_their_family(tmp_path):
+    a, pixels = gaussian(6, 0), np.zeros((3, 4, 4, 3), np.uint8)
+    for name in detectors.PROTOCOLS:
+        for ending in ('npz', 'pkl'):
+            save_statistics(str(tmp_path / f'{name}.{ending}'), Statistics('', {'fid': a}, protocol=name))
+            assert load_statistics(str(tmp_path / f'{name}.{ending}')).protocol == name
+    bare = dict(mu=a.mu, sigma=a.sigma)
+    (tmp_path / 'edm2.pkl').write_bytes(pickle.dumps({'fid': bare}))
+    np.savez(tmp_path / 'bare.npz', **bare)
+    np.savez(tmp_path / 'adm1.npz', arr_0=pixels, **bare)
+    np.savez(tmp_path / 'adm2.npz', mu_s=a.mu, sigma_s=a.sigma, **bare)
+    np.savez(tmp_path / 'earlier.npz', meta='{}', num=50, **bare)
+    torch.save({'format': 'feature-statistics-1', 'fid': {key: torch.from_numpy(x) for key, x in bare.items()},
+                'meta': {}}, tmp_path / 'earlier.pkl')
+    for name, family in {'edm2.pkl': 'edm', 'bare.npz': None, 'adm1.npz': 'adm', 'adm2.npz': 'adm',
+                         'earlier.npz': 'cbdm', 'earlier.pkl': 'cbdm'}.items():
+        reference = load_statistics(str(tmp_path / name))
+        assert reference.protocol == family, name
+        for protocol in detectors.PROTOCOLS:
+            if family is None or (family == 'cbdm') == (protocol == 'cbdm'):
+                compute.same_protocol(reference, protocol, ['fid'])
+            else:
+                with pytest.raises(UserError, match=f'protocol {family}') as error:
+                    compute.same_protocol(reference, protocol, ['fid', 'fd_pixels'])
+                assert name in one_line(error)
+            compute.same_protocol(reference, protocol, ['fd_pixels'])    # has no part in it
+    np.savez(tmp_path / 'other.npz', protocol='tiger', **bare)
+    with pytest.raises(UserError, match='protocol is none of edm') as error:
+        load_statistics(str(tmp_path / 'other.npz'))
+    one_line(error)
 
 
 @pytest.mark.parametrize('protocol', range(2, 6))
