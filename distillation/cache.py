@@ -1,8 +1,8 @@
 """The cache of distillation: noisy images, their levels and perhaps classes, in memory and as a
 safetensors file.
 
-The file holds `x`, `levels`, perhaps `classes` and, as metadata, what it was made with. A process
-never holds a second copy of its images.
+The file holds `x`, `levels`, perhaps `classes` and, as metadata, what it was made with. Those of
+the paper's authors are read too. A process never holds a second copy of its images.
 """
 
 import dataclasses
@@ -11,11 +11,19 @@ import math
 import os
 import struct
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
 from dnnlib import UserError
 from dnnlib.util import atomic_path, require_same
+from torch_utils.files.pickles import (
+    NUMPY_ARRAYS,
+    ForeignPickleError,
+    NumpyArray,
+    RestrictedUnpickler,
+    map_file,
+)
 
 TYPES = {'x': 'F32', 'levels': 'I64', 'classes': 'I64'}  # of the tensors in a file
 READ_ROWS = 4096
@@ -66,23 +74,52 @@ class Cache:
         self[:] = Cache(**{name: state[name] for name in stored})
 
 
-def open_cache(path: str) -> tuple[Cache, dict]:
-    """A cache on disk, memory-mapped, and what it was made with.
+def _read_published(path: str) -> Cache:
+    """The authors' pickle of the arrays total_t (levels) and total_x_t_1 (images), by name or in
+    this order.
+    """
+    reader = RestrictedUnpickler(map_file(path), NUMPY_ARRAYS)
+    content = reader.load()
+    if isinstance(content, NumpyArray):
+        content = [content, reader.load()]
+    if isinstance(content, dict):
+        content = [content[name] for name in ('total_t', 'total_x_t_1')]
+    levels, x = (part.array() for part in content)
+    if levels.dtype.kind not in 'iu':
+        raise ValueError('its steps are no whole numbers')
+    x = np.require(x, np.float32, 'W')  # a view of the mapped file, if it is not small
+    return Cache(torch.from_numpy(x), torch.from_numpy(levels.astype(np.int64).reshape(-1)))
 
-    Raises UserError for a file that `write_cache` did not write.
+
+def open_cache(path: str) -> tuple[Cache, dict | None]:
+    """A cache on disk, memory-mapped, and what it was made with; None for one of the authors, who
+    do not say.
+
+    Raises UserError for any other file.
     """
     if not os.path.isfile(path):
         raise UserError(f'{path}: there is no such cache; make it with dynamic_prepare.py')
     try:
-        with safe_open(path, 'pt') as file:
-            cache = Cache(**{name: file.get_tensor(name) for name in file.keys()})
-            metadata = file.metadata() or {}
+        with open(path, 'rb') as file:
+            head = file.read(9)
+        if head[:1] == b'\x80' and head[8:] != b'{':  # where the text of safetensors begins
+            cache = _read_published(path)
+            metadata = None
+        else:
+            with safe_open(path, 'pt') as file:
+                cache = Cache(**{name: file.get_tensor(name) for name in file.keys()})
+                metadata = {name: json.loads(value)
+                            for name, value in (file.metadata() or {}).items()}
         x, *integers = cache.state_dict().values()
         if x.ndim != 4 or not x.numel() or x.dtype != torch.float32 or any(
                 value.shape != x.shape[:1] or value.dtype != torch.int64 for value in integers):
             raise ValueError('its tensors are not those of a cache')
-        return cache, {name: json.loads(value) for name, value in metadata.items()}
-    except (SafetensorError, OSError, TypeError, ValueError) as error:
+        if metadata and metadata.pop('images of a process', None):
+            # Earlier versions noted the batch of a process.
+            metadata['batch_size'] *= metadata['processes']
+        return cache, metadata
+    except (ForeignPickleError, SafetensorError, OSError, AttributeError, LookupError, TypeError,
+            ValueError) as error:
         raise UserError(f'{path} is not a cache made by dynamic_prepare.py, or damaged '
                         f'({error})') from None
 
@@ -111,17 +148,17 @@ def write_cache(path: str, shares: list[Cache], description: dict):
 def load_cache(path: str, rank: int, size: int, expected: dict) -> Cache:
     """The share of a process in a cache file: images `rank * size .. (rank + 1) * size - 1`.
 
-    `expected` are entries that the file's description must agree with. Raises UserError saying
-    what differs, or if the file is too small.
+    `expected` are entries that the file's description, if any, must agree with. Raises UserError
+    saying what differs, or if the file is too small.
     """
     cache, description = open_cache(path)
-    require_same(path, description, expected, 'make another one with dynamic_prepare.py')
+    if description is not None:
+        require_same(path, description, expected, 'make another one with dynamic_prepare.py')
     first = rank * size
     end = first + size
     if len(cache) < end:
         raise UserError(f'{path} holds {len(cache)} images, and process {rank} needs '
-                        f'those up to {end}: prepare it for as many processes, this batch size '
-                        'and this rho')
+                        f'those up to {end}: prepare it for this batch size and this rho')
     share = Cache(**{name: torch.empty_like(value)
                      for name, value in cache[first:end].state_dict().items()})
     for start in range(0, size, READ_ROWS):

@@ -9,6 +9,7 @@ further files, found from the current folder or from distillation/. Overrides ch
 
 import contextlib
 import dataclasses
+import math
 import os
 import re
 from pathlib import Path
@@ -20,7 +21,7 @@ from omegaconf import OmegaConf
 
 from distillation.dkdm import SOURCES
 from dnnlib import UserError, cli
-from dnnlib.options import fast_products, seed, text, together
+from dnnlib.options import fast_products, group, seed, text, together, wandb
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -119,10 +120,14 @@ class Teacher(Network):
 
 @section
 class Training(Network):
-    """A network and how it is trained. `batch_size` is that of one process."""
+    """A network and how it is trained. `batch_size` is that of all processes together.
+
+    random_flip  mirror images at random; None: yes, but in a run that began without
+    """
 
     model_path: str = ''
     batch_size: int = 128
+    random_flip: bool | None = None
     microbatch: int = -1
     lr: float = 1e-4
     weight_decay: float = 0.0
@@ -147,8 +152,11 @@ class Experiment:
 
 
 def ema_rates(text: str) -> list[float]:
-    """'0.99,0.9999' -> [0.99, 0.9999]; each once."""
-    return list(dict.fromkeys(map(float, text.split(','))))
+    """'0.99,0.9999' -> [0.99, 0.9999]; each once, and [nan] for what is no number."""
+    try:
+        return list(dict.fromkeys(map(float, text.split(','))))
+    except ValueError:
+        return [math.nan]
 
 
 # What types alone do not tell: (keys, test of a value, what it must be).
@@ -161,7 +169,7 @@ _RULES = [
     ('prob', lambda value: 0 < value <= 1, 'must be a probability above 0'),
     ('schedule_sampler', lambda value: value == 'uniform', 'is not supported; write uniform'),
     ('iter_choice', lambda value: value in SOURCES, f'is not one of {", ".join(SOURCES)}'),
-    ('ema_rate', re.compile(r'(0|0?\.\d+)(, ?(0|0?\.\d+))*').fullmatch,
+    ('ema_rate', lambda value: all(0 <= rate < 1 for rate in ema_rates(value)),
      'must be rates below 1, e.g. 0.99,0.9999'),
 ]
 
@@ -185,7 +193,13 @@ def _one_line_errors(where: str):
 
 
 def _load(path: str, what: str) -> omegaconf.DictConfig:
-    """A YAML file, found from the current folder or from distillation/."""
+    """A YAML file, found from the current folder or from distillation/.
+
+    NAME-Baseline-0.1.yaml and the like, which are the baselines under names that say how many of
+    the images are real, have the content of NAME-Baseline.yaml.
+    """
+    if not os.path.exists(path):
+        path = re.sub(r'(-Baseline)-(0|1|[01]?\.\d+)\.yaml$', r'\1.yaml', path)
     places = [place for place in (Path(path), FOLDER / path) if place.is_file()]
     if not places:
         raise UserError(f'{what}: there is no file {path}')
@@ -264,9 +278,15 @@ common_options = together(
     text('YAML', '--config', 'Experiment or network, see yaml/', required=True),
     seed('--seed', 0, 'Seed of everything random'), fast_products,
     click.argument('overrides', metavar='[KEY=VALUE]...', nargs=-1))
-outdir_option = text(
-    'DIR', '--outdir', 'Where checkpoints go  [default: experiments/NAME of the configuration]',
-    envvar=OUTDIR_VARIABLE, show_envvar=True)
+run_options = together(
+    text('DIR', '--outdir --exp_dir',
+         'Where checkpoints go  [default: experiments/NAME of the configuration]',
+         envvar=OUTDIR_VARIABLE, show_envvar=True),
+    group(
+        'running',
+        text('PT', '--resume_checkpoint resume_from',
+             'modelNNNNNN.pt to go on from, if --outdir has none'),
+        wandb))
 
 
 def default_outdir(config: str) -> str:

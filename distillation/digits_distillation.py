@@ -82,11 +82,11 @@ def student(rho: float) -> str:
 # Stages: command lines, and the file that each is to make.
 
 
-def training_options(study: Study, name: str, prefix: str = '', processes: int = 1) -> list[str]:
+def training_options(study: Study, name: str, prefix: str = '') -> list[str]:
     steps = study.steps(name)
     return studies.arguments(dict(
         lr_anneal_steps=steps, save_interval=max(steps // 4, 1), log_interval=max(steps // 10, 1),
-        batch_size=study.batch // processes), prefix)
+        batch_size=study.batch), prefix)
 
 
 def train(study: Study, name: str, data: str, processes: int = 1) -> tuple[list, str]:
@@ -95,7 +95,7 @@ def train(study: Study, name: str, data: str, processes: int = 1) -> tuple[list,
         launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
     return [*launcher, SCRIPTS / 'image_train.py', '--data_dir', data,
             '--config', study.origins[name][2], '--outdir', study.path(name), '--seed', study.seed,
-            *training_options(study, name, processes=processes)], study.weights(name)
+            *training_options(study, name)], study.weights(name)
 
 
 def train_teacher(study: Study) -> tuple[list, str]:

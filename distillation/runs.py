@@ -62,16 +62,30 @@ def open_teacher(section: configs.Teacher) -> Teacher:
     return Teacher(net)
 
 
+def process_batch(section: configs.Training) -> int:
+    """Images of a step on this process. Raises UserError unless all have as many."""
+    size = section.batch_size
+    processes = dist.get_world_size()
+    if size % processes:
+        raise UserError(f'cannot be split over {processes} processes', 'batch_size', size)
+    return size // processes
+
+
+def cache_share(experiment: configs.Experiment, teacher: Teacher) -> int:
+    """Images of the cache of this process."""
+    return cache_size(experiment.teacher.BATCH, teacher.diffusion.num_steps,
+                      process_batch(experiment.student))
+
+
 def cache_description(experiment: configs.Experiment, teacher: Teacher) -> dict:
     """What a cache is made with, and must agree with where it is used.
 
     Raises UserError if the configuration names none.
     """
-    section, batch = experiment.teacher, experiment.student.batch_size
+    section = experiment.teacher
     if not section.tempfile:
         raise UserError('teacher.tempfile is missing; it names the cache of dynamic_prepare.py')
-    return {'rho': section.BATCH, 'batch_size': batch,
-            'images of a process': cache_size(section.BATCH, teacher.diffusion.num_steps, batch),
+    return {'rho': section.BATCH, 'batch_size': experiment.student.batch_size,
             'image_shape': teacher.image_shape, 'diffusion': section.diffusion.arguments(),
             'clip_denoised': section.diffusion.clip_denoised,
             'teacher': fingerprint(section.model_path)}
@@ -94,6 +108,8 @@ def align(experiment: configs.Experiment):
         value, own = (getattr(side.model, name) for side in (teacher, student))
         if value != own:
             raise UserError(f"student.model.{name}: {own} differs from the teacher's {value}")
+    if student.random_flip is not None:
+        raise UserError('student.random_flip: a distillation has no images that could be mirrored')
     if student.diffusion.use_kl:
         raise UserError('student.diffusion.use_kl: distillation has no pure KL loss; write false')
 
@@ -103,14 +119,20 @@ def open_source(experiment: configs.Experiment, teacher: Teacher, seed: int):
 
     Raises UserError if the cache is missing, or made with something else.
     """
-    section, batch = experiment.teacher, experiment.student.batch_size
+    section, batch = experiment.teacher, process_batch(experiment.student)
     rng = process_random(seed, TRAINING)
     source = SOURCES[section.iter_choice]
     if source is IterativeSource:
         return source(teacher, batch, rng, section.prob)
     description = cache_description(experiment, teacher)
-    cache = load_cache(section.tempfile, dist.get_rank(), description['images of a process'],
+    cache = load_cache(section.tempfile, dist.get_rank(), cache_share(experiment, teacher),
                        description)
+    shape = list(cache.x.shape[1:])
+    low, high = map(int, cache.levels.aminmax())
+    steps = teacher.diffusion.num_steps
+    if shape != teacher.image_shape or low < 0 or high > steps:
+        raise UserError(f'{section.tempfile} holds images {shape} at steps {low} to {high}; the '
+                        f'teacher makes {teacher.image_shape} in {steps}')
     return source(teacher, cache, batch, rng, section.prob)
 
 
@@ -130,18 +152,18 @@ def description(net, name: str, size: int = 0) -> dict:
 
 
 def train(section: configs.Training, net, loss, batches, outdir: str | None, *, rule: dict,
-          dataset: dict, options: dict, **running):
+          dataset: dict, options: dict, running: dict):
     """Trains `net` as the section says, with checkpoints in `outdir`, from the newest one there.
 
     outdir   None: experiments/NAME of the configuration
     rule     name and settings of the loss, for the recipe
     dataset  description of what is learned
     options  settings, for training_options.json, with `config` and `seed`
-    running  further arguments of `recipe.fit`
+    running  further arguments of `recipe.fit`; without `resume_from`, that is the section's
 
     Raises UserError for a checkpoint of another run.
     """
-    batch = section.batch_size * dist.get_world_size()
+    batch = section.batch_size
     steps = section.total_steps or section.lr_anneal_steps or ENDLESS
     save = section.save_interval * batch
     loss_scale = None
@@ -164,10 +186,10 @@ def train(section: configs.Training, net, loss, batches, outdir: str | None, *, 
         batch_gpu=None if section.microbatch == -1 else section.microbatch,
         status=section.log_interval * batch, snapshot=save, checkpoint=save,
         loss_scale=loss_scale)
+    running['resume_from'] = running['resume_from'] or section.resume_checkpoint or None
     layout = functools.partial(CacheCheckpoints, cache_interval=section.cache_save_interval)
-    with renamed_fields(resume_from='resume_checkpoint'):
+    with renamed_fields(resume_from='resume_checkpoint', batch='batch_size'):
         nimg = recipe.fit(rules, outdir or configs.default_outdir(options['config']), net, loss,
                           batches, options=options, layout=layout,
-                          resume_from=section.resume_checkpoint or None,
                           allow_changes=section.allow_changes, **running)
     dist.print0(f'{nimg // batch} steps done')

@@ -55,7 +55,7 @@ def nominal_counts(data_type: str, imb_type: str, imb_factor: float) -> np.ndarr
 
 
 def open_data(data_type: str, root: str, *, size: int | None = None, imb_type='exp',
-              imb_factor=0.01, split='train', download=False, xflip=False) -> ArrayImages:
+              imb_factor=0.01, split='train', download=False) -> ArrayImages:
     """The data that `data_type` names: cifar10, cifar100, digits or zip, with `lt`: a long tail
     of it.
 
@@ -63,7 +63,6 @@ def open_data(data_type: str, root: str, *, size: int | None = None, imb_type='e
              or folder of labelled images
     size     width and height to which other images are resized (Lanczos)
     split    'train', or 'test' for CIFAR
-    xflip    add the mirror image of each
 
     Raises UserError that names the field or the file: unknown type, no archive, wrong checksum or
     layout, a class without images.
@@ -79,9 +78,6 @@ def open_data(data_type: str, root: str, *, size: int | None = None, imb_type='e
         raise UserError(f'{source.name}: class {label} ({names[label]}) is left without images; '
                         'leave it out of the data, or give a larger imb_factor')
     images = _read(source, indices, size)
-    if xflip:
-        images = np.concatenate([images, images[:, :, ::-1]])
-        labels = np.concatenate([labels, labels])
     return ArrayImages(data_type, images, labels, {'class_names': names})
 
 

@@ -8,6 +8,17 @@ import click
 
 from dnnlib import cli
 
+# absl's own flags: its flag files have them all, and they mean nothing here.
+_HELP = {'help', 'helpfull', 'helpshort', 'helpxml'}
+_ABSL_SWITCHES = _HELP | {
+    'alsologtostderr', 'logtostderr', 'only_check_args', 'only_check_flags', 'pdb',
+    'pdb_post_mortem', 'run_with_pdb', 'run_with_profiling', 'showprefixforinfo',
+    'use_cprofile_for_profiling'}
+_ABSL_VALUES = {
+    'log_dir', 'logger_levels', 'profile_file', 'stderrthreshold', 'test_random_seed',
+    'test_randomize_ordering_seed', 'test_srcdir', 'test_tmpdir', 'undefok', 'v', 'verbosity',
+    'xml_output_file'}
+
 
 class FlagCommand(cli.Command):
     """A command with `--flagfile FILE`, and of every switch `--name`, `--noname` and
@@ -19,7 +30,9 @@ class FlagCommand(cli.Command):
     """
 
     def parse_args(self, ctx, args):
-        if not {'-h', '--help'}.intersection(args):
+        if {'-h', *(f'--{name}' for name in _HELP)}.intersection(args):
+            args = ['--help']
+        else:
             names = {option.lstrip('-'): param for param in self.params
                      for option in (*param.opts, *param.secondary_opts)}
             try:
@@ -44,6 +57,12 @@ def read_flags(args, names: dict, files: tuple = ()) -> dict:
         name, equals, value = arg.lstrip('-').partition('=')
         name = name.replace('-', '_')
         param = names.get(name)
+        if param is None and name.removeprefix('no') in _ABSL_SWITCHES:
+            continue
+        if name in _ABSL_VALUES:
+            if not equals:
+                next(args, None)
+            continue
         if param is None or not arg.startswith('-'):
             similar = ', '.join(difflib.get_close_matches(name, names)) or 'none'
             raise click.UsageError(f'{arg!r} is no option; write --name=value, see --help '
@@ -57,7 +76,7 @@ def read_flags(args, names: dict, files: tuple = ()) -> dict:
         if value is None:
             raise click.UsageError(f'--{name} needs a value')
         if name == 'flagfile':
-            values |= _read_file(value, names, files)
+            values |= _read_file(value, names, files) if value else {}
             lists.clear()
         elif name in lists:
             values[name] += f',{value}'
@@ -73,17 +92,23 @@ def _read_file(path: str, names: dict, files: tuple) -> dict:
     if files and not os.path.exists(path):
         path = os.path.join(os.path.dirname(files[-1]), path)
     real = os.path.realpath(path)
-    args = []
+    where = f'--flagfile={path}'
+
+    def arguments(text):
+        nonlocal where
+        for number, line in enumerate(map(str.strip, text.splitlines()), 1):
+            where = f'--flagfile={path}, line {number}'
+            if line and not line.startswith(('#', '//')):
+                yield from [line] if '=' in line.split()[0] else line.split(None, 1)
+
     try:
         if real in files:
             raise click.UsageError('it names itself')
-        for line in map(str.strip, Path(path).read_text(encoding='utf-8').splitlines()):
-            if line and not line.startswith(('#', '//')):
-                args += [line] if '=' in line.split()[0] else line.split(None, 1)
-        return read_flags(args, names, (*files, real))
+        text = Path(path).read_text(encoding='utf-8')
+        return read_flags(arguments(text), names, (*files, real))
     except (OSError, UnicodeDecodeError, click.UsageError) as error:
         reason = error.format_message() if isinstance(error, click.UsageError) else error
-        raise click.UsageError(f'--flagfile={path}: {reason}') from None
+        raise click.UsageError(f'{where}: {reason}') from None
 
 
 def to_text(params, values: dict) -> str:

@@ -18,12 +18,12 @@ def class_counts(total: int, num_classes: int, kind: str, factor: float) -> np.n
     """Images of each class, int64. With m = total / num_classes:
 
     'exp': m factor^(c / (num_classes - 1)); 'step': m for the first half of the classes and m
-    factor for the rest; 'none': m. `factor` in (0, 1] is the share of the last class. Raises
-    UserError for other values.
+    factor for the rest; 'none': m. `factor` in (0, 1] is the share of the last class; 'none' takes
+    any. Raises UserError for other values.
     """
     if kind not in EXPONENTS:
         raise UserError(f'is not one of {", ".join(EXPONENTS)}', 'imb_type', kind)
-    if not 0 < factor <= 1:
+    if kind != 'none' and not 0 < factor <= 1:
         raise UserError('is not in (0, 1]', 'imb_factor', factor)
     most, exponent = total / num_classes, EXPONENTS[kind]
     counts = [int(most * factor ** exponent(c, num_classes)) for c in range(num_classes)]

@@ -35,7 +35,7 @@ from long_tail.flags import FlagCommand, to_text
 from torch_utils import distributed as dist
 from torch_utils.files.identify import identify
 from torch_utils.files.weights import load_weights
-from training import recipe
+from training import recipe, runs
 from training.checkpoint import StepCheckpoints
 from training.data.batches import DatasetBatches
 from training.data.images import ArrayImages
@@ -52,7 +52,7 @@ VARIANCES = {'fixedlarge': 'fixed_large', 'fixedsmall': 'fixed_small'}
 UNUSED = ('improve', 'weight', 'cotrain', 'logit')
 
 
-def switch(name: str, text: str, default: bool = False):
+def switch(name: str, text: str, default: bool | None = False):
     return click.option(f'--{name}/--no{name}', name, default=default, help=text)
 
 
@@ -72,10 +72,11 @@ options_of_study = together(
     datasets.root_option,
     switch('download', 'Fetch the CIFAR archive to --root; it must have the published checksum'),
     choice('--imb_type', 'exp', 'Shape of the long tail', ['exp', 'step']),
-    number('--imb_factor', 0.01, 'Images of the last class, as a share of the first'),
+    number('--imb_factor', 0.01, 'Images of the last class, as a share of the first', ANY),
     number('--num_class', 0.0, 'Number of classes, for a check; 0 = that of the data', ANY),
     integer('--img_size', 32, 'Width and height of the images'),
-    switch('xflip', 'Add the mirror image of each'),
+    switch('xflip', 'Mirror at random, anew each time that an image is seen  [default: without '
+           '--augm; a run goes on as it began]', None),
     switch('augm', 'Augment, and tell the network how'),
     count('--num_workers', 4, 'Threads that read images'),
     # Network and diffusion
@@ -210,7 +211,7 @@ def open_data(flags) -> ArrayImages:
     """The training data."""
     return datasets.open_data(
         flags.data_type, flags.root, size=flags.img_size, imb_type=flags.imb_type,
-        imb_factor=flags.imb_factor, download=flags.download, xflip=flags.xflip)
+        imb_factor=flags.imb_factor, download=flags.download)
 
 
 def run_folder(flags) -> str:
@@ -297,6 +298,8 @@ def train(flags) -> bool:
         flags['ckpt_step'] = first
         dist.print0(f'Fine-tuning {source}')
     folder = run_folder(flags)
+    if flags.xflip is None:
+        flags['xflip'] = runs.option_of(StepCheckpoints, folder, 'xflip', not flags.augm, False)
     dataset = open_data(flags)
     callbacks = callbacks_of(flags, folder, dataset)
     rules = recipe_of(flags, dataset, first)
@@ -309,7 +312,7 @@ def train(flags) -> bool:
         augment=ADAAugment() if flags.augm else None, batch_size=rules.batch,
         seed=flags.seed)
     batches = DatasetBatches(dataset, RGBEncoder(), dist.get_device(), flags.seed,
-                             workers=max(flags.num_workers, 1))
+                             workers=max(flags.num_workers, 1), mirror=flags.xflip)
     with renamed_fields(batch='batch_size', duration='total_steps', rates='ema_decay',
                         clip_grad_norm='grad_clip'):
         nimg = recipe.fit(

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from distillation.cache import open_cache
 from distillation.dkdm import SOURCES, Preparation
 from distillation.sample_shards import SampleShards
 from dnnlib import UserError
-from training import loop
+from training import encoders, loop
 from training.data.images import NpzImages
 from training.loss_scale import DynamicLossScale
 from training.networks import build_network
@@ -103,6 +104,8 @@ def test_the_ablations_differ_in_what_their_names_say():
         found = configs.read_experiment(str(folder / f'{kind}-distillation' / f'{name}.yaml'))
         assert found.student == base.student
         assert found.teacher.iter_choice == f'{kind.replace("shuffled-", "shffled_")}_distillation'
+    for share in ('0', '0.05', '0.15', '1', '1.0'):             # the baselines of the data-limited setting
+        assert configs.read_network(str(BASELINE).replace('.yaml', f'-{share}.yaml')) == configs.read_network(str(BASELINE))
     for name in ('celeba_64/exp/CelebA64-57M', 'imagenet_32/exp/ImageNet32-14M', *(
             f'cifar10_32/exp/CIFAR10-{size}M' for size in (57, 44, 32, 24, 14))):
         assert configs.read_network(str(YAML / f'{name}-Baseline.yaml')) == configs.read_network(
@@ -128,6 +131,8 @@ def test_every_value_can_be_overridden_and_reaches_network_and_diffusion():
     assert diffusion == dict(schedule='linear', steps=1000, respacing='25', variance='fixed_large', loss='mse',
                              predict='start', rescale_timesteps=True)
     assert configs.ema_rates(section.ema_rate) == [0.5]
+    for text, rates in (('1e-1', [0.1]), ('9.999e-1,.5', [0.9999, 0.5]), ('0.9999,0.999', [0.9999, 0.999]), ('0', [0])):
+        assert configs.ema_rates(configs.read_network(str(BASELINE), [f'ema_rate={text}']).ema_rate) == rates
     celeba = configs.read_network(str(YAML / 'celeba_64' / 'teacher.yaml'), ['use_fp16=false'])
     assert celeba.diffusion.arguments()['loss'] == 'rescaled_mse'
     assert celeba.arguments()['network']['precision'] == 'fp32'
@@ -150,6 +155,7 @@ BAD_CONFIGS = {
     'schedule_sampler': ['student.schedule_sampler=loss-second-moment'],
     'student.diffusion.clip_last=True must be false': ['student.diffusion.clip_last=true'],
     'student.ema_rate=1.5': ['student.ema_rate=1.5'],
+    'student.ema_rate=0.9,fast must be rates': ['student.ema_rate="0.9,fast"'],
     'student.batch_size=0 must be at least 1': ['student.batch_size=0'],
     'student.microbatch=0': ['student.microbatch=0'],
     'student.save_interval=0': ['student.save_interval=0'],
@@ -318,6 +324,10 @@ def test_a_run_of_other_settings_is_not_resumed(world, tmp_path):
     # Elsewhere the run goes on from it, if it is told to.
     text = distil(world, tmp_path / 'on', f'student.resume_checkpoint={tmp_path}/run/model000002.pt')
     assert 'Resuming from 16 images' in text
+    assert '4 steps done' in call(KD, *world.experiment, '--exp_dir', tmp_path / 'again', 'student.total_steps=4',
+                                  '--resume_checkpoint', tmp_path / 'run' / 'model000002.pt')
+    assert 'resume_checkpoint=none.pt is no file' in helpers.fails(
+        KD, *world.experiment, '--exp_dir', tmp_path / 'x', '--resume_checkpoint=none.pt')
     distil(world, tmp_path / 'whole')
     assert same(weights(tmp_path / 'on', 'model000004.pt'), weights(tmp_path / 'whole', 'model000004.pt'))
 
@@ -362,7 +372,7 @@ def test_a_killed_distillation_ends_with_the_same_weights(world, tmp_path):
 
 def test_two_processes_advance_their_own_shares(world, tmp_path):
     """torchrun: a cache with a share for each, a checkpoint with both, and exact resuming."""
-    arguments = [*world.experiment, f'teacher.tempfile={tmp_path}/two.cache', 'student.batch_size=4']
+    arguments = [*world.experiment, f'teacher.tempfile={tmp_path}/two.cache']
     helpers.run(PREPARE, *arguments, processes=2)
     assert sorted(os.listdir(tmp_path)) == ['two.cache']
     cache, description = open_cache(str(tmp_path / 'two.cache'))
@@ -379,7 +389,47 @@ def test_two_processes_advance_their_own_shares(world, tmp_path):
     shares = [open_cache(str(tmp_path / 'run' / f'teacher-state-000004{rank}.cache'))[0] for rank in ('', '-1')]
     for rank, share in enumerate(shares):
         assert len(share) == 16 and not torch.equal(share.levels, cache.levels[16 * rank:][:16])
-    assert 'batch 8 -> 4' in helpers.fails(KD, *run, tmp_path / 'run')
+    assert 'batch 8 -> 4' in helpers.fails(KD, *run, tmp_path / 'run', 'teacher.iter_choice=iterative_distillation',
+                                           'student.batch_size=4')
+    # The batch is that of both together: one process takes the same cache.
+    call(KD, *run, tmp_path / 'alone', 'student.total_steps=1', 'student.save_interval=1')
+    assert len(open_cache(str(tmp_path / 'alone' / 'teacher-state-000001.cache'))[0]) == 32
+    odd = helpers.run(KD, *run, tmp_path / 'odd', 'student.batch_size=7', processes=2, check=False)
+    assert 'batch_size=7 cannot be split over 2 processes' in odd.stderr and not (tmp_path / 'odd').exists()
+
+
+def test_sizes_of_the_celeba_command_on_four_processes(monkeypatch):
+    """A batch of 256 and a cache of 102,400 images in all, however many processes there are."""
+    experiment = configs.read_experiment(str(YAML / 'celeba_64' / 'exp' / 'CelebA64-57M-Dynamic-0.4.yaml'))
+    teacher = types.SimpleNamespace(diffusion=types.SimpleNamespace(num_steps=1000))
+    for processes in (1, 4):
+        monkeypatch.setattr(runs.dist, 'get_world_size', lambda: processes)
+        assert runs.process_batch(experiment.student) * processes == 256
+        assert runs.cache_share(experiment, teacher) * processes == 102400
+
+
+def test_caches_of_the_authors_are_used_as_they_are(world, tmp_path):
+    """A pickle of the arrays total_t and total_x_t_1, of any number of processes."""
+    cache, _ = open_cache(str(world.cache))
+    arrays = {'total_t': cache.levels.numpy(), 'total_x_t_1': cache.x.numpy()}
+    contents = [pickle.dumps(arrays), pickle.dumps(arrays, protocol=2), pickle.dumps(list(arrays.values())),
+                b''.join(map(pickle.dumps, arrays.values()))]
+    path = tmp_path / 'authors.cache'
+    distil(world, tmp_path / 'own')
+    for content in contents:
+        path.write_bytes(content)
+        found, description = open_cache(str(path))
+        assert torch.equal(found.x, cache.x) and torch.equal(found.levels, cache.levels) and description is None
+    distil(world, tmp_path / 'run', f'teacher.tempfile={path}')
+    assert same(weights(tmp_path / 'run', 'model000004.pt'), weights(tmp_path / 'own', 'model000004.pt'))
+    assert 'is there already' in call(PREPARE, *world.experiment, f'teacher.tempfile={path}')
+    assert path.read_bytes() == content
+    for change, message in (({'total_t': arrays['total_t'] + 3}, 'at steps'), ({'total_t': arrays['total_t'] / 2}, 'whole'),
+                            ({'total_x_t_1': arrays['total_x_t_1'][:, :, :4]}, 'holds images [3, 4, 8]'),
+                            ({'total_x_t_1': cache.x}, 'not a cache'), ({'total_t': print}, 'not a cache'),
+                            ({name: array[:20] for name, array in arrays.items()}, 'holds 20 images')):
+        path.write_bytes(pickle.dumps(arrays | change))
+        assert message in helpers.fails(KD, *world.experiment, '--outdir', tmp_path / 'x', f'teacher.tempfile={path}')
 
 
 # --- image_sample -----------------------------------------------------------------------------------------------------
@@ -451,6 +501,26 @@ def test_processes_of_mpiexec_share_the_samples(world, tmp_path):
         assert np.array_equal(file['arr_0'], expected)
 
 
+def test_what_is_sampled_without_options(world, tmp_path):
+    """50,000 images in batches of 256 by 50 steps, in the folder and under the name that are asked for."""
+    defaults = {option.name: option.default for option in helpers.script_module(SAMPLE).main.params}
+    assert (defaults['num_samples'], defaults['batch_size']) == (50000, 256)
+    call(SAMPLE, '--config', TEACHER, '--model_path', world.teacher, '--num_samples=2', '--log_dir', tmp_path, *TINY[:-2])
+    folder = tmp_path / 'ema_0.9_000006-ancestral50'
+    assert json.loads((folder / 'samples_2x8x8x3.json').read_text())['timestep_respacing'] == '50'
+    call(SAMPLE, *sampling(world), '--log_dir', tmp_path, '--name=mine')
+    assert (tmp_path / 'mine' / 'samples_12x8x8x3.npz').is_file()
+    configured = [*sampling(world)[:-len(TINY) - 1], *TINY, 'diffusion.timestep_respacing=4', '--log_dir', tmp_path]
+    call(SAMPLE, *configured)
+    assert (tmp_path / 'ema_0.9_000006-ancestral4').is_dir()
+
+
+def test_samples_are_rounded_as_guided_diffusion_does():
+    x = torch.tensor([-2, -1, -0.9999, 0, 0.001, 0.9999, 1, 2]).reshape(1, 1, 2, 4)
+    assert encoders.GuidedRGBEncoder().decode(x).flatten().tolist() == [0, 0, 0, 127, 127, 254, 255, 255]
+    assert encoders.RGBEncoder().decode(x).flatten().tolist() == [0, 0, 0, 128, 128, 255, 255, 255]
+
+
 BAD_SAMPLINGS = {
     'none.pt: no such file': ['--model_path=none.pt'],
     'timestep_respacing': ['--timestep_respacing=11'],
@@ -491,6 +561,22 @@ def test_a_folder_a_zip_and_an_npz_of_the_same_images_train_the_same_network(wor
     train(tmp_path / 'folder', tmp_path / 'parts', 'total_steps=1')
     assert 'Resuming from 8 images' in train(tmp_path / 'folder', tmp_path / 'parts')
     assert same(first, weights(tmp_path / 'parts', 'model000002.pt'))
+
+
+def test_images_are_mirrored_at_random_unless_switched_off(world, tmp_path):
+    for name, more in (('default', []), ('on', ['random_flip=true']), ('off', ['random_flip=false'])):
+        train(world.data, tmp_path / name, 'total_steps=1', *more)
+    default, on, off = (weights(tmp_path / name, 'model000001.pt') for name in ('default', 'on', 'off'))
+    assert same(default, on) and not same(default, off)
+    assert 'dataset.random_flip' in helpers.fails(
+        TRAIN, '--data_dir', world.data, '--config', BASELINE, '--outdir', tmp_path / 'off', *TINY, 'batch_size=8',
+        'random_flip=true')
+    # A run that began without, as all of earlier versions, goes on without.
+    record = tmp_path / 'off' / 'training_options.json'
+    record.write_text(record.read_text().replace('"random_flip": false,', ''))
+    assert 'Resuming from 8 images' in train(world.data, tmp_path / 'off')
+    assert json.loads(record.read_text())['random_flip'] is False
+    assert 'no images that could be mirrored' in helpers.fails(KD, *world.experiment, 'student.random_flip=true')
 
 
 def test_classes_go_through_training_and_sampling(world, tmp_path):

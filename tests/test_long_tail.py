@@ -26,7 +26,9 @@ from metrics.statistics import Gaussian, Statistics, load_statistics
 from torch_utils import distributed
 from torch_utils.files.own import read_own
 from training.checkpoint import StepCheckpoints
-from training.data.images import NpzImages
+from training.data.batches import DatasetBatches
+from training.data.images import ArrayImages, NpzImages
+from training.encoders import RGBEncoder
 from training.snapshot import load_snapshot
 
 MAIN = 'long_tail/main.py'
@@ -140,12 +142,33 @@ def test_flag_files(tmp_path):
 
 
 @pytest.mark.parametrize('lines, message', [
-    ('--ch=64\n--chanels=3\n', "bad.txt: '--chanels=3' is no option"), ('ch=64', 'is no option'),
-    ('--ch', 'bad.txt: --ch needs a value'), ('--train=maybe', "'--train': 'maybe' is not a valid boolean"),
+    ('--ch=64\n--chanels=3\n', "bad.txt, line 2: '--chanels=3' is no option"), ('ch=64', 'is no option'),
+    ('--ch', 'bad.txt, line 1: --ch needs a value'), ('--train=maybe', "'--train': 'maybe' is not a valid boolean"),
     ('--flagfile=nowhere.txt', 'nowhere.txt'), ('--flagfile=bad.txt', 'names itself'), ('--batch_size=many', 'batch_size')])
 def test_bad_flag_files(tmp_path, lines, message):
     (tmp_path / 'bad.txt').write_text(lines)
     assert message in fails(MAIN, '--train', f'--flagfile={tmp_path}/bad.txt')
+
+
+ABSL = """--nohelp --nohelpfull --nohelpshort --nohelpxml --noonly_check_args --nopdb --nopdb_post_mortem --norun_with_pdb
+    --norun_with_profiling --use_cprofile_for_profiling --noalsologtostderr --log_dir= --logger_levels= --nologtostderr
+    --showprefixforinfo --stderrthreshold=fatal --verbosity=-1 --flagfile= --undefok= --test_tmpdir=/tmp/absl_testing"""
+
+
+@pytest.mark.parametrize('case', golden_cases.cases('math', 'configs_long_tail*'), ids=str)
+def test_flag_files_of_the_original(case, tmp_path):
+    """absl writes its own flags among those of the study."""
+    lines = ABSL.split()
+    for name, option in case.json['options'].items():
+        value = option['default'].strip("'")
+        if option['type'] == 'bool':
+            lines.append(f'--{name}' if value == 'True' else f'--no{name}')
+        else:
+            values = json.loads(value) if option['type'] == 'multi_integer' else [value]
+            lines += [f'--{name}={item}' for item in values]
+    path = tmp_path / 'flagfile.txt'
+    path.write_text('\n'.join(sorted(lines)) + '\n')
+    assert options(f'--flagfile={path}', '--train', '--verbosity', '1') == options()
 
 
 # --- Data -------------------------------------------------------------------------------------------------------------
@@ -160,8 +183,8 @@ def test_long_tails_of_archives_folders_and_zips(cifar, tmp_path):
     assert np.array_equal(tail.label_ids, whole.label_ids[chosen]) and tail.class_counts[[0, -1]].tolist() == [4, 2]
     step = datasets.open_data('cifar100lt', os.path.join(cifar, 'cifar-100-python'), imb_type='step', imb_factor=0.25)
     assert step.class_counts.tolist() == [4] * 50 + [1] * 50
-    ten = datasets.open_data('cifar10', write_cifar(tmp_path / 'ten', 'cifar10', 5, packed=False), xflip=True)
-    assert len(ten) == 100 and np.array_equal(ten.images([50])[0], ten.images([0])[0][:, :, ::-1])
+    ten = datasets.open_data('cifar10', write_cifar(tmp_path / 'ten', 'cifar10', 5, packed=False), imb_factor=5)
+    assert len(ten) == 50
     zipped = datasets.open_data('ziplt', write_digits(tmp_path / 'd.zip'), imb_factor=0.5, size=16)
     assert zipped.image_shape == (3, 16, 16) and zipped.class_counts[0] > zipped.class_counts[9]
     np.testing.assert_array_equal(datasets.nominal_counts('cifar100lt', 'exp', 0.01)[[0, 99]], [500, 5])
@@ -256,7 +279,7 @@ def test_balancing_terms_are_logged_and_parameters_matter(trained, tmp_path):
     assert max(value for _, value in found['Loss/reg']) > 0
     base = weights(trained / 'ckpt_2.pt', 'net_model')
     for change in ('--seed=1', '--lr=1e-3', '--grad_clip=1e-3', '--dropout=0.5', '--beta_T=0.5', '--warmup=0', '--augm',
-                   '--imb_factor=0.5', '--imb_type=step', '--xflip', '--batch_size=4'):
+                   '--imb_factor=0.5', '--imb_type=step', '--noxflip', '--batch_size=4'):
         folder = tmp_path / change
         invoke(MAIN, '--train', *DIGITS, f'--logdir={folder}', '--total_steps=3', '--cfg', change)
         other = weights(folder / 'ckpt_2.pt', 'net_model')
@@ -265,6 +288,36 @@ def test_balancing_terms_are_logged_and_parameters_matter(trained, tmp_path):
     invoke(MAIN, '--train', *DIGITS, f'--logdir={tmp_path}/ema', '--total_steps=3', '--cfg', '--ema_decay=0')
     assert_same(weights(tmp_path / 'ema' / 'ckpt_2.pt'), weights(tmp_path / 'ema' / 'ckpt_2.pt', 'net_model'))
     assert_same(weights(tmp_path / 'ema' / 'ckpt_2.pt', 'net_model'), base)
+
+
+def test_half_of_the_images_of_a_batch_are_mirrored_anew():
+    data = ArrayImages('x', np.random.RandomState(0).randint(0, 256, [4, 6, 6, 3]).astype(np.uint8))
+
+    def seen(plan):
+        batches = DatasetBatches(data, RGBEncoder(), 'cpu', mirror=True)
+        return torch.cat([batch['images'] for batch in batches.iterate(plan)])
+
+    images = seen([(0, 400)])
+    assert torch.equal(images, seen((start, 8) for start in range(0, 400, 8)))  # however the run is cut
+    for original in torch.from_numpy(data.images(range(4))) / 127.5 - 1:
+        plain, mirrored = ((images == other).flatten(1).all(1).sum() for other in (original, original.flip(2)))
+        assert plain + mirrored == 100 and 30 < mirrored < 70
+
+
+def test_images_are_mirrored_at_random_without_augm(trained, tmp_path):
+    """By default, as in the original; the classes count the images that there are."""
+    record = json.loads((trained / 'training_options.json').read_text())
+    assert record['xflip'] and record['dataset']['class_counts'][0] == 178
+    assert '--xflip' in (trained / 'flagfile.txt').read_text().splitlines()
+    for name, more in (('same', ['--xflip']), ('not', ['--noxflip']), ('augm', ['--augm'])):
+        invoke(MAIN, '--train', *DIGITS, f'--logdir={tmp_path}/{name}', '--total_steps=3', '--cfg', *more)
+    assert_same(weights(tmp_path / 'same' / 'ckpt_2.pt'), weights(trained / 'ckpt_2.pt'))
+    assert not json.loads((tmp_path / 'augm' / 'training_options.json').read_text())['xflip']
+    # A run goes on as it began, and is not made another one.
+    again = ['--train', *DIGITS, f'--logdir={tmp_path}/not', '--total_steps=5', '--cfg']
+    assert '--xflip' in fails(MAIN, *again, '--xflip')
+    invoke(MAIN, *again)
+    assert not json.loads((tmp_path / 'not' / 'training_options.json').read_text())['xflip']
 
 
 def test_fine_tuning_starts_from_the_average_and_counts_on(trained, tmp_path):
@@ -278,7 +331,8 @@ def test_fine_tuning_starts_from_the_average_and_counts_on(trained, tmp_path):
     invoke(MAIN, *args, f'--finetuned_logdir={tmp_path}/still', '--total_steps=1', '--warmup=1000')
     assert_same(weights(tmp_path / 'still' / 'ckpt_4.pt', 'net_model'), weights(trained / 'ckpt_4.pt'))
     assert '2, 4, 5' in fails(MAIN, *args, '--finetuned_logdir=x', '--ckpt_step=3')
-    assert 'pretrained' in fails(MAIN, *args, f'--finetuned_logdir={trained}')
+    for more in ([], ['--eval']):
+        assert 'pretrained' in fails(MAIN, *args, f'--finetuned_logdir={trained}', *more)
 
 
 def test_a_killed_run_goes_on_exactly(tmp_path):

@@ -48,6 +48,14 @@ class RGBEncoder:
         return (latents * 127.5 + 128).clip(0, 255).to(torch.uint8)
 
 
+class GuidedRGBEncoder(RGBEncoder):
+    """RGBEncoder that rounds as guided diffusion does, half a level lower."""
+
+    def decode(self, latents):
+        """Latents [N,C,H,W] -> pixels uint8: (x + 1)*127.5, clipped to 0..255 and truncated."""
+        return ((latents + 1) * 127.5).clip(0, 255).to(torch.uint8)
+
+
 class StabilityVAEEncoder:
     """Latents of Stable Diffusion's autoencoder, whitened channel by channel.
 

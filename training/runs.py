@@ -53,6 +53,15 @@ def read_options(run_dir: str) -> dict:
                         f'is {run_dir} the folder of a run?') from None
 
 
+def option_of(layout: type[Checkpoints], run_dir: str, name: str, new, old):
+    """The value of an option that was not given: that of the run in a folder with checkpoints of
+    this layout, `old` if its record is of a version that had no such option; `new` for a new run.
+    """
+    if not layout(run_dir).numbers():
+        return new
+    return read_options(run_dir).get(name, old)
+
+
 def add_start(run_dir: str, settings: dict, **start):
     """Writes `training_options.json`: the settings, and a list of all starts of the run.
 

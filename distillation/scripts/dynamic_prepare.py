@@ -40,7 +40,7 @@ Examples:
   # The cache of the CIFAR-10 experiments: 51,200 images
   python scripts/dynamic_prepare.py --config yaml/cifar10_32/exp/CIFAR10-57M-Dynamic-0.4.yaml
 \b
-  # For a distillation on four GPUs: four times as many
+  # The same on four GPUs, each of which makes a quarter of it
   mpiexec -n 4 python scripts/dynamic_prepare.py \\
       --config yaml/cifar10_32/exp/CIFAR10-57M-Dynamic-0.4.yaml
 \b
@@ -48,8 +48,8 @@ Examples:
   python scripts/dynamic_prepare.py --config yaml/cifar10_32/exp/CIFAR10-57M-Dynamic-0.4.yaml \\
       teacher.BATCH=0.1 teacher.tempfile=experiments/cache/CIFAR10-mine.cache
 \b
-The same command goes on with a preparation that was stopped. Under several processes the cache
-has a share for each; image_kd.py then needs as many, on a common file system.
+The same command goes on with a preparation that was stopped. Several processes need a common file
+system; image_kd.py may have another number of them.
 """)
 @configs.common_options
 @options.number('--save_every', 600, 'Seconds after which unfinished work is saved',
@@ -70,14 +70,16 @@ def main(config, seed, precision, save_every, overrides):
         raise UserError(f'teacher.iter_choice: {section.iter_choice} needs no cache; '
                         'start image_kd.py')
     teacher = runs.open_teacher(section)
-    description = runs.cache_description(experiment, teacher)
-    size = description['images of a process']
-    description |= {'processes': dist.get_world_size(), 'seed': seed}
+    description = runs.cache_description(experiment, teacher) | {'seed': seed}
+    size = runs.cache_share(experiment, teacher)
     if os.path.exists(dest):
-        require_same(dest, open_cache(dest)[1], description,
-                     'remove it, or choose another teacher.tempfile')
+        _, made_with = open_cache(dest)
+        if made_with is not None:
+            require_same(dest, made_with, description,
+                         'remove it, or choose another teacher.tempfile')
         dist.print0(f'{dest} is there already')
         return
+    description['processes'] = dist.get_world_size()
     dist.print0(f'Cache: {size} images for each of {dist.get_world_size()} process(es), '
                 f'rho {section.BATCH}')
     rng = runs.process_random(seed, runs.PREPARING)

@@ -9,7 +9,6 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from distillation import configs, runs
-from dnnlib import options
 from torch_utils import distributed as dist
 from training.diffusion.losses import DKDMLoss
 
@@ -26,14 +25,13 @@ Examples:
 The same command goes on with a run that was stopped.
 """)
 @configs.common_options
-@configs.outdir_option
-@options.wandb
-def main(config, outdir, seed, precision, overrides, wandb):
+@configs.run_options
+def main(config, outdir, running, seed, precision, overrides):
     """Train a student on the steps of a teacher's chains, with no data.
 
     Every so many steps (student.save_interval) it writes modelNNNNNN.pt, ema_RATE_NNNNNN.pt,
     optNNNNNN.pt and teacher-state-NNNNNN.cache, and network-snapshot-*.pkl for generate_images.py.
-    Each process advances its own share of the cache, with student.batch_size images in a step.
+    Each process advances its own share of the cache. student.batch_size is that of all together.
     """
     dist.init(precision)
     experiment = configs.read_experiment(config, overrides)
@@ -49,7 +47,7 @@ def main(config, outdir, seed, precision, overrides, wandb):
         rule={'name': 'dkdm', 'input_perturb': section.input_perturb},
         dataset=runs.description(net, 'distilled') | chains | {
             'teacher': runs.fingerprint(section.model_path)},
-        options=dataclasses.asdict(experiment) | dict(config=config, seed=seed), wandb=wandb)
+        options=dataclasses.asdict(experiment) | dict(config=config, seed=seed), running=running)
     dist.shutdown()
 
 

@@ -16,7 +16,7 @@ from dnnlib import options
 from metrics.statistics import check_destination
 from torch_utils import distributed as dist
 from training.diffusion.samplers import choose_setting
-from training.encoders import RGBEncoder
+from training.encoders import GuidedRGBEncoder
 from training.generate import generate_images
 
 
@@ -26,7 +26,7 @@ def sample(net, shards: SampleShards, seed: int, sampler: dict):
     first = seed * shards.count
     for start, end in tqdm(missing, unit='batch', desc='Sampling', leave=False,
                            disable=True if dist.get_rank() != 0 else None):
-        batch, = generate_images(net, RGBEncoder(), range(first + start, first + end),
+        batch, = generate_images(net, GuidedRGBEncoder(), range(first + start, first + end),
                                  batch=end - start, split=False, sampler=sampler)
         shards.save((start, end), batch.images.cpu().numpy(), batch.labels)
 
@@ -48,17 +48,20 @@ The same command goes on where it was stopped, also with another number of proce
 @configs.common_options
 @options.text('PT', '--model_path', 'Weights: a teacher, modelNNNNNN.pt or ema_RATE_NNNNNN.pt',
               required=True)
-@options.integer('--batch_size', 16, 'Images at a time in each process')
-@options.integer('--num_samples', 10000, 'Images in all')
+@options.integer('--batch_size', 256, 'Images at a time in each process')
+@options.integer('--num_samples', 50000, 'Images in all')
 @options.text('STR', '--timestep_respacing',
-              'Steps to take: 50, 10,15,20 or ddim50  [default: configuration]')
+              'Steps to take: 50, 10,15,20 or ddim50  [default: 50, or a KEY=VALUE of this name]')
 @options.boolean('--use_ddim', None,
                  'DDIM instead of ancestral sampling  [default: configuration]')
 @options.text('NPZ', '--dest', 'Where the samples go  '
-              '[default: experiments/NAME/MODEL-CHAIN/samples_NxHxWxC.npz]')
+              '[default: LOG_DIR/NAME/samples_NxHxWxC.npz]')
+@options.text('DIR', '--log_dir', 'Folder of samples  [default: experiments/NAME of --config]',
+              envvar=configs.OUTDIR_VARIABLE, show_envvar=True)
+@options.text('NAME', '--name folder', 'Folder of these samples in it  [default: MODEL-CHAIN]')
 @options.samplers
 def main(config, model_path, batch_size, num_samples, timestep_respacing, use_ddim, sampler, dest,
-         seed, precision, overrides):
+         log_dir, folder, seed, precision, overrides):
     """Sample images: `arr_0` uint8 [N,H,W,C] in an .npz, with classes as `arr_1` if the network
     has any.
 
@@ -70,7 +73,11 @@ def main(config, model_path, batch_size, num_samples, timestep_respacing, use_dd
     section = configs.read_network(config, overrides)
     net = runs.build(section, model_path).eval().requires_grad_(False)
     diffusion = section.diffusion
-    respacing = diffusion.timestep_respacing if timestep_respacing is None else timestep_respacing
+    respacing = timestep_respacing
+    if respacing is None:
+        overridden = any('timestep_respacing=' in override for override in overrides)
+        respacing = diffusion.timestep_respacing if overridden else str(
+            min(50, diffusion.diffusion_steps))
     ddim = diffusion.use_ddim if use_ddim is None else use_ddim
     clip = diffusion.clip_denoised
     steps = net.diffusion.respaced(respacing).num_steps        # fails early for what does not fit
@@ -80,8 +87,7 @@ def main(config, model_path, batch_size, num_samples, timestep_respacing, use_dd
     chain = '-'.join(map(str, chosen.values())) or f'{"ddim" if ddim else "ancestral"}{steps}'
     size = net.img_resolution
     dest = dest or os.path.join(
-        os.environ.get(configs.OUTDIR_VARIABLE) or configs.default_outdir(config),
-        f'{Path(model_path).stem}-{chain}',
+        log_dir or configs.default_outdir(config), folder or f'{Path(model_path).stem}-{chain}',
         f'samples_{num_samples}x{size}x{size}x{net.img_channels}.npz')
     check_destination(dest, ['.npz'])
     arguments = section.arguments()
@@ -89,7 +95,7 @@ def main(config, model_path, batch_size, num_samples, timestep_respacing, use_dd
     settings = dict(
         model=runs.fingerprint(model_path), seed=seed, timestep_respacing=respacing, use_ddim=ddim,
         network=arguments['network'], diffusion=arguments['diffusion'], clip_denoised=clip,
-        sampler=chosen or None)
+        sampler=chosen or None, rounding='(x + 1) * 127.5')
     shards = SampleShards(dest, num_samples, batch_size, settings)
     if dist.broadcast_object(shards.open() if dist.get_rank() == 0 else None):
         runs.describe('Network', net)

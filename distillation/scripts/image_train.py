@@ -10,12 +10,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from distillation import configs, runs
-from dnnlib import UserError, options
+from dnnlib import UserError
 from torch_utils import distributed as dist
+from training.checkpoint import GuidedCheckpoints
 from training.data.batches import DatasetBatches
 from training.data.images import open_dataset
 from training.diffusion.losses import DDPMLoss
 from training.encoders import RGBEncoder
+from training.runs import option_of
 
 
 def open_data(path: str, net):
@@ -48,25 +50,29 @@ The same command goes on with a run that was stopped.
 @configs.common_options
 @click.option('--data_dir', metavar='DIR|ZIP|NPZ', required=True,
               help='Images: a folder, a zip, or an .npz with arr_0')
-@configs.outdir_option
-@options.wandb
-def main(data_dir, config, outdir, seed, precision, overrides, wandb):
+@configs.run_options
+def main(data_dir, config, outdir, running, seed, precision, overrides):
     """Train a network on images with the loss of improved DDPM; of an experiment, its student.
 
     Every so many steps (save_interval) it writes modelNNNNNN.pt, ema_RATE_NNNNNN.pt and
-    optNNNNNN.pt, and network-snapshot-*.pkl for generate_images.py. batch_size is that of one
-    process.
+    optNNNNNN.pt, and network-snapshot-*.pkl for generate_images.py. batch_size is that of all
+    processes together. Images are mirrored at random, unless random_flip=false.
     """
     dist.init(precision)
     section = configs.read_network(config, overrides)
     net = runs.new_network(section, seed)
     dataset = open_data(data_dir, net)
-    batches = DatasetBatches(dataset, RGBEncoder(), dist.get_device(), seed)
+    outdir = outdir or configs.default_outdir(config)
+    if section.random_flip is None:
+        section.random_flip = option_of(GuidedCheckpoints, outdir, 'random_flip', True, False)
+    mirroring = {'random_flip': True} if section.random_flip else {}
+    batches = DatasetBatches(dataset, RGBEncoder(), dist.get_device(), seed,
+                             mirror=section.random_flip)
     runs.train(
         section, net, DDPMLoss(net.diffusion), batches, outdir, rule={'name': 'ddpm'},
-        dataset=runs.description(net, dataset.name, len(dataset)),
+        dataset=runs.description(net, dataset.name, len(dataset)) | mirroring,
         options=dataclasses.asdict(section) | dict(config=config, data_dir=data_dir, seed=seed),
-        wandb=wandb)
+        running=running)
     dist.shutdown()
 
 

@@ -20,11 +20,12 @@ class DatasetBatches:
     numbers, whichever process asks for it and however the run is cut into batches.
 
     order: has `indices(positions)` (see training.data.sampler; default: EDM2's). workers: threads
-    that read ahead. resident: keep a data set that is small enough on the GPU.
+    that read ahead. resident: keep a data set that is small enough on the GPU. mirror: half of the
+    images are mirrored, drawn anew each time that one is seen.
     """
 
     def __init__(self, dataset, encoder, device, seed=0, order=None, workers=2, prefetch=4,
-                 resident=True):
+                 resident=True, mirror=False):
         self.dataset = dataset
         self.encoder = encoder
         self.device = torch.device(device)
@@ -32,6 +33,7 @@ class DatasetBatches:
         self.order = order or EpochShuffle(len(dataset), seed)
         self.workers = workers
         self.prefetch = prefetch
+        self.mirror = mirror
         self._resident = None
         small = len(dataset) * int(np.prod(dataset.image_shape)) <= RESIDENT_BYTES
         if resident and small and self.device.type == 'cuda':
@@ -53,6 +55,9 @@ class DatasetBatches:
                     images = self._resident[images]
                 seed = tuple_seed(self.seed, 0)
                 random = BlockRandomGenerator(self.device, seed, start, len(images))
+                if self.mirror:
+                    chosen = random.rand([len(images), 1, 1, 1]) < 0.5
+                    images = torch.where(chosen, images.flip(3), images)
                 images = self.encoder.encode_latents(images, random)
                 yield {'images': images, 'labels': labels, 'random': random, 'start': start}
 

@@ -96,9 +96,11 @@ def _adm(state, options) -> Architecture:
         channel_mult=','.join(f'{m:g}' for m in mult) if all(m == int(m) for m in mult) else '')
     if kwargs['class_cond']:
         kwargs['num_classes'] = len(state['label_emb.weight'])
-    schedule = dict(schedule='linear' if size >= 128 else 'cosine', steps=1000)
+    schedule = dict(schedule='linear' if size >= 128 else 'cosine', steps=1000, predict='epsilon')
     variance = 'learned_range' if learned else 'fixed_large'
-    return Architecture('ADMUNet', kwargs, schedule | dict(variance=variance), assumed | schedule)
+    return Architecture(
+        'ADMUNet', kwargs, schedule | dict(variance=variance, rescale_timesteps=False),
+        assumed | schedule)
 
 
 def _ddpm(state, options) -> Architecture:
