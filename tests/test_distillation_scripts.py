@@ -1,6 +1,7 @@
 """The distillation scripts: published configurations, the effect of every option, exact resuming, errors of one line."""
 
 import dataclasses
+import functools
 import json
 import os
 import pickle
@@ -403,7 +404,7 @@ def test_sizes_of_the_celeba_command_on_four_processes(monkeypatch):
     experiment = configs.read_experiment(str(YAML / 'celeba_64' / 'exp' / 'CelebA64-57M-Dynamic-0.4.yaml'))
     teacher = types.SimpleNamespace(diffusion=types.SimpleNamespace(num_steps=1000))
     for processes in (1, 4):
-        monkeypatch.setattr(runs.dist, 'get_world_size', lambda: processes)
+        monkeypatch.setattr(runs.dist, 'get_world_size', functools.partial(int, processes))
         assert runs.process_batch(experiment.student) * processes == 256
         assert runs.cache_share(experiment, teacher) * processes == 102400
 

@@ -143,3 +143,21 @@ def test_inspection(source, tmp_path):
     assert {'edm2': 'Precond', 'edm': 'VPPrecond', 'adm': 'ADMUNet', 'ddpm': 'DDPMUNet'}[kind] in text and '8x8' in text
     assert ('3 classes' if kind in ('edm2', 'ddpm') else 'unconditional') in text
     assert ('(assumed)' in text) == (kind in ('adm', 'ddpm'))
+
+
+def test_what_guided_diffusion_predicts_can_be_said(tmp_path):
+    """Weights do not tell whether they were trained with predict_xstart: noise is assumed, and that is said."""
+    path, dest = str(tmp_path / 'model.pt'), str(tmp_path / 'x.pkl')
+    torch.save(small('adm').state_dict(), path)
+    convert = ['convert', path, f'--dest={dest}', *SETTINGS['adm']]
+    tool = script_module('snapshot_tool.py').main
+    shown = click.testing.CliRunner().invoke(tool, ['inspect', path]).stdout
+    assert '  predict                epsilon (assumed)' in shown.splitlines()
+    images = []
+    for more in ([], ['--set', 'predict=start']):
+        text = click.testing.CliRunner().invoke(tool, [*convert, *more, '--overwrite']).stdout
+        assert ('Assumed: predict=epsilon' in text) == (not more)
+        images.append(sampled(load_snapshot(dest)))
+    assert load_snapshot(dest).net.diffusion.predict == 'start' and not torch.equal(*images)
+    error = fails('snapshot_tool.py', *convert, '--set', 'predict=velocity', '--overwrite')
+    assert 'velocity' in error and 'epsilon, start' in error
