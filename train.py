@@ -42,18 +42,18 @@ PRECONDITIONINGS = {
 }
 # What fields of the recipe are called among the options.
 OPTION_NAMES = dict(optim='optimizer', mode='ema_mode', halflife_kimg='ema', rampup_kimg='rampup',
-                    class_name='precond', model_type='arch', model_channels='num_channels')
+                    class_name='precond', model_type='arch', model_channels='num_channels',
+                    embedding_type='embed')
 # Argument of the network -> option that sets it.
 OVERRIDES = dict(dropout='dropout', precision='precision', channel_mult='cres',
                  num_blocks='num_blocks', attn_resolutions='attn_resolutions',
                  embedding_type='embed', skip_connections='skip_connections')
-# Options that count only together with another, and are refused elsewhere: (option, default, other
-# option, its values).
+# Options that count only together with another: (option, other option, its values).
 DEPENDENT = [
-    ('momentum', 0.9, 'optimizer', ['SGD']),
-    ('final_ema', 0.99929, 'ema_mode', ['mode4']),
-    ('ema', 0.5, 'ema_mode', ['mode1', 'mode2', 'mode4']),
-    ('embed', None, 'arch', ['ddpmpp', 'ncsnpp']),
+    ('momentum', 'optimizer', ['SGD']),
+    ('final_ema', 'ema_mode', ['mode4']),
+    ('ema', 'ema_mode', ['mode1', 'mode2', 'mode4']),
+    ('embed', 'arch', ['ddpmpp', 'ncsnpp']),
 ]
 
 
@@ -62,11 +62,6 @@ def build_config(opts: dict) -> dict:
     precision = opts['precision']
     config = dict(opts, precision=recipe.choose_precision(
         precision, opts['fp16'] or (False if precision is None else None)))
-    for name, default, other, values in DEPENDENT:
-        if config[name] is None:
-            config[name] = default
-        elif config[other] not in values:
-            raise UserError(f'has a meaning only with --{other}={" or ".join(values)}', field=name)
     width = config['num_channels'] or config['cbase']
     if config['cbase'] not in (None, width):
         raise UserError(f'contradicts --num-channels={width}; give one of them', 'cbase',
@@ -75,8 +70,11 @@ def build_config(opts: dict) -> dict:
     network = {key: config[option] for key, option in OVERRIDES.items()} | dict(
         class_name=PRECONDITIONINGS[config['precond']][0], model_channels=width,
         augment_dim=augment and augment.label_dim)
+    published = ARCHITECTURES[config['arch']]
     network = {key: value for key, value in network.items() if value is not None}
-    return config | {'network': ARCHITECTURES[config['arch']] | network}
+    if 'embedding_type' not in published:
+        del network['embedding_type']
+    return config | {'network': published | network}
 
 
 def _augmentation(config):
@@ -86,7 +84,9 @@ def _augmentation(config):
 def schedule(config: dict, num_images: int) -> dict:
     """Length of the run, EMA half-life and learning-rate ramp in kimg, and 50,000 / size."""
     size = num_images if config['duration_rule'] == 'scaled' else 50_000
-    return memorization_scaling(size, config['duration'], config['ema'] or 0, config['rampup'])
+    lengths = memorization_scaling(size, config['duration'], config['ema'], config['rampup'])
+    # The average of transferred weights starts from them, not from nothing.
+    return lengths | ({'ema_rampup_ratio': 0} if config['transfer'] else {})
 
 
 def prepare(config: dict):
@@ -103,10 +103,15 @@ def prepare(config: dict):
                     f'{levels}')
     if network['model_channels'] % 2:
         raise UserError('must be even', 'num_channels', network['model_channels'])
-    num_images = len(dataset) // (2 if config['xflip'] else 1)  # mirror images are no further data
-    lengths = schedule(config, num_images)
+    unset = {param.name: param.default for param in main.params}
+    for name, other, values in DEPENDENT:
+        if config[name] != unset[name] and config[other] not in values:
+            dist.print0(f'Note: --{name.replace("_", "-")}={config[name]} has no effect without '
+                        f'--{other}={" or ".join(values)}')
+    lengths = schedule(config, len(dataset))
     tick = round(config['tick'] * 1000)
     momentum = {'momentum': config['momentum']} if config['optimizer'] == 'SGD' else {}
+    rampup = {'rampup_ratio': 0} if config['transfer'] else {}
     rules = recipe.Recipe.of(
         config, total_nimg=lengths['total_kimg'] * 1000, seed=config['seed'] or 0,
         dataset=dataset.description() | {'xflip': config['xflip']},
@@ -118,7 +123,7 @@ def prepare(config: dict):
         averages={'name': 'memorization', 'mode': config['ema_mode'],
                   'final_ema': config['final_ema'],
                   'halflife_kimg': lengths['ema_halflife_kimg'],
-                  'data_ratio': lengths['data_ratio']},
+                  'data_ratio': lengths['data_ratio'], **rampup},
         encoder=encoder.config(), sampler={'name': PRECONDITIONINGS[config['precond']][1]},
         bad_gradients=(0, 1e5, -1e5), snapshot_dtype='float32', status=tick,
         snapshot=config['snap'] * tick, checkpoint=config['dump'] * tick)
@@ -133,7 +138,7 @@ def run_name(config: dict, dataset, desc: str | None) -> str:
     return '-'.join(filter(None, parts))
 
 
-def choose_run(config: dict, outdir: str, name: str, nosubdir: bool, total_kimg: int):
+def choose_run(config: dict, outdir: str, name: str, nosubdir: bool, lengths: dict):
     """(folder, checkpoint to start from or None, seed) of the run. Nothing is written.
 
     Without --resume that is the newest run of this name and these options that is not finished,
@@ -148,10 +153,11 @@ def choose_run(config: dict, outdir: str, name: str, nosubdir: bool, total_kimg:
         folder = resume
         resume = None
     if folder is None:
-        wanted = {key: value for key, value in config.items()
-                  if key != 'network' and (key, value) != ('seed', None)}
-        folder = runs.choose_folder(outdir, name, wanted, total_kimg, config['snap'] > 0,
-                                    config['dump'] > 0)
+        # The embedding is compared as part of the network: earlier versions had other defaults.
+        wanted = {key: value for key, value in (config | {'schedule': lengths}).items()
+                  if key != 'embed' and (key, value) != ('seed', None)}
+        folder = runs.choose_folder(outdir, name, wanted, lengths['total_kimg'],
+                                    config['snap'] > 0, config['dump'] > 0)
     if seed is None:
         seed = runs.read_options(folder).get('seed')
     if seed is None:
@@ -165,7 +171,7 @@ def train(config: dict, outdir: str, desc=None, nosubdir: bool = False, **runnin
     dataset, encoder, rules, lengths = prepare(config)
     name = run_name(config, dataset, desc)
     run_dir, resume_from, seed = dist.broadcast_object(
-        choose_run(config, outdir, name, nosubdir, lengths['total_kimg'])
+        choose_run(config, outdir, name, nosubdir, lengths)
         if dist.get_rank() == 0 else None)
     rules = dataclasses.replace(rules, seed=seed)
     net = recipe.new_network(rules)
@@ -173,6 +179,9 @@ def train(config: dict, outdir: str, desc=None, nosubdir: bool = False, **runnin
         with dist.rank0_first():
             source = load_snapshot(config['transfer'], sha256=config['transfer_sha256'])
         taken, total = copy_weights(source.net, net, f'--transfer={config["transfer"]}')
+        if source.net.label_dim != net.label_dim:
+            dist.print0(f'Note: {config["transfer"]} has {source.net.label_dim} classes and the '
+                        f'data {net.label_dim}; what the labels go through starts anew')
         dist.print0(f'Weights: {taken} of {total} tensors of {config["transfer"]}')
     batches = DatasetBatches(
         dataset, encoder, dist.get_device(), seed, workers=config['workers'],
@@ -231,29 +240,29 @@ same command goes on with the newest run of that name and these options that is 
     integers('--cres', None, 'Width of each resolution in --num-channels  '
              '[default: 2,2,2; adm 1,2,3,4]'),
     number('--lr', 10e-4, 'Learning rate'),
-    mimg('--ema', None, 'Half-life of the average of weights  [default: 0.5]'),
+    mimg('--ema', 0.5, 'Half-life of the average of weights'),
     mimg('--rampup', 10, 'The learning rate grows from zero over so many images'),
     number('--dropout', 0.13, 'Dropout probability', options.BELOW_ONE),
     number('--augment', 0.12, 'Augmentation probability, 0 = no augmentation', options.FRACTION),
-    boolean('--xflip', False, 'Add the mirror images to the data'),
+    boolean('--xflip', False, 'Add the mirror images to the data, which are then twice as many'),
     number('--window-size', 0.5, 'Share of the data within which its order changes, '
            '0 = one order for ever', options.FRACTION),
     integer('--num-blocks', None, 'Blocks of a resolution  [default: 4; adm 3]'),
     integer('--num-channels', None, 'Width of the network  [default: 128; adm 192]'),
-    choice('--embed', None, 'Embedding of noise levels  [default: positional; ncsnpp fourier]',
-           ['positional', 'fourier']),
+    choice('--embed', 'positional', 'Embedding of noise levels in ddpmpp and ncsnpp (published '
+           'NCSN++: fourier)', ['positional', 'fourier']),
     integers('--attn-resolutions', None, 'Resolutions with attention  [default: 16; adm 32,16,8]'),
     choice('--ema_mode', 'mode2', "Average of weights. mode1: EDM's, --ema for each image; mode2: "
            'for 512 images, relative to the size of the data; mode3: half-life 0.5 Mimg whatever '
            'the data; mode4: as mode2, towards --final-ema', EMA_MODES),
-    number('--final-ema', None, 'Factor of each step that mode4 ends with (at batch 512)  '
-           '[default: 0.99929]', cli.Number(0, 1, min_open=True, max_open=True)),
+    number('--final-ema', 0.99929, 'Factor of each step that mode4 ends with (at batch 512)',
+           options.BELOW_ONE),
     integers('--skip-connections', None, '0 or 1 for each layer of the encoder, from the input '
              'down: (num_blocks + 1) x resolutions of them, e.g. [1,0,1,1,0,1]  [default: all 1]',
              cli.Parsed('list', parse_skips)),
     number('--weight-decay', 0.0, 'Weight decay of the optimizer', options.NOT_NEGATIVE),
     choice('--optimizer', 'Adam', 'Optimizer', ['Adam', 'SGD']),
-    number('--momentum', None, 'Of SGD  [default: 0.9]', options.BELOW_ONE),
+    number('--momentum', 0.9, 'Of SGD', options.BELOW_ONE),
     boolean('--fp16', False, 'Half-precision activations'),
     options.precision('Type of the activations  [default: as --fp16 says]'),
     boolean('--cache', True, 'Keep the decoded images in memory'),

@@ -81,8 +81,7 @@ def places(tmp_path_factory):
 MISTAKES = {
     f'train.py --outdir=out --data=<digits.zip> {shlex.join(EDM)}': {
         '--skip-connections=[1,0,1]': '--skip-connections', '--skip-connections=1,2': '--skip-connections',
-        '--cbase=16': '--cbase', '--momentum=0.9': '--momentum', '--final-ema=0.9': '--final-ema',
-        '--ema_mode=mode3 --ema=1': '--ema:', '--arch=adm --embed=fourier': '--embed', '--fp16=1': 'fp16',
+        '--cbase=16': '--cbase', '--momentum=1': '--momentum', '--final-ema=1': '--final-ema', '--fp16=1': 'fp16',
         '--arch=unet': '--arch', '--precond=iddpm': '--precond', '--duration=0': '--duration', '--batch=0': '--batch',
         '--num-channels=36 --cres=1,8': '--num-channels', '--num-channels=7': 'even', '--cres=1,2,2,2,2': '--cres',
         '--data=nowhere.zip': 'nowhere.zip', '--resume=nowhere': '--resume', '--transfer=nowhere.pkl': 'nowhere.pkl',

@@ -1,5 +1,6 @@
 """train.py: the recipe that its options make, run folders, resume, independence of the process count, and errors."""
 
+import itertools
 import json
 import os
 import signal
@@ -8,18 +9,20 @@ import time
 
 import click.testing
 import golden_cases
+import helpers
 import numpy as np
 import pytest
 import torch
 from helpers import command, environment, fails, run, write_digits
 
 import train
-from training import runs
+from training import runs, schedules
 from training.checkpoint import Checkpoints
+from training.encoders import RGBEncoder
 from training.generate import generate_images
 from training.networks import build_network
 from training.networks.edm import EDMPrecond, VEPrecond, VPPrecond
-from training.snapshot import load_snapshot
+from training.snapshot import load_snapshot, save_snapshot
 
 # A network of a few thousand parameters, ten steps.
 TINY = ['--duration=0.001', '--duration-rule=fixed', '--rampup=0.0005', '--batch=100', '--num-channels=8', '--num-blocks=1',
@@ -70,25 +73,56 @@ def weights(run_dir):
 @pytest.mark.parametrize('case', golden_cases.cases('math', 'configs_memorization*'), ids=str)
 def test_options_and_defaults_are_those_of_the_study(case):
     ours = {option: param for param in train.main.params for option in param.opts}
-    config = config_of()
-    effective = dict(momentum=config_of('--optimizer=SGD')['momentum'], ema=config['ema'],
-                     final_ema=config_of('--ema_mode=mode4')['final_ema'],
-                     num_blocks=config['network']['num_blocks'], num_channels=config['network']['model_channels'],
-                     embed=config['network']['embedding_type'], attn_resolutions=config['network']['attn_resolutions'][0])
+    unset = train.main.make_context('train.py', ['--outdir=x', '--data=y']).params
+    defaults = config_of()
     for option in case.json['options']:
-        param, default = ours[option['option']], option['default']
-        value = effective.get(param.name, param.default)
-        if param.is_flag or default is None:
-            assert value in (False, None) or value is param.default, option
-        else:
-            assert str(value) == default.strip("'") or float(value) == float(default), option
+        name, default = option['option'], option['default']
+        param = ours[name]
+        if default is None:
+            assert unset[param.name] in (None, False, 'x', 'y'), option
+            continue
+        given = config_of(f'{name}={default.strip(chr(39))}')  # as if it had been left out
+        assert given | {param.name: None} == defaults | {param.name: None}, option
+        assert unset[param.name] in (None, given[param.name]), option
+
+
+VALUES = {'INT': '2', 'FLOAT': '0.5', 'MIMG': '1', 'KIMG': '3', 'TICKS': '4', 'BOOL': '0', 'LIST': '1,0', 'STR': 'a',
+          'PKL|URL': 'a.pkl', 'PT': '.'}
+
+
+@pytest.mark.parametrize('case', golden_cases.cases('math', 'configs_memorization*'), ids=str)
+def test_every_option_of_the_study_is_accepted_whatever_the_others(case):
+    """Also those that have no effect: the momentum of Adam, the embedding of ADM."""
+    options = {option['option']: option['metavar'] for option in case.json['options']}
+    words = [f'{name}={VALUES[metavar]}' for name, metavar in options.items() if metavar in VALUES]
+    chosen = [[f'{name}={choice}' for choice in metavar.split('|')] for name, metavar in options.items()
+              if metavar and '|' in metavar and metavar not in VALUES and name != '--data']
+    for choices in itertools.product(*chosen):
+        assert config_of('--nosubdir', *words, *choices)['momentum'] == 0.5
+
+
+@pytest.mark.parametrize('options, note', [
+    (['--momentum=0.5'], '--momentum=0.5 has no effect without --optimizer=SGD'),
+    (['--final-ema=0'], '--final-ema=0.0 has no effect without --ema_mode=mode4'),
+    (['--ema_mode=mode3', '--ema=1'], '--ema=1.0 has no effect'),
+    (['--arch=adm', '--embed=fourier'], '--embed=fourier has no effect')])
+def test_an_option_without_effect_is_noted(digits, capsys, options, note):
+    train.prepare(config_of('--num-channels=16', '--augment=0', '--cres=1', *options) | dict(data=digits))
+    assert note in capsys.readouterr().out
+    train.prepare(config_of('--num-channels=16', '--augment=0', '--cres=1') | dict(data=digits))
+    assert capsys.readouterr().out == ''
 
 
 @pytest.mark.parametrize('case, name', golden_cases.variants(
     'math', 'configs_memorization*', lambda c: c.json['architectures']), ids=golden_cases.ids)
 def test_architectures(case, name):
-    network = config_of(f'--arch={name}', '--augment=0')['network']
+    published = case.json['architectures'][name]
+    embedding = [f'--embed={published["embedding"]}'] if 'embedding' in published else []
+    network = config_of(f'--arch={name}', '--augment=0', *embedding)['network']
     renamed = dict(embedding='embedding_type', encoder='encoder_type', decoder='decoder_type')
+    if embedding:                                              # the option wins, with its default too
+        default, = (option['default'] for option in case.json['options'] if option['option'] == '--embed')
+        assert config_of(f'--arch={name}')['network']['embedding_type'] == default.strip("'")
     for key, value in case.json['architectures'][name].items():
         assert network[renamed.get(key, key)] == value, key
 
@@ -188,10 +222,26 @@ def test_training_reduces_the_loss(digits, tmp_path):
     assert np.mean(curve[-2:]) < 0.6 * curve[0]
 
 
-def test_mirror_images_double_the_data_but_not_the_duration(digits, tmp_path):
-    config = config_of('--xflip=1', '--duration=25', '--num-channels=8')
+def test_mirror_images_double_the_data_and_all_that_goes_by_their_number(digits):
+    config = config_of('--xflip=1', '--duration=25', '--rampup=5', '--num-channels=8')
     dataset, _, _, plan = train.prepare(config | dict(data=digits))
-    assert len(dataset) == 200 and plan['total_kimg'] == 50
+    assert len(dataset) == 200
+    assert plan == dict(total_kimg=100, ema_halflife_kimg=2, lr_rampup_kimg=20, data_ratio=250)
+
+
+def test_runs_are_found_by_what_the_options_make(tmp_path):
+    """Runs of earlier versions, where NCSN++ had another embedding and mirror images did not count, are others."""
+    lengths = train.schedule(config_of(), 1000)
+    found = config_of() | {'schedule': lengths, 'embed': None}
+
+    def chosen(*options, images=1000):
+        config = config_of(*options)
+        return train.choose_run(config, str(tmp_path), 'x', False, train.schedule(config, images))[0][-7:]
+
+    (tmp_path / '00000-x').mkdir()
+    (tmp_path / '00000-x' / 'training_options.json').write_text(json.dumps(found))
+    assert chosen() == chosen('--embed=positional') == '00000-x'
+    assert chosen('--embed=fourier') == chosen('--lr=1') == chosen(images=2000) == chosen('--transfer=a') == '00001-x'
 
 
 # --- Order and processes ----------------------------------------------------------------------------------------------
@@ -256,8 +306,38 @@ def test_transfer_starts_from_the_weights_of_a_snapshot(finished, digits, tmp_pa
     net = os.path.join(finished, 'network-snapshot-0000001.pkl')
     run_dir = train_here(tmp_path, digits, f'--transfer={net}', '--lr=1e-12', '--snap=0')
     source = load_snapshot(net).net.state_dict()
-    for name, value in Checkpoints(run_dir).load_newest()['net'].items():
+    state = Checkpoints(run_dir).load_newest()
+    for name, value in state['net'].items():
         torch.testing.assert_close(value, source[name], rtol=0, atol=1e-8)
+    averages = state['recipe']['averages']
+    del averages['name']
+    beta = schedules.memorization_beta(**averages)             # no ramp: that of 500 kimg from the first step on
+    assert beta(0, 100) == beta(10**9, 100) == 0.5 ** (100 / 500_000)
+
+
+def test_the_average_of_transferred_weights_has_no_ramp(digits):
+    config = config_of('--transfer=x', '--num-channels=8', '--duration-rule=fixed')
+    averages = dict(train.prepare(config | dict(data=digits))[2].averages)
+    assert averages.pop('name') == 'memorization'
+    assert round(schedules.memorization_beta(**averages)(0, 512), 5) == 0.99929
+
+
+@pytest.mark.parametrize('classes', [0, 3, 10])
+def test_weights_are_transferred_to_data_of_other_classes(classes, digits, tmp_path):
+    """The number of classes is the largest label + 1; what labels go through starts anew."""
+    shape = dict(model_type='SongUNet', model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[],
+                 img_resolution=8, img_channels=3, class_name='EDMPrecond')
+    path = str(tmp_path / 'net.pkl')
+    source = build_network(**shape, label_dim=classes)
+    save_snapshot(path, source, encoder=RGBEncoder(), dataset={}, recipe={}, dtype=torch.float32)
+    out = helpers.invoke('train.py', f'--outdir={tmp_path}', '--nosubdir', f'--data={digits}', '--cond=1', f'--transfer={path}',
+                         *TINY, '--cres=1', '--attn-resolutions=4', '--augment=0', '--lr=1e-12', '--snap=0', '--seed=0')
+    assert (f'has {classes} classes and the data 10' in out) == (classes != 10)
+    state = Checkpoints(str(tmp_path)).load_newest()['net']
+    for name, value in source.state_dict().items():
+        if name != 'model.map_label.weight' or classes == 10:
+            torch.testing.assert_close(state[name], value, rtol=0, atol=1e-8)
+    assert state['model.map_label.weight'].shape[1] == 10
 
 
 def test_a_folder_is_used_by_one_run_at_a_time(finished, digits, tmp_path):

@@ -102,10 +102,18 @@ def is_finished(run_dir: str, total_kimg: int, snapshots: bool, checkpoints: boo
     return max(kimgs, default=-1) >= total_kimg
 
 
+def _agrees(earlier, value) -> bool:
+    """Whether an option is as it was; one with parts, in each that it has."""
+    if isinstance(earlier, dict) and isinstance(value, dict):
+        return all(_agrees(earlier.get(key), part) for key, part in value.items())
+    return earlier == value
+
+
 def choose_folder(outdir: str, name: str, options: dict, *goal) -> str:
     """The newest run in `outdir` called `name` (after its number) that nobody trains at present,
-    that has these `options`, and is not finished (`goal`: arguments of `is_finished`); else the
-    folder of a new one, with one number after the last.
+    that has these `options` (of what has parts, those that are given), and is not finished
+    (`goal`: arguments of `is_finished`); else the folder of a new one, with one number after the
+    last.
     """
     found = sorted((int(match[1]), match[2], match[0])
                    for match in matching_names(outdir, r'(\d{5,})-(.*)'))
@@ -113,7 +121,7 @@ def choose_folder(outdir: str, name: str, options: dict, *goal) -> str:
         path = os.path.join(outdir, folder)
         if other == name and not is_finished(path, *goal):
             earlier = read_options(path)
-            if all(earlier.get(key) == value for key, value in options.items()):
+            if _agrees(earlier, options):
                 with contextlib.suppress(UserError), locked(path):
                     return path
     number = found[-1][0] + 1 if found else 0

@@ -79,14 +79,14 @@ EMA_MODES = {
 
 def memorization_beta(mode, halflife_kimg, data_ratio=1.0, final_ema=0.99929, rampup_ratio=0.05):
     """The rules of the memorization study, with h = min(half-life, rampup_ratio * images before
-    the step) in images (rampup_ratio None: the half-life), and q = `data_ratio`.
+    the step) in images (rampup_ratio None or 0: the half-life), and q = `data_ratio`.
 
     mode1: EDM's rule; mode2: 0.5^(512 / h / q), whatever the batch; mode3: 0.5^(batch / 500,000),
     constant; mode4: final_ema / 0.5^(batch / 500,000) * 0.5^(batch / h / q).
     """
     def beta(nimg, batch):
         h = halflife_kimg * 1000
-        if rampup_ratio is not None:
+        if rampup_ratio:
             h = min(h, nimg * rampup_ratio)
         return EMA_MODES[mode](max(h, 1e-8), batch, data_ratio, final_ema)
     return beta

@@ -237,11 +237,14 @@ def copy_weights(source: torch.nn.Module, net: torch.nn.Module, path: str) -> tu
     """Takes over from `source`, the network of the snapshot `path`, what has the same name in
     `net`.
 
-    Returns (tensors taken, tensors of `net`). Raises UserError if none is, or one differs in
-    shape.
+    Weights of labels are not, if the two have not as many classes. Returns (tensors taken, tensors
+    of `net`). Raises UserError if none is, or one differs in shape.
     """
     state = net.state_dict()
-    common = {name: value for name, value in source.state_dict().items() if name in state}
+    classes = [(getattr(part, 'label_dim', 0),) for part in (source, net)]
+    common = {name: value for name, value in source.state_dict().items() if name in state
+              and (value.shape == state[name].shape
+                   or [value.shape[-1:], state[name].shape[-1:]] != classes)}
     if not common:
         raise UserError(f'{path} has nothing in common with this network; '
                         'train with the architecture of the snapshot')
