@@ -91,8 +91,13 @@ class Study:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
                 if field.compare and field.name != 'outdir'}
 
+    def check(self):
+        """Raises UserError for options that do not suit each other or the data."""
+
     def claim(self):
-        """Writes the settings to study.json. Raises UserError if it holds a study with others."""
+        """Writes the settings to study.json, if they pass the `check`: after a mistake the folder
+        is still free. Raises UserError if it holds a study with others."""
+        self.check()
         ours = json.loads(json.dumps(self.settings))
         path = self.path('study.json')
         try:
@@ -157,6 +162,8 @@ def command(study: type[Study], more: str = '') -> Callable:
             for field, value in values.items():
                 if isinstance(value, list) and len(set(value)) < len(value):
                     raise UserError('give each once', field)
+                if field == 'seeds' and max(value) >= 2**31:
+                    raise UserError('give numbers below 2^31', field)
             jobs = jobs or min(parallel.default_jobs(), study.most_jobs)
             try:
                 with parallel.sigterm_interrupts():

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,6 +23,7 @@ from data_utils import common, selection
 from dnnlib import UserError, cli, options, util
 from metrics.memorization import find_copies
 from studies import WHOLE, compared, setting
+from training import recipe
 from training.data.dataset import ImageDataset
 from training.generate import open_generator
 from training.snapshot import snapshot_name
@@ -66,7 +68,19 @@ class Study(studies.Study):
     channels: click.IntRange(min=2) = setting(16, 'Width of the network')
     samples: click.IntRange(min=SHOWN) = setting(256, 'Images that a model generates')
     steps: WHOLE = setting(12, 'Sampling steps')
-    seed: click.IntRange(min=0) = setting(0, 'Seed of weights, data order and noise')
+    seed: click.IntRange(0, 2**31 - 1) = setting(0, 'Seed of weights, data order and noise')
+
+    @property
+    def last(self) -> str:
+        """Name of the last snapshot: steps are whole batches."""
+        return snapshot_name(-(-self.kimg * 1000 // self.batch) * self.batch)
+
+    def check(self):
+        with tempfile.TemporaryDirectory() as folder, util.renamed_fields(num_channels='channels'):
+            trial = dataclasses.replace(self, outdir=folder)
+            models = plan(trial)[:1]
+            make_data(trial, models)
+            recipe.new_network(train.prepare(settings(trial, *models))[2])
 
     def data(self, model: Model) -> str:
         kind = 'random' if model.labels == 'random' else 'true'
@@ -112,7 +126,7 @@ def settings(study: Study, model: Model) -> dict:
 def run_model(study: Study, model: Model):
     """Trains a model and measures it, as far as that is not done."""
     run_dir = study.run_dir(model)
-    network = os.path.join(run_dir, snapshot_name(study.kimg * 1000))
+    network = os.path.join(run_dir, study.last)
     studies.make(network, lambda: train.train(settings(study, model), run_dir, nosubdir=True))
     for denoiser in model.denoisers:
         net = network if denoiser == 'network' else f'optimal:{study.data(model)}'
@@ -172,8 +186,8 @@ def main(study):
     Writes results.csv, study.png and study.svg, and in models/ a run folder of train.py for each
     model with a picture of its most memorized samples.
     """
-    models = plan(study)
     study.claim()
+    models = plan(study)
     make_data(study, models)
     print(f'{len(models)} models of {study.kimg},000 training images each, in {study.outdir}',
           flush=True)

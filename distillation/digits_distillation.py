@@ -53,6 +53,10 @@ class Study(studies.Study):
     most_jobs = 4
     grid = dict(columns=IMAGES.min)
 
+    def check(self):
+        if not all(0 < rho <= 1 for rho in self.rhos):
+            raise UserError('give shares above 0, e.g. 0.4,0.02', 'rhos')
+
     @property
     def data(self) -> str:
         return self.path('digits.zip')
@@ -239,8 +243,6 @@ def main(study):
     Writes results.csv, samples.png (real digits, teacher, students), and a folder with the
     checkpoints of each model.
     """
-    if not all(0 < rho <= 1 for rho in study.rhos):
-        raise UserError('give shares above 0, e.g. 0.4,0.02', 'rhos')
     study.claim()
     convert = [studies.ROOT / 'dataset_tool.py', 'convert', '--source=digits',
                f'--dest={study.data}']

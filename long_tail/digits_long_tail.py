@@ -67,7 +67,12 @@ class Study(studies.Study):
     batch: WHOLE = setting(32, 'Images of one step')
     tau: options.NOT_NEGATIVE = setting(1.0, 'Weight of the class-balancing term')
     samples: click.IntRange(min=200) = setting(500, 'Images that a model generates')
-    ddim_steps: click.IntRange(min=2) = setting(15, 'Sampling steps')
+    ddim_steps: click.IntRange(2, 1000) = setting(15, 'Sampling steps')
+
+    def check(self):
+        plan(self)
+        if min(self.omegas) < 0:
+            raise UserError('give strengths from 0 up', 'omegas')
 
     @property
     def settings(self) -> dict:
@@ -304,8 +309,8 @@ def main(study):
     Writes classes.csv, results.csv, label-effect.csv, study.png and study.svg, and in models/ a
     run folder of main.py for each model.
     """
-    chains = plan(study)
     study.claim()
+    chains = plan(study)
     studies.make(study.reference, make_stats.make, 'digits', study.reference, 'pixels')
     models = [Model(method, seed) for seed in study.seeds for method in METHODS
               if method in study.methods]

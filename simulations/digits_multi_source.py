@@ -70,6 +70,10 @@ class Study(studies.Study):
     def settings(self) -> dict:
         return super().settings | {'most': max(self.nums)}     # the others of a seed are held out
 
+    def check(self):
+        plan(self)
+        studies.split(max(self.nums), self.seeds[0], 'nums', ORDER)
+
     @property
     def larger(self) -> list[int]:
         """Numbers of classes of the models of several, the largest first."""
@@ -243,8 +247,8 @@ def main(study):
     study.png and study.svg, samples-n<NUM>.png, and in models/ a run folder of train_edm2.py for
     each model.
     """
-    models = plan(study)
     study.claim()
+    models = plan(study)
     make_data(study, models)
     print(f'{len(models)} models, {sum(map(study.duration, models))} training images in all, in '
           f'{study.outdir}', flush=True)

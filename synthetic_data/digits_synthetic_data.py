@@ -61,6 +61,9 @@ class Study(studies.Study):
         None, 'Digits to test on, of those that are not trained on  [default: all]')
     grid = dict(columns=12, min_side=24)
 
+    def check(self):
+        studies.split(self.real, self.seeds[0], 'real')
+
     def of(self, seed: int, *parts) -> str:
         return self.path(f'seed{seed}', *parts)
 

@@ -312,6 +312,30 @@ def test_a_folder_keeps_its_settings(name, option, words, tmp_path):
     assert words in line and f'--outdir={tmp_path}' in line
 
 
+@pytest.mark.parametrize('name, option, words', [
+    ('multi_source', '--nums=3,170', '--nums=170 leaves 4 images'),
+    ('multi_source', '--sources=1,11', '--sources'),
+    ('multi_source', '--seeds=4294967296', '--seeds: give numbers below 2^31'),
+    ('memorization', '--sizes=20,1750', '--sizes'),
+    ('memorization', '--channels=5', '--channels=5 must be even'),
+    ('memorization', '--channels=6', '--channels: '),
+    ('distillation', '--rhos=0.4,2', '--rhos'),
+    ('long_tail', '--omegas=-1,1', '--omegas'),
+    ('long_tail', '--ddim-steps=1001', '--ddim-steps'),
+    ('long_tail', '--methods=finetune', '--methods'),
+    ('synthetic_data', '--real=170', '--real=170 leaves 4 images')])
+def test_after_a_mistake_the_folder_is_still_free(name, option, words, tmp_path):
+    assert words in helpers.fails(CASES[name].script, f'--outdir={tmp_path}/out', *CASES[name].tiny, option)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_memorization_of_batches_that_outgrow_a_run(tmp_path):
+    """The last snapshot is named after the images of whole steps: 2 of 1,500, not 2,000."""
+    study = open_study(memorization, tmp_path, '--kimg=2', '--batch=1500')
+    assert study.last == 'network-snapshot-0000003.pkl'
+    assert open_study(memorization, tmp_path).last == 'network-snapshot-0000030.pkl'
+
+
 @pytest.mark.parametrize('text', ['[1]', '{', '7'])
 def test_a_study_that_cannot_be_read(text, tmp_path):
     (tmp_path / 'study.json').write_text(text)
