@@ -89,13 +89,12 @@ def needs(metrics: Iterable[str], protocol: Protocol | None = None,
 
     With a protocol of the generated images, without of the reference, where 'is' needs nothing.
     """
-    spaces = {'gaussians': [], 'features': []}
-    for metric in (METRICS[name] for name in metrics):
-        space = metric.space or (protocol.probs if protocol else None)
-        present = getattr(stored, metric.kind, {})
-        if space and space not in present and space not in spaces[metric.kind]:
-            spaces[metric.kind].append(space)
-    return spaces
+    spaces = {'gaussians': {}, 'features': {}}
+    for metric in map(METRICS.get, metrics):
+        space = metric.space or (protocol and protocol.probs)
+        if space and space not in getattr(stored, metric.kind, {}):
+            spaces[metric.kind][space] = True
+    return {kind: [*names] for kind, names in spaces.items()}
 
 
 def missing_in(reference: Statistics, metrics) -> dict[str, list[str]]:
@@ -110,13 +109,12 @@ def missing_in(reference: Statistics, metrics) -> dict[str, list[str]]:
 
 def same_protocol(reference: Statistics, protocol: str, metrics):
     """Raises UserError if Inception saw the images of the reference in another way."""
-    spaces = {*sum(needs(metrics).values(), [])} & {*reference.gaussians, *reference.features}
     theirs = reference.protocol or protocol
     if PROTOCOLS[theirs].prepare is not PROTOCOLS[protocol].prepare \
-            and any(SPACES[space][0] == 'inception' for space in spaces):
-        raise UserError(f'resizes and scales images in another way than {reference.path}, which '
-                        f'is of the protocol {theirs}: distances would not be those of either',
-                        'protocol', protocol)
+            and any('inception' in SPACES.get(METRICS[name].space, ()) for name in metrics):
+        raise UserError(f'{reference.path} is of the protocol {theirs}, which resizes and scales '
+                        f'images in another way than {protocol}: choose {theirs}, or make the '
+                        f'statistics again by {protocol}', 'protocol')
 
 
 def complete(reference: Statistics, metrics, detectors: Detectors, open_images,
@@ -138,15 +136,14 @@ def complete(reference: Statistics, metrics, detectors: Detectors, open_images,
 
 def evaluate(metrics, generated: Statistics, reference: Statistics, protocol: Protocol,
              device='cpu') -> dict[str, float]:
-    """{metric: value} in the order of `metrics`; 'is' also gives 'is_std', its spread.
+    """{metric: value}, precision and recall together; 'is' also gives 'is_std', its spread.
 
     Raises UserError if images and reference do not fit each other.
     """
     values = {}
-    for metric in dict.fromkeys(METRICS[name] for name in metrics):
+    for metric in dict.fromkeys(map(METRICS.get, metrics)):
         values |= metric.function(generated, reference, metric.space, protocol, device)
-    names = [part for name in metrics for part in (name, f'{name}_std') if part in values]
-    return {name: values[name] for name in names}
+    return {name: value for name, value in values.items() if name in {*metrics, 'is_std'}}
 
 
 def notes(generated: Statistics, reference: Statistics, detectors: Detectors) -> list[str]:
@@ -154,14 +151,9 @@ def notes(generated: Statistics, reference: Statistics, detectors: Detectors) ->
     rules.
     """
     lines = []
-    if 'inception' in detectors.loaded and reference.gaussians:
-        theirs = reference.protocol
-        if theirs is None:
-            lines.append(f'{reference.path} names no protocol and may be of EDM, CBDM or '
-                         f'pytorch-fid; taken as of {detectors.protocol}')
-        elif theirs != detectors.protocol:
-            lines.append(f'{reference.path} is of the protocol {theirs}, the images of '
-                         f'{detectors.protocol}')
+    theirs = reference.protocol or f'no protocol, and taken as of {detectors.protocol}'
+    if 'inception' in detectors.loaded and theirs != detectors.protocol and reference.gaussians:
+        lines.append(f'images of the protocol {detectors.protocol}, {reference.path} of {theirs}')
     for space, gaussian in generated.gaussians.items():
         if gaussian.num <= gaussian.dim:
             lines.append(f'{space}: {gaussian.num} images for {gaussian.dim} dimensions; the '

@@ -4,6 +4,7 @@ Eq. 4 of arXiv 2310.02664. The distance of two images is the root mean square di
 pixel values 0..255.
 """
 
+import collections
 import dataclasses
 from collections.abc import Iterable, Iterator
 
@@ -94,7 +95,7 @@ def find_copies(batches: Iterable, training, keep: int = 48) -> Copies:
     copies.closest = np.argsort(copies.relative, kind='stable')[:keep]
     closest = copies.ids[copies.closest].tolist()
     kept = {key: image.numpy() for key, image in zip(ids, images, strict=True) if key in closest}
-    kept = {key: image for part in distributed.gather_objects(kept) for key, image in part.items()}
+    kept = collections.ChainMap(*distributed.gather_objects(kept))
     copies.images = np.stack([kept[key] for key in closest])
     return copies
 

@@ -175,10 +175,10 @@ def test_protocols_are_not_mixed_unless_asked_for(tmp_path, capsys, monkeypatch)
         printed = calculate(capsys, *calc, f'--ref={tmp_path}/{ref}.npz', f'--protocol={protocol}')
         found = results(tmp_path / 'out.json')
         assert found['results']['fid'] == pytest.approx(0, abs=1e-4) and found['protocol'] == protocol
-        assert ('names no protocol' in printed) == (ref == 'bare')
+        assert ('of no protocol, and taken as of edm' in printed) == (ref == 'bare')
     args = [*calc, f'--ref={tmp_path}/cbdm.npz']
-    assert '--protocol=edm resizes and scales' in fails(SCRIPT, *args)
-    assert 'is of the protocol cbdm' in calculate(capsys, *args, '--mix-protocols')
+    assert 'choose cbdm, or make' in fails(SCRIPT, *args)
+    assert 'cbdm.npz of cbdm' in calculate(capsys, *args, '--mix-protocols')
     assert results(tmp_path / 'out.json')['ref_protocol'] == 'cbdm'
 
 

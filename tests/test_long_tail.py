@@ -525,7 +525,7 @@ def test_published_features_beside_a_cache(trained, tmp_path):
         MAIN, f'--flagfile={trained}/flagfile.txt', f'--logdir={trained}', '--notrain', '--eval', *network,
         f'--fid_cache={tmp_path}/theirs/digits.train.npz')
     (tmp_path / 'edm2.pkl').write_bytes(pickle.dumps({'fid': dict(mu=np.zeros(2048), sigma=np.eye(2048))}))
-    assert 'which is of the protocol edm' in fails(
+    assert 'is of the protocol edm, which' in fails(
         MAIN, f'--flagfile={trained}/flagfile.txt', f'--logdir={trained}', '--notrain', '--eval', *network,
         f'--fid_cache={tmp_path}/edm2.pkl')
 
