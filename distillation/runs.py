@@ -108,7 +108,7 @@ def align(experiment: configs.Experiment):
         value, own = (getattr(side.model, name) for side in (teacher, student))
         if value != own:
             raise UserError(f"student.model.{name}: {own} differs from the teacher's {value}")
-    if student.random_flip is not None:
+    if student.random_flip:
         raise UserError('student.random_flip: a distillation has no images that could be mirrored')
     if student.diffusion.use_kl:
         raise UserError('student.diffusion.use_kl: distillation has no pure KL loss; write false')

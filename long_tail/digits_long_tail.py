@@ -36,7 +36,7 @@ RECIPE = [
     # way up. Levels of 32 channels would not see the labels, see training/networks/ddpm.py.
     '--ch=64', '--ch_mult=1', '--ch_mult=1', '--attn=', '--num_res_blocks=0',
     '--data_type=digitslt', *studies.arguments(TAIL), '--img_size=8', '--conditional',
-    '--noxflip', '--num_workers=1',
+    '--num_workers=1',
     # Less noise at the end than usual (abar_T = 0.0066, not 0.00004): it is enough for 8x8 pixels,
     # and from x_T the first prediction of x_0, which this sampler does not clip, is then 12 times
     # the error of the network, not 157 times.
@@ -123,7 +123,8 @@ def flags_of(study: Study, model: Model, **more) -> dict:
                       logdir=study.run_dir(Model('plain', model.seed)),
                       total_steps=study.steps - study.pretrained - 1)
     switches += ['--eval', '--recognition', '--noprd'] if more else ['--train']
-    return long_tail.settings([*RECIPE, *switches, *studies.arguments(flags | more)])
+    # Mirrored digits are no digits.
+    return long_tail.settings([*RECIPE, '--noxflip', *switches, *studies.arguments(flags | more)])
 
 
 def run_chain(study: Study, chain: list[Model]):

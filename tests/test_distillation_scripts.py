@@ -587,8 +587,12 @@ def test_classes_go_through_training_and_sampling(world, tmp_path):
          '--dest', tmp_path / 'x.npz', '--timestep_respacing=3', *TINY, *classes)
     made = NpzImages(str(tmp_path / 'x.npz'))
     assert made.label_ids.shape == (6,) and made.label_ids.min() >= 0 and made.label_ids.max() < 10
-    assert 'has 10 classes, but the network has 1000' in helpers.fails(
-        TRAIN, '--data_dir', world.data, '--config', BASELINE, '--outdir', tmp_path / 'y', *TINY, 'model.class_cond=true')
+    assert 'has 10 classes, but the network has 7' in helpers.fails(
+        TRAIN, '--data_dir', world.data, '--config', BASELINE, '--outdir', tmp_path / 'y', *TINY, *classes,
+        'model.num_classes=7')
+    # Guided diffusion's networks have the 1000 classes of ImageNet, whatever the data have.
+    assert 'has 10 of the 1000 classes' in train(world.data, tmp_path / 'y', 'model.class_cond=true', 'total_steps=1')
+    assert weights(tmp_path / 'y', 'model000001.pt')['label_emb.weight'].shape[0] == 1000
 
 
 def test_a_class_conditional_teacher_is_distilled(world, tmp_path):

@@ -21,10 +21,16 @@ from training.runs import option_of
 
 
 def open_data(path: str, net):
-    """The images, as they suit the network. Raises UserError where they do not."""
+    """The images, as they suit the network, which may have more classes. Raises UserError where
+    they do not.
+    """
     dataset = open_dataset(path, use_labels=net.label_dim > 0)
     shape = (net.img_channels, net.img_resolution, net.img_resolution)
     fits = dataset.dtype == np.uint8 and dataset.image_shape == shape
+    if 0 < dataset.label_dim < net.label_dim:
+        dist.print0(f'Note: {path} has {dataset.label_dim} of the {net.label_dim} classes of the '
+                    'network (model.num_classes)')
+        dataset.label_dim = net.label_dim
     if not fits or net.label_dim not in (0, dataset.label_dim):
         raise UserError(
             f'{path} holds {dataset.dtype} {list(dataset.image_shape)} and has '
