@@ -33,9 +33,9 @@ def load_log(path: str) -> tuple[dict, dict]:
                         'log', path) from None
 
 
-def measure(expdir, name, seeds, training, batch, subdirs, sampler):
+def measure(expdir, name, seeds, training, batch, subdirs, **options):
     """(nimg, copies) of the samples of one snapshot, which are kept as files with `subdirs`."""
-    generator = open_generator(os.path.join(expdir, name), sampler=sampler)
+    generator = open_generator(os.path.join(expdir, name), **options)
     if subdirs:
         path = os.path.join(expdir, 'samples', name.removesuffix('.pkl'))
         folder = OutputFolder(path, True, generator.record | dict(net=name),
@@ -68,9 +68,10 @@ def save_trajectory(path: str, rows: list[dict], title: str):
                   '[default: those of the log, else 0-63]')
 @click.option('--subdirs', is_flag=True,
               help='Keep the samples: EXPDIR/samples/SNAPSHOT, a folder for each 1000 seeds')
+@options.image_class
 @options.batch(64)
 @options.sampling
-def main(expdir, knn_ref, log, seeds, subdirs, batch, sampler, precision):
+def main(expdir, knn_ref, log, seeds, subdirs, class_, batch, sampler, precision):
     """Measure the memorization ratio of every snapshot of a run.
 
     As calculate_metrics.py memorization does. Writes a table, the curve of the ratio over training
@@ -107,6 +108,8 @@ def main(expdir, knn_ref, log, seeds, subdirs, batch, sampler, precision):
     settings = dict(
         expdir=os.path.abspath(expdir), knn_ref=os.path.abspath(data), num_training=len(training),
         seeds=seeds, sampler={key: str(value) for key, value in sampler.items()})
+    if class_ is not None:
+        settings['class'] = class_
     if earlier != json.loads(json.dumps(settings)):
         known = {}
     rows = []
@@ -119,7 +122,8 @@ def main(expdir, knn_ref, log, seeds, subdirs, batch, sampler, precision):
         row = dist.broadcast_object(known.get((name, modified)))
         last = file == snapshots[-1]
         if row is None or (last and not os.path.isfile(stem + '-pairs.png')):
-            nimg, copies = measure(expdir, name, seeds, training, batch, subdirs, sampler)
+            nimg, copies = measure(expdir, name, seeds, training, batch, subdirs, class_=class_,
+                                   sampler=sampler)
             row = dict(snapshot=name, modified=modified, nimg=nimg, ema=file.average,
                        **copies.results())
             if last and dist.get_rank() == 0:

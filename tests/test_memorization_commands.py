@@ -129,6 +129,17 @@ def test_by_default_there_are_64_samples(experiment):
     assert settings['seeds'] == list(range(64))
 
 
+def test_samples_of_one_class(experiment, digits):
+    net = build_network('EDMPrecond', img_resolution=8, img_channels=3, label_dim=10, model_type='SongUNet',
+                        model_channels=8, channel_mult=[1], num_blocks=1)
+    for path in experiment.glob('*-0.*.pkl'):
+        save_snapshot(path, net, encoder=RGBEncoder(), dataset={'name': 'digits', 'label_dim': 10}, recipe={}, nimg=2000)
+    invoke('mem_ratio.py', f'--expdir={experiment}', '--seeds=0-3', '--steps=1', '--class=7', '--subdirs')
+    kept = ImageDataset(experiment / 'samples' / 'network-snapshot-0000010-0.100')
+    assert kept.label_ids.tolist() == [7] * 4
+    assert json.loads((experiment / 'mem_ratio.json').read_text())['settings']['class'] == '7'
+
+
 def test_the_reference_can_be_given(experiment, digits, tmp_path):
     (experiment / 'training_options.json').unlink()
     assert 'training_options.json' in fails('mem_ratio.py', f'--expdir={experiment}', '--seeds=0-3')
