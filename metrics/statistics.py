@@ -31,7 +31,7 @@ from metrics.detectors import PROTOCOLS
 from metrics.frechet import frechet_distance
 from torch_utils import distributed
 from torch_utils.files.identify import NpzArrays, identify
-from torch_utils.files.pickles import errors_of
+from torch_utils.files.pickles import check_plain, errors_of
 
 # Space -> (detector, its output): the kinds of features, named like the distance that uses them.
 SPACES = {
@@ -211,26 +211,27 @@ def _parse(path: str, local: str, content, space: str) -> Statistics:
     # Without a name it is of the family that has this layout.
     family = ('cbdm' if 'meta' in content else 'adm' if statistics.images or 'sfid' in content
               else None if 'mu' in content else 'edm')
-    statistics.protocol = str(content['protocol']) if 'protocol' in content else family
+    statistics.protocol = str(_array(content['protocol'])) if 'protocol' in content else family
     meta = content.get('meta', {})
-    statistics.meta = meta if isinstance(meta, dict) else json.loads(str(meta))
+    meta = meta if isinstance(meta, dict) else json.loads(str(_array(meta)))
+    statistics.meta = check_plain(meta, 'its part meta')
     if 'detector' in statistics.meta:  # make_stats.py, up to November 2026
         detector = statistics.meta['detector']
         space = USUAL[detector]
         statistics.meta['detectors'] = {
             detector: {key: statistics.meta.get(key) for key in ('weights', 'fingerprint')}}
     if 'mu' in content:
-        content = content | {str(content.get('space', space)): content}
+        content = content | {str(_array(content.get('space', space))): content}
     if content.get('labels') is not None:
-        statistics.labels = _tensor(content['labels']).long()
+        statistics.labels = torch.from_numpy(_array(content['labels'])).long()
     sound = statistics.protocol in (None, *PROTOCOLS)
     for space, table in content.items():
         if not isinstance(table, dict) or not {'mu', 'sigma'} & table.keys():
             continue
-        mu, sigma = (np.asarray(table.get(key), np.float64) for key in ('mu', 'sigma'))
+        mu, sigma = (_array(table.get(key)).astype(np.float64) for key in ('mu', 'sigma'))
         sound = sound and mu.ndim == 1 and sigma.shape == mu.shape * 2
         if table.get('features') is not None:
-            features = _tensor(table['features']).float()
+            features = torch.from_numpy(_array(table['features'])).float()
             rows = features if statistics.labels is None else statistics.labels
             sound = sound and features.shape == (len(rows), len(mu))
             statistics.features[space] = features
@@ -245,8 +246,11 @@ def _parse(path: str, local: str, content, space: str) -> Statistics:
     return statistics
 
 
-def _tensor(values) -> torch.Tensor:
-    return torch.from_numpy(np.require(values, requirements='W'))
+def _array(value) -> np.ndarray:
+    """An array or a text as an array that can be written to. Lists may be endless: ValueError."""
+    if not isinstance(value, str | np.ndarray | torch.Tensor):
+        raise ValueError(f'a {type(value).__name__} instead of an array')
+    return np.require(value, requirements='W')
 
 
 def _nested(arrays: NpzArrays) -> dict:

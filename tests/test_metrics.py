@@ -536,6 +536,13 @@ def test_bad_references_end_in_one_line(tmp_path):
     torch.save({'fid': {'mu': torch.zeros(3), 'sigma': torch.zeros(2, 2)}}, tmp_path / 'shapes.pkl')
     contents = {'evil.pkl': pickle.dumps({'fid': Evil()}), 'cut.pkl': whole[:len(whole) // 2], 'text.pkl': b'mu',
                 'empty.pkl': b'', 'plain.pkl': pickle.dumps([1, 2]), 'cut.npz': (tmp_path / 'shapes.npz').read_bytes()[:200]}
+    endless = [1.0]                                  # a list of lists of lists, each twice: 2^40 numbers
+    for _ in range(40):
+        endless = [endless, endless]
+    table = dict(mu=a.mu, sigma=a.sigma)
+    contents |= {f'endless {i}.pkl': pickle.dumps(x) for i, x in enumerate((
+        {'fid': dict(mu=endless, sigma=endless)}, {'fid': table, 'protocol': endless},
+        {'fid': table, 'meta': {'data': endless}}, {'fid': table, 'labels': endless}))}
     for name, data in contents.items():
         (tmp_path / name).write_bytes(data)
     for name in [*contents, 'shapes.npz', 'other.npz', 'objects.npz', 'shapes.pkl', 'missing.pkl']:

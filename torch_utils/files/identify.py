@@ -267,7 +267,7 @@ def _moments(content) -> dict:
 
 def _statistics(path, content) -> Found:
     return Found(path, 'statistics', content, facts={
-        space: f'{np.size(table["mu"])} dimensions' for space, table in _moments(content).items()})
+        space: f'{len(table["mu"])} dimensions' for space, table in _moments(content).items()})
 
 
 class NpzArrays:
