@@ -160,7 +160,8 @@ def ref(data, dest, detection, features, reading):
     wanted = compute.needs(metrics)
     wanted['gaussians'] = list(dict.fromkeys(wanted['gaussians'] + wanted['features']))
     statistics = measure_images(images, detectors, **reading, **wanted,
-                                keep_num=features or detectors.rules.manifold)
+                                keep_num=detectors.rules.manifold if features is None
+                                else features)
     num = statistics.gaussians[wanted['gaussians'][0]].num
     statistics.meta = dict(data=data, class_name=reading['class_name'], seed=reading['seed'],
                            num=num, detectors=detectors.description())

@@ -75,7 +75,7 @@ class Pixels:
 
 
 class _Network:
-    """Common to detectors with weights: RGB input on the right device, no TF32, a fingerprint."""
+    """Common to detectors with weights: RGB input on the right device, a fingerprint."""
 
     def __init__(self, net: torch.nn.Module, weights: str, device):
         self.device = torch.device(device)
@@ -84,17 +84,12 @@ class _Network:
         self.fingerprint = fingerprint(sorted(net.state_dict().items()))
 
     @torch.inference_mode()
+    @distributed.exact_float32()
     def __call__(self, images: torch.Tensor, outputs=('features',)) -> dict[str, torch.Tensor]:
         images = images.to(self.device)
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision('highest')
-        try:
-            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-                return self._features(images, outputs)
-        finally:
-            torch.set_float32_matmul_precision(precision)
+        return self._features(images, outputs)
 
 
 class Inception(_Network):

@@ -1,10 +1,10 @@
 """Exact nearest neighbours by blocked matrix products, in bounded memory.
 
 |u - v|^2 = |u|^2 + |v|^2 - 2 u.v is fast in single precision, but wrong by up to about
-D eps (|u|^2 + |v|^2). So products only select; distances that count are computed as sum (u - v)^2
-in double precision, and whatever the error bound leaves open is settled that way too. Products of
-pixels are whole numbers without rounding, several times as fast. Results depend on no block size
-and on no device.
+D eps (|u|^2 + |v|^2), and with TF32 by far more, so that is off. So products only select;
+distances that count are computed as sum (u - v)^2 in double precision, and whatever the error
+bound leaves open is settled that way too. Products of pixels are whole numbers without rounding,
+several times as fast. Results depend on no block size and on no device.
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from dnnlib import UserError
+from torch_utils import distributed
 
 ROWS = 2048        # points of one side of a block of distances: 16 MiB
 NUMBERS = 2**20    # differences computed at a time: 8 MiB
@@ -22,6 +23,7 @@ GROUP = 64         # columns of which only the smallest is looked at first
 MAX_DIM = 1 << 15  # pixels of an image whose squared distances fit into int32: 255^2 2^15 < 2^31
 
 
+@distributed.exact_float32()
 def nearest(queries: torch.Tensor, points: torch.Tensor | None = None, k: int = 1):
     """The k nearest of `points` [M, D] for each of `queries` [N, D], on their device.
 
@@ -125,6 +127,7 @@ def _exact(queries, points, index):
     return torch.cat(parts)
 
 
+@distributed.exact_float32()
 def inside_balls(queries, points, query_squares, point_squares, strict: bool):
     """Which of `queries` [N, D] are in a ball around one of `points` [M, D], and the reverse.
 

@@ -24,6 +24,7 @@ from metrics.features import Detectors, measure_images
 from metrics.frechet import frechet_distance
 from metrics.inception import InceptionV3
 from metrics.statistics import FeatureSums, Gaussian, Statistics, load_statistics, save_statistics
+from torch_utils import distributed
 from training.data.images import open_images
 
 
@@ -252,6 +253,24 @@ def test_tensorflow_resizing_pixel_by_pixel(shape):
         pixel = (1 - u) * ((1 - v) * x[..., r, c] + v * x[..., r, right]) \
             + u * ((1 - v) * x[..., below, c] + v * x[..., below, right])
         torch.testing.assert_close(found[..., i, j].double(), (pixel - 128) / 128, rtol=0, atol=1e-3)
+
+
+def test_measures_are_exact_whatever_the_network_is_run_with(weights, monkeypatch):
+    """With --precision=tf32 features would be others, and distances no certificate of anything."""
+    seen = []
+
+    def noted(function):
+        return lambda *args: seen.append(distributed.uses_tf32()) or function(*args)
+
+    monkeypatch.setattr(neighbors, '_slices', noted(neighbors._slices))
+    monkeypatch.setattr(InceptionV3, 'forward', noted(InceptionV3.forward))
+    distributed.set_tf32(True)
+    try:
+        precision_recall.precision_recall(random(9, 3), random(9, 3, seed=1), k=3)
+        detectors.Inception(str(weights / 'state.pth'))(torch.zeros(1, 3, 8, 8), ('pool3',))
+        assert distributed.uses_tf32() and len(seen) > 4 and not any(seen)
+    finally:
+        distributed.set_tf32(False)
 
 
 def test_protocols_show_images_in_their_way(weights):

@@ -76,6 +76,17 @@ def uses_tf32() -> bool:
     return torch.backends.cuda.matmul.allow_tf32
 
 
+@contextlib.contextmanager
+def exact_float32():
+    """Float32 is exact in the block, or in the function that this decorates."""
+    before = uses_tf32(), torch.backends.cudnn.allow_tf32
+    set_tf32(False)
+    try:
+        yield
+    finally:
+        set_tf32(*before)
+
+
 def launch(function, args: tuple, processes: int) -> int:
     """Runs function(*args) in so many new processes of this machine, which find each other in
     `init`.
