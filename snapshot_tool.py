@@ -8,6 +8,7 @@ import click
 from dnnlib import UserError, cli, url
 from dnnlib.options import choice, text, together
 from torch_utils.files.identify import Found, family, identify
+from torch_utils.files.pickles import errors_of
 from training import export
 from training.data.archive import check_parent
 from training.networks.infer import READERS, infer
@@ -122,7 +123,8 @@ def describe(found: Found, options: dict | None = None) -> dict:
         lines |= describe_network(content['ema'].class_name, content['ema'].kwargs)
         training = {'encoder': getattr(content.get('encoder'), 'class_name', 'none')}
     elif found.kind == 'weights' and family(found.state) in READERS:
-        inferred = infer(found.state, options)
+        with errors_of(found.path):
+            inferred = infer(found.state, options)
         lines |= describe_network(inferred.class_name,
                                   inferred.kwargs | (inferred.diffusion or {}), inferred.assumed)
     if found.state is not None:

@@ -278,6 +278,14 @@ def test_a_cache_file_holds_the_shares_of_all_processes(classes, tmp_path, monke
         load_cache(path, 2, 8, {})
 
 
+def test_caches_of_earlier_versions_noted_the_batch_of_a_process(tmp_path):
+    path = str(tmp_path / 'x.cache')
+    share = Cache(torch.zeros([7, 3, 4, 4]), torch.ones(7, dtype=torch.int64))
+    write_cache(path, [share] * 4, {'batch_size': 64, 'processes': 4, 'images of a process': 7})
+    assert open_cache(path)[1] == {'batch_size': 256, 'processes': 4}
+    assert len(load_cache(path, 1, 14, {'batch_size': 256})) == 14  # by two processes
+
+
 def test_a_cache_file_is_safetensors(tmp_path):
     safetensors = pytest.importorskip('safetensors.torch')
     cache = Cache(torch.randn([5, 1, 8, 8]), torch.arange(5))

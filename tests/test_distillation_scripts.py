@@ -93,6 +93,17 @@ def test_golden_configurations(case, kind, name):
         assert dataclasses.asdict(section).items() >= published.items()
 
 
+@pytest.mark.parametrize('case', CONFIGS, ids=str)
+def test_what_a_configuration_leaves_out_is_as_published(case):
+    """Where all experiments have one value, it is the default; half precision is that of the architecture."""
+    for section, group in ((configs.Training, 'student'), (configs.Teacher, 'teacher')):
+        published = [one[group] for one in case.json['experiments'].values() if group in one]
+        for field in dataclasses.fields(section):
+            values = {str(one[field.name]) for one in published if field.name in one}
+            if len(values) == 1 and field.default is not dataclasses.MISSING and field.name not in ('use_fp16', 'tempfile'):
+                assert str(field.default) in values, field.name
+
+
 def test_the_ablations_differ_in_what_their_names_say():
     base = configs.read_experiment(str(YAML / 'cifar10_32/exp/CIFAR10-57M-Dynamic-0.4.yaml'))
     folder = YAML / 'cifar10_32' / 'exp' / 'ablation'

@@ -159,5 +159,7 @@ def test_what_guided_diffusion_predicts_can_be_said(tmp_path):
         assert ('Assumed: predict=epsilon' in text) == (not more)
         images.append(sampled(load_snapshot(dest)))
     assert load_snapshot(dest).net.diffusion.predict == 'start' and not torch.equal(*images)
+    for command in ([*convert, '--overwrite'], ['inspect', path]):
+        assert 'predicts is no argument' in fails('snapshot_tool.py', *command, '--set', 'predicts=start')
     error = fails('snapshot_tool.py', *convert, '--set', 'predict=velocity', '--overwrite')
     assert 'velocity' in error and 'epsilon, start' in error
