@@ -1,12 +1,15 @@
 """The toy example of autoguidance (arXiv 2406.02507, Figures 1 and 2): a density in the plane, learnt
 and guided in four ways."""
 
-import functools
+import dataclasses
+import itertools
 import math
 import sys
 from pathlib import Path
 
 import click
+import numpy as np
+import pandas as pd
 import torch
 import tqdm
 
@@ -23,63 +26,67 @@ from training.networks.layers import Denoiser, edm_coefficients
 
 SIGMA_DATA = 0.5
 GUIDE_SHARE = 8  # the guide is trained an eighth as long, with half the width
-COLUMNS = ('data', 'no guidance', 'classifier-free', 'autoguidance', 'stretched')
 
 
-class Branches:
-    """Two classes of tree-like shape in the plane: mixtures of Gaussians along branches that fork.
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Gaussians in the plane: means [K,2], stds [K], weights [K], and labels [K], the class of
+    each."""
 
-    means [K,2], stds [K], log_weights [K], labels [K]: component k belongs to class labels[k]. The
-    standard deviation of the whole is about SIGMA_DATA.
-    """
+    means: torch.Tensor
+    stds: torch.Tensor
+    weights: torch.Tensor
+    labels: torch.Tensor
 
-    def __init__(self, depth: int = 6, per_branch: int = 8):
-        components = []
+    def of(self, label: int) -> 'Mixture':
+        """The Gaussians of one class."""
+        chosen = self.labels == label
+        return Mixture(*(values[chosen] for values in vars(self).values()))
 
-        def grow(x, y, angle, length, width, weight, level, label):
-            for i in range(per_branch):
-                along = length * (i + 0.5) / per_branch
-                components.append((x + along * math.cos(angle), y + along * math.sin(angle), width,
-                                   weight / per_branch, label))
-            if level < depth:
-                end = x + length * math.cos(angle), y + length * math.sin(angle)
-                for turn, share in ((0.55, 0.55), (-0.75, 0.45)):
-                    grow(*end, angle + turn * (-1) ** label, 0.72 * length, 0.75 * width,
-                         0.95 * weight * share, level + 1, label)
+    def log_density(self, x, sigma: float = 0):
+        """ln p [N] of points [N,2] in nats, with noise of `sigma`."""
+        variance = self.stds**2 + sigma**2
+        squared = (x.double()[:, None] - self.means).square().sum(2)
+        terms = (self.weights / (2 * math.pi * variance)).log() - squared / (2 * variance)
+        return terms.logsumexp(1) - self.weights.sum().log()
 
-        for label, angle in enumerate((0.25 * math.pi, -0.75 * math.pi)):
-            grow(-0.1 * math.cos(angle), -0.1 * math.sin(angle), angle, 0.55, 0.035, 0.5, 1, label)
-        x, y, stds, weights, labels = torch.tensor(components, dtype=torch.float64).T
-        weights /= weights.sum()
-        means = torch.stack([x, y], 1)
-        means -= weights @ means
-        scale = SIGMA_DATA / (weights @ (means.square().mean(1) + stds**2)).sqrt()
-        self.means, self.stds = means * scale, stds * scale
-        self.log_weights, self.labels = weights.log(), labels.long()
-
-    def log_density(self, x, label: int | None = None, sigma: float = 0):
-        """ln p [N] of points [N,2] in nats, of all data or of one class, with noise of `sigma`."""
-        of_class = torch.ones_like(self.labels, dtype=torch.bool) if label is None else (
-            self.labels == label)
-        variance = self.stds[of_class] ** 2 + sigma**2
-        squared = (x.double()[:, None] - self.means[of_class]).square().sum(2)
-        log_weights = self.log_weights[of_class]
-        terms = log_weights - squared / (2 * variance) - (2 * math.pi * variance).log()
-        return terms.logsumexp(1) - log_weights.logsumexp(0)
-
-    def draw(self, count: int, label: int | None = None, generator=None):
-        """(points [N,2], labels [N]) of all data or of one class."""
-        weights = self.log_weights.exp() * (1 if label is None else self.labels == label)
-        chosen = torch.multinomial(weights, count, replacement=True, generator=generator)
-        noise = torch.randn([count, 2], generator=generator, dtype=torch.float64)
+    def draw(self, count: int, generator=None):
+        """Points [N,2] and their labels [N]."""
+        chosen = torch.multinomial(self.weights, count, replacement=True, generator=generator)
+        noise = torch.randn([count, 2], generator=generator)
         return (self.means[chosen] + self.stds[chosen, None] * noise).float(), self.labels[chosen]
 
-    def coverage(self, x, label: int):
-        """Share of the class's mass whose component is the nearest one of some point of x [N,2]."""
-        of_class = self.labels == label
-        weights = self.log_weights[of_class].exp()
-        nearest = torch.cdist(x.double(), self.means[of_class]).argmin(1)
-        return float(weights[nearest.unique()].sum() / weights.sum())
+    def coverage(self, x) -> float:
+        """Share of the mass whose Gaussian is the nearest one of some point of x [N,2]."""
+        nearest = torch.cdist(x.double(), self.means).argmin(1).unique()
+        return float(self.weights[nearest].sum() / self.weights.sum())
+
+
+def branches(levels: int = 6, per_branch: int = 8) -> Mixture:
+    """Two classes of tree-like shape: Gaussians along branches, which fork at their ends. The
+    standard deviation of the whole is about SIGMA_DATA."""
+    labels = torch.arange(2)
+    angles = (0.25 - labels.double()) * math.pi
+    starts = -0.1 * torch.exp(1j * angles)                     # the plane as complex numbers
+    weights = torch.full_like(angles, 0.5)
+    grown = []
+    for level in range(levels):
+        lines = 0.55 * 0.72**level * torch.exp(1j * angles)
+        stds = torch.full_like(angles, 0.035 * 0.75**level)
+        grown.append((starts, lines, stds, weights, labels))
+        side = 1 - 2 * labels                                  # the trees turn opposite ways
+        starts = (starts + lines).repeat(2)
+        angles = torch.cat([angles + 0.55 * side, angles - 0.75 * side])
+        weights = torch.cat([0.55 * weights, 0.45 * weights]) * 0.95
+        labels = labels.repeat(2)
+    starts, lines, stds, weights, labels = (
+        torch.cat(values).repeat_interleave(per_branch) for values in zip(*grown, strict=True))
+    along = (torch.arange(len(starts)) % per_branch + 0.5) / per_branch
+    means = torch.view_as_real(starts + along * lines)
+    weights /= weights.sum()
+    means -= weights @ means
+    scale = SIGMA_DATA / (weights @ (means.square().mean(1) + stds**2)).sqrt()
+    return Mixture(means * scale, stds * scale, weights, labels)
 
 
 class PlaneDenoiser(Denoiser):
@@ -89,22 +96,24 @@ class PlaneDenoiser(Denoiser):
     def __init__(self, width: int):
         super().__init__(1, 2, 2)
         sizes = [2 + 1 + 1 + self.label_dim, *[width] * 4, 2]
-        self.layers = torch.nn.ModuleList(
-            MPConv(*pair, []) for pair in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = torch.nn.ModuleList(MPConv(*pair, []) for pair in itertools.pairwise(sizes))
         self.gain = torch.nn.Parameter(torch.zeros([]))
 
-    def forward(self, x, sigma, class_labels=None):
-        x, sigma, class_labels = self.conditions(x, sigma, class_labels)
-        c_skip, c_out, c_in, c_noise = edm_coefficients(sigma, SIGMA_DATA)
-        rows = [(c_in * x).flatten(1), c_noise.flatten(1), torch.ones_like(c_noise).flatten(1),
-                class_labels]
-        h = torch.cat([row.expand(len(x), -1) for row in rows], 1)
+    def coefficients(self, sigma):
+        return edm_coefficients(sigma, SIGMA_DATA)
+
+    def network(self, x, noise, labels):
+        inputs = (x[:, :, 0, 0], noise[:, None], torch.ones(1, 1), labels)
+        h = torch.cat([values.expand(len(x), -1) for values in inputs], 1)
         for layer in self.layers[:-1]:
             h = mp_silu(layer(h))
-        return c_skip * x + c_out * self.layers[-1](h, gain=self.gain)[:, :, None, None]
+        return self.layers[-1](h, gain=self.gain)[:, :, None, None]
+
+    def forward(self, x, sigma, class_labels=None):
+        return self.precondition(self.network, x, sigma, class_labels, force_fp32=True)
 
 
-def train(data: Branches, width: int, steps: int, batch: int, lr: float, seed: int):
+def train(data: Mixture, width: int, steps: int, batch: int, lr: float, seed: int):
     """A denoiser after `steps` steps: the power-function average of width 0.10 of its weights.
 
     One label in ten is dropped, so that the network knows the unconditional density too.
@@ -117,7 +126,7 @@ def train(data: Branches, width: int, steps: int, batch: int, lr: float, seed: i
     for step in tqdm.trange(steps, desc=f'network of {width} units', unit='step', leave=False,
                             disable=None):
         points, ids = data.draw(batch)
-        labels = torch.nn.functional.one_hot(ids, 2) * (torch.rand([batch, 1]) >= 0.1)
+        labels = torch.eye(2)[ids] * (torch.rand([batch, 1]) >= 0.1)
         loss, _ = objective(net, dict(images=points[:, :, None, None], labels=labels,
                                       random=GlobalRandom()))
         for group in optimizer.param_groups:  # EDM2's decay of the learning rate
@@ -129,48 +138,41 @@ def train(data: Branches, width: int, steps: int, batch: int, lr: float, seed: i
     return averages.emas[0]
 
 
-def stretched(net, strength: float, x, sigma, labels):
-    """The denoiser whose score is `strength` times that of `net`: fewer outliers, less variety."""
-    return x + strength * (net(x, sigma, labels) - x)
-
-
 @torch.no_grad()
 def draw_samples(net, guide, count: int, label: int, guidance: float, seed: int) -> dict:
     """Samples [N,2] of one class by each way of guidance, all from the same noise."""
+    def stretched(x, sigma, labels):                           # 1.3 times the score of `net`
+        return x + 1.3 * (net(x, sigma, labels) - x)
+
     noise = torch.randn([count, 2, 1, 1], generator=torch.Generator().manual_seed(seed))
-    labels = torch.nn.functional.one_hot(torch.full([count], label), 2).float()
     settings = {
         'no guidance': (net, {}),
         'classifier-free': (net, dict(guide=without_labels(net), guidance=guidance)),
         'autoguidance': (net, dict(guide=guide, guidance=guidance)),
-        'stretched': (functools.partial(stretched, net, 1.3), {}),
-    }
-    return {name: sample(denoiser, noise, labels, name='edm2', sigma_max=5, **guiding).flatten(1)
+        'stretched': (stretched, {})}
+    return {name: sample(denoiser, noise, torch.eye(2)[[label]], name='edm2', sigma_max=5,
+                         **guiding).flatten(1)
             for name, (denoiser, guiding) in settings.items()}
 
 
-def measure(data: Branches, points, label: int, floor: float) -> dict:
+def measure(data: Mixture, points, floor: float) -> dict:
     """Outliers (share of points of less density than `floor`), coverage, mean ln p."""
-    log_density = data.log_density(points, label)
-    return dict(outliers=float((log_density < floor).double().mean()),
-                coverage=data.coverage(points, label), log_density=float(log_density.mean()))
+    log_density = data.log_density(points)
+    return {'outliers': float((log_density < floor).double().mean()),
+            'coverage': data.coverage(points), 'ln p': float(log_density.mean())}
 
 
-def draw_figure(data: Branches, samples: dict, label: int, floor: float, dest: str):
-    """One panel for each way: the class's density as contours, samples as points, outliers red."""
+def draw_figure(data: Mixture, samples: dict, floor: float, dest: str):
+    """A panel for each way: the data in grey, samples on it, outliers red."""
     figure, axes = studies.plt.subplots(1, len(samples), figsize=(3.2 * len(samples), 3.4),
                                         layout='constrained')
-    middle = data.means[data.labels == label].mean(0)
-    x, y = (torch.linspace(-0.9, 0.9, 200) + float(centre) for centre in middle)
-    plane = torch.stack(torch.meshgrid(x, y, indexing='xy'), 2).reshape(-1, 2)
-    density = data.log_density(plane, label, sigma=0.02).reshape(200, 200)
+    low, high = samples['data'].aminmax(dim=0)
     for axis, (name, points) in zip(axes, samples.items(), strict=True):
-        outlier = data.log_density(points, label) < floor
-        axis.contour(x, y, density, levels=[-4, -1, 1], colors='0.7', linewidths=0.6)
-        for chosen, color in ((~outlier, 'tab:orange'), (outlier, 'tab:red')):
-            axis.scatter(*points[chosen].T, s=1, color=color, rasterized=True)
-        axis.set(title=name, xlim=(x[0], x[-1]), ylim=(y[0], y[-1]), xticks=[], yticks=[],
-                 aspect='equal')
+        colors = np.where(data.log_density(points) < floor, 'tab:red', 'tab:orange')
+        axis.scatter(*samples['data'].T, s=1, color='0.8', rasterized=True)
+        axis.scatter(*points.T, s=1, color=colors, rasterized=True)
+        axis.set(title=name, xlim=(low[0], high[0]), ylim=(low[1], high[1]), xticks=[],
+                 yticks=[], aspect='equal')
     pictures.save_figure(figure, dest)
     studies.plt.close(figure)
 
@@ -186,8 +188,7 @@ Examples:
 @options.number('--lr', 0.01, 'Learning rate')
 @options.number('--guidance', 3, 'Strength of guidance')
 @options.count('--samples', 4096, 'Points that are drawn')
-@click.option('--label', help='Class that is drawn', metavar='0|1', type=click.IntRange(0, 1),
-              default=0)
+@options.choice('--label', '0', 'Class that is drawn', '01')
 @options.seed('--seed', 0, 'Random seed')
 @click.option('--dest', help='Picture to write', metavar='PNG', default='toy_guidance.png')
 def main(width, steps, batch, lr, guidance, samples, label, seed, dest):
@@ -199,17 +200,18 @@ def main(width, steps, batch, lr, guidance, samples, label, seed, dest):
     thousand), coverage (share of the class's mass whose part of a branch is drawn at all) and the
     mean logarithm of the density.
     """
-    data = Branches()
+    data = branches()
     net = train(data, width, steps, batch, lr, seed)
     guide = train(data, width // 2, max(steps // GUIDE_SHARE, 1), batch, lr, seed + 1)
-    points, _ = data.draw(100_000, label, torch.Generator().manual_seed(seed))
-    floor = float(data.log_density(points, label).quantile(0.001))
+    label = int(label)
+    data = data.of(label)
+    points, _ = data.draw(100_000, torch.Generator().manual_seed(seed))
+    floor = float(data.log_density(points).quantile(0.001))
     drawn = {'data': points[:samples]} | draw_samples(net, guide, samples, label, guidance, seed)
-    print(f'{"":16}{"outliers":>10}{"coverage":>10}{"ln p":>8}')
-    for name in COLUMNS:
-        row = measure(data, drawn[name], label, floor)
-        print(f'{name:16}{row["outliers"]:10.2%}{row["coverage"]:10.2%}{row["log_density"]:8.2f}')
-    draw_figure(data, drawn, label, floor, dest)
+    table = pd.DataFrame({name: measure(data, drawn[name], floor) for name in drawn}).T
+    print(table.to_string(formatters=dict.fromkeys(table.columns[:2], '{:.2%}'.format),
+                          float_format='%.2f'))
+    draw_figure(data, drawn, floor, dest)
     print(f'Picture in {dest}')
 
 
