@@ -326,14 +326,40 @@ def save_figure(figure, stem: str) -> list[str]:
     return paths
 
 
-def draw_lines(axis, table, x: str, y: str, group: str, labels: dict):
-    """A line for each group in `labels` {group: label}: means of y by x, with bars from the least
-    to the largest."""
+def draw_lines(axis, table, x: str, y: str, group: str, labels: dict, each: str | None = None,
+               interval: Callable | None = None, ticks: dict | None = None, **settings):
+    """A line for each group in `labels` {group: label}: means of y by x over seeds.
+
+    Bars go from the least to the largest seed, or are `interval(groups of seeds)` up and down.
+    Thin lines are means for each value of the column `each`, which is their marker. Values of x
+    are evenly spaced, in the order of `ticks` {value: its text}; `settings` are those of the axis.
+    """
+    ticks = ticks or {value: value for value in sorted(table[x].unique())}
+    table = table.assign(**{x: table[x].map(list(ticks).index)})
+    for name, rows in table.groupby(each) if each else ():
+        axis.plot(rows.groupby(x)[y].mean(), color='0.55', linewidth=0.6, marker=f'${name}$')
     for (name, label), series in zip(labels.items(), SERIES, strict=False):
-        values = table[table[group] == name].groupby(x)[y].agg(['mean', 'min', 'max'])
-        mean = values['mean']
-        axis.errorbar(mean.index, mean, yerr=[mean - values['min'], values['max'] - mean],
-                      elinewidth=0.7, label=label, **series)
+        seeds = table[table[group] == name].groupby([x, 'seed'])[y].mean().groupby(x)
+        mean = seeds.mean()
+        bars = interval(seeds) if interval else [mean - seeds.min(), seeds.max() - mean]
+        axis.errorbar(mean.index, mean, yerr=bars, elinewidth=0.7, zorder=3, label=label, **series)
+    axis.set(xticks=range(len(ticks)), xticklabels=ticks.values(), **settings)
+    axis.margins(x=0.15)
+
+
+@styled
+def draw_panels(panels: list[dict], rows: int = 1):
+    """A figure of rows of panels, each with the arguments of `draw_lines`. Those of a row have the
+    same y axis."""
+    columns = len(panels) // rows
+    figure, axes = plt.subplots(rows, columns, figsize=(2.7 * columns, 2.5 * rows), squeeze=False,
+                                sharey='row')
+    for axis, panel in zip(axes.flat, panels, strict=True):
+        draw_lines(axis, **panel)
+        if any(panel['labels'].values()):
+            axis.legend()
+        axis.label_outer()
+    return figure
 
 
 def pixels(images, digit: int | None = None) -> np.ndarray:

@@ -153,7 +153,6 @@ def collect(study: Study, models: list[Model]) -> pd.DataFrame:
                                           ignore_index=True)
 
 
-@studies.styled
 def draw(results: pd.DataFrame):
     """Memorization ratio against size, a panel for each factor."""
     unlabelled = results['labels'] == 'none'
@@ -161,22 +160,16 @@ def draw(results: pd.DataFrame):
     network = results['denoiser'] == 'network'
     counts = {count: f'{count} class' + 'es' * (count > 1)
               for count in sorted(set(results['classes']))}
-    panels = [
-        ('Size of the data', unlabelled & ten, 'denoiser',
-         {'network': 'network', 'optimal': 'optimal denoiser'}),
-        ('Number of classes', unlabelled & network, 'classes', counts),
-        ('Labels', network & ten, 'labels', LABELS)]
-    sizes = results['size'].unique()
-    table = results.assign(percent=100 * results['memorization_ratio'])
-    figure, axes = studies.plt.subplots(1, 3, figsize=(7.8, 2.4), sharey=True)
-    for axis, (title, chosen, column, labels) in zip(axes, panels, strict=True):
-        studies.draw_lines(axis, table[chosen], 'size', 'percent', column, labels)
-        axis.set(xscale='log', xlabel='Training images', title=title, ylim=(-4, 104))
-        axis.set_xticks(sizes, sizes)
-        axis.minorticks_off()
-        axis.legend()
-    axes[0].set_ylabel('Memorized samples (%)')
-    return figure
+    table = results.assign(percent=100 * results['memorization_ratio'], seed=0)
+    shared = dict(x='size', y='percent', ylim=(-4, 104), xlabel='Training images',
+                  ylabel='Memorized samples (%)')
+    return studies.draw_panels([
+        dict(title=title, table=table[chosen], group=group, labels=labels, **shared)
+        for title, chosen, group, labels in (
+            ('Size of the data', unlabelled & ten, 'denoiser',
+             {'network': 'network', 'optimal': 'optimal denoiser'}),
+            ('Number of classes', unlabelled & network, 'classes', counts),
+            ('Labels', network & ten, 'labels', LABELS))])
 
 
 @studies.command(Study)

@@ -176,22 +176,20 @@ def verdict(results: pd.DataFrame, omegas: dict[str, float], group: str = 'few')
     Where it does not, but all differences of equal seeds (which share weights at the start, data
     order and noise) have one sign, the line says so.
     """
+    values = at(results, omegas).query('group == @group').set_index(['method', 'seed'])
     lines = []
-    values = at(results, omegas).query('group == @group').pivot(
-        index='seed', columns='method', values=MEASURES)
     for method, name in itertools.product(omegas, reversed(MEASURES)):
         if method == 'plain':
             continue
-        both = values[name][['plain', method]]
-        plain, ours = both.mean()
-        gains = (both[method] - both['plain']) * (-1 if name == 'fid' else 1)
-        spread = np.ptp(both, axis=0).max()
+        ours, plain = (values[name][key] for key in (method, 'plain'))
+        gains = (ours - plain) * (-1 if name == 'fid' else 1)
+        spread = max(np.ptp(ours), np.ptp(plain))
         word = 'better' if gains.mean() > 0 else 'worse'
         if abs(gains.mean()) <= spread:
             same = len(gains) > 1 and set(np.sign(gains)) in ({1}, {-1})
             word = 'no clear difference' + f', though {word} in every seed' * same
-        lines.append(f'{METHODS[method]:16} {name:12} {plain:11.3f} -> {ours:11.3f}  '
-                     f'spread {spread:9.3f}  {word}')
+        lines.append(f'{METHODS[method]:16} {name:12} {plain.mean():11.3f} -> '
+                     f'{ours.mean():11.3f}  spread {spread:9.3f}  {word}')
     return '\n'.join(lines)
 
 
@@ -277,18 +275,18 @@ def draw(study: Study, classes: pd.DataFrame, results: pd.DataFrame, omegas):
     labels = {method: f'{METHODS[method]}, $\\omega$ = {omega:g}'
               for method, omega in omegas.items()}
     counts = classes.groupby('class')['training_images'].first()
+    ticks = {digit: f'{digit}\n{count}' for digit, count in counts.items()}
     for axis, name in zip(panels, ('recognition', 'recall'), strict=True):
-        studies.draw_lines(axis, at(classes, omegas), 'class', name, 'method', labels)
-        axis.set_xticks(counts.index, [f'{digit}\n{count}' for digit, count in counts.items()])
-        axis.set(xlabel='digit, and its training images', ylabel=name, ylim=(0, 1.02))
+        studies.draw_lines(axis, at(classes, omegas), 'class', name, 'method', labels, ticks=ticks,
+                           xlabel='digit, and its training images', ylabel=name, ylim=(0, 1.02))
     panels[0].legend()
-    means = results[results['group'] == 'few'].groupby(['method', 'omega'])[
+    means = results.query('group == "few"').groupby(['method', 'omega'])[
         ['recognition', 'recall']].mean()
     for method, series in zip(omegas, studies.SERIES, strict=False):
-        trade.plot(*means.loc[method].to_numpy().T, **series)
-        for omega in means.loc[method].index[[0, -1]]:
-            trade.annotate(f'$\\omega$={omega:g}', means.loc[method, omega], (3, 3), fontsize=6,
-                           textcoords='offset points')
+        curve = means.loc[method]
+        trade.plot(*curve.to_numpy().T, **series)
+        for omega in curve.index[[0, -1]]:
+            trade.text(*curve.loc[omega], f'  $\\omega$={omega:g}', fontsize=6)
     trade.set(xlabel='recognition, few', ylabel='recall, few')
     shown = {'training images': datasets.open_data('digitslt', '', **TAIL)} | {
         METHODS[method]: study.result(Model(method, min(study.seeds)), omega, '.npz')

@@ -174,11 +174,8 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
     values = results.groupby(['n', 'seed', 'sources'])[['fd', TRAINING]].mean()
     by_sources = values['fd'].unstack()
     values['single - multi'] = (-by_sources).add(by_sources[1], axis=0).drop(columns=1).stack()
-    groups = values.groupby(['n', 'sources'])
-    summary = groups.size().to_frame('seeds')
-    for name in MEASURES.values():
-        summary[name] = groups[name].mean()
-        summary[tables.interval_column(name)] = tables.half_width(groups[name])
+    summary = tables.average(values, ['n', 'sources'], list(MEASURES.values()))
+    summary = summary.set_index(['n', 'sources'])
     single = summary['fd'].xs(1, level='sources')
     summary['single - multi, % of single'] = 100 * summary['single - multi'].div(single, level='n')
     return summary.reset_index()
@@ -192,34 +189,22 @@ def show(summary: pd.DataFrame):
           + shown.to_string(index=False))
 
 
-@studies.styled
-def draw(results: pd.DataFrame, summary: pd.DataFrame):
+def draw(results: pd.DataFrame):
     """Distance in thousands against the number of sources, a panel for each n; thin lines are the
-    classes, named at their right."""
-    sizes = summary['n'].unique()
-    figure, axes = studies.plt.subplots(1, len(sizes), figsize=(0.6 + 2.9 * len(sizes), 2.7),
-                                        squeeze=False, sharey=True)
-    for axis, (n, rows) in zip(axes[0], summary.groupby('n'), strict=True):
-        rows = rows.reset_index()
-        classes = results[results['n'] == n].pivot_table('fd', 'sources', 'class') / 1000
-        axis.plot(rows.index, classes, color='0.7', linewidth=0.7, zorder=1)
-        low = -np.inf
-        for digit, height in classes.iloc[-1].sort_values().items():
-            low = max(height, low + 0.05 * classes.max(axis=None))  # names one above the other
-            axis.annotate(str(digit), (rows.index[-1], low), (6, 0), textcoords='offset points',
-                          color='0.45', fontsize=7, va='center')
-        axis.axhline(rows[TRAINING].mean() / 1000, color='0.4', linestyle=':', zorder=1,
+    classes, the dotted one the training images."""
+    table = results.assign(fd=results['fd'] / 1000, multi=results['sources'] > 1)
+    shared = dict(x='sources', y='fd', group='multi', each='class', interval=tables.half_width,
+                  labels={False: 'single-source', True: 'multi-source'},
+                  xlabel=plotting.LABELS['K'], ylabel='Fréchet distance (thousands)')
+    groups = dict(list(table.groupby('n')))
+    figure = studies.draw_panels([
+        dict(table=rows, title=f'{n} training images of each class', **shared)
+        for n, rows in groups.items()])
+    for axis, rows in zip(figure.axes, groups.values(), strict=True):
+        axis.axhline(rows[TRAINING].mean() / 1000, color='0.4', linestyle=':',
                      label='the training images')
-        for (multi, part), series in zip(rows.groupby(rows['sources'] > 1), studies.SERIES,
-                                         strict=False):
-            axis.errorbar(part.index, part['fd'] / 1000, **series, elinewidth=0.8, zorder=3,
-                          yerr=part[tables.interval_column('fd')].fillna(0) / 1000,
-                          label='multi-source' if multi else 'single-source')
-        axis.set(xlabel=plotting.LABELS['K'], title=f'{n} training images of each class')
-        axis.set_xticks(rows.index, rows['sources'])
+        axis.legend()
         axis.set_ylim(bottom=0)
-    axes[0, 0].set_ylabel('Fréchet distance (thousands)')
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
     return figure
 
 
@@ -263,7 +248,7 @@ def main(study):
     summary = summarise(results)
     show(summary)
     grids = {f'samples-n{n}.png': sample_rows(study, models, n) for n in study.nums}
-    study.save(draw(results, summary), grids, results=results, summary=summary)
+    study.save(draw(results), grids, results=results, summary=summary)
 
 
 if __name__ == '__main__':

@@ -6,7 +6,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import click
-import matplotlib.ticker
 import numpy as np
 import pandas as pd
 
@@ -68,9 +67,10 @@ def draw_curves(rows: pd.DataFrame, seed_rows: pd.DataFrame, varied: str):
                    label=f'{label}, bound', **series)
     # The errors take the lower part of the height and the bounds all of it, or the two pairs would
     # lie on each other.
-    top = np.nanmax([1.75 * rows[tables.ERROR_SINGLE].max(), 1.05 * left.dataLim.ymax])
-    left.set_ylim(0, top if np.isfinite(top) else None)
-    right.set_ylim(0, 1.05 * right.dataLim.ymax)
+    for axis, margin in ((left, 0.75), (right, 0.05)):
+        axis.axhline(0, linewidth=0)
+        axis.margins(y=margin)
+        axis.set_ylim(bottom=0)
     figure.legend(loc='outside lower center', ncols=2, handlelength=3.2)
     return figure
 
@@ -91,9 +91,8 @@ def draw_slope(rows: pd.DataFrame, seed_rows: pd.DataFrame, varied: str):
                   label=f'{label}: slope ${slope:.3f}$ ± {interval:.3f}')
     guide = rows[tables.ERROR_SINGLE][0] * 1.25 * np.sqrt(n[0] / n)
     axis.plot(n, guide, color='0.4', linestyle=':', label='slope $-1/2$')
-    axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 4, 6)))
     axis.yaxis.set_major_formatter('{x:g}')
-    axis.yaxis.minorticks_off()
+    axis.yaxis.set_minor_formatter('{x:g}')
     figure.legend(loc='outside lower center', ncols=1)
     return figure
 
@@ -109,19 +108,15 @@ def draw_grid(rows: pd.DataFrame, seed_rows: pd.DataFrame, x: str, y: str):
               tables.BOUND_ADVANTAGE: 'Difference of the bounds'}
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
         values = cells[name].unstack()
-        image = axis.imshow(values, origin='lower', aspect='auto', cmap='cividis')
-        axis.spines[:].set_visible(True)
+        axis.imshow(values, origin='lower', aspect='auto', cmap='Wistia')  # light throughout
         texts = studies.plus_minus(cells, name, tables.interval_column(name), '.3f').unstack()
-        for (row, col), value in np.ndenumerate(values):
-            if np.isfinite(value):
-                axis.text(col, row, texts.iat[row, col].replace(' ', '\n', 1), ha='center',
-                          va='center', fontsize=6,
-                          color='white' if image.norm(value) < 0.5 else 'black')
-        figure.colorbar(image, ax=axis, pad=0.02, aspect=30).outline.set_linewidth(0.6)
-        axis.set_xticks(range(len(values.columns)), [f'{u:g}' for u in values.columns])
-        axis.set_yticks(range(len(values)), [f'{v:g}' for v in values.index])
-        axis.set(xlabel=LABELS[x], title=title)
-    axes[0].set_ylabel(LABELS[y])
+        for (row, column), text in np.ndenumerate(texts):
+            axis.text(column, row, text.replace(' ', '\n', 1), ha='center', va='center',
+                      fontsize=6)
+        axis.set_xticks(range(len(values.columns)), map('{:g}'.format, values.columns))
+        axis.set_yticks(range(len(values)), map('{:g}'.format, values.index))
+        axis.set(xlabel=LABELS[x], ylabel=LABELS[y], title=title)
+        axis.label_outer()
     text = caption(rows, seed_rows, [x, y])
     figure.suptitle(f'TV error of single minus multi; {text}', fontsize=8)
     return figure

@@ -58,19 +58,19 @@ def half_width(values):
     return stdtrit(values.count() - 1, 0.975) * values.sem()
 
 
-def average(rows: pd.DataFrame, varied: list[str], intervals: bool) -> pd.DataFrame:
-    """Means over seeds, one row for each value of what is varied, in ascending order.
+def average(rows: pd.DataFrame, keys: list[str], measured=()) -> pd.DataFrame:
+    """Means over seeds, one row for each value of `keys`, in ascending order.
 
-    Errors that do not exist (NaN) are left out; where none exists the mean is NaN. With
-    `intervals`, columns are added: `seeds`, the number of errors that went into the mean, and the
-    half-width of each 95% interval.
+    What does not exist (NaN) is left out; where none exists the mean is NaN. For columns that are
+    `measured` others are added: `seeds`, how many values of the first one went into the mean, and
+    the half-width of each 95% interval.
     """
-    groups = rows.groupby(varied)
+    groups = rows.groupby(keys)
     table = groups.mean()
-    if intervals:
-        table['seeds'] = groups[ERROR_SINGLE].count()
-        for name in MEASURED:
-            table[interval_column(name)] = half_width(groups[name])
+    if measured:
+        table['seeds'] = groups[measured[0]].count()
+    for name in measured:
+        table[interval_column(name)] = half_width(groups[name])
     return table.reset_index()
 
 

@@ -118,30 +118,23 @@ def select(study: Study, classifier: evaluate_data.Run):
 # --- Results -------------------------------------------------------------------------------------
 
 
-@studies.styled
 def draw(results: pd.DataFrame, eps: float):
     """Clean and robust accuracy of each kind of data, a panel for each kind of training: a line
     for each seed, means in colour."""
-    figure, axes = studies.plt.subplots(2, 2, figsize=(6.2, 4.4), sharex=True)
-    kinds = {'clean': 'clean accuracy (%)', 'robust': f'under PGD-10, eps {eps:.2g} (%)'}
-    ticks = [label.replace(' + ', '\n+ ') for label in evaluate_data.DATA.values()]
-    for (kind, label), row in zip(kinds.items(), axes, strict=True):
-        for training, axis in zip(evaluate_data.TRAINING, row, strict=True):
-            by_seed = 100 * results[results['training'] == training].pivot(
-                index='seed', columns='data', values=kind)[list(evaluate_data.DATA)]
-            axis.plot(ticks, by_seed.T, color='0.75', linewidth=0.8, marker='.', markersize=5)
-            axis.plot(ticks, by_seed.mean(), 'C0_', markersize=22, markeredgewidth=2.2)
-            for tick, mean, highest in zip(ticks, by_seed.mean(), by_seed.max(), strict=True):
-                axis.annotate(f'{mean:.1f}', (tick, highest), (0, 6), ha='center', color='C0',
-                              textcoords='offset points')
-            # A difference of a percent is not to look like a large one.
-            ends = np.array([by_seed.min(axis=None), by_seed.max(axis=None)])
-            half = max(0.75 * np.ptp(ends), LEAST_SPAN / 2)
-            axis.set(ylim=ends.mean() + (-half, half),
-                     title=f'{training} training' * (kind == 'clean'))
-            axis.margins(x=0.25)
-        row[0].set_ylabel(label)
-    return figure
+    panels = []
+    ticks = {name: label.replace(' + ', '\n+ ') for name, label in evaluate_data.DATA.items()}
+    for kind, label in (('clean', 'clean accuracy (%)'),
+                        ('robust', f'under PGD-10, eps {eps:.2g} (%)')):
+        percent = 100 * results[kind]
+        # A difference of a percent is not to look like a large one.
+        middle = (percent.min() + percent.max()) / 2
+        half = max(0.6 * np.ptp(percent), LEAST_SPAN / 2)
+        panels += [dict(
+            table=rows.assign(percent=percent), x='data', y='percent', group='training',
+            labels={training: None}, each='seed', ticks=ticks, ylabel=label,
+            title=f'{training} training', ylim=(middle - half, middle + half))
+            for training, rows in results.groupby('training', sort=False)]
+    return studies.draw_panels(panels, rows=2)
 
 
 def sample_rows(study: Study, seed: int) -> dict:
