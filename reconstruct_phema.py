@@ -17,9 +17,10 @@ def parse_stds(text: str) -> list[float]:
     return stds
 
 
-def reconstruct(indir, inprefix, outdir, outprefix, outstd, outkimg, batch):
+def reconstruct(indir, outstd, inprefix=None, instd=None, outdir=None, outprefix=None,
+                outkimg=None, skip=False, batch=None):
     """Writes one snapshot for each width, and yields its path."""
-    profiles = phema.list_profiles(indir, inprefix)
+    profiles = phema.list_profiles(indir, inprefix, instd)
     times = {nimg // 1000: nimg for _, nimg, *_ in profiles}
     last = times.get(max(times) if outkimg is None else outkimg)
     if last is None:
@@ -29,21 +30,25 @@ def reconstruct(indir, inprefix, outdir, outprefix, outstd, outkimg, batch):
         *(profile for profile in profiles if profile[1] <= last), strict=True)
     prefix = files[0].prefix
     outprefix = outprefix or ('phema' if prefix == snapshot.PREFIX else prefix)
+    paths = {std: os.path.join(outdir or indir,
+                               snapshot.snapshot_name(last, f'-{std:.3f}', outprefix))
+             for std in outstd}
+    outstd = [std for std, path in paths.items() if not (skip and os.path.isfile(path))]
     result = snapshot.load_snapshot(files[-1].path)
     result.nimg = last
     parameters = {name for name, _ in result.net.named_parameters()}
-    batch = batch or len(outstd)
+    batch = batch or len(outstd) or 1
     for first in range(0, len(outstd), batch):
         stds = outstd[first:first + batch]
         coefficients = phema.solve_coefficients(in_nimg, in_std, last, stds)
-        bar = tqdm(states, unit='snapshot', disable=None)
+        weights = (snapshot.read_weights(file.path) if state is None else state
+                   for file, state in zip(files, states, strict=True))
+        bar = tqdm(weights, unit='snapshot', total=len(files), disable=None)
         for std, state in zip(stds, phema.combine(bar, coefficients, parameters), strict=True):
             result.net.load_state_dict(state)
             result.ema_std = std
-            path = os.path.join(outdir or indir,
-                                snapshot.snapshot_name(last, f'-{std:.3f}', outprefix))
-            snapshot.save_snapshot(path, **vars(result))
-            yield path
+            snapshot.save_snapshot(paths[std], **vars(result))
+            yield paths[std]
 
 
 EXAMPLES = """\b
@@ -54,14 +59,18 @@ Examples:
 
 
 @click.command(cls=cli.Command, epilog=EXAMPLES)
-@text('DIR', '--indir', 'Run with snapshots PREFIX-KIMG-STD.pkl', required=True)
+@text('DIR', '--indir', 'Run with snapshots PREFIX-KIMG-STD.pkl, of this project or of EDM2',
+      required=True)
 @text('TEXT', '--inprefix', 'Which snapshots, if there are several kinds')
+@text('LIST', '--instd', 'Which widths to use, e.g. 0.05,0.1  [default: all]',
+      type=cli.Parsed('list', parse_stds))
 @text('DIR', '--outdir', 'Where to write  [default: --indir]')
 @text('TEXT', '--outprefix',
       'Start of the new names  [default: phema, or the prefix of the inputs]')
 @text('LIST', '--outstd', 'Relative widths, e.g. 0.05,0.1', required=True,
       type=cli.Parsed('list', parse_stds))
 @text('KIMG', '--outkimg', 'Training time of the result  [default: the latest snapshot]', type=int)
+@click.option('--skip', is_flag=True, help='Leave out what exists')
 @integer('--batch', None, 'Widths at a time, to save memory  [default: all]')
 def main(**opts):
     """Reconstruct networks with any EMA width from the snapshots of a run.

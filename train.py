@@ -149,7 +149,8 @@ def choose_run(config: dict, outdir: str, name: str, nosubdir: bool, lengths: di
     folder = outdir if nosubdir else None
     if resume and os.path.isdir(resume):
         if not Checkpoints(resume).numbers():
-            raise UserError('holds no training-state-*.pt', 'resume', resume)
+            raise UserError('holds no training-state-NNNNNNN.pt of this project; of a run of EDM, '
+                            'give the file', 'resume', resume)
         folder = resume
         resume = None
     if folder is None:
@@ -160,8 +161,10 @@ def choose_run(config: dict, outdir: str, name: str, nosubdir: bool, lengths: di
                                     config['snap'] > 0, config['dump'] > 0)
     if seed is None:
         seed = runs.read_options(folder).get('seed')
+    if seed is None and resume:
+        seed = recipe.seed_of(Checkpoints('').load(resume))
     if seed is None:
-        seed = recipe.seed_of(Checkpoints('').load(resume)) if resume else secrets.randbits(31)
+        seed = secrets.randbits(31)
     return folder, resume, seed
 
 
@@ -279,7 +282,7 @@ same command goes on with the newest run of that name and these options that is 
          'Start from the weights of a snapshot, of this project or of EDM'),
     text('HEX', '--transfer-sha256', 'SHA-256 that the file of --transfer must have'),
     text('PT|DIR', '--resume', 'DIR: go on with that run, in its folder; PT: a new run that goes '
-         'on from this training state. Without: the newest unfinished run of these options, if '
+         'on from this training state, also one of EDM. Without: the newest unfinished run of these options, if '
          'there is one', type=click.Path(exists=True)))
 def main(outdir, desc, nosubdir, dry_run, wandb, allow_changes, **opts):
     """Train a diffusion model with the EDM recipe, for the study of memorization.

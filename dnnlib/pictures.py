@@ -91,7 +91,7 @@ def save_loss_curve(stats_path: str, path: str):
     with open(stats_path) as f:
         for row in map(json.loads, f):
             for name in row:
-                if name.startswith('Loss/'):
+                if name.startswith('Loss/') and 'nimg' in row:
                     point = (row['nimg'] / 1000, row[name]['mean'])
                     curves[name.removeprefix('Loss/')].append(point)
     save_curves(path, curves, 'loss (mean over elements)')

@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from helpers import fails, run, script_module
+from helpers import fails, invoke, run, script_module
 
 from training import phema
 from training.data.dataset import ImageDataset
@@ -211,8 +211,37 @@ def test_snapshots_of_the_first_thousand_images(tmp_path):
     for std in (0.05, 0.10):
         save_snapshot(tmp_path / snapshot_name(320, f'-{std:.3f}'), make_net(), encoder=RGBEncoder(), dataset=DATASET,
                       recipe={}, nimg=320, ema_std=std)
-    path, = script_module('reconstruct_phema.py').reconstruct(str(tmp_path), None, None, None, [0.08], None, None)
+    path, = script_module('reconstruct_phema.py').reconstruct(str(tmp_path), [0.08])
     assert load_snapshot(path).nimg == 320 and path.endswith('phema-0000000-0.080.pkl')
+
+
+def test_some_widths_can_be_used_and_existing_results_left(trajectory):
+    folder, _ = trajectory
+    invoke('reconstruct_phema.py', f'--indir={folder}', '--outstd=0.08', '--instd=0.05', '--outprefix=one')
+    invoke('reconstruct_phema.py', f'--indir={folder}', '--outstd=0.08', '--inprefix=network-snapshot', '--outprefix=two')
+    one, two = (load_snapshot(str(folder / f'{name}-0000065-0.080.pkl')).net.state_dict() for name in ('one', 'two'))
+    assert not all(torch.equal(one[name], two[name]) for name in one)
+    (folder / 'one-0000065-0.080.pkl').write_bytes(b'kept')
+    out = invoke('reconstruct_phema.py', f'--indir={folder}', '--outstd=0.08,0.06', '--inprefix=two', '--outprefix=one',
+                 '--skip')
+    assert out.split() == [str(folder / 'one-0000065-0.060.pkl')]
+    assert (folder / 'one-0000065-0.080.pkl').read_bytes() == b'kept'
+    assert 'STD 0.070' in fails('reconstruct_phema.py', f'--indir={folder}', '--outstd=0.08', '--instd=0.07')
+
+
+@pytest.mark.parametrize('case', golden_cases.cases('pickles', 'edm2*'), ids=str)
+def test_snapshots_of_edm2(case, tmp_path):
+    """They say nothing of time and width but in their names. Of equal ones every average is the same again."""
+    data = case.path.with_suffix('.pkl').read_bytes()
+    for kimg in (1024, 2048):
+        for std in (0.05, 0.1):
+            (tmp_path / f'edm2-tiny-{kimg * 1024 // 1000:07d}-{std:.3f}.pkl').write_bytes(data)
+    invoke('reconstruct_phema.py', f'--indir={tmp_path}', '--outstd=0.07', f'--outdir={tmp_path / "out"}')
+    made = load_snapshot(str(tmp_path / 'out' / 'edm2-tiny-0002097-0.070.pkl'))
+    source = load_snapshot(str(case.path.with_suffix('.pkl'))).net
+    assert (made.nimg, made.ema_std) == (2048 * 1024, 0.07)
+    for name, value in source.state_dict().items():
+        torch.testing.assert_close(made.net.state_dict()[name], value, rtol=2e-3, atol=1e-4)
 
 
 def test_snapshots_of_no_such_time(trajectory):

@@ -16,8 +16,37 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.util import matching_names
+from torch_utils.files.identify import identify
 from torch_utils.files.own import read_own
-from training.snapshot import write_state
+from training.snapshot import read_weights, write_state
+
+
+def read_published(path: str) -> dict | None:
+    """The loop's state in a training state of EDM or EDM2; None for other files.
+
+    Of EDM's, the average is in the snapshot beside it, and its name says how many thousand images
+    were seen. What these files do not have is empty: their recipe is not compared. Raises
+    UserError if that snapshot is missing.
+    """
+    try:
+        found = identify(path)
+    except UserError:
+        return None
+    content = found.content or {}
+    state = dict(means={}, batches=[], recipe={}, train_seconds=0.0)
+    if found.kind == 'edm' and 'optimizer_state' in content:
+        number = re.search(r'(\d+)\.pt$', path)
+        snapshot = os.path.join(os.path.dirname(path),
+                                f'network-snapshot-{number[1] if number else "NNNNNN"}.pkl')
+        if not number or not os.path.isfile(snapshot):
+            raise UserError(f'{path} is a training state of EDM: it goes on with the average in '
+                            f'{snapshot}, which is missing')
+        return state | dict(net=found.state, optimizer=content['optimizer_state'],
+                            ema={'': read_weights(snapshot)}, nimg=int(number[1]) * 1000)
+    if found.kind == 'weights' and 'optimizer' in content:
+        return state | dict(net=content['net'], optimizer=content['optimizer'],
+                            ema=content['ema'], nimg=content['state']['cur_nimg'])
+    return None
 
 
 class Checkpoints:
@@ -56,7 +85,13 @@ class Checkpoints:
 
     def read(self, path: str) -> dict:
         """The content of the checkpoint at `path`. Raises UserError if it is damaged."""
-        return read_own(path)
+        try:
+            return read_own(path)
+        except UserError:
+            content = read_published(path)
+            if content is None:
+                raise
+            return content
 
     def unpack(self, content: dict, path: str) -> dict:
         """The loop's state in what `read` returned. Raises UserError for other programs' files."""

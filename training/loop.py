@@ -232,8 +232,9 @@ class Trainer:
             # Another optimizer, if such a change is allowed, begins anew.
             if state.get('recipe', {}).get('optim', {}).get('name', optimizer) == optimizer:
                 load_optimizer(self.optimizer, state['optimizer'])
-        except (UserError, ValueError, KeyError) as error:
-            raise UserError(f'{path} is of another recipe ({error})') from None
+        except (UserError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = ' '.join(str(error).split())[:200]
+            raise UserError(f'{path} is of another recipe ({reason})') from None
         self.means.load_state_dict(state['means'])
         if len(state['batches']) == dist.get_world_size():
             batches = state['batches'][dist.get_rank()]
@@ -285,7 +286,7 @@ class Trainer:
             with open(path) as f:
                 for line in f:
                     with contextlib.suppress(ValueError):     # half a line
-                        if json.loads(line)['nimg'] <= self.nimg:
+                        if json.loads(line).get('nimg', 0) <= self.nimg:
                             kept.append(line)
             write_bytes(path, ''.join(kept).encode())
 

@@ -7,6 +7,7 @@ A profile is given by the time `ofs` at which it ends (in training images) and i
 """
 
 import re
+import zipfile
 
 import numpy as np
 
@@ -65,24 +66,31 @@ def solve_coefficients(in_ofs, in_std, out_ofs, out_std):
     return X / X.sum(axis=0)
 
 
-def list_profiles(folder: str, prefix: str | None = None) -> list[tuple]:
-    """(SnapshotFile, nimg, std, state) of snapshots `<prefix>-<kimg>-<std>.pkl`, in order.
+def list_profiles(folder: str, prefix: str | None = None, stds=None) -> list[tuple]:
+    """(SnapshotFile, nimg, std, state) of snapshots `<prefix>-<kimg>-<std>.pkl`, in order, of all
+    widths or of `stds`.
 
-    States stay in the files until they are used. What a snapshot does not say follows from its
-    name; of nimg it has the thousands, rounded down, which is undone where batches are multiples
-    of 1024. Raises UserError if there are none, or if `prefix` is None and there are several.
+    States stay in the files until they are used; that of EDM2's snapshots is None. What a snapshot
+    does not say follows from its name; of nimg it has the thousands, rounded down, which is undone
+    where batches are multiples of 1024. Raises UserError if there are none, or if `prefix` is None
+    and there are several.
     """
+    wanted = stds and [f'{std:.3f}' for std in stds]
     files = [file for file in snapshot.list_snapshots(folder, prefix)
-             if re.fullmatch(r'\d+\.\d{3}', file.average)]
+             if re.fullmatch(r'\d+\.\d{3}', file.average)
+             and (not wanted or file.average in wanted)]
     prefixes = sorted({file.prefix for file in files})
     if not files:
-        raise UserError(f'{folder}: no snapshots called {prefix or "PREFIX"}-KIMG-STD.pkl')
+        widths = f', STD {" or ".join(wanted)}' if wanted else ''
+        raise UserError(f'{folder}: no snapshots called {prefix or "PREFIX"}-KIMG-STD.pkl{widths}')
     if len(prefixes) > 1:
         raise UserError(f'is needed: {folder} has snapshots of several runs '
                         f'({", ".join(prefixes)})', 'inprefix')
     profiles = []
     for file in files:
-        content = snapshot.read_snapshot(file.path)
+        content = dict(nimg=None, ema_std=None, state=None)
+        if zipfile.is_zipfile(file.path):
+            content = snapshot.read_snapshot(file.path)
         nimg = content['nimg'] or (file.kimg * 1000 + 999) // 1024 * 1024
         if nimg:
             std = content['ema_std'] or float(file.average)

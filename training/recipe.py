@@ -129,9 +129,9 @@ def changes(state: dict, settings: dict) -> dict[str, str]:
             for path in paths if old.get(path) != new.get(path)}
 
 
-def seed_of(state: dict) -> int:
-    """The seed of the run that a checkpoint's state is of."""
-    return state['recipe']['seed'] if 'recipe' in state else state['identity']['--seed']
+def seed_of(state: dict) -> int | None:
+    """The seed of the run that a checkpoint's state is of, if it says."""
+    return state['recipe'].get('seed') if 'recipe' in state else state['identity']['--seed']
 
 
 def check_changes(state: dict, settings: dict, allow: bool) -> list[str]:
@@ -233,7 +233,8 @@ def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: 
     changed = []
     if state is not None:
         changed = check_changes(state, trainer.settings, allow_changes)
-        if 'tf32' not in runs.read_options(run_dir).get('starts', [{'tf32': False}])[0]:
+        unknown = {} if 'identity' in state else {'tf32': False}
+        if 'tf32' not in runs.read_options(run_dir).get('starts', [unknown])[0]:
             dist.set_tf32(dist.uses_tf32(), convolutions=True)  # as it began, in earlier versions
         trainer.load(state)
         start = f'Resuming from {trainer.nimg} images ({state["path"]})'

@@ -120,6 +120,14 @@ def list_snapshots(folder: str, prefix: str | None = PREFIX) -> list[SnapshotFil
 # --- Reading ------------------------------------------------------------------------------------
 
 
+def read_weights(path: str) -> dict:
+    """The weights by name, in float32, in the file of a network (see `load_snapshot`)."""
+    found = identify(path)
+    if found.state is None:
+        raise UserError(f'{path} holds no network; it is: {found.what}')
+    return found.state
+
+
 def read_snapshot(path: str) -> dict:
     """The dictionary of a snapshot file, as `save_snapshot` wrote it."""
     found = identify(path)
@@ -186,7 +194,8 @@ def _restore_weights(found: Found, options: dict | None) -> Snapshot:
         name = 'DiscreteDenoiser'
         state = {f'model.{key}': value for key, value in state.items()}
     net = rebuild_network(name, kwargs, state, found.path)
-    return Snapshot(net, encoders.RGBEncoder(),
+    encoder = 'sd-vae' if getattr(net, 'img_channels', 3) == 4 else 'rgb'
+    return Snapshot(net, encoders.make_encoder({'name': encoder}),
                     {'name': '', 'label_dim': getattr(net, 'label_dim', 0)},
                     {'source': os.path.basename(found.path), 'weights': found.weights,
                      'assumed': inferred.assumed})

@@ -58,6 +58,7 @@ FAMILIES = {
     'adm': ('input_blocks.0.0.weight', 'weights of a guided-diffusion U-Net'),
     'ddpm': ('time_embedding.timembedding.0.weight',
              'weights of a DDPM U-Net (class-balancing diffusion)'),
+    'edm2': ('unet.emb_fourier.freqs', 'weights of an EDM2 U-Net'),
     'wrn': ('block1.layer.0.bn1.weight', 'weights of a wide residual network (classifier)'),
     'inception': ('Mixed_5b.branch1x1.conv.weight', 'weights of the FID Inception network'),
 }
@@ -136,7 +137,8 @@ def _zip(path, data, weights) -> Found:
         records = torchfile.ZipRecords(path, data)
         if records.root + 'constants.pkl' in names:
             return Found(path, 'torchscript', state=torchscript.read_tensors(records))
-        content = own.read_own(path) if own.is_own(records) else records.load()
+        content = own.read_own(path) if own.is_own(records) \
+            else records.load(persistence.ALLOWED)
         return _torch(path, content, weights)
     if names and all(name.endswith('.npy') for name in names):
         arrays = NpzArrays(path)
@@ -160,15 +162,38 @@ def _torch(path, content, weights) -> Found:
         return Found(path, 'training-state', content, facts=dict(nimg=content['nimg']))
     if _is_state(content):
         return _weights(path, content, None, {})
-    keys = [key for key in WEIGHT_KEYS if _is_state(content.get(key))]
+    if persistence.is_network(content, 'net'):
+        facts = dict(what='training state of EDM (weights without average)')
+        return Found(path, 'edm', content | {'ema': content['net']}, persistence.state_dict(
+            content['net'], os.path.getsize(path)), 'net', facts)
+    if isinstance(content.get('state'), dict) and 'cur_nimg' in content['state']:
+        return _edm2_state(path, content, weights)
+    return _chosen(path, content, weights, {name: value for name, value in content.items()
+                                            if isinstance(name, str)
+                                            and isinstance(value, bool | int | float | str)})
+
+
+def _edm2_state(path, content, weights) -> Found:
+    """A training state of EDM2: its averages, by their widths, and `net`."""
+    averages = content.get('ema')
+    with pickles.errors_of(path, 'it is a training state of EDM2, but malformed: '):
+        sets = {f'{float(std):.3f}': state for std, state in zip(
+            averages['stds'], averages['emas'], strict=True)} | {'net': content['net']}
+        facts = dict(what='training state of EDM2', nimg=int(content['state']['cur_nimg']))
+        if not all(map(_is_state, sets.values())):
+            raise ForeignPickleError('it has something else in the place of weights')
+    return dataclasses.replace(_chosen(path, sets, weights, facts, sets), content=content)
+
+
+def _chosen(path, content, weights, facts, names=WEIGHT_KEYS) -> Found:
+    """One of the sets of weights in `content`: that called `weights`, or the first of `names`."""
+    keys = [key for key in names if _is_state(content.get(key))]
     if weights is not None and weights not in keys:
         raise ForeignPickleError(f'it has no weights called {weights!r}; '
                                  f'there are {", ".join(keys) or "none"}')
     if not keys:
         raise ForeignPickleError('it does not hold the weights of a network')
     key = weights or keys[0]
-    facts = {name: value for name, value in content.items()
-             if isinstance(name, str) and isinstance(value, bool | int | float | str)}
     return _weights(path, content[key], key, dict(weights=f'{key} (of {", ".join(keys)})') | facts)
 
 

@@ -37,9 +37,10 @@ def _reconstruct(meta):
     return Persistent(meta['class_name'][:100], meta['state'])
 
 
-_ALLOWED = pickles.NUMPY_ARRAYS | torchfile.TENSORS | {
+# What such a pickle may name; sets hold names of buffers.
+ALLOWED = pickles.NUMPY_ARRAYS | torchfile.TENSORS | {
     ('torch_utils.persistence', '_reconstruct_persistent_obj'): _reconstruct,
-    ('dnnlib.util', 'EasyDict'): lambda: {},
+    ('dnnlib.util', 'EasyDict'): lambda: {}, ('__builtin__', 'set'): lambda *_: None,
 } | {('torch.nn.modules.container', name): pickles.StandIn
      for name in ('ModuleDict', 'ModuleList', 'Sequential')}
 
@@ -65,12 +66,14 @@ class _Unpickler(pickles.RestrictedUnpickler):
 
 def load(data):
     """The object in a pickle that may hold networks of EDM and EDM2, or arrays."""
-    return _Unpickler(data, _ALLOWED).load()
+    return _Unpickler(data, ALLOWED).load()
 
 
-def is_network(value) -> bool:
-    """True for the top-level dictionary of a snapshot of EDM or EDM2."""
-    return isinstance(value, dict) and isinstance(value.get('ema'), Persistent)
+def is_network(value, key: str = 'ema') -> bool:
+    """True for the top-level dictionary of a snapshot of EDM or EDM2; `key`: where the network
+    is.
+    """
+    return isinstance(value, dict) and isinstance(value.get(key), Persistent)
 
 
 def state_dict(obj, file_size: int) -> dict[str, torch.Tensor]:

@@ -38,7 +38,7 @@ def infer(state: dict, options: dict | None = None) -> Architecture:
         raise ForeignPickleError('its weights belong to no network that is known here')
     try:
         result = READERS[kind](state, options)
-    except (KeyError, IndexError, ZeroDivisionError) as error:
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise ForeignPickleError(
             f'its weights are those of {kind}, but incomplete ({error})') from None
     tables = [result.kwargs, result.diffusion or {}]
@@ -124,6 +124,25 @@ def _ddpm(state, options) -> Architecture:
                         dict(img_resolution=32) | assumed)
 
 
+def _edm2(state, options) -> Architecture:
+    """EDM2's U-Net, whose layers have names by the side of their images."""
+    layers = [name.split('.')[2] for name in state if name.startswith('unet.enc.')]
+    sides = sorted({int(layer.partition('x')[0]) for layer in layers}, reverse=True)
+    blocks = [f'unet.enc.{side}x{side}_block' for side in sides]
+    width = len(state['unet.emb_fourier.freqs'])
+    labels = state.get('unet.emb_label.weight')
+    assumed = dict(channels_per_head=64, use_fp16=True)
+    return Architecture('Precond', assumed | dict(
+        img_resolution=sides[0], img_channels=len(state['unet.out_conv.weight']),
+        label_dim=0 if labels is None else labels.shape[1], model_channels=width,
+        channel_mult=[len(state[f'{block}0.conv_res1.weight']) // width for block in blocks],
+        channel_mult_emb=len(state['unet.emb_noise.weight']) // width,
+        num_blocks=_count(state, blocks[0]),
+        attn_resolutions=[side for side, block in zip(sides, blocks, strict=True)
+                          if f'{block}0.attn_qkv.weight' in state],
+        logvar_channels=len(state['logvar_fourier.freqs'])), assumed=assumed)
+
+
 def _wrn(state, options) -> Architecture:
     """wrn-<depth>-<widen>."""
     prefix = '1.' if '0.mean' in state else ''
@@ -134,4 +153,4 @@ def _wrn(state, options) -> Architecture:
                                            normalize_input=bool(prefix)))
 
 
-READERS = {'adm': _adm, 'ddpm': _ddpm, 'wrn': _wrn}
+READERS = {'adm': _adm, 'ddpm': _ddpm, 'edm2': _edm2, 'wrn': _wrn}
