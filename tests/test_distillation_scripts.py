@@ -22,6 +22,7 @@ from helpers import invoke as call
 
 from distillation import configs, runs
 from distillation.cache import open_cache
+from distillation.checkpoints import CacheCheckpoints
 from distillation.dkdm import SOURCES, Preparation
 from distillation.sample_shards import SampleShards
 from dnnlib import UserError
@@ -342,6 +343,30 @@ def test_a_run_of_other_settings_is_not_resumed(world, tmp_path):
         KD, *world.experiment, '--exp_dir', tmp_path / 'x', '--resume_checkpoint=none.pt')
     distil(world, tmp_path / 'whole')
     assert same(weights(tmp_path / 'on', 'model000004.pt'), weights(tmp_path / 'whole', 'model000004.pt'))
+
+
+@pytest.mark.parametrize('half', [False, True])
+def test_runs_of_guided_diffusion_go_on(world, tmp_path, half):
+    """modelNNNNNN.pt, ema_RATE_NNNNNN.pt and optNNNNNN.pt with Adam's state alone, of either precision."""
+    distil(world, tmp_path / 'run', 'student.total_steps=2')
+    theirs = tmp_path / 'theirs'
+    theirs.mkdir()
+    for name in ('model000002.pt', 'ema_0.9999_000002.pt'):
+        shutil.copy(tmp_path / 'run' / name, theirs)
+    net, adam = weights(theirs, 'model000002.pt'), weights(tmp_path / 'run', 'opt000002.pt')['optimizer']
+    state = adam['state']
+    if half:
+        groups = [[i for i, value in enumerate(net.values()) if (value.ndim > 1) == large] for large in (False, True)]
+        state = {number: {'step': state[0]['step']} | {
+            key: torch.cat([state[i][key].flatten() for i in group]).reshape([1] * number + [-1])
+            for key in ('exp_avg', 'exp_avg_sq')} for number, group in enumerate(groups)}
+    torch.save({'state': state, 'param_groups': adam['param_groups']}, theirs / 'opt000002.pt')
+    read = CacheCheckpoints(str(theirs), 8).load(str(theirs / 'model000002.pt'))
+    assert all(same(read['optimizer']['state'][i], values) for i, values in adam['state'].items())
+    text = distil(world, tmp_path / 'on', '--resume_checkpoint', theirs / 'model000002.pt')
+    assert 'Resuming from 16 images' in text
+    steps = weights(tmp_path / 'on', 'opt000004.pt')['optimizer']['state']
+    assert {float(values['step']) for values in steps.values()} == {4}
 
 
 def test_damaged_checkpoints_are_passed_over(world, tmp_path):

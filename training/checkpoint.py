@@ -220,8 +220,12 @@ class GuidedCheckpoints(Checkpoints):
         def beside(prefix):
             return read_own(os.path.join(folder, name.replace('model', prefix)))
 
-        rest = beside('opt')
-        return rest | {'net': read_own(path), 'ema': {
+        rest, net = beside('opt'), read_own(path)
+        if 'param_groups' in rest:  # guided diffusion's own: all but the weights and Adam is new
+            rates = [match[1] for match in matching_names(folder, f'ema_(.+)_{name[5:]}')]
+            rest = dict(nimg=int(name[5:-3]) * self.batch, rates=rates, means={}, batches=[],
+                        recipe={}, train_seconds=0, optimizer=_by_parameter(rest, net))
+        return rest | {'net': net, 'ema': {
             rate: beside(f'ema_{rate}_') for rate in map(str, rest.get('rates', ()))}}
 
     def unpack(self, content, path):
@@ -231,6 +235,27 @@ class GuidedCheckpoints(Checkpoints):
         return content | {
             'net': _with_prefix(content['net']),
             'ema': {rate: _with_prefix(weights) for rate, weights in content['ema'].items()}}
+
+
+def _by_parameter(optimizer: dict, net: dict) -> dict:
+    """Adam's state for each of the weights `net`, where guided diffusion in half precision has one
+    of all its vectors and one of all its matrices.
+    """
+    groups = [[i for i, value in enumerate(net.values()) if (value.ndim > 1) == matrices]
+              for matrices in (False, True)]
+    if len(optimizer['state']) != 2 or len(net) == 2:
+        return optimizer
+    shapes = [value.shape for value in net.values()]
+    state = {i: {} for i in range(len(net))}
+    for group, values in zip(groups, optimizer['state'].values(), strict=True):
+        sizes = [shapes[i].numel() for i in group]
+        for name, value in values.items():
+            value = torch.as_tensor(value)  # the step is one number for all
+            whole = value.numel() == sum(sizes)
+            parts = value.flatten().split(sizes) if whole else [value] * len(group)
+            for i, part in zip(group, parts, strict=True):
+                state[i][name] = part.reshape(shapes[i] if whole else ()).clone()
+    return optimizer | {'state': state}
 
 
 # The layouts of a recipe, by name.

@@ -55,11 +55,11 @@ def read_options(run_dir: str) -> dict:
 
 def option_of(layout: type[Checkpoints], run_dir: str, name: str, new, old):
     """The value of an option that was not given: that of the run in a folder with checkpoints of
-    this layout, `old` if its record is of a version that had no such option; `new` for a new run.
+    this layout, `old` if its record is of a version that had no such option; `new` for a new run,
+    and for one of another program.
     """
-    if not layout(run_dir).numbers():
-        return new
-    return read_options(run_dir).get(name, old)
+    record = read_options(run_dir) if layout(run_dir).numbers() else {}
+    return record.get(name, old) if record else new
 
 
 def add_start(run_dir: str, settings: dict, **start):
