@@ -268,8 +268,7 @@ def memorization(images, data, xflip, dest, grid, precision, **source):
         if dest:
             write_json(dest, dict(
                 what, results=results, data=data, xflip=xflip, num_training=len(training),
-                command=sys.argv, **dist.environment(),
-                samples=copies.table()), indent=None)
+                command=sys.argv, **dist.environment(), samples=copies.table()), indent=None)
         if grid:
             copies.save_picture(grid, training)
     dist.shutdown()
@@ -319,8 +318,8 @@ def open_reference(path, sha256, class_name, metrics) -> Statistics:
     if class_name is None:
         return reference
     if reference.images is None:
-        raise UserError(f'--ref-class={class_name} needs images as --ref, '
-                        f'and {path} holds statistics')
+        raise UserError(f'needs images as --ref, and {path} holds statistics', 'ref_class',
+                        class_name)
     return Statistics(path, images=reference.images)  # its statistics are those of all classes
 
 

@@ -173,10 +173,9 @@ class DINOv2(_Network):
         have = round((positions.shape[1] - 1) ** 0.5)
         want = cls.SIZE // net.config.patch_size
         if have != want:
-            grid = positions[:, 1:].reshape(1, have, have, -1).permute(0, 3, 1, 2)
+            grid = positions[:, 1:].mT.unflatten(2, [have, have])
             grid = F.interpolate(grid, scale_factor=(want + 0.1) / have, mode='bicubic')
-            grid = grid.permute(0, 2, 3, 1).flatten(1, 2)
-            positions = torch.cat([positions[:, :1], grid], dim=1)
+            positions = torch.cat([positions[:, :1], grid.flatten(2).mT], dim=1)
             net.embeddings.position_embeddings = torch.nn.Parameter(positions)
             net.config.image_size = cls.SIZE
 

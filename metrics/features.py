@@ -22,7 +22,7 @@ class Detectors:
     def __init__(self, weights: dict | None = None, device=None, protocol: str = 'edm'):
         self.protocol = protocol
         self.weights = {name: path for name, path in (weights or {}).items() if path}
-        self.device = torch.device(device) if device is not None else distributed.get_device()
+        self.device = torch.device(device or distributed.get_device())
         self.loaded = {}
 
     @property

@@ -127,7 +127,8 @@ MISTAKES = {
         '--metrics=,': 'no metrics given'},
     'calculate_metrics.py gen --ref=<others.pkl> --metrics=fd_pixels': {
         '': '--net: give a network, or a preset', '--net=none.pkl': 'none.pkl',
-        '--net=<net.pkl> --num=0': 'nothing to generate'},
+        '--net=<net.pkl> --num=0': 'nothing to generate',
+        '--net=<net.pkl> --seeds=0-3 --seed=5': ('--seed=5', 'without --seeds')},
     'calculate_metrics.py memorization --data=<digits.zip> --dest=m.json': {
         '': '--images', '--images=a --net=b': '--images', '--images=nowhere': 'nowhere',
         '--images=<plain.zip> --steps=3': '--steps', '--images=<plain.zip> --seeds=1': '--seeds',
