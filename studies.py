@@ -267,19 +267,17 @@ def edm2_network(run_dir: str, config: dict) -> str:
 # --- Results -------------------------------------------------------------------------------------
 
 
-def pixel_gaussian(path: str, digit: int | None = None):
-    """The Gaussian of the pixels of the images in a file, of all of them or of one digit."""
-    from metrics import features
-    from training.data.images import open_images
-
-    return features.measure_images(open_images(path), features.Detectors(device='cpu'),
-                                   class_name=digit, gaussians=['fd_pixels']).gaussians['fd_pixels']
-
-
 def pixel_distance(path: str, reference: str, digit: int | None = None) -> float:
     """Frechet distance of the pixels of the images in two files, of all of them or of one
     digit."""
-    return pixel_gaussian(path, digit).distance(pixel_gaussian(reference, digit))
+    from metrics import features
+    from training.data.images import open_images
+
+    ours, theirs = (
+        features.measure_images(open_images(file), features.Detectors(device='cpu'),
+                                class_name=digit, gaussians=['fd_pixels']).gaussians['fd_pixels']
+        for file in (path, reference))
+    return ours.distance(theirs)
 
 
 @contextlib.contextmanager

@@ -204,13 +204,12 @@ def matched(results: pd.DataFrame, group: str = 'few') -> pd.DataFrame:
               for key, rows in results.query('group == @group').sort_values(
                   'recognition').groupby(['method', 'seed'])}
     differences = {}
-    for (method, seed), ours in curves.items():
-        plain = curves['plain', seed]
-        low = max(ours[0, 0], plain[0, 0])
-        high = min(ours[0, -1], plain[0, -1])
-        recognition = np.linspace(low, high, 50)
-        difference = np.mean(np.interp(recognition, *ours) - np.interp(recognition, *plain))
-        differences[METHODS[method], seed] = difference if high > low else np.nan
+    for (method, seed), curve in curves.items():
+        both = curve, curves['plain', seed]
+        low = max(recognition[0] for recognition, _ in both)
+        high = min(recognition[-1] for recognition, _ in both)
+        ours, plain = (np.interp(np.linspace(low, high, 50), *one).mean() for one in both)
+        differences[METHODS[method], seed] = ours - plain if high > low else np.nan
     return pd.Series(differences).unstack().drop('plain')
 
 
@@ -247,10 +246,10 @@ def label_effect(study: Study, models: list[Model]) -> pd.DataFrame:
 def show(results: pd.DataFrame, omegas: dict[str, float]):
     """Prints the table at each method's best omega, and the comparison with plain there and at
     equal omega."""
-    measured = at(results, omegas).melt(['method', 'omega', 'group'], ['recognition', 'recall'])
-    columns = measured['variable'] + ', ' + measured['group']
-    table = measured.groupby([measured['method'].map(METHODS), 'omega', columns])['value'].agg(
-        lambda values: f'{values.mean():.3f} ({np.ptp(values):.3f})').unstack()
+    table = at(results, omegas).pivot_table(
+        ['recognition', 'recall'], ['method', 'omega'], 'group',
+        lambda values: f'{values.mean():.3f} ({np.ptp(values):.3f})').rename(index=METHODS)
+    table.columns = map(', '.join, table.columns)
     print('\nMean over seeds (largest less smallest), each method at the omega with its lowest '
           f'distance over all classes:\n{table.filter(regex="many|few").to_string()}')
     if 'plain' not in omegas:

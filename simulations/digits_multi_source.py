@@ -19,10 +19,11 @@ import pandas as pd
 import tqdm
 
 import studies
-from dnnlib import UserError, cli, util
+from dnnlib import UserError, cli
 from simulations import plotting, tables
 from studies import WHOLE, compared, setting
 from training.data import convert
+from training.data.images import save_npz_images
 from training.generate import open_generator
 
 # Similar classes first: the three whose mean images are the closest, then always the one closest
@@ -143,16 +144,14 @@ def run_model(study: Study, model: Model):
 
 
 def save_samples(study: Study, model: Model, network: str):
-    """uint8 [N,H,W,3] `arr_0` and their digits `arr_1`, which calculate_metrics.py reads too."""
+    """An .npz of the samples and their digits, which calculate_metrics.py reads too."""
     seeds = range(model.seed * study.samples, (model.seed + 1) * study.samples)
     samples = []
     for digit in model.measured:
         generator = open_generator(network, class_=digit, sampler=dict(num_steps=study.steps))
-        samples += [batch.images.cpu().numpy().transpose(0, 2, 3, 1)
-                    for batch in generator.images(seeds, batch=256)]
-    with util.atomic_path(study.samples_file(model)) as temp, open(temp, 'wb') as file:
-        np.savez_compressed(file, arr_0=np.concatenate(samples),
-                            arr_1=np.repeat(model.measured, study.samples))
+        samples += [batch.images.cpu() for batch in generator.images(seeds, batch=256)]
+    save_npz_images(study.samples_file(model), np.concatenate(samples),
+                    np.repeat(model.measured, study.samples))
 
 
 def measure(study: Study, model: Model) -> list[dict]:

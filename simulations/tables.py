@@ -42,11 +42,11 @@ def columns(varied: list[str]) -> list[str]:
 def results(settings: list, seeds: list[int], errors: list[tuple], varied: list[str]):
     """A row for each setting (see `gaussian.Setting`) and seed, with its bounds and its two
     errors (single, multi)."""
-    names = ('seed', BOUND_SINGLE, BOUND_MULTI, ERROR_SINGLE, ERROR_MULTI)
-    table = pd.DataFrame([
-        dataclasses.asdict(setting) | dict(zip(
-            names, (seed, *setting.bounds(), *pair), strict=True))
-        for (setting, seed), pair in zip(itertools.product(settings, seeds), errors, strict=True)])
+    rows = [dataclasses.astuple(setting) + (seed, *setting.bounds(), *pair)
+            for (setting, seed), pair in zip(itertools.product(settings, seeds), errors,
+                                             strict=True)]
+    table = pd.DataFrame(rows, columns=['K', 'D', 'sim', 'n', 'seed', BOUND_SINGLE, BOUND_MULTI,
+                                        ERROR_SINGLE, ERROR_MULTI])
     table[BOUND_ADVANTAGE] = table[BOUND_SINGLE] - table[BOUND_MULTI]
     table[ERROR_ADVANTAGE] = table[ERROR_SINGLE] - table[ERROR_MULTI]
     return table[columns(varied)]
