@@ -1,5 +1,6 @@
 """Metrics: golden numbers, equality with plain formulas, files that are read, and files that are refused."""
 
+import dataclasses
 import http.server
 import os
 import pickle
@@ -127,6 +128,21 @@ def test_golden_inception_score(case):
         parts = inception_score.inception_score(probs, inception_score.chunks(len(probs), int(size)))
         np.testing.assert_allclose(parts, expected['per_split'], rtol=1e-9)
         np.testing.assert_allclose(parts.mean(), expected['score'], rtol=1e-9)
+
+
+def test_protocols_split_and_spread_as_published():
+    """ADM: chunks of 5000 of probabilities without bias; CBDM: ten parts, with torch the unbiased deviation."""
+    probs = {name: random(7000, 5, seed=i).softmax(dim=1) for i, name in enumerate(('softmax', 'softmax_nobias'))}
+    made = Statistics('', features=probs)
+    for name, bounds in {'adm': [0, 5000, 7000], 'edm': [0, 5000, 7000], 'cbdm': [*range(0, 7001, 700)]}.items():
+        rules = compute.PROTOCOLS[name]
+        scores = inception_score.inception_score(probs['softmax' if name == 'cbdm' else 'softmax_nobias'], bounds)
+        for unbiased in (False, True):
+            found = compute.score(made, None, None, dataclasses.replace(rules, unbiased=unbiased))
+            spread = scores.std(correction=int(unbiased)).item()
+            assert found == pytest.approx({'is': scores.mean().item(), 'is_std': spread})
+        assert (rules.k, rules.strict, rules.manifold, rules.num) == (
+            (5, True, 50000, 50000) if name == 'cbdm' else (3, False, 10000, 50000))
 
 
 def test_inception_score_of_certain_and_of_empty_classes():
