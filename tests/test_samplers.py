@@ -236,7 +236,7 @@ def test_a_snapshot_remembers_its_sampler(folder, tmp_path):
     assert (other['num_steps'], other['rho']) == (18, 7)        # options of another sampler are not its
 
 
-@pytest.mark.parametrize('sampler', [7, 'edm', {'num_steps': 3}, {'name': 3}, {'name': 'x', 'a': [1] * 1000}])
+@pytest.mark.parametrize('sampler', [7, 'edm', {'num_steps': 3}, {'name': 3}, {'name': 'x', 'a': [1] * 10_000}])
 def test_a_damaged_sampler_is_named(tmp_path, sampler):
     with pytest.raises(UserError, match='a.pkl: its sampler is malformed'):
         load_snapshot(save(tmp_path / 'a.pkl', 've', sampler=sampler))

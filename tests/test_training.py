@@ -208,7 +208,7 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path, digits):
     workers = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
     for worker in workers:
         os.kill(int(worker), signal.SIGTERM)
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=600) == 0
     state = Checkpoints(str(outdir)).load_newest()
     assert 0 < state['nimg'] < 1 << 20
     assert 'Stopped at' in (outdir / 'log.txt').read_text()

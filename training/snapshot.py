@@ -143,10 +143,12 @@ def _restore(found: Found) -> Snapshot:
     network = content['network']
     net = rebuild_network(network['class_name'], network['kwargs'], found.state, found.path)
     sampler = content['sampler']
-    with errors_of(found.path, 'its encoder or sampler is malformed: '):
-        check_arguments([content['encoder'], sampler])
-        if sampler and not isinstance(sampler['name'], str):
-            raise ForeignPickleError('a name is no text')
+    with errors_of(found.path, 'its encoder is malformed: '):
+        check_arguments(content['encoder'])
+    with errors_of(found.path, 'its sampler is malformed: '):
+        check_arguments(sampler)
+        if sampler is not None and not isinstance(sampler['name'], str):
+            raise ForeignPickleError('its name is no text')
     return Snapshot(net, encoders.make_encoder(content['encoder']), content['dataset'],
                     content['recipe'], content['nimg'], content['ema_std'], sampler)
 
