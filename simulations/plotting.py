@@ -43,8 +43,8 @@ def draw_errors(axis, rows: pd.DataFrame, x: str, y: str, **style):
 def new_figure(rows: pd.DataFrame, x: str, **texts):
     """A figure and its axis of errors, with a tick at each value of x, and no others."""
     figure, axis = plt.subplots(figsize=(3.5, 2.9))
-    axis.set(xscale='log' if x == 'n' else 'linear', xlabel=LABELS[x], **texts)
-    axis.set_xticks(rows[x], [f'{value:g}' for value in rows[x]])
+    axis.set(xscale='log' if x == 'n' else 'linear', xlabel=LABELS[x], xticks=rows[x],
+             xticklabels=map('{:g}'.format, rows[x]), **texts)
     axis.xaxis.minorticks_off()
     return figure, axis
 
@@ -102,8 +102,8 @@ def draw_grid(rows: pd.DataFrame, seed_rows: pd.DataFrame, x: str, y: str):
     of the bounds: heat maps, lowest y at the bottom, with the number in each cell and its interval
     if it has one; cells without a number are left white."""
     cells = rows.set_index([y, x])
-    size = (max(4.5, 1.2 + 0.8 * rows[x].nunique()), 1.2 + 0.35 * max(4, rows[y].nunique()))
-    figure, axes = plt.subplots(1, 2, figsize=size, sharey=True)
+    figure, axes = plt.subplots(1, 2, sharey=True, figsize=(
+        4 + 0.6 * rows[x].nunique(), 2 + 0.3 * rows[y].nunique()))
     titles = {tables.ERROR_ADVANTAGE: 'Empirical advantage',
               tables.BOUND_ADVANTAGE: 'Difference of the bounds'}
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
