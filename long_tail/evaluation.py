@@ -110,7 +110,7 @@ def published_samples(path: str) -> ArrayImages:
         array = np.concatenate([
             np.rint((part.astype(np.float32) + shift) * scale).clip(0, 255).astype(np.uint8)
             for part in np.array_split(array, len(array) // 1000 + 1)])
-    labels = path.replace('_samples_ema_', '_labels_ema_')
+    labels = '_labels_ema_'.join(path.rsplit('_samples_ema_', 1))
     labels = read_npy(labels).ravel().astype(np.int64) if os.path.isfile(labels) else None
     if labels is not None and len(labels) != len(array):
         raise UserError(f'{path}: {len(array)} images, and {len(labels)} labels beside them')
