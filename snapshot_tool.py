@@ -4,6 +4,7 @@ import json
 import os
 
 import click
+import torch
 
 from dnnlib import UserError, cli, url
 from dnnlib.options import choice, text, together
@@ -11,7 +12,10 @@ from torch_utils.files.identify import Found, family, identify
 from torch_utils.files.pickles import errors_of
 from training import export
 from training.data.archive import check_parent
+from training.flops import count_products
+from training.networks import build_network
 from training.networks.infer import READERS, infer
+from training.presets import PRESETS, network_of
 from training.snapshot import load_denoiser, load_snapshot
 
 
@@ -26,14 +30,18 @@ def parse_setting(text: str) -> tuple[str, object]:
         return name, value
 
 
-source_options = together(
-    click.argument('file', metavar='FILE|URL'),
-    text('HEX', '--sha256', 'SHA-256 that the file must have'),
-    text('KEY', '--weights',
-         'Weights of a checkpoint, e.g. net_model  [default: the averaged ones]'),
-    text('NAME=VALUE', '--set settings',
-         'Argument of a network that its weights leave open, e.g. num_heads=4', multiple=True,
-         type=cli.Parsed('setting', parse_setting)))
+def source(required: bool = True):
+    return together(
+        click.argument('file', metavar='FILE|URL', required=required),
+        text('HEX', '--sha256', 'SHA-256 that the file must have'),
+        text('KEY', '--weights',
+             'Weights of a checkpoint, e.g. net_model  [default: the averaged ones]'),
+        text('NAME=VALUE', '--set settings',
+             'Argument of a network that its weights leave open, e.g. num_heads=4', multiple=True,
+             type=cli.Parsed('setting', parse_setting)))
+
+
+source_options = source()
 
 
 @click.group(cls=cli.Group)
@@ -44,6 +52,7 @@ def main():
     python snapshot_tool.py inspect edm-cifar10-32x32-cond-vp.pkl
     python snapshot_tool.py convert edm-cifar10-32x32-cond-vp.pkl --dest=cifar10.pkl
     python snapshot_tool.py convert network-snapshot-0000524-0.100.pkl --dest=digits.safetensors
+    python snapshot_tool.py flops --preset=edm2-img512-xs
     python snapshot_tool.py convert ADM_cifar10_baseline.pt --dest=adm --set num_head_channels=32
     """
 
@@ -57,6 +66,34 @@ def inspect(file, sha256, weights, settings):
     """
     found = identify(url.download(file, sha256=sha256), weights)
     for key, value in describe(found, dict(settings)).items():
+        print(f'{key:24} {value}')
+
+
+@main.command()
+@source(required=False)
+@text('NAME', '--preset', 'Instead of a file: network of a preset of train_edm2.py',
+      type=click.Choice(list(PRESETS)))
+def flops(file, sha256, weights, settings, preset):
+    """Count parameters and products of one evaluation of a network, for one image.
+
+    A multiplication and its addition count as one, as in the table of EDM2; with the additions it
+    is twice as many. Those of convolutions, matrices and attention are counted.
+
+    \b
+    python snapshot_tool.py flops edm2-img512-xs-2147483-0.135.pkl
+    python snapshot_tool.py flops --preset=edm2-img512-xs
+    """
+    if (file is None) == (preset is None):
+        raise UserError('give a file or --preset')
+    if preset:
+        with torch.device('meta'):
+            net = build_network(**network_of(preset))
+    else:
+        net = load_snapshot(file, sha256=sha256, weights=weights, options=dict(settings)).net
+    parameters = sum(value.numel() for value in net.parameters())
+    products, (channels, side, _) = count_products(net)
+    for key, value in {'image': f'{side}x{side}, {channels} channels',
+                       'parameters': f'{parameters:,}', 'GFLOP': f'{products / 1e9:.4g}'}.items():
         print(f'{key:24} {value}')
 
 

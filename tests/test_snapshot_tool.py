@@ -6,14 +6,16 @@ import subprocess
 import sys
 
 import click.testing
+import golden_cases
 import numpy as np
 import pytest
 import torch
-from helpers import environment, fails, script_module
+from helpers import environment, fails, invoke, script_module
 from PIL import Image
 from test_foreign import as_pickle
 
 from training import encoders
+from training.flops import count_products
 from training.generate import generate_images
 from training.networks import build_network
 from training.snapshot import load_snapshot, save_snapshot
@@ -163,3 +165,34 @@ def test_what_guided_diffusion_predicts_can_be_said(tmp_path):
         assert 'predicts is no argument' in fails('snapshot_tool.py', *command, '--set', 'predicts=start')
     error = fails('snapshot_tool.py', *convert, '--set', 'predict=velocity', '--overwrite')
     assert 'velocity' in error and 'epsilon, start' in error
+
+
+# --- Cost -------------------------------------------------------------------------------------------------------------
+
+
+def test_products_are_counted_as_by_hand():
+    """64 pixels: in 4 -> 8; encoder 8 -> 8 twice; decoder 8 -> 8 four times, 16 -> 8 and 8 -> 8 with a skip 16 -> 8, twice;
+    out 8 -> 3; all 3x3 but the skips. Once for the image: 8 -> 8 of the noise, 3 -> 8 of the label, 8 -> 8 for each block.
+    """
+    net = build_network('Precond', img_resolution=8, img_channels=3, label_dim=3, model_channels=8, channel_mult=[1],
+                        num_blocks=1, attn_resolutions=[])
+    images = 9 * (4 * 8 + 2 * 64 + 4 * 64 + 2 * (16 * 8 + 64) + 8 * 3) + 2 * 16 * 8
+    assert count_products(net) == (64 * images + 64 + 3 * 8 + 5 * 64, (3, 8, 8))
+
+
+@pytest.mark.parametrize('case', [case for case in golden_cases.cases('networks') if 'kwargs' in case.json and (
+    case.json['reference']['class'].endswith('Precond'))], ids=str)
+def test_products_of_every_architecture(case):
+    """One for each weight at least."""
+    net = build_network(case.json['reference']['class'], **case.json['kwargs'])
+    weights = sum(value.numel() for value in net.parameters() if value.ndim == 4)
+    assert count_products(net)[0] > weights
+
+
+def test_flops(source):
+    kind, path = source
+    out = invoke('snapshot_tool.py', 'flops', path, *SETTINGS.get(kind, []))
+    assert '8x8, 3 channels' in out and float(out.split()[-1]) > 0
+    out = invoke('snapshot_tool.py', 'flops', '--preset=edm2-img512-xs').split()
+    assert out[1:3] == ['64x64,', '4'] and out[5] == '124,713,253' and out[-1] == '44.95'    # published: 125M and 46
+    assert '--preset' in fails('snapshot_tool.py', 'flops')
