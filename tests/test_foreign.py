@@ -230,7 +230,8 @@ def test_all_published_architectures_are_recognised(case, name):
     untold = ('dropout', 'use_checkpoint', 'use_fp16', 'channel_mult')
     rebuilt = {key: found.kwargs.get(key) for key in wanted if key not in untold}
     assert rebuilt == {key: wanted[key] for key in rebuilt}
-    assert found.diffusion == dict(schedule='cosine', steps=1000, variance='learned_range')
+    assert found.diffusion == dict(schedule='cosine', steps=1000, variance='learned_range', predict='epsilon',
+                                   rescale_timesteps=False)
 
 
 def test_weights_of_a_checkpoint_can_be_chosen_and_arguments_set(tmp_path):
