@@ -141,6 +141,11 @@ def test_flag_files(tmp_path):
     assert len(text.splitlines()) >= len(flags)
 
 
+def test_a_factor_counts_for_long_tails_alone():
+    assert options('--imb_factor=5')['imb_factor'] == 5
+    assert '--imb_factor=5.0 is not in (0, 1]' in fails(MAIN, '--train', '--data_type=cifar100lt', '--imb_factor=5')
+
+
 @pytest.mark.parametrize('lines, message', [
     ('--ch=64\n--chanels=3\n', "bad.txt, line 2: '--chanels=3' is no option"), ('ch=64', 'is no option'),
     ('--ch', 'bad.txt, line 1: --ch needs a value'), ('--train=maybe', "'--train': 'maybe' is not a valid boolean"),
