@@ -116,7 +116,8 @@ def convert(file, dest, dtype, overwrite, sha256, weights, settings):
 
     \b
     python snapshot_tool.py convert ckpt_300000.pt --dest=cbdm.pkl --weights=net_model
-    python snapshot_tool.py convert https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-cond-vp.pkl \\
+    python snapshot_tool.py convert \\
+        https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-cond-vp.pkl \\
         --dest=cifar10.safetensors
     """
     dest = dest.rstrip('/')

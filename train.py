@@ -282,8 +282,8 @@ same command goes on with the newest run of that name and these options that is 
          'Start from the weights of a snapshot, of this project or of EDM'),
     text('HEX', '--transfer-sha256', 'SHA-256 that the file of --transfer must have'),
     text('PT|DIR', '--resume', 'DIR: go on with that run, in its folder; PT: a new run that goes '
-         'on from this training state, also one of EDM. Without: the newest unfinished run of these options, if '
-         'there is one', type=click.Path(exists=True)))
+         'on from this training state, also one of EDM. Without: the newest unfinished run of '
+         'these options, if there is one', type=click.Path(exists=True)))
 def main(outdir, desc, nosubdir, dry_run, wandb, allow_changes, **opts):
     """Train a diffusion model with the EDM recipe, for the study of memorization.
 

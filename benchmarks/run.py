@@ -17,7 +17,14 @@ import click
 import numpy as np
 import torch
 
-from benchmarks import bench_data, bench_frechet, bench_gaussian, bench_knn, bench_precision_recall, gpu
+from benchmarks import (
+    bench_data,
+    bench_frechet,
+    bench_gaussian,
+    bench_knn,
+    bench_precision_recall,
+    gpu,
+)
 from benchmarks.bench_training import NETWORKS, make_step
 from benchmarks.plain_edm2 import PlainEMA, plain_network
 from benchmarks.timing import CLOCKS, PeakMemory, compare

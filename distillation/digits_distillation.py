@@ -234,7 +234,8 @@ def show(table: pd.DataFrame):
 
 @studies.command(Study, """\b
   # Longer, with more values of rho, in a folder of its own
-  python distillation/digits_distillation.py --student-steps=6000 --rhos=0.4,0.1,0.02 --outdir=training-runs/dkdm-long
+  python distillation/digits_distillation.py --student-steps=6000 --rhos=0.4,0.1,0.02 \\
+      --outdir=training-runs/dkdm-long
 """)
 def main(study):
     """Compares a student distilled without data with students of the teacher's samples and of real

@@ -39,7 +39,9 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """PNG of uint8 pixels [H,W,3] (or [H,W,1] or [H,W] gray), uncompressed: fast to write and to read."""
+    """PNG of uint8 pixels [H,W,3] (or [H,W,1] or [H,W] gray), uncompressed: fast to write and
+    to read.
+    """
     return encode_pngs(pixels[None])[0].tobytes()
 
 

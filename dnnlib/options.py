@@ -157,7 +157,7 @@ def batch(default: int):
 batch_gpu = nimg('--batch-gpu', None, 'Images of one forward pass  [default: all of a process]')
 
 
-wandb = text('PROJECT', '--wandb', 'Log to this project of Weights & Biases too; needs the package')
+wandb = text('PROJECT', '--wandb', 'Log to this project of Weights & Biases too; needs wandb')
 
 
 def training(outdir_help: str, *options):
@@ -189,7 +189,7 @@ def training_values(command, args) -> dict:
 compiled = boolean('--compile', False, 'Compile the network (torch.compile)')
 
 
-# --- Conversion of pictures -----------------------------------------------------------------------
+# --- Conversion of pictures ----------------------------------------------------------------------
 
 destination = together(
     click.option('--dest', metavar='ZIP|DIR', required=True,

@@ -18,7 +18,8 @@ class UserError(Exception):
     """An error that the user can mend: one line that names field or file and says what to do.
 
     The library knows no command lines: it names the `field` that is wrong, and its `value`. A
-    script prints the line without a traceback, with its own option in place of the field (`dnnlib.cli`).
+    script prints the line without a traceback, with its own option in place of the field
+    (`dnnlib.cli`).
     """
 
     def __init__(self, text: str, field: str | None = None, value=None):

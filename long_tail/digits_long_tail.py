@@ -132,8 +132,8 @@ def run_chain(study: Study, chain: list[Model]):
     for model in chain:
         studies.make(study.checkpoint(model), long_tail.train, flags_of(study, model))
         for omega in study.omegas:
-            flags = flags_of(study, model, ckpt_step=study.last(model), omega=omega, batch_size=250,
-                             detector='pixels', fid_cache=study.reference,
+            flags = flags_of(study, model, ckpt_step=study.last(model), omega=omega,
+                             batch_size=250, detector='pixels', fid_cache=study.reference,
                              num_images=study.samples, ddim_steps=study.ddim_steps)
             studies.make(study.result(model, omega), long_tail.evaluate, flags)
 

@@ -222,7 +222,8 @@ def sample_rows(study: Study, models: list[Model], n: int) -> dict:
 
 @studies.command(Study, """\b
   # More seeds, longer training, in a folder of its own
-  python simulations/digits_multi_source.py --seeds=0-9 --images-per-class=64Ki --outdir=training-runs/study-long
+  python simulations/digits_multi_source.py --seeds=0-9 --images-per-class=64Ki \\
+      --outdir=training-runs/study-long
 """)
 def main(study):
     """Compares models of one class with models of many, on handwritten digits.

@@ -150,8 +150,8 @@ Examples:
   python simulations/run_gaussian.py --tag={tag}{' --x=K --y=sim' if tag == 'grid' else ''}
   python simulations/plot_gaussian_{tag}.py
 """)
-    @options.text('DIR', '--outdir --results_dir outdir', 'Where results are, in a folder for each '
-                  'tag', default=RESULTS)
+    @options.text('DIR', '--outdir --results_dir outdir',
+                  'Where results are, in a folder for each tag', default=RESULTS)
     @options.text('CSV', '--result', 'Table to draw  [default: the newest one]')
     def main(outdir, result):
         path = Path(result).resolve() if result else tables.newest(outdir, tag)

@@ -1,4 +1,4 @@
-"""Conditional Gaussian estimation from several sources (arXiv 2502.14583): error against theory."""
+"""Conditional Gaussian estimation from several sources (arXiv 2502.14583): error and theory."""
 
 import itertools
 import math
@@ -75,7 +75,7 @@ Examples:
   python simulations/run_gaussian.py --tag=K --values=5 --seeds=0-9999
 \b
   # Where do many sources help? Advantage over two parameters
-  python simulations/run_gaussian.py --tag=grid --x=K --y=sim --y-values=0,0.2,0.4,0.6,0.8,1 --seeds=0-199
+  python simulations/run_gaussian.py --tag=grid --x=K --y=sim --y-values=0,0.5,1 --seeds=0-199
 \b
   # Does the error fall as n^(-1/2)?
   python simulations/run_gaussian.py --tag=slope
@@ -115,7 +115,7 @@ def main(tag, seeds, dim, test_points, outdir, compared, given):
     seeds = seeds or (SLOPE_SEEDS if tag == 'slope' else tables.PAPER_SEEDS)
     if len(set(seeds)) < len(seeds) or max(seeds) >= 2**64:
         raise UserError('give each seed once, below 2^64', 'seeds')
-    folder = tables.folder(outdir, tag)  # a place that cannot be written shows now, not after the work
+    folder = tables.folder(outdir, tag)  # a place that cannot be written shows before the work
     start = time.monotonic()
     from simulations import gaussian
 

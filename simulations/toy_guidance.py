@@ -1,5 +1,5 @@
-"""The toy example of autoguidance (arXiv 2406.02507, Figures 1 and 2): a density in the plane, learnt
-and guided in four ways."""
+"""The toy example of autoguidance (arXiv 2406.02507, Figures 1 and 2): a density in the plane,
+learnt and guided in four ways."""
 
 import dataclasses
 import itertools
@@ -90,8 +90,8 @@ def branches(levels: int = 6, per_branch: int = 8) -> Mixture:
 
 
 class PlaneDenoiser(Denoiser):
-    """D(x; sigma, labels) of points [N,2,1,1]: EDM2's preconditioning and layers around four hidden
-    layers of `width` units."""
+    """D(x; sigma, labels) of points [N,2,1,1]: EDM2's preconditioning and layers around four
+    hidden layers of `width` units."""
 
     def __init__(self, width: int):
         super().__init__(1, 2, 2)
@@ -193,8 +193,8 @@ Examples:
 @click.option('--dest', help='Picture to write', metavar='PNG', default='toy_guidance.png')
 def main(width, steps, batch, lr, guidance, samples, label, seed, dest):
     """Learns a density of two tree-like classes in the plane and draws one of them: the data,
-    samples without guidance, with classifier-free guidance, with autoguidance (by a smaller network
-    trained for less long), and with the score stretched.
+    samples without guidance, with classifier-free guidance, with autoguidance (by a smaller
+    network trained for less long), and with the score stretched.
 
     Prints, for each, outliers (points where the density is below that of one data point in a
     thousand), coverage (share of the class's mass whose part of a branch is drawn at all) and the

@@ -148,7 +148,8 @@ def sample_rows(study: Study, seed: int) -> dict:
 
 @studies.command(Study, """\b
   # More seeds, more real digits, in a folder of its own
-  python synthetic_data/digits_synthetic_data.py --seeds=0-9 --real=50 --outdir=training-runs/study-50
+  python synthetic_data/digits_synthetic_data.py --seeds=0-9 --real=50 \\
+      --outdir=training-runs/study-50
 """)
 def main(study):
     """Compares classifiers on few real digits with those on real and generated ones.

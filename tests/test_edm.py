@@ -9,8 +9,20 @@ import pytest
 import torch
 
 from dnnlib import UserError
-from torch_utils.random import BlockRandomGenerator, GlobalRandom, StackedRandomGenerator, drawing_from
-from training.diffusion.augment import EDM_MULTIPLIERS, AugmentPipe, reach, resample, scaling, translation
+from torch_utils.random import (
+    BlockRandomGenerator,
+    GlobalRandom,
+    StackedRandomGenerator,
+    drawing_from,
+)
+from training.diffusion.augment import (
+    EDM_MULTIPLIERS,
+    AugmentPipe,
+    reach,
+    resample,
+    scaling,
+    translation,
+)
 from training.diffusion.losses import LOSSES, EDMLoss, VELoss, VPLoss
 from training.diffusion.samplers import SAMPLERS, sample
 from training.networks import build_network

@@ -22,7 +22,13 @@ from training.data import latents
 from training.data.archive import ArchiveReader
 from training.data.dataset import ImageDataset
 from training.data.imagenet import SIMILARITY_LEVELS, classes
-from training.encoders import RGBEncoder, SimpleVAEEncoder, StabilityVAEEncoder, encoder_for, make_encoder
+from training.encoders import (
+    RGBEncoder,
+    SimpleVAEEncoder,
+    StabilityVAEEncoder,
+    encoder_for,
+    make_encoder,
+)
 
 
 @pytest.fixture(scope='session')

@@ -12,7 +12,13 @@ from helpers import fails, invoke, run, script_module
 from training import phema
 from training.data.dataset import ImageDataset
 from training.encoders import RGBEncoder
-from training.generate import GeneratedBatch, GridCollector, generate_images, preset_options, split_seeds
+from training.generate import (
+    GeneratedBatch,
+    GridCollector,
+    generate_images,
+    preset_options,
+    split_seeds,
+)
 from training.networks import build_network
 from training.snapshot import load_snapshot, save_snapshot, snapshot_name
 

@@ -27,7 +27,8 @@ Loading it runs the Python files in this folder:
 ```python
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained('FOLDER', custom_pipeline='FOLDER', trust_remote_code=True)
+pipe = DiffusionPipeline.from_pretrained('FOLDER', custom_pipeline='FOLDER',
+                                         trust_remote_code=True)
 images = pipe(seeds=range(4)).images
 ```
 """

@@ -39,7 +39,8 @@ def rebuild_tensor(storage, offset, size, stride, *_):
             or type(stride) is not tuple or not len(size) == len(stride) <= 16:
         raise ForeignPickleError('it holds a malformed tensor')
     if math.prod(size) > len(storage):
-        raise ForeignPickleError(f'a tensor of shape {list(size)} is larger than its storage'[:120])
+        text = f'a tensor of shape {list(size)} is larger than its storage'
+        raise ForeignPickleError(text[:120])
     return torch.as_strided(storage, size, stride, offset)  # which it refuses outside the storage
 
 

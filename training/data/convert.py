@@ -127,7 +127,7 @@ class Converted:
         lines = [f'{dest}: {self.count} images, {self.resolution}x{self.resolution}'
                  + ('' if classes is None else f', {len(classes)} classes')]
         if self.rejected:
-            lines.append(f'{self.rejected} images are too small for the transform and were left out')
+            lines.append(f'{self.rejected} images are too small for the transform and left out')
         if self.skipped:
             lines.append(f'{len(self.skipped)} damaged images were left out:')
         return '\n'.join(lines + [f'    {name}' for name in self.skipped])

@@ -19,8 +19,8 @@ from training.encoders import StabilityVAEEncoder, encoder_for, make_encoder
 
 def encode(source: str, dest: str, encoder: StabilityVAEEncoder, *, batch=16, overwrite=False,
            max_images: int | None = None) -> int:
-    """Stores mean and std of the autoencoder's posterior for every image of an archive of pixels, or
-    for the first `max_images`.
+    """Stores mean and std of the autoencoder's posterior for every image of an archive of pixels,
+    or for the first `max_images`.
 
     `dest` gets `latent_name(i)` (float32 [8,R/8,R/8]) for image i of `source`, its labels and its
     description. Returns the number of images; raises UserError for sources that hold no pixels or

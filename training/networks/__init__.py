@@ -45,8 +45,8 @@ def build_network(class_name: str, **kwargs):
 
 
 def check_arguments(value):
-    """Raises ForeignPickleError unless constructor arguments from a file, which are plain values, are of a
-    modest size.
+    """Raises ForeignPickleError unless constructor arguments from a file, which are plain values,
+    are of a modest size.
     """
     check_plain(value, 'an argument', 5000, 100_000)
 

@@ -98,8 +98,8 @@ def WideResNet(name: str = 'wrn-28-10', num_classes: int = 10,
     """
     match = re.fullmatch(r'wrn-(\d{2,4})-([1-9]\d*)', name)
     if match is None or int(match[1]) not in range(10, 10_000, 6):
-        raise UserError(f'model {name!r} is not wrn-<depth>-<widen> with depth 10, 16, 22, 28, ... '
-                        '(6n + 4)')
+        raise UserError(f'model {name!r} is not wrn-<depth>-<widen> with depth 10, 16, 22, 28, '
+                        '... (6n + 4)')
     net = _WideResNet(int(match[1]), int(match[2]), num_classes)
     if normalize_input:
         net = _Normalized(Normalize(), net)

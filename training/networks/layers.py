@@ -175,8 +175,8 @@ class GroupNorm(nn.GroupNorm):
 
     def __init__(self, num_channels: int, num_groups: int = 32, eps: float = 1e-5):
         if num_groups < 1 or num_channels % num_groups:
-            raise UserError(f'{num_channels} channels cannot be normalised in {num_groups} groups; '
-                            'choose a multiple of 32', field='num_channels')
+            raise UserError(f'{num_channels} channels cannot be normalised in {num_groups} '
+                            'groups; choose a multiple of 32', field='num_channels')
         super().__init__(num_groups, num_channels, eps)
 
     def forward(self, x):
