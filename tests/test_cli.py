@@ -54,7 +54,7 @@ FLOAT32 = {
     'synthetic_data/generate.py': ['--outdir=x', '--network=x'],
     'synthetic_data/train_classifier.py': ['--outdir=x', '--data=x'],
 }
-SHARED = ('@options.sampling', '@options.training(', '@configs.common_options', '@options_of_study')
+SHARED = ('options.sampling', '@options.training(', '@configs.common_options', '@options_of_study')
 
 
 class Reached(Exception):
