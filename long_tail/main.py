@@ -183,7 +183,7 @@ def prepare(options: dict) -> Flags:
     if flags.train:
         start_of(flags)
     else:
-        find_checkpoint(run_folder(flags), flags.ckpt_step)
+        evaluated(flags)
     return flags
 
 
@@ -238,6 +238,14 @@ def find_checkpoint(folder: str, step: int) -> tuple[str, int]:
         raise UserError(f'--ckpt_step={step}: {folder} has no ckpt_{step}.pt; there are the steps '
                         f'{", ".join(map(str, numbers)) or "none: train first"}')
     return checkpoints.path(step), step
+
+
+def evaluated(flags) -> tuple[str | None, int]:
+    """(checkpoint, step) that --eval measures. There need be none for the samples of --sampled."""
+    folder = run_folder(flags)
+    if flags.sampled and not StepCheckpoints(folder).numbers():
+        return None, flags.ckpt_step
+    return find_checkpoint(folder, 0 if flags.train else flags.ckpt_step)
 
 
 def load_average(path: str, net: torch.nn.Module):
@@ -326,13 +334,17 @@ def train(flags) -> bool:
 
 
 def evaluate(flags):
-    """Samples from a checkpoint, saves the samples, and measures them."""
-    folder = run_folder(flags)
-    path, step = find_checkpoint(folder, 0 if flags.train else flags.ckpt_step)
-    run = evaluation.Evaluator(flags, folder, class_counts(flags))
-    net = build_network(**network_of(flags))
-    load_average(path, net)
-    run(net.eval().requires_grad_(False).to(dist.get_device()), step)
+    """Samples from a checkpoint, saves the samples, and measures them; or measures saved ones,
+    which may be all that there is of their run.
+    """
+    path, step = evaluated(flags)
+    run = evaluation.Evaluator(flags, run_folder(flags), class_counts(flags))
+    net = None
+    if not flags.sampled:
+        net = build_network(**network_of(flags))
+        load_average(path, net)
+        net.eval().requires_grad_(False).to(dist.get_device())
+    run(net, step)
 
 
 # --- The command ---------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import tarfile
@@ -477,7 +478,7 @@ def test_published_checkpoints_are_evaluated_and_fine_tuned(trained, digits_stat
                                                '--ch=64', '--detector=pixels', f'--fid_cache={digits_stats}')
 
 
-def test_samples_of_the_published_code(trained, digits_stats):
+def test_samples_of_the_published_code(trained, digits_stats, tmp_path):
     """*_samples_ema_*.npy in every layout, with --sampled."""
     args = ['--ckpt_step=4', '--omega=1.6', '--sampled', '--noprd']
     evaluate(trained, digits_stats, *args[:2], '--noprd', num=40)
@@ -503,6 +504,13 @@ def test_samples_of_the_published_code(trained, digits_stats):
         np.save(trained / 'cfg_1.6_samples_ema_saved.npy', array)
         (trained / 'cfg_1.6_labels_ema_saved.npy').unlink(missing_ok=True)
         assert words in fails(MAIN, *failing)
+    alone = tmp_path / 'alone'                                  # no checkpoint of the run, samples only
+    alone.mkdir()
+    shutil.copy(trained / 'flagfile.txt', alone)
+    np.save(alone / 'cfg_1.6_samples_ema_saved.npy', pixels)
+    evaluate(alone, digits_stats, *args)
+    [report] = alone.glob('*.json')
+    assert json.loads(report.read_text())['all'] == pytest.approx(expected['all'])
     for path in trained.glob('*_ema_*.npy'):
         path.unlink()
 
