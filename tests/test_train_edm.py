@@ -101,6 +101,13 @@ def test_every_option_of_the_study_is_accepted_whatever_the_others(case):
         assert config_of('--nosubdir', *words, *choices)['momentum'] == 0.5
 
 
+def test_a_final_factor_of_zero_keeps_no_average(digits):
+    config = config_of('--ema_mode=mode4', '--final-ema=0.0', '--num-channels=8')
+    averages = dict(train.prepare(config | dict(data=digits))[2].averages, name=None)
+    del averages['name']
+    assert schedules.memorization_beta(**averages)(10**7, 512) == 0
+
+
 @pytest.mark.parametrize('options, note', [
     (['--momentum=0.5'], '--momentum=0.5 has no effect without --optimizer=SGD'),
     (['--final-ema=0'], '--final-ema=0.0 has no effect without --ema_mode=mode4'),
