@@ -41,16 +41,18 @@ class SampleShards:
         Raises UserError if other samples are in the way, finished or not.
         """
         description = os.path.splitext(self.dest)[0] + '.json'
-        places = [path for path in (self.dest, self.parts) if os.path.exists(path)]
-        if not places:
-            write_json(description, self.settings)
-            os.makedirs(self.parts)
-            return True
-        recorded = {}
-        with contextlib.suppress(OSError, ValueError), open(description) as file:
-            recorded = json.load(file)
-        require_same(places[0], recorded, self.settings, 'remove it, or choose another --dest')
-        return places[0] != self.dest
+        places = [path for path in (self.dest, *self.paths.values()) if os.path.exists(path)]
+        if places:
+            recorded = {}
+            with contextlib.suppress(OSError, ValueError), open(description) as file:
+                recorded = json.load(file)
+            place = self.dest if places[0] == self.dest else self.parts
+            require_same(place, recorded, self.settings, 'remove it, or choose another --dest')
+            return place != self.dest
+        shutil.rmtree(self.parts, ignore_errors=True)          # of a process that made no piece
+        write_json(description, self.settings)
+        os.makedirs(self.parts)
+        return True
 
     def missing(self) -> list[tuple[int, int]]:
         """(first, end) of the pieces that are to be made."""

@@ -4,6 +4,7 @@ suffixes, cores.
 
 import collections
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import time
 
 
 class UserError(Exception):
@@ -54,18 +56,22 @@ def renamed_fields(**names):
 
 
 @contextlib.contextmanager
-def atomic_path(dest: str, sync: bool = True):
-    """Yields a path beside `dest` for a file or folder that the block makes; then renames it to
-    `dest`.
+def atomic_path(dest: str, sync: bool = True, is_folder: bool = False):
+    """Yields a path beside `dest` of an empty file (or folder) for the block to fill; then renames
+    it to `dest`.
 
-    On any exception what it made is removed and `dest` stays as it was, so no reader ever sees
-    half of a file. Parent folders are made. `sync=False` does not wait until the bytes are on the
-    disk: for large files that can be made again if the power fails.
+    On any exception it is removed and `dest` stays as it was, so no reader ever sees half of a
+    file. Parent folders are made. What killed processes left of the same name is removed.
+    `sync=False` does not wait until the bytes are on the disk: for large files that can be made
+    again if the power fails.
     """
     dest = os.path.abspath(dest)
     folder, name = os.path.split(dest)
     os.makedirs(folder, exist_ok=True)
-    temp = os.path.join(folder, f'.{name[:100]}.{secrets.token_hex(4)}.tmp')
+    name = name[:100]
+    for leftover in _leftovers_of(folder).pop(name, ()):
+        _remove_leftover(leftover)
+    temp, handle = _locked_temp(folder, name, is_folder)
     try:
         yield temp
         if os.path.isfile(temp):
@@ -76,11 +82,71 @@ def atomic_path(dest: str, sync: bool = True):
             shutil.rmtree(dest)
         os.replace(temp, dest)
     except BaseException:
-        if os.path.isdir(temp):
-            shutil.rmtree(temp, ignore_errors=True)
-        elif os.path.exists(temp):
-            os.remove(temp)
+        _remove(temp)
         raise
+    finally:
+        os.close(handle)
+
+
+def _remove(path: str):
+    if os.path.isdir(path):
+        shutil.rmtree(path, ignore_errors=True)
+    elif os.path.exists(path):
+        os.remove(path)
+
+
+def _locked_temp(folder: str, name: str, is_folder: bool) -> tuple[str, int]:
+    """A new temporary file or folder and its handle, which has a lock until its process dies."""
+    while True:
+        temp = os.path.join(folder, f'.{name}.{secrets.token_hex(4)}.tmp')
+        if is_folder:
+            os.mkdir(temp)
+        flags = os.O_RDONLY if is_folder else os.O_RDWR | os.O_CREAT | os.O_EXCL
+        handle = os.open(temp, flags, 0o666)
+        with contextlib.suppress(OSError):                     # file systems without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.path.exists(temp):                               # else it was taken for a leftover
+            return temp, handle
+        os.close(handle)
+
+
+def remove_leftovers(folder: str, name: str = '.+'):
+    """Removes what killed processes left in a folder of files called `name` (a pattern), of any
+    name by default.
+    """
+    for match in matching_names(folder, rf'\.{name}\..{{8}}\.tmp'):
+        _remove_leftover(os.path.join(folder, match[0]))
+
+
+def _remove_leftover(temp: str):
+    """Removes a temporary file or folder whose writer is gone, as far as locks can tell."""
+    with contextlib.suppress(OSError):
+        mode = os.O_RDONLY if os.path.isdir(temp) else os.O_RDWR  # NFS locks what can be written
+        handle = os.open(temp, mode | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(temp)
+        finally:
+            os.close(handle)
+
+
+_leftovers = {}  # {folder: (when it is to be listed again, {name: temporary files})}
+
+
+def _leftovers_of(folder: str) -> dict[str, list[str]]:
+    """Temporary files in a folder by the names they were for.
+
+    Listing takes a hundredth of the time at most, also where a file is written to a folder of a
+    million.
+    """
+    now = time.monotonic()
+    if now >= _leftovers.get(folder, (0,))[0]:
+        temps = collections.defaultdict(list)
+        for match in matching_names(folder, r'\.(.+)\..{8}\.tmp'):
+            temps[match[1]].append(os.path.join(folder, match[0]))
+        end = time.monotonic()
+        _leftovers[folder] = end + 100 * (end - now), temps
+    return _leftovers[folder][1]
 
 
 def write_bytes(dest: str, data: bytes):

@@ -523,6 +523,13 @@ def test_sampling_goes_on_where_it_was_stopped(world, tmp_path, monkeypatch):
     assert 'another model (None instead of' in helpers.fails(SAMPLE, *arguments, '--dest', tmp_path / 'c.npz')
 
 
+def test_sampling_goes_on_after_a_kill_before_its_first_piece(world, tmp_path):
+    (tmp_path / 'a.npz.parts').mkdir()
+    (tmp_path / 'a.npz.parts/.settings.json.abcdefgh.tmp').touch()
+    sample(world, tmp_path / 'a.npz')
+    assert sorted(os.listdir(tmp_path)) == ['a.json', 'a.npz']
+
+
 def test_processes_of_mpiexec_share_the_samples(world, tmp_path):
     """Rank and world size from Open MPI's environment; default folder; as written, from distillation/."""
     expected = sample(world, tmp_path / 'a.npz')

@@ -77,7 +77,7 @@ def save_folder(dest: str, snapshot: Snapshot, dtype=torch.float32):
     arguments = description['network']['kwargs']
     inner = arguments.get('network', {}).get('class_name')
     version = dict(_diffusers_version=diffusers.__version__)
-    with atomic_path(dest) as temp:
+    with atomic_path(dest, is_folder=True) as temp:
         unet = os.path.join(temp, 'unet')
         index = dict(_class_name=['pipeline', 'SnapshotPipeline'],
                      unet=['network', 'SnapshotNetwork'], encoder=description['encoder'],

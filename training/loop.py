@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import glob
 import hashlib
 import importlib.util
 import json
@@ -18,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from dnnlib import UserError, pictures
-from dnnlib.util import format_count, format_time, write_bytes
+from dnnlib.util import format_count, format_time, remove_leftovers, write_bytes
 from torch_utils import distributed as dist
 from torch_utils.files.weights import load_weights
 from torch_utils.stats import RunningMeans
@@ -28,7 +27,7 @@ from training.ema import AVERAGES, Averages
 from training.encoders import make_encoder
 from training.loss_scale import DynamicLossScale
 from training.schedules import LR_SCHEDULES
-from training.snapshot import PREFIX, describe, save_snapshot, snapshot_name
+from training.snapshot import describe, save_snapshot, snapshot_name
 
 # The optimizers of a recipe, by name.
 OPTIMIZERS = {'Adam': torch.optim.Adam, 'AdamW': torch.optim.AdamW, 'SGD': torch.optim.SGD}
@@ -277,9 +276,7 @@ class Trainer:
         """Removes what a stopped process left: halves of files, and what it logged after the
         checkpoint that we resume from.
         """
-        for prefix in (*self.checkpoints.prefixes, PREFIX, '*.png.'):
-            for leftover in glob.glob(f'.{prefix}*', root_dir=self.run_dir):
-                os.remove(self._path(leftover))
+        remove_leftovers(self.run_dir)
         path = self._path('stats.jsonl')
         if os.path.exists(path):
             kept = []

@@ -317,12 +317,11 @@ class ArchiveWriter:
     def __enter__(self):
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(_disk_errors(self.dest))
-        self._temp = self._stack.enter_context(atomic_path(self.dest, sync=self.sync))
+        self._temp = self._stack.enter_context(
+            atomic_path(self.dest, sync=self.sync, is_folder=not self.is_zip))
         if self.is_zip:
             self._zip = _StoredZip(self._temp)
             self._stack.callback(self._zip.close)  # before it is renamed
-        else:
-            os.mkdir(self._temp)
         return self
 
     def add(self, name: str, data: bytes):
