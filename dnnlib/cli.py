@@ -1,11 +1,14 @@
 """What all command lines share: option types, shown defaults, one-line errors.
 
 Use `@click.command(cls=cli.Command)` (or `cli.Group`) and raise `dnnlib.UserError`
-from anywhere below: it ends in one line on stderr and exit code 1.
+from anywhere below: it ends in one line on stderr and exit code 1. So does SIGTERM, with 143.
 """
 
+import contextlib
 import os
+import signal
 import sys
+import threading
 
 import click
 
@@ -20,6 +23,31 @@ def _option_of(ctx, field: str | None) -> str | None:
     return None
 
 
+class _Terminated(BaseException):
+    pass
+
+
+def _terminate(number, frame):
+    raise _Terminated
+
+
+@contextlib.contextmanager
+def _sigterm_raises():
+    """In the block SIGTERM unwinds this process, so that no half of a file stays.
+
+    Not one of several processes: it may be waiting, outside of Python, for one that has ended.
+    """
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1 \
+            or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class _OneLineErrors:
     # Whether fields that are no options go by their own names: those of a configuration.
     names_fields = False
@@ -32,7 +60,11 @@ class _OneLineErrors:
 
     def invoke(self, ctx):
         try:
-            return super().invoke(ctx)
+            with _sigterm_raises():
+                return super().invoke(ctx)
+        except _Terminated:
+            print('Stopped by SIGTERM', file=sys.stderr, flush=True)
+            ctx.exit(143)                               # 128 + 15, as shells say of the signal
         except util.UserError as error:
             rank = int(os.environ.get('RANK', 0))
             where = f'[rank {rank}] ' if rank else ''

@@ -205,13 +205,21 @@ def format_count(count: int) -> str:
 
 
 def parse_int_list(text) -> list[int]:
-    """'1,2,5-8' -> [1, 2, 5, 6, 7, 8]. Raises ValueError with one line for anything else."""
+    """'1,2,5-8' -> [1, 2, 5, 6, 7, 8]. Raises ValueError with one line for anything else.
+
+    Numbers are below 2^63, and at most 10^8, which fit into memory.
+    """
     result = []
     for part in str(text).split(','):
         match = re.fullmatch(r'\s*(\d+)\s*(?:-\s*(\d+)\s*)?', part)
         if match is None or (match[2] and int(match[2]) < int(match[1])):
             raise ValueError(f'{text!r} is not a list of numbers; write e.g. 0,3,10-19')
-        result.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
+        numbers = range(int(match[1]), int(match[2] or match[1]) + 1)
+        if numbers.stop > 1 << 63:
+            raise ValueError(f'{part.strip()[:40]} is too large; numbers are below 2^63')
+        if len(result) + len(numbers) > 10**8:
+            raise ValueError(f'{part.strip()} are too many numbers at once; give at most 10^8')
+        result.extend(numbers)
     return result
 
 

@@ -1,5 +1,8 @@
 """Command lines: what the library says of a field, a script says of its option."""
 
+import re
+import signal
+
 import click
 import helpers
 import pytest
@@ -7,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 from dnnlib import UserError, cli
-from dnnlib.util import renamed_fields
+from dnnlib.util import parse_int_list, renamed_fields
 from torch_utils import distributed
 
 
@@ -29,6 +32,41 @@ def test_errors_name_the_option_of_the_command(field, value, printed):
 
     result = CliRunner().invoke(main, [])
     assert (result.exit_code, result.output) == (1, f'Error: {printed}\n')
+
+
+def test_sigterm_unwinds_and_ends_in_one_line(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    unwound = []
+
+    @click.group(cls=cli.Group)
+    def group():
+        pass
+
+    @group.command()
+    def work():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            unwound.append(signal.getsignal(signal.SIGTERM))
+
+    result = CliRunner().invoke(group, ['work'])
+    assert (result.exit_code, result.output) == (143, 'Stopped by SIGTERM\n')
+    assert signal.getsignal(signal.SIGTERM) == before != unwound[0]
+
+    # One of several processes may be waiting, outside of Python, for one that has ended.
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setattr(signal, 'raise_signal', lambda number: None)
+    CliRunner().invoke(group, ['work'])
+    assert unwound[1] == before
+
+
+@pytest.mark.parametrize('text, fault', [
+    ('9223372036854775808', 'is too large; numbers are below 2^63'),
+    ('0,5-99999999999', '5-99999999999 are too many numbers at once')])
+def test_lists_of_numbers_that_do_not_fit_are_refused(text, fault):
+    with pytest.raises(ValueError, match=re.escape(fault)):
+        parse_int_list(text)
+    assert parse_int_list('1,9223372036854775807') == [1, 2**63 - 1]
 
 
 def test_without_a_command_line_the_field_is_named():

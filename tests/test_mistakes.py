@@ -167,7 +167,7 @@ MISTAKES = {
         '--tag=K --x=n': ('--x', '--tag=K'), '--tag=grid': ('--x', '--y'), '--tag=grid --x=K --y=K': ('--x', '--y'),
         '--tag=grid --x=K --y=n --values=3': ('--values', 'grid'), '--tag=grid --x=K --y=n --y-values=x': '--y-values',
         '--tag=grid --x=K --y=n --n=5': ('--n', '--y-values'), '--tag=K --seeds=3,3': '--seeds',
-        '--tag=K --seeds=18446744073709551616': ('--seeds', '2^64'),
+        '--tag=K --seeds=18446744073709551616': ('--seeds', '2^63'),
         '--tag=slope --values=100': ('--values', 'two or more'), '--tag=n --K=0': '--K', '--tag=K --n=0': '--n',
         '--tag=K --n=x': '--n', '--tag=K --sim=1.01': '--sim', '--tag=K --sim=high': '--sim', '--tag=K --dim=0': '--dim',
         '--tag=K --test-points=0': '--test-points', '--tag=K --seeds=a': '--seeds'},

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from dnnlib import UserError
 from training.networks import NETWORKS, build_network
 
 # How the networks are made: (file that the case names, class that it names) -> (module, name of the builder in it).
@@ -126,3 +127,14 @@ def test_training_step(case):
             assert golden_cases.relative_error(state[parameter], ref) <= 1e-6
         else:
             _compare(name, outputs[name], ref)
+
+
+@pytest.mark.parametrize('name, kwargs', [
+    ('EDMPrecond', dict(img_resolution=7, img_channels=3, model_type='SongUNet')),
+    ('EDMPrecond', dict(img_resolution=4, img_channels=3, model_type='DhariwalUNet')),
+    ('Precond', dict(img_resolution=1, img_channels=3, label_dim=0, model_channels=16)),
+    ('ADMUNet', dict(image_size=6, num_channels=32, num_res_blocks=1, channel_mult='1,2,2'))])
+def test_images_that_cannot_be_halved_so_often_are_refused(name, kwargs):
+    with pytest.raises(UserError, match='do not suit a network of [34] resolutions'), \
+            torch.device('meta'):
+        build_network(name, **kwargs)

@@ -281,7 +281,8 @@ _job = None
 def _start_worker(job):
     global _job
     _job = job
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C for all
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)          # the parent answers for all
 
 
 def _work(indices):

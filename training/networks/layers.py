@@ -352,8 +352,14 @@ def unet_layers(img_resolution: int, channels: int, widths: list, num_blocks: in
     Level 0 has the full resolution and `widths[0]` channels, each further one half of it; the
     first convolution has `channels`. Blocks have attention at `attn_resolutions`. Kinds are conv,
     block0, ..., down, block0, ... and in0, in1, block0, ..., up, block0, ...: each block of the
-    decoder also takes the last of the encoder's outputs that is left.
+    decoder also takes the last of the encoder's outputs that is left. Raises UserError for images
+    that cannot be halved so often.
     """
+    factor = 1 << len(widths) - 1
+    if img_resolution % factor:
+        raise UserError(f'images of {img_resolution}x{img_resolution} pixels do not suit a '
+                        f'network of {len(widths)} resolutions; make the data set with one that '
+                        f'is a multiple of {factor}')
     encoder, decoder = [], []
 
     def add(layers, kind, level, width, skip=0):
