@@ -26,6 +26,7 @@ from metrics.inception import InceptionV3
 from metrics.statistics import Gaussian, Statistics, load_statistics
 from torch_utils import distributed
 from torch_utils.files.own import read_own
+from training import runs
 from training.checkpoint import StepCheckpoints
 from training.data.batches import DatasetBatches
 from training.data.images import ArrayImages, NpzImages
@@ -362,9 +363,14 @@ def test_a_killed_run_goes_on_exactly(tmp_path):
 
 
 def test_runs_that_cannot_go_on(trained, tmp_path):
+    """A command that is refused writes nothing."""
     again = ['--train', *DIGITS, f'--logdir={trained}', '--total_steps=9', '--cfg']
+    before = {path: path.read_bytes() for path in trained.iterdir() if path.is_file()}
     assert '--lr' in fails(MAIN, *again, '--lr=1')
     assert 'network' in fails(MAIN, *again, '--dropout=0.5')
+    with runs.locked(trained):
+        assert 'another process' in fails(MAIN, *again)
+    assert before == {path: path.read_bytes() for path in trained.iterdir() if path.is_file()}
     state = read_own(str(trained / 'ckpt_2.pt'))
     published = {key: state[key] for key in ('net_model', 'ema_model', 'optim', 'step')}
     (tmp_path / 'published').mkdir()
