@@ -5,6 +5,7 @@ import click
 from dnnlib import UserError, cli, options
 from torch_utils import distributed as dist
 from training.generate import PRESETS, GridCollector, OutputFolder, open_generator
+from training.runs import claimed
 
 EXAMPLES = """\b
 Examples:
@@ -44,6 +45,8 @@ def main(network, sampler, precision, class_, outdir, subdirs, grid, seeds, batc
         raise UserError('nowhere to write to: give --outdir or --grid')
     generator = open_generator(**network, class_=class_, sampler=sampler)
     snapshot = generator.snapshot
+    if outdir:
+        click.get_current_context().with_resource(claimed(outdir, 'generating'))
     folder = OutputFolder(outdir, subdirs, generator.record, snapshot.dataset) if outdir else None
     collector = GridCollector(grid, snapshot.dataset) if grid else None
     missing = seeds

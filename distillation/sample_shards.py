@@ -49,9 +49,7 @@ class SampleShards:
             place = self.dest if places[0] == self.dest else self.parts
             require_same(place, recorded, self.settings, 'remove it, or choose another --dest')
             return place != self.dest
-        shutil.rmtree(self.parts, ignore_errors=True)          # of a process that made no piece
         write_json(description, self.settings)
-        os.makedirs(self.parts)
         return True
 
     def missing(self) -> list[tuple[int, int]]:

@@ -31,6 +31,7 @@ from training.data.images import NpzImages
 from training.loss_scale import DynamicLossScale
 from training.networks import build_network
 from training.recipe import Recipe
+from training.runs import claimed
 from training.snapshot import load_snapshot
 
 YAML = helpers.ROOT / 'distillation' / 'yaml'
@@ -528,6 +529,12 @@ def test_sampling_goes_on_after_a_kill_before_its_first_piece(world, tmp_path):
     (tmp_path / 'a.npz.parts/.settings.json.abcdefgh.tmp').touch()
     sample(world, tmp_path / 'a.npz')
     assert sorted(os.listdir(tmp_path)) == ['a.json', 'a.npz']
+
+
+def test_samples_are_made_by_one_command_at_a_time(world, tmp_path):
+    with claimed(tmp_path / 'a.npz.parts', 'sampling'):
+        line = helpers.fails(SAMPLE, *sampling(world), '--dest', tmp_path / 'a.npz')
+    assert 'another process is sampling there' in line and os.listdir(tmp_path) == ['a.npz.parts']
 
 
 def test_processes_of_mpiexec_share_the_samples(world, tmp_path):

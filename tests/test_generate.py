@@ -1,6 +1,7 @@
 """Sampling: every image depends on its seed and label alone; folders, grids, presets; post-hoc averages."""
 
 import json
+import os
 
 import golden_cases
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from helpers import fails, invoke, run, script_module
 
-from training import phema
+from training import phema, runs
 from training.data.dataset import ImageDataset
 from training.encoders import RGBEncoder
 from training.generate import (
@@ -129,6 +130,18 @@ def test_a_stopped_run_goes_on(tmp_path, snapshots):
     assert len(after) == 8 and after.items() >= labels.items()
     assert (images(tmp_path / 'out', [2]) - np.asarray(PIL.Image.open(_as_file(tmp_path, before['000002.png'])))).max() <= 1
     assert 'other options' in fails('generate_images.py', *args, '--seeds=0-7', '--rho=5')
+
+
+def test_a_folder_is_filled_by_one_command_at_a_time(tmp_path, snapshots):
+    args = ['generate_images.py', f'--net={snapshots}/cond.pkl', f'--outdir={tmp_path}/out', '--seeds=0', '--steps=1']
+    with runs.claimed(tmp_path / 'out', 'generating'):
+        assert 'another process is generating there' in fails(*args)
+    assert os.listdir(tmp_path / 'out') == []
+    (tmp_path / 'file').touch()
+    assert 'cannot be made' in fails(*args, f'--outdir={tmp_path}/file')
+    (tmp_path / 'out/.dataset.json.0123abcd.tmp').touch()      # of a process that was killed before its first image
+    invoke(*args)
+    assert sorted(os.listdir(tmp_path / 'out')) == ['000000.png', 'dataset.json']
 
 
 def _as_file(folder, data):

@@ -257,7 +257,8 @@ class OutputFolder:
                 self.labels = dict(old.get('labels') or [])
             except (ValueError, AttributeError, TypeError):
                 fault = 'has a damaged dataset.json'
-        elif os.path.isdir(path) and os.listdir(path):
+        elif os.path.isdir(path) and any(
+                not name.startswith('.dataset.json.') for name in os.listdir(path)):
             fault = 'is not empty'
         if fault:
             raise UserError(f'{fault}; remove it or choose another', field='outdir', value=path)

@@ -107,8 +107,7 @@ class Trainer:
             for name in (signal.SIGTERM, signal.SIGINT):
                 stack.callback(signal.signal, name, signal.signal(name, self._request_stop))
             if self.leads:
-                os.makedirs(self.run_dir, exist_ok=True)
-                stack.enter_context(runs.locked(self.run_dir))
+                stack.enter_context(runs.claimed(self.run_dir, 'training'))
                 for line in (*lines, *(f'Changed: {change}' for change in changes)):
                     self.log(line)
                 runs.add_start(self.run_dir, self.settings, world_size=dist.get_world_size(),

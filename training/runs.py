@@ -8,7 +8,7 @@ import time
 
 from dnnlib import UserError
 from dnnlib.util import command_line, matching_names, write_json
-from torch_utils.distributed import environment
+from torch_utils.distributed import environment, get_rank
 from training.checkpoint import Checkpoints
 from training.snapshot import list_snapshots
 
@@ -33,6 +33,21 @@ def locked(run_dir: str, doing: str = 'training'):
         yield
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def claimed(folder: str, doing: str):
+    """`locked` by the first of the processes, which makes the folder."""
+    if get_rank() != 0:
+        yield
+        return
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'{folder} cannot be made ({error.strerror}); '
+                        'choose another folder') from None
+    with locked(folder, doing):
+        yield
 
 
 # --- What a run says of itself ------------------------------------------------------------------

@@ -18,6 +18,7 @@ from torch_utils import distributed as dist
 from training.diffusion.samplers import choose_setting
 from training.encoders import GuidedRGBEncoder
 from training.generate import generate_images
+from training.runs import claimed
 
 
 def sample(net, shards: SampleShards, seed: int, sampler: dict):
@@ -97,6 +98,8 @@ def main(config, model_path, batch_size, num_samples, timestep_respacing, use_dd
         network=arguments['network'], diffusion=arguments['diffusion'], clip_denoised=clip,
         sampler=chosen or None, rounding='(x + 1) * 127.5')
     shards = SampleShards(dest, num_samples, batch_size, settings)
+    if not os.path.exists(dest):                               # else there is nothing to make
+        click.get_current_context().with_resource(claimed(shards.parts, 'sampling'))
     if dist.broadcast_object(shards.open() if dist.get_rank() == 0 else None):
         runs.describe('Network', net)
         sample(net.to(dist.get_device()), shards, seed, setting)
