@@ -58,8 +58,8 @@ def entry_start(local_header: bytes, offset: int) -> int:
 def open_array(path: str, name: str):
     """The array `name` of an .npz: a memory map of the file, in memory if it is compressed.
 
-    Raises KeyError if there is no such array, OSError, ValueError or zipfile.BadZipFile for a file
-    that is damaged or holds objects.
+    All of its bytes are read once and compared with their CRC. Raises KeyError if there is no such
+    array, OSError, ValueError or zipfile.BadZipFile for a file that is damaged or holds objects.
     """
     import numpy as np
     with zipfile.ZipFile(path) as z:
@@ -69,6 +69,8 @@ def open_array(path: str, name: str):
                 return np.lib.format.read_array(file, allow_pickle=False)
             shape, fortran, descr = read_npy_header(file)
             header = file.tell()
+            while file.read(1 << 20):  # which raises BadZipFile at the end, if the CRC is wrong
+                pass
     with open(path, 'rb') as file:
         file.seek(info.header_offset)
         start = entry_start(file.read(LOCAL_HEADER), info.header_offset)

@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+import zipfile
 
 import fill
 import golden_cases
@@ -18,12 +19,14 @@ import torch
 from helpers import ROOT, environment, fails, project_files, run, write_digits
 
 from dnnlib import UserError
+from dnnlib.npz import LOCAL_HEADER, entry_start
 from metrics.statistics import load_statistics
 from snapshot_tool import describe
 from torch_utils.files import pickles, torchfile
 from torch_utils.files.identify import KINDS, identify
 from torch_utils.files.own import read_own
 from training import encoders
+from training.data.images import NpzImages
 from training.networks import build_network
 from training.networks.infer import infer
 from training.snapshot import load_denoiser, load_snapshot, save_snapshot
@@ -291,6 +294,42 @@ def test_files_of_torch_are_read_as_torch_reads_them(tmp_path, legacy):
             assert ours[key] == theirs[key]
     ours['a'].zero_()                                            # changes stay in memory
     assert torch.equal(read(str(tmp_path / 'x'))['a'], value['a'])
+
+
+def flip_a_bit(path, name):
+    """In the middle of the largest part of a zip whose name has `name` in it."""
+    with zipfile.ZipFile(path) as z:
+        infos = [info for info in z.infolist() if name in info.filename]
+        info = max(infos, key=lambda info: info.file_size)
+    data = bytearray(path.read_bytes())
+    start = entry_start(data[info.header_offset:][:LOCAL_HEADER], info.header_offset)
+    data[start + info.file_size // 2] ^= 0x40
+    path.write_bytes(data)
+
+
+def test_a_flipped_bit_is_refused(tmp_path):
+    path = tmp_path / 'file'
+    net = torch.nn.Linear(64, 64)
+    torch.save({'model': net.state_dict()}, path)
+    flip_a_bit(path, '/data/')
+    with pytest.raises(UserError, match=r'file: .*changed since it was written \(wrong CRC\)'):
+        identify(str(path))
+
+    torch.jit.script(net).save(str(path))
+    assert identify(str(path)).kind == 'torchscript'
+    flip_a_bit(path, '/data/')
+    with pytest.raises(UserError, match='wrong CRC'):
+        identify(str(path))
+
+    path = tmp_path / 'file.npz'
+    np.savez(path, arr_0=np.zeros([300, 64, 64, 3], np.uint8), mu=np.zeros(8))
+    assert len(NpzImages(str(path))) == 300
+    flip_a_bit(path, 'arr_0')
+    with pytest.raises(UserError, match='file.npz: .*CRC'):
+        NpzImages(str(path))
+    flip_a_bit(path, 'mu')
+    with pytest.raises(UserError, match='file.npz: .*CRC'):
+        identify(str(path))
 
 
 def test_own_files_are_read_as_torch_reads_them(tmp_path):

@@ -93,10 +93,13 @@ class StorageUnpickler(pickles.RestrictedUnpickler):
 
 
 class ZipRecords:
-    """The uncompressed records of a zip that torch wrote, as views of the mapped file `data`."""
+    """The uncompressed records of a zip that torch wrote, as views of the mapped file `data`. Each
+    is compared with its CRC when it is first asked for.
+    """
 
     def __init__(self, path: str, data: memoryview):
         self.data, self.left = data, len(data)
+        self._verified, self._unread = set(), len(data)
         with zipfile.ZipFile(path) as z:
             infos = z.infolist()
         roots = [info.filename.removesuffix('data.pkl') for info in infos
@@ -118,12 +121,8 @@ class ZipRecords:
 
     def verify(self):
         """Reads every record once and compares its CRC with that of the directory."""
-        if sum(info.file_size for info in self.infos.values()) > len(self.data):
-            raise ForeignPickleError('its parts are larger than the file')
-        for name, info in self.infos.items():
-            if zlib.crc32(self._view(info)) != info.CRC:
-                raise ForeignPickleError(f'its part {name[:100]} has changed since it was written '
-                                         '(wrong CRC)')
+        for info in self.infos.values():
+            self._view(info)
 
     def _view(self, info) -> memoryview:
         name, offset = info.filename[:100], info.header_offset
@@ -134,6 +133,14 @@ class ZipRecords:
         view = self.data[start:start + info.file_size]
         if len(view) < info.file_size:
             raise ForeignPickleError(f'its part {name} is cut off')
+        if info.filename not in self._verified:
+            self._verified.add(info.filename)
+            self._unread -= len(view)
+            if self._unread < 0:  # records of a zip can share their bytes
+                raise ForeignPickleError('its parts are larger than the file')
+            if zlib.crc32(view) != info.CRC:
+                raise ForeignPickleError(f'its part {name} has changed since it was written '
+                                         '(wrong CRC)')
         return view
 
     def storage(self, key: str, dtype: torch.dtype, count: int) -> torch.Tensor:
@@ -142,7 +149,7 @@ class ZipRecords:
         if len(record) != count * dtype.itemsize:
             raise ForeignPickleError(f'the numbers in data/{key[:100]} are not as many as it says')
         self.left -= len(record)
-        if self.left < 0:  # records of a zip can share their bytes
+        if self.left < 0:  # one record as numbers of several types
             raise ForeignPickleError('its tensors are larger than the file')
         if not count:
             return torch.empty(0, dtype=dtype)
