@@ -5,6 +5,7 @@ from anywhere below: it ends in one line on stderr and exit code 1. So does SIGT
 """
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -48,6 +49,28 @@ def _sigterm_raises():
         signal.signal(signal.SIGTERM, before)
 
 
+# Of a disk that is full or broken, and of places that cannot be written.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES,
+                errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+
+
+def _user_error(error: BaseException | None) -> util.UserError | None:
+    """A UserError; for an error of the disk, or one that came of it (of torch.save), what says so
+    in one line; None for others.
+    """
+    if isinstance(error, util.UserError):
+        return error
+    if isinstance(error, (click.ClickException, click.Abort, click.exceptions.Exit)):
+        return None
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            name = error.filename2 or error.filename
+            place = f'{name}: ' if isinstance(name, str) else ''
+            return util.UserError(f'{place}{error.strerror}; make room, or choose another place')
+        error = error.__cause__ or error.__context__
+    return None
+
+
 class _OneLineErrors:
     # Whether fields that are no options go by their own names: those of a configuration.
     names_fields = False
@@ -65,7 +88,10 @@ class _OneLineErrors:
         except _Terminated:
             print('Stopped by SIGTERM', file=sys.stderr, flush=True)
             ctx.exit(143)                               # 128 + 15, as shells say of the signal
-        except util.UserError as error:
+        except Exception as error:
+            error = _user_error(error)
+            if error is None:
+                raise
             rank = int(os.environ.get('RANK', 0))
             where = f'[rank {rank}] ' if rank else ''
             option = _option_of(ctx, error.field) or (error.field if self.names_fields else None)

@@ -1,5 +1,6 @@
 """Command lines: what the library says of a field, a script says of its option."""
 
+import errno
 import re
 import signal
 
@@ -67,6 +68,22 @@ def test_lists_of_numbers_that_do_not_fit_are_refused(text, fault):
     with pytest.raises(ValueError, match=re.escape(fault)):
         parse_int_list(text)
     assert parse_int_list('1,9223372036854775807') == [1, 2**63 - 1]
+
+
+@pytest.mark.parametrize('wrapped', [False, True])
+def test_a_full_disk_is_one_line(wrapped):
+    @click.command(cls=cli.Command)
+    def main():
+        try:
+            raise OSError(errno.ENOSPC, 'No space left on device', 'x.pt')
+        except OSError:
+            if not wrapped:
+                raise
+            raise RuntimeError('unexpected pos 648448 vs 648336')  # noqa: B904 (as of torch.save)
+
+    result = CliRunner().invoke(main, [])
+    assert result.exit_code == 1
+    assert result.stderr == 'Error: x.pt: No space left on device; make room, or choose another place\n'
 
 
 def test_without_a_command_line_the_field_is_named():
