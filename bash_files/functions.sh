@@ -125,8 +125,13 @@ generate_classes() {
 
 # measure_class FOLDER CLASS NETWORK: adds 'CLASS NETWORK fid 12.3 ...' to FOLDER/fids.txt, unless it is there
 measure_class() {
-    local ref="$REFS/inet-256-1c-$2-$NUM.pkl" numbers
-    if [[ -z "$METRICS" ]] || grep -qsF "$2 $3 " "$1/fids.txt"; then return; fi
+    local ref="$REFS/inet-256-1c-$2-$NUM.pkl" numbers line
+    if [[ -z "$METRICS" ]]; then return; fi
+    if [[ -e "$1/fids.txt" ]]; then
+        while read -r line; do
+            if [[ "$line" == "$2 $3 "* ]]; then return; fi
+        done <"$1/fids.txt"
+    fi
     numbers=$(launch calculate_metrics.py calc --images="$1/$2" --ref="$ref" --metrics="$METRICS")
     echo "$numbers"
     echo "$2 $3 $(tr -s ' \n' ' ' <<<"$numbers")" >>"$1/fids.txt"

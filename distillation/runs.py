@@ -133,6 +133,9 @@ def open_source(experiment: configs.Experiment, teacher: Teacher, seed: int):
     if shape != teacher.image_shape or low < 0 or high > steps:
         raise UserError(f'{section.tempfile} holds images {shape} at steps {low} to {high}; the '
                         f'teacher makes {teacher.image_shape} in {steps}')
+    if (cache.classes is None) != (teacher.num_classes == 0):
+        raise UserError(f'{section.tempfile} has {"no " if cache.classes is None else ""}classes, '
+                        f'and the teacher {teacher.num_classes}; make one with dynamic_prepare.py')
     return source(teacher, cache, batch, rng, section.prob)
 
 

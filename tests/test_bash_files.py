@@ -91,6 +91,19 @@ def test_generate(count, tmp_path):
     assert not table.exists()
 
 
+def test_a_class_whose_number_ends_another_is_measured_too(tmp_path):
+    (tmp_path / 'refs').mkdir()
+    (tmp_path / 'out/sim1-5c-1000').mkdir(parents=True)
+    for index in (171, 1):
+        (tmp_path / f'refs/inet-256-1c-{index}-1000.pkl').touch()
+    net = tmp_path / 'runs/sim1-edm2-img256-xs-5c-1000/network-snapshot-0000002-0.050.pkl'
+    net.parent.mkdir(parents=True)
+    net.touch()
+    commands(tmp_path, 'generate/generate_5c.sh', 'sim1', CLASSES='171 1')
+    lines = (tmp_path / 'out/sim1-5c-1000/fids.txt').read_text().splitlines()
+    assert [line.split()[0] for line in lines] == ['171', '1']
+
+
 def test_an_unknown_level_and_a_missing_network_are_named(tmp_path):
     for args, words, metrics in ((['sim9'], 'sim9', 'fid'), (['sim1'], 'no statistics', 'fid'),
                                  (['sim1'], 'no snapshot of width 0.050', '')):

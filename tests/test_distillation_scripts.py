@@ -619,12 +619,13 @@ def test_images_are_mirrored_at_random_unless_switched_off(world, tmp_path):
         train(world.data, tmp_path / name, 'total_steps=1', *more)
     default, on, off = (weights(tmp_path / name, 'model000001.pt') for name in ('default', 'on', 'off'))
     assert same(default, on) and not same(default, off)
-    assert 'dataset.random_flip' in helpers.fails(
-        TRAIN, '--data_dir', world.data, '--config', BASELINE, '--outdir', tmp_path / 'off', *TINY, 'batch_size=8',
-        'random_flip=true')
     # A run that began without, as all of earlier versions, goes on without.
     record = tmp_path / 'off' / 'training_options.json'
-    record.write_text(record.read_text().replace('"random_flip": false,', ''))
+    for text in (record.read_text(), record.read_text().replace('"random_flip": false,', '')):
+        record.write_text(text)
+        assert 'random_flip=True is False in the run' in helpers.fails(
+            TRAIN, '--data_dir', world.data, '--config', BASELINE, '--outdir', tmp_path / 'off', *TINY, 'batch_size=8',
+            'random_flip=true')
     assert 'Resuming from 8 images' in train(world.data, tmp_path / 'off')
     assert json.loads(record.read_text())['random_flip'] is False
     assert 'no images that could be mirrored' in helpers.fails(KD, *world.experiment, 'student.random_flip=true')
@@ -652,7 +653,11 @@ def test_a_class_conditional_teacher_is_distilled(world, tmp_path):
     experiment = [*world.experiment, *(f'{section}.{item}' for section in ('teacher', 'student') for item in classes),
                   f'teacher.model_path={tmp_path}/teacher/model000002.pt', f'teacher.tempfile={tmp_path}/x.cache']
     call(PREPARE, *experiment)
-    assert open_cache(str(tmp_path / 'x.cache'))[0].classes.unique().tolist() == list(range(10))
+    cache = open_cache(str(tmp_path / 'x.cache'))[0]
+    assert cache.classes.unique().tolist() == list(range(10))
+    (tmp_path / 'authors.cache').write_bytes(pickle.dumps({'total_t': cache.levels.numpy(), 'total_x_t_1': cache.x.numpy()}))
+    assert 'has no classes, and the teacher 10' in helpers.fails(
+        KD, *experiment, '--outdir', tmp_path / 'z', f'teacher.tempfile={tmp_path}/authors.cache')
     for name, totals in (('whole', [4]), ('parts', [2, 4])):
         for total in totals:
             call(KD, *experiment, '--outdir', tmp_path / name, f'student.total_steps={total}', 'student.save_interval=2')

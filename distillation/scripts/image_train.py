@@ -69,8 +69,12 @@ def main(data_dir, config, outdir, running, seed, precision, overrides):
     net = runs.new_network(section, seed)
     dataset = open_data(data_dir, net)
     outdir = outdir or configs.default_outdir(config)
+    recorded = option_of(GuidedCheckpoints, outdir, 'random_flip', None, False)
     if section.random_flip is None:
-        section.random_flip = option_of(GuidedCheckpoints, outdir, 'random_flip', True, False)
+        section.random_flip = True if recorded is None else recorded
+    elif recorded not in (None, section.random_flip) and not section.allow_changes:
+        raise UserError(f'is {recorded} in the run in {outdir}; choose another folder, or allow '
+                        'changes', 'random_flip', section.random_flip)
     mirroring = {'random_flip': True} if section.random_flip else {}
     batches = DatasetBatches(dataset, RGBEncoder(), dist.get_device(), seed,
                              mirror=section.random_flip)
