@@ -531,10 +531,22 @@ def test_summary_and_contact_sheet(tmp_path):
     np.testing.assert_array_equal(sheet[4], data.images([np.flatnonzero(data.label_ids == 1)[0]])[0])
     latents = np.random.RandomState(0).randn(3, 8, 4, 4).astype(np.float32)
     latents[1, 0, 0, 0] = np.nan
-    data = ImageDataset(write_latents(tmp_path / 'b.zip', latents))
-    assert report.summarize(data)['nonfinite'] == 1
-    sheet, columns, names = report.contact_sheet(data)
-    assert sheet.shape == (3, 3, 4, 4) and columns == 3 and names is None
+    with pytest.raises(UserError, match='00000001.npy: it has values that are not finite'):
+        ImageDataset(write_latents(tmp_path / 'b.zip', latents))
+
+
+def test_latents_that_are_not_finite_are_refused_by_the_name_of_their_file(tmp_path):
+    os.makedirs(tmp_path / '00000')
+    for index in range(300):
+        latents = np.zeros([8, 4, 4], np.float32)
+        latents[0, 0, 0] = np.inf if index == 299 else np.nan if index == 150 else 0
+        np.save(tmp_path / latent_name(index), latents)
+    with pytest.raises(UserError, match='00000150.npy: it has values that are not finite'):
+        ImageDataset(tmp_path)                          # in the sample
+    np.save(tmp_path / latent_name(150), np.zeros([8, 4, 4], np.float32))
+    data = ImageDataset(tmp_path)
+    with pytest.raises(UserError, match='00000299.npy: it has values that are not finite'):
+        data.images([0, 299])
 
 
 # --- classes of the multi-source study

@@ -161,6 +161,9 @@ class ImageDataset(Dataset):
         sizes = np.array([self._reader.size(self._files[row]) for row in rows])
         for row in rows[sizes != sizes[0]][:16]:
             self._decode(row)
+        if self._is_latents:                # a sample of them is searched for NaN at once
+            for row in rows[::-(-len(rows) // 100)]:
+                self._decode(row)
 
     def __len__(self):
         return len(self._files) * self._copies
@@ -212,7 +215,10 @@ def _decode_npy(data: bytes) -> np.ndarray:
     if array.ndim != 3 or array.dtype.kind != 'f':
         raise BadImage(f'{array.dtype} array of shape {list(array.shape)} '
                        'instead of float32 [C,H,W]')
-    return array.astype(np.float32)
+    array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise BadImage('it has values that are not finite (NaN or infinite); encode it again')
+    return array
 
 
 def class_index(description: dict, text) -> int:

@@ -38,6 +38,9 @@ def encode(source: str, dest: str, encoder: StabilityVAEEncoder, *, batch=16, ov
         encoder.vae_name = os.path.abspath(encoder.vae_name)
 
     def to_bytes(raw):
+        if not np.isfinite(raw).all():
+            raise UserError('the autoencoder gives values that are not finite; use fp32 or bf16',
+                            'precision')
         file = io.BytesIO()
         np.save(file, raw)
         return file.getvalue()
