@@ -533,6 +533,10 @@ def test_summary_and_contact_sheet(tmp_path):
     latents[1, 0, 0, 0] = np.nan
     with pytest.raises(UserError, match='00000001.npy: it has values that are not finite'):
         ImageDataset(write_latents(tmp_path / 'b.zip', latents))
+    data = ImageDataset(write_latents(tmp_path / 'c.zip', latents[[0, 2]]))
+    sheet, columns, names = report.contact_sheet(data)
+    assert sheet.shape == (2, 3, 4, 4) and columns == 2 and names is None
+    assert report.summarize(data)['nonfinite'] == 0
 
 
 def test_latents_that_are_not_finite_are_refused_by_the_name_of_their_file(tmp_path):
