@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 def pytest_configure(config):
     # Several pytest workers and torchrun children share the cores.
     torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
+    # What a shell starts in the background ignores Ctrl-C, and so would all that the tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope='session')
