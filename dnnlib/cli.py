@@ -42,16 +42,13 @@ def _sigterm_raises():
             or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _terminate)
-    try:
+    with util.signal_handler(signal.SIGTERM, _terminate):
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
-# Of a disk that is full or broken, and of places that cannot be written.
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES,
-                errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+# Of the disk, and of places that cannot be written.
+_WRITE_ERRORS = (*util.DISK_ERRORS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR,
+                 errno.EEXIST, errno.ENAMETOOLONG)
 
 
 def _user_error(error: BaseException | None) -> util.UserError | None:
@@ -63,7 +60,7 @@ def _user_error(error: BaseException | None) -> util.UserError | None:
     if isinstance(error, (click.ClickException, click.Abort, click.exceptions.Exit)):
         return None
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        if isinstance(error, OSError) and error.errno in _WRITE_ERRORS:
             name = error.filename2 or error.filename
             place = f'{name}: ' if isinstance(name, str) else ''
             return util.UserError(f'{place}{error.strerror}; make room, or choose another place')

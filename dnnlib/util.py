@@ -4,6 +4,7 @@ suffixes, cores.
 
 import collections
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -11,6 +12,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -53,6 +55,22 @@ def renamed_fields(**names):
     except UserError as error:
         error.field = names.get(error.field, error.field)
         raise
+
+
+@contextlib.contextmanager
+def signal_handler(number: int, handler):
+    """In the block a signal goes to `handler`, afterwards to what it went to before. For the main
+    thread.
+    """
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+# Of a disk that is full or broken.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from dnnlib import UserError
-from dnnlib.util import core_count
+from dnnlib.util import core_count, signal_handler
 
 
 def default_jobs() -> int:
@@ -23,14 +23,9 @@ def default_jobs() -> int:
     return min(core_count(), 8)
 
 
-@contextlib.contextmanager
 def sigterm_interrupts():
     """In the block SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return signal_handler(signal.SIGTERM, signal.default_int_handler)
 
 
 def run_side_by_side(function: Callable, items: Iterable, jobs: int) -> Iterator:
@@ -90,9 +85,8 @@ def _start(function, processes):
     connection, other = context.Pipe()
     processes[connection] = context.Process(target=_work, args=(function, other))
     # Ctrl-C reaches all processes of a terminal. This one alone takes it, and stops the others.
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    processes[connection].start()
-    signal.signal(signal.SIGINT, before)
+    with signal_handler(signal.SIGINT, signal.SIG_IGN):
+        processes[connection].start()
     other.close()
     return connection
 

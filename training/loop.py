@@ -17,7 +17,13 @@ import torch
 from tqdm import tqdm
 
 from dnnlib import UserError, pictures
-from dnnlib.util import format_count, format_time, remove_leftovers, write_bytes
+from dnnlib.util import (
+    format_count,
+    format_time,
+    remove_leftovers,
+    signal_handler,
+    write_bytes,
+)
 from torch_utils import distributed as dist
 from torch_utils.files.weights import load_weights
 from torch_utils.stats import RunningMeans
@@ -105,7 +111,7 @@ class Trainer:
             raise UserError('needs the package wandb: pip install wandb', 'wandb')
         with contextlib.ExitStack() as stack:
             for name in (signal.SIGTERM, signal.SIGINT):
-                stack.callback(signal.signal, name, signal.signal(name, self._request_stop))
+                stack.enter_context(signal_handler(name, self._request_stop))
             if self.leads:
                 stack.enter_context(runs.claimed(self.run_dir, 'training'))
                 for line in (*lines, *(f'Changed: {change}' for change in changes)):

@@ -7,7 +7,6 @@ the folder is the first five digits. `dataset.json` is {"labels": [[name, label]
 
 import bisect
 import contextlib
-import errno
 import functools
 import json
 import os
@@ -20,7 +19,7 @@ import zlib
 import numpy as np
 
 from dnnlib.npz import LOCAL_HEADER, entry_start
-from dnnlib.util import UserError, atomic_path
+from dnnlib.util import DISK_ERRORS, UserError, atomic_path
 
 JSON_NAME = 'dataset.json'
 # What it may say of classes: original index, name and ImageNet folder of each label.
@@ -28,8 +27,6 @@ CLASS_TABLES = ('classes', 'class_names', 'wnids')
 # What dataset.json may have, so that none fills the memory.
 JSON_BYTES = 16 << 20
 JSON_BYTES_PER_FILE = 64 << 10
-
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 def image_name(index: int, kind: str = 'img', ending: str = '.png') -> str:
@@ -360,7 +357,7 @@ def _disk_errors(dest):
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+        if error.errno not in DISK_ERRORS:
             raise
         text = f'cannot be written ({error.strerror}); choose another place'
         raise _dest_error(dest, text) from None
