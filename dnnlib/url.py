@@ -14,7 +14,7 @@ import urllib.parse
 import requests
 import tqdm
 
-from dnnlib.util import UserError, hash_file, write_json
+from dnnlib.util import UserError, hash_file, one_line, write_json
 
 TIMEOUT = 30    # seconds without a byte
 ATTEMPTS = 5    # in which nothing new came, one after the other
@@ -176,4 +176,4 @@ def _reason(error: Exception) -> str:
         return f'the server answers {error.response.status_code} {error.response.reason}'
     if isinstance(error, requests.ConnectionError) and error.request is not None:
         return f'no connection to {urllib.parse.urlparse(error.request.url).netloc}'
-    return ' '.join(str(error).split())[:120] or type(error).__name__
+    return one_line(error)

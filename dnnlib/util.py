@@ -42,9 +42,9 @@ class UserError(Exception):
         return self.line(self.field)
 
 
-def one_line(error: Exception) -> str:
-    """What an error says in one line of modest length, or its type where it says nothing."""
-    return ' '.join(str(error).split())[:120] or type(error).__name__
+def one_line(error: Exception, length: int = 120) -> str:
+    """What an error says in one line of at most `length`, or its type where it says nothing."""
+    return ' '.join(str(error).split())[:length] or type(error).__name__
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from dnnlib import UserError
 from dnnlib.url import download
+from dnnlib.util import one_line
 from metrics.inception import InceptionV3, half_pixel, tensorflow
 from metrics.inception_score import chunks, equal_parts
 from torch_utils import distributed
@@ -136,8 +137,7 @@ class DINOv2(_Network):
             with distributed.rank0_first():
                 net = self._load(weights)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            reason = ' '.join(str(error).split())[:120]
-            raise UserError(f'DINOv2 cannot be loaded from {weights} ({reason}); '
+            raise UserError(f'DINOv2 cannot be loaded from {weights} ({one_line(error)}); '
                             f'give a local folder of {DINOV2_NAME}', field='dinov2') from None
         self._fit_positions(net)
         super().__init__(net, weights, device)

@@ -11,7 +11,7 @@ import warnings
 
 import torch
 
-from dnnlib.util import UserError
+from dnnlib.util import UserError, one_line
 from torch_utils.random import GlobalRandom
 from training.networks.layers import DTYPES
 
@@ -214,10 +214,9 @@ def load_vae(name: str, dtype=torch.float32):
             vae = diffusers.AutoencoderKL.from_pretrained(
                 name, torch_dtype=dtype, low_cpu_mem_usage=False)
     except Exception as error:  # the hub client and the readers raise many kinds
-        reason = ' '.join(str(error).split())[:300]
         raise UserError(
             f'autoencoder {name} cannot be loaded; check its name and the network, or download it '
-            f'and give its folder ({type(error).__name__}: {reason})') from None
+            f'and give its folder ({type(error).__name__}: {one_line(error, 300)})') from None
     return vae.eval().requires_grad_(False)
 
 

@@ -20,6 +20,7 @@ from dnnlib import UserError, pictures
 from dnnlib.util import (
     format_count,
     format_time,
+    one_line,
     remove_leftovers,
     signal_handler,
     write_bytes,
@@ -237,8 +238,7 @@ class Trainer:
             if state.get('recipe', {}).get('optim', {}).get('name', optimizer) == optimizer:
                 load_optimizer(self.optimizer, state['optimizer'])
         except (UserError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            reason = ' '.join(str(error).split())[:200]
-            raise UserError(f'{path} is of another recipe ({reason})') from None
+            raise UserError(f'{path} is of another recipe ({one_line(error, 200)})') from None
         self.means.load_state_dict(state['means'])
         if len(state['batches']) == dist.get_world_size():
             batches = state['batches'][dist.get_rank()]

@@ -7,7 +7,7 @@ import numpy as np
 
 from dnnlib import UserError
 from dnnlib.npz import open_array
-from dnnlib.util import atomic_path
+from dnnlib.util import atomic_path, one_line
 from training.data.dataset import Dataset, ImageDataset
 
 
@@ -40,9 +40,8 @@ class NpzImages(ArrayImages):
             with contextlib.suppress(KeyError):
                 labels = open_array(path, label_key)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            reason = ' '.join(str(error).split())[:100]
             raise UserError(f'{path}: no .npz file with the array {image_key} '
-                            f'({reason})') from None
+                            f'({one_line(error, 100)})') from None
         shape = array.shape
         is_images = len(shape) == 4 and shape[3] in (1, 3) and shape[0] > 0
         if array.dtype != np.uint8 or not is_images:
