@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from dnnlib import UserError
+from dnnlib.util import signal_handler
 from torch_utils import parallel
 
 
@@ -86,3 +87,30 @@ def test_a_stop_reaches_all_and_takes_no_further_item(send, items, tmp_path):
     done = {path.name for path in tmp_path.iterdir()} - {'script.py'}
     started = range(4 if items > 3 else 3)
     assert done == {str(i) for i in started} | {f'{i}.stopped' for i in started}
+
+
+def test_a_stop_while_a_worker_ends_is_silent(monkeypatch):
+    """SIGTERM of the parent after the last answer, as when Ctrl-C has stopped the item already."""
+    class Connection:
+        answers = []
+
+        def recv(self):
+            return 'item'
+
+        def send(self, answer):
+            self.answers.append(answer)
+            sys.setprofile(on_leaving)
+
+    def on_leaving(frame, event, _):
+        if event == 'call' and frame.f_code.co_name == '__exit__':
+            sys.setprofile(None)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def stopped(item):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(parallel, '_follow_parent', lambda: None)
+    with signal_handler(signal.SIGTERM, signal.SIG_DFL):
+        parallel._work(stopped, Connection())
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    assert len(Connection.answers) == 1 and Connection.answers[0] is not None

@@ -108,18 +108,24 @@ def _work(function, connection):
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     torch.set_num_threads(1)
     threading.Thread(target=_follow_parent, daemon=True).start()
-    with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
-        while True:
-            item = connection.recv()
-            try:
-                function(item)
-                error = None
-            except BaseException as raised:
-                error = multiprocessing.pool.ExceptionWithTraceback(raised, raised.__traceback__)
-            connection.send(error)
-            if error is not None:
-                break
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)              # ending, in silence
+    with contextlib.suppress(KeyboardInterrupt):               # which may come at any moment
+        try:
+            with contextlib.suppress(EOFError, BrokenPipeError):
+                _work_items(function, connection)
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)      # ending, in silence
+
+
+def _work_items(function, connection):
+    """Calls function(item) for what comes, and answers None, or what it raised and that is all."""
+    error = None
+    while error is None:
+        item = connection.recv()
+        try:
+            function(item)
+        except BaseException as raised:
+            error = multiprocessing.pool.ExceptionWithTraceback(raised, raised.__traceback__)
+        connection.send(error)
 
 
 def _follow_parent():
