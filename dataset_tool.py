@@ -147,7 +147,7 @@ def inspect(source, dest, max_images, json_path):
     from dnnlib import pictures
     from training.data import archive, report
     from training.data.dataset import ImageDataset
-    dataset = ImageDataset(source)
+    dataset = ImageDataset(source, finite=False)
     dest = dest or os.path.splitext(dataset.path)[0] + '-sheet.png'
     archive.check_parent(dest)
     if json_path:
@@ -163,7 +163,8 @@ def inspect(source, dest, max_images, json_path):
     print('mean', *(f'{x:.3f}' for x in summary['mean']), f'(of {summary["measured"]} images)')
     print('std ', *(f'{x:.3f}' for x in summary['std']))
     if summary['nonfinite']:
-        print(f'{summary["nonfinite"]} of the measured images have values that are not finite')
+        print(f'{summary["nonfinite"]} of the measured images have values that are not finite:',
+              *summary['nonfinite_files'], sep='\n    ')
     print(f'{len(summary["counts"])} classes' if dataset.has_labels else 'no labels')
     for label, count in enumerate(summary['counts']):
         print(f'  label {label:4d}  {count:8d} images  class {report.class_name(dataset, label)}')

@@ -149,7 +149,7 @@ def load_cache(path: str, rank: int, size: int, expected: dict) -> Cache:
     """The share of a process in a cache file: images `rank * size .. (rank + 1) * size - 1`.
 
     `expected` are entries that the file's description, if any, must agree with. Raises UserError
-    saying what differs, or if the file is too small.
+    saying what differs, or if the file is too small or not finite.
     """
     cache, description = open_cache(path)
     if description is not None:
@@ -165,4 +165,8 @@ def load_cache(path: str, rank: int, size: int, expected: dict) -> Cache:
         rows = slice(start, start + READ_ROWS)
         # Opened anew each time, so that the pages leave the memory.
         share[rows] = open_cache(path)[0][first:end][rows]
+        bad = torch.nonzero(~share.x[rows].isfinite().flatten(1).all(1))
+        if len(bad):
+            raise UserError(f'{path}: image {first + start + int(bad[0])} has values that are not '
+                            'finite (NaN or infinite); make it again with dynamic_prepare.py')
     return share

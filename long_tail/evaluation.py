@@ -14,6 +14,7 @@ from dnnlib.options import choice, path, together
 from long_tail import classwise
 from metrics import compute
 from metrics.features import Detectors, measure_images
+from metrics.neighbors import check_finite
 from metrics.recognition import Recognizer
 from metrics.statistics import USUAL, Statistics, load_statistics
 from torch_utils import distributed as dist
@@ -169,6 +170,7 @@ class Evaluator:
                                 f'features [N, {dim}]')
             dist.print0(f'Features of the reference: {features}')
             reference.features[self.space] = torch.from_numpy(values.astype(np.float32))
+            check_finite(reference.features[self.space])
         return reference
 
     def _recognizer(self, reference: Statistics) -> Recognizer:

@@ -9,6 +9,7 @@ import tqdm
 from dnnlib.util import subset
 from metrics import images as image_files
 from metrics.detectors import DETECTORS, PROTOCOLS, Protocol
+from metrics.neighbors import check_finite
 from metrics.statistics import SPACES, FeatureSums, Statistics
 from torch_utils import distributed
 
@@ -74,10 +75,13 @@ def measure(batches: Iterable, num: int, detectors: Detectors, *, gaussians=(), 
     parts = [part for process in distributed.gather_objects(parts) for part in process]
     places, ids, *values = zip(*parts, strict=True)
     order = torch.cat(places).argsort()
+    columns = {space: torch.cat(column)[order]
+               for space, column in zip(features, values, strict=True)}
+    for column in columns.values():
+        check_finite(column)
     return Statistics(
         gaussians={space: feature_sums.gaussian() for space, feature_sums in sums.items()},
-        features={space: torch.cat(column)[order]
-                  for space, column in zip(features, values, strict=True)},
+        features=columns,
         labels=None if None in ids else torch.cat(ids)[order],
         protocol=detectors.protocol)
 

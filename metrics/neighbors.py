@@ -23,6 +23,13 @@ GROUP = 64         # columns of which only the smallest is looked at first
 MAX_DIM = 1 << 15  # pixels of an image whose squared distances fit into int32: 255^2 2^15 < 2^31
 
 
+def check_finite(features: torch.Tensor):
+    """Raises UserError for features, or what is made of them, that are not finite."""
+    if not torch.isfinite(features).all():
+        raise UserError('the features hold NaN or infinite numbers; '
+                        'are the weights of the detector damaged?')
+
+
 @distributed.exact_float32()
 def nearest(queries: torch.Tensor, points: torch.Tensor | None = None, k: int = 1):
     """The k nearest of `points` [M, D] for each of `queries` [N, D], on their device.
@@ -174,9 +181,7 @@ class _Blocks:
         self.query_norms = self._norms(self.queries)
         self.point_norms = self.query_norms if self.same else self._norms(self.points)
         norms = float(self.query_norms.max() + self.point_norms.max())
-        if not np.isfinite(norms):
-            raise UserError('the features hold NaN or infinite numbers; '
-                            'are the weights of the detector damaged?')
+        check_finite(torch.tensor(norms))
         self.margin = (queries.shape[1] + 32) * torch.finfo(dtype).eps / 2 * norms
 
     def _centred(self, x):

@@ -29,6 +29,7 @@ from dnnlib.url import download
 from dnnlib.util import atomic_path
 from metrics.detectors import PROTOCOLS
 from metrics.frechet import frechet_distance
+from metrics.neighbors import check_finite
 from torch_utils import distributed
 from torch_utils.files.identify import NpzArrays, identify
 from torch_utils.files.pickles import check_plain, errors_of
@@ -94,9 +95,7 @@ class FeatureSums:
         if num < 2:
             raise UserError(f'a covariance needs at least 2 images, and there is only {num}')
         sigma = (self.sums[:-1, :-1] - torch.outer(total, total / num)) / (num - 1)
-        if not torch.isfinite(sigma).all():
-            raise UserError('the features hold NaN or infinite numbers; '
-                            'are the weights of the detector damaged?')
+        check_finite(sigma)
         return Gaussian((total / num).cpu().numpy(), sigma.cpu().numpy(), num)
 
 
@@ -225,15 +224,18 @@ def _parse(path: str, local: str, content, space: str) -> Statistics:
     if content.get('labels') is not None:
         statistics.labels = torch.from_numpy(_array(content['labels'])).long()
     sound = statistics.protocol in (None, *PROTOCOLS)
+    finite = True
     for space, table in content.items():
         if not isinstance(table, dict) or not {'mu', 'sigma'} & table.keys():
             continue
         mu, sigma = (_array(table.get(key)).astype(np.float64) for key in ('mu', 'sigma'))
         sound = sound and mu.ndim == 1 and sigma.shape == mu.shape * 2
+        finite = finite and np.isfinite(mu).all() and np.isfinite(sigma).all()
         if table.get('features') is not None:
             features = torch.from_numpy(_array(table['features'])).float()
             rows = features if statistics.labels is None else statistics.labels
             sound = sound and features.shape == (len(rows), len(mu))
+            finite = finite and torch.isfinite(features).all()
             statistics.features[space] = features
         num = table.get('num')
         statistics.gaussians[space] = Gaussian(mu, sigma, None if num is None else int(num))
@@ -241,6 +243,8 @@ def _parse(path: str, local: str, content, space: str) -> Statistics:
         raise UserError(f'{path}: its arrays have other shapes than mu [D], sigma [D, D], '
                         'features [n, D] and labels [n], or its protocol is none of '
                         f'{",".join(PROTOCOLS)}')
+    if not finite:
+        raise UserError(f'{path}: its statistics hold NaN or infinite numbers; make it again')
     if not statistics.gaussians and statistics.images is None:
         raise UserError(f'{path}: no statistics (mu and sigma) in this file')
     return statistics

@@ -24,9 +24,12 @@ from torch_utils.files import pickles
 from torch_utils.random import tuple_seed
 from training.data import archive, imagenet, report
 from training.data.archive import ArchiveReader, ArchiveWriter, image_name, latent_name
+from training.data.batches import DatasetBatches
 from training.data.dataset import ImageDataset, class_index
 from training.data.sampler import EpochShuffle, WindowShuffle
+from training.data.sources import open_source
 from training.data.transforms import make_transform, resize_stack
+from training.encoders import make_encoder
 
 
 def arrays(case):
@@ -385,7 +388,7 @@ def test_images_and_labels(tmp_path, cache):
     images[:] = 0  # a copy: the next reader sees the data
     assert data.images([3]).any()
     assert (data.labels([3, 4]).argmax(axis=1) == data.label_ids[[3, 4]]).all() and (data.labels([3]).sum(axis=1) == 1).all()
-    assert data._where(7).endswith('00000/img00000007.png')
+    assert data.where(7).endswith('00000/img00000007.png')
     with pytest.raises(IndexError):
         data.images([50])
 
@@ -531,12 +534,12 @@ def test_summary_and_contact_sheet(tmp_path):
     np.testing.assert_array_equal(sheet[4], data.images([np.flatnonzero(data.label_ids == 1)[0]])[0])
     latents = np.random.RandomState(0).randn(3, 8, 4, 4).astype(np.float32)
     latents[1, 0, 0, 0] = np.nan
-    with pytest.raises(UserError, match='00000001.npy: it has values that are not finite'):
-        ImageDataset(write_latents(tmp_path / 'b.zip', latents))
-    data = ImageDataset(write_latents(tmp_path / 'c.zip', latents[[0, 2]]))
+    data = ImageDataset(write_latents(tmp_path / 'b.zip', latents), finite=False)
+    summary = report.summarize(data)
+    assert summary['nonfinite'] == 1 and summary['nonfinite_files'] == [f'{tmp_path}/b.zip: {latent_name(1)}']
+    np.testing.assert_allclose(summary['mean'], latents[[0, 2]].mean(axis=(0, 2, 3)), rtol=1e-5)
     sheet, columns, names = report.contact_sheet(data)
-    assert sheet.shape == (2, 3, 4, 4) and columns == 2 and names is None
-    assert report.summarize(data)['nonfinite'] == 0
+    assert sheet.shape == (3, 3, 4, 4) and columns == 3 and names is None
 
 
 def test_latents_that_are_not_finite_are_refused_by_the_name_of_their_file(tmp_path):
@@ -545,12 +548,25 @@ def test_latents_that_are_not_finite_are_refused_by_the_name_of_their_file(tmp_p
         latents = np.zeros([8, 4, 4], np.float32)
         latents[0, 0, 0] = np.inf if index == 299 else np.nan if index == 150 else 0
         np.save(tmp_path / latent_name(index), latents)
-    with pytest.raises(UserError, match='00000150.npy: it has values that are not finite'):
+    with pytest.raises(UserError, match='00000150.npy has values that are not finite'):
         ImageDataset(tmp_path)                          # in the sample
     np.save(tmp_path / latent_name(150), np.zeros([8, 4, 4], np.float32))
     data = ImageDataset(tmp_path)
-    with pytest.raises(UserError, match='00000299.npy: it has values that are not finite'):
+    with pytest.raises(UserError, match='00000299.npy has values that are not finite'):
         data.images([0, 299])
+    batches = DatasetBatches(data, make_encoder({'name': 'rgb'}), 'cpu')
+    with pytest.raises(UserError, match='00000299.npy has values that are not finite'):
+        list(batches.iterate([(start, 50) for start in range(0, 300, 50)]))
+
+
+@pytest.mark.parametrize('label', ['NaN', '-Infinity', '1e999', '1e39'])
+def test_labels_that_are_not_finite_are_refused(tmp_path, label):
+    write_images(tmp_path / 'a', np.zeros([3, 4, 4, 3], np.uint8))
+    (tmp_path / 'a/dataset.json').write_text(
+        f'{{"labels": [["{image_name(0)}", [0, 1]], ["{image_name(1)}", [1, {label}]], ["{image_name(2)}", [1, 0]]]}}')
+    for open_it in (ImageDataset, lambda path: open_source(str(path))):
+        with pytest.raises(UserError, match='dataset.json: 1 of 3 labels are not finite .*00000001.png'):
+            open_it(tmp_path / 'a')
 
 
 # --- classes of the multi-source study

@@ -21,7 +21,7 @@ from helpers import ROOT, fails, invoke, write_digits
 
 from dnnlib.image_io import BadImage, decode_image, encode_png
 from training.data import convert, imagenet, sources
-from training.data.archive import ArchiveReader, ArchiveWriter, image_name
+from training.data.archive import ArchiveReader, ArchiveWriter, image_name, latent_name
 from training.data.dataset import ImageDataset
 from training.data.transforms import make_transform
 
@@ -545,6 +545,18 @@ def test_inspect(tmp_path):
     assert json.loads((tmp_path / 'a.json').read_text())['size'] == 100
     with PIL.Image.open(tmp_path / 'a-sheet.png') as sheet:
         assert sheet.size[0] > 300
+
+
+def test_inspect_names_latents_that_are_not_finite(tmp_path):
+    os.makedirs(tmp_path / 'a/00000')
+    for index in range(12):
+        latents = np.zeros([8, 4, 4], np.float32)
+        latents[0, 0, 0] = np.inf if index in (3, 7) else 0
+        np.save(tmp_path / 'a' / latent_name(index), latents)
+    out = tool('inspect', f'--source={tmp_path}/a', f'--json={tmp_path}/a.json')
+    assert '2 of the measured images have values that are not finite' in out
+    assert latent_name(3) in out and latent_name(7) in out and latent_name(4) not in out
+    assert json.loads((tmp_path / 'a.json').read_text())['nonfinite'] == 2
 
 
 # --- real pictures, and the script itself

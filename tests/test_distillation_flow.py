@@ -276,6 +276,11 @@ def test_a_cache_file_holds_the_shares_of_all_processes(classes, tmp_path, monke
         load_cache(path, 0, 7, {'rho': 0.3})
     with pytest.raises(UserError, match='holds 21 images, and process 2 needs those up to 24'):
         load_cache(path, 2, 8, {})
+    shares[1].x[5, 0, 0, 0] = torch.nan
+    write_cache(path, shares, {})
+    assert len(load_cache(path, 0, 7, {})) == 7
+    with pytest.raises(UserError, match='x.cache: image 12 has values that are not finite'):
+        load_cache(path, 1, 7, {})
 
 
 def test_caches_of_earlier_versions_noted_the_batch_of_a_process(tmp_path):

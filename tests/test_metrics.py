@@ -531,6 +531,17 @@ def test_statistics_are_of_the_protocol_that_they_name_or_of_their_family(tmp_pa
     one_line(error)
 
 
+@pytest.mark.parametrize('part', ['mu', 'sigma', 'features'])
+def test_statistics_that_are_not_finite_are_refused_when_they_are_read(part, tmp_path):
+    made = Statistics('', {'fid': gaussian(6, 0, 50)}, {'fid': random(5, 6)})
+    array = made.features['fid'] if part == 'features' else getattr(made.gaussians['fid'], part)
+    array[-1] = np.nan
+    for name in ('a.pkl', 'a.npz'):
+        save_statistics(str(tmp_path / name), made)
+        with pytest.raises(UserError, match=f'{name}: its statistics hold NaN'):
+            load_statistics(str(tmp_path / name))
+
+
 @pytest.mark.parametrize('protocol', range(2, 6))
 def test_published_pickles(protocol, tmp_path):
     a, b = gaussian(6, 0), gaussian(4, 1)

@@ -182,7 +182,7 @@ def labels_of(reader: ArchiveReader, names: list[str], description: dict) -> np.
     """Labels of the files `names`: int64 [n], or float32 [n,D] for vectors, or None.
 
     `description` is what dataset.json holds. Raises UserError if its labels are malformed,
-    negative or of mixed kinds, or some file has none.
+    negative, not finite or of mixed kinds, or some file has none.
     """
     labels = description.get('labels')
     if labels is None:
@@ -200,12 +200,17 @@ def labels_of(reader: ArchiveReader, names: list[str], description: dict) -> np.
     if all(type(value) is int and value >= 0 for value in values):
         return np.array(values, dtype=np.int64)
     try:
-        vectors = np.array(values, dtype=np.float32)
+        with np.errstate(over='ignore'):
+            vectors = np.array(values, dtype=np.float32)
     except (TypeError, ValueError):
         vectors = np.zeros([0])
     if vectors.ndim != 2:
         raise UserError(f'{where}: labels must all be whole numbers from 0, '
                         'or all vectors of one length')
+    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(bad):
+        raise UserError(f'{where}: {len(bad)} of {len(names)} labels are not finite (NaN or '
+                        f'infinite), e.g. that of {names[bad[0]]}; make it again')
     return vectors
 
 

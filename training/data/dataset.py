@@ -53,6 +53,10 @@ class Dataset:
         """Images [n,C,H,W] of type `dtype` at `indices` (int [n])."""
         raise NotImplementedError
 
+    def where(self, index) -> str:
+        """The image's name for a message."""
+        return f'{self.path}: image {index}'
+
     def labels(self, indices) -> np.ndarray:
         """Label vectors float32 [n,label_dim]: one-hot for class labels, else as stored."""
         indices = np.asarray(indices, dtype=np.int64).reshape(-1)
@@ -108,14 +112,17 @@ class ImageDataset(Dataset):
         max_size:   Use a random subset of this many images, chosen by `seed` (see `subset`).
         xflip:      Double the data: all images, then all of them mirrored.
         cache:      Keep decoded images in memory; None decides by size (up to 2 GiB).
+        finite:     False lets latents with NaN or infinite values through.
 
     Raises UserError, naming the file, for a missing or damaged archive, images that are not square
-    or not equal in shape, and labels that do not cover the images.
+    or not equal in shape, latents with NaN or infinite values (a sample is looked through at once,
+    each when it is read), and labels that do not cover the images.
     """
 
     image_shape = None
 
-    def __init__(self, path, use_labels=True, max_size=None, seed=0, xflip=False, cache=None):
+    def __init__(self, path, use_labels=True, max_size=None, seed=0, xflip=False, cache=None,
+                 finite=True):
         path = os.fspath(path).rstrip('/')
         self._reader = ArchiveReader(path)
         names = self._reader.names
@@ -128,6 +135,7 @@ class ImageDataset(Dataset):
             raise UserError(f'{path} holds latents, which cannot be mirrored; leave out xflip')
         self._files = np.array(images or arrays)
         self._is_latents = bool(arrays)
+        self._finite = finite
         first = self._decode(0)
         info = self._reader.description()
         labels = None
@@ -153,7 +161,7 @@ class ImageDataset(Dataset):
     def _check_shapes(self):
         _, height, width = self.image_shape
         if height != width:
-            raise UserError(f'{self._where(0)} is {width} x {height}; images must be square '
+            raise UserError(f'{self.where(0)} is {width} x {height}; images must be square '
                             '(dataset_tool.py convert makes them so)')
         # Uncompressed files of one shape have one size, and of another shape mostly another:
         # compare shapes where sizes differ. Compressed images are compared when they are read.
@@ -161,15 +169,15 @@ class ImageDataset(Dataset):
         sizes = np.array([self._reader.size(self._files[row]) for row in rows])
         for row in rows[sizes != sizes[0]][:16]:
             self._decode(row)
-        if self._is_latents:                # a sample of them is searched for NaN at once
+        if self._is_latents and self._finite:
             for row in rows[::-(-len(rows) // 100)]:
                 self._decode(row)
 
     def __len__(self):
         return len(self._files) * self._copies
 
-    def _where(self, row) -> str:
-        return self._reader.where(self._files[row])
+    def where(self, index):
+        return self._reader.where(self._files[index % len(self._files)])
 
     def _decode(self, row) -> np.ndarray:
         """Image `row` of the archive as [C,H,W]."""
@@ -180,9 +188,12 @@ class ImageDataset(Dataset):
             else:
                 image = decode_image(data).transpose(2, 0, 1)
         except BadImage as error:
-            raise UserError(f'{self._where(row)}: {error}') from None
+            raise UserError(f'{self.where(row)}: {error}') from None
+        if self._is_latents and self._finite and not np.isfinite(image).all():
+            raise UserError(f'{self.where(row)} has values that are not finite (NaN or infinite); '
+                            'encode it again')
         if self.image_shape is not None and image.shape != self.image_shape:
-            raise UserError(f'{self._where(row)} has shape {list(image.shape)}, but the first '
+            raise UserError(f'{self.where(row)} has shape {list(image.shape)}, but the first '
                             f'image has {list(self.image_shape)}; all must be equal in shape')
         return image
 
@@ -215,10 +226,8 @@ def _decode_npy(data: bytes) -> np.ndarray:
     if array.ndim != 3 or array.dtype.kind != 'f':
         raise BadImage(f'{array.dtype} array of shape {list(array.shape)} '
                        'instead of float32 [C,H,W]')
-    array = array.astype(np.float32)
-    if not np.isfinite(array).all():
-        raise BadImage('it has values that are not finite (NaN or infinite); encode it again')
-    return array
+    with np.errstate(over='ignore'):  # beyond the range of float32: infinite
+        return array.astype(np.float32)
 
 
 def class_index(description: dict, text) -> int:

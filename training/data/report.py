@@ -10,15 +10,16 @@ def summarize(dataset: Dataset, limit: int = 10000) -> dict:
     """Counts, classes, and mean and std of each channel (pixels in 0..255), as plain values.
 
     Numbers are taken over all images, or over `limit` evenly spaced ones of a larger data set.
-    `nonfinite` counts measured images with values that are not finite.
+    `nonfinite` counts measured images with values that are not finite, which the numbers leave
+    out; `nonfinite_files` are the first of them.
     """
     indices = np.linspace(0, len(dataset) - 1, min(len(dataset), limit)).astype(np.int64)
     moments = np.zeros((3, dataset.num_channels))  # number, sum and sum of squares of the values
-    nonfinite = 0
+    nonfinite = []
     for part in tqdm.tqdm(np.array_split(indices, -(-len(indices) // 256)), delay=2, disable=None):
         images = dataset.images(part).astype(np.float64)
         finite = np.isfinite(images).all(axis=(1, 2, 3))
-        nonfinite += int((~finite).sum())
+        nonfinite += part[~finite].tolist()
         images = images[finite]
         moments += [(images**power).sum(axis=(0, 2, 3)) for power in range(3)]
     mean, square = moments[1:] / np.maximum(moments[0], 1)
@@ -26,7 +27,8 @@ def summarize(dataset: Dataset, limit: int = 10000) -> dict:
     std = np.sqrt(np.maximum(square - mean**2, 0))
     return dataset.description() | {
         'dtype': str(dataset.dtype), 'counts': counts, 'measured': len(indices),
-        'nonfinite': nonfinite, 'mean': mean.tolist(), 'std': std.tolist()}
+        'nonfinite': len(nonfinite), 'nonfinite_files': list(map(dataset.where, nonfinite[:10])),
+        'mean': mean.tolist(), 'std': std.tolist()}
 
 
 def contact_sheet(dataset: Dataset, columns: int = 10, rows: int = 10):
