@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed
 
-from dnnlib.util import project_version
+from dnnlib.util import project_version, signal_handler
 
 # (rank, world size, local rank, what must also be set) as the launchers name them: torchrun, Open
 # MPI, MPICH/Intel MPI, SLURM.
@@ -101,14 +101,17 @@ def launch(function, args: tuple, processes: int) -> int:
     children = multiprocessing.start_processes(_launched, (function, args, processes, port),
                                                processes, join=False,
                                                start_method='spawn')
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda number, frame: [os.kill(pid, number)
-                                                   for pid in children.pids()])
-    try:
-        while not children.join():
-            pass
-    except multiprocessing.ProcessExitedException as error:
-        return error.exit_code if error.exit_code > 0 else 1
+
+    def pass_on(number, frame):
+        for pid in children.pids():
+            os.kill(pid, number)
+
+    with signal_handler(signal.SIGTERM, pass_on), signal_handler(signal.SIGINT, pass_on):
+        try:
+            while not children.join():
+                pass
+        except multiprocessing.ProcessExitedException as error:
+            return error.exit_code if error.exit_code > 0 else 1
     return 0
 
 
