@@ -559,6 +559,21 @@ def test_latents_that_are_not_finite_are_refused_by_the_name_of_their_file(tmp_p
         list(batches.iterate([(start, 50) for start in range(0, 300, 50)]))
 
 
+def test_a_label_far_beyond_the_images_is_refused_unless_the_classes_have_names(tmp_path):
+    path = write_images(tmp_path / 'a', np.zeros([2, 4, 4, 3], np.uint8), labels=[[image_name(0), 0], [image_name(1), 10**6]])
+    listed = tmp_path / 'list.txt'
+    listed.write_text(''.join(f'{path}/{image_name(i)}\t{i * 10**6}\n' for i in range(2)))
+    for open_it in (lambda: ImageDataset(path), lambda: open_source(path), lambda: open_source(str(listed))):
+        with pytest.raises(UserError, match='has a label 1000000, but 2 images'):
+            open_it()
+    description = json.loads((tmp_path / 'a/dataset.json').read_text())
+    (tmp_path / 'a/dataset.json').write_text(json.dumps(description | {'classes': list(range(10**6 + 1))}))
+    assert ImageDataset(path).label_dim == 10**6 + 1
+    with pytest.raises(UserError, match='line 1: label .* is not a whole number'):
+        listed.write_text(f'{path}/{image_name(0)}\t{10**30}\n')
+        open_source(str(listed))
+
+
 @pytest.mark.parametrize('label', ['NaN', '-Infinity', '1e999', '1e39'])
 def test_labels_that_are_not_finite_are_refused(tmp_path, label):
     write_images(tmp_path / 'a', np.zeros([3, 4, 4, 3], np.uint8))

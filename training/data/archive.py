@@ -27,6 +27,7 @@ CLASS_TABLES = ('classes', 'class_names', 'wnids')
 # What dataset.json may have, so that none fills the memory.
 JSON_BYTES = 16 << 20
 JSON_BYTES_PER_FILE = 64 << 10
+MAX_UNNAMED = 100_000  # classes beyond the number of images, if nothing names them
 
 
 def image_name(index: int, kind: str = 'img', ending: str = '.png') -> str:
@@ -197,7 +198,7 @@ def labels_of(reader: ArchiveReader, names: list[str], description: dict) -> np.
         raise UserError(f'{where} has no label for {len(missing)} of {len(names)} images, '
                         f'e.g. {missing[0]}; give every image a label, or set "labels" to null')
     values = [labels[name] for name in names]
-    if all(type(value) is int and value >= 0 for value in values):
+    if all(type(value) is int and 0 <= value < 1 << 62 for value in values):
         return np.array(values, dtype=np.int64)
     try:
         with np.errstate(over='ignore'):
@@ -217,10 +218,14 @@ def labels_of(reader: ArchiveReader, names: list[str], description: dict) -> np.
 def count_classes(labels: np.ndarray, info: dict, where: str) -> int:
     """Classes of labels int64 [n] or float32 [n,D]: as many as `info` names, if any.
 
-    Raises UserError unless the tables are equally long lists of numbers or names for all labels.
+    Raises UserError unless the tables are equally long lists of numbers or names for all labels,
+    and for a label that is far beyond the number of images where there is no table.
     """
     count = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
     tables = [info[key] for key in CLASS_TABLES if info.get(key) is not None]
+    if not tables and count > max(len(labels), MAX_UNNAMED):
+        raise UserError(f'{where} has a label {count - 1}, but {len(labels)} images: '
+                        'number the classes from 0 on without gaps')
     for table in tables:
         if not isinstance(table, list) or set(map(type, table)) not in ({int}, {str}):
             raise UserError(f'{where}: classes in dataset.json must be lists of numbers '

@@ -158,7 +158,7 @@ class ListSource(Source):
             self.items.append(beside if os.path.isfile(beside) else name)
             if not os.path.isfile(self.items[-1]):
                 raise UserError(f'{path} line {number}: {name} does not exist')
-            if label and not label.strip().isdigit():
+            if label and not re.fullmatch(r'\s*\d{1,18}\s*', label):
                 raise UserError(f'{path} line {number}: label {label!r} is not a whole number')
             if label:
                 labels.append(int(label))
@@ -168,7 +168,8 @@ class ListSource(Source):
             if len(labels) < len(self):
                 missing = len(self) - len(labels)
                 raise UserError(f'{path}: {missing} of {len(self)} images have no label')
-            self.name_classes(labels, classes=range(max(labels) + 1))
+            labels = np.array(labels)
+            self.name_classes(labels, classes=range(count_classes(labels, {}, path)))
 
     def read(self, index):
         return Path(self.items[index]).read_bytes()
