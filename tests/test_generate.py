@@ -263,5 +263,10 @@ def test_snapshots_of_edm2(case, tmp_path):
         torch.testing.assert_close(made.net.state_dict()[name], value, rtol=2e-3, atol=1e-4)
 
 
+def test_snapshots_of_edm2_within_the_first_thousand_images(tmp_path):
+    (tmp_path / 'edm2-tiny-0000000-0.050.pkl').write_bytes(b'pickle')
+    assert 'of the first thousand images' in fails('reconstruct_phema.py', f'--indir={tmp_path}', '--outstd=0.07')
+
+
 def test_snapshots_of_no_such_time(trajectory):
     assert '--outkimg' in fails('reconstruct_phema.py', f'--indir={trajectory[0]}', '--outstd=0.1', '--outkimg=7')

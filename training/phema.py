@@ -72,8 +72,8 @@ def list_profiles(folder: str, prefix: str | None = None, stds=None) -> list[tup
 
     States stay in the files until they are used; that of EDM2's snapshots is None. What a snapshot
     does not say follows from its name; of nimg it has the thousands, rounded down, which is undone
-    where batches are multiples of 1024. Raises UserError if there are none, or if `prefix` is None
-    and there are several.
+    where batches are multiples of 1024; of 0 nothing follows. Raises UserError if there are none,
+    or if `prefix` is None and there are several.
     """
     wanted = stds and [f'{std:.3f}' for std in stds]
     files = [file for file in snapshot.list_snapshots(folder, prefix)
@@ -95,6 +95,9 @@ def list_profiles(folder: str, prefix: str | None = None, stds=None) -> list[tup
         if nimg:
             std = content['ema_std'] or float(file.average)
             profiles.append((file, nimg, std, content['state']))
+    if not profiles:
+        raise UserError(f'{folder}: its snapshots are of the first thousand images, and their '
+                        'names do not say of how many; train longer')
     return profiles
 
 
