@@ -212,3 +212,11 @@ def test_the_page_names_what_can_be_run():
     page = (pathlib.Path(__file__).resolve().parents[1] / 'docs' / 'performance.md').read_text()
     for command in ('benchmarks/run.py', 'benchmarks/gpu.py', 'benchmarks/bench_processes.py'):
         assert command in page
+
+
+def test_a_soak_compares_the_first_tenth_with_the_last(tmp_path):
+    invoke('benchmarks/soak.py', '--steps=120', '--every=12', f'--dest={tmp_path}/soak.json')
+    table = json.loads((tmp_path / 'soak.json').read_text())
+    assert list(table) == ['memory (MiB)', 'open files', 'threads', 'cpu (ms/step)', 'time (ms/step)']
+    assert all(first > 0 and last > 0 for first, last in table.values())
+    assert 'at least six times' in fails('benchmarks/soak.py', '--steps=100', '--every=50')
