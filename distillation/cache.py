@@ -142,7 +142,8 @@ def write_cache(path: str, shares: list[Cache], description: dict):
         file.write(struct.pack('<Q', len(header)) + header)
         for name in states[0]:
             for state in states:
-                state[name].cpu().numpy().tofile(file)
+                # Of `tofile`, an error would not say that the disk is full.
+                file.write(state[name].contiguous().cpu().numpy())
 
 
 def load_cache(path: str, rank: int, size: int, expected: dict) -> Cache:

@@ -4,6 +4,7 @@ Use `@click.command(cls=cli.Command)` (or `cli.Group`) and raise `dnnlib.UserErr
 from anywhere below: it ends in one line on stderr and exit code 1. So does SIGTERM, with 143.
 """
 
+import atexit
 import contextlib
 import errno
 import os
@@ -44,6 +45,11 @@ def _sigterm_raises():
         return
     with util.signal_handler(signal.SIGTERM, _terminate):
         yield
+
+
+def _end_in_silence():
+    """Ctrl-C while Python ends says nothing: the work is done."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 # Of the disk, and of places that cannot be written.
@@ -95,6 +101,9 @@ class _OneLineErrors:
             print(f'{where}Error: {error.line(option)}', file=sys.stderr, flush=True)
             # Not sys.exit: the other ranks may be waiting in a collective that would never end.
             ctx.exit(1)
+        finally:
+            atexit.unregister(_end_in_silence)
+            atexit.register(_end_in_silence)            # what comes last is called first
 
 
 class Command(_OneLineErrors, click.Command):

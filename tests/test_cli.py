@@ -3,6 +3,8 @@
 import errno
 import re
 import signal
+import subprocess
+import sys
 
 import click
 import helpers
@@ -84,6 +86,25 @@ def test_a_full_disk_is_one_line(wrapped):
     result = CliRunner().invoke(main, [])
     assert result.exit_code == 1
     assert result.stderr == 'Error: x.pt: No space left on device; make room, or choose another place\n'
+
+
+ENDING = """
+import atexit, time
+import click
+from dnnlib import cli
+@click.command(cls=cli.Command)
+def main():
+    atexit.register(lambda: (print('ending', flush=True), time.sleep(30)))
+main()
+"""
+
+
+def test_ctrl_c_while_python_ends_is_silent():
+    process = subprocess.Popen([sys.executable, '-c', ENDING], cwd=helpers.ROOT, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    assert process.stdout.readline() == 'ending\n'
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1] == '' and process.returncode == -signal.SIGINT
 
 
 def test_without_a_command_line_the_field_is_named():

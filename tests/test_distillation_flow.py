@@ -1,6 +1,8 @@
 """The data flow of distillation without data: traced golden runs, the invariants, resuming, files, shares."""
 
+import errno
 import json
+import resource
 import struct
 import subprocess
 import sys
@@ -299,6 +301,18 @@ def test_a_cache_file_is_safetensors(tmp_path):
     assert torch.equal(tensors['x'], cache.x) and torch.equal(tensors['levels'], cache.levels)
     with safetensors.safe_open(tmp_path / 'x.cache', 'pt') as f:
         assert json.loads(f.metadata()['steps']) == 10
+
+
+def test_a_cache_that_finds_the_disk_full_says_so(tmp_path):
+    """NumPy's own writing would say how many values it wrote."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, before[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            write_cache(str(tmp_path / 'x.cache'), [Cache(torch.zeros([99, 3, 8, 8]), torch.arange(99))], {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.errno == errno.EFBIG and not list(tmp_path.iterdir())
 
 
 def _header(header, length=None):

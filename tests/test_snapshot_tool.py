@@ -1,5 +1,6 @@
 """snapshot_tool.py: inspection, and conversions that make the same images."""
 
+import errno
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ from helpers import environment, fails, invoke, script_module
 from PIL import Image
 from test_foreign import as_pickle
 
-from training import encoders
+from training import encoders, export
 from training.flops import count_products
 from training.generate import generate_images
 from training.networks import build_network
@@ -113,6 +114,25 @@ def test_the_command_line_samples_from_all_forms(tmp_path):
             [f'--net={net}', f'--outdir={tmp_path / ("out-" + form)}', '--seeds=5', '--steps=2'], standalone_mode=False)
         pictures.append(np.asarray(Image.open(tmp_path / f'out-{form}' / '000005.png')))
     assert all(np.array_equal(picture, pictures[0]) for picture in pictures)
+
+
+def test_a_conversion_that_was_stopped_or_found_the_disk_full_is_made_again(tmp_path, monkeypatch):
+    """Between its two files it goes on; what an earlier one wrote is not lost; a description of others is not touched."""
+    as_pickle(tmp_path / 'net', small('edm2'))
+    dest, text = tmp_path / 'x.safetensors', tmp_path / 'x.json'
+    arguments = 'snapshot_tool.py', 'convert', tmp_path / 'net', f'--dest={dest}'
+    invoke(*arguments)
+    wanted = dest.read_bytes(), text.read_text()
+    dest.unlink()
+    invoke(*arguments)
+    assert (dest.read_bytes(), text.read_text()) == wanted
+    with monkeypatch.context() as patch:
+        patch.setattr(export, 'write_json', lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, 'No space left on device')))
+        assert 'No space left' in fails(*arguments, '--overwrite')
+    assert (dest.read_bytes(), text.read_text()) == wanted
+    dest.unlink()
+    text.write_text('{"mine": 1}')
+    assert 'x.json exists' in fails(*arguments) and text.read_text() == '{"mine": 1}'
 
 
 def test_half_precision_and_overwriting(tmp_path):

@@ -1,5 +1,6 @@
 """Networks in the forms that others read: safetensors with JSON, and a folder for diffusers."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ import torch
 from dnnlib import UserError
 from dnnlib.util import atomic_path, write_bytes, write_json
 from torch_utils.files.identify import DESCRIPTION, FOLDER_WEIGHTS
+from torch_utils.files.own import SNAPSHOT_FORMAT
 from training.networks import NETWORKS
 from training.snapshot import Snapshot, describe, save_snapshot, stored_state
 
@@ -37,13 +39,23 @@ images = pipe(seeds=range(4)).images
 def check_destination(dest: str, form: str, overwrite: bool):
     """Raises UserError if something is at `dest` already, or with `overwrite` something that is no
     network."""
-    places = [dest, os.path.splitext(dest)[0] + '.json'] if form == '.safetensors' else [dest]
+    places = [dest]
+    if form == '.safetensors':
+        description = os.path.splitext(dest)[0] + '.json'
+        if os.path.lexists(dest) or not _is_description(description):  # else of a stopped command
+            places.append(description)
     for place in filter(os.path.lexists, places):
         if not overwrite:
             raise UserError('exists; remove it, choose another name or overwrite it', 'dest',
                             place)
         if os.path.isdir(place) and (form or not os.path.isfile(os.path.join(place, DESCRIPTION))):
             raise UserError('is a folder that is no network, and is not removed', 'dest', place)
+
+
+def _is_description(path: str) -> bool:
+    with contextlib.suppress(OSError, ValueError), open(path) as file:
+        return f'"format": "{SNAPSHOT_FORMAT}"' in file.read(1000)
+    return False
 
 
 def _weights(snapshot: Snapshot, dtype, prefix='') -> bytes:
@@ -61,10 +73,11 @@ def save_pickle(dest: str, snapshot: Snapshot, dtype=torch.float32):
 def save_safetensors(dest: str, snapshot: Snapshot, dtype=torch.float32):
     """Writes X.safetensors, and X.json with all that a snapshot says besides. The weights come
     last."""
-    if os.path.exists(dest):
-        os.remove(dest)  # old weights must not meet the new description
-    write_json(os.path.splitext(dest)[0] + '.json', describe(**vars(snapshot)))
-    write_bytes(dest, _weights(snapshot, dtype))
+    with atomic_path(dest) as weights, atomic_path(os.path.splitext(dest)[0] + '.json') as text:
+        Path(weights).write_bytes(_weights(snapshot, dtype))
+        write_json(text, describe(**vars(snapshot)))
+        if os.path.exists(dest):
+            os.remove(dest)  # old weights must not meet the new description
 
 
 def save_folder(dest: str, snapshot: Snapshot, dtype=torch.float32):

@@ -53,7 +53,9 @@ SOON_S = 10                                                    # from a signal t
 LETTERS = sitecustomize.FAIL | {'kill': 'woscm'}
 # Of the values in JSON and checkpoints: of the time and the machine.
 VARYING = ('starts', 'timestamp', 'train_seconds', 'Timing/', 'Resources/', 'seconds', 'time')
-LOGS = ('log.txt', 'events.out.tfevents.*')
+# Times and machines in names.
+TIMES = r'(?<=events\.out\.tfevents\.).*|(?<=-)\d{8}-\d{6}-\d{6}'
+LOGS = ('log.txt', '.tfevents.')
 STOPPED = 'the same command goes on'
 
 
@@ -189,11 +191,12 @@ def plain(value):
     return value
 
 
-def digest(path: Path):
+def digest(path: Path, folder: Path):
     if path.suffix == '.pt':
         return plain(torch.load(path, weights_only=True))
     if path.suffix in ('.json', '.jsonl'):
-        lines = path.read_text().splitlines() if path.suffix == '.jsonl' else [path.read_text()]
+        text = path.read_text().replace(str(folder), '')
+        lines = text.splitlines() if path.suffix == '.jsonl' else [text]
         return [plain(json.loads(line)) for line in lines]
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -203,10 +206,8 @@ def content(folder: Path) -> dict:
     paths = [path for path in sorted(folder.rglob('*')) if not path.is_dir()]
     found = {}
     for path in paths:
-        name = str(path.relative_to(folder))
-        if fnmatch.fnmatch(path.name, LOGS[1]):
-            name = name.replace(path.name, 'events')
-        found[name] = None if any(fnmatch.fnmatch(path.name, log) for log in LOGS) else digest(path)
+        name = re.sub(TIMES, '', str(path.relative_to(folder)))
+        found[name] = None if name.endswith(LOGS) else digest(path, folder)
     return found
 
 
