@@ -45,19 +45,18 @@ LONG_TAIL = ('long_tail/main.py --train --ch=32 --ch_mult=2 --ch_mult=2 --attn= 
              '--T=8 --warmup=2 --num_workers=1 --log_step=1 --data_type=digitslt '
              '--imb_factor=0.05 --img_size=8 --conditional --batch_size=8 --save_step=2 '
              '--sample_step=4 --total_steps=6 --cfg --logdir=out')
-GENERATE = ('synthetic_data/generate.py --network=%s --outdir=out --seeds=0-7 --steps=2 '
-            '--batch=16')
 SHORT_SAMPLING = '--seeds=0-9 --steps=2 --batch=4'
 RUN = '{in}/edm2'
 SNAPSHOT = f'{RUN}/network-snapshot-0000003-0.100.pkl'
+GENERATE = (f'synthetic_data/generate.py --network={SNAPSHOT} --outdir=out --seeds=0-7 --steps=2 '
+            '--batch=16')
 
 INPUTS = {
     'd.zip': 'dataset_tool.py convert --source=digits --dest=d.zip --max-images=120 --workers=1',
     't.zip': 'dataset_tool.py convert --source=digits --dest=t.zip --max-images=40 --workers=1',
     'edm2': EDM2.replace('=out', '=edm2'),
     'edm': EDM.replace('=out', '=edm --nosubdir'),
-    'classes': f'synthetic_data/generate.py --network={SNAPSHOT} --outdir=classes --seeds=0-7 '
-               '--steps=2 --batch=16',
+    'classes': GENERATE.replace('=out', '=classes'),
     'made': 'synthetic_data/combine_data.py --data_dir={in}/classes --output_dir=made',
     'classifier': CLASSIFIER.replace('=out', '=classifier'),
     'teacher': TEACHER.replace(' out ', ' teacher '),

@@ -180,7 +180,7 @@ def deliver(case, pid: int, name: str):
 
 
 def plain(value):
-    """A value without what varies from run to run, tensors by their bytes."""
+    """A value without what varies from run to run: tensors by their bytes, numbers to 9 digits."""
     if isinstance(value, dict):
         return {str(key): plain(part) for key, part in value.items()
                 if not str(key).startswith(VARYING)}
@@ -188,7 +188,7 @@ def plain(value):
         return [plain(part) for part in value]
     if isinstance(value, torch.Tensor):
         return hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()
-    return value
+    return float(f'{value:.9g}') if isinstance(value, float) else value
 
 
 def digest(path: Path, folder: Path):
