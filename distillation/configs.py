@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from distillation.dkdm import SOURCES
 from dnnlib import UserError, cli
 from dnnlib.options import fast_products, group, seed, text, together, wandb
+from torch_utils.files import pickles
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -192,6 +193,9 @@ def _one_line_errors(where: str):
         raise UserError(': '.join(filter(None, (where, key, reason)))) from None
 
 
+_MAX_BYTES = 1 << 20  # of a configuration
+
+
 def _load(path: str, what: str) -> omegaconf.DictConfig:
     """A YAML file, found from the current folder or from distillation/.
 
@@ -204,6 +208,12 @@ def _load(path: str, what: str) -> omegaconf.DictConfig:
     if not places:
         raise UserError(f'{what}: there is no file {path}')
     with _one_line_errors(f'{path} is not YAML'):
+        text = places[0].read_bytes()[:_MAX_BYTES + 1]
+        if len(text) > _MAX_BYTES:
+            raise UserError(f'{path} is no configuration: it is larger than 1 MiB')
+        # Aliases of aliases are small until they are written out.
+        with pickles.errors_of(f'{path} is not YAML'):
+            pickles.check_plain(yaml.safe_load(text), 'it', 10_000)
         content = OmegaConf.load(places[0])
     if not isinstance(content, omegaconf.DictConfig):
         raise UserError(f'{path} is not a configuration: it has no keys')
@@ -217,6 +227,18 @@ def _open_files(config, prefix: str = ''):
             _open_files(value, f'{prefix}{key}.')
         elif key in _FILES and isinstance(value, str):
             config[key] = _load(value, prefix + key)
+
+
+def _check_references(value, key: str = ''):
+    """Texts may stand for the value of another key, ${student.lr}, and for nothing else: not for
+    variables of the environment, nor for several keys, each of which stands for several.
+    """
+    if isinstance(value, dict):
+        for name, part in value.items():
+            _check_references(part, f'{key}.{name}'.lstrip('.'))
+    elif isinstance(value, str) and '${' in value and not re.fullmatch(r'\$\{[\w.]+\}', value):
+        raise UserError(f'{key}: a reference is the whole value and names a key, '
+                        'e.g. ${student.lr}')
 
 
 def _check(config, prefix: str = ''):
@@ -243,6 +265,7 @@ def _read(schema, path: str, content, overrides):
         _open_files(config)
         config = OmegaConf.merge(OmegaConf.structured(schema), config,
                                  OmegaConf.from_dotlist(values))
+        _check_references(OmegaConf.to_container(config, resolve=False))
         for key in sorted(OmegaConf.missing_keys(config)):
             raise UserError(f'{path}: {key} is missing')
         _check(config)

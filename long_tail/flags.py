@@ -2,7 +2,6 @@
 
 import difflib
 import os
-from pathlib import Path
 
 import click
 
@@ -18,6 +17,10 @@ _ABSL_VALUES = {
     'log_dir', 'logger_levels', 'profile_file', 'stderrthreshold', 'test_random_seed',
     'test_randomize_ordering_seed', 'test_srcdir', 'test_tmpdir', 'undefok', 'v', 'verbosity',
     'xml_output_file'}
+
+# Of a command with all the files that they name, each as often as it is named.
+MAX_FILES = 100
+MAX_BYTES = 1 << 20
 
 
 class FlagCommand(cli.Command):
@@ -42,16 +45,19 @@ class FlagCommand(cli.Command):
         return super().parse_args(ctx, args)
 
 
-def read_flags(args, names: dict, files: tuple = ()) -> dict:
+def read_flags(args, names: dict, files: tuple = (), read: list | None = None) -> dict:
     """{option: its text, or whether a switch is on} of arguments.
 
     names  {name: option}, with the noname of switches
     files  that are being read, each named by the one before it
+    read   sizes of all files read so far
 
-    Raises click.UsageError that names the option, and the file that it is from.
+    Raises click.UsageError that names the option, and the file that it is from; what else is in a
+    file is no part of the message, since a flag file may name any file.
     """
     values = {}
     lists = set()  # that this place has begun
+    read = [] if read is None else read
     args = iter(args)
     for arg in args:
         name, equals, value = arg.lstrip('-').partition('=')
@@ -65,7 +71,8 @@ def read_flags(args, names: dict, files: tuple = ()) -> dict:
             continue
         if param is None or not arg.startswith('-'):
             similar = ', '.join(difflib.get_close_matches(name, names)) or 'none'
-            raise click.UsageError(f'{arg!r} is no option; write --name=value, see --help '
+            shown = 'this' if files else repr(arg)
+            raise click.UsageError(f'{shown} is no option; write --name=value, see --help '
                                    f'(similar: {similar})')
         if param.is_flag:
             on = not equals or click.BOOL(value, param)
@@ -76,7 +83,7 @@ def read_flags(args, names: dict, files: tuple = ()) -> dict:
         if value is None:
             raise click.UsageError(f'--{name} needs a value')
         if name == 'flagfile':
-            values |= _read_file(value, names, files) if value else {}
+            values |= _read_file(value, names, files, read) if value else {}
             lists.clear()
         elif name in lists:
             values[name] += f',{value}'
@@ -87,7 +94,7 @@ def read_flags(args, names: dict, files: tuple = ()) -> dict:
     return values
 
 
-def _read_file(path: str, names: dict, files: tuple) -> dict:
+def _read_file(path: str, names: dict, files: tuple, read: list) -> dict:
     """`read_flags` of a file: at `path`, else beside the file that names it."""
     if files and not os.path.exists(path):
         path = os.path.join(os.path.dirname(files[-1]), path)
@@ -104,11 +111,20 @@ def _read_file(path: str, names: dict, files: tuple) -> dict:
     try:
         if real in files:
             raise click.UsageError('it names itself')
-        text = Path(path).read_text(encoding='utf-8')
-        return read_flags(arguments(text), names, (*files, real))
+        if not os.path.isfile(real):                     # a device or a pipe may have no end
+            raise click.UsageError('no such file, or no regular one')
+        with open(real, encoding='utf-8') as file:
+            text = file.read(MAX_BYTES + 1 - sum(read))
+        read.append(len(text))
+        if len(read) > MAX_FILES or sum(read) > MAX_BYTES:
+            raise click.UsageError(f'more than {MAX_FILES} files, or {MAX_BYTES >> 20} MiB, '
+                                   'with all that it names')
+        return read_flags(arguments(text), names, (*files, real), read)
     except (OSError, UnicodeDecodeError, click.UsageError) as error:
         reason = error.format_message() if isinstance(error, click.UsageError) else error
-        raise click.UsageError(f'{where}: {reason}') from None
+        if not str(reason).startswith('--flagfile='):    # which the innermost file says of itself
+            reason = f'{where}: {reason}'
+        raise click.UsageError(reason) from None
 
 
 def to_text(params, values: dict) -> str:

@@ -149,11 +149,18 @@ def test_a_factor_counts_for_long_tails_alone():
 
 
 @pytest.mark.parametrize('lines, message', [
-    ('--ch=64\n--chanels=3\n', "bad.txt, line 2: '--chanels=3' is no option"), ('ch=64', 'is no option'),
+    ('--ch=64\n--chanels=3\n', 'bad.txt, line 2: this is no option; write --name=value, see --help (similar: '),
+    ('root:x:0:0\n', 'bad.txt, line 1: this is no option'), ('--flagfile=/dev/zero', '/dev/zero: no such file, or no regular one'),
+    ('--flagfile=two.txt\n' * 2, 'more than 100 files'), ('#' * ((1 << 20) + 1), 'more than 100 files, or 1 MiB'),
+    ('--flagfile=two.txt', 'more than 100 files'), ('ch=64', 'is no option'),
     ('--ch', 'bad.txt, line 1: --ch needs a value'), ('--train=maybe', "'--train': 'maybe' is not a valid boolean"),
     ('--flagfile=nowhere.txt', 'nowhere.txt'), ('--flagfile=bad.txt', 'names itself'), ('--batch_size=many', 'batch_size')])
 def test_bad_flag_files(tmp_path, lines, message):
     (tmp_path / 'bad.txt').write_text(lines)
+    for i in range(30):                                  # 2^30 lines
+        name = 'two.txt' if i == 0 else f'{i}.txt'
+        (tmp_path / name).write_text(f'--flagfile={i + 1}.txt\n' * 2)
+    (tmp_path / '30.txt').write_text('--notrain\n')
     assert message in fails(MAIN, '--train', f'--flagfile={tmp_path}/bad.txt')
 
 
