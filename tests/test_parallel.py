@@ -89,6 +89,34 @@ def test_a_stop_reaches_all_and_takes_no_further_item(send, items, tmp_path):
     assert done == {str(i) for i in started} | {f'{i}.stopped' for i in started}
 
 
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from tqdm import tqdm
+from dnnlib import UserError
+from torch_utils import parallel
+
+def train(item):
+    for _ in tqdm(range(2), file=sys.stdout):
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == '__main__':
+    try:
+        list(parallel.run_side_by_side(train, range(2), 2))
+    except UserError as error:
+        print(error, file=sys.stderr)
+"""
+
+
+def test_of_a_killed_worker_one_line_is_said(tmp_path):
+    """Nothing of locks of progress bars."""
+    (tmp_path / 'script.py').write_text(KILLED.format(root=str(helpers.ROOT)))
+    done = subprocess.run([sys.executable, 'script.py'], cwd=tmp_path, text=True, env=helpers.environment(),
+                          capture_output=True)
+    assert done.stderr.startswith('a worker process was killed (exit code -9)') and done.stderr.count('\n') == 1
+
+
 def test_a_stop_while_a_worker_ends_is_silent(monkeypatch):
     """SIGTERM of the parent after the last answer, as when Ctrl-C has stopped the item already."""
     class Connection:

@@ -1,13 +1,17 @@
 """Files that appear only when complete (`dnnlib.util.atomic_path`), and what killed processes leave of them."""
 
+import errno
 import os
+import resource
 import subprocess
 import sys
 
 import helpers
 import pytest
+import torch
 
 from dnnlib.util import atomic_path, remove_leftovers
+from training.snapshot import write_state
 
 WRITER = """
 import sys
@@ -60,3 +64,15 @@ def test_after_an_error_nothing_is_left(tmp_path):
         with pytest.raises(ValueError), atomic_path(tmp_path / 'x', is_folder=is_folder):
             raise ValueError
     assert os.listdir(tmp_path) == []
+
+
+def test_a_network_that_finds_the_disk_full_says_so(tmp_path):
+    """torch.save says that a position is unexpected; a process hands on to another the error alone."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, before[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            write_state(tmp_path / 'x.pt', {'x': torch.zeros(9999)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.errno == errno.EFBIG and os.listdir(tmp_path) == []

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
+from tqdm import tqdm
 
 from dnnlib import UserError
 from dnnlib.util import core_count, signal_handler
@@ -107,6 +108,7 @@ def _work(function, connection):
     """What a process does: item after item, until the other end of the connection is closed."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())                           # its own would outlive a kill -9
     threading.Thread(target=_follow_parent, daemon=True).start()
     with contextlib.suppress(KeyboardInterrupt):               # which may come at any moment
         try:

@@ -58,7 +58,12 @@ class Snapshot:
 def write_state(path, state: dict):
     """torch.save to a file that appears only when complete. Equal states give equal bytes."""
     with atomic_path(path) as temp, open(temp, 'wb') as file:
-        torch.save(state, file)  # given a path, it would write the temporary name into the file
+        try:
+            torch.save(state, file)  # given a path, it would write the temporary name into it
+        except RuntimeError as error:                          # unexpected pos 648448 vs 648336
+            if isinstance(error.__context__, OSError):         # also where no one sees the context
+                raise error.__context__ from None
+            raise
 
 
 def describe(net, *, encoder, dataset, recipe, sampler=None, nimg=0, ema_std=None) -> dict:

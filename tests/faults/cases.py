@@ -74,9 +74,9 @@ CASES = {
     'train_classifier': Case(CLASSIFIER, more=STATES),
     'generate_images': Case(f'generate_images.py --net={SNAPSHOT} --outdir=out --grid=grid.png '
                             f'{SHORT_SAMPLING}'),
-    'metrics ref': Case('calculate_metrics.py ref --data={in}/d.zip --dest=ref.pkl '
+    'metrics-ref': Case('calculate_metrics.py ref --data={in}/d.zip --dest=ref.pkl '
                         '--metrics=fd_pixels --batch=32'),
-    'metrics gen': Case('calculate_metrics.py gen --ref={in}/stats.npz --metrics=fd_pixels '
+    'metrics-gen': Case('calculate_metrics.py gen --ref={in}/stats.npz --metrics=fd_pixels '
                         f'--net={SNAPSHOT} --dest=gen.json {SHORT_SAMPLING}'),
     'memorization': Case(f'calculate_metrics.py memorization --net={SNAPSHOT} --data={{in}}/d.zip '
                          f'--dest=m.json --grid=m.png {SHORT_SAMPLING}'),
@@ -84,21 +84,21 @@ CASES = {
                       copied=('edm',)),
     'convert': Case('dataset_tool.py convert --source={in}/d.zip --dest=c.zip --resolution=16x16 '
                     '--workers=2'),
-    'convert folder': Case('dataset_tool.py convert --source=digits --dest=c --max-images=30 '
+    'convert-folder': Case('dataset_tool.py convert --source=digits --dest=c --max-images=30 '
                            '--workers=1'),
     'encode': Case('dataset_tool.py encode --source={in}/d.zip --dest=e.zip --model-url={in}/vae '
                    '--batch=16'),
     'phema': Case(f'reconstruct_phema.py --indir={RUN} --outdir=out --outstd=0.08,0.05,0.15 '
                   '--batch=1'),
     'export': Case(f'snapshot_tool.py convert {SNAPSHOT} --dest=out'),
-    'export safetensors': Case(f'snapshot_tool.py convert {SNAPSHOT} --dest=out.safetensors'),
+    'export-safetensors': Case(f'snapshot_tool.py convert {SNAPSHOT} --dest=out.safetensors'),
     'run_gaussian': Case('simulations/run_gaussian.py --tag=K --values=2,3,4 --seeds=0-9 '
                          '--test-points=50 --outdir=out'),
     'dynamic_prepare': Case(f'{SCRIPTS}/dynamic_prepare.py --save_every 10 ' + SHARED % 'y.cache'),
     'image_sample': Case(f'{SCRIPTS}/image_sample.py --config {YAML}/teacher.yaml --model_path '
                          '{in}/teacher/ema_0.995_000006.pt --batch_size 4 --num_samples 16 '
                          '--timestep_respacing 3 --dest s.npz'),
-    'long_tail eval': Case('long_tail/main.py --flagfile=long/flagfile.txt --logdir=long '
+    'long_tail-eval': Case('long_tail/main.py --flagfile=long/flagfile.txt --logdir=long '
                            '--notrain --eval --fid_cache={in}/stats.npz --num_images=40 '
                            '--detector=pixels --batch_size=16 --ckpt_step=4 --omega=1.6 '
                            '--ddim_steps=2', copied=('long',)),
@@ -119,14 +119,14 @@ CASES = {
     'digits_memorization': Case('data_utils/digits_memorization.py --outdir=out --sizes=10,20 '
                                 '--classes=1 --kimg=1 --batch=16 --channels=8 --samples=24 '
                                 '--steps=2 --jobs=1', more=STATES),
-    **{f'data_utils {name}': Case(f'data_utils/dataset_{name}.py --source={{in}}/d.zip '
+    **{f'data_utils-{name}': Case(f'data_utils/dataset_{name}.py --source={{in}}/d.zip '
                                   f'--dest=s.zip --max-images=40 {more}')
        for name, more in (('tool', ''), ('size', ''), ('random', '--seed=3'), ('unique', ''),
                           ('diversity', '--num-classes=4'))},
-    'train_edm2 x2': Case(EDM2, more=STATES, processes=2),
-    'train x2': Case(EDM, more=STATES, processes=2),
-    'generate_images x2': Case(f'generate_images.py --net={SNAPSHOT} --outdir=out '
+    'train_edm2-x2': Case(EDM2, more=STATES, processes=2),
+    'train-x2': Case(EDM, more=STATES, processes=2),
+    'generate_images-x2': Case(f'generate_images.py --net={SNAPSHOT} --outdir=out '
                                f'{SHORT_SAMPLING}', processes=2),
-    'generate x2': Case(GENERATE, processes=2),
+    'generate-x2': Case(GENERATE, processes=2),
 }
-CASES['image_sample x2'] = dataclasses.replace(CASES['image_sample'], processes=2)
+CASES['image_sample-x2'] = dataclasses.replace(CASES['image_sample'], processes=2)

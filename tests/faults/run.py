@@ -191,12 +191,11 @@ def plain(value):
     return float(f'{value:.9g}') if isinstance(value, float) else value
 
 
-def digest(path: Path, folder: Path):
+def digest(path: Path):
     if path.suffix == '.pt':
         return plain(torch.load(path, weights_only=True))
     if path.suffix in ('.json', '.jsonl'):
-        text = path.read_text().replace(str(folder), '')
-        lines = text.splitlines() if path.suffix == '.jsonl' else [text]
+        lines = path.read_text().splitlines() if path.suffix == '.jsonl' else [path.read_text()]
         return [plain(json.loads(line)) for line in lines]
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -207,7 +206,7 @@ def content(folder: Path) -> dict:
     found = {}
     for path in paths:
         name = re.sub(TIMES, '', str(path.relative_to(folder)))
-        found[name] = None if name.endswith(LOGS) else digest(path, folder)
+        found[name] = None if name.endswith(LOGS) else digest(path)
     return found
 
 
@@ -236,8 +235,9 @@ class Harness:
         self.results = []
 
     def folder(self, case) -> Path:
-        folder = Path(tempfile.mkdtemp(prefix='run-', dir=self.work)) / 'w'
-        folder.mkdir()
+        folder = self.work / 'run' / 'w'                       # one place, since files name it
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        folder.mkdir(parents=True)
         for name in case.copied:
             shutil.copytree(self.inputs / name, folder / name)
         return folder
@@ -266,7 +266,6 @@ class Harness:
                 raise SystemExit(f'{name}: {case.arguments(self.inputs)}\n{result["out"]}{result["err"]}')
             sizes = [path.stat().st_size for path in folder.rglob('*') if path.is_file()]
             self.undisturbed[name] = result | dict(content=content(folder), sizes=sizes)
-            shutil.rmtree(folder.parent)
         return self.undisturbed[name]
 
     def draw(self, expected: dict, kind: str) -> dict:
@@ -288,7 +287,6 @@ class Harness:
         fired = first['sent'] or set(first['operations']) & set('KF') or (
             kind == 'limit' and first['status'])
         if not fired:
-            shutil.rmtree(folder.parent)
             return None
         problems = self.judge(case, kind, first)
         lost, more = differences(case, expected['content'], content(folder)) \
@@ -304,8 +302,8 @@ class Harness:
             problems['leftover'] = more[:9]
         if again['status'] and lost or 'Traceback' in again['err']:
             problems['again'] = again['err'][-1500:]
-        if not problems:
-            shutil.rmtree(folder.parent)
+        if problems:
+            folder = folder.parent.rename(self.work / f'problem-{len(self.results)}') / 'w'
         return dict(script=name, fault=kind, **{key: value for draw in arguments.values() for key, value in (
             draw.items() if isinstance(draw, dict) else [('at', draw[1])])}, status=first['status'],
             said=first['err'][-1500:] if problems else '', problems=problems, folder=str(folder))

@@ -37,6 +37,8 @@ class Faults:
                 path = os.readlink(f'/proc/self/fd/{path}')
             except OSError:
                 return False
+            if not path.startswith('/'):                       # a pipe
+                return False
         return os.path.abspath(os.fsdecode(path)).startswith(self.root)
 
     def operation(self, letter: str, name=None, half=None):
