@@ -11,7 +11,7 @@ import pandas as pd
 from scipy.special import stdtrit
 
 import studies
-from dnnlib import UserError
+from dnnlib import UserError, util
 
 PAPER_SEEDS = (3, 33, 520, 2025, 25731)
 
@@ -139,6 +139,7 @@ def save(place: Path, table: pd.DataFrame, rows: pd.DataFrame) -> Path:
 
     Returns the path of the table. Names sort by time, and a result is never overwritten.
     """
+    util.remove_leftovers(place)                               # the names are new every time
     stamp = datetime.datetime.now(datetime.timezone.utc).strftime('%Y%m%d-%H%M%S-%f')
     path = place / f'gaussian_{place.name}-{stamp}.csv'
     for dest, frame in ((seeds_path(path), rows), (path, table)):

@@ -84,6 +84,13 @@ def test_published_tables(case, tmp_path):
             np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-12, err_msg=name)
 
 
+def test_what_a_killed_command_was_writing_is_removed(tmp_path):
+    (tmp_path / 'K').mkdir()
+    (tmp_path / 'K' / '.gaussian_K-20260101-000000-000000.csv.01234567.tmp').touch()
+    run(tmp_path, '--tag=K', '--values=1', '--test-points=20')
+    assert sorted(path.name[:12] for path in (tmp_path / 'K').iterdir()) == ['gaussian_K-2'] * 2
+
+
 def test_published_digits(tmp_path):
     """The file of --tag=K has the paper's columns in the paper's order, and its numbers."""
     run(tmp_path, '--tag=K')

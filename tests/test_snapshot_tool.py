@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import click.testing
 import golden_cases
@@ -15,7 +16,7 @@ from helpers import environment, fails, invoke, script_module
 from PIL import Image
 from test_foreign import as_pickle
 
-from training import encoders, export
+from training import encoders
 from training.flops import count_products
 from training.generate import generate_images
 from training.networks import build_network
@@ -127,7 +128,7 @@ def test_a_conversion_that_was_stopped_or_found_the_disk_full_is_made_again(tmp_
     invoke(*arguments)
     assert (dest.read_bytes(), text.read_text()) == wanted
     with monkeypatch.context() as patch:
-        patch.setattr(export, 'write_json', lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, 'No space left on device')))
+        patch.setattr(Path, 'write_text', lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, 'No space left on device')))
         assert 'No space left' in fails(*arguments, '--overwrite')
     assert (dest.read_bytes(), text.read_text()) == wanted
     dest.unlink()

@@ -75,7 +75,7 @@ def save_safetensors(dest: str, snapshot: Snapshot, dtype=torch.float32):
     last."""
     with atomic_path(dest) as weights, atomic_path(os.path.splitext(dest)[0] + '.json') as text:
         Path(weights).write_bytes(_weights(snapshot, dtype))
-        write_json(text, describe(**vars(snapshot)))
+        Path(text).write_text(json.dumps(describe(**vars(snapshot)), indent=2) + '\n')
         if os.path.exists(dest):
             os.remove(dest)  # old weights must not meet the new description
 

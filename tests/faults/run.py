@@ -147,7 +147,7 @@ def run(case, folder: Path, inputs: Path, fault: dict | None = None, send=None) 
             status = os.waitstatus_to_exitcode(code)
         elif now > start + LIMIT_S:
             os.kill(pid, signal.SIGKILL)
-        elif send and sent is None and now > start + send[1]:
+        elif send and sent is None and now > start + send[1] and pid in session(pid):
             sent = now
             deliver(case, pid, send[0])
         else:
@@ -284,14 +284,14 @@ class Harness:
         folder = self.folder(case)
         arguments = self.draw(expected, kind)
         first = run(case, folder, self.inputs, **arguments)
-        fired = first['sent'] or set(first['operations']) & set('KF') or (
+        stopped = first['status'] or STOPPED in first['out']
+        fired = first['sent'] and stopped or set(first['operations']) & set('KF') or (
             kind == 'limit' and first['status'])
         if not fired:
             return None
         problems = self.judge(case, kind, first)
         lost, more = differences(case, expected['content'], content(folder)) \
             if kind not in ('kill', 'TERM', 'INT') or not first['status'] else (['?'], [])
-        stopped = first['status'] or STOPPED in first['out']
         if not stopped and lost:
             problems['lying'] = lost[:9]                       # all well, it said
         again = run(case, folder, self.inputs)
