@@ -79,7 +79,8 @@ def atomic_path(dest: str, sync: bool = True, is_folder: bool = False):
     it to `dest`.
 
     On any exception it is removed and `dest` stays as it was, so no reader ever sees half of a
-    file. Parent folders are made. What killed processes left of the same name is removed.
+    file; an error of the disk names `dest`. Parent folders are made. What killed processes left of
+    the same name is removed.
     `sync=False` does not wait until the bytes are on the disk: for large files that can be made
     again if the power fails.
     """
@@ -99,8 +100,10 @@ def atomic_path(dest: str, sync: bool = True, is_folder: bool = False):
         elif os.path.isdir(dest) and not os.path.islink(dest):
             shutil.rmtree(dest)
         os.replace(temp, dest)
-    except BaseException:
+    except BaseException as error:
         _remove(temp)
+        if getattr(error, 'errno', None) in DISK_ERRORS and error.filename in (None, temp):
+            error.filename = dest                              # of a write it says no name
         raise
     finally:
         os.close(handle)

@@ -117,6 +117,17 @@ def test_of_a_killed_worker_one_line_is_said(tmp_path):
     assert done.stderr.startswith('a worker process was killed (exit code -9)') and done.stderr.count('\n') == 1
 
 
+@pytest.mark.parametrize('error', [EOFError, BrokenPipeError, ConnectionResetError])
+def test_a_worker_whose_parent_is_gone_is_silent(monkeypatch, error):
+    class Connection:
+        def recv(self):
+            raise error
+
+    monkeypatch.setattr(parallel, '_follow_parent', lambda: None)
+    with signal_handler(signal.SIGTERM, signal.SIG_DFL):
+        parallel._work(print, Connection())
+
+
 def test_a_stop_while_a_worker_ends_is_silent(monkeypatch):
     """SIGTERM of the parent after the last answer, as when Ctrl-C has stopped the item already."""
     class Connection:

@@ -75,4 +75,4 @@ def test_a_network_that_finds_the_disk_full_says_so(tmp_path):
             write_state(tmp_path / 'x.pt', {'x': torch.zeros(9999)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert caught.value.errno == errno.EFBIG and os.listdir(tmp_path) == []
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / 'x.pt')) and os.listdir(tmp_path) == []

@@ -112,7 +112,7 @@ def _work(function, connection):
     threading.Thread(target=_follow_parent, daemon=True).start()
     with contextlib.suppress(KeyboardInterrupt):               # which may come at any moment
         try:
-            with contextlib.suppress(EOFError, BrokenPipeError):
+            with contextlib.suppress(EOFError, ConnectionError):
                 _work_items(function, connection)
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)      # ending, in silence

@@ -262,7 +262,7 @@ class Harness:
             self.need(case.command, case.copied)
             folder = self.folder(case)
             result = run(case, folder, self.inputs)
-            if result['status'] or (case.processes == 1 and result['err'].strip()):
+            if result['status']:
                 raise SystemExit(f'{name}: {case.arguments(self.inputs)}\n{result["out"]}{result["err"]}')
             sizes = [path.stat().st_size for path in folder.rglob('*') if path.is_file()]
             self.undisturbed[name] = result | dict(content=content(folder), sizes=sizes)
@@ -313,7 +313,8 @@ class Harness:
         problems = {}
         if result['left'] or result['soon'] > SOON_S or result['seconds'] > LIMIT_S:
             problems['slow'] = [result['soon'], result['seconds'], result['left']]
-        lines = [line for line in result['err'].splitlines() if line.strip()]
+        lines = [line for line in result['err'].splitlines()   # but for bars of progress
+                 if line.strip() and '%|' not in line]
         if case.processes > 1:                                 # what torchrun says is not ours
             lines = [line for line in lines if 'Error: ' in line and 'torch' not in line] or lines[:1]
         allowed = {'kill': (0, 1), 'rank': (0, 1, 2)}.get(kind, (1,) if result['status'] > 0 else (0,))
