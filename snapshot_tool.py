@@ -8,6 +8,7 @@ import torch
 
 from dnnlib import UserError, cli, url
 from dnnlib.options import choice, text, together
+from dnnlib.util import printable
 from torch_utils.files.identify import Found, family, identify
 from torch_utils.files.pickles import errors_of
 from training import export
@@ -66,7 +67,7 @@ def inspect(file, sha256, weights, settings):
     """
     found = identify(url.download(file, sha256=sha256), weights)
     for key, value in describe(found, dict(settings)).items():
-        print(f'{key:24} {value}')
+        print(f'{printable(key):24} {printable(value)}')
 
 
 @main.command()

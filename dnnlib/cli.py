@@ -98,7 +98,8 @@ class _OneLineErrors:
             rank = int(os.environ.get('RANK', 0))
             where = f'[rank {rank}] ' if rank else ''
             option = _option_of(ctx, error.field) or (error.field if self.names_fields else None)
-            print(f'{where}Error: {error.line(option)}', file=sys.stderr, flush=True)
+            line = util.printable(error.line(option))
+            print(f'{where}Error: {line}', file=sys.stderr, flush=True)
             # Not sys.exit: the other ranks may be waiting in a collective that would never end.
             ctx.exit(1)
         finally:

@@ -130,6 +130,9 @@ def decode_picture(data: bytes) -> np.ndarray | PIL.Image.Image:
                 return _to_rgb(image)
     except BadImage:
         raise
+    except PIL.Image.DecompressionBombError:
+        raise BadImage(f'larger than the {2 * PIL.Image.MAX_IMAGE_PIXELS // 10**6} million pixels '
+                       'that are decoded; make it smaller first') from None
     except PIL.UnidentifiedImageError:
         raise BadImage('not an image, or of an unknown format') from None
     except Exception as error:  # of damaged files: anything from OSError to struct.error

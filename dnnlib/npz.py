@@ -6,8 +6,11 @@ time.
 
 import ast
 import io
+import math
 import struct
 import zipfile
+
+from dnnlib import budget
 
 MAGIC = b'\x93NUMPY'
 MAX_HEADER = 10_000  # bytes, as in NumPy: the parser of longer ones could run out of stack
@@ -44,6 +47,15 @@ def read_npy_header(file: io.BufferedIOBase) -> tuple:
     return tuple(shape), bool(fortran), descr
 
 
+def open_entry(z: zipfile.ZipFile, info: zipfile.ZipInfo):
+    """z.open(info) of a file that is stored or deflated. Raises ValueError for others, of which
+    zipfile unpacks whatever they hold at once.
+    """
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f'{info.filename[:60]} is compressed in an unusual way')
+    return z.open(info)
+
+
 def entry_start(local_header: bytes, offset: int) -> int:
     """Where the data of a zip's file begin whose local header (the first 30 bytes) is at `offset`.
 
@@ -64,9 +76,13 @@ def open_array(path: str, name: str):
     import numpy as np
     with zipfile.ZipFile(path) as z:
         info = z.getinfo(f'{name}.npy')
-        with z.open(info) as file:
-            if info.compress_type != zipfile.ZIP_STORED:
+        if info.compress_type != zipfile.ZIP_STORED:
+            with budget.reading(path), open_entry(z, info) as file:
+                shape, _, descr = read_npy_header(file)
+                budget.spend(memory=math.prod(shape) * np.dtype(descr).itemsize)
+                file.seek(0)
                 return np.lib.format.read_array(file, allow_pickle=False)
+        with z.open(info) as file:
             shape, fortran, descr = read_npy_header(file)
             header = file.tell()
             while file.read(1 << 20):  # which raises BadZipFile at the end, if the CRC is wrong

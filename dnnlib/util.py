@@ -47,6 +47,13 @@ def one_line(error: Exception, length: int = 120) -> str:
     return ' '.join(str(error).split())[:length] or type(error).__name__
 
 
+def printable(text, length: int = 2000) -> str:
+    """A text for a terminal: one line of at most `length`, no control characters. What comes from
+    a file may hold some that a terminal obeys.
+    """
+    return ''.join(c if c.isprintable() else '?' for c in str(text)[:length])
+
+
 @contextlib.contextmanager
 def renamed_fields(**names):
     """Errors of the block whose field is a key of `names` are about the field in its value."""

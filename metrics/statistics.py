@@ -17,6 +17,7 @@ such a file is of no protocol, and taken as of that of the images that it is com
 
 import dataclasses
 import json
+import math
 import os
 import pickle
 
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from dnnlib import UserError
+from dnnlib import UserError, budget
 from dnnlib.url import download
 from dnnlib.util import atomic_path
 from metrics.detectors import PROTOCOLS
@@ -254,6 +255,8 @@ def _array(value) -> np.ndarray:
     """An array or a text as an array that can be written to. Lists may be endless: ValueError."""
     if not isinstance(value, str | np.ndarray | torch.Tensor):
         raise ValueError(f'a {type(value).__name__} instead of an array')
+    if not isinstance(value, str):
+        budget.spend(memory=8 * math.prod(value.shape))     # one may be in many spaces
     return np.require(value, requirements='W')
 
 

@@ -10,14 +10,14 @@ import itertools
 import json
 import math
 import os
-import tarfile
 import zipfile
 
 import numpy as np
 import torch
 
-from dnnlib.npz import read_npy_header
-from torch_utils.files import own, persistence, pickles, torchfile, torchscript
+from dnnlib import budget
+from dnnlib.npz import open_entry, read_npy_header
+from torch_utils.files import own, persistence, pickles, tar, torchfile, torchscript
 from torch_utils.files.own import SNAPSHOT_FORMAT, STATISTICS_FORMAT
 from torch_utils.files.pickles import ForeignPickleError
 
@@ -25,8 +25,6 @@ from torch_utils.files.pickles import ForeignPickleError
 DESCRIPTION = 'snapshot.json'
 FOLDER_WEIGHTS = 'unet/diffusion_pytorch_model.safetensors'
 MAX_JSON = 16 << 20                         # bytes of a description
-MAX_RATIO = 100                             # how far a record of a zip may expand, ...
-FREE_SIZE = 64 << 20                        # ... if it is larger than this
 
 # Kind -> what it is in words.
 KINDS = {
@@ -291,6 +289,10 @@ def _moments(content) -> dict:
 
 
 def _statistics(path, content) -> Found:
+    for table in _moments(content).values():
+        if not all(isinstance(table[key], np.ndarray | torch.Tensor) and table[key].ndim
+                   for key in ('mu', 'sigma')):
+            raise ForeignPickleError('its mu or sigma is no array')
     return Found(path, 'statistics', content, facts={
         space: f'{len(table["mu"])} dimensions' for space, table in _moments(content).items()})
 
@@ -308,9 +310,7 @@ class NpzArrays:
             for info in z.infolist():
                 name = info.filename.removesuffix('.npy')
                 what = f'its array {name[:60]}'
-                if info.file_size > FREE_SIZE and info.file_size > MAX_RATIO * info.compress_size:
-                    raise ForeignPickleError(f'{what} expands more than {MAX_RATIO} times')
-                with z.open(info) as file:
+                with open_entry(z, info) as file:
                     shape, _, descr = read_npy_header(file)
                     dtype = np.dtype(descr)
                     if math.prod(shape) * dtype.itemsize != info.file_size - file.tell():
@@ -322,18 +322,18 @@ class NpzArrays:
         return name in self.facts
 
     def __getitem__(self, name) -> np.ndarray:
-        with np.load(self.path, allow_pickle=False) as z:
+        with np.load(self.path, allow_pickle=False) as z, z.zip.open(f'{name}.npy') as file:
+            shape, _, descr = read_npy_header(file)
+            budget.spend(memory=math.prod(shape) * np.dtype(descr).itemsize)
             return z[name]
 
 
 def _tar(path) -> Found:
     """A tar archive with CIFAR batches among its first files."""
-    with tarfile.open(path, 'r|*') as tar:
-        for member in itertools.islice(tar, 50):
+    with tar.members(path, 'r|*') as (_, members):
+        for member in itertools.islice(members, 50):
             name = os.path.basename(member.name)
             if member.isfile() and name in ('batches.meta', 'meta', 'data_batch_1', 'test_batch'):
                 layout = 'CIFAR-10' if 'batch' in name else 'CIFAR-100'
                 return Found(path, 'cifar-archive', facts=dict(layout=layout))
-            if member.size > 1 << 29:
-                break
     raise ForeignPickleError('it is an archive without CIFAR batches')

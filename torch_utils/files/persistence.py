@@ -9,6 +9,7 @@ import dataclasses
 
 import torch
 
+from dnnlib import budget
 from torch_utils.files import pickles, torchfile
 
 
@@ -24,10 +25,13 @@ class Persistent:
         """Keyword arguments that it was constructed with, arrays as lists. Raises
         ForeignPickleError unless they are plain values.
         """
-        kwargs = self.state.get('_init_kwargs') or {}
-        return pickles.check_plain({
-            key: value.array().tolist() if isinstance(value, pickles.NumpyArray) else value
-            for key, value in kwargs.items()}, 'its list of arguments')
+        kwargs = dict(self.state.get('_init_kwargs') or {})
+        for key, value in kwargs.items():
+            if isinstance(value, pickles.NumpyArray):
+                array = value.array()
+                budget.spend(array.size)                # one array can be under many keys
+                kwargs[key] = array.tolist()
+        return pickles.check_plain(kwargs, 'its list of arguments')
 
 
 def _reconstruct(meta):

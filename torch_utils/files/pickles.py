@@ -8,6 +8,7 @@ the file before anything is read, and large strings of bytes are not copied.
 """
 
 import contextlib
+import itertools
 import mmap
 import os
 import pickletools
@@ -15,10 +16,9 @@ from functools import partialmethod
 
 import numpy as np
 
-from dnnlib import UserError
-from dnnlib.util import one_line
+from dnnlib import UserError, budget
+from dnnlib.util import one_line, printable
 
-MAX_STEPS = 3_000_000       # of one pickle; the largest published files take a tenth of it
 _LARGE = 4096               # strings of bytes from this length on stay where they are
 # Other keys of dictionaries never occur, and hashing deeply nested ones overflows the stack of the
 # interpreter.
@@ -29,16 +29,21 @@ class ForeignPickleError(Exception):
     """A file that is damaged or asks for something that is not on the allow-list."""
 
 
+# What may be wrong with a file, each in words that say it.
+REFUSALS = (ForeignPickleError, budget.TooMuch)
+
+
 @contextlib.contextmanager
 def errors_of(path: str, prefix: str = ''):
     """Whatever goes wrong within while the file `path` is read ends in a UserError of one line
-    that names it.
+    that names it. What it builds is drawn from a budget.
     """
     try:
-        yield
+        with budget.reading(path):
+            yield
     except UserError:
         raise
-    except ForeignPickleError as error:
+    except REFUSALS as error:
         raise UserError(f'{path}: {prefix}{error}') from None
     except OSError as error:
         raise UserError(f'{path}: {prefix}it cannot be read '
@@ -88,7 +93,7 @@ class RestrictedUnpickler:
         self.data = memoryview(data)
         self.position = position
         self._allowed = allowed
-        self._steps = MAX_STEPS
+        self._budget = budget.current(len(self.data))
         self._new_bytes = 0
 
     def load(self):
@@ -97,8 +102,9 @@ class RestrictedUnpickler:
         """
         self._stack, self._marks, self._memo = [], [], {}
         try:
-            while self._steps:
-                self._steps -= 1
+            for step in itertools.count():
+                if not step % 256:
+                    self._budget.spend(256)
                 name, reader, method = _INSTRUCTIONS[self.read(1)[0]]
                 if name == 'STOP':
                     return self._stack.pop()
@@ -106,17 +112,16 @@ class RestrictedUnpickler:
                     raise ForeignPickleError('it is no pickle, or uses an instruction that is not '
                                              f'allowed ({name})')
                 method(self, reader(self) if reader else None)
-        except ForeignPickleError:
+        except REFUSALS:
             raise
         except Exception as error:  # damaged pickles raise nearly anything
             raise ForeignPickleError('it is no readable pickle '
                                      f'({type(error).__name__}: {one_line(error)})') from None
-        raise ForeignPickleError('it has too many parts')
 
     def find_class(self, module: str, name: str):
         """What a global name stands for: a function, or a plain value."""
         if (module, name) not in self._allowed:
-            shown = ''.join(c if c.isprintable() else '?' for c in f'{module}.{name}'[:100])
+            shown = printable(f'{module}.{name}', 100)
             raise ForeignPickleError(f'it asks for {shown}, which is not allowed')
         return self._allowed[module, name]
 
@@ -246,6 +251,7 @@ class RestrictedUnpickler:
         arguments, function = self._stack.pop(), self._stack.pop()
         if not isinstance(function, _Global) or type(arguments) is not tuple:
             raise ForeignPickleError('it calls something that is no function')
+        self._budget.spend(len(arguments))
         value = function.function(*arguments)
         if isinstance(value, bytes):
             self._new_bytes += len(value)
@@ -362,9 +368,11 @@ class NumpyDtype(StandIn):
         self.code = as_text(code)
 
     def numpy(self) -> np.dtype:
-        if self.code not in _NUMBERS:
+        if not isinstance(self.code, str) or self.code not in _NUMBERS:
             raise ValueError('numbers of a type that is not known')
         order = as_text(self.state[1]) if self.state else '|'
+        if not isinstance(order, str) or order not in ('<', '>', '=', '|'):
+            raise ValueError('numbers in an order that is not known')
         return np.dtype((order if order in ('<', '>') else '=') + self.code)
 
 

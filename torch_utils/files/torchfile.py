@@ -14,6 +14,7 @@ import zlib
 import numpy as np
 import torch
 
+from dnnlib import budget
 from dnnlib.npz import LOCAL_HEADER, entry_start
 from torch_utils.files import pickles
 from torch_utils.files.pickles import ForeignPickleError
@@ -203,6 +204,7 @@ def named_tensors(module, children) -> dict[str, torch.Tensor]:
             full = f'{prefix}{name}'
             if parts > MAX_PARTS or len(full) > MAX_NAME:
                 raise ForeignPickleError('its modules are nested without end')
+            budget.spend(memory=100 + len(full))
             if isinstance(child, torch.Tensor):
                 tensors[full] = child
             elif child is not None:
@@ -217,6 +219,7 @@ def state_of(tensors: dict, file_size: int) -> dict[str, torch.Tensor]:
     total = sum(value.numel() * 4 for value in tensors.values())
     if total > 4 * file_size + (1 << 20):
         raise ForeignPickleError('its tensors are larger than the file')
+    budget.spend(memory=total)
     half = (torch.float16, torch.bfloat16)
     return {name: value.float() if value.dtype in half else value
             for name, value in tensors.items()}

@@ -18,8 +18,9 @@ import zlib
 
 import numpy as np
 
+from dnnlib import budget
 from dnnlib.npz import LOCAL_HEADER, entry_start
-from dnnlib.util import DISK_ERRORS, UserError, atomic_path
+from dnnlib.util import DISK_ERRORS, UserError, atomic_path, printable
 
 JSON_NAME = 'dataset.json'
 # What it may say of classes: original index, name and ImageNet folder of each label.
@@ -135,6 +136,9 @@ class ArchiveReader:
         # pread leaves the position alone, so threads and forked processes share one descriptor.
         descriptor = self._file.fileno()
         start = entry_start(os.pread(descriptor, LOCAL_HEADER, offset), offset)
+        if start + packed > os.fstat(descriptor).st_size:
+            raise UserError(f'{self.where(index)} is cut off; copy or make the file again')
+        budget.Budget(packed).spend(memory=size)
         data = os.pread(descriptor, packed, start)
         if method == zipfile.ZIP_DEFLATED:
             data = zlib.decompressobj(-15).decompress(data, size)
@@ -156,6 +160,11 @@ class ArchiveReader:
             raise UserError(f'{self.where(index)} is no valid JSON ({error})') from None
         if not isinstance(value, dict):
             raise UserError(f'{self.where(index)} must hold an object with "labels"')
+        for key, part in value.items():
+            texts = part if key in CLASS_TABLES and isinstance(part, list) else [part]
+            if any(isinstance(text, str) and printable(text, 1000) != text for text in texts):
+                raise UserError(f'{self.where(index)}: {printable(key, 40)} has control '
+                                'characters or more than 1000 letters; write it anew')
         return value
 
 

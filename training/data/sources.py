@@ -28,9 +28,10 @@ from pathlib import Path
 
 import numpy as np
 
+from dnnlib import budget
 from dnnlib.image_io import BadImage, decode_picture, is_image_name
 from dnnlib.util import UserError
-from torch_utils.files import pickles
+from torch_utils.files import pickles, tar
 from training.data import imagenet
 from training.data.archive import CLASS_TABLES, ArchiveReader, count_classes, labels_of
 
@@ -267,7 +268,9 @@ def _read_idx(path: str, dimensions: int) -> np.ndarray:
             if magic != 0x0800 + dimensions:
                 raise ValueError(f'it starts with {magic:#x}')
             # One byte more than there are: at its end, a gzip's checksum is compared.
-            data = file.read(min(math.prod(shape), 1 << 34) + 1)
+            with budget.reading(path):
+                budget.spend(memory=math.prod(shape))
+            data = file.read(math.prod(shape) + 1)
         return np.frombuffer(data, dtype=np.uint8).reshape(shape)
     except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise UserError(f'{path} is damaged or no idx file ({error})') from None
@@ -394,7 +397,10 @@ class CifarSource(JoinedSource):
                     names = [pickles.as_text(value) for value in content[f'{kind}label_names']]
                     continue
                 images = content['data'].array()
-                labels = np.array(content[f'{kind}labels'], dtype=np.int64)
+                labels = content[f'{kind}labels']
+                if not all(type(label) is int for label in labels):
+                    raise ValueError('labels that are no numbers')
+                labels = np.array(labels, dtype=np.int64)
                 if images.dtype != np.uint8 or images.shape != (len(labels), 3072) \
                         or not set(labels.tolist()) <= set(range(len(names))):
                     raise ValueError(f'{images.dtype} data {list(images.shape)} with '
@@ -423,16 +429,16 @@ def _read_tar(path: str, names: set[str]) -> dict[str, bytes]:
     """{base name: content} of the files `names` of CIFAR's archive."""
     files = {}
     try:
-        with tarfile.open(path) as tar:
-            for count, member in enumerate(tar):
+        with tar.members(path) as (archive, members):
+            for count, member in enumerate(members):
                 name = os.path.basename(member.name)
-                if member.isfile() and name in names and member.size < 1 << 29:
-                    files[name] = tar.extractfile(member).read()
+                if member.isfile() and name in names:
+                    files[name] = archive.extractfile(member).read()
                 if count > 50 and not files:
                     return files  # some other archive, perhaps a large one
-            while tar.fileobj.read(1 << 20):
-                pass  # a gzip's checksum is at its end
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+            while archive.fileobj.read(1 << 20):  # a gzip's checksum is at its end
+                budget.spend(memory=1 << 20)
+    except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as error:
         raise UserError(f'{path} is damaged or no tar archive ({error}); '
                         'download it again') from None
     return files
