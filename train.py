@@ -156,7 +156,7 @@ def choose_run(config: dict, outdir: str, name: str, nosubdir: bool, lengths: di
     if folder is None:
         # The embedding is compared as part of the network: earlier versions had other defaults.
         wanted = {key: value for key, value in (config | {'schedule': lengths}).items()
-                  if key != 'embed' and (key, value) != ('seed', None)}
+                  if key not in ('embed', 'nan_patience') and (key, value) != ('seed', None)}
         folder = runs.choose_folder(outdir, name, wanted, lengths['total_kimg'],
                                     config['snap'] > 0, config['dump'] > 0)
     if seed is None:

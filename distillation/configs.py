@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 
 from distillation.dkdm import SOURCES
 from dnnlib import UserError, cli
-from dnnlib.options import fast_products, group, seed, text, together, wandb
+from dnnlib.options import fast_products, group, nan_patience, seed, text, together, wandb
 from torch_utils.files import pickles
 
 FOLDER = Path(__file__).resolve().parent
@@ -309,7 +309,7 @@ run_options = together(
         'running',
         text('PT', '--resume_checkpoint resume_from',
              'modelNNNNNN.pt to go on from, if --outdir has none'),
-        wandb))
+        nan_patience, wandb))
 
 
 def default_outdir(config: str) -> str:

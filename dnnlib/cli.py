@@ -1,7 +1,7 @@
 """What all command lines share: option types, shown defaults, one-line errors.
 
 Use `@click.command(cls=cli.Command)` (or `cli.Group`) and raise `dnnlib.UserError`
-from anywhere below: it ends in one line on stderr and exit code 1. So does SIGTERM, with 143.
+from anywhere below: it ends in one line on stderr and its exit status (1). So does SIGTERM (143).
 """
 
 import atexit
@@ -98,10 +98,11 @@ class _OneLineErrors:
             rank = int(os.environ.get('RANK', 0))
             where = f'[rank {rank}] ' if rank else ''
             option = _option_of(ctx, error.field) or (error.field if self.names_fields else None)
-            line = util.printable(error.line(option))
-            print(f'{where}Error: {line}', file=sys.stderr, flush=True)
+            if not (rank and error.is_shared):
+                line = util.printable(error.line(option))
+                print(f'{where}Error: {line}', file=sys.stderr, flush=True)
             # Not sys.exit: the other ranks may be waiting in a collective that would never end.
-            ctx.exit(1)
+            ctx.exit(error.status)
         finally:
             atexit.unregister(_end_in_silence)
             atexit.register(_end_in_silence)            # what comes last is called first

@@ -23,8 +23,11 @@ class UserError(Exception):
 
     The library knows no command lines: it names the `field` that is wrong, and its `value`. A
     script prints the line without a traceback, with its own option in place of the field
-    (`dnnlib.cli`).
+    (`dnnlib.cli`), and ends with `status`.
     """
+
+    status = 1
+    is_shared = False  # whether every process raises it alike: then the first one prints it
 
     def __init__(self, text: str, field: str | None = None, value=None):
         super().__init__(text)

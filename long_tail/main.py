@@ -22,6 +22,7 @@ from dnnlib.options import (
     fast_products,
     integer,
     integers,
+    nan_patience,
     number,
     path,
     seed,
@@ -105,6 +106,7 @@ options_of_study = together(
     count('--sample_step', 10000, 'Steps between sample grids; 0 = none'),
     integer('--sample_size', 64, 'Images of a grid'),
     count('--eval_step', 0, 'Steps between evaluations during training; 0 = none'),
+    nan_patience,
     integer('--log_step', 100, 'Steps between reports'),
     seed('--seed', 0, 'Seed of weights, data order and noise'),
     fast_products,
@@ -294,7 +296,8 @@ def recipe_of(flags, dataset, first: int) -> recipe.Recipe:
         learning_rate={'name': 'warmup', 'lr': flags.lr, 'warmup': flags.warmup},
         averages={'name': 'constant', 'rates': [flags.ema_decay]}, sampler={'name': 'ddpm'},
         clip_grad_norm=flags.grad_clip or None, bad_gradients=None, layout='steps',
-        status=flags.log_step * batch, checkpoint=flags.save_step * batch or None)
+        status=flags.log_step * batch, checkpoint=flags.save_step * batch or None,
+        nan_patience=flags.nan_patience)
 
 
 def train(flags) -> bool:

@@ -26,18 +26,22 @@ from dnnlib.util import (
     write_bytes,
 )
 from torch_utils import distributed as dist
-from torch_utils.files.weights import load_weights
+from torch_utils.files.weights import NonFiniteError, load_weights, nonfinite
 from torch_utils.stats import RunningMeans
 from training import runs
 from training.checkpoint import LAYOUTS, load_optimizer
+from training.data.batches import DatasetBatches
 from training.ema import AVERAGES, Averages
 from training.encoders import make_encoder
+from training.health import Diverged, Health
 from training.loss_scale import DynamicLossScale
 from training.schedules import LR_SCHEDULES
 from training.snapshot import describe, save_snapshot, snapshot_name
 
 # The optimizers of a recipe, by name.
 OPTIMIZERS = {'Adam': torch.optim.Adam, 'AdamW': torch.optim.AdamW, 'SGD': torch.optim.SGD}
+LOOK_STEPS = 1000   # between looks at the health of a run that reports seldom
+NAMES_SHOWN = 4     # of the files of a batch
 
 
 # The new name of broadcast_buffers is not known to older versions of torch.
@@ -88,6 +92,9 @@ class Trainer:
         self.checkpoints = layout(self.run_dir, recipe.batch,
                                   lambda: describe(net, **self.snapshot))
         self.means = RunningMeans(self.device)
+        self.health = Health(self.device, self.per_process)
+        self._warned = False
+        self._finite = None, True                             # nimg, and whether the weights were
         self.nimg = recipe.first_nimg
         self.stop_requested = False
         self._session_start = time.time()                     # if there was but one session
@@ -171,31 +178,84 @@ class Trainer:
         scaling = self.loss_scale.value if self.loss_scale else self.recipe.ls
         factor = scaling / self.per_process             # the gradient is the mean over processes
         several = dist.get_world_size() > 1
+        losses = []
         for offset in range(0, self.per_process, self.batch_gpu):
             last = offset + self.batch_gpu >= self.per_process
             # Processes exchange gradients in the last backward pass only.
             with contextlib.nullcontext() if last or not several else self.model.no_sync():
                 loss, terms = self.loss(self.model, next(steps))
                 (loss.sum() * factor).backward()
+            losses.append(loss.detach())
             self.means.add({f'Loss/{name}': values for name, values in terms.items()})
-        if self._clean_gradients(scaling):
+        if self._clean_gradients(scaling, losses):
             self.optimizer.step()
             self.ema.update(self.net, self.nimg, self.recipe.batch)
         self.nimg += self.recipe.batch
 
-    def _clean_gradients(self, scaling: float) -> bool:
+    def _clean_gradients(self, scaling: float, losses: list) -> bool:
         """Brings the gradients to their own scale; False if they overflowed, to skip the step."""
         grads = [p.grad for p in self.net.parameters() if p.grad is not None]
         if self.loss_scale and not self.loss_scale.update(grads):
+            self.health.add(self.nimg, losses, skipped=True)
             return False
         if scaling != 1:
             torch._foreach_div_(grads, scaling)
+        norms = None
         if self.recipe.bad_gradients is not None:
+            norms = torch._foreach_norm(grads)
             for grad in grads:
                 grad.nan_to_num_(*self.recipe.bad_gradients)
+        self.health.add(self.nimg, losses, norms)
         if self.recipe.clip_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.clip_grad_norm)
         return True
+
+    # --- Divergence -----------------------------------------------------------------------------
+
+    def _look(self, *_):
+        """Warns of the first loss that was not finite. Raises Diverged at the end of the run's
+        patience, and at the end of the run if it learned nothing in most of its steps.
+        """
+        streak, unskipped, first = self.health.look()
+        if first >= 0 and not self._warned:
+            self._warned = True
+            images = self.health.first_images(first)
+            self.log(f'Warning: in the step after {first} images the loss of {len(images)} of '
+                     f'{self.recipe.batch} is not finite{self._files(first, images)}')
+        patience = self.recipe.nan_patience
+        what = f'losses or gradients of the last {streak} steps'
+        diverged = streak >= patience
+        if self.nimg >= self.recipe.total_nimg and not diverged:
+            diverged = 2 * unskipped > self.health.steps
+            if not self._is_finite():
+                what = 'weights'
+                diverged = True
+            elif unskipped and not (patience and diverged):
+                self.log(f'Warning: {what} are not finite')
+        if patience and diverged:
+            numbers = self.checkpoints.numbers()
+            kept = f'{self.checkpoints.path(numbers[-1])} is kept' if numbers else (
+                'there is no checkpoint')
+            text = (f'{self.run_dir} has diverged: {what} are not finite after {self.nimg} images;'
+                    f' {kept}. Lower the learning rate, or look at what log.txt warns of')
+            self.log(text, show=False)
+            dist.barrier()
+            raise Diverged(text)
+
+    def _files(self, first: int, images: list[int]) -> str:
+        """': a.png, b.png and 3 more' for images of the step after `first`, if files have them."""
+        if not self.leads or not isinstance(self.batches, DatasetBatches):
+            return ''
+        names = self.batches.files([first + i for i in images[:NAMES_SHOWN]])
+        more = f' and {len(images) - len(names)} more' if len(images) > len(names) else ''
+        return f': {", ".join(names)}{more}'
+
+    def _is_finite(self) -> bool:
+        """Whether the weights and their averages are, on every process."""
+        if self._finite[0] != self.nimg:
+            states = [net.state_dict() for net in (self.net, *self.ema.emas)]
+            self._finite = self.nimg, not dist.any_rank(any(map(nonfinite, states)))
+        return self._finite[1]
 
     @property
     def _count(self):
@@ -214,7 +274,9 @@ class Trainer:
 
     def _after_step(self):
         recipe = self.recipe
+        seldom = LOOK_STEPS * recipe.batch
         for every, function in ((recipe.status, self._report),
+                                (min(recipe.status or seldom, seldom), self._look),
                                 (recipe.snapshot, self._save_snapshots), *self.callbacks,
                                 (recipe.checkpoint, self._save_checkpoint)):
             if self._due(every):
@@ -240,6 +302,8 @@ class Trainer:
         except (UserError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f'{path} is of another recipe ({one_line(error, 200)})') from None
         self.means.load_state_dict(state['means'])
+        if 'health' in state:                                 # earlier versions have none
+            self.health.resume(state['health'])
         if len(state['batches']) == dist.get_world_size():
             batches = state['batches'][dist.get_rank()]
             self.batches.load_state_dict(self.checkpoints.load_share(path, batches))
@@ -252,6 +316,10 @@ class Trainer:
         self._session_start -= state['train_seconds']
 
     def _save_checkpoint(self, *_):
+        if not self._is_finite():
+            self.log(f'Warning: no checkpoint of {self.nimg} images: its weights are not finite')
+            return
+        health = self.health.counts()
         means = self.means.state_dict()
         batches = self.checkpoints.save_share(self.nimg, self.batches.state_dict())
         batches = dist.gather_objects(batches)
@@ -259,7 +327,7 @@ class Trainer:
             state = {
                 'nimg': self.nimg, 'recipe': self.settings, 'net': self.net.state_dict(),
                 'ema': self.ema.state_dict(), 'optimizer': self.optimizer.state_dict(),
-                'means': means, 'batches': batches,
+                'means': means, 'health': health, 'batches': batches,
                 'train_seconds': time.time() - self._session_start}
             if self.loss_scale:
                 state['loss_scale'] = {'lg': self.loss_scale.lg}
@@ -269,9 +337,13 @@ class Trainer:
     def _save_snapshots(self, *_):
         if self.leads:
             for net, suffix, std in self.ema.get(self.net):
-                save_snapshot(self._path(snapshot_name(self.nimg, suffix)), net, nimg=self.nimg,
-                              ema_std=std, dtype=getattr(torch, self.recipe.snapshot_dtype),
-                              **self.snapshot)
+                path = self._path(snapshot_name(self.nimg, suffix))
+                try:
+                    save_snapshot(path, net, nimg=self.nimg, ema_std=std,
+                                  dtype=getattr(torch, self.recipe.snapshot_dtype),
+                                  **self.snapshot)
+                except NonFiniteError as error:
+                    self.log(f'Warning: no {path}: {error}')
             if os.path.exists(self._path('stats.jsonl')):
                 pictures.save_loss_curve(self._path('stats.jsonl'), self._path('loss.png'))
 
@@ -305,9 +377,10 @@ class Trainer:
                 project=wandb_project, dir=path, config=self.settings, resume='allow',
                 name=os.path.basename(path), id=hashlib.sha256(path.encode()).hexdigest()[:16]))
 
-    def log(self, text):
+    def log(self, text, show: bool = True):
         if self.leads:
-            tqdm.write(text)
+            if show:
+                tqdm.write(text)
             with open(self._path('log.txt'), 'a') as f:
                 f.write(text + '\n')
 
@@ -324,6 +397,8 @@ class Trainer:
                   'Timing/total_sec': seconds, 'Resources/cpu_mem_gb': memory}
         if self.loss_scale:
             values['Progress/lg_loss_scale'] = self.loss_scale.lg
+        faults = self.health.report()
+        values |= {f'Health/{name}': number for name, number in faults.items()}
         count = f'nimg {format_count(self.nimg):<9}'
         if self.checkpoints.counts_steps:
             count = f'step {self._count:<9}'
@@ -337,6 +412,8 @@ class Trainer:
             line += f'  gpumem {peak:.2f}G'
         for name, row in means.items():
             line += f'  {name.removeprefix("Loss/")} {row["mean"]:.4f}'
+        for name, number in faults.items():
+            line += f'  {name} {number}'
         self.log(line)
         if self.leads:
             rows = means | {name: {'mean': value, 'std': 0.0} for name, value in values.items()}

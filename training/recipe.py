@@ -43,6 +43,7 @@ class Recipe:
     batch_gpu      images of one forward pass; None: all of a process
     ls             factor of the loss against underflow of float16 gradients, divided out again
     loss_scale     settings of a `DynamicLossScale` in its place, or None
+    nan_patience   bad steps in a row that end the run (see training.health); 0: none do
     bench          cuDNN may choose the fastest convolutions
     """
 
@@ -69,6 +70,7 @@ class Recipe:
     checkpoint: int | None = None
     ls: float = 1.0
     loss_scale: dict | None = None
+    nan_patience: int = 100
     bench: bool = True
     compile: bool = False
 
@@ -91,7 +93,7 @@ class Recipe:
 
 # Fields that may change from one start of a run to the next.
 RUNNING = ('total_nimg', 'batch_gpu', 'status', 'snapshot', 'checkpoint', 'ls', 'loss_scale',
-           'bench', 'compile')
+           'nan_patience', 'bench', 'compile')
 
 
 def _flatten(values: dict, path: str = '') -> dict:

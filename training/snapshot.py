@@ -21,7 +21,7 @@ from dnnlib.util import atomic_path, matching_names
 from torch_utils.files.identify import Found, identify
 from torch_utils.files.own import SNAPSHOT_FORMAT
 from torch_utils.files.pickles import ForeignPickleError, errors_of
-from torch_utils.files.weights import load_weights
+from torch_utils.files.weights import NonFiniteError, load_weights, nonfinite
 from training import encoders
 from training.diffusion.samplers import family_sampler
 from training.networks import check_arguments, rebuild_network
@@ -81,10 +81,14 @@ def describe(net, *, encoder, dataset, recipe, sampler=None, nimg=0, ema_std=Non
 
 def stored_state(net, dtype) -> dict:
     """The weights of a network on the CPU: parameters as `dtype`, buffers (frequencies, filters,
-    statistics) as they are.
+    statistics) as they are. Raises NonFiniteError if a value is not finite, or not as `dtype`.
     """
-    parameters = {name: value.to(dtype) for name, value in net.named_parameters()}
-    return {name: value.detach().cpu() for name, value in (net.state_dict() | parameters).items()}
+    parameters = {name: value.detach().to(dtype) for name, value in net.named_parameters()}
+    state = net.state_dict() | parameters
+    if names := nonfinite(state):
+        raise NonFiniteError(f'weights that are not finite, or not as {dtype}, are not written: '
+                             f'{names[0]}, in all {len(names)} of {len(state)} tensors')
+    return {name: value.cpu() for name, value in state.items()}
 
 
 def save_snapshot(path, net, *, dtype=torch.float16, **description):

@@ -49,6 +49,33 @@ def load_weights(net: torch.nn.Module, state: dict, source: str) -> torch.nn.Mod
     return net
 
 
+class NonFiniteError(UserError):
+    """Weights with values that are NaN or infinite."""
+
+
+def nonfinite(state: dict) -> list[str]:
+    """Names of the tensors with values that are NaN or infinite.
+
+    One pass over the values; waits for the device.
+    """
+    floats = {name: value.detach() for name, value in state.items()
+              if value.is_floating_point() and value.numel()}
+    finite = [torch.stack(value.aminmax()).isfinite().all() for value in floats.values()]
+    flags = torch.stack(finite).tolist() if finite else []
+    return [name for name, flag in zip(floats, flags, strict=True) if not flag]
+
+
+def check_finite(state: dict, source: str) -> dict:
+    """`state`; raises NonFiniteError unless all weights are finite."""
+    names = nonfinite(state)
+    if names:
+        more = f' and {len(names) - 1} more' if len(names) > 1 else ''
+        raise NonFiniteError(f'{source}: its weights are not finite (NaN or infinite) in '
+                             f'{names[0][:100]}{more} of {len(state)} tensors; its training '
+                             'diverged: take an earlier one', 'allow_nonfinite')
+    return state
+
+
 def fingerprint(state, head: str = '') -> str:
     """16 hexadecimal digits that depend on `head` and on the (name, tensor) pairs `state` alone,
     not on their file.

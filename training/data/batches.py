@@ -1,5 +1,6 @@
 """Batches for training from a data set: they depend on the seed and the image count alone."""
 
+import copy
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -60,6 +61,11 @@ class DatasetBatches:
                     images = torch.where(chosen, images.flip(3), images)
                 images = self.encoder.encode_latents(images, random)
                 yield {'images': images, 'labels': labels, 'random': random, 'start': start}
+
+    def files(self, positions) -> list[str]:
+        """Names of the images at positions of the run."""
+        order = copy.deepcopy(self.order)                     # one that goes forward is not moved
+        return [self.dataset.where(index) for index in order.indices(positions)]
 
     def _load(self, item):
         """(start, images or where they are on the GPU, labels)"""
