@@ -71,7 +71,9 @@ def save_trajectory(path: str, rows: list[dict], title: str):
 @options.image_class
 @options.batch(64)
 @options.sampling
-def main(expdir, knn_ref, log, seeds, subdirs, class_, batch, sampler, precision):
+@options.allow_nonfinite
+def main(expdir, knn_ref, log, seeds, subdirs, class_, batch, sampler, precision,
+         allow_nonfinite):
     """Measure the memorization ratio of every snapshot of a run.
 
     As calculate_metrics.py memorization does. Writes a table, the curve of the ratio over training
@@ -123,7 +125,7 @@ def main(expdir, knn_ref, log, seeds, subdirs, class_, batch, sampler, precision
         last = file == snapshots[-1]
         if row is None or (last and not os.path.isfile(stem + '-pairs.png')):
             nimg, copies = measure(expdir, name, seeds, training, batch, subdirs, class_=class_,
-                                   sampler=sampler)
+                                   sampler=sampler, allow_nonfinite=allow_nonfinite)
             row = dict(snapshot=name, modified=modified, nimg=nimg, ema=file.average,
                        **copies.results())
             if last and dist.get_rank() == 0:

@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from dnnlib import UserError, cli
 from dnnlib.options import integer, text
+from torch_utils.files.weights import check_finite
 from training import phema, snapshot
 
 
@@ -41,7 +42,8 @@ def reconstruct(indir, outstd, inprefix=None, instd=None, outdir=None, outprefix
     for first in range(0, len(outstd), batch):
         stds = outstd[first:first + batch]
         coefficients = phema.solve_coefficients(in_nimg, in_std, last, stds)
-        weights = (snapshot.read_weights(file.path) if state is None else state
+        weights = (snapshot.read_weights(file.path) if state is None
+                   else check_finite(state, file.path)
                    for file, state in zip(files, states, strict=True))
         bar = tqdm(weights, unit='snapshot', total=len(files), disable=None)
         for std, state in zip(stds, phema.combine(bar, coefficients, parameters), strict=True):

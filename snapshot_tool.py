@@ -11,6 +11,7 @@ from dnnlib.options import choice, text, together
 from dnnlib.util import printable
 from torch_utils.files.identify import Found, family, identify
 from torch_utils.files.pickles import errors_of
+from torch_utils.files.weights import nonfinite
 from training import export
 from training.data.archive import check_parent
 from training.flops import count_products
@@ -90,7 +91,8 @@ def flops(file, sha256, weights, settings, preset):
         with torch.device('meta'):
             net = build_network(**network_of(preset))
     else:
-        net = load_snapshot(file, sha256=sha256, weights=weights, options=dict(settings)).net
+        net = load_snapshot(file, sha256=sha256, weights=weights, options=dict(settings),
+                            allow_nonfinite=True).net
     parameters = sum(value.numel() for value in net.parameters())
     products, (channels, side, _) = count_products(net)
     for key, value in {'image': f'{side}x{side}, {channels} channels',
@@ -170,6 +172,8 @@ def describe(found: Found, options: dict | None = None) -> dict:
         numbers = sum(value.numel() for value in found.state.values())
         lines['parameters'] = (f'{numbers:,} numbers in {len(found.state)} tensors '
                                '(buffers included)')
+        if names := nonfinite(found.state):
+            lines['not finite'] = f'{len(names)} tensors, the first {names[0]}'
     return {key: ' '.join(str(value)[:300].split()) for key, value in (lines | training).items()}
 
 

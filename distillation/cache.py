@@ -22,6 +22,7 @@ from torch_utils.files.pickles import (
     ForeignPickleError,
     NumpyArray,
     RestrictedUnpickler,
+    errors_of,
     map_file,
 )
 
@@ -99,9 +100,9 @@ def open_cache(path: str) -> tuple[Cache, dict | None]:
     """
     if not os.path.isfile(path):
         raise UserError(f'{path}: there is no such cache; make it with dynamic_prepare.py')
+    with errors_of(path), open(path, 'rb') as file:
+        head = file.read(9)
     try:
-        with open(path, 'rb') as file:
-            head = file.read(9)
         if head[:1] == b'\x80' and head[8:] != b'{':  # where the text of safetensors begins
             cache = _read_published(path)
             metadata = None

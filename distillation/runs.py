@@ -22,15 +22,15 @@ ENDLESS = 10**9             # steps
 # --- Networks ------------------------------------------------------------------------------------
 
 
-def build(section: configs.Network, path: str = '') -> torch.nn.Module:
+def build(section: configs.Network, path: str = '', **options) -> torch.nn.Module:
     """The DiscreteDenoiser of a section, on the CPU, with the weights of a file in guided
-    diffusion's format, if any.
+    diffusion's format, if any; `options` go to `load_weights`.
 
     Raises UserError for sizes that do not fit, saying what differs.
     """
     net = build_network(**section.arguments())
     if path:
-        load_weights(net.model, read_state_dict(path), path)
+        load_weights(net.model, read_state_dict(path), path, **options)
     return net
 
 

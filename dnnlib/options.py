@@ -88,6 +88,9 @@ def _of_sampler(name: str, text: str, type=POSITIVE, of='network'):  # noqa: A00
     return number(name, None, f'{text}  [default: of the {of}]', type)
 
 
+allow_nonfinite = click.option('--allow-nonfinite', '--allow_nonfinite', is_flag=True,
+                               help='Take a network of NaN and infinite weights too')
+
 # What makes the images.
 network = group(
     'network',
@@ -104,7 +107,8 @@ network = group(
          'Guide only where the noise level is above LO and at most HI  [default: everywhere]',
          type=cli.Parsed('interval', _interval)),
     text('NAME|DIR', '--model-url', 'Autoencoder of latents: hub name or folder  '
-         '[default: of the snapshot]'))
+         '[default: of the snapshot]'),
+    allow_nonfinite)
 
 # How they are sampled. An option that the sampler does not know is refused.
 samplers = group(

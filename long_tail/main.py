@@ -120,6 +120,7 @@ options_of_study = together(
     path('--fid_cache', './stats/cifar10.train.npz', 'Reference statistics (make_stats.py)'),
     switch('fid_use_torch', 'Compute the Frechet distance by torch, on the GPU if there is one'),
     evaluation.detector_options,
+    switch('allow_nonfinite', 'Evaluate a network of NaN and infinite weights too'),
     switch('prd', 'Precision and recall of distributions, F_8 and F_1/8', True),
     switch('improved_prd', 'Improved precision and recall', True),
     switch('recognition', 'Share of samples that a classifier recognises (--detector=pixels)'),
@@ -250,13 +251,14 @@ def evaluated(flags) -> tuple[str | None, int]:
     return find_checkpoint(folder, 0 if flags.train else flags.ckpt_step)
 
 
-def load_average(path: str, net: torch.nn.Module):
+def load_average(path: str, net: torch.nn.Module, allow_nonfinite: bool = False):
     """Loads the averaged weights of a checkpoint, of this project or a published one.
 
-    Raises UserError that names the file and the first tensors that do not fit.
+    Raises UserError that names the file and the first tensors that do not fit, or are not finite.
     """
     found = identify(path, 'ema_model')
-    load_weights(net if found.kind == 'snapshot' else net.model, found.state, path)
+    load_weights(net if found.kind == 'snapshot' else net.model, found.state, path,
+                 allow_nonfinite)
 
 
 def start_of(flags) -> tuple[str | None, int]:
@@ -345,7 +347,7 @@ def evaluate(flags):
     net = None
     if not flags.sampled:
         net = build_network(**network_of(flags))
-        load_average(path, net)
+        load_average(path, net, flags.allow_nonfinite)
         net.eval().requires_grad_(False).to(dist.get_device())
     run(net, step)
 

@@ -108,7 +108,9 @@ with --disc=vp, as published. The same command goes on with a run that was stopp
 @click.option('--subdirs', is_flag=True,
               help='Changes nothing: a class is one file, which has no folders')
 @options.sampling
-def main(outdir, seeds, batch, class_num, classes, network, subdirs, sampler, precision):
+@options.allow_nonfinite
+def main(outdir, seeds, batch, class_num, classes, network, subdirs, sampler, precision,
+         allow_nonfinite):
     """Generate labelled images by the million, one file for each class.
 
     Every image depends on its seed and class alone. The work is split over the processes of
@@ -116,7 +118,8 @@ def main(outdir, seeds, batch, class_num, classes, network, subdirs, sampler, pr
     """
     dist.init(precision)
     with dist.rank0_first():
-        snapshot = load_denoiser(network, dist.get_device())
+        snapshot = load_denoiser(network, dist.get_device(),
+                                 allow_nonfinite=allow_nonfinite)
     count, shape = check_network(snapshot, network, class_num)
     classes = range(count) if classes is None else classes
     if max(classes) >= count:

@@ -1,20 +1,21 @@
 """A training that has diverged says so and ends with status 3; weights that are not finite are neither written nor used."""
 
-import glob
 import json
 import re
 
 import click.testing
 import helpers
+import numpy as np
 import pytest
 import torch
 from helpers import invoke, run, script_module
 
+from dnnlib import UserError
 from torch_utils.files.own import read_own
 from training.data.batches import DatasetBatches
 from training.data.dataset import ImageDataset
 from training.encoders import RGBEncoder
-from training.health import Diverged, Health
+from training.health import Diverged
 from training.recipe import Recipe, fit
 
 EDM2 = ['train_edm2.py', '--preset=digits', '--channels=8', '--batch=64', '--status=1024', '--snapshot=4096',
@@ -119,6 +120,9 @@ def test_every_trainer_has_its_patience(trainer, digits, teacher, tmp_path):
 
 class Line(torch.nn.Module):
     """One weight of each tensor."""
+
+    class_name = 'Line'
+    init_kwargs = {}
 
     def __init__(self, tensors: int = 1):
         super().__init__()
@@ -262,3 +266,118 @@ def test_two_processes_count_as_one(digits, tmp_path):
                      for line in open(outdir / 'stats.jsonl')])
     assert rows[0] == rows[1] and rows[0][-1]['Health/nonfinite_losses']['mean'] == 1024
     assert len(re.findall(r'exitcode *: 3', result.stderr)) == 2, result.stderr
+
+
+# --- Files with weights that are not finite -----------------------------------------------------
+
+
+def poison(path, dest, key=None):
+    """The file `path` with a NaN in its last weight of some size, at `dest`."""
+    content = torch.load(path, weights_only=True)
+    weights = content[key] if key else content
+    name = [name for name, value in weights.items() if value.ndim > 1][-1]
+    weights[name].view(-1)[-1] = torch.nan
+    torch.save(content, dest)
+    return name
+
+
+@pytest.fixture(scope='module')
+def bad(digits, teacher, tmp_path_factory):
+    """A folder with good.pkl, guided.pt, classifier.pkl, and in a run and beside it what is poisoned of each."""
+    folder = tmp_path_factory.mktemp('bad')
+    (folder / 'run').mkdir()
+    invoke(*EDM2[:4], f'--data={digits}', f'--outdir={folder / "good"}', '--duration=128', '--snapshot=64')
+    invoke('synthetic_data/train_classifier.py', f'--data={digits}', f'--outdir={folder / "c"}', '--model=wrn-10-1',
+           '--duration=32', '--batch=32')
+    good = sorted((folder / 'good').glob('*-0.100.pkl'))[-1]
+    poison(good, folder / 'run' / 'network-snapshot-0000001-0.100.pkl', 'state')
+    poison(good, folder / 'bad.pkl', 'state')
+    poison(teacher, folder / 'bad.pt')
+    poison(*(folder / 'c').glob('*.pkl'), folder / 'classifier.pkl', 'state')
+    (folder / 'classes').mkdir()
+    for label in range(10):
+        np.save(folder / 'classes' / f'{label}.npy', np.zeros([4, 8, 8, 3], np.uint8))
+    good.rename(folder / 'good.pkl')
+    return folder
+
+
+def opening(script, bad, digits, out) -> list:
+    """A command that opens a network of NaN."""
+    distilled = [f'--config={helpers.ROOT / DISTILLED}', *(f'student.{item}' for item in TINY)]
+    return {
+        'generate_images.py': ['--net', bad / 'bad.pkl', '--outdir', out / 'o', '--steps=2', '--seeds=0'],
+        'calculate_metrics.py': ['memorization', '--net', bad / 'bad.pkl', '--data', digits, '--num=2', '--steps=2',
+                                 '--dest', out / 'o.json'],
+        'mem_ratio.py': ['--expdir', bad / 'run', '--knn-ref', digits, '--seeds=0-1', '--steps=2', '--log', out / 'o.json'],
+        'synthetic_data/generate.py': ['--network', bad / 'bad.pkl', '--outdir', out / 'o', '--seeds=0', '--steps=2'],
+        'distillation/scripts/image_sample.py': [*distilled, '--model_path', bad / 'bad.pt', '--num_samples=2',
+                                                 '--timestep_respacing=2', '--dest', out / 'o.npz'],
+    }[script]
+
+
+SAMPLING = ['generate_images.py', 'calculate_metrics.py', 'mem_ratio.py', 'synthetic_data/generate.py',
+            'distillation/scripts/image_sample.py']
+
+
+@pytest.mark.parametrize('script', SAMPLING)
+def test_a_network_of_nan_is_not_sampled_unasked(script, bad, digits, tmp_path):
+    args = opening(script, bad, digits, tmp_path)
+    error = helpers.fails(script, *args)
+    assert 'its weights are not finite' in error and 'bad.p' in error or 'network-snapshot-0000001-0.100.pkl' in error
+    assert 'take an earlier one' in error and not list(tmp_path.iterdir())
+    invoke(script, *args, '--allow-nonfinite')
+    assert list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('script, args', [
+    ('generate_images.py', ['--net={bad}/good.pkl', '--gnet={bad}/bad.pkl', '--guidance=2', '--outdir={out}/o']),
+    ('calculate_metrics.py', ['gen', '--net={bad}/bad.pkl', '--ref={digits}', '--metrics=fd_pixels', '--num=2']),
+    ('train.py', ['--data={digits}', '--outdir={out}/o', '--transfer={bad}/bad.pkl', '--num-channels=8', '--cres=1',
+                  '--num-blocks=1', '--augment=0']),
+    ('reconstruct_phema.py', ['--indir={bad}/run', '--outstd=0.12', '--outdir={out}/o']),
+    ('snapshot_tool.py', ['convert', '{bad}/bad.pkl', '--dest={out}/o.safetensors']),
+    ('synthetic_data/select_1M.py', ['--model_path={bad}/classifier.pkl', '--data_dir={bad}/classes', '--output_dir={out}/o']),
+    ('distillation/scripts/image_kd.py', ['--config=' + str(helpers.ROOT / DISTILLED), 'teacher.model_path={bad}/bad.pt',
+                                          *(f'teacher.{item}' for item in TINY), *(f'student.{item}' for item in TINY)]),
+    ('distillation/scripts/image_train.py', ['--config=' + str(helpers.ROOT / DISTILLED), '--data_dir={digits}',
+                                             'student.model_path={bad}/bad.pt', *(f'student.{item}' for item in TINY)])])
+def test_nor_used_otherwise(script, args, bad, digits, tmp_path):
+    error = helpers.fails(script, *(arg.format(bad=bad, digits=digits, out=tmp_path) for arg in args))
+    assert re.search(r'(bad\.pkl|bad\.pt|classifier\.pkl|0\.100\.pkl): its weights are not finite', error), error
+    assert not list(tmp_path.iterdir())
+
+
+def test_long_tail_evaluates_it_only_when_allowed(tmp_path):
+    script = helpers.script_module('long_tail/main.py')
+    net = torch.nn.Module()
+    net.model = torch.nn.Linear(2, 2)
+    torch.save({'ema_model': {'weight': torch.full([2, 2], torch.inf), 'bias': torch.ones(2)}}, tmp_path / 'ckpt_1.pt')
+    with pytest.raises(UserError, match='ckpt_1.pt: its weights are not finite .* in weight of 2 tensors'):
+        script.load_average(str(tmp_path / 'ckpt_1.pt'), net)
+    script.load_average(str(tmp_path / 'ckpt_1.pt'), net, True)
+    assert net.model.weight.isinf().all()
+    assert script.settings(['--train', '--data_type=digits', '--img_size=8', '--allow_nonfinite']).allow_nonfinite
+
+
+def test_inspect_names_it(bad):
+    assert re.search('not finite +1 tensors, the first ', invoke('snapshot_tool.py', 'inspect', bad / 'bad.pkl'))
+    assert 'not finite' not in invoke('snapshot_tool.py', 'inspect', bad / 'good.pkl')
+
+
+def test_what_half_precision_makes_infinite_is_not_written(bad, tmp_path):
+    """Neither by an export nor by a training, which says so once and goes on."""
+    content = torch.load(bad / 'good.pkl', weights_only=True)
+    name = next(name for name, value in content['state'].items() if value.ndim > 1)
+    content['state'][name] = torch.full_like(content['state'][name], 65519.0, dtype=torch.float32)
+    torch.save(content, tmp_path / 'large.pkl')
+    invoke('snapshot_tool.py', 'convert', tmp_path / 'large.pkl', '--dest', tmp_path / 'half.pkl', '--dtype=float16')
+    content['state'][name] += 1
+    torch.save(content, tmp_path / 'large.pkl')
+    error = helpers.fails('snapshot_tool.py', 'convert', tmp_path / 'large.pkl', '--dest', tmp_path / 'a.pkl',
+                          '--dtype=float16')
+    assert 'not as torch.float16' in error and name in error and not (tmp_path / 'a.pkl').exists()
+    invoke('snapshot_tool.py', 'convert', tmp_path / 'large.pkl', '--dest', tmp_path / 'b.pkl')
+    train(tmp_path / 'run', Faults(), 16, learning_rate={'name': 'constant', 'lr': 1e5}, snapshot=8, checkpoint=8)
+    log = (tmp_path / 'run' / 'log.txt').read_text()
+    assert log.count('Warning: no ') == 4 and 'network-snapshot-0000000-0.050.pkl: weights that are not finite' in log
+    assert not list((tmp_path / 'run').glob('*.pkl')) and (tmp_path / 'run' / 'training-state-0000000.pt').exists()

@@ -49,4 +49,5 @@ class RunningMeans:
         they were.
         """
         first = float(dist.get_rank() == 0)
-        self._sums = {name: sums.to(self.device) * first for name, sums in state.items()}
+        self._sums = {name: sums.to(self.device).reshape(3) * first
+                      for name, sums in state.items()}

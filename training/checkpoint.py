@@ -15,9 +15,10 @@ from collections.abc import Callable
 import torch
 
 from dnnlib import UserError
-from dnnlib.util import matching_names
+from dnnlib.util import matching_names, one_line
 from torch_utils.files.identify import identify
 from torch_utils.files.own import read_own
+from torch_utils.files.pickles import UnreadableError
 from training.snapshot import read_weights, write_state
 
 
@@ -47,6 +48,30 @@ def read_published(path: str) -> dict | None:
         return state | dict(net=content['net'], optimizer=content['optimizer'],
                             ema=content['ema'], nimg=content['state']['cur_nimg'])
     return None
+
+
+class CheckpointError(UserError):
+    """A checkpoint that this run cannot go on from; an older one may do."""
+
+    kind = 'checkpoint'
+
+
+class DamagedCheckpointError(CheckpointError):
+    kind = 'damaged checkpoint'
+
+
+# What content of another shape raises.
+WRONG = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
+
+def _read(path: str):
+    """`read_own`; raises DamagedCheckpointError, or UnreadableError."""
+    try:
+        return read_own(path)
+    except UnreadableError:
+        raise
+    except UserError as error:
+        raise DamagedCheckpointError(error.text) from None
 
 
 class Checkpoints:
@@ -84,10 +109,12 @@ class Checkpoints:
         return {self.path(self.number(state['nimg'])): state}
 
     def read(self, path: str) -> dict:
-        """The content of the checkpoint at `path`. Raises UserError if it is damaged."""
+        """The content of the checkpoint at `path`. Raises CheckpointError if it is
+        damaged.
+        """
         try:
-            return read_own(path)
-        except UserError:
+            return _read(path)
+        except DamagedCheckpointError:
             content = read_published(path)
             if content is None:
                 raise
@@ -105,27 +132,44 @@ class Checkpoints:
             write_state(path, content)
 
     def load(self, path: str) -> dict:
-        """The loop's state in a checkpoint. Raises UserError if it is damaged or no checkpoint."""
-        return self.unpack(self.read(path), path) | {'path': path}
+        """The loop's state in a checkpoint. Raises CheckpointError if it is damaged or no
+        checkpoint, UnreadableError if that cannot be known.
+        """
+        try:
+            return self.unpack(self.read(path), path) | {'path': path}
+        except (CheckpointError, UnreadableError):
+            raise
+        except UserError as error:
+            raise CheckpointError(error.text) from None
+        except WRONG as error:
+            raise CheckpointError(f'{path} is of another program or version '
+                                  f'({one_line(error)})') from None
 
-    def load_newest(self, report=print) -> dict | None:
-        """The newest whole checkpoint, or None. Damaged ones are reported and passed over.
+    def load_newest(self, report=print, use: Callable = lambda state: None) -> dict | None:
+        """The newest checkpoint that is whole and that `use` accepts, or None.
 
-        Raises UserError if there are checkpoints but none can be read (training must not start
-        anew by accident), or if the newest is of another program.
+        use  takes over a state; raises CheckpointError for one that does not fit
+
+        Others are reported and passed over. Raises UserError if one may be whole but cannot be
+        read, and if there are checkpoints but none can be used: training must not start anew, or
+        go back, by accident.
         """
         numbers = self.numbers()
+        newest = None
         for number in reversed(numbers):
-            path = self.path(number)
             try:
-                content = self.read(path)
-            except UserError as error:
-                report(f'Passing over a damaged checkpoint: {error}')
-                continue
-            return self.unpack(content, path) | {'path': path}
+                state = self.load(self.path(number))
+                use(state)
+                return state
+            except UnreadableError as error:
+                raise UserError(f'{error.text}; mend that, or move the file away to go on from an '
+                                'older checkpoint') from None
+            except CheckpointError as error:
+                newest = newest or error
+                report(f'Passing over a {error.kind}: {error}')
         if numbers:
             raise UserError(f'{self.folder}: none of its {len(numbers)} checkpoints can be read; '
-                            'remove them to start anew')
+                            f'remove them to start anew ({newest})')
         return None
 
     def save_share(self, nimg: int, batches: dict) -> dict:
@@ -218,9 +262,9 @@ class GuidedCheckpoints(Checkpoints):
             raise UserError(f'{path} is no modelNNNNNN.pt of a run')
 
         def beside(prefix):
-            return read_own(os.path.join(folder, name.replace('model', prefix)))
+            return _read(os.path.join(folder, name.replace('model', prefix)))
 
-        rest, net = beside('opt'), read_own(path)
+        rest, net = beside('opt'), _read(path)
         if 'param_groups' in rest:  # guided diffusion's own: all but the weights and Adam is new
             rates = [match[1] for match in matching_names(folder, f'ema_(.+)_{name[5:]}')]
             rest = dict(nimg=int(name[5:-3]) * self.batch, rates=rates, means={}, batches=[],
@@ -263,7 +307,8 @@ LAYOUTS = {'state': Checkpoints, 'steps': StepCheckpoints, 'guided': GuidedCheck
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict):
-    """optimizer.load_state_dict, but for the settings, which stay those of `optimizer`.
+    """optimizer.load_state_dict, but for the settings, which stay those of `optimizer`. Raises
+    ValueError for another shape.
 
     Every tensor gets the memory order of its parameter: fused optimizers on the CPU walk through
     memory, not through indices, so a state that was saved when the weights had another order
@@ -273,7 +318,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict):
     optimizer.load_state_dict({'state': state['state'], 'param_groups': settings})
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
-            if (torch.is_tensor(value) and value.shape == parameter.shape
-                    and value.stride() != parameter.stride()):
+            if not torch.is_tensor(value) or value.ndim == 0:
+                continue
+            if value.shape != parameter.shape:
+                raise ValueError(f'the optimizer has {name} {list(value.shape)} of a weight '
+                                 f'{list(parameter.shape)}')
+            if value.stride() != parameter.stride():
                 ordered = torch.empty_like(parameter, dtype=value.dtype)
                 values[name] = ordered.copy_(value)

@@ -166,7 +166,7 @@ class Generator:
 
 def open_generator(net=None, *, preset=None, gnet=None, guidance=None, guidance_interval=None,
                    class_=None, sampler=None, model_url=None, sha256=None,
-                   gnet_sha256=None) -> Generator:
+                   gnet_sha256=None, allow_nonfinite=False) -> Generator:
     """Opens a network, and its guide, to make images by the options of a command line; None is
     what was not given.
 
@@ -183,8 +183,8 @@ def open_generator(net=None, *, preset=None, gnet=None, guidance=None, guidance_
     if net is None:
         raise UserError('give a network, or a preset', field='net')
     device = dist.get_device()
-    snapshot = net if isinstance(net, Snapshot) else _open(net, device, sha256)
-    guide = _open(gnet, device, gnet_sha256).net if gnet else None
+    snapshot = net if isinstance(net, Snapshot) else _open(net, device, sha256, allow_nonfinite)
+    guide = _open(gnet, device, gnet_sha256, allow_nonfinite).net if gnet else None
     Guided(snapshot.net, None, guide, guidance, guidance_interval)
     if model_url:
         snapshot.encoder = make_encoder(snapshot.encoder.config() | {'vae_name': model_url})
@@ -216,8 +216,8 @@ def _check_guide(net, guide, sampler: str, path: str):
         raise UserError(f'{fault} than the network that it guides', field='gnet', value=path)
 
 
-def _open(path: str, device, sha256) -> Snapshot:
-    snapshot = load_denoiser(path, device, sha256=sha256)
+def _open(path: str, device, sha256, allow_nonfinite) -> Snapshot:
+    snapshot = load_denoiser(path, device, sha256=sha256, allow_nonfinite=allow_nonfinite)
     if assumed := snapshot.recipe.get('assumed'):
         dist.print0(
             f'Assumed of {path}: {", ".join(f"{key}={value}" for key, value in assumed.items())}; '

@@ -26,10 +26,11 @@ from dnnlib.util import (
     write_bytes,
 )
 from torch_utils import distributed as dist
-from torch_utils.files.weights import NonFiniteError, load_weights, nonfinite
+from torch_utils.files.pickles import UnreadableError
+from torch_utils.files.weights import NonFiniteError, check_finite, load_weights, nonfinite
 from torch_utils.stats import RunningMeans
 from training import runs
-from training.checkpoint import LAYOUTS, load_optimizer
+from training.checkpoint import LAYOUTS, WRONG, CheckpointError, load_optimizer
 from training.data.batches import DatasetBatches
 from training.ema import AVERAGES, Averages
 from training.encoders import make_encoder
@@ -290,30 +291,43 @@ class Trainer:
         return os.path.join(self.run_dir, name)
 
     def load(self, state: dict):
-        """Goes on from a checkpoint's state. Raises UserError if it does not fit."""
+        """Goes on from a checkpoint's state. Raises CheckpointError if it does not fit, UserError
+        if this is not the number of processes that it needs.
+        """
         path = state['path']
-        load_weights(self.net, state['net'], path)
         optimizer = self.recipe.optim['name']
+        processes = dist.get_world_size()
         try:
+            load_weights(self.net, state['net'], path)
             self.ema.load_state_dict(state['ema'])
+            for ema in self.ema.emas:
+                check_finite(ema.state_dict(), path)
             # Another optimizer, if such a change is allowed, begins anew.
             if state.get('recipe', {}).get('optim', {}).get('name', optimizer) == optimizer:
                 load_optimizer(self.optimizer, state['optimizer'])
-        except (UserError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(f'{path} is of another recipe ({one_line(error, 200)})') from None
-        self.means.load_state_dict(state['means'])
-        if 'health' in state:                                 # earlier versions have none
-            self.health.resume(state['health'])
-        if len(state['batches']) == dist.get_world_size():
-            batches = state['batches'][dist.get_rank()]
-            self.batches.load_state_dict(self.checkpoints.load_share(path, batches))
-        elif any(state['batches']):
-            raise UserError(f'{path} was trained by {len(state["batches"])} processes and its '
-                            f'batches have a state for each: resume with as many')
-        if self.loss_scale and 'loss_scale' in state:         # a run on a CPU has none
-            self.loss_scale.lg = state['loss_scale']['lg']
-        self.nimg = state['nimg']
-        self._session_start -= state['train_seconds']
+            self.means.load_state_dict(state['means'])
+            if 'health' in state:                             # earlier versions have none
+                self.health.resume(state['health'])
+            if self.loss_scale and 'loss_scale' in state:     # a run on a CPU has none
+                self.loss_scale.lg = float(state['loss_scale']['lg'])
+            nimg = int(state['nimg'])
+            seconds = float(state['train_seconds'])
+            batches = list(state['batches'])
+            if len(batches) == processes:
+                share = self.checkpoints.load_share(path, batches[dist.get_rank()])
+                self.batches.load_state_dict(share)
+        except UnreadableError:
+            raise
+        except (UserError, *WRONG) as error:
+            text = error.text if isinstance(error, UserError) else one_line(error, 200)
+            if path not in text:
+                text = f'{path} is of another recipe or version ({text})'
+            raise CheckpointError(text) from None
+        if len(batches) != processes and any(batches):
+            raise UserError(f'{path} was trained by {len(batches)} processes and its batches have '
+                            'a state for each: resume with as many')
+        self.nimg = nimg
+        self._session_start -= seconds
 
     def _save_checkpoint(self, *_):
         if not self._is_finite():

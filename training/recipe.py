@@ -12,8 +12,10 @@ from collections.abc import Callable
 import torch
 
 from dnnlib import UserError
+from dnnlib.util import one_line
 from torch_utils import distributed as dist
 from training import loop, runs
+from training.checkpoint import WRONG, CheckpointError
 from training.data.dataset import ImageDataset
 from training.encoders import encoder_for, make_encoder
 from training.generate import save_sample_grid
@@ -142,7 +144,12 @@ def check_changes(state: dict, settings: dict, allow: bool) -> list[str]:
     Raises UserError for those that make another run of it, unless `allow`, and where the
     checkpoint has seen more images than the run is to see.
     """
-    found = changes(state, settings)
+    try:
+        found = changes(state, settings)
+        is_later = state['nimg'] > settings['total_nimg']
+    except WRONG as error:
+        raise CheckpointError(f'{state["path"]} does not say what run it is of '
+                              f'({one_line(error)})') from None
     refused = [path for path in found if path.split('.')[0] not in RUNNING]
     if refused and not allow:
         more = f' and {len(refused) - 1} more' if len(refused) > 1 else ''
@@ -150,7 +157,7 @@ def check_changes(state: dict, settings: dict, allow: bool) -> list[str]:
         field = refused[0].removesuffix('.name').rpartition('.')[2]
         raise UserError(f'{state["path"]} is of a run with other settings: {found[refused[0]]}'
                         f'{more}; choose another folder, or allow changes', field)
-    if state['nimg'] > settings['total_nimg']:
+    if is_later:
         raise UserError(f'{state["path"]} has seen {state["nimg"]} images, more than the '
                         f'{settings["total_nimg"]} asked for; choose another folder', 'duration')
     return list(found.values())
@@ -226,19 +233,23 @@ def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: 
     """
     torch.backends.cudnn.benchmark = recipe.bench
     trainer = loop.Trainer(recipe, net, loss, batches, run_dir, options, layout, callbacks)
-    state = trainer.checkpoints.load_newest(trainer.log)
+    changed = []
+
+    def use(state):
+        changed[:] = check_changes(state, trainer.settings, allow_changes)
+        trainer.load(state)
+
+    state = trainer.checkpoints.load_newest(trainer.log, use)
     if state is None and resume_from:
         if not os.path.isfile(resume_from):
             raise UserError('is no file', 'resume_from', resume_from)
         state = trainer.checkpoints.load(resume_from)
+        use(state)
     start = f'Starting at {recipe.first_nimg} images'
-    changed = []
     if state is not None:
-        changed = check_changes(state, trainer.settings, allow_changes)
         unknown = {} if 'identity' in state else {'tf32': False}
         if 'tf32' not in runs.read_options(run_dir).get('starts', [unknown])[0]:
             dist.set_tf32(dist.uses_tf32(), convolutions=True)  # as it began, in earlier versions
-        trainer.load(state)
         start = f'Resuming from {trainer.nimg} images ({state["path"]})'
     parameters = sum(p.numel() for p in net.parameters())
     data = recipe.dataset

@@ -21,7 +21,7 @@ from dnnlib.util import atomic_path, matching_names
 from torch_utils.files.identify import Found, identify
 from torch_utils.files.own import SNAPSHOT_FORMAT
 from torch_utils.files.pickles import ForeignPickleError, errors_of
-from torch_utils.files.weights import NonFiniteError, load_weights, nonfinite
+from torch_utils.files.weights import NonFiniteError, check_finite, load_weights, nonfinite
 from training import encoders
 from training.diffusion.samplers import family_sampler
 from training.networks import check_arguments, rebuild_network
@@ -130,11 +130,13 @@ def list_snapshots(folder: str, prefix: str | None = PREFIX) -> list[SnapshotFil
 
 
 def read_weights(path: str) -> dict:
-    """The weights by name, in float32, in the file of a network (see `load_snapshot`)."""
+    """The weights by name, in float32 and finite, in the file of a network (see
+    `load_snapshot`).
+    """
     found = identify(path)
     if found.state is None:
         raise UserError(f'{path} holds no network; it is: {found.what}')
-    return found.state
+    return check_finite(found.state, path)
 
 
 def read_snapshot(path: str) -> dict:
@@ -213,7 +215,7 @@ def _restore_weights(found: Found, options: dict | None) -> Snapshot:
 
 
 def load_snapshot(path: str, device='cpu', sha256: str | None = None, options: dict | None = None,
-                  weights: str | None = None) -> Snapshot:
+                  weights: str | None = None, allow_nonfinite: bool = False) -> Snapshot:
     """Opens a network from a file, folder or URL, whatever made it: its content decides what it
     is.
 
@@ -223,6 +225,7 @@ def load_snapshot(path: str, device='cpu', sha256: str | None = None, options: d
 
     sha256            what a download must have
     options, weights  for state dicts, see `infer` and `identify`
+    allow_nonfinite   take weights that are NaN or infinite too
 
     Raises UserError with one line that names the file.
     """
@@ -241,6 +244,8 @@ def load_snapshot(path: str, device='cpu', sha256: str | None = None, options: d
         raise UserError(f'{path} holds no network; it is: {found.what}')
     snapshot = restore[found.kind](found)
     snapshot.net.to(device)
+    if not allow_nonfinite:
+        check_finite(snapshot.net.state_dict(), path)
     return snapshot
 
 

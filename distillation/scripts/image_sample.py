@@ -61,8 +61,9 @@ The same command goes on where it was stopped, also with another number of proce
               envvar=configs.OUTDIR_VARIABLE, show_envvar=True)
 @options.text('NAME', '--name folder', 'Folder of these samples in it  [default: MODEL-CHAIN]')
 @options.samplers
+@options.allow_nonfinite
 def main(config, model_path, batch_size, num_samples, timestep_respacing, use_ddim, sampler, dest,
-         log_dir, folder, seed, precision, overrides):
+         log_dir, folder, seed, precision, overrides, allow_nonfinite):
     """Sample images: `arr_0` uint8 [N,H,W,C] in an .npz, with classes as `arr_1` if the network
     has any.
 
@@ -72,7 +73,8 @@ def main(config, model_path, batch_size, num_samples, timestep_respacing, use_dd
     """
     dist.init(precision)
     section = configs.read_network(config, overrides)
-    net = runs.build(section, model_path).eval().requires_grad_(False)
+    net = runs.build(section, model_path, allow_nonfinite=allow_nonfinite)
+    net.eval().requires_grad_(False)
     diffusion = section.diffusion
     respacing = timestep_respacing
     if respacing is None:

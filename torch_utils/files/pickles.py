@@ -8,6 +8,7 @@ the file before anything is read, and large strings of bytes are not copied.
 """
 
 import contextlib
+import errno
 import itertools
 import mmap
 import os
@@ -31,6 +32,12 @@ class ForeignPickleError(Exception):
 
 # What may be wrong with a file, each in words that say it.
 REFUSALS = (ForeignPickleError, budget.TooMuch)
+# Errors of an OSError that say something of the file itself; others, of the machine or of rights.
+_OF_CONTENT = (None, errno.ENOENT, errno.EINVAL, errno.EISDIR, errno.ENOTDIR)
+
+
+class UnreadableError(UserError):
+    """A file that may be whole, but cannot be read: no permission, or a fault of the disk."""
 
 
 @contextlib.contextmanager
@@ -46,6 +53,8 @@ def errors_of(path: str, prefix: str = ''):
     except REFUSALS as error:
         raise UserError(f'{path}: {prefix}{error}') from None
     except OSError as error:
+        if error.errno not in _OF_CONTENT:
+            raise UnreadableError(f'{path} cannot be read ({error.strerror})') from None
         raise UserError(f'{path}: {prefix}it cannot be read '
                         f'({error.strerror or one_line(error)})') from None
     except Exception as error:  # zipfile, tarfile, NumPy and torch raise nearly anything

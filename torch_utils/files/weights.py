@@ -42,9 +42,14 @@ def check_weights(net: torch.nn.Module, state: dict, source: str):
             raise UserError(f'{source} does not fit the network: it {what} {shown}{more}')
 
 
-def load_weights(net: torch.nn.Module, state: dict, source: str) -> torch.nn.Module:
-    """`net` with the weights `state`. Raises UserError as `check_weights`."""
+def load_weights(net: torch.nn.Module, state: dict, source: str,
+                 allow_nonfinite: bool = False) -> torch.nn.Module:
+    """`net` with the weights `state`. Raises UserError as `check_weights` and, unless it is
+    allowed, `check_finite`.
+    """
     check_weights(net, state, source)
+    if not allow_nonfinite:
+        check_finite(state, source)
     net.load_state_dict(state)
     return net
 
