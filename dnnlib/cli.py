@@ -98,6 +98,9 @@ class _OneLineErrors:
             rank = int(os.environ.get('RANK', 0))
             where = f'[rank {rank}] ' if rank else ''
             option = _option_of(ctx, error.field) or (error.field if self.names_fields else None)
+            if error.is_shared and int(os.environ.get('WORLD_SIZE', 1)) > 1:
+                # Else launchers would end those that are slower, which then have another status.
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
             if not (rank and error.is_shared):
                 line = util.printable(error.line(option))
                 print(f'{where}Error: {line}', file=sys.stderr, flush=True)
