@@ -26,6 +26,13 @@ class _Joined(Dataset):
     def __len__(self):
         return len(self.stored_labels)
 
+    def where(self, index):
+        part = np.searchsorted(self._bounds, index, side='right') - 1
+        source = self._parts[part]
+        index = index - self._bounds[part]
+        return source.where(index) if isinstance(source, Dataset) else (
+            f'{source.path}: image {index}')
+
     def images(self, indices) -> np.ndarray:
         """uint8 [n,C,H,W] at `indices` (int [n], any order)."""
         indices = np.asarray(indices, dtype=np.int64)

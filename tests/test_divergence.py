@@ -11,6 +11,7 @@ import torch
 from helpers import invoke, run, script_module
 
 from dnnlib import UserError
+from synthetic_data.mixture import GeneratedImages, Mixture
 from torch_utils.files.own import read_own
 from training.data.batches import DatasetBatches
 from training.data.dataset import ImageDataset
@@ -381,3 +382,39 @@ def test_what_half_precision_makes_infinite_is_not_written(bad, tmp_path):
     log = (tmp_path / 'run' / 'log.txt').read_text()
     assert log.count('Warning: no ') == 4 and 'network-snapshot-0000000-0.050.pkl: weights that are not finite' in log
     assert not list((tmp_path / 'run').glob('*.pkl')) and (tmp_path / 'run' / 'training-state-0000000.pt').exists()
+
+
+# --- Runs of earlier versions -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('earlier', [None, 7])
+def test_a_run_without_patience_is_found_again(digits, tmp_path, earlier):
+    """The patience may change from one start to the next, and earlier versions have none."""
+    script = script_module('train.py')
+    config = script.settings([f'--outdir={tmp_path}', f'--data={digits}', '--seed=1'])
+    lengths = script.schedule(config, 100)
+    record = {key: value for key, value in (config | {'schedule': lengths}).items() if key != 'nan_patience'}
+    (tmp_path / '00000-name').mkdir()
+    (tmp_path / '00000-name' / 'training_options.json').write_text(
+        json.dumps(record | ({'nan_patience': earlier} if earlier else {})))
+    assert script.choose_run(config, str(tmp_path), 'name', False, lengths)[0] == str(tmp_path / '00000-name')
+    config['lr'] = 1.0
+    assert script.choose_run(config, str(tmp_path), 'name', False, lengths)[0] == str(tmp_path / '00001-name')
+
+
+def test_the_patience_may_change(tmp_path):
+    """A record without it is that of a run that goes on."""
+    rules = dict(checkpoint=4, batch=1000, status=1000, nan_patience=3)
+    train(tmp_path, Faults(), 3000, **rules)
+    path, = tmp_path.glob('training-state-0000003.pt')
+    content = read_own(str(path))
+    del content['recipe']['nan_patience'], content['health']
+    torch.save(content, path)
+    train(tmp_path, Faults(), 5000, **rules | dict(nan_patience=9))
+    assert 'Resuming from 3000' in (tmp_path / 'log.txt').read_text()
+
+
+def test_images_of_a_mixture_have_names(bad, digits):
+    mixture = Mixture(ImageDataset(digits), GeneratedImages(str(bad / 'classes'), 10))
+    assert mixture.where(3) == mixture.real.where(3)
+    assert mixture.where(100 + 5) == f'{bad}/classes/1.npy: image 1'
