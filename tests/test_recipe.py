@@ -1,9 +1,11 @@
 """Recipes: what a checkpoint must agree with, what may change, and what a run remembers of its starts."""
 
+import errno
 import json
 import os
 import sys
 import tarfile
+import threading
 import types
 
 import helpers
@@ -14,7 +16,7 @@ from tensorboard.summary.writer import event_file_writer
 
 from dnnlib import UserError
 from torch_utils import distributed
-from training import checkpoint, recipe
+from training import checkpoint, loop, recipe
 from training.checkpoint import Checkpoints
 from training.recipe import Recipe, fit
 
@@ -206,6 +208,28 @@ def test_events_of_a_later_start_sort_behind(tmp_path, monkeypatch):
             first, = tmp_path.glob('events.*')
     names = sorted(path.name for path in tmp_path.glob('events.*'))
     assert len(names) == 2 and names[0] == first.name
+
+
+def test_a_full_disk_under_tensorboard_is_one_error(tmp_path, monkeypatch):
+    """It writes in a thread of its own, which would say it too, in a traceback."""
+    def full(*_):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    said = []
+    monkeypatch.setattr(threading, 'excepthook', said.append)
+    loop._silence_tensorboard.cache_clear()
+    monkeypatch.setattr(event_file_writer.RecordWriter, 'write', full)
+    with pytest.raises(OSError, match='No space left'):
+        train(tmp_path, 8)
+    for thread in threading.enumerate():
+        if isinstance(thread, event_file_writer._AsyncWriterThread):
+            thread.join()
+    assert not said
+    other = threading.Thread(target=full)
+    other.start()
+    other.join()
+    assert len(said) == 1                                      # that of others is said
+    loop._silence_tensorboard.cache_clear()
 
 
 @pytest.mark.parametrize('old, new', [('SGD', 'Adam'), ('Adam', 'SGD')])

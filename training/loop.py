@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from dnnlib import UserError, pictures
 from dnnlib.util import (
+    DISK_ERRORS,
     format_count,
     format_time,
     one_line,
@@ -53,6 +55,21 @@ def _named(table: dict, settings: dict) -> Callable:
     """The function of a table that `settings['name']` names, with the other settings."""
     settings = dict(settings)
     return functools.partial(table[settings.pop('name')], **settings)
+
+
+@functools.cache
+def _silence_tensorboard():
+    """Its thread says nothing of a disk that is full or broken: it hands the error on to who
+    writes next.
+    """
+    before = threading.excepthook
+
+    def hook(args):
+        other = not type(args.thread).__module__.startswith('tensorboard')
+        if other or getattr(args.exc_value, 'errno', None) not in DISK_ERRORS:
+            before(args)
+
+    threading.excepthook = hook
 
 
 @dataclasses.dataclass(eq=False)
@@ -382,6 +399,7 @@ class Trainer:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
         runs.wait_for_later_events(self.run_dir)
         first = self._count + self.checkpoints.counts_steps
+        _silence_tensorboard()
         self._tensorboard = stack.enter_context(SummaryWriter(self.run_dir, purge_step=first))
         self._wandb = None
         if wandb_project:
