@@ -7,6 +7,7 @@ address space, so that a file that asks for much more than it should ends in an 
 """
 
 import contextlib
+import gzip
 import io
 import json
 import os
@@ -14,9 +15,12 @@ import pickle
 import resource
 import struct
 import sys
+import tarfile
 import time
 import zipfile
 from pathlib import Path
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 MEMORY = 3 << 30            # bytes of address space beyond what the imports need
@@ -35,6 +39,7 @@ NET = ('generate_images.py', '--net={file}', '--outdir={out}', '--seeds=0', '--s
 REF = ('calculate_metrics.py', 'calc', '--images={images}', '--ref={file}', '--metrics=fd_pixels')
 DATA = ('calculate_metrics.py', 'ref', '--data={file}', '--dest={out}.pkl', '--metrics=fd_pixels')
 SOURCE = ('dataset_tool.py', 'convert', '--source={file}', '--dest={out}.zip')
+IMAGES = ('calculate_metrics.py', 'calc', '--images={file}', '--ref={images}', '--metrics=fd_pixels')
 CONVERT = ('snapshot_tool.py', 'convert', '{file}', '--dest={out}')
 PWNED = 'touch pwned'
 
@@ -765,6 +770,149 @@ def dest_is_link(path):
     link = Path(str(path) + '.pkl')
     os.symlink(path.parent.parent / 'canary', link)
     return link
+
+
+# --- Small files that ask for much -----------------------------------------------------------------------------------
+
+
+def twice(depth=60, start=1000):
+    """A list that holds a list twice that holds one twice, and so on: 2^depth parts when written out."""
+    out = b']' + put(start) + b'0'
+    for i in range(start, start + depth):
+        out += b'](' + get(i) * 2 + b'e' + put(i + 1) + b'0'
+    return out + get(start + depth)
+
+
+def get(index):
+    return b'j' + struct.pack('<I', index)
+
+
+def put(index):
+    return b'r' + struct.pack('<I', index)
+
+
+def numpy_array(data, shape, code='u1', dtype=None):
+    """A pickled array; `data` and `dtype` are pickled already."""
+    dtype = dtype or name('numpy', 'dtype') + text(code) + b'\x89\x88\x87R' + b'(K\x03' + text('|') + b'NNNK\x00K\x00K\x00tb'
+    made = name('numpy.core.multiarray', '_reconstruct') + name('numpy', 'ndarray') + ints(0) + raw(b'b') + b'\x87R'
+    return made + b'(' + number(1) + ints(*shape) + dtype + b'\x89' + data + b'tb'
+
+
+@case('the order of the bytes of an array is a list of 2^60 lists')
+def order_is_a_list(path):
+    dtype = name('numpy', 'dtype') + text('u1') + b'\x89\x88\x87R(K\x03' + twice() + b'NNNK\x00K\x00K\x00tb'
+    array = numpy_array(raw(bytes(4)), [4], dtype=dtype)
+    write(path, program(dictionary(mu=array, sigma=array)))
+
+
+@case('the means of features are 2^28 lists')
+def means_are_lists(path):
+    write(path, program(dictionary(mu=twice(28), sigma=twice(28, 5000))))
+
+
+@case('arguments of a network: one array of 50,000 numbers under 60,000 names', NET)
+def arguments_share_an_array(path):
+    items = text('k') + numpy_array(raw(bytes(100_000)), [50_000], 'f2') + put(7)
+    items += b''.join(text(f'k{i}') + get(7) for i in range(60_000))
+    weight = tensor(storage(4), [4], [1])
+    write(path, edm(module(dictionary(w=weight), _init_kwargs=b'}(' + items + b'u')))
+
+
+@case('a call with 500,000 arguments, 600,000 times')
+def long_calls(path):
+    head = name('torch._utils', '_rebuild_parameter') + put(0) + b'0(' + b'N' * 500_000 + b't' + put(1) + b'0'
+    write(path, program(head + (get(0) + get(1) + b'R0') * 600_000 + b'}'))
+
+
+@case('statistics of 5,000 spaces that share one covariance', REF)
+def shared_covariance(path):
+    mu, sigma = (numpy_array(raw(bytes(4 * 500**n)), [500] * n, 'f4') for n in (1, 2))
+    first = b'}(' + text('mu') + mu + put(7) + text('sigma') + sigma + put(8) + b'u'
+    rest = b'}(' + text('mu') + get(7) + text('sigma') + get(8) + b'u'
+    write(path, program(b'}(' + text('fid') + first + b''.join(text(f's{i}') + rest for i in range(5000)) + b'u'))
+
+
+@case('an .npz of 3 kB with 4 GB of images, packed by bzip2', IMAGES)
+def packed_images(path):
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_BZIP2) as z, z.open('arr_0.npy', 'w', force_zip64=True) as file:
+        np.lib.format.write_array_header_1_0(file, dict(descr='|u1', fortran_order=False, shape=(1 << 24, 8, 8, 4)))
+        for _ in range(1 << 10):
+            file.write(bytes(1 << 22))
+
+
+@case('an .npz of 1 MB with 1 GB of images, packed by deflate', IMAGES)
+def deflated_images(path):
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as z, z.open('arr_0.npy', 'w', force_zip64=True) as file:
+        np.lib.format.write_array_header_1_0(file, dict(descr='|u1', fortran_order=False, shape=(1 << 22, 8, 8, 3)))
+        for _ in range(3 << 6):
+            file.write(bytes(1 << 22))
+
+
+@case('labels of CIFAR are 2^28 lists', SOURCE)
+def cifar_labels(path):
+    batches = {'batches.meta': pickle.dumps({'label_names': ['a']}, 2), 'data_batch_1': program(
+        dictionary(data=numpy_array(raw(bytes(3072)), [1, 3072]), labels=twice(28)))}
+    path = path.with_suffix('.tar.gz')
+    with tarfile.open(path, 'w:gz') as archive:
+        for file, data in batches.items():
+            info = tarfile.TarInfo(f'cifar-10-batches-py/{file}')
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+@case('a tar with a name of 3 GB')
+def tar_name(path):
+    info = tarfile.TarInfo('././@LongLink')
+    info.type = tarfile.GNUTYPE_LONGNAME
+    info.size = 3 << 30
+    with gzip.open(path, 'wb', compresslevel=1) as file:
+        file.write(info.tobuf(tarfile.GNU_FORMAT))
+        file.write(bytes(64 << 20))
+
+
+@case('a tar of 4 kB with sparse files of 512 MB', SOURCE)
+def tar_sparse(path):
+    info = tarfile.TarInfo('batches.meta')
+    info.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[386:410] = b'00000000000\0' * 2
+    header[483:495] = b'%011o\0' % ((1 << 29) - 1)
+    header[148:156] = b'        '
+    header[148:156] = b'%06o\0 ' % sum(header)
+    path = path.with_suffix('.tar')
+    write(path, bytes(header) + bytes(1024))
+    return path
+
+
+@case('a zip whose directory says that an image has 1 TB', DATA)
+def image_of_a_terabyte(path):
+    with zipfile.ZipFile(path, 'w') as z:
+        z.writestr('a.png', bytes(100))
+        z.filelist[0].compress_size = z.filelist[0].file_size = 1 << 40
+
+
+@case('a zip of 4 MB with an image file of 1 GB', DATA)
+def image_of_zeros(path):
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as z, z.open('a.png', 'w', force_zip64=True) as file:
+        for _ in range(1 << 8):
+            file.write(bytes(1 << 22))
+
+
+@case('names of classes with terminal codes', DATA)
+def class_names_for_the_screen(path):
+    from dnnlib.image_io import encode_png
+    with zipfile.ZipFile(path, 'w') as z:
+        z.writestr('a.png', encode_png(np.zeros((8, 8, 3), np.uint8)))
+        z.writestr('dataset.json', json.dumps({'labels': [['a.png', 0]], 'class_names': ['\x1b]0;owned\x07']}))
+
+
+@case('MNIST of 16 GB in a gzip of some bytes', SOURCE)
+def idx_of_zeros(path):
+    path = path.with_name(path.name + '-images-idx3-ubyte.gz')
+    with gzip.open(path, 'wb') as file:
+        file.write(struct.pack('>4I', 0x803, 1 << 14, 1 << 10, 1 << 10))
+    return path
 
 
 # --- Running them ----------------------------------------------------------------------------------------------------
