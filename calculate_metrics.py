@@ -140,6 +140,7 @@ def make_detectors(metrics, protocol, inception, dinov2, reference=None):
 @options.count('--features', None, 'Keep the features of at most this many images, if the '
                'metrics need them  [default: as many as the protocol compares with]')
 @reading
+@options.verify
 def ref(data, dest, detection, features, reading):
     """Make reference statistics of a data set, for the metrics that are to use them.
 
@@ -178,6 +179,7 @@ def ref(data, dest, detection, features, reading):
 @detection
 @comparison
 @reading
+@options.verify
 def calc(images, detection, comparison, reading):
     """Measure images in files.
 

@@ -6,7 +6,7 @@ import click
 from tqdm import tqdm
 
 from dnnlib import UserError, cli
-from dnnlib.options import integer, text
+from dnnlib.options import integer, text, verify
 from torch_utils.files.weights import check_finite
 from training import phema, snapshot
 
@@ -74,6 +74,7 @@ Examples:
 @text('KIMG', '--outkimg', 'Training time of the result  [default: the latest snapshot]', type=int)
 @click.option('--skip', is_flag=True, help='Leave out what exists')
 @integer('--batch', None, 'Widths at a time, to save memory  [default: all]')
+@verify
 def main(**opts):
     """Reconstruct networks with any EMA width from the snapshots of a run.
 

@@ -7,7 +7,7 @@ import click
 import torch
 
 from dnnlib import UserError, cli, url
-from dnnlib.options import choice, text, together
+from dnnlib.options import choice, text, together, verify
 from dnnlib.util import printable
 from torch_utils.files.identify import Found, family, identify
 from torch_utils.files.pickles import errors_of
@@ -40,7 +40,8 @@ def source(required: bool = True):
              'Weights of a checkpoint, e.g. net_model  [default: the averaged ones]'),
         text('NAME=VALUE', '--set settings',
              'Argument of a network that its weights leave open, e.g. num_heads=4', multiple=True,
-             type=cli.Parsed('setting', parse_setting)))
+             type=cli.Parsed('setting', parse_setting)),
+        verify)
 
 
 source_options = source()

@@ -21,7 +21,16 @@ from omegaconf import OmegaConf
 
 from distillation.dkdm import SOURCES
 from dnnlib import UserError, cli
-from dnnlib.options import fast_products, group, nan_patience, seed, text, together, wandb
+from dnnlib.options import (
+    fast_products,
+    group,
+    nan_patience,
+    seed,
+    text,
+    together,
+    verify,
+    wandb,
+)
 from torch_utils.files import pickles
 
 FOLDER = Path(__file__).resolve().parent
@@ -299,7 +308,7 @@ class Command(cli.Command):
 
 common_options = together(
     text('YAML', '--config', 'Experiment or network, see yaml/', required=True),
-    seed('--seed', 0, 'Seed of everything random'), fast_products,
+    seed('--seed', 0, 'Seed of everything random'), fast_products, verify,
     click.argument('overrides', metavar='[KEY=VALUE]...', nargs=-1))
 run_options = together(
     text('DIR', '--outdir --exp_dir',

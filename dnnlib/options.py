@@ -5,10 +5,11 @@ script hands them on without knowing them. None is what was not given.
 """
 
 import functools
+import os
 
 import click
 
-from dnnlib import cli
+from dnnlib import cli, npz
 
 ANY = cli.Number()
 POSITIVE = cli.Number(0, min_open=True)
@@ -91,6 +92,18 @@ def _of_sampler(name: str, text: str, type=POSITIVE, of='network'):  # noqa: A00
 allow_nonfinite = click.option('--allow-nonfinite', '--allow_nonfinite', is_flag=True,
                                help='Take a network of NaN and infinite weights too')
 
+
+def _set_verify(ctx, _, value):
+    if not value:
+        os.environ[npz.UNVERIFIED] = '1'
+        ctx.call_on_close(lambda: os.environ.pop(npz.UNVERIFIED, None))
+
+
+# Of scripts that open snapshots, checkpoints, statistics or files of classes.
+verify = click.option(
+    '--verify', metavar='BOOL', type=bool, default=True, expose_value=False,
+    callback=_set_verify, help='Read files to the end and compare their checksums before use')
+
 # What makes the images.
 network = group(
     'network',
@@ -142,7 +155,7 @@ def precision(text: str, default: str | None = None, types=('fp32', 'fp16', 'bf1
 
 fast_products = precision('float32 on a GPU. tf32: products of factors of 10 bits, faster', 'fp32',
                           ['fp32', 'tf32'])
-sampling = together(samplers, fast_products)
+sampling = together(samplers, fast_products, verify)
 
 image_class = text('CLASS', '--class class_',
                    'Class: original index, name or wnid  [default: drawn from the seed]')
@@ -177,6 +190,7 @@ def training(outdir_help: str, *options):
         number('--ls', 1, 'Loss scaling against underflow of float16 gradients'),
         boolean('--bench', True, 'Let cuDNN choose the fastest convolutions'),
         wandb,
+        verify,
         click.option('--allow-changes', is_flag=True,
                      help='Go on with a run though its settings have changed; what has is logged'),
         click.option('-n', '--dry-run', is_flag=True, help='Print the settings and exit'))

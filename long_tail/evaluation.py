@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from dnnlib import UserError, pictures, util
-from dnnlib.options import choice, path, together
+from dnnlib.options import choice, path, together, verify
 from long_tail import classwise
 from metrics import compute
 from metrics.features import Detectors, measure_images
@@ -29,7 +29,7 @@ MOST_RECOGNISED = 5000  # reference images that the classifier is trained on in 
 detector_options = together(
     choice('--detector', 'inception', 'Network of the features', USUAL),
     path('--weights', '',
-         'Weights of the detector: file, folder or URL  [default: the published ones]'))
+         'Weights of the detector: file, folder or URL  [default: the published ones]'), verify)
 SETTINGS = ('sample_method', 'omega', 'ddim_steps', 'num_images', 'seed', 'detector', 'fid_cache',
             'group_sizes')
 

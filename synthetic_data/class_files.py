@@ -5,7 +5,6 @@
 needs NumPy, so that `combine_data.py` starts fast.
 """
 
-import contextlib
 import dataclasses
 import errno
 import itertools
@@ -16,11 +15,12 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
 from dnnlib import UserError
-from dnnlib.npz import npy_header, read_npy_header
+from dnnlib.npz import npy_header, read_npy_header, verifies
 from dnnlib.util import atomic_path, matching_names, parse_int_list, require_same, write_json
 
 CHUNK_BYTES = 1 << 20   # that are read at a time: they stay in the cache of a core
@@ -41,10 +41,11 @@ class Record:
     seeds: list              # of each image
     made_by: dict            # what else they depend on, plain values
     crc32: int = 0           # of the images' bytes; 0: not all are there, or an earlier version
+    label: int | None = None  # None: an earlier version
 
     def save(self, path: str):
         write_json(path, {'images': len(self.seeds), 'seeds': format_ranges(self.seeds),
-                          'made_by': self.made_by, 'crc32': self.crc32})
+                          'made_by': self.made_by, 'crc32': self.crc32, 'class': self.label})
 
     @classmethod
     def load(cls, path: str) -> 'Record | None':
@@ -56,7 +57,8 @@ class Record:
             made_by = dict(value['made_by'])
             if made_by.get('discretization') == 'vp':  # of an earlier version
                 made_by.setdefault('beta_d', 19.9)
-            return cls(parse_int_list(value['seeds']), made_by, int(value.get('crc32') or 0))
+            return cls(parse_int_list(value['seeds']), made_by, int(value.get('crc32') or 0),
+                       value.get('class'))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f'{path} is damaged; remove it and the images beside it') from None
 
@@ -101,12 +103,14 @@ class ClassFile:
         """Bytes of all images."""
         return math.prod(self.shape)
 
-    def chunks(self) -> Iterator[bytes]:
-        """The bytes of all images."""
-        with open(self.path, 'rb') as file:
-            file.seek(self.offset)
-            while chunk := file.read(CHUNK_BYTES):
+    def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+        """The bytes of all images, or those from `start` to `stop`."""
+        left = (self.num_bytes if stop is None else stop) - start
+        with open(self.path, 'rb', buffering=0) as file:
+            file.seek(self.offset + start)
+            while chunk := file.read(min(CHUNK_BYTES, left)):
                 yield chunk
+                left -= len(chunk)
 
     def images(self, indices):
         """uint8 [n,3,H,W] at `indices` (int [n]).
@@ -122,14 +126,38 @@ class ClassFile:
         return self.path.removesuffix('.npy') + '.json'
 
     def recorded_crc32(self) -> int:
-        """CRC-32 of the images as the record has it; 0 if it has none, or the images were changed
-        after it."""
-        with contextlib.suppress(UserError):
-            record = Record.load(self.record_path)
-            if record and len(record.seeds) == len(self) \
-                    and os.path.getmtime(self.path) <= os.path.getmtime(self.record_path):
-                return record.crc32
-        return 0
+        """CRC-32 of the images as the record has it; 0 if it has none.
+
+        Raises UserError for the record of another class, or of more or fewer images.
+        """
+        record = Record.load(self.record_path)
+        if record is None:
+            return 0
+        stem = os.path.basename(self.path).removesuffix('.npy')
+        if len(record.seeds) != len(self) or record.label not in (None, int(stem)):
+            self._refuse('it has another number of images, or another class')
+        return record.crc32
+
+    def compare(self, crc: int):
+        """Raises UserError if `crc`, that of the images, is not that of the record, if any."""
+        if self.recorded_crc32() not in (0, crc):
+            self._refuse('wrong CRC')
+
+    def verify(self):
+        """Reads all images for `compare`, if `dnnlib.npz.verifies()`."""
+        if verifies() and self.recorded_crc32():
+            self.compare(crc32(self.chunks()))
+
+    def _refuse(self, why):
+        raise UserError(f'{self.path} is not what its record {self.record_path} says ({why}); '
+                        'make both again, or remove the record if the images are right')
+
+
+def crc32(chunks: Iterable[bytes], crc: int = 0) -> int:
+    """CRC-32 of some bytes, after others whose CRC-32 is `crc`."""
+    for chunk in chunks:
+        crc = zlib.crc32(chunk, crc)
+    return crc
 
 
 def format_ranges(numbers: Iterable[int]) -> str:
@@ -209,6 +237,7 @@ class ClassWriter:
     """
 
     def __init__(self, folder: str, label: int):
+        self.label = label
         stem = os.path.join(folder, str(label))
         self.npy = stem + '.npy'
         self.json = stem + '.json'
@@ -240,7 +269,7 @@ class ClassWriter:
             self._reserve((len(target), *image_shape), 'r+b' if begun else 'wb')
             if record is finished:
                 self._take_over(len(finished.seeds))
-            Record(target, made_by).save(self.part_json)
+            Record(target, made_by, label=self.label).save(self.part_json)
         except BaseException:
             self._recover()
             raise
@@ -252,6 +281,7 @@ class ClassWriter:
         if finished.shape != (count, *part.shape[1:]):
             raise UserError(f'{self.npy} has shape {list(finished.shape)}, but its record says '
                             f'{count} images')
+        finished.verify()
         write_at(self.part, part.offset, finished.chunks())
         self._mark(0, count)
 
@@ -310,10 +340,8 @@ class ClassWriter:
         did."""
         if not self.record or self.missing(len(self.seeds)):
             return False
-        crc = 0
-        for chunk in self._file.chunks():
-            crc = zlib.crc32(chunk, crc)
-        Record(self.seeds, self.record.made_by, crc).save(self.part_json)
+        crc = crc32(self._file.chunks())
+        Record(self.seeds, self.record.made_by, crc, self.label).save(self.part_json)
         os.replace(self.part, self.npy)
         self._recover()
         self.record = None
@@ -326,35 +354,46 @@ class ClassWriter:
 def append_images(dest: BinaryIO, source: ClassFile, crc: int) -> int:
     """Appends the images of a class file; returns the CRC-32 of `dest`, which was `crc` before.
 
-    If the file's record has their checksum, the kernel copies them, and none passes through this
-    process. Raises UserError if the file ends before its last image.
+    Raises UserError if the images are not those of the file's record, or the file ends before its
+    last image.
     """
-    images_crc = source.recorded_crc32()
-    if images_crc and copy_in_kernel(dest, source):
-        return combine_crc32(crc, images_crc, source.num_bytes)
-    end = dest.tell() + source.num_bytes
-    for chunk in source.chunks():
-        dest.write(chunk)
-        crc = zlib.crc32(chunk, crc)
-    if dest.tell() != end:
-        raise UserError(f'{source.path} is cut short; make it again')
-    return crc
+    images_crc = copy_in_kernel(dest, source)
+    if images_crc is None:
+        end = dest.tell() + source.num_bytes
+        images_crc = 0
+        for chunk in source.chunks():
+            dest.write(chunk)
+            images_crc = zlib.crc32(chunk, images_crc)
+        if dest.tell() != end:
+            raise UserError(f'{source.path} is cut short; make it again')
+    if verifies():
+        source.compare(images_crc)
+    return combine_crc32(crc, images_crc, source.num_bytes)
 
 
-def copy_in_kernel(dest: BinaryIO, source: ClassFile) -> bool:
-    """Appends the images without a detour through this process, as `cp` does; False, with nothing
-    appended, where that is not possible."""
+def copy_in_kernel(dest: BinaryIO, source: ClassFile) -> int | None:
+    """Appends the images without a detour through this process, as `cp` does; None, with nothing
+    appended, where that is not possible.
+
+    Returns their CRC-32, which a thread finds meanwhile; without `verifies()` that of the record,
+    if it has one.
+    """
     dest.flush()
     start = dest.tell()
     copied = 0
-    with open(source.path, 'rb') as file:
+    recorded = 0 if verifies() else source.recorded_crc32()
+    crc = recorded
+    with open(source.path, 'rb') as file, ThreadPoolExecutor(1) as pool:
         try:
-            while count := min(source.num_bytes - copied, COPY_BYTES):
-                count = os.copy_file_range(file.fileno(), dest.fileno(), count,
-                                           source.offset + copied, start + copied)
-                if not count:
+            while copied < source.num_bytes:
+                part = copied, min(copied + COPY_BYTES, source.num_bytes)
+                reading = None if recorded else pool.submit(crc32, source.chunks(*part), crc)
+                while count := os.copy_file_range(file.fileno(), dest.fileno(), part[1] - copied,
+                                                  source.offset + copied, start + copied):
+                    copied += count
+                if copied < part[1]:
                     break
-                copied += count
+                crc = reading.result() if reading else crc
         except AttributeError:
             pass  # not on this system
         except OSError as error:
@@ -362,7 +401,7 @@ def copy_in_kernel(dest: BinaryIO, source: ClassFile) -> bool:
                 raise
     complete = copied == source.num_bytes
     dest.seek(start + copied * complete)
-    return complete
+    return crc if complete else None
 
 
 def combine_crc32(first: int, second: int, length: int) -> int:

@@ -45,5 +45,6 @@ def class_folder_options(file_name: str):
                      'joined, one after the other', multiple=True, required=True),
         options.text('DIR', '--output_dir', 'Where results go', required=True),
         options.integer('--class_num', 10, 'Number of classes'),
+        options.verify,
         options.text('NAME', '--file_name', 'The file is <output_dir>/NAME.npz', type=NPZ_NAME,
                      default=file_name))

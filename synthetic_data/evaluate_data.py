@@ -141,6 +141,7 @@ The same command goes on where it was stopped; finished classifiers are not trai
 @options.integers('--seeds', '0', 'Classifiers of each kind, by seed')
 @train_classifier.training_options
 @options.batch_gpu
+@options.verify
 @options.integer('--jobs', None, 'Classifiers that train at a time  [default: one for each core, '
                                  'up to 8; one on a GPU or under torchrun]')
 def main(outdir, data, test, generated, selected, training, seeds, jobs, **settings):

@@ -8,6 +8,7 @@ import numpy as np
 
 from dnnlib import UserError
 from synthetic_data.class_files import open_classes
+from torch_utils.distributed import get_rank, get_world_size
 from torch_utils.random import tuple_seed
 from training.data.dataset import Dataset
 from training.data.images import NpzImages
@@ -49,7 +50,8 @@ class GeneratedImages(_Joined):
     `image` and `label`.
 
     They stay on the disk, but for a compressed .npz. Those of several folders are joined, class by
-    class. Raises UserError that names the file for others, and for labels outside of 0 ..
+    class. Raises UserError that names the file for others, for images that changed since they were
+    made, and for labels outside of 0 ..
     class_num - 1.
     """
 
@@ -69,6 +71,8 @@ class GeneratedImages(_Joined):
             classes = open_classes(folders, class_num)
             labels = np.repeat(np.arange(class_num), [sum(map(len, files)) for files in classes])
             parts = list(itertools.chain(*classes))
+            for file in parts[get_rank()::get_world_size()]:
+                file.verify()
         super().__init__(path, parts, labels, class_num)
 
 

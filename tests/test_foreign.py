@@ -16,9 +16,18 @@ import numpy as np
 import pytest
 import test_networks
 import torch
-from helpers import ROOT, environment, fails, project_files, run, write_digits
+from helpers import (
+    ROOT,
+    environment,
+    fails,
+    invoke,
+    project_files,
+    run,
+    script_module,
+    write_digits,
+)
 
-from dnnlib import UserError
+from dnnlib import UserError, options
 from dnnlib.npz import LOCAL_HEADER, entry_start
 from metrics.statistics import load_statistics
 from snapshot_tool import describe
@@ -247,10 +256,10 @@ def test_weights_of_a_checkpoint_can_be_chosen_and_arguments_set(tmp_path):
     for key, wanted in ((None, state), ('ema_model', state), ('net_model', other)):
         loaded = load_snapshot(path, weights=key, options=dict(img_resolution=16)).net
         assert loaded.img_resolution == 16 and torch.equal(loaded.model.head.weight, wanted['head.weight'])
-    for options, message in ((dict(weights='optim'), 'no weights called'),
+    for settings, message in ((dict(weights='optim'), 'no weights called'),
                              (dict(options=dict(heads=3)), 'heads is no argument')):
         with pytest.raises(UserError, match=message):
-            load_snapshot(path, **options)
+            load_snapshot(path, **settings)
     save_snapshot(str(tmp_path / 'x.pkl'), net, encoder=encoders.RGBEncoder(), dataset={}, recipe={}, nimg=0)
     with pytest.raises(UserError, match='describes its own network'):
         load_snapshot(str(tmp_path / 'x.pkl'), options=dict(T=3))
@@ -330,6 +339,42 @@ def test_a_flipped_bit_is_refused(tmp_path):
     flip_a_bit(path, 'mu')
     with pytest.raises(UserError, match='file.npz: .*CRC'):
         identify(str(path))
+    arrays = np.random.RandomState(0).randint(0, 256, [300, 64, 64, 3], np.uint8)
+    np.savez_compressed(path, arr_0=arrays)                      # which does not make these smaller
+    np.testing.assert_array_equal(NpzImages(str(path)).images([1]), arrays[[1]].transpose(0, 3, 1, 2))
+    flip_a_bit(path, 'arr_0')
+    with pytest.raises(UserError, match='file.npz: .*CRC'):
+        NpzImages(str(path))
+
+
+def test_verify_false_leaves_checksums_out(tmp_path):
+    net = build_network('WideResNet', name='wrn-10-1')
+    save_snapshot(str(tmp_path / 'own.pkl'), net, encoder=encoders.RGBEncoder(), dataset={}, recipe={}, nimg=0)
+    torch.save({'model': net.state_dict()}, tmp_path / 'foreign.pt')
+    for name in ('own.pkl', 'foreign.pt'):
+        flip_a_bit(tmp_path / name, '/data/')
+        assert 'changed since it was written' in fails('snapshot_tool.py', 'inspect', tmp_path / name)
+        assert 'wrn-10-1' in invoke('snapshot_tool.py', 'inspect', tmp_path / name, '--verify=False')
+    np.savez(tmp_path / 'images.npz', arr_0=np.zeros([300, 8, 8, 3], np.uint8))
+    flip_a_bit(tmp_path / 'images.npz', 'arr_0')
+    arguments = ['ref', f'--data={tmp_path}/images.npz', f'--dest={tmp_path}/a.pkl', '--metrics=fd_pixels']
+    assert 'CRC' in fails('calculate_metrics.py', *arguments)
+    invoke('calculate_metrics.py', *arguments, '--verify=False')
+    assert 'SKIP_CHECKSUMS' not in os.environ                   # for other commands in this process
+
+
+@pytest.mark.parametrize('script', [
+    'train_edm2.py', 'train.py', 'generate_images.py', 'mem_ratio.py', 'reconstruct_phema.py',
+    *(f'calculate_metrics.py {name}' for name in ('ref', 'calc', 'gen', 'memorization')),
+    *(f'snapshot_tool.py {name}' for name in ('inspect', 'flops', 'convert')), 'long_tail/main.py', 'long_tail/make_stats.py',
+    *(f'distillation/scripts/{name}.py' for name in ('dynamic_prepare', 'image_kd', 'image_sample', 'image_train')),
+    *(f'synthetic_data/{name}.py' for name in (
+        'generate', 'select_1M', 'combine_data', 'train_classifier', 'evaluate_data'))])
+def test_what_opens_files_of_weights_and_numbers_takes_verify(script):
+    script, *command = script.split()
+    main = script_module(script).main
+    main = main.commands[command[0]] if command else main
+    assert options.verify(lambda: None).__click_params__[0].to_info_dict() in [param.to_info_dict() for param in main.params]
 
 
 def test_own_files_are_read_as_torch_reads_them(tmp_path):

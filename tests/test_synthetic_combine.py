@@ -12,9 +12,11 @@ import pytest
 from helpers import fails, run, script_module
 from synthetic import CLASSES, COMBINE, GENERATE, invoke, limited, options, write_classes
 
+from dnnlib import UserError
 from dnnlib.npz import open_array
 from synthetic_data import class_files
 from synthetic_data.class_files import ClassFile, write_npz
+from synthetic_data.mixture import GeneratedImages
 
 
 def test_combine_as_written(tmp_path):
@@ -50,27 +52,67 @@ def recorded(folder):
     return [ClassFile.open(f'{folder}/{label}.npy').recorded_crc32() != 0 for label in range(CLASSES)]
 
 
-@pytest.mark.parametrize('change', ['nothing', 'images', 'longer', 'older version', 'no record', 'rubbish'])
-def test_checksums_are_used_only_for_files_as_they_were_made(made, tmp_path, change):
+@pytest.mark.parametrize('change', ['nothing', 'older version', 'no record', 'later'])
+def test_class_files_need_no_record(made, tmp_path, change):
     out = tmp_path / 'out'
-    shutil.copytree(made, out)                                 # as tar and scp -p do, without extended attributes
+    shutil.copytree(made, out)
     record = json.loads((out / '1.json').read_text())
-    if change == 'images':                                     # in place: the size stays
-        with open(out / '1.npy', 'r+b') as file:
-            file.seek(500)
-            file.write(b'changed')
-    elif change == 'longer':
-        np.save(out / '1.npy', np.ones([21, *np.load(out / '1.npy').shape[1:]], np.uint8))
-        os.utime(out / '1.npy', (0, 0))
-    elif change == 'older version':
-        del record['crc32']
+    if change == 'older version':
+        del record['crc32'], record['class']
         (out / '1.json').write_text(json.dumps(record))
     elif change == 'no record':
         (out / '1.json').unlink()
-    elif change == 'rubbish':
-        (out / '1.json').write_text('[]')
-    assert recorded(out) == [True, change == 'nothing', True]
+    elif change == 'later':                                    # as of a copy without times
+        os.utime(out / '1.npy')
+    assert recorded(out) == [True, change in ('nothing', 'later'), True]
     np.testing.assert_array_equal(combined(out, tmp_path / 'npz'), in_files(out))
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[500] ^= 4
+    path.write_bytes(data)
+
+
+def exchange(out, ending):
+    for old, new in ((0, 'x'), (1, 0), ('x', 1)):
+        os.rename(out / f'{old}{ending}', out / f'{new}{ending}')
+
+
+CHANGES = {
+    'a flipped bit': (lambda out: flip_a_bit(out / '1.npy'), 'wrong CRC'),
+    'another number': (lambda out: np.save(out / '1.npy', np.ones([21, 8, 8, 3], np.uint8)), 'another number of images'),
+    'exchanged': (lambda out: exchange(out, '.npy'), 'wrong CRC'),
+    'exchanged with their records': (lambda out: [exchange(out, ending) for ending in ('.npy', '.json')], 'another class'),
+    'a record that is none': (lambda out: (out / '1.json').write_text('[]'), '1.json is damaged')}
+
+
+@pytest.mark.parametrize('change', CHANGES)
+def test_images_that_are_not_what_their_record_says_are_refused(made, tmp_path, change, monkeypatch):
+    out = tmp_path / 'out'
+    shutil.copytree(made, out)
+    function, message = CHANGES[change]
+    function(out)
+    arguments = [f'--data_dir={out}', f'--output_dir={tmp_path}/npz', f'--class_num={CLASSES}', '--file_name=all']
+    assert message in fails(COMBINE, *arguments)
+    with pytest.raises(UserError, match=message):              # select_1M.py and training
+        GeneratedImages(str(out), CLASSES)
+    monkeypatch.delattr(os, 'copy_file_range', raising=False)  # where the kernel does not copy
+    assert message in fails(COMBINE, *arguments)
+    assert not os.path.exists(tmp_path / 'npz/all.npz')
+    if message == 'wrong CRC':
+        monkeypatch.undo()
+        invoke(COMBINE, *arguments, '--verify=False')
+        monkeypatch.setenv('SKIP_CHECKSUMS', '1')
+        assert len(GeneratedImages(str(out), CLASSES)) == 60
+
+
+def test_images_that_changed_are_not_taken_over_when_more_are_made(network, made, tmp_path):
+    out = tmp_path / 'out'
+    shutil.copytree(made, out)
+    flip_a_bit(out / '2.npy')
+    assert '2.npy is not what its record' in fails(GENERATE, *options(network, out, '--seeds=0-21'))
+    assert 'wrong CRC' in fails(COMBINE, f'--data_dir={out}', f'--output_dir={out}', f'--class_num={CLASSES}')
 
 
 @pytest.mark.parametrize('refusal', [errno.EXDEV, errno.ENOSYS, None, 'missing'])

@@ -34,11 +34,11 @@ def read_own(path: str):
     """What `torch.save` wrote to `path`: plain values, lists, dictionaries, and tensors of every
     type on the CPU.
 
-    Every byte is verified first, by the CRCs that the zip holds. Then the pickle is followed by
-    the bounded reader, which refuses what torch.load would spend memory or time on (nested keys,
-    records that share bytes, constructors of other types); what is left cannot ask for more memory
-    than the file has, since tensors are views of the mapped file. Their values can be changed;
-    that stays in memory. Raises UserError that names the file.
+    Every byte is verified first, by the CRCs that the zip holds (see `ZipRecords`). Then the
+    pickle is followed by the bounded reader, which refuses what torch.load would spend memory or
+    time on (nested keys, records that share bytes, constructors of other types); what is left
+    cannot ask for more memory than the file has, since tensors are views of the mapped file. Their
+    values can be changed; that stays in memory. Raises UserError that names the file.
     """
     with pickles.errors_of(path, 'not a file that this project wrote, or damaged: '):
         records = torchfile.ZipRecords(path, pickles.map_file(path))
