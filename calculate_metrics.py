@@ -13,6 +13,7 @@ from metrics.detectors import PROTOCOLS
 from metrics.features import Detectors, measure, measure_images
 from metrics.images import class_ids, read_batches, select
 from metrics.memorization import find_copies
+from metrics.shares import interval_of, with_intervals
 from metrics.statistics import Statistics, check_destination, load_statistics, save_statistics
 from torch_utils import distributed as dist
 from training.data.archive import check_parent
@@ -265,12 +266,14 @@ def memorization(images, data, xflip, dest, grid, precision, **source):
     if dist.get_rank() == 0:
         results = copies.results()
         print(f'\n{count} images against {len(training)} of {data}')
-        print(f'  memorization_ratio  {results["memorization_ratio"]:.4f}')
+        ratio = results['memorization_ratio']
+        print(f'  memorization_ratio  {ratio:.4f}{interval_of(ratio)}')
         print(f'  mean_distance       {results["mean_distance"]:.4f}')
         if dest:
             write_json(dest, dict(
-                what, results=results, data=data, xflip=xflip, num_training=len(training),
-                command=sys.argv, **dist.environment(), samples=copies.table()), indent=None)
+                what, results=with_intervals(results), data=data, xflip=xflip,
+                num_training=len(training), command=sys.argv, **dist.environment(),
+                samples=copies.table()), indent=None)
         if grid:
             copies.save_picture(grid, training)
     dist.shutdown()
@@ -346,12 +349,13 @@ def measure_and_report(batches, count: int, what: dict, detection, reading, ref,
         width = max(map(len, results))
         print(f'\n{count} images' + (f' against {ref}' if ref else ''))
         for name, value in results.items():
-            print(f'  {name:{width}}  {value:.6g}')
+            print(f'  {name:{width}}  {value:.6g}{interval_of(value)}')
         for note in notes:
             print(f'Note: {note}')
         if dest:
             write_json(dest, dict(
-                results=results, num_images=count, **what, ref=ref, ref_class=ref_class,
+                results=with_intervals(results), num_images=count, **what, ref=ref,
+                ref_class=ref_class,
                 ref_images={space: part.num for space, part in reference.gaussians.items()},
                 ref_meta=reference.meta, ref_protocol=reference.protocol, protocol=protocol,
                 notes=notes, detectors=detectors.description(), command=sys.argv,

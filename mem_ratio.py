@@ -8,12 +8,13 @@ import click
 
 from dnnlib import UserError, cli, options, pictures, util
 from metrics.memorization import find_copies
+from metrics.shares import percent, with_intervals
 from torch_utils import distributed as dist
 from training import runs
 from training.data.archive import check_parent
 from training.data.dataset import ImageDataset
 from training.data.images import pixels_of
-from training.diffusion.samplers import choose_setting
+from training.diffusion.samplers import choose_setting, plain_setting
 from training.generate import OutputFolder, open_generator
 from training.snapshot import list_snapshots
 
@@ -27,7 +28,8 @@ def load_log(path: str) -> tuple[dict, dict]:
         with open(path) as f:
             log = json.load(f)
         rows = {(row['snapshot'], row['modified']): row for row in log['snapshots']}
-        return dict(log['settings']), rows
+        settings = util.finite(dict(log['settings']))
+        return settings | {'sampler': plain_setting(settings.get('sampler', {}))}, rows
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError('is no log of mem_ratio.py; remove it or choose another name',
                         'log', path) from None
@@ -109,7 +111,7 @@ def main(expdir, knn_ref, log, seeds, subdirs, class_, batch, sampler, precision
     seeds = seeds or earlier.get('seeds', [*range(64)])
     settings = dict(
         expdir=os.path.abspath(expdir), knn_ref=os.path.abspath(data), num_training=len(training),
-        seeds=seeds, sampler={key: str(value) for key, value in sampler.items()})
+        seeds=seeds, sampler=plain_setting(sampler))
     if class_ is not None:
         settings['class'] = class_
     if earlier != json.loads(json.dumps(settings)):
@@ -117,7 +119,7 @@ def main(expdir, knn_ref, log, seeds, subdirs, class_, batch, sampler, precision
     rows = []
     dist.print0(f'{len(seeds)} samples of each of {len(snapshots)} snapshots '
                 f'against {len(training)} images of {data}\n'
-                f'{"kimg":>8}  {"EMA":5}  {"ratio":>7}  {"distance":>8}')
+                f'{"kimg":>8}  {"EMA":5}  {"ratio (95% interval)":>27}  {"distance":>8}')
     for file in snapshots:
         name = os.path.basename(file.path)
         modified = os.path.getmtime(file.path)
@@ -127,12 +129,12 @@ def main(expdir, knn_ref, log, seeds, subdirs, class_, batch, sampler, precision
             nimg, copies = measure(expdir, name, seeds, training, batch, subdirs, class_=class_,
                                    sampler=sampler, allow_nonfinite=allow_nonfinite)
             row = dict(snapshot=name, modified=modified, nimg=nimg, ema=file.average,
-                       **copies.results())
+                       **with_intervals(copies.results()))
             if last and dist.get_rank() == 0:
                 copies.save_picture(stem + '-pairs.png', training)
         rows.append(row)
         dist.print0(f'{file.kimg:8d}  {file.average or "-":5}  '
-                    f'{100 * row["memorization_ratio"]:6.2f}%  {row["mean_distance"]:8.3f}')
+                    f'{percent(row, "memorization_ratio"):>27}  {row["mean_distance"]:8.3f}')
         if dist.get_rank() == 0:
             util.write_json(log, dict(settings=settings, snapshots=rows))
     if dist.get_rank() == 0:

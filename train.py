@@ -1,7 +1,6 @@
 """Train diffusion models with the EDM recipe, for as long as the size of the data set says."""
 
 import dataclasses
-import json
 import os
 import re
 import secrets
@@ -10,7 +9,7 @@ import click
 
 from dnnlib import UserError, cli, options
 from dnnlib.options import boolean, choice, integer, integers, mimg, nimg, number, text
-from dnnlib.util import renamed_fields
+from dnnlib.util import renamed_fields, to_json
 from torch_utils import distributed as dist
 from training import recipe, runs
 from training.checkpoint import Checkpoints
@@ -298,7 +297,7 @@ def main(outdir, desc, nosubdir, dry_run, wandb, allow_changes, **opts):
     if dry_run:
         dataset, _, rules, lengths = prepare(config)
         recipe.new_network(rules)                               # fails for what does not fit
-        print(json.dumps(config | dict(outdir=outdir, network=rules.network, schedule=lengths,
+        print(to_json(config | dict(outdir=outdir, network=rules.network, schedule=lengths,
                                        name=run_name(config, dataset, desc)), indent=2))
         return
     train(config, outdir, desc, nosubdir, wandb=wandb, allow_changes=allow_changes)

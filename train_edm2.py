@@ -1,12 +1,10 @@
 """Train diffusion models with the EDM2 recipe, on pixels or on latents."""
 
-import json
-
 import click
 
 from dnnlib import cli, options
 from dnnlib.options import boolean, choice, integer, nimg, number, text
-from dnnlib.util import renamed_fields
+from dnnlib.util import renamed_fields, to_json
 from torch_utils import distributed as dist
 from training import recipe
 from training.data.batches import DatasetBatches
@@ -104,7 +102,7 @@ def main(outdir, dry_run, wandb, allow_changes, **opts):
     config = build_config(opts)
     if dry_run:
         network = prepare(config)[2].network
-        print(json.dumps(config | dict(outdir=outdir, network=network), indent=2))
+        print(to_json(config | dict(outdir=outdir, network=network), indent=2))
         return
     train(config, outdir, wandb=wandb, allow_changes=allow_changes)
     dist.shutdown()

@@ -22,6 +22,7 @@ import train
 from data_utils import common, selection
 from dnnlib import UserError, cli, options, util
 from metrics.memorization import find_copies
+from metrics.shares import with_intervals
 from studies import WHOLE, compared, setting
 from training import recipe
 from training.data.dataset import ImageDataset
@@ -141,7 +142,8 @@ def measure(study: Study, model: Model, denoiser: str, net: str):
     copies = find_copies(((batch.seeds, batch.images) for batch in batches), training, keep=SHOWN)
     copies.save_picture(study.result(model, denoiser, '.png'), training)
     util.write_json(study.result(model, denoiser),
-                    dataclasses.asdict(model) | dict(denoiser=denoiser) | copies.results())
+                    dataclasses.asdict(model) | dict(denoiser=denoiser)
+                    | with_intervals(copies.results()))
 
 
 def collect(study: Study, models: list[Model]) -> pd.DataFrame:

@@ -92,6 +92,7 @@ def save_loss_curve(stats_path: str, path: str):
         for row in map(json.loads, f):
             for name in row:
                 if name.startswith('Loss/') and 'nimg' in row:
-                    point = (row['nimg'] / 1000, row[name]['mean'])
+                    mean = row[name]['mean']
+                    point = (row['nimg'] / 1000, math.nan if mean is None else mean)
                     curves[name.removeprefix('Loss/')].append(point)
     save_curves(path, curves, 'loss (mean over elements)')

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -186,9 +187,26 @@ def write_bytes(dest: str, data: bytes):
         f.write(data)
 
 
+def finite(value):
+    """Plain values with None in place of numbers that are not finite, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def to_json(value, indent: int | None = None) -> str:
+    """JSON text of the `finite` values."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(finite(value), indent=indent, allow_nan=False)
+
+
 def write_json(dest: str, value, indent: int | None = 2):
-    """Writes `value` as a JSON file that appears only when complete."""
-    write_bytes(dest, (json.dumps(value, indent=indent) + '\n').encode())
+    """Writes `to_json` of the value to a file that appears only when complete."""
+    write_bytes(dest, (to_json(value, indent) + '\n').encode())
 
 
 def hash_file(path: str, algorithm: str = 'sha256') -> str:

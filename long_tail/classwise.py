@@ -16,6 +16,7 @@ from metrics import compute
 from metrics.detectors import PROTOCOLS, Protocol
 from metrics.precision_recall import precision_recall
 from metrics.recognition import Recognizer
+from metrics.shares import Share
 from metrics.statistics import Statistics
 
 GROUPS = ('many', 'medium', 'few')
@@ -83,9 +84,23 @@ class Evaluation:
         """`metrics` of some classes, with the real images of the same classes as reference."""
         sides = generated, self.reference
         wanted = torch.tensor(classes)
-        if any(torch.isin(side.labels, wanted).sum() < 2 for side in sides):
+        counts = [int(torch.isin(side.labels, wanted).sum()) for side in sides]
+        if min(counts) < 2:
             return {}
-        return self.metrics(*(side.of_classes(wanted, self.device) for side in sides), num_classes)
+        sides = (side.of_classes(wanted, self.device) for side in sides)
+        return {'num_images': counts[0]} | self.metrics(*sides, num_classes)
+
+    def notes(self, generated: Statistics, results: dict) -> list[str]:
+        """What a reader should know: see `compute.rank_note` and `compute.score_note`."""
+        gaussian = generated.gaussians[self.space]
+        lines = compute.rank_note('fid: ', gaussian)
+        few = [row['num_images'] for row in results.get('classes', ())
+               if row.get('num_images', gaussian.dim + 1) <= gaussian.dim]
+        if few:
+            lines.append(f'fid of {len(few)} classes is of {min(few)} to {max(few)} images for '
+                         f'{gaussian.dim} dimensions: their covariances are singular, and the '
+                         'distances say little')
+        return lines + compute.score_note(generated, self.protocol)
 
     def metrics(self, generated: Statistics, real: Statistics, num_classes: int) -> dict:
         """All metrics of images of so many classes; for 0 without those that need many images,
@@ -104,8 +119,8 @@ class Evaluation:
             values['precision'], values['recall'] = precision_recall(
                 ref.to(self.device), gen.to(self.device), self.protocol.k, self.protocol.strict)
         if self.recognizer is not None and generated.labels is not None:
-            values['recognition'] = float(
-                self.recognizer.recognised(gen, generated.labels).mean())
+            recognised = self.recognizer.recognised(gen, generated.labels)
+            values['recognition'] = Share(recognised.mean(), len(recognised))
         return values
 
 
@@ -122,5 +137,8 @@ def table(results: dict) -> str:
     rows = {'all': results['all']}
     for group, values in results.get('groups', {}).items():
         rows[group] = values | {'classes': str(len(values['classes']))}
-    frame = pd.DataFrame(rows).T.drop(columns='is_std', errors='ignore')
+    rows = {group: {name: f'{value:.4f} ({value.interval[0]:.2f}-{value.interval[1]:.2f})'
+                    if isinstance(value, Share) else value for name, value in row.items()}
+            for group, row in rows.items()}
+    frame = pd.DataFrame(rows).T.drop(columns=['is_std', 'num_images'], errors='ignore')
     return frame.to_string(float_format='{:.4f}'.format, na_rep='-')

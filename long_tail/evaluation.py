@@ -16,6 +16,7 @@ from metrics import compute
 from metrics.features import Detectors, measure_images
 from metrics.neighbors import check_finite
 from metrics.recognition import Recognizer
+from metrics.shares import with_intervals
 from metrics.statistics import USUAL, Statistics, load_statistics
 from torch_utils import distributed as dist
 from torch_utils.files.pickles import errors_of
@@ -207,11 +208,14 @@ class Evaluator:
             return {'all': {}}
         results = self.evaluation(generated, self.counts, flags.group_sizes)
         report = self.file(step, '.json')
-        util.write_json(report, results | {
-            'step': step, 'settings': {key: flags[key] for key in SETTINGS},
+        notes = self.evaluation.notes(generated, results)
+        util.write_json(report, with_intervals(results) | {
+            'notes': notes, 'step': step, 'settings': {key: flags[key] for key in SETTINGS},
             'environment': dist.environment()})
         print(f'{len(images)} images of step {step}, {flags.detector} features:\n'
               f'{classwise.table(results)}\nBy class in {report}', flush=True)
+        for note in notes:
+            print(f'Note: {note}', flush=True)
         return results
 
     def _samples(self, net, step) -> NpzImages:

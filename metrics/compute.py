@@ -9,6 +9,7 @@ from metrics.features import Detectors, measure_images
 from metrics.inception_score import inception_score
 from metrics.precision_recall import precision_recall
 from metrics.recognition import Recognizer
+from metrics.shares import Share
 from metrics.statistics import SPACES, Statistics
 
 # --- The metrics: (generated, real, space, protocol, device) -> {name: value} -------------------
@@ -22,6 +23,8 @@ def distance(generated: Statistics, real: Statistics, space, *_) -> dict:
 def score(generated: Statistics, real, space, protocol: Protocol, *_) -> dict:
     """Inception Score, and its spread over the parts."""
     probs = generated.features[protocol.probs]
+    if len(probs) < 2:
+        raise UserError('the Inception Score of one image means nothing: it is 1')
     scores = inception_score(probs, protocol.parts(len(probs)))
     spread = scores.std(correction=int(protocol.unbiased))
     return {'is': scores.mean().item(), 'is_std': spread.item()}
@@ -41,7 +44,7 @@ def recognition(generated: Statistics, real: Statistics, space, *_) -> dict:
             raise UserError(f'recognition: {name} no labels')
     recognizer = Recognizer(real.features[space], real.labels)
     recognised = recognizer.recognised(generated.features[space], generated.labels)
-    return {'recognition': float(recognised.mean())}
+    return {'recognition': Share(recognised.mean(), len(recognised))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Metric:
 
 # Space -> what the names of its precision and recall end in.
 MANIFOLDS = {'fid': '', 'fd_dinov2': '_dinov2', 'fd_pixels': '_pixels'}
+FEWEST_SCORED = 1000
 FRECHET = ('fid', 'sfid', 'fd_dinov2', 'fd_pixels')
 METRICS = {
     **{space: Metric(distance, space, 'gaussians') for space in FRECHET},
@@ -146,6 +150,28 @@ def evaluate(metrics, generated: Statistics, reference: Statistics, protocol: Pr
     return {name: value for name, value in values.items() if name in {*metrics, 'is_std'}}
 
 
+def rank_note(what: str, gaussian) -> list[str]:
+    """A line, if so few images make no covariance of full rank."""
+    if gaussian.num is None or gaussian.num > gaussian.dim:
+        return []
+    return [f'{what}{gaussian.num} images for {gaussian.dim} dimensions: the covariance has rank '
+            f'{gaussian.num - 1} at most, so the distance is biased upwards and comparable only '
+            'with the same number of images']
+
+
+def score_note(generated: Statistics, protocol: Protocol) -> list[str]:
+    """A line, if a part of the images is too small for an Inception Score."""
+    if protocol.probs not in generated.features:
+        return []
+    num = len(generated.features[protocol.probs])
+    bounds = protocol.parts(num)
+    least = min(b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+    if least >= FEWEST_SCORED:
+        return []
+    return [f'is: a part of {num} images has {least}, and its score is at most that; of fewer '
+            f'than {FEWEST_SCORED}, one for each class of Inception, it says little']
+
+
 def notes(generated: Statistics, reference: Statistics, detectors: Detectors) -> list[str]:
     """What a reader should know: singular covariances, references made with other weights or
     rules.
@@ -155,10 +181,10 @@ def notes(generated: Statistics, reference: Statistics, detectors: Detectors) ->
     if 'inception' in detectors.loaded and theirs != detectors.protocol and reference.gaussians:
         lines.append(f'images of the protocol {detectors.protocol}, {reference.path} of {theirs}')
     for space, gaussian in generated.gaussians.items():
-        if gaussian.num <= gaussian.dim:
-            lines.append(f'{space}: {gaussian.num} images for {gaussian.dim} dimensions; the '
-                         'distance is biased upwards and comparable only with the same number of '
-                         'images')
+        lines += rank_note(f'{space}: ', gaussian)
+        if space in reference.gaussians:
+            lines += rank_note(f'{space}, {reference.path}: ', reference.gaussians[space])
+    lines += score_note(generated, detectors.rules)
     stored = reference.meta.get('detectors', {})
     for name, detector in detectors.description().items():
         if name in stored and stored[name]['fingerprint'] != detector['fingerprint']:

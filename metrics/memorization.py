@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from dnnlib import UserError, pictures
 from metrics import neighbors
+from metrics.shares import Share
 from torch_utils import distributed
 
 
@@ -47,7 +48,7 @@ class Copies:
 
     def results(self) -> dict:
         """Fraction of memorized images, and their mean distance to the training set."""
-        return {'memorization_ratio': float(self.memorized.mean()),
+        return {'memorization_ratio': Share(self.memorized.mean(), len(self.ids)),
                 'mean_distance': float(self.distances[:, 0].mean()), 'num_images': len(self.ids)}
 
     def table(self) -> dict:

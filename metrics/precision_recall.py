@@ -4,6 +4,7 @@ import torch
 
 from dnnlib import UserError
 from metrics import neighbors
+from metrics.shares import Share
 
 
 def knn_radii(features: torch.Tensor, k: int) -> torch.Tensor:
@@ -18,7 +19,7 @@ def knn_radii(features: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def precision_recall(ref: torch.Tensor, gen: torch.Tensor, k: int = 3,
-                     strict: bool = False) -> tuple[float, float]:
+                     strict: bool = False) -> tuple[Share, Share]:
     """Precision and recall of features `gen` [M, D] against `ref` [N, D], on their device.
 
     Precision is the share of generated points in a ball of at least one reference point, recall
@@ -31,5 +32,5 @@ def precision_recall(ref: torch.Tensor, gen: torch.Tensor, k: int = 3,
         raise UserError(f'precision and recall: features of {ref.shape[1]} and {gen.shape[1]} '
                         'dimensions do not fit; both must come from the same detector')
     inside = neighbors.inside_balls(gen, ref, knn_radii(gen, k), knn_radii(ref, k), strict)
-    precision, recall = (side.double().mean().item() for side in inside)
+    precision, recall = (Share(side.double().mean().item(), len(side)) for side in inside)
     return precision, recall

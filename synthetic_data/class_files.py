@@ -21,7 +21,14 @@ from typing import BinaryIO
 
 from dnnlib import UserError
 from dnnlib.npz import npy_header, read_npy_header, verifies
-from dnnlib.util import atomic_path, matching_names, parse_int_list, require_same, write_json
+from dnnlib.util import (
+    atomic_path,
+    finite,
+    matching_names,
+    parse_int_list,
+    require_same,
+    write_json,
+)
 
 CHUNK_BYTES = 1 << 20   # that are read at a time: they stay in the cache of a core
 ALIGNMENT = 32 << 10    # where images begin: systems copy faster between equal places in pages
@@ -54,7 +61,7 @@ class Record:
             return None
         try:
             value = json.loads(Path(path).read_bytes())
-            made_by = dict(value['made_by'])
+            made_by = finite(dict(value['made_by']))
             if made_by.get('discretization') == 'vp':  # of an earlier version
                 made_by.setdefault('beta_d', 19.9)
             return cls(parse_int_list(value['seeds']), made_by, int(value.get('crc32') or 0),

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from dnnlib import UserError
+from metrics.shares import Share
 from torch_utils.random import BlockRandomGenerator
 from training.snapshot import load_snapshot
 
@@ -149,4 +150,5 @@ def accuracy(net, dataset, attack: Attack | None = None, batch: int = 256,
             random = BlockRandomGenerator(device, seed, indices[0], len(indices))
             attacked = pgd(net, images, labels, attack, random)
             robust += (correct & (net(attacked).argmax(dim=1) == labels)).sum().item()
-    return {'clean': clean / len(dataset), 'robust': robust / len(dataset) if attack else None}
+    clean, robust = (Share(correct / len(dataset), len(dataset)) for correct in (clean, robust))
+    return {'clean': clean, 'robust': robust if attack else None}

@@ -15,6 +15,7 @@ import pandas as pd
 
 import studies
 from dnnlib import UserError, cli, options, util
+from metrics.shares import percent
 from synthetic_data import train_classifier
 from torch_utils import distributed as dist
 from torch_utils import parallel
@@ -46,7 +47,7 @@ class Run:
         if not rows or rows[-1]['nimg'] < self.config['duration']:
             return None
         deciding = {key: value for key, value in self.config.items() if key not in REPORTING}
-        util.require_same(self.folder, runs.read_options(self.folder), deciding,
+        util.require_same(self.folder, runs.read_options(self.folder), util.finite(deciding),
                           'choose another folder')
         return rows[-1]
 
@@ -84,7 +85,8 @@ def train_all(planned: list[Run], jobs: int):
     for run in parallel.run_side_by_side(Run.train, waiting, jobs):
         accuracy = dist.broadcast_object(run.accuracy)
         dist.print0(f'{run.training}, {DATA[run.data]}, seed {run.seed}: '
-                    f'clean {accuracy["clean"]:.2%}, under attack {accuracy["robust"]:.2%}')
+                    f'clean {percent(accuracy, "clean")}, under attack '
+                    f'{percent(accuracy, "robust")}')
 
 
 def table(planned: list[Run]) -> pd.DataFrame:

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dnnlib import UserError, cli, options, util
 from dnnlib.options import boolean, integer, nimg, number, text
+from metrics.shares import percent, with_intervals
 from synthetic_data import classify, common
 from synthetic_data.classify import Attack
 from synthetic_data.mixture import GeneratedImages, Mixture, MixtureOrder
@@ -77,15 +78,16 @@ def measure_accuracy(run_dir: str, test, attack: Attack | None, seed: int, nimg:
     """Tests the averaged network, and keeps all results in accuracy.json of the run."""
     if dist.get_rank() != 0:
         return {}
-    accuracy = classify.accuracy(nets[0], test, attack, seed=seed)
+    accuracy = with_intervals(classify.accuracy(nets[0], test, attack, seed=seed))
     # A run that was killed after a test and before its checkpoint comes here twice with the same
     # numbers.
     rows = [row for row in read_accuracy(run_dir) if row['nimg'] < nimg]
     util.write_json(os.path.join(run_dir, ACCURACY), [*rows, {'nimg': nimg} | accuracy])
-    attacked = f', under attack {accuracy["robust"]:.2%}' if attack else ''
-    print(f'Test accuracy after {util.format_count(nimg)} images: clean {accuracy["clean"]:.2%}'
-          f'{attacked}', flush=True)
-    return {f'Accuracy/{name}': value for name, value in accuracy.items() if value is not None}
+    attacked = f', under attack {percent(accuracy, "robust")}' if attack else ''
+    print(f'Test accuracy after {util.format_count(nimg)} images: clean '
+          f'{percent(accuracy, "clean")}{attacked}', flush=True)
+    return {f'Accuracy/{name}': accuracy[name] for name in ('clean', 'robust')
+            if accuracy[name] is not None}
 
 
 def read_accuracy(run_dir: str) -> list[dict]:
@@ -203,7 +205,7 @@ def main(outdir, dry_run, wandb, allow_changes, **opts):
     config = build_config(opts)
     if dry_run:
         open_data(config)
-        print(json.dumps(config | dict(outdir=outdir), indent=2))
+        print(util.to_json(config | dict(outdir=outdir), indent=2))
         return
     train(config, outdir, wandb=wandb, allow_changes=allow_changes)
     dist.shutdown()

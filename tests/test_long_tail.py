@@ -439,6 +439,11 @@ def test_evaluation_end_to_end(trained, digits_stats):
         'many': [0, 1], 'medium': [2, 3, 4, 5, 6], 'few': [7, 8, 9]}
     assert [row['training_images'] for row in results['classes']][::9] == [178, 8]
     assert 'recall' in results['groups']['few'] and 'fid' in results['classes'][0] and 'few' in out
+    low, high = (results['all'][f'recognition_{end}'] for end in ('low', 'high'))    # of 40 images
+    assert low <= results['all']['recognition'] <= high < low + 0.32
+    assert f'({low:.2f}-{high:.2f})' in out and 'recall_low' in results['groups']['few']
+    assert 'Note: fid: 40 images for 192 dimensions' in out and 'Note: fid of' in out and len(results['notes']) == 2
+    assert sum(group['num_images'] for group in results['groups'].values()) == 40
     images = NpzImages(str(trained / f'{name}.npz'))
     assert len(images) == 40 and images.label_ids.max() == 9
     # The numbers are those of the features themselves.

@@ -6,7 +6,6 @@
 import collections
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Iterator
 
@@ -16,12 +15,13 @@ from tqdm import tqdm
 
 from dnnlib import UserError, pictures
 from dnnlib.image_io import encode_png
-from dnnlib.util import write_bytes, write_json
+from dnnlib.util import finite, to_json, write_bytes, write_json
 from torch_utils import distributed as dist
 from training.data.dataset import class_index
 from training.diffusion.samplers import (
     Guided,
     choose_setting,
+    plain_setting,
     sample_seeds,
     seed_inputs,
 )
@@ -193,7 +193,7 @@ def open_generator(net=None, *, preset=None, gnet=None, guidance=None, guidance_
     setting = choose_setting(snapshot.net, snapshot.sampler, sampler or {})
     if guide is not None:
         _check_guide(snapshot.net, guide, setting['name'], gnet)
-    plain = {key: str(value) if value == math.inf else value for key, value in setting.items()}
+    plain = plain_setting(setting)
     guiding = dict(guidance=guidance, guidance_interval=guidance_interval)
     record = dict(net=None if net is snapshot else net, gnet=gnet, **guiding, nimg=snapshot.nimg,
                   class_name=class_, sampler=plain)
@@ -243,7 +243,7 @@ class OutputFolder:
     def __init__(self, path: str, subdirs: bool, record: dict, dataset: dict):
         self.path = path
         self.subdirs = subdirs
-        self.record = json.loads(json.dumps(record))
+        self.record = json.loads(to_json(record))
         self.dataset = dataset
         self.json_path = os.path.join(path, 'dataset.json')
         self.labels = {}  # {name of the file: label or None}, of those before and of this process
@@ -252,7 +252,10 @@ class OutputFolder:
             try:
                 with open(self.json_path) as f:
                     old = json.load(f)
-                if old.get('generated_by') != self.record:
+                made_by = finite(dict(old.get('generated_by') or {}))
+                if 'sampler' in made_by:
+                    made_by['sampler'] = plain_setting(made_by['sampler'])
+                if made_by != self.record:
                     fault = 'holds images made with other options'
                 self.labels = dict(old.get('labels') or [])
             except (ValueError, AttributeError, TypeError):

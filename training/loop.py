@@ -25,6 +25,7 @@ from dnnlib.util import (
     one_line,
     remove_leftovers,
     signal_handler,
+    to_json,
     write_bytes,
 )
 from torch_utils import distributed as dist
@@ -450,7 +451,7 @@ class Trainer:
         if self.leads:
             rows = means | {name: {'mean': value, 'std': 0.0} for name, value in values.items()}
             with open(self._path('stats.jsonl'), 'a') as f:
-                f.write(json.dumps({'nimg': self.nimg} | rows | {'timestamp': now}) + '\n')
+                f.write(to_json({'nimg': self.nimg} | rows | {'timestamp': now}) + '\n')
         return {name: row['mean'] for name, row in means.items()} | values
 
     def _log_scalars(self, values):

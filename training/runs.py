@@ -7,7 +7,7 @@ import os
 import time
 
 from dnnlib import UserError
-from dnnlib.util import command_line, matching_names, write_json
+from dnnlib.util import command_line, finite, matching_names, write_json
 from torch_utils.distributed import environment, get_rank
 from training.checkpoint import Checkpoints
 from training.snapshot import list_snapshots
@@ -62,7 +62,7 @@ def read_options(run_dir: str) -> dict:
         return {}
     try:
         with open(path) as f:
-            return dict(json.load(f))
+            return finite(dict(json.load(f)))
     except (OSError, TypeError, ValueError) as error:
         raise UserError(f'{path} cannot be read ({error}); '
                         f'is {run_dir} the folder of a run?') from None
@@ -136,7 +136,7 @@ def choose_folder(outdir: str, name: str, options: dict, *goal) -> str:
         path = os.path.join(outdir, folder)
         if other == name and not is_finished(path, *goal):
             earlier = read_options(path)
-            if _agrees(earlier, options):
+            if _agrees(earlier, finite(options)):
                 with contextlib.suppress(UserError), locked(path):
                     return path
     number = found[-1][0] + 1 if found else 0

@@ -20,7 +20,7 @@ import numpy as np
 
 from dnnlib import budget
 from dnnlib.npz import LOCAL_HEADER, entry_start
-from dnnlib.util import DISK_ERRORS, UserError, atomic_path, printable
+from dnnlib.util import DISK_ERRORS, UserError, atomic_path, printable, to_json
 
 JSON_NAME = 'dataset.json'
 # What it may say of classes: original index, name and ImageNet folder of each label.
@@ -357,7 +357,7 @@ class ArchiveWriter:
 
     def add_description(self, description: dict):
         """Adds dataset.json; `description['labels']` is a list of [name, label] or None."""
-        self.add(JSON_NAME, json.dumps(description).encode())
+        self.add(JSON_NAME, to_json(description).encode())
 
     def describe(self, names, labels: np.ndarray | None, info: dict):
         """Adds dataset.json with the labels of files (int64 [n] or float32 [n,D]), and `info`."""

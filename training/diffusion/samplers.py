@@ -10,13 +10,14 @@ A sampler's setting is a dictionary of plain values, `{'name': 'edm', 'num_steps
 snapshots keep one.
 """
 
+import contextlib
 import math
 from functools import partial
 
 import torch
 
 from dnnlib import UserError
-from dnnlib.util import renamed_fields
+from dnnlib.util import finite, renamed_fields
 from torch_utils.random import GlobalRandom, StackedRandomGenerator
 from training.diffusion.noise import (
     VE,
@@ -358,14 +359,31 @@ def complete_setting(net, setting: dict):
     return {'name': name} | defaults | options
 
 
+_WORDS = {'None': None, 'True': True, 'False': False}
+
+
+def plain_setting(setting: dict) -> dict:
+    """A sampler's setting as JSON keeps it, None for what is infinite; also of a record of an
+    earlier version, which has numbers as text.
+    """
+    def plain(value):
+        if not isinstance(value, str):
+            return finite(value)
+        with contextlib.suppress(ValueError):
+            return int(value) if value.isdigit() else finite(float(value))
+        return _WORDS.get(value, value)
+
+    return {key: plain(value) for key, value in setting.items()}
+
+
 def choose_setting(net, own: dict | None, given: dict) -> dict:
     """The complete setting of a network's `own` sampler (by default that of its family) or the one
     called given['name'], with the options `given`.
 
     None is not given. Without a name, any option that only EDM's ablations have chooses these.
     """
-    own = own or family_sampler(net)
-    given = {key: value for key, value in given.items() if value is not None}
+    own, given = ({key: value for key, value in setting.items() if value is not None}
+                  for setting in (own or family_sampler(net), given))
     _, options = SAMPLERS.get(own['name'], (None, {}))
     ablation = CHOICES.keys() & given.keys() - options.keys()
     name = given.pop('name', 'ablation' if ablation else own['name'])
