@@ -266,7 +266,7 @@ def test_two_processes_count_as_one(digits, tmp_path):
         rows.append([{name: value for name, value in json.loads(line).items() if name.startswith('Health')}
                      for line in open(outdir / 'stats.jsonl')])
     assert rows[0] == rows[1] and rows[0][-1]['Health/nonfinite_losses']['mean'] == 1024
-    assert len(re.findall(r'exitcode *: 3', result.stderr)) == 2, result.stderr
+    assert len(re.findall(r'exitcode  : 3 ', result.stderr)) == 2, result.stderr
 
 
 # --- Files with weights that are not finite -----------------------------------------------------

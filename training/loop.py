@@ -258,7 +258,6 @@ class Trainer:
             text = (f'{self.run_dir} has diverged: {what} are not finite after {self.nimg} images;'
                     f' {kept}. Lower the learning rate, or look at what log.txt warns of')
             self.log(text, show=False)
-            dist.barrier()
             raise Diverged(text)
 
     def _files(self, first: int, images: list[int]) -> str:

@@ -19,6 +19,7 @@ from training.checkpoint import WRONG, CheckpointError
 from training.data.dataset import ImageDataset
 from training.encoders import encoder_for, make_encoder
 from training.generate import save_sample_grid
+from training.health import Diverged
 from training.networks import build_network
 
 
@@ -257,4 +258,8 @@ def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: 
         f'Data: {data.get("name")}, {data.get("size")} images, {data.get("label_dim")} classes',
         f'Network: {parameters / 1e6:.2f}M parameters, on {trainer.device.type}, '
         f'{dist.get_world_size()} process(es), batch {recipe.batch}', f'Run: {run_dir}', start)
-    return trainer.run(lines, changed, files, wandb)
+    try:
+        return trainer.run(lines, changed, files, wandb)
+    except Diverged:
+        dist.barrier()          # the first process has more to close, and launchers end the others
+        raise
