@@ -130,12 +130,12 @@ def run(model, model_path, data_dir, output_dir, class_num, top_scale, batch_siz
     if dist.get_rank() == 0:
         stem = os.path.join(output_dir, file_name)
         with common.full_disk(f'--output_dir={output_dir}', 'run it again'):
-            write_selected(stem + '.npz', data, selected)
             util.write_json(stem + '-report.json', {
                 'model_path': model_path, 'data_dir': list(data_dir), 'top_scale': top_scale,
                 'classes': rows})
             save_histograms(stem + '-confidence.png', rows)
             save_picture(stem + '-best-worst.png', data, scores)
+            write_selected(stem + '.npz', data, selected)      # last: where it is, the rest is too
         print('class    images  selected    mean  lowest selected')
         for label, row in enumerate(rows):
             print(f'{label:5}{row["images"]:10}{row["selected"]:10}{row["mean"]:8.4f}'

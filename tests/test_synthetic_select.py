@@ -54,6 +54,18 @@ def test_the_selection_is_that_of_one_go(scored, tmp_path, more, share):
     assert all((tmp_path / f'1m-{name}.png').is_file() for name in ('confidence', 'best-worst'))
 
 
+def test_the_selection_comes_last(scored, tmp_path, monkeypatch):
+    """A study that finds it takes it for all that there is."""
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    folder = scored[0]
+    monkeypatch.setattr(select_1M, 'save_picture', stopped)
+    with pytest.raises(KeyboardInterrupt):
+        select_1M.run(None, f'{folder}/pseudo.pt', [f'{folder}/out'], str(tmp_path), 3, 0.2, 64, '1m')
+    assert not (tmp_path / '1m.npz').exists() and (tmp_path / '1m-confidence.png').exists()
+
+
 @pytest.mark.slow
 def test_two_processes_select_the_same(scored, tmp_path):
     folder = scored[0]

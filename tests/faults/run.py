@@ -116,13 +116,14 @@ def become(case, folder: Path, inputs: Path, fault: dict):
         os._exit(code)
 
 
-def session(sid: int) -> list[int]:
-    """The living processes of a session."""
+def session(sid: int, counter: str) -> list[int]:
+    """The living processes of a session, and of torchrun's, which have sessions of their own."""
     alive = []
-    for path in glob.glob('/proc/[0-9]*/stat'):
+    for path in glob.glob('/proc/[0-9]*'):
         with contextlib.suppress(OSError, ValueError):
-            state, _, _, number = Path(path).read_text().rpartition(')')[2].split()[:4]
-            if int(number) == sid and state != 'Z':
+            state, _, _, number = Path(path, 'stat').read_text().rpartition(')')[2].split()[:4]
+            ours = int(number) == sid or f'"{counter}"'.encode() in Path(path, 'environ').read_bytes()
+            if ours and state != 'Z':
                 alive.append(int(path.split('/')[2]))
     return alive
 
@@ -147,15 +148,15 @@ def run(case, folder: Path, inputs: Path, fault: dict | None = None, send=None) 
             status = os.waitstatus_to_exitcode(code)
         elif now > start + LIMIT_S:
             os.kill(pid, signal.SIGKILL)
-        elif send and sent is None and now > start + send[1] and pid in session(pid):
+        elif send and sent is None and now > start + send[1] and pid in session(pid, counter):
             sent = now
-            deliver(case, pid, send[0])
+            deliver(send[0], pid, session(pid, counter))
         else:
             time.sleep(0.01)
     ended = time.monotonic()
-    while (left := session(pid)) and time.monotonic() < (sent or ended) + SOON_S:
+    while (left := session(pid, counter)) and time.monotonic() < ended + SOON_S:
         time.sleep(0.05)
-    took = time.monotonic() - (sent or ended)
+    took = time.monotonic() - (ended if case.processes > 1 else sent or ended)
     for other in left:
         with contextlib.suppress(ProcessLookupError):
             os.kill(other, signal.SIGKILL)
@@ -165,14 +166,14 @@ def run(case, folder: Path, inputs: Path, fault: dict | None = None, send=None) 
                 operations=operations, out=out, err=err)
 
 
-def deliver(case, pid: int, name: str):
+def deliver(name: str, pid: int, family: list[int]):
     """Ctrl-C goes to all processes of a terminal, SIGTERM to one; `rank` kills one of torchrun's."""
     with contextlib.suppress(ProcessLookupError):
         if name == 'INT':
             os.killpg(pid, signal.SIGINT)
         elif name == 'TERM':
             os.kill(pid, signal.SIGTERM)
-        elif ranks := [other for other in session(pid) if other != pid]:
+        elif ranks := [other for other in family if other != pid]:
             os.kill(random.choice(ranks), signal.SIGKILL)
 
 
@@ -285,7 +286,7 @@ class Harness:
         arguments = self.draw(expected, kind)
         first = run(case, folder, self.inputs, **arguments)
         stopped = first['status'] or STOPPED in first['out']
-        fired = first['sent'] and stopped or set(first['operations']) & set('KF') or (
+        fired = first['sent'] and (stopped or kind == 'rank') or set(first['operations']) & set('KF') or (
             kind == 'limit' and first['status'])
         if not fired:
             return None
@@ -304,9 +305,9 @@ class Harness:
             problems['again'] = again['err'][-1500:]
         if problems:
             folder = folder.parent.rename(self.work / f'problem-{len(self.results)}') / 'w'
-        return dict(script=name, fault=kind, **{key: value for draw in arguments.values() for key, value in (
-            draw.items() if isinstance(draw, dict) else [('at', draw[1])])}, status=first['status'],
-            said=first['err'][-1500:] if problems else '', problems=problems, folder=str(folder))
+        at = arguments['fault']['at'] if 'fault' in arguments else arguments['send'][1]
+        return dict(script=name, fault=kind, at=at, status=first['status'], problems=problems,
+                    said=first['err'][-1500:] if problems else '', folder=str(folder))
 
     def judge(self, case, kind: str, result: dict) -> dict:
         """What is wrong with how a command ended."""
