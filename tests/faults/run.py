@@ -307,7 +307,7 @@ class Harness:
             folder = folder.parent.rename(self.work / f'problem-{len(self.results)}') / 'w'
         at = arguments['fault']['at'] if 'fault' in arguments else arguments['send'][1]
         return dict(script=name, fault=kind, at=at, status=first['status'], problems=problems,
-                    said=first['err'][-1500:] if problems else '', folder=str(folder))
+                    said=first['err'][-9000:] if problems else '', folder=str(folder))
 
     def judge(self, case, kind: str, result: dict) -> dict:
         """What is wrong with how a command ended."""
