@@ -66,6 +66,9 @@ def _user_error(error: BaseException | None) -> util.UserError | None:
     if isinstance(error, (click.ClickException, click.Abort, click.exceptions.Exit)):
         return None
     while error is not None:
+        if type(error).__name__ == 'OutOfMemoryError':  # of torch, which may not be imported
+            return util.UserError('the memory of the GPU is full; give fewer images of one '
+                                  'forward pass', 'batch_gpu')
         if isinstance(error, OSError) and error.errno in _WRITE_ERRORS:
             name = error.filename2 or error.filename
             place = f'{name}: ' if isinstance(name, str) else ''

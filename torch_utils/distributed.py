@@ -52,11 +52,13 @@ def init(precision: str | None = None):
         os.environ.setdefault('MASTER_ADDR', _master_addr())
         os.environ.setdefault('MASTER_PORT',
                               str(29500 + int(os.environ.get('SLURM_JOB_ID', 0)) % 10000))
+        backend = 'gloo'
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ['LOCAL_RANK']) % torch.cuda.device_count())
-        torch.distributed.init_process_group(
-            'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo',
-            timeout=datetime.timedelta(hours=2))
+            count = torch.cuda.device_count()
+            torch.cuda.set_device(int(os.environ['LOCAL_RANK']) % count)
+            if int(os.environ.get('LOCAL_WORLD_SIZE', 1)) <= count:
+                backend = 'cpu:gloo,cuda:nccl'                 # which no two share a GPU with
+        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(hours=2))
         _host_group = torch.distributed.new_group(backend='gloo')
 
 
