@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 import secrets
+import shlex
 
 import click
 
@@ -155,7 +156,8 @@ def choose_run(config: dict, outdir: str, name: str, nosubdir: bool, lengths: di
     if folder is None:
         # The embedding is compared as part of the network: earlier versions had other defaults.
         wanted = {key: value for key, value in (config | {'schedule': lengths}).items()
-                  if key not in ('embed', 'nan_patience') and (key, value) != ('seed', None)}
+                  if key not in ('embed', 'keep_checkpoints', 'nan_patience')
+                  and (key, value) != ('seed', None)}
         folder = runs.choose_folder(outdir, name, wanted, lengths['total_kimg'],
                                     config['snap'] > 0, config['dump'] > 0)
     if seed is None:
@@ -193,7 +195,9 @@ def train(config: dict, outdir: str, desc=None, nosubdir: bool = False, **runnin
     with renamed_fields(**OPTION_NAMES):
         recipe.fit(rules, run_dir, net, loss, batches, resume_from=resume_from,
                    options=config | dict(seed=seed, schedule=lengths),
-                   callbacks=[recipe.sample_grids(run_dir, encoder, dataset, rules)], **running)
+                   outputs=[recipe.sample_grids(run_dir, encoder, dataset, rules)],
+                   advice='python calculate_metrics.py memorization --net={snapshot} --data='
+                   + shlex.quote(config['data']), **running)
     return run_dir
 
 

@@ -42,8 +42,9 @@ def prepare(config: dict):
         sampler={'name': 'edm2'})
 
 
-def train(config: dict, outdir: str, **running) -> int:
-    """Trains by the settings; `running` goes to `recipe.fit`. Returns the images seen."""
+def train(config: dict, outdir: str, **running) -> bool:
+    """Trains by the settings; `running` goes to `recipe.fit`. Returns whether they came to
+    the end."""
     dist.init(config['precision'])
     dataset, encoder, plan = prepare(config)
     net = recipe.new_network(plan)
@@ -51,8 +52,9 @@ def train(config: dict, outdir: str, **running) -> int:
     batches = DatasetBatches(dataset, encoder, dist.get_device(), config['seed'])
     grids = recipe.sample_grids(outdir, encoder, dataset, plan)
     with renamed_fields(learning_rate='lr_schedule'):
-        return recipe.fit(plan, outdir, net, loss, batches, options=config, callbacks=[grids],
-                          **running)
+        return recipe.fit(plan, outdir, net, loss, batches, options=config, outputs=[grids],
+                          advice='python generate_images.py --net={snapshot} --seeds=0-63 '
+                          '--grid=samples.png', **running)
 
 
 OF_PRESET = '  [default: of the preset]'

@@ -41,6 +41,9 @@ class CacheCheckpoints(GuidedCheckpoints):
             os.remove(os.path.join(self.folder, old[0]))
         return rest | {'cache': name}
 
+    def patterns(self, number):
+        return [rf'teacher-state-{number:06d}(-\d+)?\.cache', *super().patterns(number)]
+
     def read(self, path):
         content = super().read(path)
         for batches in content.get('batches', ()):

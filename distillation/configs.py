@@ -24,6 +24,7 @@ from dnnlib import UserError, cli
 from dnnlib.options import (
     fast_products,
     group,
+    keep_checkpoints,
     nan_patience,
     seed,
     text,
@@ -318,7 +319,7 @@ run_options = together(
         'running',
         text('PT', '--resume_checkpoint resume_from',
              'modelNNNNNN.pt to go on from, if --outdir has none'),
-        nan_patience, wandb))
+        keep_checkpoints, nan_patience, wandb))
 
 
 def default_outdir(config: str) -> str:

@@ -1,6 +1,7 @@
 """What a configuration describes: networks, a teacher with its batches, and a run of training."""
 
 import functools
+import shlex
 
 import torch
 
@@ -162,14 +163,15 @@ def train(section: configs.Training, net, loss, batches, outdir: str | None, *, 
     rule     name and settings of the loss, for the recipe
     dataset  description of what is learned
     options  settings, for training_options.json, with `config` and `seed`
-    running  `nan_patience`, and further arguments of `recipe.fit`; without `resume_from`, that is
-             the section's
+    running  `keep_checkpoints` and `nan_patience` of the recipe, and further arguments of
+             `recipe.fit`; without `resume_from`, that is the section's
 
     Raises UserError for a checkpoint of another run.
     """
     batch = section.batch_size
     steps = section.total_steps or section.lr_anneal_steps or ENDLESS
     save = section.save_interval * batch
+    rates = configs.ema_rates(section.ema_rate)
     loss_scale = None
     if net.model.precision == 'fp16':
         if dist.get_device().type == 'cuda':
@@ -185,15 +187,19 @@ def train(section: configs.Training, net, loss, batches, outdir: str | None, *, 
         optim={'name': 'AdamW', 'weight_decay': section.weight_decay},
         learning_rate={'name': 'anneal', 'lr': section.lr,
                        'anneal_steps': section.lr_anneal_steps},
-        averages={'name': 'constant', 'rates': configs.ema_rates(section.ema_rate)},
+        averages={'name': 'constant', 'rates': rates},
         sampler={'name': 'ddpm'}, bad_gradients=None, layout='guided',
         batch_gpu=None if section.microbatch == -1 else section.microbatch,
         status=section.log_interval * batch, snapshot=save, checkpoint=save,
+        keep_checkpoints=running.pop('keep_checkpoints'),
         nan_patience=running.pop('nan_patience'), loss_scale=loss_scale)
     running['resume_from'] = running['resume_from'] or section.resume_checkpoint or None
     layout = functools.partial(CacheCheckpoints, cache_interval=section.cache_save_interval)
     with renamed_fields(resume_from='resume_checkpoint', batch='batch_size'):
-        nimg = recipe.fit(rules, outdir or configs.default_outdir(options['config']), net, loss,
-                          batches, options=options, layout=layout,
-                          allow_changes=section.allow_changes, **running)
-    dist.print0(f'{nimg // batch} steps done')
+        complete = recipe.fit(
+            rules, outdir or configs.default_outdir(options['config']), net, loss, batches,
+            options=options, layout=layout, allow_changes=section.allow_changes, **running,
+            advice=f'python scripts/image_sample.py --config {shlex.quote(options["config"])} '
+            f'--model_path {{folder}}/ema_{rates[-1]}_{steps:06d}.pt')
+    if complete:
+        dist.print0(f'{steps} steps done')

@@ -172,6 +172,9 @@ def batch(default: int):
 # --- Training -----------------------------------------------------------------------------------
 
 batch_gpu = nimg('--batch-gpu', None, 'Images of one forward pass  [default: all of a process]')
+keep_checkpoints = integer(
+    '--keep-checkpoints --keep_checkpoints', 0,
+    'Keep the newest INT states of the training alone, 0 = all', 0)
 nan_patience = integer(
     '--nan-patience --nan_patience', 100, 'End with status 3 when so many steps in a row have no '
     'finite loss or gradients, 0 = never', 0)
@@ -186,6 +189,7 @@ def training(outdir_help: str, *options):
         text('ZIP|DIR', '--data', 'Data set made by dataset_tool.py', required=True),
         *options,
         batch_gpu,
+        keep_checkpoints,
         nan_patience,
         number('--ls', 1, 'Loss scaling against underflow of float16 gradients'),
         boolean('--bench', True, 'Let cuDNN choose the fastest convolutions'),

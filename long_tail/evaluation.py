@@ -20,12 +20,14 @@ from metrics.shares import with_intervals
 from metrics.statistics import USUAL, Statistics, load_statistics
 from torch_utils import distributed as dist
 from torch_utils.files.pickles import errors_of
+from torch_utils.stopping import stop_point
 from training.data.images import ArrayImages, NpzImages, save_npz_images
 from training.diffusion.samplers import without_labels
 from training.encoders import RGBEncoder
 from training.generate import generate_images
 
 PROTOCOL = 'cbdm'
+GRID_STEPS = 50         # of DDIM, where a chain has more: grids show a run, they do not measure it
 MOST_RECOGNISED = 5000  # reference images that the classifier is trained on in reasonable time
 detector_options = together(
     choice('--detector', 'inception', 'Network of the features', USUAL),
@@ -35,15 +37,15 @@ SETTINGS = ('sample_method', 'omega', 'ddim_steps', 'num_images', 'seed', 'detec
             'group_sizes')
 
 
-def generate(net, flags, seeds, **options):
+def generate(net, flags, seeds, steps: int | None = None, **options):
     """Batches of CBDM's sampler with the options of the command line (see `generate_images`).
 
-    The network guides itself: eps + omega (eps - eps_unconditional). Predicted images are not
-    clipped before the last.
+    `steps` of DDIM, by default those of the command line. The network guides itself: eps + omega
+    (eps - eps_unconditional). Predicted images are not clipped before the last.
     """
     method = flags.sample_method if net.label_dim else 'cond'
     guidance = {'cfg': 1 + flags.omega, 'cond': 1, 'uncond': 0}[method]
-    steps = flags.ddim_steps or None
+    steps = steps or flags.ddim_steps or None
     sampler = dict(name='ddim' if steps else 'ddpm', num_steps=steps, clip=False)
     return generate_images(net, RGBEncoder(), seeds, batch=flags.batch_size, sampler=sampler,
                            guide=without_labels(net), guidance=guidance, **options)
@@ -65,7 +67,9 @@ def save_grid(path: str, net, flags, class_names: list):
         labels = shown.repeat(size // rows)
         names = [class_names[label] for label in shown]
     columns = size // rows
-    batches = generate(net, flags, range(rows * columns), labels=labels, split=False)
+    steps = None if flags.ddim_steps or flags.T <= GRID_STEPS else GRID_STEPS
+    batches = generate(net, flags, range(rows * columns), steps, labels=labels, split=False,
+                       progress=True)
     images = torch.cat([batch.images.cpu() for batch in batches])
     pictures.save_image_grid(path, images, columns, names)
 
@@ -78,7 +82,11 @@ def sample(net, flags) -> tuple:
     """
     first = flags.seed * flags.num_images
     batches = generate(net, flags, range(first, first + flags.num_images), progress=True)
-    rows = dist.gather_objects([row for batch in batches for row in batch])
+    rows = []
+    for batch in batches:
+        rows += batch
+        stop_point()
+    rows = dist.gather_objects(rows)
     _, labels, images = zip(*sorted(itertools.chain(*rows), key=lambda row: row[0]), strict=True)
     return np.stack(images), labels if has_labels(net, flags) else None
 

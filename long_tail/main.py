@@ -22,6 +22,7 @@ from dnnlib.options import (
     fast_products,
     integer,
     integers,
+    keep_checkpoints,
     nan_patience,
     number,
     path,
@@ -43,6 +44,7 @@ from training.data.images import ArrayImages
 from training.diffusion.augment_ada import ADAAugment
 from training.diffusion.losses import CBDMLoss
 from training.encoders import RGBEncoder
+from training.loop import Output
 from training.networks import build_network
 
 # --- Options -------------------------------------------------------------------------------------
@@ -103,6 +105,7 @@ options_of_study = together(
     integer('--batch_size', 128, 'Images of a step over all processes; of a batch of samples'),
     integer('--total_steps', 800000, 'Steps to take; for fine-tuning, further steps'),
     count('--save_step', 100000, 'Steps between checkpoints; 0 = none'),
+    keep_checkpoints,
     count('--sample_step', 10000, 'Steps between sample grids; 0 = none'),
     integer('--sample_size', 64, 'Images of a grid'),
     count('--eval_step', 0, 'Steps between evaluations during training; 0 = none'),
@@ -269,20 +272,26 @@ def start_of(flags) -> tuple[str | None, int]:
 # --- Training ------------------------------------------------------------------------------------
 
 
-def callbacks_of(flags, folder, dataset) -> list[tuple]:
-    """(every so many images, function) of the sample grids and of --eval_step."""
+def outputs_of(flags, folder, dataset) -> list[Output]:
+    """The sample grids and evaluations of a run, at multiples of their steps."""
+    def path(step):
+        return os.path.join(folder, 'sample', f'{step}.png')
+
     def grid(step, nets):
-        if dist.get_rank() == 0:
-            path = os.path.join(folder, 'sample', f'{step}.png')
-            evaluation.save_grid(path, nets[0], flags, dataset.class_names)
+        evaluation.save_grid(path(step), nets[0], flags, dataset.class_names)
 
     def scores(step, nets):
         return {f'Eval/{name}': value for name, value in evaluate(nets[0], step)['all'].items()}
 
+    outputs = [Output(flags.sample_step * flags.batch_size, grid,
+                      lambda step: os.path.isfile(path(step)), at_end=False)]
     if flags.eval_step:
         evaluate = evaluation.Evaluator(flags, folder, dataset.class_counts)
-    pairs = [(flags.sample_step, grid), (flags.eval_step, scores)]
-    return [(every * flags.batch_size, function) for every, function in pairs if every]
+        outputs.append(Output(
+            flags.eval_step * flags.batch_size, scores,
+            lambda step: os.path.isfile(evaluate.file(step, '.json')), at_end=False,
+            together=True))
+    return outputs
 
 
 def recipe_of(flags, dataset, first: int) -> recipe.Recipe:
@@ -299,7 +308,7 @@ def recipe_of(flags, dataset, first: int) -> recipe.Recipe:
         averages={'name': 'constant', 'rates': [flags.ema_decay]}, sampler={'name': 'ddpm'},
         clip_grad_norm=flags.grad_clip or None, bad_gradients=None, layout='steps',
         status=flags.log_step * batch, checkpoint=flags.save_step * batch or None,
-        nan_patience=flags.nan_patience)
+        keep_checkpoints=flags.keep_checkpoints, nan_patience=flags.nan_patience)
 
 
 def train(flags) -> bool:
@@ -314,7 +323,7 @@ def train(flags) -> bool:
     if flags.xflip is None:
         flags['xflip'] = runs.option_of(StepCheckpoints, folder, 'xflip', not flags.augm, False)
     dataset = open_data(flags)
-    callbacks = callbacks_of(flags, folder, dataset)
+    outputs = outputs_of(flags, folder, dataset)
     rules = recipe_of(flags, dataset, first)
     net = recipe.new_network(rules)
     if source:
@@ -328,11 +337,11 @@ def train(flags) -> bool:
                              workers=max(flags.num_workers, 1), mirror=flags.xflip)
     with renamed_fields(batch='batch_size', duration='total_steps', rates='ema_decay',
                         clip_grad_norm='grad_clip'):
-        nimg = recipe.fit(
-            rules, folder, net, loss, batches, options=flags,
-            callbacks=callbacks, **running,
-            files={'flagfile.txt': to_text(main.params, flags)})
-    return nimg >= rules.total_nimg
+        return recipe.fit(
+            rules, folder, net, loss, batches, options=flags, outputs=outputs, **running,
+            files={'flagfile.txt': to_text(main.params, flags)},
+            advice='python main.py --flagfile {folder}/flagfile.txt --logdir {folder} --notrain '
+            '--eval --ckpt_step {step}')
 
 
 # --- Evaluation ----------------------------------------------------------------------------------

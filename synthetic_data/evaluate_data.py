@@ -55,8 +55,8 @@ class Run:
         """Trains it to its end. Raises KeyboardInterrupt if it is told to stop; then it goes on
         from a checkpoint."""
         with studies.silence():
-            nimg = train_classifier.train(self.config, self.folder)
-        if nimg < self.config['duration']:
+            complete = train_classifier.train(self.config, self.folder)
+        if not complete:
             raise KeyboardInterrupt
 
 

@@ -24,6 +24,7 @@ from training.data.batches import DatasetBatches
 from training.data.dataset import ImageDataset
 from training.data.sampler import EpochShuffle
 from training.encoders import RGBEncoder
+from training.loop import Output
 from training.networks.layers import DTYPES
 
 ACCURACY = 'accuracy.json'
@@ -76,10 +77,8 @@ def attack_of(config: dict, wanted: str) -> Attack | None:
 def measure_accuracy(run_dir: str, test, attack: Attack | None, seed: int, nimg: int,
                      nets) -> dict:
     """Tests the averaged network, and keeps all results in accuracy.json of the run."""
-    if dist.get_rank() != 0:
-        return {}
     accuracy = with_intervals(classify.accuracy(nets[0], test, attack, seed=seed))
-    # A run that was killed after a test and before its checkpoint comes here twice with the same
+    # A run that was killed between a test and the next checkpoint comes here twice with the same
     # numbers.
     rows = [row for row in read_accuracy(run_dir) if row['nimg'] < nimg]
     util.write_json(os.path.join(run_dir, ACCURACY), [*rows, {'nimg': nimg} | accuracy])
@@ -101,8 +100,9 @@ def read_accuracy(run_dir: str) -> list[dict]:
         raise UserError(f'{path} is damaged; remove it') from None
 
 
-def train(config: dict, outdir: str, **running) -> int:
-    """Trains by the settings; `running` goes to `recipe.fit`. Returns the images seen."""
+def train(config: dict, outdir: str, **running) -> bool:
+    """Trains by the settings; `running` goes to `recipe.fit`. Returns whether they came to the
+    end."""
     dist.init(config['precision'])
     data, order, test = open_data(config)
 
@@ -126,15 +126,17 @@ def train(config: dict, outdir: str, **running) -> int:
         pad=data.resolution // 8 if config['pad'] is None else config['pad'],
         dtype=DTYPES[config['precision']], attack=attack_of(config, 'adversarial'),
         **chosen('xflip', 'smoothing'))
-    callbacks = []
+    outputs = []
     if test is not None:
         tester = functools.partial(measure_accuracy, outdir, test,
                                    attack_of(config, 'robust'), config['seed'])
-        callbacks = [(config['test_every'] or config['duration'], tester)]
+        outputs.append(Output(
+            config['test_every'] or config['duration'], tester,
+            lambda nimg: any(row['nimg'] == nimg for row in read_accuracy(outdir))))
     batches = DatasetBatches(data, RGBEncoder(), dist.get_device(), config['seed'], order)
     with util.renamed_fields(decay='ema', network='model', normalize_input='normalize'):
-        return recipe.fit(plan, outdir, net, loss, batches, options=config, callbacks=callbacks,
-                          **running)
+        return recipe.fit(plan, outdir, net, loss, batches, options=config, outputs=outputs,
+                          advice='python select_1M.py --model_path {snapshot}', **running)
 
 
 EXAMPLES = """\b

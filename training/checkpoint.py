@@ -8,6 +8,7 @@ them. There are three that published programs have made known:
     guided   modelNNNNNN.pt, ema_RATE_NNNNNN.pt, optNNNNNN.pt            guided diffusion
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from dnnlib import UserError
 from dnnlib.util import matching_names, one_line
 from torch_utils.files.identify import identify
 from torch_utils.files.own import read_own
-from torch_utils.files.pickles import UnreadableError
+from torch_utils.files.pickles import UnreadableError, errors_of, map_file
+from torch_utils.files.torchfile import ZipRecords
 from training.snapshot import read_weights, write_state
 
 
@@ -83,6 +85,7 @@ class Checkpoints:
     """
 
     prefixes = ('training-state-',)  # of the names; the first is that of the file to appear last
+    state_prefix = prefixes[0]       # of the file with the loop's state
     digits = 7                       # at least, of the number in the names
     counts_steps = False             # logs and files go by steps, from 0, not by images
 
@@ -99,9 +102,9 @@ class Checkpoints:
         name = f'{prefix or self.prefixes[0]}{number:0{self.digits}d}.pt'
         return os.path.join(self.folder, name)
 
-    def numbers(self) -> list[int]:
+    def numbers(self, prefix: str | None = None) -> list[int]:
         """Numbers of the checkpoints in the folder, ascending; none if there is no such folder."""
-        pattern = rf'{self.prefixes[0]}(\d{{{self.digits},}})\.pt'
+        pattern = rf'{prefix or self.prefixes[0]}(\d{{{self.digits},}})\.pt'
         return sorted(int(match[1]) for match in matching_names(self.folder, pattern))
 
     def pack(self, state: dict) -> dict[str, dict]:
@@ -172,6 +175,31 @@ class Checkpoints:
                             f'remove them to start anew ({newest})')
         return None
 
+    def patterns(self, number: int) -> list[str]:
+        """Of the names of a checkpoint's files, in the order in which they are removed: that of
+        the loop's state comes last.
+        """
+        return [re.escape(os.path.basename(self.path(number)))]
+
+    def prune(self, nimg: int, keep: int):
+        """Removes all but the newest `keep` of the checkpoints up to that of `nimg`, which has
+        just been written; 0 keeps all. Later ones were passed over as damaged and do not count.
+        What other programs wrote stays.
+        """
+        numbers = [number for number in self.numbers(self.state_prefix)
+                   if number <= self.number(nimg)]
+        for number in filter(self._is_ours, numbers[:-keep] if keep else ()):
+            for pattern in self.patterns(number):
+                for match in matching_names(self.folder, pattern):
+                    os.remove(os.path.join(self.folder, match[0]))
+
+    def _is_ours(self, number: int) -> bool:
+        """By what the file says of itself; the weights are not read."""
+        path = self.path(number, self.state_prefix)
+        with contextlib.suppress(UserError), errors_of(path):
+            return b'train_seconds' in bytes(ZipRecords(path, map_file(path)).record('data.pkl'))
+        return False
+
     def save_share(self, nimg: int, batches: dict) -> dict:
         """What the first process stores of the batches' state of this one (called on all of them).
 
@@ -207,6 +235,7 @@ class StepCheckpoints(Checkpoints):
     """
 
     prefixes = ('ckpt_',)
+    state_prefix = 'ckpt_'
     digits = 1
     counts_steps = True
 
@@ -241,6 +270,7 @@ class GuidedCheckpoints(Checkpoints):
     """
 
     prefixes = ('model', 'ema_', 'opt')
+    state_prefix = 'opt'
     digits = 6
 
     def number(self, nimg):
@@ -255,6 +285,9 @@ class GuidedCheckpoints(Checkpoints):
         return {self.path(step, f'ema_{rate}_'): _without_prefix(weights)
                 for rate, weights in averages.items()} | {
             self.path(step, 'opt'): rest, self.path(step): _without_prefix(net)}
+
+    def patterns(self, number):
+        return [rf'{prefix}{number:06d}\.pt' for prefix in ('model', r'ema_[\d.e-]+_', 'opt')]
 
     def read(self, path):
         folder, name = os.path.split(path)

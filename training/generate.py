@@ -128,7 +128,8 @@ def generate_images(net, encoder, seeds, *, labels=None, batch=32, guide=None, g
     labels = np.broadcast_to(labels, seeds.shape)
     setting = choose_setting(net, sampler, options)
     plan = split_seeds(range(len(seeds)), batch, rank, world_size)
-    for positions in tqdm(plan, unit='batch', disable=None if progress and rank == 0 else True):
+    for positions in tqdm(plan, unit='batch', delay=2, leave=split,
+                          disable=None if progress and rank == 0 else True):
         if len(positions) == 0:
             continue
         chosen = seeds[positions].tolist()
@@ -366,6 +367,6 @@ def save_sample_grid(path: str, net, encoder, dataset, columns: int = 8,
     count = 8 * columns if labels is None else len(labels)
     grid = GridCollector(path, dataset.description(), columns, count // columns)
     for batch in generate_images(net, encoder, range(count), labels=labels, batch=columns * 4,
-                                 split=False, sampler=sampler):
+                                 split=False, sampler=sampler, progress=True):
         grid.add(batch)
     grid.write()

@@ -4,10 +4,9 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib.util
 import json
 import os
-import signal
+import shlex
 import threading
 import time
 import warnings
@@ -24,7 +23,6 @@ from dnnlib.util import (
     format_time,
     one_line,
     remove_leftovers,
-    signal_handler,
     to_json,
     write_bytes,
 )
@@ -32,19 +30,21 @@ from torch_utils import distributed as dist
 from torch_utils.files.pickles import UnreadableError
 from torch_utils.files.weights import NonFiniteError, check_finite, load_weights, nonfinite
 from torch_utils.stats import RunningMeans
+from torch_utils.stopping import Stopper
 from training import runs
 from training.checkpoint import LAYOUTS, WRONG, CheckpointError, load_optimizer
 from training.data.batches import DatasetBatches
-from training.ema import AVERAGES, Averages
+from training.ema import AVERAGES, Average, Averages
 from training.encoders import make_encoder
 from training.health import Diverged, Health
 from training.loss_scale import DynamicLossScale
 from training.schedules import LR_SCHEDULES
-from training.snapshot import describe, save_snapshot, snapshot_name
+from training.snapshot import describe, list_snapshots, save_snapshot, snapshot_name
 
 # The optimizers of a recipe, by name.
 OPTIMIZERS = {'Adam': torch.optim.Adam, 'AdamW': torch.optim.AdamW, 'SGD': torch.optim.SGD}
 LOOK_STEPS = 1000   # between looks at the health of a run that reports seldom
+FLUSH_SECONDS = 10
 NAMES_SHOWN = 4     # of the files of a batch
 
 
@@ -73,6 +73,31 @@ def _silence_tensorboard():
     threading.excepthook = hook
 
 
+def averages_of(recipe) -> list[Average]:
+    """The averages of the weights, as a recipe says."""
+    return _named(AVERAGES, recipe.averages)()
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What a run makes after the step's checkpoint and snapshots: a picture, or a measurement.
+
+    every     so many images; 0 or None: never
+    make      (number of the step or nimg, [averaged network, ...]) -> scalars to log,
+              {name: value}, or None
+    exists    number -> whether it was made: what a run was killed before is made when it goes on
+    at_end    also after the last step, whatever its number
+    together  all processes call `make`, which ends at `stopping.stop_point`s; else the first one
+              does, while the others wait
+    """
+
+    every: int | None
+    make: Callable
+    exists: Callable
+    at_end: bool = True
+    together: bool = False
+
+
 @dataclasses.dataclass(eq=False)
 class Trainer:
     """Trains `net` (in place) by a recipe; see `training.recipe.fit` for the arguments."""
@@ -84,7 +109,8 @@ class Trainer:
     run_dir: str
     options: dict | None = None
     layout: Callable | None = None
-    callbacks: tuple = ()
+    outputs: tuple = ()
+    advice: str = ''
 
     def __post_init__(self):
         recipe = self.recipe
@@ -102,7 +128,7 @@ class Trainer:
         optimizer = {'lr': recipe.learning_rate['lr'], 'fused': True} | recipe.optim
         self.optimizer = _named(OPTIMIZERS, optimizer)(
             p for p in net.parameters() if p.requires_grad)
-        self.ema = Averages(net, _named(AVERAGES, recipe.averages)())
+        self.ema = Averages(net, averages_of(recipe))
         scale = recipe.loss_scale
         self.loss_scale = None if scale is None else DynamicLossScale(**scale)
         self.snapshot = dict(encoder=make_encoder(recipe.encoder), dataset=recipe.dataset,
@@ -115,7 +141,9 @@ class Trainer:
         self._warned = False
         self._finite = None, True                             # nimg, and whether the weights were
         self.nimg = recipe.first_nimg
-        self.stop_requested = False
+        self.stopping = False                                 # all processes know that they are
+        self._cut = False                                     # by a request to stop: the outputs
+        self._saved = None                                    # nimg of the newest checkpoint
         self._session_start = time.time()                     # if there was but one session
 
     def lr(self, nimg: int) -> float:
@@ -125,8 +153,9 @@ class Trainer:
     # --- The run --------------------------------------------------------------------------------
 
     def run(self, lines=(), changes=(), files: dict | None = None,
-            wandb: str | None = None) -> int:
-        """Trains until `recipe.total_nimg`, or until SIGTERM or SIGINT; returns the images seen.
+            wandb: str | None = None) -> bool:
+        """Trains until `recipe.total_nimg`, or until SIGTERM or SIGINT; returns whether it came to
+        its end.
 
         lines    first ones of the log
         changes  of the recipe since the checkpoint, for the log and the record
@@ -134,11 +163,9 @@ class Trainer:
         wandb    project of Weights & Biases
         """
         total = self.recipe.total_nimg
-        if wandb and not importlib.util.find_spec('wandb'):
-            raise UserError('needs the package wandb: pip install wandb', 'wandb')
+        notice = 'stopping after this step, with a checkpoint; once more ends at once'
         with contextlib.ExitStack() as stack:
-            for name in (signal.SIGTERM, signal.SIGINT):
-                stack.enter_context(signal_handler(name, self._request_stop))
+            self._stopper = stack.enter_context(Stopper(notice if self.leads else ''))
             if self.leads:
                 stack.enter_context(runs.claimed(self.run_dir, 'training'))
                 for line in (*lines, *(f'Changed: {change}' for change in changes)):
@@ -153,24 +180,30 @@ class Trainer:
             self._tick_nimg = self.nimg
             self.model = self._wrap()
             self.net.train()
+            self._make_outputs(self.missing())
             steps = stack.enter_context(contextlib.closing(self.batches.iterate(self._plan())))
-            start = self.nimg
             # disable=None: shown on a terminal only.
             bar = stack.enter_context(
-                tqdm(total=total, initial=start, unit='img', unit_scale=True, leave=False,
+                tqdm(total=total, initial=self.nimg, unit='img', unit_scale=True, leave=False,
                      disable=not self.leads or None))
-            while self.nimg < total and not dist.any_rank(self.stop_requested):
+            while self.nimg < total and not self.stopping:
                 self._step(steps)
                 bar.update(self.recipe.batch)
                 self._after_step()
-            if self.nimg < total:
-                if self.nimg > start:                          # else there is nothing to keep
+            complete = self.nimg >= total and not self._cut
+            if complete:
+                for line in (f'Complete after {self.nimg} images', *self.results()):
+                    self.log(line)
+            else:
+                if self._saved != self.nimg > self.recipe.first_nimg:
                     self._save_checkpoint()
                 self.log(f'Stopped at {self.nimg} images; the same command goes on from here.')
-        return self.nimg
+            return complete and not self._agree_to_stop()
 
-    def _request_stop(self, *_):
-        self.stop_requested = True
+    def _agree_to_stop(self) -> bool:
+        """Whether any process was told to stop, the same on all."""
+        self.stopping = self.stopping or dist.any_rank(self._stopper.requested)
+        return self.stopping
 
     def _plan(self):
         """(first image, count) of each micro-batch of this process, to the end of the run."""
@@ -231,7 +264,7 @@ class Trainer:
 
     # --- Divergence -----------------------------------------------------------------------------
 
-    def _look(self, *_):
+    def _look(self):
         """Warns of the first loss that was not finite. Raises Diverged at the end of the run's
         patience, and at the end of the run if it learned nothing in most of its steps.
         """
@@ -281,26 +314,59 @@ class Trainer:
         steps = self.checkpoints.counts_steps
         return self.checkpoints.number(self.nimg) if steps else self.nimg
 
-    def _due(self, every: int | None) -> bool:
+    def _due(self, every: int | None, at_end: bool = True) -> bool:
         """Whether the step just taken has passed a multiple of `every`, or was the last."""
-        if not every:
+        first = self.recipe.first_nimg
+        if not every or self.nimg == first:
             return False
         batch = self.recipe.batch
         done = self.nimg - batch * self.checkpoints.counts_steps  # the first step is number 0
-        before = max(done - batch, self.recipe.first_nimg)
-        return self.nimg >= self.recipe.total_nimg or done // every != before // every
+        before = max(done - batch, first)
+        return at_end and self.nimg >= self.recipe.total_nimg or done // every != before // every
 
     def _after_step(self):
+        """What can be lost last of all comes first: a run that is killed within its pictures goes
+        on behind its newest step, and makes them then.
+        """
         recipe = self.recipe
         seldom = LOOK_STEPS * recipe.batch
-        for every, function in ((recipe.status, self._report),
-                                (min(recipe.status or seldom, seldom), self._look),
-                                (recipe.snapshot, self._save_snapshots), *self.callbacks,
-                                (recipe.checkpoint, self._save_checkpoint)):
-            if self._due(every):
-                averages = [net for net, _, _ in self.ema.get(self.net)]
-                self._log_scalars(function(self._count, averages) or {})
+        if self._due(recipe.status):
+            self._log_scalars(self._report())
+        if self._due(min(recipe.status or seldom, seldom)):
+            self._look()
+        if self._agree_to_stop() or self._due(recipe.checkpoint):
+            self._save_checkpoint()
+        if self._due(recipe.snapshot):
+            self._save_snapshots()
+        self._make_outputs([output for output in self.outputs
+                            if self._due(output.every, output.at_end)])
+
+    def is_complete(self) -> bool:
+        """Whether the folder has all that a run of this length writes, as the checkpoint says."""
+        return self.nimg >= self.recipe.total_nimg and not self.missing()
+
+    def missing(self) -> list[Output]:
+        """What is due at the checkpoint that we go on from, and is not in the folder as that is;
+        the same on all processes. Snapshots are an Output too.
+        """
+        snapshots = Output(self.recipe.snapshot, self._save_snapshots, self._has_snapshots,
+                           together=True)
+        due = [output for output in (snapshots, *self.outputs)
+               if self._due(output.every, output.at_end)]
+        ours = os.path.isfile(self._checkpoint_path())
+        missing = [i for i, output in enumerate(due) if ours and not output.exists(self._count)]
+        return [due[i] for i in dist.broadcast_object(missing)]
+
+    def _make_outputs(self, outputs):
+        """A request to stop ends them at once: there is a checkpoint, or one is saved then."""
+        for output in outputs:
+            if not self._agree_to_stop():
+                if output.together or self.leads:
+                    averages = [net for net, _, _ in self.ema.get(self.net)]
+                    self._log_scalars(self._stopper.call(
+                        output.make, self._count, averages, together=output.together) or {})
                 dist.barrier()
+        self._cut = bool(outputs) and self._agree_to_stop()
 
     # --- Files ----------------------------------------------------------------------------------
 
@@ -343,13 +409,15 @@ class Trainer:
         if len(batches) != processes and any(batches):
             raise UserError(f'{path} was trained by {len(batches)} processes and its batches have '
                             'a state for each: resume with as many')
-        self.nimg = nimg
+        self.nimg = self._saved = nimg
         self._session_start -= seconds
 
-    def _save_checkpoint(self, *_):
+    def _save_checkpoint(self):
         if not self._is_finite():
             self.log(f'Warning: no checkpoint of {self.nimg} images: its weights are not finite')
             return
+        if self.leads:
+            self._flush_boards()                              # what is logged up to here is kept
         health = self.health.counts()
         means = self.means.state_dict()
         batches = self.checkpoints.save_share(self.nimg, self.batches.state_dict())
@@ -363,12 +431,24 @@ class Trainer:
             if self.loss_scale:
                 state['loss_scale'] = {'lg': self.loss_scale.lg}
             self.checkpoints.save(state)
+            self.checkpoints.prune(self.nimg, self.recipe.keep_checkpoints)
+        self._saved = self.nimg
         dist.barrier()
+
+    def _checkpoint_path(self) -> str:
+        return self.checkpoints.path(self.checkpoints.number(self.nimg))
+
+    def _snapshot_path(self, suffix: str) -> str:
+        return self._path(snapshot_name(self.nimg, suffix))
+
+    def _has_snapshots(self, _) -> bool:
+        return all(os.path.isfile(self._snapshot_path(suffix))
+                   for _, suffix, _ in self.ema.get(self.net))
 
     def _save_snapshots(self, *_):
         if self.leads:
             for net, suffix, std in self.ema.get(self.net):
-                path = self._path(snapshot_name(self.nimg, suffix))
+                path = self._snapshot_path(suffix)
                 try:
                     save_snapshot(path, net, nimg=self.nimg, ema_std=std,
                                   dtype=getattr(torch, self.recipe.snapshot_dtype),
@@ -377,6 +457,19 @@ class Trainer:
                     self.log(f'Warning: no {path}: {error}')
             if os.path.exists(self._path('stats.jsonl')):
                 pictures.save_loss_curve(self._path('stats.jsonl'), self._path('loss.png'))
+        dist.barrier()
+
+    def results(self) -> list[str]:
+        """Lines that say where the newest snapshot and checkpoint are, and what to do next."""
+        snapshots = list_snapshots(self.run_dir)
+        places = {'folder': self.run_dir, 'snapshot': snapshots and snapshots[-1].path,
+                  'checkpoint': self._checkpoint_path()}
+        places = {name: path for name, path in places.items() if path and os.path.exists(path)}
+        lines = [f'{name.capitalize()}: {path}' for name, path in places.items()]
+        advice = self.advice.replace('{step}', str(self.checkpoints.number(self.nimg)))
+        for name, path in places.items():
+            advice = advice.replace(f'{{{name}}}', shlex.quote(path))
+        return lines if not advice or '{' in advice else [*lines, f'Next: {advice}']
 
     # --- Logs -----------------------------------------------------------------------------------
 
@@ -398,7 +491,8 @@ class Trainer:
     def _open_boards(self, stack, wandb_project):
         from torch.utils.tensorboard import SummaryWriter  # slow to import
         runs.wait_for_later_events(self.run_dir)
-        first = self._count + self.checkpoints.counts_steps
+        # What is logged of the checkpoint's own step is kept.
+        first = self._count + 1
         _silence_tensorboard()
         self._tensorboard = stack.enter_context(SummaryWriter(self.run_dir, purge_step=first))
         self._wandb = None
@@ -409,6 +503,18 @@ class Trainer:
                 project=wandb_project, dir=path, config=self.settings, resume='allow',
                 name=os.path.basename(path), id=hashlib.sha256(path.encode()).hexdigest()[:16]))
 
+    def _flush_boards(self):
+        """As far as the disk lets us: TensorBoard waits for ever for a thread that has failed, and
+        tells of that when it is written to.
+        """
+        def flush():
+            with contextlib.suppress(OSError):
+                self._tensorboard.flush()
+
+        thread = threading.Thread(target=flush, daemon=True)
+        thread.start()
+        thread.join(FLUSH_SECONDS)
+
     def log(self, text, show: bool = True):
         if self.leads:
             if show:
@@ -416,7 +522,7 @@ class Trainer:
             with open(self._path('log.txt'), 'a') as f:
                 f.write(text + '\n')
 
-    def _report(self, *_):
+    def _report(self):
         """A line for the log and one for `stats.jsonl`; returns what they say, {name: value}."""
         means = self.means.report()                           # waits for the device
         now = time.time()

@@ -5,6 +5,7 @@ must agree with to be resumed is every field of the recipe but those in `RUNNING
 """
 
 import dataclasses
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -47,6 +48,7 @@ class Recipe:
     ls             factor of the loss against underflow of float16 gradients, divided out again
     loss_scale     settings of a `DynamicLossScale` in its place, or None
     nan_patience   bad steps in a row that end the run (see training.health); 0: none do
+    keep_checkpoints  the newest so many stay; 0: all
     bench          cuDNN may choose the fastest convolutions
     """
 
@@ -71,6 +73,7 @@ class Recipe:
     status: int | None = None
     snapshot: int | None = None
     checkpoint: int | None = None
+    keep_checkpoints: int = 0
     ls: float = 1.0
     loss_scale: dict | None = None
     nan_patience: int = 100
@@ -95,8 +98,8 @@ class Recipe:
 
 
 # Fields that may change from one start of a run to the next.
-RUNNING = ('total_nimg', 'batch_gpu', 'status', 'snapshot', 'checkpoint', 'ls', 'loss_scale',
-           'nan_patience', 'bench', 'compile')
+RUNNING = ('total_nimg', 'batch_gpu', 'status', 'snapshot', 'checkpoint', 'keep_checkpoints', 'ls',
+           'loss_scale', 'nan_patience', 'bench', 'compile')
 
 
 def _flatten(values: dict, path: str = '') -> dict:
@@ -164,6 +167,8 @@ def check_changes(state: dict, settings: dict, allow: bool) -> list[str]:
     return list(found.values())
 
 
+OVERHEAD = 400  # bytes of a tensor in a file besides its numbers
+
 # --- Training -----------------------------------------------------------------------------------
 
 
@@ -199,19 +204,57 @@ def new_network(recipe: Recipe) -> torch.nn.Module:
     return build_network(**recipe.network).train().to(dist.get_device())
 
 
-def sample_grids(run_dir: str, encoder, dataset, recipe: Recipe) -> tuple:
-    """A callback of `fit` that draws samples of the first average: samples-<kimg>.png."""
+def _files(recipe: Recipe, every: int | None) -> int:
+    """Files of a run that are written every so many images; their names count in thousands."""
+    if not every:
+        return 0
+    first, batch = recipe.first_nimg, recipe.batch
+    every = max(every, batch)
+    last = first + -(-(recipe.total_nimg - first) // batch) * batch
+    multiples = range(first - first % every + every, last + 1, every)
+    return len({(first - (first - nimg) // batch * batch) // 1000 for nimg in (*multiples, last)})
+
+
+def disk_use(recipe: Recipe) -> dict:
+    """What a run writes, but for its logs and pictures, in files and bytes:
+    {'snapshots': {'files', 'bytes_each'}, 'checkpoints': the same, 'total_bytes'}.
+    """
+    with torch.device('meta'):                                 # shapes alone
+        net = build_network(**recipe.network)
+    tensors = net.state_dict().values()
+    parameters = list(net.parameters())
+    weights = sum(value.nbytes for value in tensors)
+    dtype = getattr(torch, recipe.snapshot_dtype)
+    saved = sum(p.numel() * (p.itemsize - dtype.itemsize) for p in parameters)
+    averages = len(loop.averages_of(recipe))
+    moments = 2 - (recipe.optim['name'] == 'SGD')
+    of_optimizer = moments * sum(p.nbytes for p in parameters)
+    states = (1 + averages) * len(tensors) + (moments + 1) * len(parameters)
+    each = {'snapshots': weights - saved + OVERHEAD * len(tensors),
+            'checkpoints': (1 + averages) * weights + of_optimizer + OVERHEAD * states}
+    files = {'snapshots': averages * _files(recipe, recipe.snapshot),
+             'checkpoints': _files(recipe, recipe.checkpoint)}
+    if recipe.keep_checkpoints:
+        files['checkpoints'] = min(files['checkpoints'], recipe.keep_checkpoints)
+    return {name: {'files': files[name], 'bytes_each': each[name]} for name in each} | {
+        'total_bytes': sum(files[name] * each[name] for name in each)}
+
+
+def sample_grids(run_dir: str, encoder, dataset, recipe: Recipe) -> loop.Output:
+    """Samples of the first average: samples-<kimg>.png."""
+    def path(nimg):
+        return os.path.join(run_dir, f'samples-{nimg // 1000:07d}.png')
+
     def draw(nimg, nets):
-        if dist.get_rank() == 0:
-            path = os.path.join(run_dir, f'samples-{nimg // 1000:07d}.png')
-            save_sample_grid(path, nets[0], encoder, dataset, sampler=recipe.sampler)
-    return recipe.snapshot, draw
+        save_sample_grid(path(nimg), nets[0], encoder, dataset, sampler=recipe.sampler)
+
+    return loop.Output(recipe.snapshot, draw, lambda nimg: os.path.isfile(path(nimg)))
 
 
 def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: dict | None = None,
-        callbacks=(), layout=None, files: dict[str, str] | None = None,
+        outputs=(), layout=None, files: dict[str, str] | None = None,
         resume_from: str | None = None, allow_changes: bool = False,
-        wandb: str | None = None) -> int:
+        wandb: str | None = None, advice: str = '') -> bool:
     """Trains `net` (in place) by the recipe, going on from the newest checkpoint in `run_dir`.
 
     net            from `new_network`: the same on every process
@@ -219,21 +262,24 @@ def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: 
     batches        has `iterate(plan)`, a generator of batches for pairs (first image, count), and
                    `state_dict`s (see training.data.batches)
     options        a script's options, for training_options.json and the snapshots
-    callbacks      (every so many images, function): called on every process with (number of the
-                   step or nimg, [averaged network, ...]); scalars {name: value} that it returns
-                   are logged
+    outputs        pictures and measurements, each a `loop.Output`
     files          {name: text} of further files for the folder of the run
     layout         class of the checkpoints, where it is not that of the recipe's name
     resume_from    checkpoint to start from if the folder has none
     allow_changes  resume though the recipe has changed
     wandb          project of Weights & Biases to log to
+    advice         what to do with the results, e.g. a command line, in which {folder}, {snapshot},
+                   {checkpoint} and {step} stand for those of this run
 
-    SIGTERM and SIGINT end it after the current step, with a checkpoint. Returns the number of
-    images seen. Raises UserError, before anything is written, if a checkpoint is of another
-    recipe or another process trains in the folder.
+    SIGTERM and SIGINT end it after the current step, with a checkpoint; the second one ends the
+    process. Returns whether the run came to its end. Raises UserError, before anything is written,
+    if a checkpoint is of another recipe or another process trains in the folder.
     """
+    if wandb and not importlib.util.find_spec('wandb'):
+        raise UserError('needs the package wandb: pip install wandb', 'wandb')
     torch.backends.cudnn.benchmark = recipe.bench
-    trainer = loop.Trainer(recipe, net, loss, batches, run_dir, options, layout, callbacks)
+    trainer = loop.Trainer(recipe, net, loss, batches, run_dir, options, layout, outputs,
+                           advice)
     changed = []
 
     def use(state):
@@ -252,6 +298,10 @@ def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: 
         if 'tf32' not in runs.read_options(run_dir).get('starts', [unknown])[0]:
             dist.set_tf32(dist.uses_tf32(), convolutions=True)  # as it began, in earlier versions
         start = f'Resuming from {trainer.nimg} images ({state["path"]})'
+        if trainer.is_complete() and not (changed and allow_changes):
+            for line in (f'Already complete: {trainer.nimg} images', *trainer.results()):
+                dist.print0(line)
+            return True
     parameters = sum(p.numel() for p in net.parameters())
     data = recipe.dataset
     lines = (

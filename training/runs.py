@@ -105,16 +105,20 @@ def wait_for_later_events(run_dir: str):
 
 def is_finished(run_dir: str, total_kimg: int, snapshots: bool, checkpoints: bool) -> bool:
     """Whether the folder has all that the last step of a run of `total_kimg` kimg writes."""
-    kimgs = []
-    if checkpoints:                                            # what comes last, see loop.py
-        kimgs = Checkpoints(run_dir).numbers()
-    elif snapshots:
-        kimgs = [file.kimg for file in list_snapshots(run_dir)]
-    else:
+    found = []                                                 # kimg of each kind of file
+    if checkpoints:
+        found.append(Checkpoints(run_dir).numbers())
+    if snapshots:
+        found.append([file.kimg for file in list_snapshots(run_dir)])
+    # Without a checkpoint a grid could not be made any more, and not all latents can be decoded.
+    if checkpoints and snapshots and read_options(run_dir).get('encoder') == {'name': 'rgb'}:
+        found.append([int(match[1])
+                      for match in matching_names(run_dir, r'samples-(\d{7,})\.png')])
+    if not found:
         with contextlib.suppress(OSError, ValueError, LookupError), \
                 open(os.path.join(run_dir, 'stats.jsonl')) as f:
-            kimgs = [json.loads(f.readlines()[-1])['nimg'] // 1000]
-    return max(kimgs, default=-1) >= total_kimg
+            found = [[json.loads(f.readlines()[-1])['nimg'] // 1000]]
+    return bool(found) and all(max(kimgs, default=-1) >= total_kimg for kimgs in found)
 
 
 def _agrees(earlier, value) -> bool:
