@@ -302,7 +302,8 @@ def main(outdir, desc, nosubdir, dry_run, wandb, allow_changes, **opts):
         dataset, _, rules, lengths = prepare(config)
         recipe.new_network(rules)                               # fails for what does not fit
         print(to_json(config | dict(outdir=outdir, network=rules.network, schedule=lengths,
-                                       name=run_name(config, dataset, desc)), indent=2))
+                                       name=run_name(config, dataset, desc),
+                                       disk=recipe.disk_use(rules)), indent=2))
         return
     train(config, outdir, desc, nosubdir, wandb=wandb, allow_changes=allow_changes)
     dist.shutdown()

@@ -103,8 +103,9 @@ def main(outdir, dry_run, wandb, allow_changes, **opts):
     """
     config = build_config(opts)
     if dry_run:
-        network = prepare(config)[2].network
-        print(to_json(config | dict(outdir=outdir, network=network), indent=2))
+        plan = prepare(config)[2]
+        print(to_json(config | dict(outdir=outdir, network=plan.network,
+                                    disk=recipe.disk_use(plan)), indent=2))
         return
     train(config, outdir, wandb=wandb, allow_changes=allow_changes)
     dist.shutdown()

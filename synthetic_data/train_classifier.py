@@ -100,16 +100,12 @@ def read_accuracy(run_dir: str) -> list[dict]:
         raise UserError(f'{path} is damaged; remove it') from None
 
 
-def train(config: dict, outdir: str, **running) -> bool:
-    """Trains by the settings; `running` goes to `recipe.fit`. Returns whether they came to the
-    end."""
-    dist.init(config['precision'])
-    data, order, test = open_data(config)
-
+def recipe_of(config: dict, data) -> recipe.Recipe:
+    """The recipe of the settings."""
     def chosen(*names):
         return {name: config[name] for name in names}
 
-    plan = recipe.Recipe.of(
+    return recipe.Recipe.of(
         config, total_nimg=config['duration'], dataset=data.description(),
         order={'name': 'mixture'} | chosen('share'),
         network=dict(class_name='WideResNet', name=config['model'], num_classes=data.label_dim,
@@ -121,11 +117,19 @@ def train(config: dict, outdir: str, **running) -> bool:
         learning_rate={'name': 'cosine'} | chosen('lr', 'duration', 'rampup'),
         averages={'name': 'warmup', 'decay': config['ema']}, snapshot_dtype='float32',
         loss_scale={} if config['precision'] == 'fp16' and config['ls'] == 1 else None)
+
+
+def train(config: dict, outdir: str, **running) -> bool:
+    """Trains by the settings; `running` goes to `recipe.fit`. Returns whether they came to the
+    end."""
+    dist.init(config['precision'])
+    data, order, test = open_data(config)
+    plan = recipe_of(config, data)
     net = recipe.new_network(plan)
     loss = classify.ClassificationLoss(
         pad=data.resolution // 8 if config['pad'] is None else config['pad'],
         dtype=DTYPES[config['precision']], attack=attack_of(config, 'adversarial'),
-        **chosen('xflip', 'smoothing'))
+        xflip=config['xflip'], smoothing=config['smoothing'])
     outputs = []
     if test is not None:
         tester = functools.partial(measure_accuracy, outdir, test,
@@ -206,8 +210,8 @@ def main(outdir, dry_run, wandb, allow_changes, **opts):
     """
     config = build_config(opts)
     if dry_run:
-        open_data(config)
-        print(util.to_json(config | dict(outdir=outdir), indent=2))
+        disk = recipe.disk_use(recipe_of(config, open_data(config)[0]))
+        print(util.to_json(config | dict(outdir=outdir, disk=disk), indent=2))
         return
     train(config, outdir, wandb=wandb, allow_changes=allow_changes)
     dist.shutdown()

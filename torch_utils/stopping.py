@@ -46,12 +46,14 @@ class Stopper(contextlib.ExitStack):
         # it may be waiting outside of Python, where no handler runs.
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
-        self.callback(os.close, writer)                        # which ends the thread
+        watcher = threading.Thread(target=self._watch, args=(reader,), daemon=True)
+        watcher.start()
+        self.callback(watcher.join)
+        self.callback(os.close, writer)                        # which ends it
         before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         self.callback(signal.set_wakeup_fd, before)
         for number in SIGNALS:
             self.enter_context(signal_handler(number, self._request))
-        threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
         self.callback(setattr, Stopper, 'current', Stopper.current)
         Stopper.current = self
         return self
