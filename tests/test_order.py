@@ -15,10 +15,9 @@ import torch
 from helpers import ROOT, environment, invoke, run, script_module, write_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dnnlib import UserError
 from long_tail import evaluation
 from torch_utils.stopping import Stopper
-from training import recipe, runs
+from training import runs
 from training.checkpoint import LAYOUTS, Checkpoints
 from training.snapshot import list_snapshots
 
@@ -289,7 +288,7 @@ def test_the_newest_checkpoints_are_kept(layout, tmp_path):
         checkpoints.prune(nimg, keep)
 
     for nimg in range(10_000, 14_000, 1000):
-        save(nimg, None)
+        save(nimg, 0)
     assert len(checkpoints.numbers()) == 4 + (layout == 'guided')       # and the foreign model000001.pt
     save(14_000, 2)
     number = checkpoints.number(14_000)
@@ -332,8 +331,6 @@ def test_the_number_that_is_kept_may_change(digits, tmp_path):
     (folder / 'training-state-0000004.pt').unlink()
     invoke(*command, '--keep-checkpoints=1')
     assert list(tmp_path.iterdir()) == [folder] and states(folder) == {'training-state-0000004.pt'}
-    with pytest.raises(UserError, match='keep_checkpoints=0 must be at least 1'):
-        recipe.Recipe(batch=1, total_nimg=1, keep_checkpoints=0)
 
 
 @pytest.mark.parametrize('name, options', [
