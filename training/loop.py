@@ -142,6 +142,7 @@ class Trainer:
         self._finite = None, True                             # nimg, and whether the weights were
         self.nimg = recipe.first_nimg
         self.stopping = False                                 # all processes know that they are
+        self.complete = False
         self._cut = False                                     # by a request to stop: the outputs
         self._saved = None                                    # nimg of the newest checkpoint
         self._session_start = time.time()                     # if there was but one session
@@ -153,9 +154,9 @@ class Trainer:
     # --- The run --------------------------------------------------------------------------------
 
     def run(self, lines=(), changes=(), files: dict | None = None,
-            wandb: str | None = None) -> bool:
-        """Trains until `recipe.total_nimg`, or until SIGTERM or SIGINT; returns whether it came to
-        its end.
+            wandb: str | None = None) -> int:
+        """Trains until `recipe.total_nimg`, or until SIGTERM or SIGINT; returns the images seen.
+        Whether it came to its end is in `complete`.
 
         lines    first ones of the log
         changes  of the recipe since the checkpoint, for the log and the record
@@ -198,7 +199,8 @@ class Trainer:
                 if self._saved != self.nimg > self.recipe.first_nimg:
                     self._save_checkpoint()
                 self.log(f'Stopped at {self.nimg} images; the same command goes on from here.')
-            return complete and not self._agree_to_stop()
+            self.complete = complete and not self._agree_to_stop()
+        return self.nimg
 
     def _agree_to_stop(self) -> bool:
         """Whether any process was told to stop, the same on all."""
@@ -418,6 +420,7 @@ class Trainer:
             return
         if self.leads:
             self._flush_boards()                              # what is logged up to here is kept
+        self.ema.get(self.net)                                # has the buffers of now
         health = self.health.counts()
         means = self.means.state_dict()
         batches = self.checkpoints.save_share(self.nimg, self.batches.state_dict())

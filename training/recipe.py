@@ -299,8 +299,9 @@ def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: 
             dist.set_tf32(dist.uses_tf32(), convolutions=True)  # as it began, in earlier versions
         start = f'Resuming from {trainer.nimg} images ({state["path"]})'
         if trainer.is_complete() and not (changed and allow_changes):
-            for line in (f'Already complete: {trainer.nimg} images', *trainer.results()):
-                dist.print0(line)
+            with runs.claimed(run_dir, 'training'):
+                for line in (f'Already complete: {trainer.nimg} images', *trainer.results()):
+                    dist.print0(line)
             return True
     parameters = sum(p.numel() for p in net.parameters())
     data = recipe.dataset
@@ -309,7 +310,8 @@ def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: 
         f'Network: {parameters / 1e6:.2f}M parameters, on {trainer.device.type}, '
         f'{dist.get_world_size()} process(es), batch {recipe.batch}', f'Run: {run_dir}', start)
     try:
-        return trainer.run(lines, changed, files, wandb)
+        trainer.run(lines, changed, files, wandb)
     except Diverged:
         dist.barrier()          # the first process has more to close, and launchers end the others
         raise
+    return trainer.complete
