@@ -7,7 +7,7 @@ import torch
 from click.core import ParameterSource
 
 from dnnlib import UserError, cli, options
-from dnnlib.util import renamed_fields, write_json
+from dnnlib.util import write_json
 from metrics import compute
 from metrics.detectors import PROTOCOLS
 from metrics.features import Detectors, measure, measure_images
@@ -16,7 +16,6 @@ from metrics.memorization import find_copies
 from metrics.shares import interval_of, with_intervals
 from metrics.statistics import Statistics, check_destination, load_statistics, save_statistics
 from torch_utils import distributed as dist
-from training.data.archive import check_parent
 from training.data.dataset import ImageDataset
 from training.data.images import open_images, pixels_of
 from training.generate import open_generator
@@ -92,7 +91,8 @@ comparison = options.group(
     options.text('CLASS', '--ref-class', 'Only this class of the reference, if it is images'),
     click.option('--mix-protocols', is_flag=True,
                  help='Compare with statistics of another protocol'),
-    options.text('JSON', '--dest', 'Write results and all that is needed to repeat them'),
+    options.text('JSON', '--dest', 'Write results and all that is needed to repeat them',
+                 type=cli.FILE),
 )
 
 
@@ -136,7 +136,8 @@ def make_detectors(metrics, protocol, inception, dinov2, reference=None):
 
 @main.command()
 @options.text('ZIP|DIR|NPZ', '--data', 'Reference images', required=True)
-@options.text('FILE', '--dest', 'Statistics to write: .pkl or .npz', required=True)
+@options.text('FILE', '--dest', 'Statistics to write: .pkl or .npz', required=True,
+              type=cli.FILE)
 @detection
 @options.count('--features', None, 'Keep the features of at most this many images, if the '
                'metrics need them  [default: as many as the protocol compares with]')
@@ -157,6 +158,7 @@ def ref(data, dest, detection, features, reading):
                         'metrics', 'is')
     images = open_images(data)
     metrics, detectors = make_detectors(**detection)
+    cli.claim(dest)
     # The features of a space come with its Gaussian: the same pass finds it, and it says what the
     # features are.
     wanted = compute.needs(metrics)
@@ -227,9 +229,10 @@ def gen(precision, detection, comparison, **source):
 @options.boolean('--xflip', False, 'Compare with mirrored training images too')
 @generation(10000)
 @options.text('JSON', '--dest',
-              'Write ratio, distances and indices of the nearest training images')
+              'Write ratio, distances and indices of the nearest training images', type=cli.FILE)
 @options.text('PNG', '--grid',
-              'Write a picture of the most memorized images above their training images')
+              'Write a picture of the most memorized images above their training images',
+              type=cli.FILE)
 def memorization(images, data, xflip, dest, grid, precision, **source):
     """Measure how many images are copies of training images.
 
@@ -252,16 +255,13 @@ def memorization(images, data, xflip, dest, grid, precision, **source):
         refuse_unused({'workers'}, '--net')
     else:
         refuse_unused({*source['sampler'], *network, 'seeds', 'precision'}, '--images')
-    for option, path in (('dest', dest), ('grid', grid)):
-        if path:
-            with renamed_fields(dest=option):
-                check_parent(path)
     training = pixels_of(ImageDataset(data, use_labels=False, xflip=xflip))
     if images is None:
         batches, count, what = of_network(10000, progress=True, **source)
     else:
         batches, count, what = of_files(images, source['class_'], *(
             source[key] for key in ('num', 'seed', 'batch', 'workers')))
+    cli.claim(dest, grid)
     copies = find_copies(batches, training)
     if dist.get_rank() == 0:
         results = copies.results()
@@ -339,6 +339,7 @@ def measure_and_report(batches, count: int, what: dict, detection, reading, ref,
     protocol, rules = detectors.protocol, detectors.rules
     if not mix_protocols:
         compute.same_protocol(reference, protocol, metrics)
+    cli.claim(dest)
     reference = compute.complete(reference, metrics, detectors, open_images, class_name=ref_class,
                                  batch=reading['batch'], workers=reading['workers'],
                                  keep_num=rules.manifold)

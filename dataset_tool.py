@@ -135,9 +135,10 @@ def decode(source, dest, **others):
 
 @main.command()
 @options.text('ZIP|DIR', '--source', 'Data set of pixels or latents', required=True)
-@options.text('PNG', '--dest', 'Contact sheet to write  [default: SOURCE-sheet.png]')
+@options.text('PNG', '--dest', 'Contact sheet to write  [default: SOURCE-sheet.png]',
+              type=cli.FILE)
 @options.count('--max-images', 10000, 'Images over which numbers are taken')
-@options.text('FILE', '--json json_path', 'Write the numbers as JSON too')
+@options.text('FILE', '--json json_path', 'Write the numbers as JSON too', type=cli.FILE)
 def inspect(source, dest, max_images, json_path):
     """Show what is in a data set, and draw a contact sheet.
 
@@ -145,14 +146,11 @@ def inspect(source, dest, max_images, json_path):
     python dataset_tool.py inspect --source=datasets/digits.zip
     """
     from dnnlib import pictures
-    from training.data import archive, report
+    from training.data import report
     from training.data.dataset import ImageDataset
     dataset = ImageDataset(source, finite=False)
     dest = dest or os.path.splitext(dataset.path)[0] + '-sheet.png'
-    archive.check_parent(dest)
-    if json_path:
-        with util.renamed_fields(dest='json_path'):
-            archive.check_parent(json_path)
+    util.check_place(dest, field='dest')
     summary = report.summarize(dataset, max(max_images, 1))
     kind = 'pixels' if dataset.num_channels == 3 else 'latents'
     shape = 'x'.join(map(str, dataset.image_shape))

@@ -26,9 +26,11 @@ Published presets: """ + ', '.join(f'edm2-{name}' for name in PRESETS)
 
 @click.command(cls=cli.Command, epilog=EXAMPLES)
 @options.network
-@options.text('DIR', '--outdir', 'Folder of the images, with labels in dataset.json')
+@options.text('DIR', '--outdir', 'Folder of the images, with labels in dataset.json',
+              type=cli.FOLDER)
 @click.option('--subdirs', is_flag=True, help='A folder for each 1000 seeds')
-@options.text('FILE.png', '--grid', 'Write a picture of the first samples, a row for each class')
+@options.text('FILE.png', '--grid', 'Write a picture of the first samples, a row for each class',
+              type=cli.FILE)
 @options.seeds('16-19')
 @options.image_class
 @options.batch(32)
@@ -47,6 +49,7 @@ def main(network, sampler, precision, class_, outdir, subdirs, grid, seeds, batc
     snapshot = generator.snapshot
     if outdir:
         click.get_current_context().with_resource(claimed(outdir, 'generating'))
+    cli.claim(grid)
     folder = OutputFolder(outdir, subdirs, generator.record, snapshot.dataset) if outdir else None
     collector = GridCollector(grid, snapshot.dataset) if grid else None
     missing = seeds

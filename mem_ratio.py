@@ -11,7 +11,6 @@ from metrics.memorization import find_copies
 from metrics.shares import percent, with_intervals
 from torch_utils import distributed as dist
 from training import runs
-from training.data.archive import check_parent
 from training.data.dataset import ImageDataset
 from training.data.images import pixels_of
 from training.diffusion.samplers import choose_setting, plain_setting
@@ -65,7 +64,7 @@ def save_trajectory(path: str, rows: list[dict], title: str):
 @options.text('DIR', '--expdir', 'Folder of a run', required=True)
 @options.text('ZIP|DIR', '--knn-ref', 'Training set  [default: that of the run]')
 @options.text('JSON', '--log', 'Table to write; pictures get its name  '
-              '[default: EXPDIR/mem_ratio.json]')
+              '[default: EXPDIR/mem_ratio.json]', type=cli.FILE)
 @options.integers('--seeds', None, 'Seeds, e.g. 0-9999: one image each  '
                   '[default: those of the log, else 0-63]')
 @click.option('--subdirs', is_flag=True,
@@ -106,7 +105,8 @@ def main(expdir, knn_ref, log, seeds, subdirs, class_, batch, sampler, precision
     if ending == '.png':
         raise UserError(f'is the name of a picture; give e.g. {stem}.json', 'log', log)
     log = stem + ending
-    check_parent(log)
+    for path in (log, stem + '.png', stem + '-pairs.png'):
+        util.check_place(path, field='log')
     earlier, known = load_log(log)
     seeds = seeds or earlier.get('seeds', [*range(64)])
     settings = dict(
@@ -116,6 +116,10 @@ def main(expdir, knn_ref, log, seeds, subdirs, class_, batch, sampler, precision
         settings['class'] = class_
     if earlier != json.loads(json.dumps(settings)):
         known = {}
+    if subdirs:
+        samples = os.path.join(expdir, 'samples')
+        click.get_current_context().with_resource(runs.claimed(samples, 'generating'))
+    cli.claim(log)
     rows = []
     dist.print0(f'{len(seeds)} samples of each of {len(snapshots)} snapshots '
                 f'against {len(training)} images of {data}\n'

@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from dnnlib import UserError, cli
 from dnnlib.options import integer, text, verify
+from dnnlib.util import check_place
 from torch_utils.files.weights import check_finite
 from training import phema, snapshot
 
@@ -34,6 +35,8 @@ def reconstruct(indir, outstd, inprefix=None, instd=None, outdir=None, outprefix
     paths = {std: os.path.join(outdir or indir,
                                snapshot.snapshot_name(last, f'-{std:.3f}', outprefix))
              for std in outstd}
+    for path in paths.values():
+        check_place(path)
     outstd = [std for std, path in paths.items() if not (skip and os.path.isfile(path))]
     result = snapshot.load_snapshot(files[-1].path)
     result.nimg = last
@@ -66,7 +69,7 @@ Examples:
 @text('TEXT', '--inprefix', 'Which snapshots, if there are several kinds')
 @text('LIST', '--instd', 'Which widths to use, e.g. 0.05,0.1  [default: all]',
       type=cli.Parsed('list', parse_stds))
-@text('DIR', '--outdir', 'Where to write  [default: --indir]')
+@text('DIR', '--outdir', 'Where to write  [default: --indir]', type=cli.FOLDER)
 @text('TEXT', '--outprefix',
       'Start of the new names  [default: phema, or the prefix of the inputs]')
 @text('LIST', '--outstd', 'Relative widths, e.g. 0.05,0.1', required=True,

@@ -13,7 +13,6 @@ from torch_utils.files.identify import Found, family, identify
 from torch_utils.files.pickles import errors_of
 from torch_utils.files.weights import nonfinite
 from training import export
-from training.data.archive import check_parent
 from training.flops import count_products
 from training.networks import build_network
 from training.networks.infer import READERS, infer
@@ -104,7 +103,7 @@ def flops(file, sha256, weights, settings, preset):
 @main.command()
 @source_options
 @text('FILE|DIR', '--dest', 'FILE.pkl: snapshot; FILE.safetensors: with FILE.json beside it; '
-      'DIR: folder for diffusers', required=True)
+      'DIR: folder for diffusers', required=True, type=cli.ATOMIC)
 @choice('--dtype', 'float32', 'Type of the weights', export.DTYPES)
 @click.option('--overwrite', is_flag=True, help='Replace what is at --dest')
 def convert(file, dest, dtype, overwrite, sha256, weights, settings):
@@ -130,7 +129,6 @@ def convert(file, dest, dtype, overwrite, sha256, weights, settings):
         raise UserError(f'--dest={dest}: the name must end in .pkl or .safetensors, or be that '
                         'of a folder')
     export.check_destination(dest, form, overwrite)
-    check_parent(dest)
     open_network = load_snapshot if form else load_denoiser
     snapshot = open_network(file, sha256=sha256, weights=weights, options=dict(settings))
     for name, value in snapshot.recipe.get('assumed', {}).items():

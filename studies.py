@@ -97,7 +97,10 @@ class Study:
     def claim(self):
         """Writes the settings to study.json, if they pass the `check`: after a mistake the folder
         is still free. Raises UserError if it holds a study with others."""
+        from training.runs import claimed
+
         self.check()
+        click.get_current_context().with_resource(claimed(self.outdir, 'working'))
         ours = json.loads(json.dumps(self.settings))
         path = self.path('study.json')
         try:
@@ -146,7 +149,7 @@ def command(study: type[Study], more: str = '') -> Callable:
         folder = script.stem.replace('digits', 'study').replace('_', '-')
         _, jobs, *fields = dataclasses.fields(study)
         options = [click.Option(['--outdir'], metavar='DIR', help='Where results go',
-                                default=str(ROOT / 'training-runs' / folder))]
+                                type=cli.FOLDER, default=str(ROOT / 'training-runs' / folder))]
         options += [click.Option(
             [option_of(field.name)], type=field.type, default=field.default,
             metavar=METAVARS.get(field.type.name, field.type.name.upper()),
@@ -280,22 +283,11 @@ def pixel_distance(path: str, reference: str, digit: int | None = None) -> float
     return ours.distance(theirs)
 
 
-@contextlib.contextmanager
-def writing(path: str) -> Iterator[str]:
-    """`util.atomic_path` that raises UserError if the place cannot be written."""
-    try:
-        with util.atomic_path(path) as temp:
-            yield temp
-    except OSError as error:
-        raise UserError(f'cannot write {path} ({error.strerror}); make its folder writable, or '
-                        'copy the results to one of your own') from None
-
-
 def save_tables(outdir: str, **tables) -> list[str]:
     """Writes pandas tables as <name>.csv, with - for _ and six digits, and returns those names."""
     names = [f'{name.replace("_", "-")}.csv' for name in tables]
     for name, table in zip(names, tables.values(), strict=True):
-        with writing(os.path.join(outdir, name)) as temp:
+        with util.atomic_path(os.path.join(outdir, name)) as temp:
             table.to_csv(temp, index=False, float_format='%.6g', lineterminator='\n')
     return names
 
@@ -318,7 +310,7 @@ def save_figure(figure, stem: str) -> list[str]:
     gives the same bytes."""
     paths = [f'{stem}.png', f'{stem}.svg']
     for path, metadata in zip(paths, (None, {'Date': None}), strict=True):
-        with writing(path) as temp:
+        with util.atomic_path(path) as temp:
             figure.savefig(temp, format=path[-3:], metadata=metadata)
     plt.close(figure)
     return paths

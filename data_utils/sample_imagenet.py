@@ -27,7 +27,7 @@ BELOW = ('', 'train', 'ILSVRC/Data/CLS-LOC/train')
               help='Animal, of which all ImageNet classes are used')
 @options.integer('--num', 2000, 'Images in all')
 @options.integer('--seed', 0, 'Of the order in the list', 0)
-@click.option('--dest', metavar='TXT',
+@click.option('--dest', metavar='TXT', type=cli.FILE,
               help='List to write  [default: datasets/imagenet/CLASS_NUM.txt]')
 @click.option('--overwrite', is_flag=True, help='Replace the list if it exists')
 def main(source, animal, num, seed, dest, overwrite):

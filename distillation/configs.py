@@ -314,7 +314,7 @@ common_options = together(
 run_options = together(
     text('DIR', '--outdir --exp_dir',
          'Where checkpoints go  [default: experiments/NAME of the configuration]',
-         envvar=OUTDIR_VARIABLE, show_envvar=True),
+         type=cli.FOLDER, envvar=OUTDIR_VARIABLE, show_envvar=True),
     group(
         'running',
         text('PT', '--resume_checkpoint resume_from',

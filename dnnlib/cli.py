@@ -7,10 +7,12 @@ from anywhere below: it ends in one line on stderr and its exit status (1). So d
 import atexit
 import contextlib
 import errno
+import json
 import os
 import signal
 import sys
 import threading
+import time
 
 import click
 
@@ -39,7 +41,7 @@ def _sigterm_raises():
 
     Not one of several processes: it may be waiting, outside of Python, for one that has ended.
     """
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1 \
+    if util.process_count() > 1 \
             or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -52,6 +54,7 @@ def _end_in_silence():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+_OF_CLICK = (click.ClickException, click.Abort, click.exceptions.Exit)
 # Of the disk, and of places that cannot be written.
 _WRITE_ERRORS = (*util.DISK_ERRORS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR,
                  errno.EEXIST, errno.ENAMETOOLONG)
@@ -63,18 +66,34 @@ def _user_error(error: BaseException | None) -> util.UserError | None:
     """
     if isinstance(error, util.UserError):
         return error
-    if isinstance(error, (click.ClickException, click.Abort, click.exceptions.Exit)):
+    if isinstance(error, _OF_CLICK):
         return None
-    while error is not None:
-        if type(error).__name__ == 'OutOfMemoryError':  # of torch, which may not be imported
-            return util.UserError('the memory of the GPU is full; give fewer images of one '
-                                  'forward pass', 'batch_gpu')
-        if isinstance(error, OSError) and error.errno in _WRITE_ERRORS:
-            name = error.filename2 or error.filename
-            place = f'{name}: ' if isinstance(name, str) else ''
-            return util.UserError(f'{place}{error.strerror}; make room, or choose another place')
-        error = error.__cause__ or error.__context__
-    return None
+    # Of torch, which may not be imported.
+    if any(type(cause).__name__ == 'OutOfMemoryError' for cause in util.causes(error)):
+        return util.UserError('the memory of the GPU is full; give fewer images of one '
+                              'forward pass', 'batch_gpu')
+    reason = util.disk_error(error, _WRITE_ERRORS)
+    if reason is None:
+        return None
+    name = reason.filename2 or reason.filename
+    return util.UserError(util.of_disk(reason, f'{name}: {{}}' if isinstance(name, str) else '{}'))
+
+
+def _take_turn(is_known: bool):
+    """Of several processes that fail together only one says so: the others wait until their
+    launcher ends them. What is not known may be that another process has ended.
+    """
+    if util.process_count() > 1:
+        rank = int(os.environ['LOCAL_RANK'])
+        time.sleep((3 + rank / 2 if rank else 0) + (0 if is_known else 10))
+
+
+def _tell_launcher(line: str):
+    """The summary that torchrun prints at its end has this line at its end."""
+    if path := os.environ.get('TORCHELASTIC_ERROR_FILE'):
+        extra = {'timestamp': str(int(time.time()))}
+        with contextlib.suppress(OSError), open(path, 'w') as file:
+            json.dump({'message': {'message': line, 'extraInfo': extra}}, file)
 
 
 class _OneLineErrors:
@@ -87,28 +106,44 @@ class _OneLineErrors:
         kwargs['context_settings'] = settings | (kwargs.get('context_settings') or {})
         super().__init__(*args, **kwargs)
 
+    def make_context(self, *args, **kwargs):
+        try:
+            return super().make_context(*args, **kwargs)
+        except click.ClickException as error:
+            _take_turn(is_known=True)
+            _tell_launcher(f'Error: {error.format_message()}')
+            raise
+
     def invoke(self, ctx):
         try:
+            for param in ctx.command.params:
+                if isinstance(param.type, Destination):
+                    param.type.check(param, ctx.params)
             with _sigterm_raises():
                 return super().invoke(ctx)
         except _Terminated:
             print('Stopped by SIGTERM', file=sys.stderr, flush=True)
             ctx.exit(143)                               # 128 + 15, as shells say of the signal
         except Exception as error:
-            error = _user_error(error)
-            if error is None:
+            known = _user_error(error)
+            if known is None:
+                if not ctx.parent and not isinstance(error, _OF_CLICK):
+                    _take_turn(is_known=False)
                 raise
+            if not known.is_shared:
+                _take_turn(is_known=True)
             rank = int(os.environ.get('RANK', 0))
             where = f'[rank {rank}] ' if rank else ''
-            option = _option_of(ctx, error.field) or (error.field if self.names_fields else None)
-            if error.is_shared and int(os.environ.get('WORLD_SIZE', 1)) > 1:
+            option = _option_of(ctx, known.field) or (known.field if self.names_fields else None)
+            line = f'{where}Error: {util.printable(known.line(option))}'
+            if known.is_shared and util.process_count() > 1:
                 # Else launchers would end those that are slower, which then have another status.
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            if not (rank and error.is_shared):
-                line = util.printable(error.line(option))
-                print(f'{where}Error: {line}', file=sys.stderr, flush=True)
+            if not (rank and known.is_shared):
+                print(line, file=sys.stderr, flush=True)
+                _tell_launcher(line)
             # Not sys.exit: the other ranks may be waiting in a collective that would never end.
-            ctx.exit(error.status)
+            ctx.exit(known.status)
         finally:
             atexit.unregister(_end_in_silence)
             atexit.register(_end_in_silence)            # what comes last is called first
@@ -139,6 +174,30 @@ class Parsed(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
+class Destination(click.ParamType):
+    """An option's type for what a command writes: what cannot be written is refused before the
+    work, and nothing is made.
+
+    name  'file'; 'folder' of files; or 'atomic': either of the two, which appears when complete
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def check(self, param, values: dict):
+        path = values.get(param.name)
+        if path is not None:
+            util.check_place(path, self.name, param.name)
+
+
+def claim(*paths: str | None):
+    """Until the command ends, no other command makes these files: raises UserError if one does."""
+    context = click.get_current_context(silent=True)           # None in a worker of a study
+    if context and int(os.environ.get('RANK', 0)) == 0:
+        for path in filter(None, paths):
+            context.with_resource(util.claimed_file(path))
+
+
 class Number(click.FloatRange):
     """click.FloatRange that refuses nan, which lies within any range there."""
 
@@ -164,6 +223,7 @@ def _parse_size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+FILE, FOLDER, ATOMIC = map(Destination, ('file', 'folder', 'atomic'))
 COUNT = Parsed('count', util.parse_count)           # 4096, 64Ki, 1.5Mi
 INT_LIST = Parsed('list', util.parse_int_list)      # 0,3,10-19
 NUMBERS = Parsed('list', lambda text: list(map(parse_number, text.split(','))))  # 0,0.5

@@ -185,7 +185,7 @@ def training(outdir_help: str, *options):
     """Decorator: options of a command that trains; those called as its fields go into the
     recipe."""
     return together(
-        text('DIR', '--outdir', outdir_help, required=True),
+        text('DIR', '--outdir', outdir_help, required=True, type=cli.FOLDER),
         text('ZIP|DIR', '--data', 'Data set made by dataset_tool.py', required=True),
         *options,
         batch_gpu,
@@ -216,7 +216,7 @@ compiled = boolean('--compile', False, 'Compile the network (torch.compile)')
 # --- Conversion of pictures ----------------------------------------------------------------------
 
 destination = together(
-    click.option('--dest', metavar='ZIP|DIR', required=True,
+    click.option('--dest', metavar='ZIP|DIR', required=True, type=cli.ATOMIC,
                  help='Data set to write; a .zip, else a folder'),
     click.option('--overwrite', is_flag=True, help='Replace the destination if it exists'))
 

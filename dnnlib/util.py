@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 
@@ -80,8 +81,81 @@ def signal_handler(number: int, handler):
         signal.signal(number, before)
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Of a disk that is full or broken.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+DISK_ERRORS = (*_FULL, errno.EIO, errno.EROFS)
+
+
+def of_disk(error: OSError, what: str = '{}') -> str:
+    """What an error of the disk says, and what to do."""
+    room = 'make room, or ' if error.errno in _FULL else ''
+    return f'{what.format(error.strerror or error)}; {room}choose another place'
+
+
+def cannot_write(path: str, error: OSError, field: str | None = None) -> UserError:
+    return UserError(of_disk(error, 'cannot be written ({})'), field, path)
+
+
+def causes(error: BaseException | None):
+    """An error and those that it hides, to the first that is for the user."""
+    while error is not None and not isinstance(error, UserError):
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def disk_error(error: BaseException, codes=DISK_ERRORS) -> OSError | None:
+    """The error of the disk that this one is, or hides (as those of torch.save do); or None."""
+    return next((cause for cause in causes(error)
+                 if isinstance(cause, OSError) and cause.errno in codes), None)
+
+
+@contextlib.contextmanager
+def writing(path: str):
+    """A full or broken disk in the block becomes a UserError that names the file `path`, unless
+    the error names another one.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = disk_error(error)
+        if reason is None or '.tmp' not in (reason.filename or '.tmp'):
+            raise
+        raise cannot_write(path, reason) from None
+
+
+def check_place(path: str, kind: str = 'file', field: str | None = None):
+    """Raises UserError, about `field` if given, unless a 'file', or files in a 'folder', can be
+    made at `path`, or whichever of the two is 'atomic' (see `atomic_path`). Leaves nothing behind.
+    """
+    def fault(text):
+        return UserError(text, field, path)
+
+    path = os.fspath(path)
+    place = os.path.abspath(path)
+    if not path:
+        raise UserError('is empty; give a name', field, repr(path))
+    if os.path.exists(place) and not os.path.isdir(place):
+        if kind == 'folder':
+            raise fault('is a file; give the name of a folder')
+        if not os.path.isfile(place):
+            raise fault('is no file that could be replaced; choose another place')
+    elif kind == 'file' and os.path.isdir(place):
+        raise fault('is a folder; give the name of a file')
+    folder = place if kind == 'folder' else os.path.dirname(place)
+    names = [os.path.basename(place)]
+    while not os.path.lexists(folder):
+        folder, name = os.path.split(folder)
+        names.append(name)
+    try:
+        if not os.path.isdir(folder):
+            raise NotADirectoryError(f'{folder} is no folder')
+        for name in names:                                     # which may be too long
+            with contextlib.suppress(FileNotFoundError):
+                os.lstat(os.path.join(folder, name))
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))                            # a full disk has room for a name
+    except OSError as error:
+        raise cannot_write(path, error, field=field) from None
 
 
 @contextlib.contextmanager
@@ -90,33 +164,42 @@ def atomic_path(dest: str, sync: bool = True, is_folder: bool = False):
     it to `dest`.
 
     On any exception it is removed and `dest` stays as it was, so no reader ever sees half of a
-    file; an error of the disk names `dest`. Parent folders are made. What killed processes left of
-    the same name is removed.
+    file. Raises UserError if the disk is full, or `dest` cannot be made. Parent folders are made.
+    What killed processes left of the same name is removed.
     `sync=False` does not wait until the bytes are on the disk: for large files that can be made
     again if the power fails.
     """
+    given = os.fspath(dest)
     dest = os.path.abspath(dest)
-    folder, name = os.path.split(dest)
-    os.makedirs(folder, exist_ok=True)
-    name = name[:100]
-    for leftover in _leftovers_of(folder).pop(name, ()):
-        _remove_leftover(leftover)
-    temp, handle = _locked_temp(folder, name, is_folder)
+    temp, handle = _locked_temp(given, is_folder)
     try:
-        yield temp
-        if os.path.isfile(temp):
-            if sync:
-                with open(temp, 'rb+') as f:
-                    os.fsync(f.fileno())
-        elif os.path.isdir(dest) and not os.path.islink(dest):
-            shutil.rmtree(dest)
-        os.replace(temp, dest)
-    except BaseException as error:
+        with writing(given):
+            yield temp
+            if os.path.isfile(temp):
+                if sync:
+                    with open(temp, 'rb+') as f:
+                        os.fsync(f.fileno())
+            elif os.path.isdir(dest) and not os.path.islink(dest):
+                shutil.rmtree(dest)
+            os.replace(temp, dest)
+    except BaseException:
         _remove(temp)
-        if getattr(error, 'errno', None) in DISK_ERRORS and error.filename in (None, temp):
-            error.filename = dest                              # of a write it says no name
         raise
     finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def claimed_file(dest: str):
+    """In the block no other process that claims `dest` makes it. Raises UserError if one does.
+
+    Parent folders are made. File systems without locks are let pass.
+    """
+    temp, handle = _locked_temp(dest, is_claim=True)
+    try:
+        yield
+    finally:
+        _remove(temp)
         os.close(handle)
 
 
@@ -127,8 +210,25 @@ def _remove(path: str):
         os.remove(path)
 
 
-def _locked_temp(folder: str, name: str, is_folder: bool) -> tuple[str, int]:
-    """A new temporary file or folder and its handle, which has a lock until its process dies."""
+def _locked_temp(dest: str, is_folder=False, is_claim=False) -> tuple[str, int]:
+    """A new temporary file or folder for `dest`, and its handle, which has a lock until its
+    process dies. Those of processes that are gone are removed. Raises UserError if it cannot be
+    made, and for a claim if another process has one.
+    """
+    folder, name = os.path.split(os.path.abspath(dest))
+    name = os.fsdecode(os.fsencode(name)[:100])
+    try:
+        os.makedirs(folder, exist_ok=True)
+        for leftover in _leftovers_of(folder).pop(name, ()):
+            if not _remove_leftover(leftover) and is_claim:
+                raise UserError(f'{dest}: another process is making it; wait for it, or choose '
+                                'another name')
+        return _new_temp(folder, name, is_folder)
+    except OSError as error:
+        raise cannot_write(os.fspath(dest), error) from None
+
+
+def _new_temp(folder: str, name: str, is_folder: bool) -> tuple[str, int]:
     while True:
         temp = os.path.join(folder, f'.{name}.{secrets.token_hex(4)}.tmp')
         if is_folder:
@@ -150,16 +250,21 @@ def remove_leftovers(folder: str, name: str = '.+'):
         _remove_leftover(os.path.join(folder, match[0]))
 
 
-def _remove_leftover(temp: str):
-    """Removes a temporary file or folder whose writer is gone, as far as locks can tell."""
+def _remove_leftover(temp: str) -> bool:
+    """Removes a temporary file or folder whose writer is gone, as far as locks can tell; False if
+    it is alive.
+    """
     with contextlib.suppress(OSError):
         mode = os.O_RDONLY if os.path.isdir(temp) else os.O_RDWR  # NFS locks what can be written
         handle = os.open(temp, mode | os.O_NOFOLLOW)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _remove(temp)
+        except BlockingIOError:
+            return False
         finally:
             os.close(handle)
+    return True
 
 
 _leftovers = {}  # {folder: (when it is to be listed again, {name: temporary files})}
@@ -330,6 +435,30 @@ def project_version() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+# (rank, world size, local rank, what must also be set) as the launchers name them: torchrun, Open
+# MPI, MPICH/Intel MPI, SLURM.
+_LAUNCHERS = [
+    ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
+    ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'),
+    ('PMI_RANK', 'PMI_SIZE', 'MPI_LOCALRANKID'),
+    # A SLURM allocation sets SLURM_* for plain `python` too: only `srun` starts several tasks of
+    # one step.
+    ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID', 'SLURM_STEP_ID'),
+]
+
+
+def process_count() -> int:
+    """Processes that a launcher has started together; it sets RANK, WORLD_SIZE and LOCAL_RANK as
+    torchrun does.
+    """
+    for rank, size, local, *needed in _LAUNCHERS:
+        if {rank, size, *needed} <= os.environ.keys():
+            os.environ.update(RANK=os.environ[rank], WORLD_SIZE=os.environ[size],
+                              LOCAL_RANK=os.environ.get(local, os.environ[rank]))
+            break
+    return int(os.environ.get('WORLD_SIZE', 1))
 
 
 def core_count() -> int:

@@ -31,7 +31,7 @@ from dnnlib.options import (
     together,
     wandb,
 )
-from dnnlib.util import renamed_fields
+from dnnlib.util import check_place, renamed_fields
 from long_tail import datasets, evaluation
 from long_tail.flags import FlagCommand, to_text
 from torch_utils import distributed as dist
@@ -186,6 +186,8 @@ def prepare(options: dict) -> Flags:
     if flags.num_class not in (0, num_class):
         raise UserError(f'is not {num_class}, as of {flags.data_type}', 'num_class',
                         f'{flags.num_class:g}')
+    place = 'finetuned_logdir' if flags.finetune else 'logdir'
+    check_place(run_folder(flags), 'folder', place)
     if flags.train:
         start_of(flags)
     else:

@@ -63,7 +63,7 @@ Under torchrun the processes share the work.
 @click.option('--download', is_flag=True,
               help='Fetch the CIFAR archive to --root if it is not there')
 @options.choice('--split', 'train', 'Images of CIFAR', ['train', 'test'])
-@options.text('NPZ', '--dest', 'File to write', required=True)
+@options.text('NPZ', '--dest', 'File to write', required=True, type=cli.FILE)
 @evaluation.detector_options
 @options.integer('--img_size --img-size', None, 'Resize the images  [default: as stored]')
 @options.integer('--max_images --max-images --num num', None,
@@ -74,6 +74,7 @@ Under torchrun the processes share the work.
 def main(**settings):
     """Make the --fid_cache of main.py from a data set."""
     dist.init()
+    cli.claim(settings['dest'])
     make(**settings)
     dist.shutdown()
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 import studies
-from dnnlib import UserError, cli, options
+from dnnlib import UserError, cli, options, util
 from simulations import RESULTS, tables
 from studies import plt
 
@@ -156,6 +156,8 @@ Examples:
     def main(outdir, result):
         path = Path(result).resolve() if result else tables.newest(outdir, tag)
         rows = tables.load(path)
+        for ending in ('.png', '.svg'):
+            util.check_place(path.with_suffix(ending))
         seeds = tables.seeds_path(path)
         figure = draw(tag, rows, tables.load(seeds) if seeds.exists() else rows[:0])
         for picture in studies.save_figure(figure, str(path.with_suffix(''))):

@@ -101,7 +101,7 @@ Examples:
 @options.integers('--seeds', None, "Random seeds, e.g. 3,33,520 or 0-9999; more than the paper's "
                   "five add 95% intervals  [default: the paper's; 0-199 for slope]")
 @options.text('DIR', '--outdir --results_dir outdir', 'Where results go, in a folder for each tag',
-              default=RESULTS)
+              default=RESULTS, type=cli.FOLDER)
 def main(tag, seeds, dim, test_points, outdir, compared, given):
     """Estimates Gaussian means from several sources, alone and together, and compares the error
     with theory.

@@ -124,12 +124,9 @@ def check_slope(rows: pd.DataFrame):
 
 
 def folder(outdir: str, tag: str) -> Path:
-    """Makes the folder of a tag. Raises UserError if that cannot be done."""
+    """The folder of a tag. Raises UserError if no files can be made in it."""
     path = Path(outdir).resolve() / tag
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'cannot be used: {path} ({error.strerror})', 'outdir', outdir) from None
+    util.check_place(path, 'folder')
     return path
 
 
@@ -143,7 +140,7 @@ def save(place: Path, table: pd.DataFrame, rows: pd.DataFrame) -> Path:
     stamp = datetime.datetime.now(datetime.timezone.utc).strftime('%Y%m%d-%H%M%S-%f')
     path = place / f'gaussian_{place.name}-{stamp}.csv'
     for dest, frame in ((seeds_path(path), rows), (path, table)):
-        with studies.writing(str(dest)) as temp:
+        with util.atomic_path(dest) as temp:
             frame.to_csv(temp, index=False, lineterminator='\n')
     return path
 

@@ -28,6 +28,7 @@ from dnnlib.util import (
     parse_int_list,
     require_same,
     write_json,
+    writing,
 )
 
 CHUNK_BYTES = 1 << 20   # that are read at a time: they stay in the cache of a core
@@ -219,7 +220,7 @@ def reserve(file: BinaryIO, size: int):
 
 def write_at(path: str, offset: int, parts: Iterable[bytes]):
     """Writes these bytes into an existing file; they are on the disk at the end."""
-    with open(path, 'r+b') as file:
+    with writing(path), open(path, 'r+b') as file:
         file.seek(offset)
         file.writelines(parts)
         file.flush()
@@ -256,8 +257,8 @@ class ClassWriter:
     def prepare(self, seeds: Iterable[int], made_by: dict, image_shape: tuple):
         """Makes the files of what is missing of these seeds (one process does it).
 
-        Raises UserError if the class is of another network or other options, OSError if the disk
-        is too small.
+        Raises UserError if the class is of another network or other options, or the disk is too
+        small.
         """
         self._recover()
         finished = Record.load(self.json)
@@ -296,7 +297,7 @@ class ClassWriter:
         """Room for so many images; the header has the same length whatever their number."""
         header = npy_header(shape, '|u1')
         for path, size in (self.done, shape[0]), (self.part, len(header) + math.prod(shape)):
-            with open(path, mode) as file:
+            with writing(path), open(path, mode) as file:
                 reserve(file, size)
         write_at(self.part, 0, [header])
 
@@ -446,7 +447,7 @@ def write_npz(dest: str, image_shape: Sequence[int], counts: Sequence[int],
     counts       images of each class
     parts        all images, in order: files, or bytes
 
-    Raises OSError if the disk is full.
+    Raises UserError if the disk is full.
     """
     shape = (sum(counts), *image_shape)
     header = npy_header(shape, '|u1')

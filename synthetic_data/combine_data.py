@@ -9,6 +9,7 @@ import click
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 from dnnlib import cli
+from dnnlib.util import check_place
 from synthetic_data import common
 from synthetic_data.class_files import open_classes, write_npz
 
@@ -34,8 +35,9 @@ def main(data_dir, output_dir, class_num, file_name):
     counts = [sum(map(len, files)) for files in classes]
     files = list(itertools.chain(*classes))
     dest = os.path.join(output_dir, f'{file_name}.npz')
-    with (common.full_disk(f'--output_dir={output_dir}', 'run it again'),
-          click.progressbar(files, label=f'Joining {sum(counts)} images') as bar):
+    check_place(dest, field='file_name')
+    cli.claim(dest)
+    with click.progressbar(files, label=f'Joining {sum(counts)} images') as bar:
         write_npz(dest, files[0].shape[1:], counts, bar)
     print(f'Wrote {dest}: {sum(counts)} images of {class_num} classes')
 

@@ -1,9 +1,9 @@
-"""What the commands of this study share: options, and what a full disk says."""
+"""What the commands of this study share: options."""
 
 import contextlib
 import os
 
-from dnnlib import UserError, cli, options
+from dnnlib import cli, options
 
 
 def _parse_fraction(text: str) -> float:
@@ -26,24 +26,14 @@ FRACTION = cli.Parsed('fraction', _parse_fraction)   # 8/255 -> 0.0314
 NPZ_NAME = cli.Parsed('name', _parse_name)           # 5m or 5m.npz -> 5m
 
 
-@contextlib.contextmanager
-def full_disk(option: str, then: str):
-    """Turns an OSError of writing into one line that names the option and says what to do: make
-    room, and `then`."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f'{option} cannot be written ({error.strerror or error}); make room or '
-                        f'choose another folder, and {then}') from None
-
-
 def class_folder_options(file_name: str):
     """Decorator: --data_dir (which may be given several times), --output_dir, --class_num,
     --file_name."""
     return options.together(
         options.text('DIR', '--data_dir', 'Folder with <class>.npy of generate.py; several are '
                      'joined, one after the other', multiple=True, required=True),
-        options.text('DIR', '--output_dir', 'Where results go', required=True),
+        options.text('DIR', '--output_dir', 'Where results go', required=True,
+                     type=cli.FOLDER),
         options.integer('--class_num', 10, 'Number of classes'),
         options.verify,
         options.text('NAME', '--file_name', 'The file is <output_dir>/NAME.npz', type=NPZ_NAME,

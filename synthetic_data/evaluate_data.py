@@ -133,7 +133,8 @@ The same command goes on where it was stopped; finished classifiers are not trai
 
 
 @click.command(cls=cli.Command, epilog=EXAMPLES)
-@options.text('DIR', '--outdir', 'Where results and the runs go', required=True)
+@options.text('DIR', '--outdir', 'Where results and the runs go', required=True,
+              type=cli.FOLDER)
 @options.text('ZIP|DIR', '--data', 'Real training images, with labels', required=True)
 @options.text('ZIP|DIR', '--test', 'Real test images, with labels', required=True)
 @options.text('DIR|NPZ', '--generated',
@@ -171,6 +172,7 @@ def main(outdir, data, test, generated, selected, training, seeds, jobs, **setti
                    settings | dict(ls=1.0, bench=True))
     for run in planned[:len(sources)]:
         train_classifier.open_data(run.config)  # what is wrong with it is said now
+    click.get_current_context().with_resource(runs.claimed(outdir, 'working'))
     dist.print0(f'{len(planned)} classifiers {settings["model"]} of {settings["duration"]} '
                 f'training images in {outdir}')
     try:

@@ -1,7 +1,5 @@
 """Generate labelled images by the million: one array file for each class."""
 
-import contextlib
-import os
 import sys
 from pathlib import Path
 
@@ -12,13 +10,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from dnnlib import UserError, cli, options
-from synthetic_data import common, fixed_batch
+from synthetic_data import fixed_batch
 from synthetic_data.class_files import ClassWriter
 from torch_utils import distributed as dist
 from torch_utils.files.weights import fingerprint
-from training import runs
 from training.diffusion.samplers import choose_setting
 from training.generate import open_generator
+from training.runs import claimed
 from training.snapshot import load_denoiser
 
 # Slope of the vp schedule that sets the range of noise levels in this study's code; EDM's is 19.9.
@@ -97,7 +95,8 @@ with --disc=vp, as published. The same command goes on with a run that was stopp
 
 
 @click.command(cls=cli.Command, epilog=EXAMPLES)
-@options.text('DIR', '--outdir', 'Where <class>.npy go, uint8 [N,H,W,3]', required=True)
+@options.text('DIR', '--outdir', 'Where <class>.npy go, uint8 [N,H,W,3]', required=True,
+              type=cli.FOLDER)
 @options.seeds('0-63')
 @options.batch(64)
 @options.integer('--class_num', None,
@@ -140,11 +139,7 @@ def main(outdir, seeds, batch, class_num, classes, network, subdirs, sampler, pr
         for key, value in generator.record['sampler'].items()
         if key in RECORDED or (key != 'name' and sampler.get(key) is not None)
     }
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(common.full_disk(f'--outdir={outdir}', 'the same command goes on'))
-        if dist.get_rank() == 0:
-            os.makedirs(outdir, exist_ok=True)
-            stack.enter_context(runs.locked(outdir, 'generating'))
+    with claimed(outdir, 'generating'):
         writers = prepare(outdir, classes, seeds, made_by, shape)
         dist.print0(f'{len(writers)} of {len(classes)} classes have images to be made, '
                     f'{shape[0]}x{shape[1]} pixels, on '

@@ -22,6 +22,7 @@ from torch_utils import distributed as dist
 
 BINS = 50            # of the histogram of confidences
 EXTREMES = 10      # best and worst images of a class in the picture
+ENDINGS = ('.npz', '-report.json', '-confidence.png', '-best-worst.png')
 WRITE_IMAGES = 4096  # at a time
 
 
@@ -114,10 +115,14 @@ def write_selected(dest: str, data, selected: list[np.ndarray]):
 def run(model, model_path, data_dir, output_dir, class_num, top_scale, batch_size, file_name):
     """Scores, selects and writes; returns the report of each class."""
     dist.init()
+    stem = os.path.join(output_dir, file_name)
+    for ending in ENDINGS:
+        util.check_place(stem + ending, field='file_name')
     device = dist.get_device()
     torch.backends.cudnn.benchmark = False  # its choice may change the last bits of a confidence
     data = GeneratedImages(data_dir, class_num)
     net = open_classifier(model_path, model, class_num, device)
+    cli.claim(stem + '.npz')
     dist.print0(f'Scoring {len(data)} images of {class_num} classes on {dist.get_world_size()} x '
                 f'{device.type}')
     scores = score(net, data, batch_size, device)
@@ -128,14 +133,12 @@ def run(model, model_path, data_dir, output_dir, class_num, top_scale, batch_siz
         selected.append(indices[select_top(scores[indices], top_scale)])
         rows.append(report(scores[indices], scores[selected[-1]]))
     if dist.get_rank() == 0:
-        stem = os.path.join(output_dir, file_name)
-        with common.full_disk(f'--output_dir={output_dir}', 'run it again'):
-            util.write_json(stem + '-report.json', {
-                'model_path': model_path, 'data_dir': list(data_dir), 'top_scale': top_scale,
-                'classes': rows})
-            save_histograms(stem + '-confidence.png', rows)
-            save_picture(stem + '-best-worst.png', data, scores)
-            write_selected(stem + '.npz', data, selected)      # last: where it is, the rest is too
+        util.write_json(stem + '-report.json', {
+            'model_path': model_path, 'data_dir': list(data_dir), 'top_scale': top_scale,
+            'classes': rows})
+        save_histograms(stem + '-confidence.png', rows)
+        save_picture(stem + '-best-worst.png', data, scores)
+        write_selected(stem + '.npz', data, selected)          # last: where it is, the rest is too
         print('class    images  selected    mean  lowest selected')
         for label, row in enumerate(rows):
             print(f'{label:5}{row["images"]:10}{row["selected"]:10}{row["mean"]:8.4f}'

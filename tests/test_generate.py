@@ -98,7 +98,7 @@ def test_the_output_is_a_labelled_data_set(tmp_path, snapshots):
         '--steps=3', f'--grid={tmp_path}/grid.png')
     dataset = ImageDataset(tmp_path / 'out')
     assert len(dataset) == 11 and dataset.label_dim == 3 and dataset.class_names == DATASET['class_names']
-    assert dataset._where(10).endswith('out/001000/001000.png')
+    assert dataset.where(10).endswith('out/001000/001000.png')
     (batch,) = generate_images(make_net(), RGBEncoder(), [*range(10), 1000], batch=16, num_steps=3)
     assert dataset.label_ids.tolist() == batch.labels
     assert np.abs(dataset.images(range(11)).astype(int) - batch.images.numpy()).max() <= 1
@@ -138,7 +138,7 @@ def test_a_folder_is_filled_by_one_command_at_a_time(tmp_path, snapshots):
         assert 'another process is generating there' in fails(*args)
     assert os.listdir(tmp_path / 'out') == []
     (tmp_path / 'file').touch()
-    assert 'cannot be made' in fails(*args, f'--outdir={tmp_path}/file')
+    assert 'is a file' in fails(*args, f'--outdir={tmp_path}/file')
     (tmp_path / 'out/.dataset.json.0123abcd.tmp').touch()      # of a process that was killed before its first image
     invoke(*args)
     assert sorted(os.listdir(tmp_path / 'out')) == ['000000.png', 'dataset.json']

@@ -1,6 +1,7 @@
 """Mistakes of users: every command line here ends in one line that names what is wrong, and makes nothing."""
 
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from synthetic import save_network, write_classes
 from test_train_edm import TINY as EDM
 from test_training import TINY as EDM2
 
+from dnnlib import util
+from training import runs
 from training.encoders import RGBEncoder
 from training.networks.classifier import WideResNet
 from training.snapshot import save_snapshot
@@ -51,6 +54,7 @@ class Places(dict):
         'large.npz': lambda self, path: images(path, 3, 128, 128, 3),
         'one.npz': lambda self, path: images(path, 1, 8, 8, 3),
         'evil.pkl': lambda self, path: path.write_bytes(b"cos\nsystem\n(S'true'\ntR."),
+        'run': lambda self, path: path.mkdir() or shutil.copy(self['net.pkl'], path / 'network-snapshot-0000001.pkl'),
         'net.pkl': lambda self, path: snapshot(path, 3),
         'uncond.pkl': lambda self, path: snapshot(path, 0),
         'wrn': lambda self, path: classifier(path, 3),
@@ -82,7 +86,7 @@ MISTAKES = {
     f'train.py --outdir=out --data=<digits.zip> {shlex.join(EDM)}': {
         '--skip-connections=[1,0,1]': '--skip-connections', '--skip-connections=1,2': '--skip-connections',
         '--cbase=16': '--cbase', '--momentum=1': '--momentum', '--final-ema=1': '--final-ema', '--fp16=1': 'fp16',
-        '--arch=unet': '--arch', '--precond=iddpm': '--precond', '--duration=0': '--duration', '--batch=0': '--batch',
+        '--arch=unet': '--arch', '--nosubdir --outdir=<text>': ('--outdir', 'is a file'), '--precond=iddpm': '--precond', '--duration=0': '--duration', '--batch=0': '--batch',
         '--num-channels=36 --cres=1,8': '--num-channels', '--num-channels=7': 'even', '--cres=1,2,2,2,2': '--cres',
         '--data=nowhere.zip': 'nowhere.zip', '--resume=nowhere': '--resume', '--transfer=nowhere.pkl': 'nowhere.pkl',
         '--window-size=2': '--window-size', '--desc=a/b': '--desc', '--ema_mode=mode5': '--ema_mode',
@@ -102,7 +106,7 @@ MISTAKES = {
         '--net=<net.pkl> --seeds=5-x': '--seeds', '--net=<net.pkl> --outdir=<cifar>': 'not empty'},
     'reconstruct_phema.py': {
         '--indir=nowhere --outstd=0.1': 'nowhere', '--indir=. --outstd=0.1': 'no snapshots',
-        '--indir=. --outstd=0.5': '--outstd', '--indir=. --outstd=x': '--outstd'},
+        '--indir=. --outstd=0.5': '--outstd', '--indir=<run> --outstd=0.1': 'no snapshots', '--indir=. --outstd=x': '--outstd'},
     'snapshot_tool.py': {
         'inspect missing.pkl': 'no such file', 'convert missing.pkl --dest=x.pkl': 'no such file',
         'convert <net.pkl> --dest=x.onnx': '--dest', 'convert <net.pkl> --dest=x.pkl --set heads=4': 'leave out heads',
@@ -137,7 +141,8 @@ MISTAKES = {
         '--net=optimal:nowhere.zip': 'nowhere.zip', '--net=optimal:<digits.zip> --num=0': '--num',
         '--net=optimal:<digits.zip> --class=eleven': 'eleven',
         '--images=<plain.zip> --data=<single.zip>': 'one image', '--images=<plain.zip> --data=nowhere.zip': 'nowhere.zip'},
-    'mem_ratio.py': {'--expdir=<empty>': 'network-snapshot', '--expdir=nowhere': 'nowhere'},
+    'mem_ratio.py': {'--expdir=<run> --log=/proc/x.json': '--log=/proc/x.json cannot be written',
+        '--expdir=<run> --knn-ref=<digits.zip> --log=' + 248 * 'x': ('--log', 'name too long'), '--expdir=<empty>': 'network-snapshot', '--expdir=nowhere': 'nowhere'},
     'benchmarks/run.py': {'--only=nix': '--only=nix is unknown'},
     'data_utils/dataset_size.py --source=<cifar>/cifar-10-python.tar.gz --dest=out/x.zip': {
         '--max-images=200': '120', '': '--max-images', '--max-images=10 --source=<plain.zip>': 'no classes'},
@@ -157,6 +162,7 @@ MISTAKES = {
         '--inter-rate=0.5 --inter-source=<cifar>/cifar-10-python.tar.gz --max-images=250': '--inter-rate=0.5: 125'},
     'data_utils/sample_imagenet.py --dest=x.txt': {'--source=nowhere': '--source=', '--source=<empty>': 'no images'},
     'dataset_tool.py': {
+        'inspect --source=<digits.zip> --json=/proc/x.json': '--json=/proc/x.json cannot be written',
         'inspect --source=nix': 'nix does not exist', 'decode --source=<digits.zip> --dest=x.zip': 'decode takes latents',
         'encode --source=<digits.zip> --dest=x.zip --model-url=./nix': 'no such folder'},
     'simulations/run_gaussian.py --outdir=out': {
@@ -191,6 +197,9 @@ MISTAKES = {
     'long_tail/main.py': {
         '': '--train', '--eval --logdir=nowhere': 'nowhere'},
     'long_tail/main.py --train': {
+        '--data_type=digitslt --img_size=8 --logdir=<text>': ('--logdir', 'is a file'),
+        '--data_type=digitslt --img_size=8 --logdir=/proc/x': '--logdir=/proc/x cannot be written',
+        '--data_type=digitslt --img_size=8 --conditional --finetune --finetuned_logdir=/proc/x': '--finetuned_logdir=/proc/x',
         '--learning_rate=1': '--learning_rate', '--flagfile=nowhere.txt': 'nowhere.txt', '--cb': '--conditional',
         '--cotrain': '--cotrain', '--ch=20': '--ch=20', '--attn=7': '--attn=7',
         '--img_size=12 --ch_mult=1,1,1,1': '--ch_mult', '--data_type=mnist': '--data_type', '--num_class=7': '--num_class',
@@ -218,8 +227,50 @@ MISTAKES = {
         '': '--generated', '--generated=<ten> --training=fast': '--training=fast', '--generated=nowhere': 'nowhere',
         '--generated=<ten> --seeds=1,1': '--seeds', '--selected=<classes>': '3.npy'},
 }
+# What another process is making already: {command line: what that one has claimed}.
+CLAIMED = {
+    'generate_images.py --net=<net.pkl> --outdir=out --seeds=0': 'out',
+    'generate_images.py --net=<net.pkl> --grid=x.png --seeds=0': 'x.png',
+    'mem_ratio.py --expdir=. --knn-ref=<digits.zip> --seeds=0 --subdirs': 'samples',
+    'mem_ratio.py --expdir=. --knn-ref=<digits.zip> --seeds=0': 'mem_ratio.json',
+    'calculate_metrics.py ref --data=<digits.zip> --dest=x.pkl --metrics=fd_pixels': 'x.pkl',
+    'calculate_metrics.py calc --images=<digits.zip> --ref=<others.pkl> --metrics=fd_pixels --dest=x.json': 'x.json',
+    'calculate_metrics.py gen --net=<net.pkl> --seeds=0 --ref=<others.pkl> --metrics=fd_pixels --dest=x.json': 'x.json',
+    'calculate_metrics.py memorization --images=<plain.zip> --data=<digits.zip> --grid=x.png': 'x.png',
+    'long_tail/make_stats.py --data_type=digits --detector=pixels --dest=x.npz': 'x.npz',
+    'synthetic_data/generate.py --outdir=out --steps=2 --network=<edm.pkl> --seeds=0': 'out',
+    'synthetic_data/combine_data.py --data_dir=<classes> --output_dir=. --file_name=all --class_num=3': 'all.npz',
+    'synthetic_data/select_1M.py --data_dir=<classes> --output_dir=. --model_path=<wrn> --class_num=3': '1m.npz',
+    'synthetic_data/train_classifier.py --outdir=out --data=<digits.zip> --model=wrn-10-1 --duration=192': 'out',
+    'synthetic_data/evaluate_data.py --outdir=out --data=<digits.zip> --test=<others.zip> --model=wrn-10-1 --duration=64'
+    ' --generated=<ten>': 'out',
+    **{f'{script} --outdir=out': 'out' for script in (
+        'simulations/digits_multi_source.py', 'data_utils/digits_memorization.py', 'long_tail/digits_long_tail.py',
+        'distillation/digits_distillation.py', 'synthetic_data/digits_synthetic_data.py')},
+}
 # What is noticed only when some of the work is done.
 LATE = ('--sizes=20,5000', '--tag=slope --values=100')
+
+
+def words_of(command, places):
+    for name in Places.makers:
+        if f'<{name}>' in command:
+            command = command.replace(f'<{name}>', places[name])
+    return shlex.split(command)
+
+
+@pytest.mark.parametrize('command', CLAIMED, ids=[f'{" ".join(command.split()[:2])} {place}'
+                                                  for command, place in CLAIMED.items()])
+def test_one_command_at_a_time_writes_to_a_place(command, places, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if 'mem_ratio' in command:
+        shutil.copy(places['net.pkl'], 'network-snapshot-0000001.pkl')
+    place = CLAIMED[command]
+    before = set(tmp_path.iterdir())
+    with util.claimed_file(place) if '.' in place else runs.claimed(place, 'writing'):
+        line = fails(*words_of(command, places))
+        assert f'{place}: another process is ' in line, line
+    assert set(tmp_path.iterdir()) - {tmp_path / place} == before
 
 
 @pytest.mark.parametrize('command, words', [
@@ -227,10 +278,7 @@ LATE = ('--sizes=20,5000', '--tag=slope --values=100')
     ids=[f'{base.split()[0]} {rest}' for base, rows in MISTAKES.items() for rest in rows])
 def test_mistakes_end_in_one_line_and_make_nothing(command, words, places, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in Places.makers:
-        if f'<{name}>' in command:
-            command = command.replace(f'<{name}>', places[name])
-    script, *args = shlex.split(command)
+    script, *args = words_of(command, places)
     line = fails(script, *args)
     assert all(word in line for word in ([words] if isinstance(words, str) else words)), line
     if not command.endswith(LATE):

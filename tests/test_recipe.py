@@ -222,7 +222,7 @@ def test_a_full_disk_under_tensorboard_is_one_error(tmp_path, monkeypatch):
     monkeypatch.setattr(threading, 'excepthook', said.append)
     loop._silence_tensorboard.cache_clear()
     monkeypatch.setattr(event_file_writer.RecordWriter, 'write', full)
-    with pytest.raises(OSError, match='No space left'):
+    with pytest.raises(UserError, match='No space left'):
         train(tmp_path, 8)
     for thread in threading.enumerate():
         if isinstance(thread, event_file_writer._AsyncWriterThread):

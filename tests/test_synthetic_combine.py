@@ -139,8 +139,8 @@ def test_other_errors_of_copying_are_told(made, tmp_path, monkeypatch):
         raise OSError(errno.EIO, 'Input/output error')
 
     monkeypatch.setattr(os, 'copy_file_range', copy, raising=False)
-    assert '--output_dir' in fails(COMBINE, f'--data_dir={made}', f'--output_dir={tmp_path}/npz', '--class_num=3',
-                                   '--file_name=all')
+    assert 'all.npz cannot be written' in fails(COMBINE, f'--data_dir={made}', f'--output_dir={tmp_path}/npz',
+                                                '--class_num=3', '--file_name=all')
     assert os.listdir(tmp_path / 'npz') == []
 
 
@@ -183,7 +183,7 @@ def test_checksums_of_parts_make_that_of_the_whole():
 
 def test_a_full_disk(made, tmp_path):
     result = limited(COMBINE, 5000, f'--data_dir={made}', f'--output_dir={tmp_path}/out', '--class_num=3', '--file_name=all')
-    assert result.returncode == 1 and result.stderr.startswith(f'Error: --output_dir={tmp_path}/out cannot be written')
+    assert result.returncode == 1 and result.stderr.startswith(f'Error: {tmp_path}/out/all.npz cannot be written')
     assert len(result.stderr.strip().splitlines()) == 1 and os.listdir(tmp_path / 'out') == []
 
 
@@ -192,7 +192,7 @@ def test_a_failing_read_leaves_no_file(tmp_path):
         yield bytes(4 * 4 * 3)
         raise OSError(28, 'No space left on device')
 
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match='a.npz cannot be written'):
         write_npz(str(tmp_path / 'a.npz'), (4, 4, 3), [5], parts())
     assert os.listdir(tmp_path) == []
 

@@ -15,18 +15,7 @@ import numpy as np
 import torch
 import torch.distributed
 
-from dnnlib.util import project_version, signal_handler
-
-# (rank, world size, local rank, what must also be set) as the launchers name them: torchrun, Open
-# MPI, MPICH/Intel MPI, SLURM.
-_LAUNCHERS = [
-    ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
-    ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'),
-    ('PMI_RANK', 'PMI_SIZE', 'MPI_LOCALRANKID'),
-    # A SLURM allocation sets SLURM_* for plain `python` too: only `srun` starts several tasks of
-    # one step.
-    ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID', 'SLURM_STEP_ID'),
-]
+from dnnlib.util import process_count, project_version, signal_handler
 
 _host_group = None  # gloo group for agreements between hosts that must not touch the GPU
 
@@ -41,12 +30,7 @@ def init(precision: str | None = None):
     set_tf32(precision == 'tf32')
     if torch.distributed.is_initialized():
         return
-    for rank, size, local, *needed in _LAUNCHERS:
-        if {rank, size, *needed} <= os.environ.keys():
-            os.environ.update(RANK=os.environ[rank], WORLD_SIZE=os.environ[size],
-                              LOCAL_RANK=os.environ.get(local, os.environ[rank]))
-            break
-    if int(os.environ.get('WORLD_SIZE', 1)) == 1:
+    if process_count() == 1:
         os.environ.update(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0')
     else:
         os.environ.setdefault('MASTER_ADDR', _master_addr())

@@ -25,6 +25,7 @@ from dnnlib.util import (
     remove_leftovers,
     to_json,
     write_bytes,
+    writing,
 )
 from torch_utils import distributed as dist
 from torch_utils.files.pickles import UnreadableError
@@ -166,6 +167,7 @@ class Trainer:
         total = self.recipe.total_nimg
         notice = 'stopping after this step, with a checkpoint; once more ends at once'
         with contextlib.ExitStack() as stack:
+            stack.enter_context(writing(self.run_dir))
             self._stopper = stack.enter_context(Stopper(notice if self.leads else ''))
             if self.leads:
                 stack.enter_context(runs.claimed(self.run_dir, 'training'))
@@ -522,7 +524,8 @@ class Trainer:
         if self.leads:
             if show:
                 tqdm.write(text)
-            with open(self._path('log.txt'), 'a') as f:
+            path = self._path('log.txt')
+            with writing(path), open(path, 'a') as f:
                 f.write(text + '\n')
 
     def _report(self):

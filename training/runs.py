@@ -7,7 +7,7 @@ import os
 import time
 
 from dnnlib import UserError
-from dnnlib.util import command_line, finite, matching_names, write_json
+from dnnlib.util import cannot_write, command_line, finite, matching_names, write_json
 from torch_utils.distributed import environment, get_rank
 from training.checkpoint import Checkpoints
 from training.snapshot import list_snapshots
@@ -44,8 +44,7 @@ def claimed(folder: str, doing: str):
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
-        raise UserError(f'{folder} cannot be made ({error.strerror}); '
-                        'choose another folder') from None
+        raise cannot_write(folder, error) from None
     with locked(folder, doing):
         yield
 

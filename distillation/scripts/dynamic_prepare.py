@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from distillation import configs, runs
 from distillation.cache import open_cache, write_cache
 from distillation.dkdm import SOURCES, IterativeSource, Preparation
-from dnnlib import UserError, options
-from dnnlib.util import require_same
+from dnnlib import UserError, cli, options
+from dnnlib.util import check_place, require_same
 from torch_utils import distributed as dist
 from torch_utils.files.own import read_own
 from training.snapshot import write_state
@@ -69,6 +69,7 @@ def main(config, seed, precision, save_every, overrides):
     if SOURCES[section.iter_choice] is IterativeSource:
         raise UserError(f'teacher.iter_choice: {section.iter_choice} needs no cache; '
                         'start image_kd.py')
+    check_place(dest, field='teacher.tempfile')
     teacher = runs.open_teacher(section)
     description = runs.cache_description(experiment, teacher) | {'seed': seed}
     size = runs.cache_share(experiment, teacher)
@@ -79,6 +80,7 @@ def main(config, seed, precision, save_every, overrides):
                          'remove it, or choose another teacher.tempfile')
         dist.print0(f'{dest} is there already')
         return
+    cli.claim(dest)
     description['processes'] = dist.get_world_size()
     dist.print0(f'Cache: {size} images for each of {dist.get_world_size()} process(es), '
                 f'rho {section.BATCH}')

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from distillation import configs, runs
 from distillation.sample_shards import SampleShards
-from dnnlib import options
+from dnnlib import cli, options
+from dnnlib.util import check_place
 from metrics.statistics import check_destination
 from torch_utils import distributed as dist
 from training.diffusion.samplers import choose_setting
@@ -56,9 +57,9 @@ The same command goes on where it was stopped, also with another number of proce
 @options.boolean('--use_ddim', None,
                  'DDIM instead of ancestral sampling  [default: configuration]')
 @options.text('NPZ', '--dest', 'Where the samples go  '
-              '[default: LOG_DIR/NAME/samples_NxHxWxC.npz]')
+              '[default: LOG_DIR/NAME/samples_NxHxWxC.npz]', type=cli.FILE)
 @options.text('DIR', '--log_dir', 'Folder of samples  [default: experiments/NAME of --config]',
-              envvar=configs.OUTDIR_VARIABLE, show_envvar=True)
+              type=cli.FOLDER, envvar=configs.OUTDIR_VARIABLE, show_envvar=True)
 @options.text('NAME', '--name folder', 'Folder of these samples in it  [default: MODEL-CHAIN]')
 @options.samplers
 @options.allow_nonfinite
@@ -93,6 +94,7 @@ def main(config, model_path, batch_size, num_samples, timestep_respacing, use_dd
         log_dir or configs.default_outdir(config), folder or f'{Path(model_path).stem}-{chain}',
         f'samples_{num_samples}x{size}x{size}x{net.img_channels}.npz')
     check_destination(dest, ['.npz'])
+    check_place(dest, field='dest')
     arguments = section.arguments()
     arguments['network'].pop('dropout')
     settings = dict(

@@ -44,7 +44,8 @@ Example:
 @options.text('FLOAT', '--share', 'Share of real images', type=options.FRACTION, required=True)
 @options.integer('--count', None, 'Images in all  [default: as many as --real has]')
 @options.seed('--seed', 0, 'Seed of the choice', click.IntRange(0, 2**32 - 1))
-@options.text('DIR|ZIP', '--dest', 'Folder or zip to write, for image_train.py', required=True)
+@options.text('DIR|ZIP', '--dest', 'Folder or zip to write, for image_train.py', required=True,
+              type=cli.ATOMIC)
 def main(real, synthetic, share, count, seed, dest):
     """Write round(count share) real images and as many synthetic ones as are left.
 

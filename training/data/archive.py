@@ -12,7 +12,6 @@ import json
 import os
 import stat
 import struct
-import tempfile
 import zipfile
 import zlib
 
@@ -20,7 +19,7 @@ import numpy as np
 
 from dnnlib import budget
 from dnnlib.npz import LOCAL_HEADER, entry_start
-from dnnlib.util import DISK_ERRORS, UserError, atomic_path, printable, to_json
+from dnnlib.util import UserError, atomic_path, check_place, printable, to_json
 
 JSON_NAME = 'dataset.json'
 # What it may say of classes: original index, name and ImageNet folder of each label.
@@ -332,7 +331,6 @@ class ArchiveWriter:
 
     def __enter__(self):
         self._stack = contextlib.ExitStack()
-        self._stack.enter_context(_disk_errors(self.dest))
         self._temp = self._stack.enter_context(
             atomic_path(self.dest, sync=self.sync, is_folder=not self.is_zip))
         if self.is_zip:
@@ -370,18 +368,6 @@ class ArchiveWriter:
         return self._stack.__exit__(*error)
 
 
-@contextlib.contextmanager
-def _disk_errors(dest):
-    """Errors of the disk become UserError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        text = f'cannot be written ({error.strerror}); choose another place'
-        raise _dest_error(dest, text) from None
-
-
 def _dest_error(dest, text) -> UserError:
     return UserError(text, field='dest', value=dest)
 
@@ -401,19 +387,6 @@ def check_destination(dest: str, overwrite: bool = False):
 def check_new(dest: str, overwrite: bool = False):
     """Raises UserError if `dest` exists and is not to be overwritten, or cannot be made."""
     if not os.path.lexists(dest):
-        check_parent(dest)
+        check_place(dest, 'atomic', 'dest')
     elif not overwrite:
         raise _dest_error(dest, 'exists; remove it, choose another name or overwrite it')
-
-
-def check_parent(dest: str):
-    """Raises UserError if no file can be made at `dest`."""
-    parent = os.path.dirname(os.path.abspath(dest))
-    while not os.path.lexists(parent):
-        parent = os.path.dirname(parent)
-    try:
-        if not os.path.isdir(parent):
-            raise NotADirectoryError(f'{parent} is no folder')
-        tempfile.TemporaryFile(dir=parent).close()
-    except OSError as error:
-        raise _dest_error(dest, f'cannot be written ({error.strerror or error})') from None
