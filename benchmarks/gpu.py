@@ -146,7 +146,7 @@ def train_part(part, name):
             for kind in ('compiled',) if compiled else ('plain', 'optimised'):
                 net, batch = part.network(name, precision)
                 net = plain_of(net.train()) if kind == 'plain' else net.train()
-                model = torch.compile(net) if kind == 'compiled' else net
+                model = torch.compile(net, dynamic=False) if kind == 'compiled' else net
                 start = time.perf_counter()
                 step = step_of(name, net, model, kind != 'plain', batch, part.device)
                 if name not in flops:
@@ -190,7 +190,7 @@ def generate_part(part):
                 net, batch = part.network('edm2-xs', precision)
                 net = net.eval().requires_grad_(False)
                 net = plain_of(net) if kind == 'plain' else net
-                model = torch.compile(net) if kind == 'compiled' else net
+                model = torch.compile(net, dynamic=False) if kind == 'compiled' else net
                 steps = 2 if part.tiny else 32
 
                 def generate(model=model, batch=batch, steps=steps):

@@ -111,8 +111,11 @@ class Inception(_Network):
             if name.endswith('num_batches_tracked'):  # some files leave these counters out
                 state.setdefault(name, value)
         load_weights(net, state, path)
-        # channels_last is the faster layout of convolutions on CPUs as on GPUs.
-        super().__init__(net.to(memory_format=torch.channels_last), weights, device)
+        # The faster layout of convolutions in exact float32: on an H200 the usual one is, by 1.26.
+        layout = torch.contiguous_format
+        if torch.device(device).type == 'cpu':
+            layout = torch.channels_last
+        super().__init__(net.to(memory_format=layout), weights, device)
 
     def _features(self, images, outputs):
         return self.net(images, outputs)

@@ -164,7 +164,8 @@ def test_every_step_follows_the_equations(folder, name, processes, way):
     weights, averages, losses = expected(CASES[name])
     state = StepCheckpoints(str(run)).load_newest()
     rows = [json.loads(line) for line in (run / 'stats.jsonl').read_text().splitlines()]
-    np.testing.assert_allclose([row['Loss/loss']['mean'] for row in rows], losses, rtol=1e-9)
+    means = [row['Loss/loss']['mean'] for row in rows]
+    np.testing.assert_allclose(np.array(means, dtype=float), losses, rtol=1e-9)  # null: not a number
     for values, named in zip([weights, *averages], [state['net'], *state['ema'].values()], strict=True):
         for value, (path, actual) in zip(values, named.items(), strict=True):
             torch.testing.assert_close(actual, value, rtol=1e-9, atol=1e-12, msg=lambda text, path=path: f'{path}: {text}')

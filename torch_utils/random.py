@@ -26,7 +26,7 @@ class GlobalRandom:
 
     def _draw(self, function, size, dim, device, **options):
         """function(size, generator=..., device=...), whose axis `dim` is the batch."""
-        return function(list(size), generator=None, device=device or self.device, **options)
+        return function(list(size), device=device or self.device, **options)
 
     def randn(self, size, dim=0, device=None, dtype=torch.float32):
         """Standard normal numbers of shape `size`; `size[dim]` is the batch."""

@@ -217,7 +217,7 @@ class Trainer:
                 yield first + offset, min(self.batch_gpu, self.per_process - offset)
 
     def _wrap(self):
-        model = torch.compile(self.net) if self.recipe.compile else self.net
+        model = torch.compile(self.net, dynamic=False) if self.recipe.compile else self.net
         if dist.get_world_size() == 1:
             return model
         return torch.nn.parallel.DistributedDataParallel(

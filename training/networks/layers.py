@@ -63,7 +63,9 @@ class Denoiser(Network):
         None. The labels of an unconditional network are None.
         """
         x_NCHW = x_NCHW.float()
-        sigma = torch.as_tensor(sigma, device=x_NCHW.device).float().reshape(-1, 1, 1, 1)
+        if not isinstance(sigma, torch.Tensor):  # a copy of the number would wait for the GPU
+            sigma = torch.full([1], sigma, device=x_NCHW.device)
+        sigma = sigma.to(x_NCHW.device).float().reshape(-1, 1, 1, 1)
         if not self.label_dim:
             return x_NCHW, sigma, None
         if labels is None:
