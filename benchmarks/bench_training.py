@@ -15,6 +15,7 @@ from dnnlib import cli
 from torch_utils.random import GlobalRandom
 from training.diffusion.losses import EDM2Loss
 from training.ema import Averages, power
+from training.loop import compiled
 from training.networks import build_network
 
 # What is measured: arguments of the network, and images of a step.
@@ -71,7 +72,7 @@ def main(network, batch, precision, compile, rounds, device):
                            PlainEMA(plain, [0.05, 0.10]), batch, device)}
     for name in ['optimised'] + ['optimised, compiled'] * compile:
         net = copy.deepcopy(ours)
-        model = torch.compile(net, dynamic=False) if 'compiled' in name else net
+        model = compiled(net) if 'compiled' in name else net
         steps[name] = make_step(net, model, torch.optim.Adam(net.parameters(), lr=1e-3, betas=(0.9, 0.99), fused=True),
                                 Averages(net, power([0.05, 0.10])), batch, device)
     seconds = compare(steps, rounds, warmup=2)

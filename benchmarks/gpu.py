@@ -37,6 +37,7 @@ from training.diffusion.losses import DDPMLoss, EDM2Loss, EDMLoss
 from training.ema import Averages, power
 from training.encoders import make_encoder
 from training.generate import generate_images
+from training.loop import compiled
 from training.networks import build_network
 
 # Dense bf16 (and fp16) matrix rates of the makers' data sheets, FLOP/s.
@@ -141,12 +142,12 @@ def data_sheet_rate(device) -> float | None:
 def train_part(part, name):
     """Training steps: plain and optimised of both precisions first, then, while there is time, compiled."""
     flops = {}
-    for compiled in [False] + [True] * part.compile:
+    for compiling in [False] + [True] * part.compile:
         for precision in part.precisions:
-            for kind in ('compiled',) if compiled else ('plain', 'optimised'):
+            for kind in ('compiled',) if compiling else ('plain', 'optimised'):
                 net, batch = part.network(name, precision)
                 net = plain_of(net.train()) if kind == 'plain' else net.train()
-                model = torch.compile(net, dynamic=False) if kind == 'compiled' else net
+                model = compiled(net) if kind == 'compiled' else net
                 start = time.perf_counter()
                 step = step_of(name, net, model, kind != 'plain', batch, part.device)
                 if name not in flops:
@@ -184,13 +185,13 @@ def loop_part(part):
 def generate_part(part):
     """Images with 32 steps of EDM2-XS latents (not decoded), one batch of each kind, and what 50,000 of them take."""
     encoder = make_encoder({'name': 'rgb'})
-    for compiled in [False] + [True] * part.compile:
-        for precision in part.precisions[:1] if compiled else part.precisions:
-            for kind in ('compiled',) if compiled else ('plain', 'optimised'):
+    for compiling in [False] + [True] * part.compile:
+        for precision in part.precisions[:1] if compiling else part.precisions:
+            for kind in ('compiled',) if compiling else ('plain', 'optimised'):
                 net, batch = part.network('edm2-xs', precision)
                 net = net.eval().requires_grad_(False)
                 net = plain_of(net) if kind == 'plain' else net
-                model = torch.compile(net, dynamic=False) if kind == 'compiled' else net
+                model = compiled(net) if kind == 'compiled' else net
                 steps = 2 if part.tiny else 32
 
                 def generate(model=model, batch=batch, steps=steps):

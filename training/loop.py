@@ -99,6 +99,13 @@ class Output:
     together: bool = False
 
 
+def compiled(net: torch.nn.Module) -> Callable:
+    """The network compiled for the shapes that it meets: its layers of one kind have many."""
+    import torch._dynamo  # slow to import
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(net, dynamic=False)
+
+
 @dataclasses.dataclass(eq=False)
 class Trainer:
     """Trains `net` (in place) by a recipe; see `training.recipe.fit` for the arguments."""
@@ -217,7 +224,7 @@ class Trainer:
                 yield first + offset, min(self.batch_gpu, self.per_process - offset)
 
     def _wrap(self):
-        model = torch.compile(self.net, dynamic=False) if self.recipe.compile else self.net
+        model = compiled(self.net) if self.recipe.compile else self.net
         if dist.get_world_size() == 1:
             return model
         return torch.nn.parallel.DistributedDataParallel(
