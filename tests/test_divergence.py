@@ -1,5 +1,6 @@
 """A training that has diverged says so and ends with status 3; weights that are not finite are neither written nor used."""
 
+import functools
 import json
 import re
 
@@ -17,6 +18,7 @@ from training.data.batches import DatasetBatches
 from training.data.dataset import ImageDataset
 from training.encoders import RGBEncoder
 from training.health import Diverged
+from training.loop import Output
 from training.recipe import Recipe, fit
 
 EDM2 = ['train_edm2.py', '--preset=digits', '--channels=8', '--batch=64', '--status=1024', '--snapshot=4096',
@@ -233,6 +235,23 @@ def test_the_last_good_checkpoint_stays(tmp_path):
     assert 'Warning: no checkpoint of 16 images' in log
     assert read_own(str(tmp_path / 'training-state-0000000.pt'))['nimg'] == 12
     assert train(tmp_path, Faults(), 40, checkpoint=4, bad_gradients=None)[40] == {}
+
+
+def test_a_bad_streak_removes_no_good_state(tmp_path):
+    faults = Faults(**{f'at{step}500': torch.nan for step in range(3, 20)})
+    with pytest.raises(Diverged):
+        train(tmp_path, faults, 20_000, batch=1000, status=1000, checkpoint=1000, keep_checkpoints=1, nan_patience=3)
+    assert [path.name for path in sorted(tmp_path.glob('*.pt'))][0] == 'training-state-0000003.pt'
+
+
+def test_nothing_is_drawn_of_weights_that_are_not_finite(tmp_path, monkeypatch):
+    drawn = []
+    output = Output(4, lambda nimg, nets: drawn.append(nimg), lambda nimg: False)
+    fitted = functools.partial(fit, outputs=[output])
+    monkeypatch.setitem(globals(), 'fit', fitted)
+    with pytest.raises(Diverged):
+        train(tmp_path, Faults(at13=torch.nan), 400, bad_gradients=None, nan_patience=5)
+    assert drawn == [4, 8, 12]
 
 
 def test_the_warning_names_the_files(digits, tmp_path):

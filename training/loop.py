@@ -370,6 +370,8 @@ class Trainer:
 
     def _make_outputs(self, outputs):
         """A request to stop ends them at once: there is a checkpoint, or one is saved then."""
+        if outputs and not self._is_finite():
+            return                                            # black pictures, numbers of nothing
         for output in outputs:
             if not self._agree_to_stop():
                 if output.together or self.leads:
@@ -431,6 +433,7 @@ class Trainer:
             self._flush_boards()                              # what is logged up to here is kept
         self.ema.get(self.net)                                # has the buffers of now
         health = self.health.counts()
+        streak, _, _ = self.health.look()
         means = self.means.state_dict()
         batches = self.checkpoints.save_share(self.nimg, self.batches.state_dict())
         batches = dist.gather_objects(batches)
@@ -443,7 +446,8 @@ class Trainer:
             if self.loss_scale:
                 state['loss_scale'] = {'lg': self.loss_scale.lg}
             self.checkpoints.save(state)
-            self.checkpoints.prune(self.nimg, self.recipe.keep_checkpoints)
+            if not streak:                                    # else an older one may be the best
+                self.checkpoints.prune(self.nimg, self.recipe.keep_checkpoints)
         self._saved = self.nimg
         dist.barrier()
 
