@@ -198,6 +198,24 @@ def _mtime(outdir):
 
 
 @pytest.mark.slow
+def test_torchrun_starts_a_killed_process_again(tmp_path, digits, finished):
+    """--max-restarts: the processes find each other again, and go on from the checkpoint."""
+    outdir = tmp_path / 'restarted'
+    arguments = command('train_edm2.py', f'--outdir={outdir}', f'--data={digits}', *TINY, processes=2)
+    arguments.insert(3, '--max-restarts=1')
+    process = subprocess.Popen(arguments, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not os.path.exists(outdir / 'training-state-0000000.pt'):
+        time.sleep(0.02)
+    worker = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()[-1]
+    os.kill(int(worker), signal.SIGKILL)
+    assert process.wait(timeout=300) == 0
+    one, two = losses(finished), losses(outdir)
+    assert [nimg for nimg, _ in one] == [nimg for nimg, _ in two]
+    np.testing.assert_allclose([loss for _, loss in two], [loss for _, loss in one], rtol=1e-4)
+    assert len(json.loads((outdir / 'training_options.json').read_text())['starts']) == 2
+
+
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_cleanly(tmp_path, digits):
     outdir = tmp_path / 'stopped'
     arguments = command('train_edm2.py', f'--outdir={outdir}', f'--data={digits}', *TINY, '--duration=1Mi', '--checkpoint=0',

@@ -42,7 +42,15 @@ def init(precision: str | None = None):
             torch.cuda.set_device(int(os.environ['LOCAL_RANK']) % count)
             if int(os.environ.get('LOCAL_WORLD_SIZE', 1)) <= count:
                 backend = 'cpu:gloo,cuda:nccl'                 # which no two share a GPU with
-        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+        timeout = datetime.timedelta(hours=2)
+        store, rank, size = next(torch.distributed.rendezvous('env://', timeout=timeout))
+        # torchrun on one node keeps its store when it starts the processes again; they would look
+        # for each other where the earlier ones were.
+        if os.environ.get('GROUP_WORLD_SIZE') == '1':
+            attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+            store = torch.distributed.PrefixStore(f'attempt-{attempt}', store)
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size,
+                                             timeout=timeout)
         _host_group = torch.distributed.new_group(backend='gloo')
 
 
