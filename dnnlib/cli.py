@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -61,8 +62,8 @@ _WRITE_ERRORS = (*util.DISK_ERRORS, errno.EACCES, errno.EPERM, errno.ENOTDIR, er
 
 
 def _user_error(error: BaseException | None) -> util.UserError | None:
-    """A UserError; for an error of the disk, or one that came of it (of torch.save), what says so
-    in one line; None for others.
+    """A UserError; for a full disk (also one that another error came of, of torch.save), a full
+    GPU or a lost process, what says so in one line; None for others.
     """
     if isinstance(error, util.UserError):
         return error
@@ -72,6 +73,8 @@ def _user_error(error: BaseException | None) -> util.UserError | None:
     if any(type(cause).__name__ == 'OutOfMemoryError' for cause in util.causes(error)):
         return util.UserError('the memory of the GPU is full; give fewer images of one '
                               'forward pass', 'batch_gpu')
+    if isinstance(error, RuntimeError) and re.search('gloo.*(onnect|losed)', str(error)):
+        return util.UserError('another of the processes has ended, or cannot be reached')
     reason = util.disk_error(error, _WRITE_ERRORS)
     if reason is None:
         return None

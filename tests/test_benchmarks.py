@@ -153,7 +153,7 @@ def test_damaged_pictures_among_many_are_named_and_left_out(tmp_path):
 @pytest.mark.parametrize('compile', [True, False])
 def test_compile_is_an_option_of_both_trainers(tmp_path, monkeypatch, script, options, compile):
     compiled = []
-    monkeypatch.setattr(torch, 'compile', lambda net: compiled.append(type(net).__name__) or net)
+    monkeypatch.setattr(torch, 'compile', lambda net, **_: compiled.append(type(net).__name__) or net)
     data = write_digits(tmp_path / 'digits.zip', 100)
     invoke(script, f'--outdir={tmp_path}/runs', f'--data={data}', *options, f'--compile={compile}')
     assert len(compiled) == compile

@@ -99,6 +99,14 @@ main()
 """
 
 
+def test_a_lost_process_is_one_line():
+    @click.command(cls=cli.Command)
+    def main():
+        raise RuntimeError('[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1.')
+
+    assert CliRunner().invoke(main, []).output == 'Error: another of the processes has ended, or cannot be reached\n'
+
+
 def test_ctrl_c_while_python_ends_is_silent():
     process = subprocess.Popen([sys.executable, '-c', ENDING], cwd=helpers.ROOT, text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE)

@@ -362,7 +362,7 @@ def test_the_memorization_ratio_is_that_of_edm_in_18_steps(folder, tmp_path):
     script, *args = scripts(folder, 'edm2', tmp_path)['ratio']
     invoke(script, *args)
     sampler = json.loads((tmp_path / 'log.json').read_text())['settings']['sampler']
-    assert sampler.items() >= {'name': 'edm', 'num_steps': '18', 'dtype': 'float64'}.items()
+    assert sampler.items() >= {'name': 'edm', 'num_steps': 18, 'dtype': 'float64'}.items()
 
 
 def test_random_numbers_of_a_seed_do_not_depend_on_unused_churn():

@@ -319,6 +319,8 @@ class Harness:
         if case.processes > 1:                                 # what torchrun says is not ours
             lines = [line for line in lines if 'Error: ' in line and 'torch' not in line] or lines[:1]
         allowed = {'kill': (0, 1), 'rank': (0, 1, 2)}.get(kind, (1,) if result['status'] > 0 else (0,))
+        if kind in ('TERM', 'INT') and result['status'] <= 0:
+            allowed = (0, 1)                                   # what stops later says so
         if kind == 'kill' and result['status'] == -9:
             return problems
         if 'Traceback' in result['err'] or len(lines) not in allowed:
