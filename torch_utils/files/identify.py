@@ -289,12 +289,13 @@ def _moments(content) -> dict:
 
 
 def _statistics(path, content) -> Found:
-    for table in _moments(content).values():
+    moments = _moments(content)
+    for table in moments.values():
         if not all(isinstance(table[key], np.ndarray | torch.Tensor) and table[key].ndim
                    for key in ('mu', 'sigma')):
             raise ForeignPickleError('its mu or sigma is no array')
     return Found(path, 'statistics', content, facts={
-        space: f'{len(table["mu"])} dimensions' for space, table in _moments(content).items()})
+        space: f'{len(table["mu"])} dimensions' for space, table in moments.items()})
 
 
 class NpzArrays:
@@ -306,6 +307,7 @@ class NpzArrays:
     def __init__(self, path: str):
         self.path = path
         self.facts = {}
+        self._sizes = {}  # bytes of each
         with zipfile.ZipFile(path) as z:
             for info in z.infolist():
                 name = info.filename.removesuffix('.npy')
@@ -313,18 +315,19 @@ class NpzArrays:
                 with open_entry(z, info) as file:
                     shape, _, descr = read_npy_header(file)
                     dtype = np.dtype(descr)
-                    if math.prod(shape) * dtype.itemsize != info.file_size - file.tell():
+                    size = math.prod(shape) * dtype.itemsize
+                    if size != info.file_size - file.tell():
                         raise ForeignPickleError(f'{what} is not as large as its shape '
                                                  f'{list(shape)[:5]} says')
                 self.facts[name] = f'{dtype} {list(shape)}'
+                self._sizes[name] = size
 
     def __contains__(self, name):
         return name in self.facts
 
     def __getitem__(self, name) -> np.ndarray:
-        with np.load(self.path, allow_pickle=False) as z, z.zip.open(f'{name}.npy') as file:
-            shape, _, descr = read_npy_header(file)
-            budget.spend(memory=math.prod(shape) * np.dtype(descr).itemsize)
+        budget.spend(memory=self._sizes[name])
+        with np.load(self.path, allow_pickle=False) as z:
             return z[name]
 
 

@@ -135,9 +135,10 @@ class ArchiveReader:
         # pread leaves the position alone, so threads and forked processes share one descriptor.
         descriptor = self._file.fileno()
         start = entry_start(os.pread(descriptor, LOCAL_HEADER, offset), offset)
-        if start + packed > os.fstat(descriptor).st_size:
-            raise UserError(f'{self.where(index)} is cut off; copy or make the file again')
-        budget.Budget(packed).spend(memory=size)
+        if max(packed, size) > budget.MEMORY:                 # what every budget has
+            if start + packed > os.fstat(descriptor).st_size:
+                raise UserError(f'{self.where(index)} is cut off; copy or make the file again')
+            budget.Budget(packed).spend(memory=size)
         data = os.pread(descriptor, packed, start)
         if method == zipfile.ZIP_DEFLATED:
             data = zlib.decompressobj(-15).decompress(data, size)
