@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from distillation.dkdm import SOURCES
 from dnnlib import UserError, cli
 from dnnlib.options import (
+    dry_run,
     fast_products,
     group,
     keep_checkpoints,
@@ -319,7 +320,7 @@ run_options = together(
         'running',
         text('PT', '--resume_checkpoint resume_from',
              'modelNNNNNN.pt to go on from, if --outdir has none'),
-        keep_checkpoints, nan_patience, wandb))
+        keep_checkpoints, nan_patience, wandb, dry_run))
 
 
 def default_outdir(config: str) -> str:

@@ -36,6 +36,16 @@ def _terminate(number, frame):
     raise _Terminated
 
 
+def _send_again(lost):
+    """A `sys.unraisablehook`: a signal that came within what cannot raise (a finaliser, a hook of
+    a fork), where Python drops it, comes again soon.
+    """
+    numbers = {_Terminated: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}
+    if lost.exc_type not in numbers:
+        return sys.__unraisablehook__(lost)
+    threading.Timer(0.1, os.kill, (os.getpid(), numbers[lost.exc_type])).start()
+
+
 @contextlib.contextmanager
 def _sigterm_raises():
     """In the block SIGTERM unwinds this process, so that no half of a file stays.
@@ -48,6 +58,15 @@ def _sigterm_raises():
         return
     with util.signal_handler(signal.SIGTERM, _terminate):
         yield
+
+
+@contextlib.contextmanager
+def _no_signal_is_lost():
+    before, sys.unraisablehook = sys.unraisablehook, _send_again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _end_in_silence():
@@ -122,7 +141,7 @@ class _OneLineErrors:
             for param in ctx.command.params:
                 if isinstance(param.type, Destination):
                     param.type.check(param, ctx.params)
-            with _sigterm_raises():
+            with _no_signal_is_lost(), _sigterm_raises():
                 return super().invoke(ctx)
         except _Terminated:
             print('Stopped by SIGTERM', file=sys.stderr, flush=True)

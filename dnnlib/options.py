@@ -178,6 +178,8 @@ keep_checkpoints = integer(
 nan_patience = integer(
     '--nan-patience --nan_patience', 100, 'End with status 3 when so many steps in a row have no '
     'finite loss or gradients, 0 = never', 0)
+dry_run = click.option('-n', '--dry-run', '--dry_run', 'dry_run', is_flag=True,
+                       help='Print the settings and what would be written, and exit')
 wandb = text('PROJECT', '--wandb', 'Log to this project of Weights & Biases too; needs wandb')
 
 
@@ -197,7 +199,7 @@ def training(outdir_help: str, *options):
         verify,
         click.option('--allow-changes', is_flag=True,
                      help='Go on with a run though its settings have changed; what has is logged'),
-        click.option('-n', '--dry-run', is_flag=True, help='Print the settings and exit'))
+        dry_run)
 
 
 # Options that are no part of what is trained.

@@ -69,6 +69,7 @@ options_of_study = together(
     count('--ckpt_step', 0, 'Checkpoint to fine-tune or to evaluate; 0 = the newest'),
     switch('parallel', 'One process for each visible GPU'),
     switch('allow_changes', 'Go on with a run though its settings have changed; that is logged'),
+    switch('dry_run', 'Print the settings and what training would write, and exit'),
     wandb,
     # Data
     choice('--data_type', 'cifar100', 'Data set; "lt" makes it long-tailed', datasets.DATA_TYPES),
@@ -316,7 +317,7 @@ def recipe_of(flags, dataset, first: int) -> recipe.Recipe:
 def train(flags) -> bool:
     """Trains, from the newest checkpoint if there is one. Returns whether it came to its end."""
     flags = Flags(flags)
-    running = {name: flags.pop(name) for name in ('allow_changes', 'wandb')}
+    running = {name: flags.pop(name) for name in ('allow_changes', 'wandb', 'dry_run')}
     source, first = start_of(flags)
     if source:
         flags['ckpt_step'] = first

@@ -63,6 +63,30 @@ def test_sigterm_unwinds_and_ends_in_one_line(monkeypatch):
     assert unwound[1] == before
 
 
+@pytest.mark.parametrize('number, status, said', [
+    (signal.SIGTERM, 143, 'Stopped by SIGTERM\n'), (signal.SIGINT, 1, 'Aborted!\n')])
+def test_a_signal_within_a_finaliser_is_not_lost(number, status, said, tmp_path):
+    script = tmp_path / 'x.py'
+    script.write_text("""
+import click, signal, sys, time
+from dnnlib import cli
+
+class Finalised:
+    def __del__(self):
+        signal.raise_signal(int(sys.argv[1]))
+
+@click.command(cls=cli.Command)
+@click.argument('number')
+def main(number):
+    Finalised()
+    time.sleep(60)
+
+main()
+""")
+    process = helpers.run(script, str(int(number)), check=False, PYTHONPATH=str(helpers.ROOT))
+    assert (process.returncode, process.stderr.lstrip()) == (status, said)
+
+
 @pytest.mark.parametrize('text, fault', [
     ('9223372036854775808', 'is too large; numbers are below 2^63'),
     ('0,5-99999999999', '5-99999999999 are too many numbers at once')])

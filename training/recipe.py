@@ -13,10 +13,10 @@ from collections.abc import Callable
 import torch
 
 from dnnlib import UserError
-from dnnlib.util import one_line
+from dnnlib.util import one_line, to_json
 from torch_utils import distributed as dist
 from training import loop, runs
-from training.checkpoint import WRONG, CheckpointError
+from training.checkpoint import LAYOUTS, WRONG, CheckpointError, Checkpoints
 from training.data.dataset import ImageDataset
 from training.encoders import encoder_for, make_encoder
 from training.generate import save_sample_grid
@@ -204,15 +204,17 @@ def new_network(recipe: Recipe) -> torch.nn.Module:
     return build_network(**recipe.network).train().to(dist.get_device())
 
 
-def _files(recipe: Recipe, every: int | None) -> int:
-    """Files of a run that are written every so many images; their names count in thousands."""
+def _files(recipe: Recipe, every: int | None, number: Callable[[int], int]) -> int:
+    """Files of a run that are written every so many images; `number` is what is in their names."""
     if not every:
         return 0
     first, batch = recipe.first_nimg, recipe.batch
     every = max(every, batch)
     last = first + -(-(recipe.total_nimg - first) // batch) * batch
     multiples = range(first - first % every + every, last + 1, every)
-    return len({(first - (first - nimg) // batch * batch) // 1000 for nimg in (*multiples, last)})
+    if len(multiples) > 1_000_000:                             # of a run that has no end
+        return len(multiples)
+    return len({number(first - (first - nimg) // batch * batch) for nimg in (*multiples, last)})
 
 
 def disk_use(recipe: Recipe) -> dict:
@@ -232,8 +234,9 @@ def disk_use(recipe: Recipe) -> dict:
     states = (1 + averages) * len(tensors) + (moments + 1) * len(parameters)
     each = {'snapshots': weights - saved + OVERHEAD * len(tensors),
             'checkpoints': (1 + averages) * weights + of_optimizer + OVERHEAD * states}
-    files = {'snapshots': averages * _files(recipe, recipe.snapshot),
-             'checkpoints': _files(recipe, recipe.checkpoint)}
+    layout = LAYOUTS[recipe.layout]('', recipe.batch)
+    files = {'snapshots': averages * _files(recipe, recipe.snapshot, Checkpoints('').number),
+             'checkpoints': _files(recipe, recipe.checkpoint, layout.number)}
     if recipe.keep_checkpoints:
         files['checkpoints'] = min(files['checkpoints'], recipe.keep_checkpoints)
     return {name: {'files': files[name], 'bytes_each': each[name]} for name in each} | {
@@ -254,7 +257,7 @@ def sample_grids(run_dir: str, encoder, dataset, recipe: Recipe) -> loop.Output:
 def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: dict | None = None,
         outputs=(), layout=None, files: dict[str, str] | None = None,
         resume_from: str | None = None, allow_changes: bool = False,
-        wandb: str | None = None, advice: str = '') -> bool:
+        wandb: str | None = None, advice: str = '', dry_run: bool = False) -> bool:
     """Trains `net` (in place) by the recipe, going on from the newest checkpoint in `run_dir`.
 
     net            from `new_network`: the same on every process
@@ -270,6 +273,7 @@ def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: 
     wandb          project of Weights & Biases to log to
     advice         what to do with the results, e.g. a command line, in which {folder}, {snapshot},
                    {checkpoint} and {step} stand for those of this run
+    dry_run        print the settings and what the run would write, and train nothing
 
     SIGTERM and SIGINT end it after the current step, with a checkpoint; the second one ends the
     process. Returns whether the run came to its end. Raises UserError, before anything is written,
@@ -280,6 +284,10 @@ def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: 
     torch.backends.cudnn.benchmark = recipe.bench
     trainer = loop.Trainer(recipe, net, loss, batches, run_dir, options, layout, outputs,
                            advice)
+    if dry_run:
+        plan = trainer.settings | dict(outdir=run_dir, disk=disk_use(recipe))
+        dist.print0(to_json(plan, indent=2))
+        return False
     changed = []
 
     def use(state):

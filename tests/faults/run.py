@@ -57,6 +57,8 @@ VARYING = ('starts', 'timestamp', 'train_seconds', 'Timing/', 'Resources/', 'sec
 TIMES = r'(?<=events\.out\.tfevents\.).*|(?<=-)\d{8}-\d{6}-\d{6}'
 LOGS = ('log.txt', '.tfevents.')
 STOPPED = 'the same command goes on'
+OF_DISK = ('ENOSPC', 'EIO', 'limit')
+NAMED = r'Error: .*(--\w|[\w/-]+\.\w+|\bout/|\bw/)'            # an option, a file or a folder
 
 
 def preload():
@@ -295,7 +297,8 @@ class Harness:
             if kind not in ('kill', 'TERM', 'INT') or not first['status'] else (['?'], [])
         if not stopped and lost:
             problems['lying'] = lost[:9]                       # all well, it said
-        again = run(case, folder, self.inputs)
+        # What has come to its end, since torchrun started it again, needs no second run.
+        again = run(case, folder, self.inputs) if stopped or kind != 'rank' else first
         lost, more = differences(case, expected['content'], content(folder))
         if lost:
             problems['lost'] = lost[:9]
@@ -325,6 +328,8 @@ class Harness:
             return problems
         if 'Traceback' in result['err'] or len(lines) not in allowed:
             problems['lines'] = len(lines)
+        if kind in OF_DISK and result['status'] > 0 and not re.search(NAMED, ''.join(lines)):
+            problems['unnamed'] = lines
         return problems
 
 
