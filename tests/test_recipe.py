@@ -134,6 +134,7 @@ def test_a_run_cannot_become_shorter_than_it_is(tmp_path):
         train(tmp_path, 4)
     assert caught.value.field == 'duration'
     train(tmp_path, 8)
+    train(tmp_path, 7)                                        # whose last step ends there too
 
 
 # --- The record -----------------------------------------------------------------------------------

@@ -380,6 +380,7 @@ def test_weights_of_another_architecture_are_not_transferred(finished, digits, t
 
 def test_other_files_in_the_folder_of_runs_are_passed_over(tmp_path):
     (tmp_path / '00007-else').mkdir()
+    (tmp_path / '00007-else' / 'mine.txt').write_text('')
     (tmp_path / 'notes.txt').write_text('')
     for name in ('x', 'else'):
         assert runs.choose_folder(str(tmp_path), name, {'seed': 1}, 1, True, True) == str(tmp_path / f'00008-{name}')

@@ -150,7 +150,7 @@ def check_changes(state: dict, settings: dict, allow: bool) -> list[str]:
     """
     try:
         found = changes(state, settings)
-        is_later = state['nimg'] > settings['total_nimg']
+        is_later = state['nimg'] - settings['batch'] >= settings['total_nimg']  # a step ago
     except WRONG as error:
         raise CheckpointError(f'{state["path"]} does not say what run it is of '
                               f'({one_line(error)})') from None

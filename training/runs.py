@@ -129,9 +129,9 @@ def _agrees(earlier, value) -> bool:
 
 def choose_folder(outdir: str, name: str, options: dict, *goal) -> str:
     """The newest run in `outdir` called `name` (after its number) that nobody trains at present,
-    that has these `options` (of what has parts, those that are given), and is not finished
-    (`goal`: arguments of `is_finished`); else the folder of a new one, with one number after the
-    last.
+    that has these `options` (of what has parts, those that are given) or has not begun, and is
+    not finished (`goal`: arguments of `is_finished`); else the folder of a new one, with one
+    number after the last.
     """
     found = sorted((int(match[1]), match[2], match[0])
                    for match in matching_names(outdir, r'(\d{5,})-(.*)'))
@@ -139,7 +139,9 @@ def choose_folder(outdir: str, name: str, options: dict, *goal) -> str:
         path = os.path.join(outdir, folder)
         if other == name and not is_finished(path, *goal):
             earlier = read_options(path)
-            if _agrees(earlier, finite(options)):
+            begun = earlier or any(name != 'log.txt' and not name.startswith('.')
+                                   for name in os.listdir(path))
+            if not begun or _agrees(earlier, finite(options)):
                 with contextlib.suppress(UserError), locked(path):
                     return path
     number = found[-1][0] + 1 if found else 0
