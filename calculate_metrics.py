@@ -67,6 +67,7 @@ detection = options.group(
     options.text('FILE|URL', '--inception', 'Weights of the FID network: pt_inception-2015-12-05 '
                  'as torch, safetensors or TorchScript file',
                  envvar='INCEPTION_WEIGHTS', show_envvar=True),
+    options.text('HEX', '--inception-sha256', 'SHA-256 that this file must have'),
     options.text('DIR|NAME', '--dinov2', 'DINOv2 ViT-L/14: folder of transformers, or hub name',
                  envvar='DINOV2_WEIGHTS', show_envvar=True),
 )
@@ -107,13 +108,14 @@ def generation(num: int):
         workers)
 
 
-def make_detectors(metrics, protocol, inception, dinov2, reference=None):
+def make_detectors(metrics, protocol, inception, inception_sha256, dinov2, reference=None):
     """The metrics to calculate, and their detectors; `reference` has to serve them, if any.
 
     Of the default metrics, what cannot be had is left out, with a warning; what the user asked for
     must be there.
     """
-    detectors = Detectors({'inception': inception, 'dinov2': dinov2}, protocol=protocol)
+    detectors = Detectors({'inception': inception, 'dinov2': dinov2}, protocol=protocol,
+                          inception_sha256=inception_sha256)
     chosen = []
     problems = []
     for metric in metrics or compute.parse_metrics(DEFAULT):

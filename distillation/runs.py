@@ -12,7 +12,8 @@ from distillation.dkdm import SOURCES, IterativeSource, ProcessRandom, Teacher
 from dnnlib import UserError
 from dnnlib.util import hash_file, renamed_fields
 from torch_utils import distributed as dist
-from torch_utils.files.weights import load_weights, read_state_dict
+from torch_utils.files.identify import read_state_dict
+from torch_utils.files.weights import load_weights
 from torch_utils.random import tuple_seed
 from training import recipe
 from training.networks import build_network

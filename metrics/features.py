@@ -17,12 +17,15 @@ from torch_utils import distributed
 class Detectors:
     """The detectors, loaded when they are first needed.
 
-    `weights`: paths or URLs by name; `protocol`: a key of PROTOCOLS.
+    `weights`: paths or URLs by name; `protocol`: a key of PROTOCOLS; `inception_sha256`: what that
+    file must have.
     """
 
-    def __init__(self, weights: dict | None = None, device=None, protocol: str = 'edm'):
+    def __init__(self, weights: dict | None = None, device=None, protocol: str = 'edm',
+                 inception_sha256: str | None = None):
         self.protocol = protocol
         self.weights = {name: path for name, path in (weights or {}).items() if path}
+        self.inception = dict(prepare=self.rules.prepare, sha256=inception_sha256)
         self.device = torch.device(device or distributed.get_device())
         self.loaded = {}
 
@@ -32,8 +35,8 @@ class Detectors:
 
     def __getitem__(self, name: str):
         if name not in self.loaded:
-            rules = {'prepare': self.rules.prepare} if name == 'inception' else {}
-            self.loaded[name] = DETECTORS[name](self.weights.get(name), self.device, **rules)
+            options = self.inception if name == 'inception' else {}
+            self.loaded[name] = DETECTORS[name](self.weights.get(name), self.device, **options)
         return self.loaded[name]
 
     def description(self) -> dict:

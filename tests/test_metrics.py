@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import safetensors.torch
 import scipy.linalg
+import tiny
 import torch
 from torch.nn import functional as F
 
-from dnnlib import UserError, url
+from dnnlib import UserError, url, util
 from dnnlib.util import subset
 from metrics import compute, detectors, inception, inception_score, neighbors, precision_recall
 from metrics import images as image_files
@@ -312,6 +313,32 @@ def test_foreign_weights_are_refused_in_one_line(tmp_path):
         assert name in one_line(error)
 
 
+def test_inception_has_the_hash_that_its_name_says_or_the_user(weights, tmp_path, monkeypatch):
+    monkeypatch.setenv('DNNLIB_CACHE_DIR', str(tmp_path))
+    right = util.hash_file(weights / 'state.pth')
+    for path in (url.cache_path(detectors.INCEPTION_URL), tmp_path / 'weights-inception-2015-12-05-6726825d.pth'):
+        os.link(weights / 'state.pth', path)    # in the cache already, or a copy of the user's
+        with pytest.raises(UserError, match='6726825d') as error:
+            detectors.Inception(None if 'pt_' in str(path) else str(path))
+        assert str(path) in one_line(error)
+    Detectors({'inception': str(weights / 'state.pth')}, 'cpu', inception_sha256=right)['inception']
+    for sha256, message in (('0' * 64, right), ('x', 'hexadecimal')):
+        with pytest.raises(UserError, match=message) as error:
+            Detectors({'inception': str(weights / 'state.pth')}, 'cpu', inception_sha256=sha256)['inception']
+        one_line(error)
+    monkeypatch.setattr(detectors, 'hash_file', lambda path: '6726825d' + '0' * 56)
+    assert detectors.Inception().weights == detectors.INCEPTION_URL
+
+
+def test_inception_that_is_not_finite_names_its_own_option(tmp_path):
+    state = InceptionV3().state_dict()
+    state['fc.bias'][3] = np.nan
+    torch.save(state, tmp_path / 'x.pth')
+    with pytest.raises(UserError, match='not finite') as error:
+        detectors.Inception(str(tmp_path / 'x.pth'))
+    assert error.value.field == 'inception'
+
+
 class Small(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -359,23 +386,13 @@ def test_torchscript_tensors_and_hostile_torchscript(tmp_path):
     assert not (tmp_path / 'ran').exists()
 
 
-def tiny_dinov2(folder, image_size):
-    import transformers
-    torch.manual_seed(0)
-    net = transformers.Dinov2Model(transformers.Dinov2Config(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=image_size, patch_size=14)).eval()
-    torch.nn.init.normal_(net.embeddings.position_embeddings)
-    net.save_pretrained(folder)
-    return net
-
-
 def test_dinov2_features(tmp_path):
     images = (random(2, 3, 40, 40) * 60 + 128).clamp(0, 255).to(torch.uint8)
     x = F.interpolate(images.float(), size=(224, 224), mode='bicubic', antialias=True) / 255
     x = (x - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[:, None, None]
     for size, tolerance in ((224, 1e-5), (518, 0.02)):
         # With 37 x 37 positions the original code samples them a little elsewhere than transformers.
-        net = tiny_dinov2(tmp_path / str(size), size)
+        net = tiny.save_tiny_dinov2(tmp_path / str(size), size)
         found = detectors.DINOv2(str(tmp_path / str(size)))(images)['features']
         with torch.no_grad():
             expected = net(pixel_values=x).last_hidden_state[:, 0]

@@ -62,7 +62,7 @@ def sampled(snapshot):
 
 
 DIFFUSERS = """
-import sys, numpy as np
+import sys, numpy as np, safetensors.torch
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained(sys.argv[1], custom_pipeline=sys.argv[1], trust_remote_code=True)
 made = pipe(seeds=range(3), num_steps=3)
@@ -76,6 +76,16 @@ for options in (dict(guidance=3), dict(eta=0.5, sampler='edm')):
 assert not np.array_equal(pipe(seeds=[0], num_steps=3, guide=pipe, guidance=0.999, output_type='pt').images,
                           pipe(seeds=[1], num_steps=3, output_type='pt').images)
 np.save(sys.argv[2], np.stack([np.asarray(image) for image in made.images]))
+weights = sys.argv[1] + '/unet/diffusion_pytorch_model.safetensors'
+state = safetensors.torch.load_file(weights)
+del state[sorted(state)[0]]
+safetensors.torch.save_file(state, weights, {'format': 'pt'})
+try:
+    DiffusionPipeline.from_pretrained(sys.argv[1], custom_pipeline=sys.argv[1], trust_remote_code=True)
+except ValueError as error:
+    assert 'do not fit' in str(error), error
+else:
+    raise AssertionError('weights are missing')
 """
 
 

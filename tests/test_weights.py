@@ -9,7 +9,8 @@ import torch
 
 from dnnlib import UserError
 from synthetic_data.classify import open_classifier
-from torch_utils.files.weights import load_weights, read_state_dict
+from torch_utils.files.identify import read_state_dict
+from torch_utils.files.weights import load_weights
 from training import encoders
 from training.networks import build_network
 from training.networks.classifier import WideResNet

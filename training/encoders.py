@@ -7,15 +7,20 @@ sees (*latents*, float32).
 """
 
 import os
+import re
 import warnings
 
 import torch
 
-from dnnlib.util import UserError, one_line
+from dnnlib.util import UserError, printable
+from torch_utils.files.models import load_model
+from torch_utils.files.weights import check_weights
 from torch_utils.random import GlobalRandom
 from training.networks.layers import DTYPES
 
 DEFAULT_VAE = 'stabilityai/sd-vae-ft-mse'
+# What a file may name; another autoencoder could be anything, of anybody.
+PUBLISHED = (DEFAULT_VAE, 'stabilityai/sd-vae-ft-ema')
 
 
 class RGBEncoder:
@@ -71,14 +76,22 @@ class StabilityVAEEncoder:
         final_mean, final_std: Those that the network sees.
         batch_size: Images that go through the autoencoder together.
         precision:  'fp32', 'fp16' or 'bf16', of the autoencoder.
+
+    `named_by` is the 'user', who may name any autoencoder; or 'data', which names one of PUBLISHED
+    or a local folder; or a 'snapshot', which names one of PUBLISHED. The variable SD_VAE holds
+    another one that the user allows.
     """
 
     name = 'sd-vae'
+    named_by = 'user'
+    allow_nonfinite = False
     black = 0  # what the autoencoder sees of a black pixel; a white one is 1
 
     def __init__(self, vae_name=DEFAULT_VAE, raw_mean=(5.81, 3.25, 0.12, -2.15),
                  raw_std=(4.17, 4.62, 3.71, 3.28), final_mean=0, final_std=0.5, batch_size=8,
                  precision='fp32'):
+        if not isinstance(vae_name, str):
+            raise ValueError('the name of the autoencoder is no text')
         self.vae_name = vae_name
         self._settings = dict(raw_mean=list(raw_mean), raw_std=list(raw_std),
                               final_mean=final_mean, final_std=final_std)
@@ -172,8 +185,26 @@ class StabilityVAEEncoder:
         Call it before long work that ends in `decode`, and before threads share the encoder.
         """
         if self._vae is None:
-            self._vae = load_vae(self.vae_name, self._dtype)
+            name = self._allowed_name()
+            vae = load_vae(name, self._dtype, self.allow_nonfinite)
+            channels = self._whitening.shape[1]
+            if vae.config.latent_channels != channels or len(vae.config.block_out_channels) != 4:
+                raise UserError(f'autoencoder {name} makes no latents of {channels} channels and '
+                                'an eighth of the height and width', 'model_url')
+            self._vae = vae
         return self._vae.to(device)
+
+    def _allowed_name(self) -> str:
+        name = self.vae_name
+        if self.named_by == 'user' or name in PUBLISHED \
+                or self.named_by == 'data' and os.path.isdir(name):
+            return name
+        own = os.environ.get('SD_VAE', '')
+        if own and os.path.basename(own.rstrip('/')) == os.path.basename(name.rstrip('/')):
+            return own
+        raise UserError(f'autoencoder {printable(name, 100)} is named by the {self.named_by}, and '
+                        'is none that this project knows; if you trust it, name it yourself, or '
+                        'in the variable SD_VAE', 'model_url')
 
 
 class SimpleVAEEncoder(StabilityVAEEncoder):
@@ -193,49 +224,67 @@ class SimpleVAEEncoder(StabilityVAEEncoder):
         self._settings = dict(factor=factor, channels=channels)
 
 
-def load_vae(name: str, dtype=torch.float32):
-    """The `diffusers.AutoencoderKL` of a hub name or a local folder, for inference.
+_BLOCKS = {'DownEncoderBlock2D', 'UpDecoderBlock2D', 'AttnDownEncoderBlock2D',
+           'AttnUpDecoderBlock2D'}
+# What `torch_utils.files.models.load_model` takes of config.json.
+_VAE = dict(in_channels=(3, 3), out_channels=(3, 3), down_block_types=[_BLOCKS],
+            up_block_types=[_BLOCKS], block_out_channels=[(1, 8192)], layers_per_block=(1, 32),
+            latent_channels=(1, 1024), norm_num_groups=(1, 8192),
+            act_fn={'silu', 'swish', 'mish', 'gelu', 'relu'}, use_quant_conv=bool,
+            use_post_quant_conv=bool, mid_block_add_attention=bool)
+# Layers of attention, as files of 2022 call them: those of Stability AI, for example.
+_OLD_NAMES = {'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'proj_attn': 'to_out.0'}
+
+
+def _new_name(name: str) -> str:
+    return re.sub(r'(attentions\.\d+\.)(query|key|value|proj_attn)\.',
+                  lambda match: f'{match[1]}{_OLD_NAMES[match[2]]}.', name)
+
+
+def load_vae(name: str, dtype=torch.float32, allow_nonfinite: bool = False):
+    """The `diffusers.AutoencoderKL` of a folder or of OWNER/NAME[@REVISION] on the hub, for
+    inference.
 
     Raises UserError in one line if there is none. Weights are read without running code from the
     file.
     """
-    pipeline = os.path.join(name, 'vae')
-    if os.path.isdir(pipeline):
-        name = pipeline
-    elif not os.path.isdir(name) and (name.startswith(('/', '.', '~')) or name.count('/') != 1):
-        raise UserError(f'autoencoder {name}: no such folder; give a folder saved by diffusers, '
-                        f'or a hub name like {DEFAULT_VAE}')
-    import diffusers  # slow to import, and needed only here
-    import huggingface_hub
-    huggingface_hub.logging.set_verbosity_error()  # its retries without a network fill a screen
-    try:
+    def build(values, state, source):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            vae = diffusers.AutoencoderKL.from_pretrained(
-                name, torch_dtype=dtype, low_cpu_mem_usage=False)
-    except Exception as error:  # the hub client and the readers raise many kinds
-        raise UserError(
-            f'autoencoder {name} cannot be loaded; check its name and the network, or download it '
-            f'and give its folder ({type(error).__name__}: {one_line(error, 300)})') from None
-    return vae.eval().requires_grad_(False)
+            import diffusers  # slow to import, and needed only here
+        with torch.device('meta'):  # without memory, whatever the sizes
+            vae = diffusers.AutoencoderKL(**values)
+        check_weights(vae, state, source)
+        vae.load_state_dict(state, assign=True)
+        return vae
+
+    pipeline = os.path.join(name, 'vae')
+    return load_model('autoencoder', pipeline if os.path.isdir(pipeline) else name, build, _VAE,
+                      'diffusion_pytorch_model.safetensors', field='model_url', rename=_new_name,
+                      dtype=dtype, allow_nonfinite=allow_nonfinite)
 
 
 _ENCODERS = {kind.name: kind for kind in (RGBEncoder, StabilityVAEEncoder, SimpleVAEEncoder)}
 
 
-def make_encoder(config: dict):
+def make_encoder(config: dict, vae_name: str | None = None, named_by: str = 'data'):
     """Encoder of a configuration such as {'name': 'rgb'} or `encoder.config()`. Raises UserError
     for unknown ones.
+
+    vae_name   autoencoder that the user names, in place of that of the configuration
+    named_by   who names the latter, see StabilityVAEEncoder
     """
-    settings = dict(config)
+    settings = config | ({'vae_name': vae_name} if vae_name else {})
     name = str(settings.pop('name', None))
     if name not in _ENCODERS:
         raise UserError(f'encoder {name} is unknown; there are {", ".join(_ENCODERS)}')
     try:
-        return _ENCODERS[name](**settings)
+        encoder = _ENCODERS[name](**settings)
     except Exception as error:  # settings that make no sense raise many kinds
         raise UserError(
             f'encoder {name} does not take the settings {settings} ({error})') from None
+    encoder.named_by = 'user' if vae_name else named_by
+    return encoder
 
 
 def encoder_for(dataset) -> dict:

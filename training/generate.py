@@ -188,7 +188,8 @@ def open_generator(net=None, *, preset=None, gnet=None, guidance=None, guidance_
     guide = _open(gnet, device, gnet_sha256, allow_nonfinite).net if gnet else None
     Guided(snapshot.net, None, guide, guidance, guidance_interval)
     if model_url:
-        snapshot.encoder = make_encoder(snapshot.encoder.config() | {'vae_name': model_url})
+        snapshot.encoder = make_encoder(snapshot.encoder.config(), model_url)
+    snapshot.encoder.allow_nonfinite = allow_nonfinite
     snapshot.encoder.prepare(device)
     label = None if class_ is None else class_index(snapshot.dataset, class_)
     setting = choose_setting(snapshot.net, snapshot.sampler, sampler or {})

@@ -148,6 +148,9 @@ def read_snapshot(path: str) -> dict:
     return found.content
 
 
+_encoder = functools.partial(encoders.make_encoder, named_by='snapshot')
+
+
 def _restore(found: Found) -> Snapshot:
     """The network and the encoder that a snapshot of this project describes."""
     content = found.content
@@ -160,7 +163,7 @@ def _restore(found: Found) -> Snapshot:
         check_arguments(sampler)
         if sampler is not None and not isinstance(sampler['name'], str):
             raise ForeignPickleError('its name is no text')
-    return Snapshot(net, encoders.make_encoder(content['encoder']), content['dataset'],
+    return Snapshot(net, _encoder(content['encoder']), content['dataset'],
                     content['recipe'], content['nimg'], content['ema_std'], sampler)
 
 
@@ -185,7 +188,7 @@ def _restore_foreign(found: Found) -> Snapshot:
     with contextlib.suppress(KeyError, TypeError):
         path = found.content['dataset_kwargs']['path']
         dataset['name'] = os.path.basename(path[:1000]).removesuffix('.zip')
-    return Snapshot(net, encoders.make_encoder(config), dataset)
+    return Snapshot(net, _encoder(config), dataset)
 
 
 def _restore_weights(found: Found, options: dict | None) -> Snapshot:
@@ -208,7 +211,7 @@ def _restore_weights(found: Found, options: dict | None) -> Snapshot:
         state = {f'model.{key}': value for key, value in state.items()}
     net = rebuild_network(name, kwargs, state, found.path)
     encoder = 'sd-vae' if getattr(net, 'img_channels', 3) == 4 else 'rgb'
-    return Snapshot(net, encoders.make_encoder({'name': encoder}),
+    return Snapshot(net, _encoder({'name': encoder}),
                     {'name': '', 'label_dim': getattr(net, 'label_dim', 0)},
                     {'source': os.path.basename(found.path), 'weights': found.weights,
                      'assumed': inferred.assumed})

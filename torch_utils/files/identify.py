@@ -15,7 +15,7 @@ import zipfile
 import numpy as np
 import torch
 
-from dnnlib import budget
+from dnnlib import UserError, budget
 from dnnlib.npz import open_entry, read_npy_header
 from torch_utils.files import own, persistence, pickles, tar, torchfile, torchscript
 from torch_utils.files.own import SNAPSHOT_FORMAT, STATISTICS_FORMAT
@@ -101,6 +101,21 @@ def identify(path: str, weights: str | None = None) -> Found:
             return _safetensors(path, os.path.join(path, FOLDER_WEIGHTS),
                                 os.path.join(path, DESCRIPTION))
         return Found(path, 'folder')
+
+
+def read_state_dict(path: str) -> dict:
+    """The name -> tensor dictionary in a checkpoint file, without a data-parallel prefix
+    `module.`; half precision becomes float32.
+
+    Takes a plain state dict, or one that a checkpoint holds under one of WEIGHT_KEYS
+    (averaged weights first); in files of torch or safetensors. Nothing in the file is executed.
+    Raises UserError naming the file.
+    """
+    found = identify(path)
+    if found.kind != 'weights':
+        raise UserError(f'{path} does not hold the weights of a network alone; '
+                        f'it is a {found.what}')
+    return found.state
 
 
 def _file(path, weights) -> Found:

@@ -1,26 +1,10 @@
-"""Weights: what a file of them holds, whether they fit a network, and what tells them apart."""
+"""Weights: whether they fit a network, and what tells them apart."""
 
 import hashlib
 
 import torch
 
 from dnnlib import UserError
-from torch_utils.files.identify import identify
-
-
-def read_state_dict(path: str) -> dict:
-    """The name -> tensor dictionary in a checkpoint file, without a data-parallel prefix
-    `module.`; half precision becomes float32.
-
-    Takes a plain state dict, or one that a checkpoint holds under one of `identify.WEIGHT_KEYS`
-    (averaged weights first); in files of torch or safetensors. Nothing in the file is executed.
-    Raises UserError naming the file.
-    """
-    found = identify(path)
-    if found.kind != 'weights':
-        raise UserError(f'{path} does not hold the weights of a network alone; '
-                        f'it is a {found.what}')
-    return found.state
 
 
 def check_weights(net: torch.nn.Module, state: dict, source: str):
@@ -35,6 +19,11 @@ def check_weights(net: torch.nn.Module, state: dict, source: str):
         'has another shape of': [f'{name} ({stored[name]} for {shape})' for name, shape
                                  in expected.items() if stored.get(name, shape) != shape],
     }
+    refuse_differences(differences, source)
+
+
+def refuse_differences(differences: dict, source: str):
+    """Raises a UserError for {what is wrong: names of weights} if there is any name."""
     for what, names in differences.items():
         if names:
             more = f' and {len(names) - 3} more' if len(names) > 3 else ''

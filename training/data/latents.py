@@ -62,8 +62,8 @@ def decode(source: str, dest: str, *, model_url=None, precision='fp32', batch=16
     dataset = ImageDataset(source, cache=False)
     if dataset.dtype == np.uint8:
         raise UserError(f'{source} holds pixels; decode takes latents')
-    config = encoder_for(dataset) | ({'vae_name': model_url} if model_url else {})
-    encoder = make_encoder(config | {'batch_size': batch, 'precision': precision})
+    config = encoder_for(dataset) | {'batch_size': batch, 'precision': precision}
+    encoder = make_encoder(config, model_url)
     channels = encoder.latent_shape(dataset.image_shape)[0]
 
     def function(raw):

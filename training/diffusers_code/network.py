@@ -21,8 +21,14 @@ class SnapshotNetwork(ModelMixin, ConfigMixin):
     @classmethod
     def from_pretrained(cls, path, **kwargs):
         """As of diffusers; the network computes tables when it is made, so it is never made
-        without memory."""
-        return super().from_pretrained(path, **(kwargs | {'low_cpu_mem_usage': False}))
+        without memory. Raises ValueError for weights that are missing, which diffusers draws, or
+        unknown."""
+        net, info = super().from_pretrained(path, **(kwargs | dict(
+            low_cpu_mem_usage=False, use_safetensors=True, output_loading_info=True)))
+        wrong = [*info['missing_keys'], *info['unexpected_keys']]
+        if wrong:
+            raise ValueError(f'{path} holds weights that do not fit: {", ".join(wrong[:3])}')
+        return (net, info) if kwargs.get('output_loading_info') else net
 
     def forward(self, x, sigma, class_labels=None):
         return self.net(x, sigma, class_labels)
