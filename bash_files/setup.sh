@@ -14,17 +14,35 @@ find_python() {
     return 1
 }
 
+# Does requirements.lock, which has a hash of every package, apply to this Python and machine?
+lock_applies() {
+    python -c '
+import platform, sys
+glibc = [int(part) for part in platform.libc_ver()[1].split(".")]
+sys.exit(not (sys.version_info[:2] in ((3, 11), (3, 12)) and sys.platform == "linux"
+              and platform.machine() == "x86_64" and glibc >= [2, 31]))' 2>/dev/null
+}
+
+all_requirements() { cat requirements.txt requirements.lock requirements-cuda.lock; }
+
 install_requirements() {
-    local extra=()
-    # Without an NVIDIA GPU, torch's CPU wheels do; their server is asked only if it answers.
-    if ! command -v nvidia-smi >/dev/null && python -c '
-import urllib.request
-urllib.request.urlopen("https://download.pytorch.org/whl/cpu/torch/", timeout=5)' 2>/dev/null; then
-        extra=(--extra-index-url https://download.pytorch.org/whl/cpu)
+    local pins=requirements.txt cuda=requirements.txt torch=() page=https://download.pytorch.org/whl/cpu/torch/
+    if lock_applies; then
+        pins=requirements.lock
+        cuda=requirements-cuda.lock
     fi
-    echo 'Installing the requirements (once; some minutes)'
-    python -m pip install --quiet "${extra[@]+"${extra[@]}"}" -r requirements.txt
-    cp requirements.txt .venv/installed-requirements.txt
+    # Without an NVIDIA GPU, torch's CPU build does, a tenth of the size. The page lists torch alone, and is asked for
+    # only if its server answers. Of a Python whose CPU build the lock does not know, the lock has CUDA.
+    if command -v nvidia-smi >/dev/null; then
+        pins=$cuda
+    elif python -c "import urllib.request; urllib.request.urlopen('$page', timeout=5)" 2>/dev/null; then
+        torch=(--find-links "$page")
+        ! grep -q "^triton.*\"$(python -c 'import sys; print("%d.%d" % sys.version_info[:2])')\"" requirements.lock ||
+            pins=requirements.txt
+    fi
+    echo "Installing $pins (once; some minutes)"
+    python -m pip install --quiet "${torch[@]+"${torch[@]}"}" -r "$pins" || python -m pip install --quiet -r "$cuda"
+    all_requirements >.venv/installed-requirements.txt
 }
 
 if [ -n "${PYTHON:-}" ]; then
@@ -36,5 +54,5 @@ else
         "$python_found" -m venv .venv || { echo 'Error: python -m venv failed; on Debian: apt install python3-venv' >&2; exit 1; }
     fi
     source .venv/bin/activate
-    cmp -s requirements.txt .venv/installed-requirements.txt || install_requirements
+    all_requirements | cmp -s - .venv/installed-requirements.txt || install_requirements
 fi
