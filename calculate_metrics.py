@@ -1,13 +1,12 @@
 """Measure images: FID, FD-DINOv2, sFID, Inception Score, precision and recall; memorization."""
 
-import sys
 
 import click
 import torch
 from click.core import ParameterSource
 
 from dnnlib import UserError, cli, options
-from dnnlib.util import write_json
+from dnnlib.util import command_line, write_json
 from metrics import compute
 from metrics.detectors import PROTOCOLS
 from metrics.features import Detectors, measure, measure_images
@@ -274,7 +273,7 @@ def memorization(images, data, xflip, dest, grid, precision, **source):
         if dest:
             write_json(dest, dict(
                 what, results=with_intervals(results), data=data, xflip=xflip,
-                num_training=len(training), command=sys.argv, **dist.environment(),
+                num_training=len(training), command=command_line(), **dist.environment(),
                 samples=copies.table()), indent=None)
         if grid:
             copies.save_picture(grid, training)
@@ -321,6 +320,8 @@ def open_reference(path, sha256, class_name, metrics) -> Statistics:
     if path is None and metrics != ['is']:
         raise UserError('--ref is missing: statistics or images to compare with '
                         '(only --metrics=is needs none)')
+    if sha256 and not path:
+        raise UserError('is of a file; give a reference', 'ref_sha256', sha256)
     reference = load_statistics(path, sha256) if path else Statistics()
     if class_name is None:
         return reference
@@ -361,7 +362,7 @@ def measure_and_report(batches, count: int, what: dict, detection, reading, ref,
                 ref_class=ref_class,
                 ref_images={space: part.num for space, part in reference.gaussians.items()},
                 ref_meta=reference.meta, ref_protocol=reference.protocol, protocol=protocol,
-                notes=notes, detectors=detectors.description(), command=sys.argv,
+                notes=notes, detectors=detectors.description(), command=command_line(),
                 **dist.environment()))
     dist.shutdown()
 

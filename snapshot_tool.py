@@ -8,7 +8,7 @@ import torch
 
 from dnnlib import UserError, cli, url
 from dnnlib.options import choice, text, together, verify
-from dnnlib.util import printable
+from dnnlib.util import hide, printable
 from torch_utils.files.identify import Found, family, identify
 from torch_utils.files.pickles import errors_of
 from torch_utils.files.weights import nonfinite
@@ -33,7 +33,7 @@ def parse_setting(text: str) -> tuple[str, object]:
 
 def source(required: bool = True):
     return together(
-        click.argument('file', metavar='FILE|URL', required=required),
+        click.argument('file', metavar='FILE|URL', required=required, type=hide),
         text('HEX', '--sha256', 'SHA-256 that the file must have'),
         text('KEY', '--weights',
              'Weights of a checkpoint, e.g. net_model  [default: the averaged ones]'),

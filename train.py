@@ -10,6 +10,7 @@ import click
 
 from dnnlib import UserError, cli, options
 from dnnlib.options import boolean, choice, integer, integers, mimg, nimg, number, text
+from dnnlib.url import is_url
 from dnnlib.util import renamed_fields, to_json
 from torch_utils import distributed as dist
 from training import recipe, runs
@@ -66,6 +67,9 @@ def build_config(opts: dict) -> dict:
     if config['cbase'] not in (None, width):
         raise UserError(f'contradicts --num-channels={width}; give one of them', 'cbase',
                         config['cbase'])
+    if config['transfer_sha256'] and not config['transfer']:
+        raise UserError('is of a file; give the snapshot too', 'transfer_sha256',
+                        config['transfer_sha256'])
     augment = _augmentation(config)
     network = {key: config[option] for key, option in OVERRIDES.items()} | dict(
         class_name=PRECONDITIONINGS[config['precond']][0], model_channels=width,
@@ -294,7 +298,8 @@ def main(outdir, desc, nosubdir, dry_run, wandb, allow_changes, **opts):
     number of processes.
     """
     for key in ('data', 'transfer', 'resume'):
-        opts[key] = opts[key] and opts[key].rstrip('/')
+        if opts[key] and not is_url(opts[key]):
+            opts[key] = opts[key].rstrip('/')
     if desc and '/' in desc:
         raise UserError('becomes part of a folder name; leave out the slash', 'desc', desc)
     config = build_config(opts)

@@ -132,6 +132,7 @@ class _OneLineErrors:
         try:
             return super().make_context(*args, **kwargs)
         except click.ClickException as error:
+            error.message = util.without_secrets(error.message)
             _take_turn(is_known=True)
             _tell_launcher(f'Error: {error.format_message()}')
             raise

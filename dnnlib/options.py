@@ -9,7 +9,7 @@ import os
 
 import click
 
-from dnnlib import cli, npz
+from dnnlib import cli, npz, util
 
 ANY = cli.Number()
 POSITIVE = cli.Number(0, min_open=True)
@@ -57,13 +57,14 @@ boolean = _maker('BOOL', bool)
 mimg = _maker('MIMG', NOT_NEGATIVE)  # millions of them
 number = _maker('FLOAT', POSITIVE)
 integers = _maker('LIST', cli.INT_LIST)
-path = _maker('PATH', str)
+path = _maker('PATH', util.hide)
 seed = _maker('INT', click.IntRange(0, 2**31 - 1))
 count = _maker('INT', cli.COUNT)  # of anything else
 
 
 def text(metavar: str, name: str, text: str, **settings):
-    """An option for a name or a path."""
+    """An option for a name, a path or a URL."""
+    settings.setdefault('type', util.hide)
     return click.option(*name.split(), metavar=metavar, help=text, **settings)
 
 
@@ -226,7 +227,7 @@ destination = together(
 def conversion(transforms):
     """What all converting commands have; `rules` are those of training.data.convert.convert."""
     return together(
-        click.option('--source', metavar='PATH[,PATH...]', required=True,
+        click.option('--source', metavar='PATH[,PATH...]', required=True, type=util.hide,
                      help='What to read, see dataset_tool.py convert --help'),
         destination,
         click.option('--coarse', is_flag=True,

@@ -32,10 +32,10 @@ class UserError(Exception):
     is_shared = False  # whether every process raises it alike: then the first one prints it
 
     def __init__(self, text: str, field: str | None = None, value=None):
-        super().__init__(text)
-        self.text = text
+        self.text = without_secrets(text)
+        super().__init__(self.text)
         self.field = field
-        self.value = value
+        self.value = str(hide(value)) if isinstance(value, str) else value
 
     def line(self, option: str | None) -> str:
         """The message with `option` for the field; None: the value alone, where there is one."""
@@ -54,9 +54,42 @@ def one_line(error: Exception, length: int = 120) -> str:
 
 def printable(text, length: int = 2000) -> str:
     """A text for a terminal: one line of at most `length`, no control characters. What comes from
-    a file may hold some that a terminal obeys.
+    a file may hold some that a terminal obeys. URLs are `without_secrets`.
     """
-    return ''.join(c if c.isprintable() else '?' for c in str(text)[:length])
+    text = without_secrets(str(text)[:length])
+    return ''.join(c if c.isprintable() else '?' for c in text)
+
+
+# Scheme, name and password, host and path, query and fragment.
+_URL = re.compile(r'([a-z][a-z0-9+.-]*://)(?:[^\s/?#]*@)?([^\s?#]*)(?:[?#]\S*)?', re.I)
+_HOST = re.compile(r'(\[[0-9a-f:.%]+\]|[\w.-]*)(:\d*)?[^\w:/]*(/|$)', re.I)
+
+
+def _public(match: re.Match) -> str:
+    scheme, place = match.groups()
+    return scheme + (place if _HOST.match(place) else '...')
+
+
+def without_secrets(text: str) -> str:
+    """A text in which URLs have no user name, password, query and fragment: that may be shown and
+    stored. Of a URL that is not well formed the scheme alone is left.
+    """
+    return _URL.sub(_public, text) if '://' in text else text
+
+
+class Address(str):
+    """A URL as it may be shown and stored; `full` is the one to fetch."""
+
+    full: str
+
+
+def hide(text: str) -> str:
+    """The value of an option; what `without_secrets` takes from it only `dnnlib.url` sees."""
+    if without_secrets(text) == text:
+        return text
+    address = Address(without_secrets(text.replace(' ', '%20')))    # they end where it ends
+    address.full = text
+    return address
 
 
 @contextlib.contextmanager
@@ -293,20 +326,25 @@ def write_bytes(dest: str, data: bytes):
 
 
 def finite(value):
-    """Plain values with None in place of numbers that are not finite, which JSON has not."""
+    """Plain values as records have them: None in place of numbers that are not finite, which JSON
+    has not, and texts `without_secrets`.
+    """
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
+    if isinstance(value, str):
+        return without_secrets(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def to_json(value, indent: int | None = None) -> str:
     """JSON text of the `finite` values."""
-    try:
-        return json.dumps(value, indent=indent, allow_nan=False)
-    except ValueError:
-        return json.dumps(finite(value), indent=indent, allow_nan=False)
+    with contextlib.suppress(ValueError):
+        text = json.dumps(value, indent=indent, allow_nan=False)
+        if '://' not in text:
+            return text
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
 
 
 def write_json(dest: str, value, indent: int | None = 2):
@@ -420,8 +458,8 @@ def map_ahead(pool, function, items, ahead: int):
 
 
 def command_line() -> list[str]:
-    """The script that runs, without its folder, and its arguments."""
-    return [os.path.basename(sys.argv[0]), *sys.argv[1:]]
+    """The script that runs, without its folder, and its arguments without secrets of URLs."""
+    return [os.path.basename(sys.argv[0]), *(str(hide(text)) for text in sys.argv[1:])]
 
 
 def project_version() -> str | None:

@@ -187,7 +187,7 @@ def _arrays(value):
 def load_statistics(path: str, sha256: str | None = None, space: str = 'fid') -> Statistics:
     """Statistics of a file or URL; or a folder, zip or .npz of images, yet to be measured.
 
-    What a file is, its content decides. No code from it is run. `sha256` is what a download must
+    What a file is, its content decides. No code from it is run. `sha256` is what the file must
     have, `space` that of `mu` and `sigma` in a file that does not say. Raises UserError that names
     the file.
     """

@@ -183,6 +183,8 @@ def open_generator(net=None, *, preset=None, gnet=None, guidance=None, guidance_
     guidance = float(chosen['guidance'] if guidance is None else guidance)
     if net is None:
         raise UserError('give a network, or a preset', field='net')
+    if gnet_sha256 and not gnet:
+        raise UserError('is of a file; give the guiding network', 'gnet_sha256', gnet_sha256)
     device = dist.get_device()
     snapshot = net if isinstance(net, Snapshot) else _open(net, device, sha256, allow_nonfinite)
     guide = _open(gnet, device, gnet_sha256, allow_nonfinite).net if gnet else None

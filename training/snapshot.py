@@ -226,13 +226,13 @@ def load_snapshot(path: str, device='cpu', sha256: str | None = None, options: d
     EDM2, state dicts of guided diffusion, checkpoints of class-balancing diffusion, wide residual
     networks; or `optimal:DATASET`, the closed-form denoiser of a data set.
 
-    sha256            what a download must have
+    sha256            what the file must have
     options, weights  for state dicts, see `infer` and `identify`
     allow_nonfinite   take weights that are NaN or infinite too
 
     Raises UserError with one line that names the file.
     """
-    if path.startswith('optimal:'):
+    if path.startswith('optimal:') and sha256 is None:
         from training.data.dataset import ImageDataset
         from training.networks.optimal import optimal_denoiser
         dataset = ImageDataset(path.removeprefix('optimal:'))
