@@ -6,7 +6,7 @@ import os
 
 import click
 
-from dnnlib import UserError, cli, options, pictures, util
+from dnnlib import UserError, budget, cli, options, pictures, util
 from metrics.memorization import find_copies
 from metrics.shares import percent, with_intervals
 from torch_utils import distributed as dist
@@ -24,8 +24,7 @@ def load_log(path: str) -> tuple[dict, dict]:
     if not os.path.isfile(path):
         return {}, {}
     try:
-        with open(path) as f:
-            log = json.load(f)
+        log = budget.read_json(path)
         rows = {(row['snapshot'], row['modified']): row for row in log['snapshots']}
         settings = util.finite(dict(log['settings']))
         return settings | {'sampler': plain_setting(settings.get('sampler', {}))}, rows

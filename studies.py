@@ -33,7 +33,7 @@ import numpy as np
 import pandas as pd
 import tqdm
 
-from dnnlib import UserError, cli, pictures, util
+from dnnlib import UserError, budget, cli, pictures, util
 
 ROOT = Path(__file__).resolve().parent
 WHOLE = click.IntRange(min=1)
@@ -106,7 +106,7 @@ class Study:
         try:
             if not os.path.exists(path):
                 util.write_json(path, ours)
-            kept = dict(json.loads(Path(path).read_text()))
+            kept = dict(budget.read_json(path))
         except (OSError, TypeError, ValueError) as error:
             raise UserError(f'cannot be used: {path} cannot be written and read ({error})',
                             'outdir', self.outdir) from None

@@ -9,6 +9,7 @@ further files, found from the current folder or from distillation/. Overrides ch
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -204,7 +205,23 @@ def _one_line_errors(where: str):
         raise UserError(': '.join(filter(None, (where, key, reason)))) from None
 
 
-_MAX_BYTES = 1 << 20  # of a configuration
+_MAX_BYTES = 64 << 10  # of a configuration
+
+
+def _check_size(text: bytes):
+    """Raises ForeignPickleError for a text of YAML that is large when all that its aliases stand
+    for is written out; before anything is made of it, since `<<` writes it out.
+    """
+    pending, left = [yaml.compose(text, yaml.SafeLoader)], 10_000
+    while pending:
+        node = pending.pop()
+        left -= 1
+        if left < 0:
+            raise pickles.ForeignPickleError('it is too large or too deeply nested')
+        if isinstance(node, yaml.MappingNode):
+            pending += itertools.chain(*node.value)
+        elif isinstance(node, yaml.SequenceNode):
+            pending += node.value
 
 
 def _load(path: str, what: str) -> omegaconf.DictConfig:
@@ -221,9 +238,9 @@ def _load(path: str, what: str) -> omegaconf.DictConfig:
     with _one_line_errors(f'{path} is not YAML'):
         text = places[0].read_bytes()[:_MAX_BYTES + 1]
         if len(text) > _MAX_BYTES:
-            raise UserError(f'{path} is no configuration: it is larger than 1 MiB')
-        # Aliases of aliases are small until they are written out.
+            raise UserError(f'{path} is no configuration: it is larger than 64 KiB')
         with pickles.errors_of(f'{path} is not YAML'):
+            _check_size(text)
             pickles.check_plain(yaml.safe_load(text), 'it', 10_000)
         content = OmegaConf.load(places[0])
     if not isinstance(content, omegaconf.DictConfig):

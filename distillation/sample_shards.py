@@ -10,6 +10,7 @@ import zipfile
 
 import numpy as np
 
+from dnnlib import budget
 from dnnlib.npz import npy_header, open_array
 from dnnlib.util import atomic_path, require_same, write_json
 from training.data.images import save_npz_images
@@ -44,8 +45,8 @@ class SampleShards:
         places = [path for path in (self.dest, *self.paths.values()) if os.path.exists(path)]
         if places:
             recorded = {}
-            with contextlib.suppress(OSError, ValueError), open(description) as file:
-                recorded = json.load(file)
+            with contextlib.suppress(OSError, TypeError, ValueError):
+                recorded = dict(budget.read_json(description))
             place = self.dest if places[0] == self.dest else self.parts
             require_same(place, recorded, self.settings, 'remove it, or choose another --dest')
             return place != self.dest

@@ -21,6 +21,13 @@ EXTENSIONS = frozenset('.png .jpg .jpeg .jpe .jfif .bmp .dib .gif .tif .tiff .we
 # Named, so that no file content reaches Pillow's other plugins (EPS, for one, starts Ghostscript).
 _FORMATS = ('PNG JPEG MPO BMP DIB GIF TIFF WEBP PPM TGA JPEG2000 AVIF QOI').split()
 
+# Bytes in memory that a picture may take: some for any file, and some for each byte of it.
+_MEMORY, _FACTOR = 768 << 20, 20
+# Bytes of a pixel while it is decoded, and with transparency; the packed lines of BMP are filled
+# up in Python, byte by byte.
+_PIXEL, _BLENDED, _FILLED = 7, 20, 70
+_MAX_SCANS = 100                # of a JPEG, each of which goes through all pixels; usual are ten
+
 _SIGNATURE = b'\x89PNG\r\n\x1a\n'
 
 
@@ -117,6 +124,7 @@ def decode_image(data: bytes) -> np.ndarray:
 def decode_picture(data: bytes) -> np.ndarray | PIL.Image.Image:
     """The same, but left in Pillow's memory if Pillow decoded it: resampling saves two copies."""
     if pyspng is not None and _is_plain_png(data):
+        check_pixels(*struct.unpack_from('>II', data, 16), len(data))
         try:
             return pyspng.load(data, 'RGB')
         except RuntimeError as error:
@@ -125,6 +133,7 @@ def decode_picture(data: bytes) -> np.ndarray | PIL.Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # large or oddly tagged: they decode, or they raise
             with PIL.Image.open(io.BytesIO(data), formats=_pillow_formats()) as image:
+                _check_cost(image, data)
                 image.load()
                 PIL.ImageOps.exif_transpose(image, in_place=True)
                 return _to_rgb(image)
@@ -138,6 +147,25 @@ def decode_picture(data: bytes) -> np.ndarray | PIL.Image.Image:
     except Exception as error:  # of damaged files: anything from OSError to struct.error
         reason = ' '.join(str(error).split()) or type(error).__name__
         raise BadImage(f'damaged image ({reason})') from None
+
+
+def _check_cost(image: PIL.Image.Image, data: bytes):
+    """Raises BadImage for a picture, not yet decoded, of many more pixels than its file can have,
+    or that takes long to decode.
+    """
+    decoder = image.tile[0][0] if image.tile else None
+    cost = _FILLED if decoder == 'bmp_rle' else _BLENDED if image.has_transparency_data else _PIXEL
+    check_pixels(*image.size, len(data), cost)
+    if decoder == 'jpeg' and data.count(b'\xff\xda') > _MAX_SCANS:
+        raise BadImage(f'a JPEG in more than {_MAX_SCANS} passes; save it anew')
+
+
+def check_pixels(width: int, height: int, size: int, cost: int = _PIXEL):
+    """Raises BadImage for more pixels than are decoded from a file of `size` bytes."""
+    most = (_MEMORY + _FACTOR * size) // cost
+    if width * height > most:
+        raise BadImage(f'{width} x {height} pixels, more than the {most / 1e6:.0f} million that '
+                       'are decoded of a file of its size; make it smaller first')
 
 
 @functools.cache

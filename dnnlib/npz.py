@@ -8,12 +8,14 @@ import ast
 import io
 import math
 import os
+import re
 import struct
 import zipfile
 
 from dnnlib import budget
 
 MAGIC = b'\x93NUMPY'
+NUMBERS = re.compile(r'[<>|=]?[biufcSU]\d{1,9}')  # types of arrays: one number or text each
 MAX_HEADER = 10_000  # bytes, as in NumPy: the parser of longer ones could run out of stack
 LOCAL_HEADER = 30    # bytes before the name of a file in a zip
 UNVERIFIED = 'SKIP_CHECKSUMS'  # the variable of --verify=False, which child processes have too
@@ -45,12 +47,14 @@ def read_npy_header(file: io.BufferedIOBase) -> tuple:
     try:
         header = ast.literal_eval(file.read(min(size, MAX_HEADER)).decode('latin1'))
         shape, fortran, descr = header['shape'], header['fortran_order'], header['descr']
-        plain = isinstance(descr, str) and 'O' not in descr \
-            and all(type(length) is int for length in shape)
+        plain = isinstance(descr, str) and NUMBERS.fullmatch(descr)
+        sound = all(type(length) is int and 0 <= length < 1 << 62 for length in shape)
     except (SyntaxError, ValueError, TypeError, KeyError, MemoryError, RecursionError):
         raise ValueError('its header is damaged') from None
     if not plain:
-        raise ValueError('it holds objects')
+        raise ValueError('it holds objects, or tables')
+    if not sound or len(shape) > 32:
+        raise ValueError('its shape is none of an array')
     return tuple(shape), bool(fortran), descr
 
 

@@ -1,7 +1,6 @@
 """Pictures of a run: grids of samples with their labels, loss curves."""
 
 import collections
-import json
 import math
 
 import numpy as np
@@ -9,6 +8,7 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
+from dnnlib import budget
 from dnnlib.util import atomic_path
 
 
@@ -88,11 +88,10 @@ def save_curves(path: str, curves: dict, ylabel: str, **settings):
 def save_loss_curve(stats_path: str, path: str):
     """The loss terms of a `stats.jsonl` against thousands of images, as a PNG."""
     curves = collections.defaultdict(list)
-    with open(stats_path) as f:
-        for row in map(json.loads, f):
-            for name in row:
-                if name.startswith('Loss/') and 'nimg' in row:
-                    mean = row[name]['mean']
-                    point = (row['nimg'] / 1000, math.nan if mean is None else mean)
-                    curves[name.removeprefix('Loss/')].append(point)
+    for _, row in budget.json_lines(stats_path):
+        for name in row:
+            if name.startswith('Loss/') and 'nimg' in row:
+                mean = row[name]['mean']
+                point = (row['nimg'] / 1000, math.nan if mean is None else mean)
+                curves[name.removeprefix('Loss/')].append(point)
     save_curves(path, curves, 'loss (mean over elements)')

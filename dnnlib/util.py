@@ -19,6 +19,8 @@ import sys
 import tempfile
 import time
 
+from dnnlib import budget
+
 
 class UserError(Exception):
     """An error that the user can mend: one line that names field or file and says what to do.
@@ -409,6 +411,7 @@ def parse_int_list(text) -> list[int]:
         numbers = range(int(match[1]), int(match[2] or match[1]) + 1)
         if numbers.stop > 1 << 63:
             raise ValueError(f'{part.strip()[:40]} is too large; numbers are below 2^63')
+        budget.spend(memory=40 * len(numbers))
         if len(result) + len(numbers) > 10**8:
             raise ValueError(f'{part.strip()} are too many numbers at once; give at most 10^8')
         result.extend(numbers)

@@ -213,7 +213,7 @@ def _parse(path: str, local: str, content, space: str) -> Statistics:
               else None if 'mu' in content else 'edm')
     statistics.protocol = str(_array(content['protocol'])) if 'protocol' in content else family
     meta = content.get('meta', {})
-    meta = meta if isinstance(meta, dict) else json.loads(str(_array(meta)))
+    meta = meta if isinstance(meta, dict) else budget.parse_json(str(_array(meta)).encode())
     statistics.meta = check_plain(meta, 'its part meta')
     if 'detector' in statistics.meta:  # make_stats.py, up to November 2026
         detector = statistics.meta['detector']
@@ -223,17 +223,20 @@ def _parse(path: str, local: str, content, space: str) -> Statistics:
     if 'mu' in content:
         content = content | {str(_array(content.get('space', space))): content}
     if content.get('labels') is not None:
-        statistics.labels = torch.from_numpy(_array(content['labels'])).long()
+        statistics.labels = torch.from_numpy(_numbers(content['labels'])).long()
     sound = statistics.protocol in (None, *PROTOCOLS)
     finite = True
     for space, table in content.items():
         if not isinstance(table, dict) or not {'mu', 'sigma'} & table.keys():
             continue
-        mu, sigma = (_array(table.get(key)).astype(np.float64) for key in ('mu', 'sigma'))
-        sound = sound and mu.ndim == 1 and sigma.shape == mu.shape * 2
+        mu, sigma = (_numbers(table.get(key)).astype(np.float64) for key in ('mu', 'sigma'))
+        sound = sound and mu.ndim == 1 and mu.size and sigma.shape == mu.shape * 2
         finite = finite and np.isfinite(mu).all() and np.isfinite(sigma).all()
+        if sound and finite and not _is_covariance(sigma):
+            raise UserError(f'{path}: its sigma is no covariance (not symmetric, or with a '
+                            'negative variance); make it again')
         if table.get('features') is not None:
-            features = torch.from_numpy(_array(table['features'])).float()
+            features = torch.from_numpy(_numbers(table['features'])).float()
             rows = features if statistics.labels is None else statistics.labels
             sound = sound and features.shape == (len(rows), len(mu))
             finite = finite and torch.isfinite(features).all()
@@ -258,6 +261,19 @@ def _array(value) -> np.ndarray:
     if not isinstance(value, str):
         budget.spend(memory=8 * math.prod(value.shape))     # one may be in many spaces
     return np.require(value, requirements='W')
+
+
+def _numbers(value) -> np.ndarray:
+    array = _array(value)
+    if array.dtype.kind not in 'biuf':
+        raise ValueError(f'{array.dtype} instead of numbers')
+    return array
+
+
+def _is_covariance(sigma: np.ndarray) -> bool:
+    """Whether sigma [D, D] is symmetric, with variances, up to what is lost in float32."""
+    slack = 1e-4 * np.abs(sigma.diagonal()).max()
+    return np.abs(sigma - sigma.T).max() <= slack and sigma.diagonal().min() >= -slack
 
 
 def _nested(arrays: NpzArrays) -> dict:

@@ -8,7 +8,6 @@ needs NumPy, so that `combine_data.py` starts fast.
 import dataclasses
 import errno
 import itertools
-import json
 import math
 import os
 import struct
@@ -19,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
-from dnnlib import UserError
+from dnnlib import UserError, budget
 from dnnlib.npz import npy_header, read_npy_header, verifies
 from dnnlib.util import (
     atomic_path,
@@ -61,12 +60,13 @@ class Record:
         if not os.path.isfile(path):
             return None
         try:
-            value = json.loads(Path(path).read_bytes())
+            value = budget.read_json(path)
             made_by = finite(dict(value['made_by']))
             if made_by.get('discretization') == 'vp':  # of an earlier version
                 made_by.setdefault('beta_d', 19.9)
-            return cls(parse_int_list(value['seeds']), made_by, int(value.get('crc32') or 0),
-                       value.get('class'))
+            with budget.reading(path):
+                seeds = parse_int_list(value['seeds'])
+            return cls(seeds, made_by, int(value.get('crc32') or 0), value.get('class'))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f'{path} is damaged; remove it and the images beside it') from None
 

@@ -2,7 +2,6 @@
 attacks."""
 
 import functools
-import json
 import os
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dnnlib import UserError, cli, options, util
+from dnnlib import UserError, budget, cli, options, util
 from dnnlib.options import boolean, integer, nimg, number, text
 from metrics.shares import percent, with_intervals
 from synthetic_data import classify, common
@@ -95,7 +94,7 @@ def read_accuracy(run_dir: str) -> list[dict]:
     if not os.path.isfile(path):
         return []
     try:
-        return sorted(json.loads(Path(path).read_bytes()), key=lambda row: row['nimg'])
+        return sorted(budget.read_json(path), key=lambda row: row['nimg'])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f'{path} is damaged; remove it') from None
 

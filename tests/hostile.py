@@ -2,29 +2,36 @@
 
     python tests/hostile.py FOLDER     makes them all in FOLDER, gives each to the scripts, prints one JSON line for each
 
-Each line has the name, the exit code, the lines of error and the growth of memory in MiB. The process has a limit of
-address space, so that a file that asks for much more than it should ends in an error of its own.
+Each line has the name, the exit code, the lines of error, the growth of memory in MiB and the seconds. Every file is
+opened in a child that has limits of memory and of time, so that one that asks for much more than it should ends there.
 """
 
+import bz2
 import contextlib
 import gzip
 import io
 import json
+import lzma
 import math
 import os
 import pickle
 import resource
+import shutil
+import signal
 import struct
 import sys
 import tarfile
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
+import click
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 MEMORY = 3 << 30            # bytes of address space beyond what the imports need
+SECONDS = 10                # of the processor
 CASES = {}                  # name -> (what it tries, function(path of the file to write), command line)
 
 
@@ -917,45 +924,627 @@ def idx_of_zeros(path):
     return path
 
 
+# --- What compares, multiplies and walks -----------------------------------------------------------------------------
+
+TRAIN = ('train.py', '--outdir={out}', '--data={images}', '--resume={file}', '--arch=ddpmpp', '--num-channels=4',
+         '--num-blocks=1', '--cres=1', '--batch=4', '--duration=0.001')
+
+
+@case('the shape of an array is two equal trees of 2^60 lists, which are compared', REF)
+def shape_of_lists(path):
+    array = numpy_array(raw(bytes(4)), [4]).replace(ints(4), b'(' + twice() + twice(start=2000) + b't', 1)
+    write(path, program(dictionary(mu=array, sigma=array)))
+
+
+@case('a tensor whose size is a text times 2^40', NET)
+def size_of_text(path):
+    made = zip_tensor(1, [1, 1 << 40], [1, 1]).replace(ints(1, 1 << 40), b'(' + text('a' * 1000) + number(1 << 40) + b't')
+    torch_zip(path, program(dictionary(w=made)), {'data/0': bytes(4)})
+
+
+@case('an older file of torch.save whose storages are called by two equal trees of 2^60 lists', NET)
+def keys_of_lists(path):
+    keys = program(b'(' + twice() + twice(start=2000) + b'l')
+    write(path, storage(1).replace(pickle.dumps(['0'], 2), keys))
+
+
+@case('a checkpoint whose options are 2^60 lists', TRAIN)
+def identity_of_lists(path):
+    torch_zip(path, b'\x80\x02' + dictionary(
+        nimg=number(0), means=b'}', identity=dictionary(seed=twice())) + b'.')
+
+
+@case('a list that holds itself, as what is said of statistics', REF)
+def list_in_itself(path):
+    array = numpy_array(raw(bytes(8)), [1], 'f8')
+    square = numpy_array(raw(bytes(8)), [1, 1], 'f8')
+    write(path, program(dictionary(mu=array, sigma=square, meta=dictionary(a=b']q\x00h\x00a'))))
+
+
+@case('a dictionary that holds itself, in a snapshot')
+def dictionary_in_itself(path):
+    _own(path, b'}q\x00' + text('a') + b'h\x00s')
+
+
+@case('a module of 20,000 empty weights that is 2^16 modules', NET)
+def modules_of_weights(path):
+    weights = b'}(' + text('w') + tensor(storage(0), [0], [1]) + put(9) + b''.join(
+        text(f'w{i}') + get(9) for i in range(20_000)) + b'u'
+    levels = persistent('Linear', module(weights)) + put(100) + b'0'
+    for level in range(100, 116):
+        levels += persistent('Linear', module(children=dictionary(a=get(level), b=get(level)))) + put(level + 1) + b'0'
+    write(path, program(levels, dictionary(ema=get(116))))
+
+
+@case('2^40 modules in a TorchScript archive', ('calculate_metrics.py', 'calc', '--images={images}', '--ref={images}',
+      '--metrics=fid', '--inception={file}'))
+def torchscript_modules(path):
+    def record(state):
+        return name('__torch__', 'M') + b')\x81' + state + b'b'
+    levels = record(b'}') + put(100) + b'0'
+    for level in range(100, 140):
+        levels += record(dictionary(a=get(level), b=get(level))) + put(level + 1) + b'0'
+    torch_zip(path, program(levels, get(140)), {'constants.pkl': b'\x80\x02).'})
+
+
+# --- Zips whose parts say different things ---------------------------------------------------------------------------
+
+
+@case('two records of one name in a zip of torch', NET)
+def two_records(path):
+    with zipfile.ZipFile(path, 'w') as z:
+        z.writestr('archive/data.pkl', program(dictionary(w=zip_tensor(1, [1], [1]))))
+        z.writestr('archive/data/0', bytes(4))
+        z.filelist.append(z.filelist[-1])
+
+
+@case('one record of a zip of torch read as numbers of 12 types', NET)
+def record_of_many_types(path):
+    kinds = ['FloatStorage', 'IntStorage', 'ComplexFloatStorage', 'DoubleStorage', 'LongStorage']
+    sizes = [4, 4, 8, 8, 8]
+    tensors = {kind: zip_tensor((8 << 20) // size, [1], [1]).replace(b'FloatStorage', kind.encode(), 1)
+               for kind, size in zip(kinds, sizes, strict=True)}
+    torch_zip(path, program(dictionary(**tensors)), {'data/0': bytes(8 << 20)})
+
+
+def zip_directory(path, change, method=zipfile.ZIP_STORED, data=b'', file='a.png'):
+    """A zip of one file, whose entry of the directory `change` changes."""
+    with zipfile.ZipFile(path, 'w', method) as z:
+        z.writestr(file, data or small_png())
+        change(z.filelist[0])
+
+
+@case('a zip whose image begins at byte 2^64 - 2', DATA)
+def image_far_away(path):
+    zip_directory(path, lambda info: setattr(info, 'header_offset', (1 << 64) - 2))
+
+
+@case('a zip whose image has 2^63 bytes', DATA)
+def image_of_all_bytes(path):
+    def change(info):
+        info.file_size = info.compress_size = 1 << 63
+    zip_directory(path, change)
+
+
+@case('a zip whose packed image has 4 GB and says that it has none', DATA)
+def image_of_no_bytes(path):
+    packer = zlib.compressobj(9, wbits=-15)
+    packed = b''.join(packer.compress(bytes(1 << 22)) for _ in range(1024)) + packer.flush()
+
+    def change(info):
+        info.file_size, info.compress_type, info.CRC = 0, zipfile.ZIP_DEFLATED, 0
+    zip_directory(path, change, data=packed)
+
+
+@case('a folder with an image of 100 GB that takes no room on the disk', DATA)
+def image_of_holes(path):
+    path.mkdir()
+    with open(path / 'a.png', 'wb') as file:
+        file.truncate(100 << 30)
+
+
+@case('a list of images, one of 100 GB that takes no room on the disk', SOURCE)
+def list_of_holes(path):
+    with open(f'{path}.png', 'wb') as file:
+        file.truncate(100 << 30)
+    path = path.with_suffix('.txt')
+    write(path, f'{path.stem}.png\n'.encode())
+    return path
+
+
+@case('a list of images that names a device', SOURCE)
+def list_of_devices(path):
+    path = path.with_suffix('.txt')
+    write(path, b'/dev/zero\n')
+    return path
+
+
+# --- Labels and JSON -------------------------------------------------------------------------------------------------
+
+
+def _labelled(path, description: bytes, method=zipfile.ZIP_DEFLATED):
+    """A data set of one image with this dataset.json."""
+    with zipfile.ZipFile(path, 'w', method) as z:
+        z.writestr('a.png', small_png())
+        z.writestr('dataset.json', description)
+
+
+def _label(key, what, label):
+    """A case: a data set whose image has this label, as JSON."""
+    def function(path):
+        _labelled(path, b'{"labels": [["a.png", ' + label + b']]}')
+    CASES[key] = what, function, DATA
+
+
+_label('label_of_digits', 'a label of a million digits', b'1' * 1_000_000)
+_label('label_infinite', 'a label of 10^400 in a vector', b'[1' + b'0' * 400 + b']')
+_label('label_true', 'a label that is true', b'true')
+_label('label_negative', 'a negative label', b'-1')
+_label('label_nan', 'a label that is NaN', b'NaN')
+_label('label_of_texts', 'a label vector of texts', b'["1", "2"]')
+_label('label_nested', 'a label of lists, a thousand deep', b'[' * 900 + b']' * 900)
+_label('label_empty', 'a label vector of no numbers', b'[]')
+
+
+@case('a data set of 80 million empty lists in a dataset.json of 250 kB', DATA)
+def json_of_lists(path):
+    _labelled(path, b'{"labels": null, "x": [' + b'[],' * 80_000_000 + b'0]}')
+
+
+@case('a data set of 80 million empty texts and one letter of four bytes', DATA)
+def json_of_texts(path):
+    _labelled(path, '{"labels": null, "y": "\U0001f600", "x": ['.encode() + b'"",' * 80_000_000 + b'0]}')
+
+
+@case('a dataset.json nested 100,000 deep', DATA)
+def json_deep(path):
+    _labelled(path, b'{"labels": ' + b'[' * 100_000)
+
+
+@case('classes of 10^400 in dataset.json', DATA)
+def classes_huge(path):
+    _labelled(path, b'{"labels": [["a.png", 0]], "classes": [1' + b'0' * 400 + b']}')
+
+
+@case('names of classes that are lists', DATA)
+def classes_of_lists(path):
+    _labelled(path, b'{"labels": [["a.png", 0]], "class_names": [[["a"]]]}')
+
+
+@case('a folder of made images whose dataset.json is nested 100,000 deep',
+      ('generate_images.py', '--net={golden}', '--outdir={file}', '--seeds=0', '--steps=1'))
+def made_by_deep(path):
+    path.mkdir()
+    write(path / 'dataset.json', b'{"generated_by": ' + b'[' * 100_000)
+
+
+@case('the record of a run nested 100,000 deep', (*TRAIN[:1], '--outdir={file}', '--nosubdir', *TRAIN[2:3], *TRAIN[4:]))
+def run_record_deep(path):
+    path.mkdir()
+    write(path / 'training_options.json', b'[' * 100_000)
+
+
+@case('the record of a run is a pipe', ('mem_ratio.py', '--expdir={images}', '--knn-ref={images}', '--log={file}'))
+def log_is_a_pipe(path):
+    os.mkfifo(path)
+
+
+COMBINE = ('synthetic_data/combine_data.py', '--data_dir={file}', '--data_dir={file}', '--output_dir={out}',
+           '--class_num=1', '--file_name=x')
+
+
+@case('a record of images of a class that has 90 million seeds', COMBINE)
+def record_of_seeds(path):
+    path.mkdir()
+    np.save(path / '0.npy', np.zeros((2, 8, 8, 3), np.uint8))
+    write(path / '0.json', b'{"images": 2, "seeds": "0-90000000", "made_by": {}}')
+
+
+@case('images of a class whose record is nested 100,000 deep', COMBINE)
+def record_deep(path):
+    path.mkdir()
+    np.save(path / '0.npy', np.zeros((2, 8, 8, 3), np.uint8))
+    write(path / '0.json', b'[' * 100_000)
+
+
+# --- Arrays ----------------------------------------------------------------------------------------------------------
+
+
+def npy(header: str, data=b'', version=1):
+    raw = header.encode()
+    return b'\x93NUMPY' + bytes([version, 0]) + struct.pack('<H' if version == 1 else '<I', len(raw)) + raw + data
+
+
+def npy_of(shape, descr="'|u1'", data=b'', version=1):
+    return npy(f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}}}", data, version)
+
+
+def _array(key, what, array: bytes):
+    """A case: images in an .npz of one packed array."""
+    def function(path):
+        with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as z:
+            z.writestr('arr_0.npy', array)
+    CASES[key] = what, function, IMAGES
+
+
+_array('npy_negative', 'an array of -1 x 2^40 numbers, which would give back what it spends', npy_of(f'(-1, {1 << 40})'))
+_array('npy_of_tables', 'an array of tables', npy_of('(1, 8, 8, 3)', "[('a', '|u1'), ('b', '|O')]", bytes(400)))
+_array('npy_of_squares', 'an array whose numbers are squares of 10^6 x 10^6', npy_of('(1, 8, 8, 3)', "'(1000000,1000000)u1'"))
+_array('npy_is_a_list', 'a header that is a list', npy('[1, 2, 3]'))
+_array('npy_deep', 'a header of 9,000 brackets', npy('(' * 9000))
+_array('npy_long', 'a header of 4 GB', b'\x93NUMPY\2\0' + b'\xff' * 4 + b' ' * 20_000)
+_array('npy_cut', 'an array of 10^14 numbers and none behind it', npy_of(f'({10**12}, 8, 8, 3)'))
+_array('npy_version', 'a format of the future', npy_of('(1, 8, 8, 3)', data=bytes(192), version=9)[:-1])
+_array('npy_of_objects', 'an array of Python objects that call os.system', npy_of(
+    '(1,)', "'|O'", pickle.dumps(Call(os.system, PWNED))))
+
+
+@case('statistics of 10,000 spaces, for each of which the directory was read again', REF)
+def npz_of_spaces(path):
+    with zipfile.ZipFile(path, 'w') as z:
+        for i in range(10_000):
+            z.writestr(f's{i}/mu.npy', npy_of('(1,)', "'<f8'", bytes(8)))
+            z.writestr(f's{i}/sigma.npy', npy_of('(1, 1)', "'<f8'", struct.pack('<d', -1)))
+
+
+@case('an .npz with two arrays of one name', REF)
+def npz_twice(path):
+    with zipfile.ZipFile(path, 'w') as z:
+        z.writestr('mu.npy', npy_of('(1,)', "'<f8'", bytes(8)))
+        z.writestr('sigma.npy', npy_of('(1, 1)', "'<f8'", bytes(8)))
+        z.filelist.append(z.filelist[0])
+
+
+@case('a name of an array with line breaks and terminal codes', REF)
+def npz_name(path):
+    with zipfile.ZipFile(path, 'w') as z:
+        z.writestr('mu\n\x1b[2J.npy', npy_of('(5,)', "'<f8'", bytes(8)))
+
+
+def _statistics(key, what, mu, sigma, **more):
+    def function(path):
+        with open(path, 'wb') as file:
+            np.savez(file, mu=mu, sigma=sigma, **more)
+    CASES[key] = what, function, REF
+
+
+_statistics('sigma_complex', 'a covariance of complex numbers', np.zeros(2), np.eye(2) * 1j)
+_statistics('sigma_of_texts', 'a covariance of texts', np.zeros(2), np.array([['1', '0'], ['0', '1']]))
+_statistics('sigma_lopsided', 'a covariance that is not symmetric', np.zeros(2), np.array([[1, 9], [0, 1.]]))
+_statistics('sigma_negative', 'a negative variance', np.zeros(2), -np.eye(2))
+_statistics('sigma_nan', 'a covariance of NaN', np.zeros(2), np.full([2, 2], np.nan))
+_statistics('mu_empty', 'features of no dimensions of 2^40 images', np.zeros(0), np.zeros([0, 0]),
+            features=np.zeros([1 << 40, 0], np.float32))
+
+
+@case('a covariance of 10^6 x 10^6 numbers in a packed array of 8 TB, as its zip says', REF)
+def sigma_of_terabytes(path):
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as z:
+        z.writestr('mu.npy', npy_of('(1000000,)', "'<f8'", bytes(8_000_000)))
+        z.writestr('sigma.npy', npy_of('(1000000, 1000000)', "'<f8'"))
+        z.filelist[1].file_size += 8 * 10**12
+
+
+def _latents(key, what, data: bytes):
+    def function(path):
+        with zipfile.ZipFile(path, 'w') as z:
+            z.writestr('00000/img-mean-std-00000000.npy', data)
+    CASES[key] = what, function, ('generate_images.py', '--net=optimal:{file}', '--outdir={out}', '--seeds=0')
+
+
+def _empty_zip():
+    file = io.BytesIO()
+    zipfile.ZipFile(file, 'w').close()
+    return file.getvalue()
+
+
+_latents('latents_are_a_zip', 'latents that are a zip of arrays', _empty_zip())
+_latents('latents_cut', 'latents of 8 x 10^6 x 10^6 and none behind them', npy_of('(8, 1000000, 1000000)', "'<f4'"))
+_latents('latents_empty', 'latents of no channels', npy_of('(0, 8, 8)', "'<f4'"))
+_latents('latents_deep', 'latents with a header of brackets', npy('[' * 9000))
+
+
+# --- Pictures --------------------------------------------------------------------------------------------------------
+
+
+def chunk(kind, data):
+    return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+
+
+def png(width, height, depth=8, color=2, interlace=0, extra=b'', pixels=None):
+    """A PNG; its pixels are zeros unless their bytes are given."""
+    channels = {0: 1, 2: 3, 3: 1, 6: 4}[color]
+    packer = zlib.compressobj(1)
+    row = bytes(1 + width * channels * depth // 8)
+    packed = b''.join(packer.compress(row) for _ in range(height)) + packer.flush() if pixels is None else pixels
+    header = struct.pack('>IIBBBBB', width, height, depth, color, 0, 0, interlace)
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + extra + chunk(b'IDAT', packed) + chunk(b'IEND', b'')
+
+
+def _picture(key, what, make, ending='png'):
+    """A case: a data set of one picture; `make` returns its file."""
+    def function(path):
+        with zipfile.ZipFile(path, 'w') as z:
+            z.writestr(f'a.{ending}', make())
+    CASES[key] = what, function, DATA
+
+
+def zeros(count):
+    """A stream of zlib with so many zeros."""
+    packer = zlib.compressobj(9)
+    return b''.join(packer.compress(bytes(1 << 22)) for _ in range(count >> 22)) + packer.flush()
+
+
+_PALETTE = chunk(b'PLTE', bytes(6)) + chunk(b'tRNS', bytes(1))
+_picture('png_of_colours', 'a PNG of 13,000 x 13,000 pixels of a palette, with transparency',
+         lambda: png(13_000, 13_000, color=3, extra=_PALETTE))
+_picture('png_interlaced', 'an interlaced PNG of 11,000 x 11,000 pixels of 16 bits', lambda: png(
+    11_000, 11_000, 16, 6, 1, pixels=zeros(1 << 26)))
+_picture('png_plain', 'a PNG of 300 MB of pixels in some kB', lambda: png(
+    18_000, 17_000, color=0, pixels=zeros(1 << 28)))
+_picture('png_wide', 'a PNG of 2^31 - 1 x 1 pixels', lambda: png((1 << 31) - 1, 1, color=0, pixels=zeros(1 << 22)))
+_picture('png_square', 'a PNG of 2^31 - 1 squared', lambda: png((1 << 31) - 1, (1 << 31) - 1, pixels=b''))
+_picture('png_chunk', 'a PNG whose data are 2^31 - 1 bytes', lambda: small_png()[:33] + struct.pack('>I', (1 << 31) - 1)
+         + b'IDAT' + bytes(100))
+_picture('png_text', 'a PNG with a text of 1 GB', lambda: png(
+    8, 8, extra=chunk(b'zTXt', b'a\0\0' + zeros(1 << 30)), pixels=b''))
+_picture('png_profile', 'a PNG with a profile of colours of 1 GB', lambda: png(
+    8, 8, extra=chunk(b'iCCP', b'a\0\0' + zeros(1 << 30)), pixels=b''))
+_picture('png_of_parts', 'a PNG with 500,000 empty parts', lambda: png(8, 8, extra=chunk(b'IDAT', b'') * 500_000, pixels=b''))
+_picture('png_frames', 'a PNG that says it has 2^31 frames', lambda: png(8, 8, extra=chunk(
+    b'acTL', struct.pack('>II', (1 << 31) - 1, 0)) + chunk(b'fcTL', bytes(26)) * 1000, pixels=b''))
+
+
+def segment(kind, data):
+    return bytes([0xff, kind]) + struct.pack('>H', 2 + len(data)) + data
+
+
+def jpeg(width, height, scans, kind=0xc2):
+    """A gray JPEG without tables of so many passes."""
+    frame = segment(kind, struct.pack('>BHHB', 8, height, width, 1) + b'\1\x11\0')
+    return b'\xff\xd8' + frame + (segment(0xda, b'\1\1\0\0\x3f\0') + b'\0') * scans + b'\xff\xd9'
+
+
+_picture('jpeg_square', 'a JPEG of 65,535 x 65,535 pixels', lambda: jpeg(65_535, 65_535, 1, 0xc0), 'jpg')
+_picture('jpeg_passes', 'a JPEG that goes 5,000 times through 64 million pixels', lambda: jpeg(8000, 8000, 5000), 'jpg')
+_picture('bmp_lines', 'a BMP of 178 million pixels in one packed line', lambda: b'BM' + struct.pack(
+    '<IIIIiiHHIIIIII', 70, 0, 62, 40, 178_000_000, 1, 1, 8, 1, 8, 0, 0, 2, 0) + bytes(8) + b'\0\0\0\1', 'bmp')
+_picture('qoi_square', 'a QOI of 2^32 - 1 squared', lambda: b'qoif' + struct.pack('>IIBB', (1 << 32) - 1, (1 << 32) - 1, 4, 0)
+         + b'\xfd' * 1000, 'qoi')
+_picture('ppm_square', 'a PPM of 10^9 x 10^9 pixels', lambda: b'P6 1000000000 1000000000 255\n' + bytes(100), 'ppm')
+_picture('ppm_digits', 'a PPM whose width has a million digits', lambda: b'P6 ' + b'9' * 1_000_000 + b' 8 255\n', 'ppm')
+_picture('gif_square', 'a GIF of 65,535 x 65,535 pixels', lambda: b'GIF89a' + b'\xff\xff\xff\xff\x80\0\0' + bytes(6) + b',' + bytes(4)
+         + b'\xff\xff\xff\xff\0\2\1\0\0;', 'gif')
+_picture('webp_square', 'a WEBP of 16,384 x 16,384 pixels', lambda: b'RIFF' + struct.pack('<I', 30) + b'WEBPVP8X'
+         + struct.pack('<I', 10) + b'\x12\0\0\0' + b'\xff\x3f\0' * 2 + bytes(4), 'webp')
+_picture('tiff_square', 'a TIFF of 2^32 - 1 squared', lambda: b'II*\0\x08\0\0\0\2\0' + struct.pack(
+    '<HHIIHHII', 256, 4, 1, (1 << 32) - 1, 257, 4, 1, (1 << 32) - 1) + bytes(4), 'tif')
+_picture('tiff_tags', 'a TIFF with a tag of 2^32 - 1 numbers, and itself as the next image', lambda: b'II*\0\x08\0\0\0\1\0'
+         + struct.pack('<HHII', 273, 4, (1 << 32) - 1, 8) + struct.pack('<I', 8), 'tif')
+
+
+# --- Archives of tar, idx --------------------------------------------------------------------------------------------
+
+
+def _archive(key, what, make, ending='.tar'):
+    """A case: an archive in the place of CIFAR's."""
+    def function(path):
+        path = path.with_suffix(ending)
+        write(path, make())
+        return path
+    CASES[key] = what, function, SOURCE
+
+
+def member(file, size=0, kind=tarfile.REGTYPE, data=b'', **more):
+    info = tarfile.TarInfo(file)
+    info.size, info.type = size or len(data), kind
+    for key, value in more.items():
+        setattr(info, key, value)
+    return info.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % 512)
+
+
+def _sealed(header: bytes):
+    """The header with its sum of bytes."""
+    header = header[:148] + b' ' * 8 + header[156:]
+    return header[:148] + b'%06o\0 ' % sum(header) + header[156:]
+
+
+def _negative():
+    header = bytearray(member('data_batch_1'))
+    header[124:136] = b'\xff' * 10 + b'\xfe\0'
+    return _sealed(bytes(header)) * 2 + bytes(1024)
+
+
+def pax(**values):
+    """An extended header."""
+    def record(key, value):
+        rest = f' {key}={value}\n'
+        size = len(rest) + 1
+        size = len(rest) + len(str(size + len(str(size)) - 1))
+        return f'{size}{rest}'
+    data = ''.join(record(key.replace('_', '.'), value) for key, value in values.items()).encode()
+    return member('pax', data=data, kind=tarfile.XHDTYPE)
+
+
+_archive('tar_negative', 'a tar with a member of -512 bytes, which comes again and again', _negative)
+_archive('tar_pax_size', 'a tar with a member of 10^18 bytes', lambda: pax(size=10**18) + member('batches.meta') + bytes(1024))
+_archive('tar_pax_digits', 'a tar whose member has a size of 16,000 digits', lambda: pax(size='9' * 16_000) + member('batches.meta')
+         + bytes(1024))
+_archive('tar_map', 'a packed tar with a map of holes of 1 GB', lambda: gzip.compress(pax(
+    GNU_sparse_major=1, GNU_sparse_minor=0, GNU_sparse_name='batches.meta', GNU_sparse_realsize=10**12)
+    + member('batches.meta', 1 << 30) + b'99999999999\n' + b'0\n' * (1 << 29), 1), '.tar.gz')
+_archive('tar_holes', 'a tar with a member of 10^12 bytes in holes', lambda: pax(
+    GNU_sparse_size=10**12, GNU_sparse_numblocks=1, GNU_sparse_map='0,0', GNU_sparse_name='batches.meta')
+    + member('batches.meta', kind=tarfile.REGTYPE) + bytes(1024))
+_archive('tar_end', 'a tar of bzip2 that ends in 3 GB of zeros', lambda: bz2.compress(bytes(1 << 20)) * 3000, '.tar.bz2')
+_archive('tar_links', 'a tar with links in a circle in the place of the batches', lambda: b''.join(
+    member(file, kind=kind, linkname=to) for kind in (tarfile.LNKTYPE, tarfile.SYMTYPE)
+    for file, to in (('batches.meta', 'data_batch_1'), ('data_batch_1', 'batches.meta'))) + bytes(1024))
+_archive('tar_devices', 'a tar with devices and pipes in the place of the batches', lambda: b''.join(
+    member('batches.meta', kind=kind) for kind in (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)) + bytes(1024))
+_archive('tar_damaged', 'a damaged tar of xz', lambda: lzma.compress(os.urandom(1 << 16) + bytes(1 << 20))[:40_000] + bytes(9000),
+         '.tar.xz')
+_archive('tar_many', 'a tar of two million members in 2 MB', lambda: gzip.compress(member('a') * 2_000_000, 1), '.tar.gz')
+
+
+@case('a file of torch before 1.0, which is a tar')
+def legacy_tar(path):
+    write(path, member('sys_info', data=pickle.dumps({}, 2)) + member('pickle', data=pickle.dumps(Call(os.system, PWNED)))
+          + bytes(1024))
+
+
+def _idx(key, what, shape, count):
+    def function(path):
+        images = path.with_name(path.name + '-images-idx3-ubyte')
+        write(images, struct.pack('>4I', 0x803, *shape) + bytes(100))
+        write(path.with_name(path.name + '-labels-idx1-ubyte'), struct.pack('>2I', 0x801, count) + bytes(count))
+        return images
+    CASES[key] = what, function, SOURCE
+
+
+_idx('idx_empty', 'MNIST of images without pixels', (1000, 0, 0), 1000)
+_idx('idx_cut', 'MNIST of 100 images and bytes of one', (100, 28, 28), 100)
+
+
+# --- Configurations and flag files -----------------------------------------------------------------------------------
+
+CONFIG = ('distillation/scripts/image_train.py', '--config={file}', '--data_dir={images}', '--outdir={out}')
+FLAGS = ('long_tail/main.py', '--train', '--flagfile={file}')
+
+
+def _text(key, what, command, data):
+    def function(path):
+        write(path, data.encode())
+    CASES[key] = what, function, command
+
+
+_text('yaml_merged', 'YAML whose tables are merged into each other twice, 40 levels deep', CONFIG, 'a0: &a0 {x: 1}\n' + ''.join(
+    f'a{i + 1}: &a{i + 1} {{<<: [*a{i}, *a{i}], x{i}: 1}}\n' for i in range(40)))
+_text('yaml_lists', 'YAML of 2^40 lists', CONFIG, 'a: &a0 [1, 1]\n' + ''.join(
+    f'b{i}: &a{i + 1} [*a{i}, *a{i}]\n' for i in range(40)))
+_text('yaml_deep', 'YAML nested 30,000 deep', CONFIG, '[' * 30_000)
+_text('yaml_keys', 'YAML with keys of keys', CONFIG, '? ' * 20_000)
+_text('yaml_sixty', 'YAML with a number of base 60 of 20,000 digits', CONFIG, 'lr: 1' + ':59' * 20_000)
+_text('yaml_digits', 'YAML with a number of 60,000 digits', CONFIG, 'lr: 1' + '0' * 60_000)
+_text('yaml_object', 'YAML that calls os.system', CONFIG, f'lr: !!python/object/apply:os.system ["{PWNED}"]')
+_text('yaml_itself', 'YAML of a list that holds itself', CONFIG, 'a: &a [*a]')
+_text('yaml_long', 'YAML of 1 MB', CONFIG, '- a\n' * 250_000)
+_text('flags_long', 'a flag file of 2 MB', FLAGS, '--notrain\n' * 200_000)
+_text('flags_name', 'a flag with a name of 1 MB', FLAGS, '--' + 'a' * 1_000_000)
+
+
+@case('a flag file that names itself by way of another', FLAGS)
+def flags_circle(path):
+    write(path, f'--flagfile={path.name}.b\n'.encode())
+    write(f'{path}.b', f'--flagfile={path.name}\n'.encode())
+
+
+@case('a flag file that is a pipe', FLAGS)
+def flags_pipe(path):
+    os.mkfifo(path)
+
+
+# --- safetensors -----------------------------------------------------------------------------------------------------
+
+
+def _tensors(key, what, header: str, data=b''):
+    def function(path):
+        write(path, struct.pack('<Q', 2 + len(header)) + f'{{{header}}}'.encode() + data)
+    CASES[key] = what, function, NET
+
+
+_ONE = '"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+_tensors('safetensors_overlap', 'safetensors whose tensors share their bytes', _ONE + ',' + _ONE.replace('"w"', '"v"'), bytes(4))
+_tensors('safetensors_twice', 'safetensors with two tensors of one name', _ONE + ',' + _ONE.replace('0, 4', '4, 8'), bytes(8))
+_tensors('safetensors_empty', 'safetensors of 100,000 empty tensors of 2^60 rows', ','.join(
+    _ONE.replace('w', f'w{i}').replace('[1]', '[1152921504606846976, 0]').replace('0, 4', '0, 0') for i in range(100_000)))
+_tensors('safetensors_product', 'safetensors whose shape is 2^64 numbers', _ONE.replace('[1]', '[4294967296, 4294967296]'), bytes(4))
+_tensors('safetensors_deep', 'safetensors with a header nested 100,000 deep', '"__metadata__":' + '[' * 100_000)
+_tensors('safetensors_type', 'safetensors of numbers of an unknown type', _ONE.replace('F32', 'F5'), bytes(4))
+
+
+def _weights(key, what, change):
+    """A case: a snapshot of a small network, whose weights `change` changes."""
+    def function(path):
+        import torch
+
+        from training.encoders import RGBEncoder
+        from training.networks import build_network
+        from training.snapshot import describe
+        net = build_network('Precond', img_resolution=8, img_channels=3, label_dim=0, model_channels=8, channel_mult=[1],
+                            num_blocks=1, attn_resolutions=[])
+        content = describe(net, encoder=RGBEncoder(), dataset={}, recipe={})
+        torch.save(content | {'state': {key: change(value) for key, value in net.state_dict().items()}}, path)
+    CASES[key] = what, function, NET
+
+
+_weights('weights_complex', 'a snapshot of complex weights', lambda value: value + 0j)
+_weights('weights_whole', 'a snapshot of whole numbers', lambda value: value.int())
+_weights('weights_expanded', 'a snapshot whose weights are one number each', lambda value: value.flatten()[:1].expand(
+    value.shape) if value.numel() else value)
+_weights('weights_sparse', 'a snapshot of sparse weights', lambda value: value.to_sparse())
+
+
 # --- Running them ----------------------------------------------------------------------------------------------------
 
 
 def run_case(key, folder: Path) -> dict:
-    """Makes the file of a case and gives it to its script, in this process."""
+    """Makes the file of a case and gives it to its script, in a child that has so much memory and time."""
+    import psutil
+    what, function, (script, *arguments) = CASES[key]
+    folder.mkdir()
+    made = function(folder / key) or folder / key
+    places = dict(file=made, out=folder / f'out-{key}', images=folder.parent / 'images.zip',
+                  golden=ROOT / 'tests' / 'golden' / 'pickles' / 'edm_snapshot.pkl')
+    before, start = set(folder.iterdir()), time.monotonic()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + MEMORY,) * 2)
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+        signal.alarm(30 * SECONDS)                              # which waits for something
+        start_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with open(writer, 'w') as file:
+            json.dump(verdict(script, [part.format(**places) for part in arguments]) | dict(start_kib=start_kib), file)
+        os._exit(0)
+    os.close(writer)
+    with open(reader) as file:
+        found = json.loads(file.read() or '{}')
+    _, status, usage = os.wait4(child, 0)
+    left = sorted(path.name for path in set(folder.iterdir()) - before)
+    shutil.rmtree(folder)
+    return dict(name=key, what=what, left=left, status=os.waitstatus_to_exitcode(status),
+                mib=(usage.ru_maxrss - found.pop('start_kib', 0)) >> 10, cpu=round(usage.ru_utime + usage.ru_stime, 2),
+                seconds=round(time.monotonic() - start, 2)) | dict(code=None, lines=[], unexpected='died') | found
+
+
+def verdict(script, arguments) -> dict:
+    """What a script says: code, lines of error, and what it raised that it should not have."""
     import click.testing
     from helpers import script_module
-    what, function, (script, *arguments) = CASES[key]
-    made = function(folder / key)
-    places = dict(file=made or folder / key, out=folder / f'out-{key}', images=folder.parent / 'images.zip',
-                  golden=ROOT / 'tests' / 'golden' / 'pickles' / 'edm_snapshot.pkl')
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     with contextlib.redirect_stderr(io.StringIO()):
-        result = click.testing.CliRunner().invoke(script_module(script).main, [a.format(**places) for a in arguments])
+        result = click.testing.CliRunner().invoke(script_module(script).main, arguments)
+    lines = [line for line in result.stderr.splitlines() if line and not line.startswith(('Usage:', 'Try '))]
     unexpected = result.exception if not isinstance(result.exception, SystemExit) else None
-    for path in (folder / key, places['file']):
-        if os.path.lexists(path):
-            os.remove(path)
-    return dict(name=key, what=what, code=result.exit_code, lines=result.stderr.splitlines(), unexpected=repr(unexpected),
-                mib=(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024,
-                seconds=round(time.monotonic() - start, 2))
+    return dict(code=result.exit_code, lines=lines, unexpected=repr(unexpected))
 
 
-def main(folder):
+@click.command()
+@click.argument('folder', type=click.Path(file_okay=False, resolve_path=True, path_type=Path))
+@click.argument('names', nargs=-1)
+def main(folder, names):
+    """Makes hostile files in FOLDER (all, or NAMES), and prints what the scripts make of each."""
     sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
-    folder = Path(folder).resolve()
     from helpers import script_module, write_digits
     for script in {command[0] for _, _, command in CASES.values()}:
         script_module(script)
+    (folder / 'cwd').mkdir(parents=True)
     write_digits(folder / 'images.zip', 20)
     (folder / 'canary').write_text('alive')
-    (folder / 'hostile').mkdir()
-    (folder / 'cwd').mkdir()
     os.chdir(folder / 'cwd')
-    import psutil
-    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + MEMORY,) * 2)
-    for key in CASES:
+    for key in names or CASES:
         print(json.dumps(run_case(key, folder / 'hostile')), flush=True)
 
 
 if __name__ == '__main__':
-    main(sys.argv[1])
+    main()

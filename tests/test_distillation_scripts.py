@@ -205,7 +205,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(world, tmp_path, monkeypat
     (KD, 'teacher: {}\nstudent: {}\npupil: {}\n', 'a.yaml: there is no key pupil'),
     (TRAIN, TEACHER.read_text() + 'epochs: 3\n', 'a.yaml: there is no key epochs'),
     (PREPARE, 'teacher: [', 'a.yaml is not YAML'),
-    (PREPARE, 'a: [1]\n' + '# \n' * 400_000, 'larger than 1 MiB'),
+    (PREPARE, 'a: [1]\n' + '# \n' * 400_000, 'larger than 64 KiB'),
     (PREPARE, 'a: &a0 [1, 1]\n' + ''.join(f'b{i}: &a{i + 1} [*a{i}, *a{i}]\n' for i in range(40)), 'too large or too deeply nested'),
     (TRAIN, TEACHER.read_text() + 'ema_rate: ${oc.env:HOME}\n', 'ema_rate: a reference is the whole value'),
     (TRAIN, TEACHER.read_text() + 'ema_rate: ${lr}${lr}\n', 'ema_rate: a reference is the whole value'),

@@ -57,17 +57,17 @@ def verdicts(tmp_path_factory):
 @pytest.mark.parametrize('name', hostile.CASES)
 def test_a_hostile_file_ends_in_one_line(verdicts, name):
     row = verdicts[0][name]
-    assert row['unexpected'] == 'None' and row['code'] == 1
-    assert len(row['lines']) == 1 and row['lines'][0].startswith('Error: ')
+    assert row['unexpected'] == 'None' and row['code'] in (1, 2) and row['status'] == 0, row
+    assert len(row['lines']) == 1 and row['lines'][0].startswith('Error: '), row
     assert name in row['lines'][0] and row['lines'][0].isprintable() and len(row['lines'][0]) < 700
-    assert row['mib'] < 600
+    assert row['mib'] < 1000 and not row['left'], row
 
 
 @pytest.mark.slow
 def test_hostile_files_touch_nothing(verdicts):
     _, folder = verdicts
     there = {str(path.relative_to(folder)) for path in folder.rglob('*')}
-    assert there == {'images.zip', 'canary', 'cwd', 'hostile', 'hostile/json_labels.json', 'hostile/json_nested.json'}
+    assert there == {'images.zip', 'canary', 'cwd'}
     assert (folder / 'canary').read_text() == 'alive' and not os.path.exists('pwned')
 
 

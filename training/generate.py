@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dnnlib import UserError, pictures
+from dnnlib import UserError, budget, pictures
 from dnnlib.image_io import encode_png
 from dnnlib.util import finite, to_json, write_bytes, write_json
 from torch_utils import distributed as dist
@@ -254,8 +254,7 @@ class OutputFolder:
         fault = None
         if os.path.isfile(self.json_path):
             try:
-                with open(self.json_path) as f:
-                    old = json.load(f)
+                old = budget.read_json(self.json_path)
                 made_by = finite(dict(old.get('generated_by') or {}))
                 if 'sampler' in made_by:
                     made_by['sampler'] = plain_setting(made_by['sampler'])

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 import shlex
 import threading
@@ -16,7 +15,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from dnnlib import UserError, pictures
+from dnnlib import UserError, budget, pictures
 from dnnlib.util import (
     DISK_ERRORS,
     format_count,
@@ -496,13 +495,9 @@ class Trainer:
         remove_leftovers(self.run_dir)
         path = self._path('stats.jsonl')
         if os.path.exists(path):
-            kept = []
-            with open(path) as f:
-                for line in f:
-                    with contextlib.suppress(ValueError):     # half a line
-                        if json.loads(line).get('nimg', 0) <= self.nimg:
-                            kept.append(line)
-            write_bytes(path, ''.join(kept).encode())
+            write_bytes(path, b''.join(
+                line for line, row in budget.json_lines(path)
+                if isinstance(nimg := row.get('nimg', 0), int | float) and nimg <= self.nimg))
 
     def _open_boards(self, stack, wandb_project):
         from torch.utils.tensorboard import SummaryWriter  # slow to import

@@ -2,11 +2,10 @@
 
 import contextlib
 import fcntl
-import json
 import os
 import time
 
-from dnnlib import UserError
+from dnnlib import UserError, budget
 from dnnlib.util import cannot_write, command_line, finite, matching_names, write_json
 from torch_utils.distributed import environment, get_rank
 from training.checkpoint import Checkpoints
@@ -60,8 +59,7 @@ def read_options(run_dir: str) -> dict:
     if not os.path.isfile(path):
         return {}
     try:
-        with open(path) as f:
-            return finite(dict(json.load(f)))
+        return finite(dict(budget.read_json(path)))
     except (OSError, TypeError, ValueError) as error:
         raise UserError(f'{path} cannot be read ({error}); '
                         f'is {run_dir} the folder of a run?') from None
@@ -114,9 +112,10 @@ def is_finished(run_dir: str, total_kimg: int, snapshots: bool, checkpoints: boo
         found.append([int(match[1])
                       for match in matching_names(run_dir, r'samples-(\d{7,})\.png')])
     if not found:
-        with contextlib.suppress(OSError, ValueError, LookupError), \
-                open(os.path.join(run_dir, 'stats.jsonl')) as f:
-            found = [[json.loads(f.readlines()[-1])['nimg'] // 1000]]
+        with contextlib.suppress(OSError, TypeError, LookupError):
+            rows = [row['nimg'] for _, row in budget.json_lines(
+                os.path.join(run_dir, 'stats.jsonl'))]
+            found = [[rows[-1] // 1000]]
     return bool(found) and all(max(kimgs, default=-1) >= total_kimg for kimgs in found)
 
 

@@ -7,7 +7,6 @@ statistics or images looks at the `kind` of what it found.
 
 import dataclasses
 import itertools
-import json
 import math
 import os
 import zipfile
@@ -17,6 +16,7 @@ import torch
 
 from dnnlib import UserError, budget
 from dnnlib.npz import open_entry, read_npy_header
+from dnnlib.util import printable
 from torch_utils.files import own, persistence, pickles, tar, torchfile, torchscript
 from torch_utils.files.own import SNAPSHOT_FORMAT, STATISTICS_FORMAT
 from torch_utils.files.pickles import ForeignPickleError
@@ -24,7 +24,7 @@ from torch_utils.files.pickles import ForeignPickleError
 # of a network in a folder; a .safetensors file has its own name with .json
 DESCRIPTION = 'snapshot.json'
 FOLDER_WEIGHTS = 'unet/diffusion_pytorch_model.safetensors'
-MAX_JSON = 16 << 20                         # bytes of a description
+MAX_JSON = 16 << 20                         # bytes of the header of safetensors
 
 # Kind -> what it is in words.
 KINDS = {
@@ -259,7 +259,7 @@ def _safetensors(path, weights, description) -> Found:
     if not os.path.isfile(description):
         return _weights(path, state, None, {})
     with pickles.errors_of(path, f'its description {os.path.basename(description)}: '):
-        content = json.loads(bytes(pickles.map_file(description)[:MAX_JSON]))
+        content = budget.read_json(description)
         if not isinstance(content, dict) or content.get('format') != SNAPSHOT_FORMAT:
             raise ForeignPickleError('it is not of a network snapshot')
     if os.path.isdir(path):  # there the network is part of a model of diffusers
@@ -320,35 +320,37 @@ class NpzArrays:
     """
 
     def __init__(self, path: str):
-        self.path = path
         self.facts = {}
-        self._sizes = {}  # bytes of each
-        with zipfile.ZipFile(path) as z:
-            for info in z.infolist():
-                name = info.filename.removesuffix('.npy')
-                what = f'its array {name[:60]}'
-                with open_entry(z, info) as file:
-                    shape, _, descr = read_npy_header(file)
-                    dtype = np.dtype(descr)
-                    size = math.prod(shape) * dtype.itemsize
-                    if size != info.file_size - file.tell():
-                        raise ForeignPickleError(f'{what} is not as large as its shape '
-                                                 f'{list(shape)[:5]} says')
-                self.facts[name] = f'{dtype} {list(shape)}'
-                self._sizes[name] = size
+        self._infos = {}
+        self._zip = zipfile.ZipFile(path)
+        for info in self._zip.infolist():
+            budget.spend()
+            name = info.filename.removesuffix('.npy')
+            what = f'its array {printable(name, 60)}'
+            with open_entry(self._zip, info) as file:
+                shape, _, descr = read_npy_header(file)
+                dtype = np.dtype(descr)
+                if math.prod(shape) * dtype.itemsize != info.file_size - file.tell():
+                    raise ForeignPickleError(f'{what} is not as large as its shape '
+                                             f'{list(shape)[:5]} says')
+            if name in self._infos:
+                raise ForeignPickleError(f'{what} is there twice')
+            self.facts[name] = f'{dtype} {list(shape)}'
+            self._infos[name] = info
 
     def __contains__(self, name):
         return name in self.facts
 
     def __getitem__(self, name) -> np.ndarray:
-        budget.spend(memory=self._sizes[name])
-        with np.load(self.path, allow_pickle=False) as z:
-            return z[name]
+        info = self._infos[name]
+        budget.spend(memory=info.file_size)
+        with open_entry(self._zip, info) as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def _tar(path) -> Found:
     """A tar archive with CIFAR batches among its first files."""
-    with tar.members(path, 'r|*') as (_, members):
+    with tar.members(path) as (_, members):
         for member in itertools.islice(members, 50):
             name = os.path.basename(member.name)
             if member.isfile() and name in ('batches.meta', 'meta', 'data_batch_1', 'test_batch'):

@@ -116,7 +116,7 @@ class RestrictedUnpickler:
                     self._budget.spend(256)
                 name, reader, method = _INSTRUCTIONS[self.read(1)[0]]
                 if name == 'STOP':
-                    return self._stack.pop()
+                    return self._counted(self._stack.pop())
                 if method is None:
                     raise ForeignPickleError('it is no pickle, or uses an instruction that is not '
                                              f'allowed ({name})')
@@ -126,6 +126,33 @@ class RestrictedUnpickler:
         except Exception as error:  # damaged pickles raise nearly anything
             raise ForeignPickleError('it is no readable pickle '
                                      f'({type(error).__name__}: {one_line(error)})') from None
+
+    def _counted(self, value):
+        """`value`, where it fits into the budget when written out: it may hold one list twice, and
+        that another one twice, and so on. (16 letters are a part.)
+        """
+        sizes, pending = {}, [value]                # parts by id; None: of what is being counted
+        while pending:
+            item = pending[-1]
+            if sizes.get(id(item), 0):
+                pending.pop()
+                continue
+            parts = [*item, *item.values()] if isinstance(item, dict) else [item.state] \
+                if hasattr(item, 'state') else item if isinstance(item, list | tuple) else ()
+            inner = [part for part in parts
+                     if isinstance(part, list | tuple | dict) or hasattr(part, 'state')]
+            if id(item) not in sizes:
+                sizes[id(item)] = None
+                if any(sizes.get(id(part), 0) is None for part in inner):
+                    raise budget.TooMuch('it has a part that holds itself')
+                pending += [part for part in inner if id(part) not in sizes]
+                continue
+            letters = sum(len(part) for part in parts if isinstance(part, str))
+            size = 1 + len(parts) + letters // 16 + sum(sizes[id(part)] for part in inner)
+            if size > self._budget.items:
+                raise budget.TooMuch('it has too many parts')
+            sizes[id(item)] = size
+        return value
 
     def find_class(self, module: str, name: str):
         """What a global name stands for: a function, or a plain value."""
@@ -360,7 +387,7 @@ class NumpyArray(StandIn):
         _, shape, dtype, fortran, data = self.state
         if isinstance(data, str):  # bytes as Python 3 wrote them for protocol 2
             data = encode(data)
-        if min(shape, default=0) < 0:
+        if not are_lengths(shape):
             raise ValueError(f'an array of shape {list(shape)}'[:100])
         array = np.frombuffer(data, dtype=dtype.numpy())
         return array.reshape(tuple(shape), order='F' if fortran else 'C')
@@ -383,6 +410,11 @@ class NumpyDtype(StandIn):
         if not isinstance(order, str) or order not in ('<', '>', '=', '|'):
             raise ValueError('numbers in an order that is not known')
         return np.dtype((order if order in ('<', '>') else '=') + self.code)
+
+
+def are_lengths(values) -> bool:
+    """Whether these are a shape. What is compared or multiplied may be lists without end."""
+    return all(type(value) is int and 0 <= value < 1 << 62 for value in values)
 
 
 def as_text(value):

@@ -37,7 +37,8 @@ def rebuild_tensor(storage, offset, size, stride, *_):
     elements.
     """
     if not isinstance(storage, torch.Tensor) or type(size) is not tuple \
-            or type(stride) is not tuple or not len(size) == len(stride) <= 16:
+            or type(stride) is not tuple or not len(size) == len(stride) <= 16 \
+            or not pickles.are_lengths((*size, *stride, offset)):
         raise ForeignPickleError('it holds a malformed tensor')
     if math.prod(size) > len(storage):
         text = f'a tensor of shape {list(size)} is larger than its storage'
@@ -109,6 +110,8 @@ class ZipRecords:
             raise ForeignPickleError(f'it is a zip with {len(roots)} data.pkl instead of one')
         self.root = roots[0]
         self.infos = {info.filename: info for info in infos}
+        if len(self.infos) < len(infos):
+            raise ForeignPickleError('it has two parts of one name')
         order = self.infos.get(self.root + 'byteorder')
         if order is not None and bytes(self.record('byteorder')) != b'little':
             raise ForeignPickleError('it was written on a machine with another order of bytes')
@@ -182,7 +185,8 @@ def read_legacy(data):
 
     reader = StorageUnpickler(data, storage)
     _, _, _, content, keys = (reader.load() for _ in range(5))
-    if type(keys) is not list or sorted(keys) != sorted(storages):
+    if type(keys) is not list or not all(isinstance(key, str) for key in keys) \
+            or sorted(keys) != sorted(storages):
         raise ForeignPickleError('its list of storages is damaged')
     for key in keys:                        # the tensors are views of what is filled now
         numbers = storages[key]

@@ -11,7 +11,7 @@ def check_weights(net: torch.nn.Module, state: dict, source: str):
     """Raises a UserError that says what differs unless the weights `state` have the names and
     shapes of `net`.
     """
-    expected, stored = ({name: 'x'.join(map(str, value.shape)) for name, value in table.items()}
+    expected, stored = ({name: _layout(value) for name, value in table.items()}
                         for table in (net.state_dict(), state))
     differences = {
         'lacks': [name for name in expected if name not in stored],
@@ -29,6 +29,13 @@ def refuse_differences(differences: dict, source: str):
             more = f' and {len(names) - 3} more' if len(names) > 3 else ''
             shown = ' '.join(', '.join(name[:100] for name in names[:3]).split())
             raise UserError(f'{source} does not fit the network: it {what} {shown}{more}')
+
+
+def _layout(value: torch.Tensor) -> str:
+    """Shape and kind of numbers: copying turns one kind into another, and loses its values."""
+    kind = ('of complex numbers' if value.is_complex() else '' if value.is_floating_point()
+            else 'of whole numbers')
+    return ' '.join(filter(None, ('x'.join(map(str, value.shape)), kind)))
 
 
 def load_weights(net: torch.nn.Module, state: dict, source: str,

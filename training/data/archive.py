@@ -8,7 +8,6 @@ the folder is the first five digits. `dataset.json` is {"labels": [[name, label]
 import bisect
 import contextlib
 import functools
-import json
 import os
 import stat
 import struct
@@ -24,9 +23,7 @@ from dnnlib.util import UserError, atomic_path, check_place, printable, to_json
 JSON_NAME = 'dataset.json'
 # What it may say of classes: original index, name and ImageNet folder of each label.
 CLASS_TABLES = ('classes', 'class_names', 'wnids')
-# What dataset.json may have, so that none fills the memory.
-JSON_BYTES = 16 << 20
-JSON_BYTES_PER_FILE = 64 << 10
+MAX_FILE = 1 << 30     # bytes of an image or dataset.json; a file with holes has none on the disk
 MAX_UNNAMED = 100_000  # classes beyond the number of images, if nothing names them
 
 
@@ -39,6 +36,13 @@ def image_name(index: int, kind: str = 'img', ending: str = '.png') -> str:
 def latent_name(index: int) -> str:
     """12 -> '00000/img-mean-std-00000012.npy'."""
     return image_name(index, 'img-mean-std-', '.npy')
+
+
+def check_size(where: str, size: int):
+    """Raises UserError for a file that is far larger than an image: holes need no disk."""
+    if size > MAX_FILE:
+        raise UserError(f'{where} has {size} bytes, more than the {MAX_FILE >> 30} GiB that are '
+                        'read of a file; make it smaller, or leave it out')
 
 
 class ArchiveReader:
@@ -67,7 +71,7 @@ class ArchiveReader:
         try:
             with zipfile.ZipFile(self.path) as z:
                 infos = sorted(z.infolist(), key=lambda info: info.filename)
-        except (zipfile.BadZipFile, OSError, NotImplementedError, UnicodeDecodeError) as error:
+        except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
             raise UserError(f'{self.path} is not a readable zip file ({error})') from None
         self.names = []
         # Numbers instead of ZipInfo objects: a tenth of the memory; millions of files are usual.
@@ -89,6 +93,8 @@ class ArchiveReader:
             self.names.append(name)
             columns.append((info.header_offset, info.compress_size, info.file_size, info.CRC,
                             info.compress_type))
+            if not 0 <= info.header_offset < 1 << 62 > max(columns[-1]):
+                raise UserError(f'{self.path} is damaged: {name!r} lies outside of it')
         self._entries = np.array(columns, dtype=np.int64).reshape(-1, 5)
 
     def __getstate__(self):
@@ -122,6 +128,7 @@ class ArchiveReader:
             # Without a file object, which takes as long as the reading of a small file.
             handle = os.open(f'{self.path}/{self.names[index]}', os.O_RDONLY)
             try:
+                check_size(self.where(index), os.fstat(handle).st_size)
                 return b''.join(iter(functools.partial(os.read, handle, 1 << 16), b''))
             finally:
                 os.close(handle)
@@ -136,12 +143,13 @@ class ArchiveReader:
         descriptor = self._file.fileno()
         start = entry_start(os.pread(descriptor, LOCAL_HEADER, offset), offset)
         if max(packed, size) > budget.MEMORY:                 # what every budget has
+            check_size(self.where(index), max(packed, size))
             if start + packed > os.fstat(descriptor).st_size:
                 raise UserError(f'{self.where(index)} is cut off; copy or make the file again')
             budget.Budget(packed).spend(memory=size)
         data = os.pread(descriptor, packed, start)
         if method == zipfile.ZIP_DEFLATED:
-            data = zlib.decompressobj(-15).decompress(data, size)
+            data = zlib.decompressobj(-15).decompress(data, size + 1)  # 0: all
         if len(data) != size or zlib.crc32(data) != crc:
             raise UserError(f'{self.where(index)} is damaged; copy or make the file again')
         return data
@@ -151,12 +159,11 @@ class ArchiveReader:
         index = self.find(JSON_NAME)
         if index < 0:
             return {}
-        if self.size(index) > JSON_BYTES + JSON_BYTES_PER_FILE * len(self.names):
-            raise UserError(f'{self.where(index)} has {self.size(index)} bytes for '
-                            f'{len(self.names) - 1} files, which is far too many; make it again')
+        data = self.read(index)
         try:
-            value = json.loads(self.read(index))
-        except (ValueError, RecursionError) as error:
+            with budget.reading(self.path if self.is_zip else f'{self.path}/{JSON_NAME}'):
+                value = budget.parse_json(data)
+        except ValueError as error:
             raise UserError(f'{self.where(index)} is no valid JSON ({error})') from None
         if not isinstance(value, dict):
             raise UserError(f'{self.where(index)} must hold an object with "labels"')
@@ -210,13 +217,14 @@ def labels_of(reader: ArchiveReader, names: list[str], description: dict) -> np.
     if all(type(value) is int and 0 <= value < 1 << 62 for value in values):
         return np.array(values, dtype=np.int64)
     try:
-        with np.errstate(over='ignore'):
-            vectors = np.array(values, dtype=np.float32)
-    except (TypeError, ValueError):
+        vectors = np.array(values)
+    except (TypeError, ValueError, OverflowError):
         vectors = np.zeros([0])
-    if vectors.ndim != 2:
+    if vectors.ndim != 2 or vectors.dtype.kind not in 'iuf' or not vectors.size:
         raise UserError(f'{where}: labels must all be whole numbers from 0, '
                         'or all vectors of one length')
+    with np.errstate(over='ignore'):
+        vectors = vectors.astype(np.float32)
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(bad):
         raise UserError(f'{where}: {len(bad)} of {len(names)} labels are not finite (NaN or '
@@ -236,7 +244,8 @@ def count_classes(labels: np.ndarray, info: dict, where: str) -> int:
         raise UserError(f'{where} has a label {count - 1}, but {len(labels)} images: '
                         'number the classes from 0 on without gaps')
     for table in tables:
-        if not isinstance(table, list) or set(map(type, table)) not in ({int}, {str}):
+        if not isinstance(table, list) or set(map(type, table)) not in ({int}, {str}) \
+                or (isinstance(table[0], int) and max(map(abs, table)) >= 1 << 62):
             raise UserError(f'{where}: classes in dataset.json must be lists of numbers '
                             'or of names')
     named = set(map(len, tables)) or {count}

@@ -1,11 +1,13 @@
 """A data set as training, sampling and metrics see it: arrays of images and labels by index."""
 
 import io
+import math
 import os
 
 import numpy as np
 
 from dnnlib.image_io import BadImage, decode_image, is_image_name
+from dnnlib.npz import read_npy_header
 from dnnlib.util import UserError, subset
 from training.data.archive import CLASS_TABLES, ArchiveReader, count_classes, labels_of
 
@@ -219,11 +221,14 @@ class ImageDataset(Dataset):
 
 def _decode_npy(data: bytes) -> np.ndarray:
     """Latents float32 [C,H,W] of an .npy file's bytes; raises BadImage for anything else."""
+    file = io.BytesIO(data)
     try:
-        array = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError, MemoryError) as error:
+        shape, fortran, descr = read_npy_header(file)
+        array = np.frombuffer(data, descr, math.prod(shape), file.tell())
+        array = array.reshape(shape, order='F' if fortran else 'C')
+    except (ValueError, TypeError) as error:
         raise BadImage(f'damaged array ({error})') from None
-    if array.ndim != 3 or array.dtype.kind != 'f':
+    if array.ndim != 3 or array.dtype.kind != 'f' or not array.size:
         raise BadImage(f'{array.dtype} array of shape {list(array.shape)} '
                        'instead of float32 [C,H,W]')
     with np.errstate(over='ignore'):  # beyond the range of float32: infinite

@@ -17,6 +17,7 @@ line in SOURCES.
 import contextlib
 import gzip
 import itertools
+import lzma
 import math
 import os
 import re
@@ -33,7 +34,13 @@ from dnnlib.image_io import BadImage, decode_picture, is_image_name
 from dnnlib.util import UserError
 from torch_utils.files import pickles, tar
 from training.data import imagenet
-from training.data.archive import CLASS_TABLES, ArchiveReader, count_classes, labels_of
+from training.data.archive import (
+    CLASS_TABLES,
+    ArchiveReader,
+    check_size,
+    count_classes,
+    labels_of,
+)
 
 
 class Source:
@@ -173,6 +180,7 @@ class ListSource(Source):
             self.name_classes(labels, classes=range(count_classes(labels, {}, path)))
 
     def read(self, index):
+        check_size(self.items[index], os.path.getsize(self.items[index]))
         return Path(self.items[index]).read_bytes()
 
     def where(self, index):
@@ -437,8 +445,9 @@ def _read_tar(path: str, names: set[str]) -> dict[str, bytes]:
                 if count > 50 and not files:
                     return files  # some other archive, perhaps a large one
             while archive.fileobj.read(1 << 20):  # a gzip's checksum is at its end
-                budget.spend(memory=1 << 20)
-    except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as error:
+                pass
+    except (tarfile.TarError, lzma.LZMAError, EOFError, OSError, LookupError, ValueError,
+            zlib.error) as error:
         raise UserError(f'{path} is damaged or no tar archive ({error}); '
                         'download it again') from None
     return files
