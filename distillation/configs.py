@@ -232,7 +232,7 @@ def _load(path: str, what: str) -> omegaconf.DictConfig:
     """
     if not os.path.exists(path):
         path = re.sub(r'(-Baseline)-(0|1|[01]?\.\d+)\.yaml$', r'\1.yaml', path)
-    places = [place for place in (Path(path), FOLDER / path) if place.is_file()]
+    places = [place for place in (Path(path), FOLDER / path) if os.path.isfile(place)]
     if not places:
         raise UserError(f'{what}: there is no file {path}')
     with _one_line_errors(f'{path} is not YAML'):

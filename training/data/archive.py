@@ -82,7 +82,7 @@ class ArchiveReader:
             if name.startswith('/') or '..' in name.split('/') or is_link:
                 raise UserError(f'{self.path}: {name!r} points outside the zip; '
                                 'make the zip without such names and links')
-            if info.is_dir() or name.startswith(('.', '__MACOSX/')) or '/.' in name:
+            if name[-1:] in ('', '/') or name.startswith(('.', '__MACOSX/')) or '/.' in name:
                 continue
             if self.names[-1:] == [name]:
                 raise UserError(f'{self.path}: {name!r} is in the zip twice')
