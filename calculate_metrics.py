@@ -67,7 +67,8 @@ detection = options.group(
                  'as torch, safetensors or TorchScript file',
                  envvar='INCEPTION_WEIGHTS', show_envvar=True),
     options.text('HEX', '--inception-sha256', 'SHA-256 that this file must have'),
-    options.text('DIR|NAME', '--dinov2', 'DINOv2 ViT-L/14: folder of transformers, or hub name',
+    options.text('DIR|NAME', '--dinov2', 'DINOv2 ViT-L/14: folder of transformers, or hub '
+                 'name[@revision]',
                  envvar='DINOV2_WEIGHTS', show_envvar=True),
 )
 workers = options.integer('--workers', 2, 'Threads that read images ahead; 0 = none', least=0)

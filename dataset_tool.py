@@ -90,7 +90,7 @@ def convert(source, dest, overwrite, coarse, rules, class_labels, nums, sim_name
 @main.command()
 @options.text('ZIP|DIR', '--source', 'Data set of pixels', required=True)
 @options.destination
-@options.text('NAME|DIR', '--model-url', 'Autoencoder: a hub name, or a local folder; '
+@options.text('NAME|DIR', '--model-url', 'Autoencoder: a hub name[@revision], or a local folder; '
               'the variable SD_VAE sets another default', default=DEFAULT_VAE, envvar='SD_VAE')
 @latent_options
 def encode(source, dest, model_url, batch, precision, **others):

@@ -120,7 +120,7 @@ network = group(
     text('LO,HI', '--guidance-interval',
          'Guide only where the noise level is above LO and at most HI  [default: everywhere]',
          type=cli.Parsed('interval', _interval)),
-    text('NAME|DIR', '--model-url', 'Autoencoder of latents: hub name or folder  '
+    text('NAME|DIR', '--model-url', 'Autoencoder of latents: hub name[@revision] or folder  '
          '[default: of the snapshot]'),
     allow_nonfinite)
 

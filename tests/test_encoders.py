@@ -147,7 +147,12 @@ def test_configurations(vae_folder):
     assert encoder.latent_shape((8, 32, 32)) == (4, 32, 32) and encoder.latent_shape((3, 256, 256)) == (4, 32, 32)
     for config, message in (({'name': 'vq'}, 'vq is unknown'), ({'name': 'rgb', 'x': 1}, "'x': 1"), ({}, 'None is unknown'),
                             ({'name': ['rgb']}, 'is unknown'), ({'name': 'sd-vae', 'raw_mean': [0]}, 'does not take'),
-                            ({'name': 'sd-vae', 'precision': 'fp8'}, 'does not take')):
+                            ({'name': 'sd-vae', 'precision': 'fp8'}, 'does not take'),
+                            ({'name': 'sd-vae', 'raw_std': [1, 0, 1, 1]}, 'make no sense'),
+                            ({'name': 'sd-vae', 'final_mean': float('nan')}, 'make no sense'),
+                            ({'name': 'sd-vae', 'final_std': 0}, 'make no sense'),
+                            ({'name': 'sd-vae-0.1825', 'factor': float('inf')}, 'make no sense'),
+                            ({'name': 'sd-vae', 'batch_size': 10**9}, '1 to 4096')):
         with pytest.raises(UserError, match=message):
             make_encoder(config)
     with pytest.raises(UserError, match='5 channels'):

@@ -97,7 +97,9 @@ class StabilityVAEEncoder:
                               final_mean=final_mean, final_std=final_std)
         means, stds = torch.tensor([raw_mean, raw_std], dtype=torch.float32)
         scale = final_std / stds
-        self._whitening = torch.stack([scale, final_mean - means * scale])
+        self._whitening = _checked(torch.stack([scale, final_mean - means * scale]))
+        if not 0 < batch_size <= 4096:
+            raise UserError('the autoencoder takes 1 to 4096 images together', 'batch', batch_size)
         self.batch_size = batch_size
         self._dtype = DTYPES[precision]
         self._vae = None
@@ -220,8 +222,15 @@ class SimpleVAEEncoder(StabilityVAEEncoder):
 
     def __init__(self, vae_name=DEFAULT_VAE, factor=0.1825, channels=4, **options):
         super().__init__(vae_name, **options)
-        self._whitening = torch.tensor([[factor], [0.0]]).expand(2, channels)
+        self._whitening = _checked(torch.tensor([[factor], [0.0]])).expand(2, channels)
         self._settings = dict(factor=factor, channels=channels)
+
+
+def _checked(whitening: torch.Tensor) -> torch.Tensor:
+    """Scale and bias [2,C]; UserError unless they can be undone."""
+    if not (whitening.isfinite().all() and whitening[0].all()):
+        raise UserError('the statistics of its latents make no sense')
+    return whitening
 
 
 _BLOCKS = {'DownEncoderBlock2D', 'UpDecoderBlock2D', 'AttnDownEncoderBlock2D',
