@@ -2,7 +2,7 @@
 numbers of training/.
 
 Eager, one tensor after the other: weights normalised with autograd through every operation, resampling by convolution,
-einsum attention, no fused kernels, channels first. Names of the weights are those of training.networks.edm2.
+attention by two products, no fused kernels, channels first. Names of the weights are those of training.networks.edm2.
 """
 
 import copy
@@ -16,9 +16,10 @@ from training.networks import edm2
 
 
 def normalize(x, dims):
-    """x over (1e-4 + its RMS over `dims`)."""
-    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32)
-    return x / (1e-4 + norm * math.sqrt(norm.numel() / x.numel())).to(x.dtype)
+    """x over (1e-4 + its RMS over `dims`) (Eq. 47)."""
+    count = math.prod(x.shape[dim] for dim in dims)
+    rms = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32) / math.sqrt(count)
+    return x / (rms + 1e-4).to(x.dtype)
 
 
 def silu(x):
@@ -26,13 +27,15 @@ def silu(x):
 
 
 def mix(a, b, t):
-    return a.lerp(b, t) / math.sqrt((1 - t) ** 2 + t**2)
+    """Eq. 88."""
+    return torch.lerp(a, b, t) / math.hypot(1 - t, t)
 
 
 def join(a, b, t):
-    na, nb = a.shape[1], b.shape[1]
-    scale = math.sqrt((na + nb) / ((1 - t) ** 2 + t**2))
-    return torch.cat([a * (scale * (1 - t) / math.sqrt(na)), b * (scale * t / math.sqrt(nb))], dim=1)
+    """Eq. 103."""
+    parts = (a, (1 - t) / math.hypot(1 - t, t)), (b, t / math.hypot(1 - t, t))
+    channels = a.shape[1] + b.shape[1]
+    return torch.cat([x * (share * math.sqrt(channels / x.shape[1])) for x, share in parts], dim=1)
 
 
 class PlainConv(torch.nn.Module):
@@ -43,33 +46,34 @@ class PlainConv(torch.nn.Module):
         self.weight = torch.nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
 
     def forward(self, x, gain=1):
-        dims = tuple(range(1, self.weight.ndim))
-        if self.training:
-            with torch.no_grad():
-                self.weight.copy_(normalize(self.weight, dims))
-        weight = normalize(self.weight, dims) * (gain / math.sqrt(self.weight[0].numel()))
-        weight = weight.to(x.dtype)
-        return F.linear(x, weight) if weight.ndim == 2 else F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+        inputs = tuple(range(1, self.weight.ndim))
+        if self.training:                               # forced: the stored weight itself
+            self.weight.data.copy_(normalize(self.weight.data, inputs))
+        gain = gain / math.sqrt(self.weight[0].numel())
+        effective = (normalize(self.weight, inputs) * gain).to(x.dtype)
+        return F.linear(x, effective) if len(inputs) == 1 else F.conv2d(x, effective, padding='same')
 
 
 class PlainBlock(edm2.Block):
     """A block with the mathematics step by step; `Block` makes its layers."""
 
     def forward(self, x, emb):
+        project = self.conv_skip or torch.nn.Identity()
         x = self._resampled(x)
         if self.flavor == 'enc':
-            x = normalize(self.conv_skip(x) if self.conv_skip is not None else x, 1)
-        y = self.conv_res0(silu(x))
-        y = silu(y * (self.emb_linear(emb, self.emb_gain) + 1)[:, :, None, None].to(y.dtype))
-        if self.training and self.dropout:
-            y = F.dropout(y, self.dropout)
-        y = self.conv_res1(y)
-        if self.flavor == 'dec' and self.conv_skip is not None:
-            x = self.conv_skip(x)
-        x = mix(x, y, self.res_balance)
+            x = normalize(project(x), [1])
+            x = mix(x, self._branch(x, emb), self.res_balance)
+        else:
+            x = mix(project(x), self._branch(x, emb), self.res_balance)
         if self.num_heads:
             x = mix(x, self.attn_proj(self._attention(x)), self.attn_balance)
         return x if self.clip_act is None else x.clip(-self.clip_act, self.clip_act)
+
+    def _branch(self, x, emb):
+        scale = 1 + self.emb_linear(emb, self.emb_gain)
+        h = self.conv_res0(silu(x))
+        h = silu(h * scale.to(h.dtype)[..., None, None])
+        return self.conv_res1(F.dropout(h, self.dropout, self.training))
 
     def _resampled(self, x):
         if isinstance(self.resample, torch.nn.Identity):
@@ -81,24 +85,25 @@ class PlainBlock(edm2.Block):
     def _attention(self, x):
         N, C, H, W = x.shape
         qkv = self.attn_qkv(x).reshape(N, self.num_heads, C // self.num_heads, 3, H * W)
-        q, k, v = normalize(qkv, 2).unbind(3)
-        weights = torch.einsum('nhcq,nhck->nhqk', q, k / math.sqrt(q.shape[2])).softmax(dim=3)
-        return torch.einsum('nhqk,nhck->nhcq', weights, v).reshape(N, C, H, W)
+        query, key, value = normalize(qkv, [2]).unbind(3)
+        scores = key.transpose(2, 3) @ query / math.sqrt(query.shape[2])    # [N, heads, keys, queries]
+        return (value @ scores.softmax(dim=2)).reshape(N, C, H, W)
 
 
 class PlainUNet(edm2.UNet):
     def forward(self, x, noise_labels, class_labels=None):
         emb = self.emb_noise(self.emb_fourier(noise_labels))
         if self.emb_label is not None:
-            emb = mix(emb, self.emb_label(class_labels * math.sqrt(class_labels.shape[1])), self.label_balance)
+            label = self.emb_label(class_labels * math.sqrt(class_labels.shape[1]))
+            emb = mix(emb, label, self.label_balance)
         emb = silu(emb).to(x.dtype)
-        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-        skips = []
-        for name, layer in self.enc.items():
-            x = layer(x) if name.endswith('conv') else layer(x, emb)
-            skips.append(x)
-        for name, layer in self.dec.items():
-            x = layer(join(x, skips.pop(), self.concat_balance) if 'block' in name else x, emb)
+        first, *blocks = self.enc.values()
+        encoded = [first(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))]
+        for block in blocks:
+            encoded.append(block(encoded[-1], emb))
+        x = encoded[-1]
+        for block in self.dec.values():
+            x = block(join(x, encoded.pop(), self.concat_balance) if block.joins else x, emb)
         return self.out_conv(x, self.out_gain)
 
 

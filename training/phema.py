@@ -48,10 +48,12 @@ def power_function_correlation(a_ofs, a_std, b_ofs, b_std):
     """Inner product of two profiles over time (Eq. 151)."""
     a_exp = std_to_exp(a_std)
     b_exp = std_to_exp(b_std)
-    ratio = a_ofs / b_ofs
-    exp = np.where(a_ofs < b_ofs, b_exp, -a_exp)
-    scale = (a_exp + b_exp + 1) * np.maximum(a_ofs, b_ofs)
-    return (a_exp + 1) * (b_exp + 1) * ratio**exp / scale
+    # The integral of both powers ends where the shorter profile does.
+    first = np.minimum(a_ofs, b_ofs)
+    last = np.maximum(a_ofs, b_ofs)
+    last_exp = np.where(a_ofs < b_ofs, b_exp, a_exp)
+    peaks = (a_exp + 1) * (b_exp + 1) / last
+    return peaks / (a_exp + b_exp + 1) * (first / last) ** last_exp
 
 
 def solve_coefficients(in_ofs, in_std, out_ofs, out_std):

@@ -23,6 +23,18 @@ from training.networks.layers import (
 )
 
 
+@torch.no_grad()
+def draw_fan_average(layer, gain: float = 1):
+    """Variance scaling by the average fan: weights ~ U(-a, a) of variance a^2 / 3 = gain^2 / n,
+    n = (n_in + n_out) / 2, where n_in weights lead to an output and n_out from an input; biases 0.
+    """
+    weight = layer.weight
+    fans = weight[0].numel() + weight[:, 0].numel()
+    a = math.sqrt(3) * (gain * math.sqrt(2 / fans))
+    weight.uniform_(-a, a)
+    layer.bias.zero_()
+
+
 class TimestepTable(nn.Module):
     """Fixed table [steps, width]: sine and cosine of t exp(-ln(10000) 2i / width), interleaved.
 
@@ -109,15 +121,16 @@ class DDPMUNet(Network):
         self._initialize()
 
     def _initialize(self):
-        """Xavier weights and zero biases; the layers that end a residual branch or the network
-        start near zero.
+        """Draws all layers that have biases, in order. Those that end a residual branch or the
+        network are scaled by 1e-5: at first each block passes on its input, and the network
+        predicts zero.
         """
-        small = {self.tail[2], *(m.block2[3] for m in self.modules() if isinstance(m, ResBlock))}
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d) or (isinstance(module, nn.Linear)
-                                                 and module.bias is not None):
-                nn.init.xavier_uniform_(module.weight, gain=1e-5 if module in small else 1)
-                nn.init.zeros_(module.bias)
+        gains = {self.tail[-1]: 1e-5}
+        for layer in self.modules():
+            if isinstance(layer, ResBlock):
+                gains[layer.layers[4]] = 1e-5
+            elif getattr(layer, 'bias', None) is not None and layer.weight.ndim > 1:
+                draw_fan_average(layer, gains.get(layer, 1))
 
     def forward(self, x, t, y=None, augm=None):
         temb = self.time_embedding(t)
@@ -127,15 +140,12 @@ class DDPMUNet(Network):
             temb = temb + self.augm_embedding(augm)
 
         temb = F.silu(temb)
-        h = self.head(self.activations(x))
-        skips = [h]
+        encoded = [self.head(self.activations(x))]
         for layer in self.downblocks:
-            h = layer(h, temb)
-            skips.append(h)
-        for layer in self.middleblocks:
-            h = layer(h, temb)
-        for layer in self.upblocks:
-            if isinstance(layer, ResBlock):
-                h = torch.cat([h, skips.pop()], dim=1)
+            encoded.append(layer(encoded[-1], temb))
+        h = encoded[-1]
+        for layer in (*self.middleblocks, *self.upblocks):
+            if isinstance(layer, ResBlock) and layer.in_channels > h.shape[1]:
+                h = torch.cat([h, encoded.pop()], dim=1)
             h = layer(h, temb)
         return self.tail(h.float())

@@ -48,8 +48,8 @@ class FourierEmbedding(nn.Module):
         self.register_buffer('freqs', torch.randn(num_channels // 2) * scale)
 
     def forward(self, x):
-        x = x.outer(2 * math.pi * self.freqs)
-        return torch.cat([x.cos(), x.sin()], dim=1)
+        angles = x[:, None] * (math.tau * self.freqs)
+        return torch.stack([angles.cos(), angles.sin()], dim=1).flatten(1)
 
 
 class UNetBlock(ResidualBlock):
@@ -130,9 +130,10 @@ class _UNet(nn.Module):
     activation.
     """
 
-    def __init__(self, skip_connections, num_layers, label_dropout):
+    def __init__(self, skip_connections, num_blocks, num_levels, label_dropout):
         super().__init__()
-        self.keep_skip = check_skip_connections(skip_connections, num_layers)
+        self.keep_skip = check_skip_connections(skip_connections, (num_blocks + 1) * num_levels)
+        self.last_block = f'block{num_blocks}'          # of each resolution of the decoder
         self.label_dropout = label_dropout
         self.map_label = self.map_augment = None
 
@@ -140,39 +141,54 @@ class _UNet(nn.Module):
         """Activations for the decoder, in order, zeros where a skip connection is off; last the
         encoder's output.
         """
-        skips, aux = [], x
-        for name, block in self.enc.items():
-            if 'aux_down' in name:
-                aux = block(aux)
-            elif 'aux' in name:
-                # The sum takes the place of the activation just stored, unless that is off.
-                x = x + block(aux)
-                if 'aux_residual' in name:
-                    x = aux = x / math.sqrt(2)
-                if self.keep_skip[len(skips) - 1]:
-                    skips[-1] = x
-            else:
-                x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
-                skips.append(x if self.keep_skip[len(skips)] else torch.zeros_like(x))
-        return [*skips, x]
+        image = x
+        activations = []
+        for name, layer in self.enc.items():
+            size, _, kind = name.partition('_')
+            if kind.startswith('aux'):
+                continue
+            x = layer(x) if kind == 'conv' else layer(x, emb)
+            if kind == 'down':
+                x, image = self.see_image(f'{size}_aux_', x, image)
+            activations.append(x)
+        return [h if keep else torch.zeros_like(h)
+                for h, keep in zip(activations, self.keep_skip, strict=True)] + [x]
+
+    def see_image(self, prefix, x, image):
+        """Activations of a resolution that have seen its image, and what the next one gets as
+        image: itself in the encoder of NCSN++'s input skips, these activations in the residual
+        encoder. `prefix` is that of the names of the layers; without them nothing happens.
+        """
+        if prefix + 'residual' in self.enc:
+            x = (x + self.enc[prefix + 'residual'](image)) / math.sqrt(2)
+            return x, x
+        if prefix + 'skip' in self.enc:
+            image = self.enc[prefix + 'down'](image)
+            x = x + self.enc[prefix + 'skip'](image)
+        return x, image
+
+    def draw_image(self, prefix, x, image):
+        """The image as this resolution sees it: its own part, and that of the coarser ones
+        enlarged, where there are some.
+        """
+        part = self.dec[prefix + 'conv'](F.silu(self.dec[prefix + 'norm'](x)))
+        return part if image is None else self.dec[prefix + 'up'](image) + part
 
     def forward(self, x, noise_labels, class_labels=None, augment_labels=None):
         labels = drop_labels(class_labels, self.label_dropout, self.training)
         emb = self.embed(noise_labels, labels, augment_labels)
         *skips, x = self.encode(x, emb)
-        out = None
+        image = None
         for name, block in self.dec.items():
-            if 'aux_up' in name:
-                out = block(out)
-            elif 'aux_norm' in name:
-                h = F.silu(block(x))
-            elif 'aux_conv' in name:
-                out = block(h) if out is None else out + block(h)
-            else:
-                if x.shape[1] != block.in_channels:
-                    x = torch.cat([x, skips.pop()], dim=1)
-                x = block(x, emb)
-        return x if out is None else out
+            size, _, kind = name.partition('_')
+            if kind.startswith('aux'):
+                continue
+            if block.in_channels > x.shape[1]:          # a block that joins what was encoded
+                x = torch.cat([x, skips.pop()], dim=1)
+            x = block(x, emb)
+            if kind == self.last_block and f'{size}_aux_conv' in self.dec:
+                image = self.draw_image(f'{size}_aux_', x, image)
+        return x if image is None else image
 
 
 class SongUNet(_UNet):
@@ -186,7 +202,7 @@ class SongUNet(_UNet):
                  attn_resolutions=(16,), dropout=0.10, label_dropout=0.0,
                  embedding_type='positional', channel_mult_noise=1, encoder_type='standard',
                  decoder_type='standard', resample_filter=(1, 1), skip_connections=None):
-        super().__init__(skip_connections, (num_blocks + 1) * len(channel_mult), label_dropout)
+        super().__init__(skip_connections, num_blocks, len(channel_mult), label_dropout)
         _check(embedding_type=(embedding_type, ['positional', 'fourier']),
                encoder_type=(encoder_type, ['standard', 'skip', 'residual']),
                decoder_type=(decoder_type, ['standard', 'skip']))
@@ -253,7 +269,7 @@ class DhariwalUNet(_UNet):
                  model_channels=192, channel_mult=(1, 2, 3, 4), channel_mult_emb=4, num_blocks=3,
                  attn_resolutions=(32, 16, 8), dropout=0.10, label_dropout=0.0,
                  skip_connections=None):
-        super().__init__(skip_connections, (num_blocks + 1) * len(channel_mult), label_dropout)
+        super().__init__(skip_connections, num_blocks, len(channel_mult), label_dropout)
         emb_channels = model_channels * channel_mult_emb
 
         def layer(kind, attention, c_in, c_out):

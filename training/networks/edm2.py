@@ -27,8 +27,9 @@ EPS = 1e-4
 
 def _rms(x, dim):
     """Root mean square of x over the axes `dim`, which stay with length 1; in float32."""
-    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
-    return norm * math.sqrt(norm.numel() / x.numel())
+    count = math.prod([x.shape[axis] for axis in ([dim] if isinstance(dim, int) else dim)])
+    length = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
+    return length * math.sqrt(1 / count)
 
 
 def _row_axes(weight) -> list[int]:
@@ -144,9 +145,9 @@ def mp_sum(a, b, t=0.5):
 
 def mp_cat(a, b, t=0.5):
     """Concatenation over channels in which `b` contributes the share `t` (Eq. 103)."""
-    Na, Nb = a.shape[1], b.shape[1]
-    scale = math.sqrt((Na + Nb) / ((1 - t) ** 2 + t**2))
-    wa, wb = scale * (1 - t) / math.sqrt(Na), scale * t / math.sqrt(Nb)
+    channels = a.shape[1] + b.shape[1]
+    wa, wb = [weight * math.sqrt(channels / x.shape[1])
+              for weight, x in zip(mp_sum_weights(t), (a, b), strict=True)]
     if torch.compiler.is_compiling():
         return torch.cat([a * wa, b * wb], dim=1)
     return _MPCat.apply(a, b, wa, wb)
@@ -185,9 +186,8 @@ class MPConv(torch.nn.Module):
 
     def forward(self, x, gain=1):
         weight = self.effective_weight(gain, x.dtype)
-        if weight.ndim == 2:
-            return x @ weight.t()
-        return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+        borders = [(size - 1) // 2 for size in weight.shape[2:]]
+        return F.conv2d(x, weight, padding=borders) if borders else F.linear(x, weight)
 
     def effective_weight(self, gain, dtype):
         """The weight times `gain` (number or tensor []), normalised to unit magnitude of the
@@ -245,6 +245,7 @@ class Block(torch.nn.Module):
                  res_balance=0.3, attn_balance=0.3, clip_act=256):
         super().__init__()
         self.flavor, self.dropout = flavor, dropout
+        self.joins = flavor == 'dec' and 'block' in kind    # takes an output of the encoder too
         self.res_balance, self.attn_balance, self.clip_act = res_balance, attn_balance, clip_act
         self.num_heads = out_channels // channels_per_head if attention else 0
         self.resample = torch.nn.Identity()
@@ -263,25 +264,21 @@ class Block(torch.nn.Module):
             self.attn_proj = MPConv(out_channels, out_channels, [1, 1])
 
     def forward(self, x, emb):
-        x = self.resample(x)
+        x, shortcut = self.resample(x), self.conv_skip
         if self.flavor == 'enc':
-            if self.conv_skip is not None:
-                x = self.conv_skip(x)
-            x = normalize(x, dim=1)  # pixel norm
+            # The channels of a pixel get unit magnitude before the paths part, and after their
+            # number has changed; the decoder changes it on the shortcut alone (Fig. 21).
+            x = normalize(shortcut(x) if shortcut else x, dim=1)
+            shortcut = None
 
         # Constant factors of activations go into the weights of the next convolution, which are
         # fewer: 1 / 0.596 of the SiLU, and the weights of the two sums at the end.
         keep, add = mp_sum_weights(self.res_balance)
-        y = self.conv_res0(F.silu(x), gain=SILU_GAIN)
-        c = self.emb_linear(emb, gain=self.emb_gain) + 1
-        y = F.silu(y * c[:, :, None, None].to(y.dtype))
-        y = dropout(y, self.dropout, self.training)
-        y = self.conv_res1(y, gain=SILU_GAIN * add)
-
-        if self.flavor == 'dec' and self.conv_skip is not None:
-            x = y.add_(self.conv_skip(x, gain=keep))
+        residual = self._residual(x, emb, add)
+        if shortcut:
+            x = residual.add_(shortcut(x, gain=keep))
         else:
-            x = y.add_(x, alpha=keep)
+            x = residual.add_(x, alpha=keep)
         if self.num_heads:
             keep, add = mp_sum_weights(self.attn_balance)
             x = self.attn_proj(self._attention(x), gain=add).add_(x, alpha=keep)
@@ -289,6 +286,15 @@ class Block(torch.nn.Module):
             # clamp, with a cheaper backward pass
             x = F.hardtanh(x, -self.clip_act, self.clip_act, inplace=True)
         return x
+
+    def _residual(self, x_NCHW, emb_NE, gain):
+        """The residual branch times `gain`; the embedding scales channels by 1 + emb_gain W emb,
+        and nothing at first.
+        """
+        scale = self.emb_linear(emb_NE, gain=self.emb_gain) + 1
+        y = self.conv_res0(F.silu(x_NCHW), gain=SILU_GAIN)
+        y = F.silu(y * scale[:, :, None, None].to(y.dtype))
+        return self.conv_res1(dropout(y, self.dropout, self.training), gain=SILU_GAIN * gain)
 
     def _attention(self, x_NCHW):
         """Cosine attention: q, k and v are normalised over the channels of a head (Eq. 82)."""
@@ -335,27 +341,33 @@ class UNet(torch.nn.Module):
         self.dec = torch.nn.ModuleDict({name: layer('dec', *rest) for name, *rest in decoder})
         self.out_conv = MPConv(cblock[0], img_channels, [3, 3])
 
+    def _embed(self, noise_labels, labels):
+        """Embedding [N, cemb] of noise level and class. One-hot labels have magnitude
+        1 / sqrt(label_dim).
+        """
+        noise = self.emb_noise(self.emb_fourier(noise_labels))
+        if self.emb_label is None:
+            return mp_silu(noise)
+        label = self.emb_label(labels.float() * math.sqrt(labels.shape[1]))
+        return mp_silu(mp_sum(noise, label, self.label_balance))
+
     def forward(self, x, noise_labels, class_labels=None):
         """x [N,C,H,W] (its type is the type of the computation), noise_labels [N] or [1] ->
         [N,C,H,W].
         """
-        emb = self.emb_noise(self.emb_fourier(noise_labels))
-        if self.emb_label is not None:
-            scaled = class_labels.float() * math.sqrt(class_labels.shape[1])
-            emb = mp_sum(emb, self.emb_label(scaled), self.label_balance)
-        emb = mp_silu(emb).to(x.dtype)
-
+        emb = self._embed(noise_labels, class_labels).to(x.dtype)
         # The constant channel takes the place of biases. All that follows keeps the channels last
         # in memory.
         x = F.pad(x, [0, 0, 0, 0, 0, 1], value=1).contiguous(memory_format=torch.channels_last)
-        skips = []
-        for name, layer in self.enc.items():
-            x = layer(x) if name.endswith('conv') else layer(x, emb)
-            skips.append(x)
-        for name, layer in self.dec.items():
-            if 'block' in name:
-                x = mp_cat(x, skips.pop(), self.concat_balance)
-            x = layer(x, emb)
+        first, *blocks = self.enc.values()
+        encoded = [first(x)]
+        for block in blocks:
+            encoded.append(block(encoded[-1], emb))
+        x = encoded[-1]
+        for block in self.dec.values():
+            if block.joins:
+                x = mp_cat(x, encoded.pop(), self.concat_balance)
+            x = block(x, emb)
         return self.out_conv(x, gain=self.out_gain)
 
 
