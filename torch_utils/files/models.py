@@ -158,7 +158,7 @@ def _weight_files(name: str, find, weights: str) -> list[str]:
 
 
 def _read_tensors(paths, rename, dtype) -> dict[str, torch.Tensor]:
-    """The tensors of safetensors files, in memory."""
+    """The tensors of safetensors files by name."""
     import safetensors  # which refuses tensors that overlap or reach beyond the file
     state = {}
     for path in paths:
@@ -174,7 +174,7 @@ def _read_tensors(paths, rename, dtype) -> dict[str, torch.Tensor]:
                     value = file.get_tensor(key)
                     if not value.is_floating_point():
                         raise ValueError(f'its {printable(name, 100)} is of {value.dtype}')
-                    state[name] = value.to(dtype, copy=True)
+                    state[name] = value.to(dtype)  # of this type: the mapped file
     if not state:
         raise ValueError('its files hold no weights')
     return state
