@@ -149,6 +149,8 @@ class _OneLineErrors:
             ctx.exit(143)                               # 128 + 15, as shells say of the signal
         except Exception as error:
             known = _user_error(error)
+            if isinstance(error, click.ClickException):
+                error.message = util.without_secrets(error.message)
             if known is None:
                 if not ctx.parent and not isinstance(error, _OF_CLICK):
                     _take_turn(is_known=False)

@@ -359,6 +359,7 @@ def test_no_secret_of_a_url_is_printed_or_kept(server, tmp_path, monkeypatch):
         (0, 'snapshot_tool.py', 'convert', address, '--dest', tmp_path / 'n.safetensors'),
         (1, 'snapshot_tool.py', 'inspect', address, f'--sha256={"0" * 64}'),
         (2, 'snapshot_tool.py', 'inspect', 'x', address.replace(' ', '')),
+        (2, 'snapshot_tool.py', address.replace(' ', '')),
         (1, 'dataset_tool.py', 'convert', f'--source={address}', '--dest', tmp_path / 'e.zip'),
         (2, 'train.py', '--data=x', '--outdir', tmp_path / 'x', f'--resume={address.replace(" ", "")}'),
         (1, 'generate_images.py', f'--net={address.replace("127.0.0.1", "127.0.0.1:x")}', '--outdir', tmp_path / 'p')]
