@@ -1052,6 +1052,15 @@ def list_of_holes(path):
     return path
 
 
+@case('a folder of CIFAR with a batch of 100 GB that takes no room on the disk', SOURCE)
+def cifar_of_holes(path):
+    path.mkdir()
+    write(path / 'batches.meta', pickle.dumps({'label_names': ['a']}, 2))
+    for i in range(1, 6):
+        with open(path / f'data_batch_{i}', 'wb') as file:
+            file.truncate(100 << 30)
+
+
 @case('a list of images that names a device', SOURCE)
 def list_of_devices(path):
     path = path.with_suffix('.txt')
@@ -1384,6 +1393,16 @@ _archive('tar_devices', 'a tar with devices and pipes in the place of the batche
     member('batches.meta', kind=kind) for kind in (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)) + bytes(1024))
 _archive('tar_damaged', 'a damaged tar of xz', lambda: lzma.compress(os.urandom(1 << 16) + bytes(1 << 20))[:40_000] + bytes(9000),
          '.tar.xz')
+def _dictionary():
+    """A tar of xz whose first block asks for a dictionary of 4 GB."""
+    data = bytearray(lzma.compress(bytes(1 << 20)))
+    size = 4 * (data[12] + 1)
+    data[data.index(b'\x21\1', 12) + 2] = 40
+    data[12 + size - 4:12 + size] = struct.pack('<I', zlib.crc32(data[12:12 + size - 4]))
+    return bytes(data)
+
+
+_archive('tar_dictionary', 'a tar of xz that asks for 4 GB to be unpacked', _dictionary, '.tar.xz')
 _archive('tar_many', 'a tar of two million members in 2 MB', lambda: gzip.compress(member('a') * 2_000_000, 1), '.tar.gz')
 
 
@@ -1396,7 +1415,7 @@ def legacy_tar(path):
 def _idx(key, what, shape, count):
     def function(path):
         images = path.with_name(path.name + '-images-idx3-ubyte')
-        write(images, struct.pack('>4I', 0x803, *shape) + bytes(100))
+        write(images, struct.pack('>4I', 0x803, *shape) + bytes(100 if all(shape) else 0))
         write(path.with_name(path.name + '-labels-idx1-ubyte'), struct.pack('>2I', 0x801, count) + bytes(count))
         return images
     CASES[key] = what, function, SOURCE

@@ -43,6 +43,12 @@ from training.data.archive import (
 )
 
 
+def read_file(path) -> bytes:
+    """The bytes of a file. Raises OSError, or UserError for one that is far larger than usual."""
+    check_size(path, os.path.getsize(path))
+    return Path(path).read_bytes()
+
+
 class Source:
     """Base of all sources (see the module): images that `items` stand for."""
 
@@ -155,7 +161,7 @@ class ListSource(Source):
         super().__init__(path, [])
         labels = []
         try:
-            lines = Path(path).read_text(encoding='utf-8').split('\n')
+            lines = read_file(path).decode().replace('\r\n', '\n').split('\n')
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f'{path} cannot be read as a list of image paths ({error})') from None
         for number, line in enumerate(map(str.strip, lines), 1):
@@ -180,8 +186,7 @@ class ListSource(Source):
             self.name_classes(labels, classes=range(count_classes(labels, {}, path)))
 
     def read(self, index):
-        check_size(self.items[index], os.path.getsize(self.items[index]))
-        return Path(self.items[index]).read_bytes()
+        return read_file(self.items[index])
 
     def where(self, index):
         return self.items[index]
@@ -260,8 +265,8 @@ def mnist_source(path: str) -> ArraySource:
     images = _read_idx(path, 3)
     base = base.replace('images', 'labels').replace('idx3', 'idx1')
     labels = _read_idx(os.path.join(folder, base), 1)
-    if len(labels) != len(images) or not len(images):
-        raise UserError(f'{path}: {len(images)} images but {len(labels)} labels')
+    if len(labels) != len(images) or not images.size:
+        raise UserError(f'{path}: images {list(images.shape)} but {len(labels)} labels')
     if images.shape[1:] == (28, 28):
         images = np.pad(images, [(0, 0), (2, 2), (2, 2)])
     return ArraySource(path, images, labels, [str(label) for label in range(labels.max() + 1)])
@@ -270,6 +275,7 @@ def mnist_source(path: str) -> ArraySource:
 def _read_idx(path: str, dimensions: int) -> np.ndarray:
     """The uint8 array of an idx file (optionally gzipped) with so many dimensions."""
     try:
+        check_size(path, os.path.getsize(path))
         with open(path, 'rb') as raw:
             file = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b'\x1f\x8b' else raw
             magic, *shape = struct.unpack(f'>{1 + dimensions}I', file.read(4 + 4 * dimensions))
@@ -384,7 +390,7 @@ class CifarSource(JoinedSource):
         wanted = {name for meta, splits in _CIFAR.items() for name in (meta, *splits[split])}
         if os.path.isdir(path):
             folder = Path(cifar_folder(path) or path)
-            files = {name: (folder / name).read_bytes() for name in wanted
+            files = {name: read_file(folder / name) for name in wanted
                      if (folder / name).is_file()}
         else:
             files = _read_tar(path, wanted)
@@ -446,8 +452,8 @@ def _read_tar(path: str, names: set[str]) -> dict[str, bytes]:
                     return files  # some other archive, perhaps a large one
             while archive.fileobj.read(1 << 20):  # a gzip's checksum is at its end
                 pass
-    except (tarfile.TarError, lzma.LZMAError, EOFError, OSError, LookupError, ValueError,
-            zlib.error) as error:
+    except (tarfile.TarError, lzma.LZMAError, EOFError, OSError, LookupError, MemoryError,
+            ValueError, zlib.error) as error:
         raise UserError(f'{path} is damaged or no tar archive ({error}); '
                         'download it again') from None
     return files
