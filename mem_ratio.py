@@ -95,11 +95,16 @@ def main(expdir, knn_ref, log, seeds, subdirs, class_, batch, sampler, precision
         raise UserError('holds no network-snapshot-*.pkl; give the folder of a run',
                         'expdir', expdir)
     run_options = runs.read_options(expdir)
-    data = knn_ref or run_options.get('data')
+    data = knn_ref or runs.path_of(expdir, 'data')
     if data is None:
         raise UserError(f'{expdir}/training_options.json names no training set; give --knn-ref')
+    if not os.path.exists(data):
+        raise UserError(f'the training set {data} of {expdir} is not here; give --knn-ref')
     xflip = bool(run_options.get('xflip'))
     training = pixels_of(ImageDataset(data, use_labels=False, xflip=xflip))
+    recorded = run_options.get('dataset', {}).get('fingerprint', training.fingerprint)
+    if not knn_ref and recorded != training.fingerprint:
+        raise UserError(f'{data} has changed since the run {expdir} learned it; give --knn-ref')
     stem, ending = os.path.splitext(log or os.path.join(expdir, 'mem_ratio.json'))
     if ending == '.png':
         raise UserError(f'is the name of a picture; give e.g. {stem}.json', 'log', log)
@@ -108,13 +113,17 @@ def main(expdir, knn_ref, log, seeds, subdirs, class_, batch, sampler, precision
         util.check_place(path, field='log')
     earlier, known = load_log(log)
     seeds = seeds or earlier.get('seeds', [*range(64)])
-    settings = dict(
-        expdir=os.path.abspath(expdir), knn_ref=os.path.abspath(data), num_training=len(training),
-        seeds=seeds, sampler=plain_setting(sampler))
+    paths = dict(expdir=os.path.abspath(expdir), knn_ref=os.path.abspath(data))
+    settings = dict(num_training=len(training), seeds=seeds, sampler=plain_setting(sampler))
     if class_ is not None:
         settings['class'] = class_
-    if earlier != json.loads(json.dumps(settings)):
-        known = {}
+    content = dict(fingerprint=training.fingerprint)
+    if 'fingerprint' in earlier:
+        same = util.without(earlier, paths) == json.loads(json.dumps(settings | content))
+    else:                                                      # of an earlier version
+        same = earlier == json.loads(json.dumps(settings | paths))
+    known = known if same else {}
+    settings |= paths | content
     if subdirs:
         samples = os.path.join(expdir, 'samples')
         click.get_current_context().with_resource(runs.claimed(samples, 'generating'))

@@ -179,7 +179,8 @@ def train(config: dict, outdir: str, desc=None, nosubdir: bool = False, **runnin
     dataset, encoder, rules, lengths = prepare(config)
     name = run_name(config, dataset, desc)
     run_dir, resume_from, seed = dist.broadcast_object(
-        choose_run(config, outdir, name, nosubdir, lengths)
+        choose_run(config | {'dataset': {'fingerprint': dataset.fingerprint}}, outdir, name,
+                   nosubdir, lengths)
         if dist.get_rank() == 0 else None)
     rules = dataclasses.replace(rules, seed=seed)
     net = recipe.new_network(rules)

@@ -349,9 +349,39 @@ def to_json(value, indent: int | None = None) -> str:
     return json.dumps(finite(value), indent=indent, allow_nan=False)
 
 
+# What leads to the last name of a path: absolute, from a home folder, or up out of a folder.
+_PRIVATE = re.compile(r"""(?<![\w.~/-])(?<!:(?=//))
+    (?: file:/ | ~\w* | (?:[^\s'",:=/]+/)*\.\. )?
+    / (?=\S) (?: [^\s'",:;=()[\]{}]*/ (?=\S) )?""", re.VERBOSE)
+
+
+def publishable(value):
+    """Plain values as files have them that are passed on: of every path in a text that tells of
+    this machine and its user (absolute, from ~, or with ..), the last name alone. Paths below the
+    working folder stay, and so do addresses and names on a hub.
+    """
+    if isinstance(value, dict):
+        return {key: publishable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [publishable(item) for item in value]
+    if not isinstance(value, str) or '/' not in value:
+        return value
+    home = os.path.expanduser('~')
+    text = re.sub(rf'{re.escape(home)}(?=/|$)', '~', value) if len(home) > 1 else value
+    name, path = re.fullmatch(r'((?:[\w.-]+[=:])*)(.*)', text, re.DOTALL).groups()
+    if path.startswith(('/', '~/')) and os.path.lexists(os.path.expanduser(path)):
+        return name + os.path.basename(path.rstrip('/'))     # it may have spaces and commas
+    return _PRIVATE.sub('', text)
+
+
 def write_json(dest: str, value, indent: int | None = 2):
-    """Writes `to_json` of the value to a file that appears only when complete."""
-    write_bytes(dest, (to_json(value, indent) + '\n').encode())
+    """Writes the values, as `publishable`, to a JSON file that appears only when complete."""
+    write_bytes(dest, (to_json(publishable(value), indent) + '\n').encode())
+
+
+def without(values: dict, names) -> dict:
+    """The dictionary without the keys `names`."""
+    return {key: value for key, value in values.items() if key not in names}
 
 
 def hash_file(path: str, algorithm: str = 'sha256') -> str:

@@ -3,6 +3,7 @@
 """
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from dnnlib.options import (
     together,
     wandb,
 )
-from dnnlib.util import check_place, renamed_fields
+from dnnlib.util import check_place, publishable, renamed_fields
 from long_tail import datasets, evaluation
 from long_tail.flags import FlagCommand, to_text
 from torch_utils import distributed as dist
@@ -336,15 +337,18 @@ def train(flags) -> bool:
         class_counts=None if flags.finetune else dataset.class_counts,
         augment=ADAAugment() if flags.augm else None, batch_size=rules.batch,
         seed=flags.seed)
+    needed = {name: path for name, path in runs.private_paths(flags).items()
+              if name in ('root', 'fid_cache')}
     batches = DatasetBatches(dataset, RGBEncoder(), dist.get_device(), flags.seed,
                              workers=max(flags.num_workers, 1), mirror=flags.xflip)
     with renamed_fields(batch='batch_size', duration='total_steps', rates='ema_decay',
                         clip_grad_norm='grad_clip'):
         return recipe.fit(
             rules, folder, net, loss, batches, options=flags, outputs=outputs, **running,
-            files={'flagfile.txt': to_text(main.params, flags)},
+            files={'flagfile.txt': to_text(main.params, publishable(flags))},
             advice='python main.py --flagfile {folder}/flagfile.txt --logdir {folder} --notrain '
-            '--eval --ckpt_step {step}')
+            + ''.join(f'--{name} {shlex.quote(path)} ' for name, path in needed.items())
+            + '--eval --ckpt_step {step}')
 
 
 # --- Evaluation ----------------------------------------------------------------------------------

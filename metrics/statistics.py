@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from dnnlib import UserError, budget
 from dnnlib.url import download
-from dnnlib.util import atomic_path
+from dnnlib.util import atomic_path, publishable
 from metrics.detectors import PROTOCOLS
 from metrics.frechet import frechet_distance
 from metrics.neighbors import check_finite
@@ -152,7 +152,7 @@ def save_statistics(dest: str, statistics: Statistics):
     The same statistics make the same bytes.
     """
     check_destination(dest)
-    content = {'protocol': statistics.protocol, 'meta': json.dumps(statistics.meta),
+    content = {'protocol': statistics.protocol, 'meta': json.dumps(publishable(statistics.meta)),
                'labels': statistics.labels if statistics.features else None}
     tables = {space: vars(gaussian) | {'features': statistics.features.get(space)}
               for space, gaussian in statistics.gaussians.items()}

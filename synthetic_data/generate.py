@@ -136,7 +136,7 @@ def main(outdir, seeds, batch, class_num, classes, network, subdirs, sampler, pr
                             type(snapshot.net).__name__), sampler=f'{name}_sampler')
     made_by |= {
         key: value
-        for key, value in generator.record['sampler'].items()
+        for key, value in generator.settings['sampler'].items()
         if key in RECORDED or (key != 'name' and sampler.get(key) is not None)
     }
     with claimed(outdir, 'generating'):

@@ -5,6 +5,7 @@
 
 import collections
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Iterator
@@ -15,8 +16,9 @@ from tqdm import tqdm
 
 from dnnlib import UserError, budget, pictures
 from dnnlib.image_io import encode_png
-from dnnlib.util import finite, to_json, write_bytes, write_json
+from dnnlib.util import finite, to_json, without, write_bytes, write_json
 from torch_utils import distributed as dist
+from torch_utils.files.weights import fingerprint
 from training.data.dataset import class_index
 from training.diffusion.samplers import (
     Guided,
@@ -142,12 +144,22 @@ def generate_images(net, encoder, seeds, *, labels=None, batch=32, guide=None, g
 
 @dataclasses.dataclass
 class Generator:
-    """A network with all that decides its images but the seeds; `record` says it in plain
-    values."""
+    """A network with all that decides its images but the seeds.
+
+    options   of `generate_images`: labels, guide, guidance, guidance_interval, sampler
+    settings  what decides them, as plain values, but for the weights
+    """
 
     snapshot: Snapshot
-    options: dict  # of `generate_images`: labels, guide, guidance, guidance_interval, sampler
-    record: dict
+    options: dict
+    settings: dict
+
+    @functools.cached_property
+    def record(self) -> dict:
+        """The settings, and as `weights` what tells those of the networks wherever they are."""
+        nets = filter(None, (self.snapshot.net, self.options['guide']))
+        return self.settings | {
+            'weights': [fingerprint(net.state_dict().items()) for net in nets]}
 
     def images(self, seeds, **options) -> Iterator[GeneratedBatch]:
         """See `generate_images`, which takes `options`."""
@@ -199,10 +211,10 @@ def open_generator(net=None, *, preset=None, gnet=None, guidance=None, guidance_
         _check_guide(snapshot.net, guide, setting['name'], gnet)
     plain = plain_setting(setting)
     guiding = dict(guidance=guidance, guidance_interval=guidance_interval)
-    record = dict(net=None if net is snapshot else net, gnet=gnet, **guiding, nimg=snapshot.nimg,
-                  class_name=class_, sampler=plain)
+    settings = dict(net=None if net is snapshot else net, gnet=gnet, **guiding,
+                    nimg=snapshot.nimg, class_name=class_, sampler=plain)
     options = dict(labels=label, guide=guide, sampler=setting, **guiding)
-    return Generator(snapshot, options, record)
+    return Generator(snapshot, options, settings)
 
 
 def _check_guide(net, guide, sampler: str, path: str):
@@ -247,7 +259,7 @@ class OutputFolder:
     def __init__(self, path: str, subdirs: bool, record: dict, dataset: dict):
         self.path = path
         self.subdirs = subdirs
-        self.record = json.loads(to_json(record))
+        self.record = json.loads(to_json(record))              # files have it `publishable`
         self.dataset = dataset
         self.json_path = os.path.join(path, 'dataset.json')
         self.labels = {}  # {name of the file: label or None}, of those before and of this process
@@ -258,7 +270,9 @@ class OutputFolder:
                 made_by = finite(dict(old.get('generated_by') or {}))
                 if 'sampler' in made_by:
                     made_by['sampler'] = plain_setting(made_by['sampler'])
-                if made_by != self.record:
+                # Networks are told by their weights; in earlier versions by their paths.
+                names = {'net', 'gnet'} if 'weights' in made_by else {'weights'}
+                if without(made_by, names) != without(self.record, names):
                     fault = 'holds images made with other options'
                 self.labels = dict(old.get('labels') or [])
             except (ValueError, AttributeError, TypeError):

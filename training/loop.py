@@ -8,6 +8,7 @@ import os
 import shlex
 import threading
 import time
+import unittest.mock
 import warnings
 from collections.abc import Callable
 
@@ -505,7 +506,10 @@ class Trainer:
         # What is logged of the checkpoint's own step is kept.
         first = self._count + 1
         _silence_tensorboard()
-        self._tensorboard = stack.enter_context(SummaryWriter(self.run_dir, purge_step=first))
+        # The file's name is events.out.tfevents.<second>.<host>...: runs are passed on.
+        with unittest.mock.patch('socket.gethostname', lambda: 'run'):
+            writer = SummaryWriter(self.run_dir, purge_step=first)
+        self._tensorboard = stack.enter_context(writer)
         self._wandb = None
         if wandb_project:
             import wandb  # optional

@@ -8,12 +8,13 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shlex
 from collections.abc import Callable
 
 import torch
 
 from dnnlib import UserError
-from dnnlib.util import one_line, to_json
+from dnnlib.util import command_line, one_line, publishable, to_json
 from torch_utils import distributed as dist
 from training import loop, runs
 from training.checkpoint import LAYOUTS, WRONG, CheckpointError, Checkpoints
@@ -94,7 +95,7 @@ class Recipe:
 
     def settings(self, options: dict | None = None) -> dict:
         """The recipe as files keep it, with a script's `options` beside it."""
-        return json.loads(json.dumps((options or {}) | dataclasses.asdict(self)))
+        return publishable(json.loads(json.dumps((options or {}) | dataclasses.asdict(self))))
 
 
 # Fields that may change from one start of a run to the next.
@@ -123,9 +124,10 @@ def changes(state: dict, settings: dict) -> dict[str, str]:
     """
     if 'identity' not in state:
         fields = [field for field in Recipe.__annotations__ if field in state['recipe']]
-        old, new = (_flatten({field: values[field] for field in fields})
+        old, new = (_flatten(publishable({field: values[field] for field in fields}))
                     for values in (state['recipe'], settings))
-        paths = old | new
+        # Of an earlier version: it says nothing of the content of files.
+        paths = [path for path in old | new if path in old or not path.endswith('fingerprint')]
     else:  # of an earlier version: its identity has options by name
         dataset = settings['dataset']
         old = _by_option(json.loads(json.dumps(state['identity'])))
@@ -316,7 +318,9 @@ def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: 
     lines = (
         f'Data: {data.get("name")}, {data.get("size")} images, {data.get("label_dim")} classes',
         f'Network: {parameters / 1e6:.2f}M parameters, on {trainer.device.type}, '
-        f'{dist.get_world_size()} process(es), batch {recipe.batch}', f'Run: {run_dir}', start)
+        f'{dist.get_world_size()} process(es), batch {recipe.batch}', f'Run: {run_dir}',
+        f'Command: {shlex.join(command_line())}',
+        *(f'Path of {name}: {path}' for name, path in runs.private_paths(options).items()), start)
     try:
         trainer.run(lines, changed, files, wandb)
     except Diverged:

@@ -6,7 +6,15 @@ import os
 import time
 
 from dnnlib import UserError, budget
-from dnnlib.util import cannot_write, command_line, finite, matching_names, write_json
+from dnnlib.util import (
+    cannot_write,
+    command_line,
+    finite,
+    matching_names,
+    publishable,
+    without,
+    write_json,
+)
 from torch_utils.distributed import environment, get_rank
 from training.checkpoint import Checkpoints
 from training.snapshot import list_snapshots
@@ -74,6 +82,23 @@ def option_of(layout: type[Checkpoints], run_dir: str, name: str, new, old):
     return record.get(name, old) if record else new
 
 
+def private_paths(options: dict | None) -> dict[str, str]:
+    """The options that are paths of this machine: all files but log.txt have their last names."""
+    return {name: os.path.abspath(value) for name, value in (options or {}).items()
+            if isinstance(value, str) and publishable(value) != value and os.path.exists(value)}
+
+
+def path_of(run_dir: str, name: str) -> str | None:
+    """The path that is an option of a run: that of its record, or of its log.txt where the record
+    has but a name; None if there is none."""
+    path = read_options(run_dir).get(name)
+    if path and not os.path.exists(path):
+        with contextlib.suppress(OSError), open(os.path.join(run_dir, 'log.txt')) as file:
+            lines = [line.partition(f'Path of {name}: ') for line in file]
+            path = next((rest.strip() for _, found, rest in lines[::-1] if found), path)
+    return path
+
+
 def add_start(run_dir: str, settings: dict, **start):
     """Writes `training_options.json`: the settings, and a list of all starts of the run.
 
@@ -130,7 +155,8 @@ def choose_folder(outdir: str, name: str, options: dict, *goal) -> str:
     """The newest run in `outdir` called `name` (after its number) that nobody trains at present,
     that has these `options` (of what has parts, those that are given) or has not begun, and is
     not finished (`goal`: arguments of `is_finished`); else the folder of a new one, with one
-    number after the last.
+    number after the last. `data` may have moved, if its fingerprint is among the options, as part
+    of `dataset`.
     """
     found = sorted((int(match[1]), match[2], match[0])
                    for match in matching_names(outdir, r'(\d{5,})-(.*)'))
@@ -140,7 +166,11 @@ def choose_folder(outdir: str, name: str, options: dict, *goal) -> str:
             earlier = read_options(path)
             begun = earlier or any(name != 'log.txt' and not name.startswith('.')
                                    for name in os.listdir(path))
-            if not begun or _agrees(earlier, finite(options)):
+            if 'fingerprint' in earlier.get('dataset', {}):
+                wanted = publishable(without(options, ['data']))
+            else:                                              # of an earlier version: with paths
+                wanted = without(options, ['dataset'])
+            if not begun or _agrees(earlier, finite(wanted)):
                 with contextlib.suppress(UserError), locked(path):
                     return path
     number = found[-1][0] + 1 if found else 0

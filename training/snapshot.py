@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from dnnlib import UserError, url
-from dnnlib.util import atomic_path, matching_names
+from dnnlib.util import atomic_path, matching_names, publishable
 from torch_utils.files.identify import Found, identify
 from torch_utils.files.own import SNAPSHOT_FORMAT
 from torch_utils.files.pickles import ForeignPickleError, errors_of
@@ -75,8 +75,9 @@ def describe(net, *, encoder, dataset, recipe, sampler=None, nimg=0, ema_std=Non
     return {
         'format': SNAPSHOT_FORMAT,
         'network': {'class_name': net.class_name, 'kwargs': net.init_kwargs},
-        'encoder': encoder.config(), 'dataset': dataset, 'recipe': recipe, 'sampler': sampler,
-        'nimg': int(nimg), 'ema_std': ema_std}
+        'encoder': encoder.config(), 'sampler': sampler, 'nimg': int(nimg), 'ema_std': ema_std,
+        # Of a snapshot of an earlier version they may have paths.
+        'dataset': publishable(dataset), 'recipe': publishable(recipe)}
 
 
 def stored_state(net, dtype) -> dict:

@@ -80,7 +80,8 @@ def main(data_dir, config, outdir, running, seed, precision, overrides):
                              mirror=section.random_flip)
     runs.train(
         section, net, DDPMLoss(net.diffusion), batches, outdir, rule={'name': 'ddpm'},
-        dataset=runs.description(net, dataset.name, len(dataset)) | mirroring,
+        dataset=runs.description(net, dataset.name, len(dataset)) | mirroring | {
+            'fingerprint': dataset.fingerprint},
         options=dataclasses.asdict(section) | dict(config=config, data_dir=data_dir, seed=seed),
         running=running)
     dist.shutdown()

@@ -1,5 +1,7 @@
 """A data set as training, sampling and metrics see it: arrays of images and labels by index."""
 
+import functools
+import hashlib
 import io
 import math
 import os
@@ -30,9 +32,12 @@ class Dataset:
         label_dim:      length of a label vector, 0 without labels.
         classes, class_names, wnids: see CLASS_TABLES; each a list, or None.
         info:           what dataset.json says besides the labels.
+        fingerprint:    of the content, wherever it is: hexadecimal digits, or None if not known.
 
     Raises UserError if there are fewer names of classes than labels need.
     """
+
+    fingerprint = None
 
     def __init__(self, path, image_shape, dtype=np.uint8, labels=None, label_dim=None, info=None):
         self.path = os.fspath(path).rstrip('/')
@@ -102,6 +107,11 @@ class Dataset:
         """What a snapshot keeps: plain values, enough to name classes and to decode samples."""
         keys = ('name', 'resolution', 'num_channels', 'label_dim', *CLASS_TABLES)
         description = {key: getattr(self, key) for key in keys} | {'size': len(self)}
+        if self.fingerprint is not None:
+            description['fingerprint'] = self.fingerprint
+            if self.has_labels:
+                labels = np.ascontiguousarray(self.stored_labels)
+                description['labels_fingerprint'] = hashlib.sha256(labels).hexdigest()[:32]
         return description | {key: self.info[key] for key in _DESCRIBING if key in self.info}
 
 
@@ -159,6 +169,10 @@ class ImageDataset(Dataset):
         if cache or (cache is None and first.nbytes * len(self._files) <= CACHE_BYTES):
             self._cached = np.zeros(len(self._files), dtype=bool)
             self._cache = np.empty((len(self._files), *first.shape), dtype=self.dtype)
+
+    @functools.cached_property
+    def fingerprint(self):
+        return self._reader.fingerprint(self._files)
 
     def _check_shapes(self):
         _, height, width = self.image_shape

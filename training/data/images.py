@@ -1,6 +1,8 @@
 """Images of any file that holds some: folders, zips, and the `.npz` arrays of guided diffusion."""
 
 import contextlib
+import functools
+import hashlib
 import zipfile
 
 import numpy as np
@@ -8,11 +10,15 @@ import numpy as np
 from dnnlib import UserError
 from dnnlib.npz import open_array
 from dnnlib.util import atomic_path, one_line
+from training.data.archive import READ_FILES
 from training.data.dataset import Dataset, ImageDataset
 
 
 class ArrayImages(Dataset):
-    """uint8 images [N,H,W,C] of an array, with their classes, int [N], if any."""
+    """uint8 images [N,H,W,C] of an array, with their classes, int [N], if any.
+
+    The fingerprint is that of at most `READ_FILES` images.
+    """
 
     def __init__(self, path: str, array: np.ndarray, labels=None, info: dict | None = None):
         self._array = array
@@ -20,6 +26,11 @@ class ArrayImages(Dataset):
 
     def __len__(self):
         return len(self._array)
+
+    @functools.cached_property
+    def fingerprint(self):
+        images = self._array[::-(-len(self) // READ_FILES)]
+        return hashlib.sha256(np.ascontiguousarray(images)).hexdigest()[:32]
 
     def images(self, indices) -> np.ndarray:
         """uint8 [n,C,H,W]."""
