@@ -76,6 +76,7 @@ class StabilityVAEEncoder:
         final_mean, final_std: Those that the network sees.
         batch_size: Images that go through the autoencoder together.
         precision:  'fp32', 'fp16' or 'bf16', of the autoencoder.
+        fingerprint: Of a local folder, wherever it is (see training.data.autoencoders).
 
     `named_by` is the 'user', who may name any autoencoder; or 'data', which names one of PUBLISHED
     or a local folder; or a 'snapshot', which names one of PUBLISHED. The variable SD_VAE holds
@@ -89,9 +90,10 @@ class StabilityVAEEncoder:
 
     def __init__(self, vae_name=DEFAULT_VAE, raw_mean=(5.81, 3.25, 0.12, -2.15),
                  raw_std=(4.17, 4.62, 3.71, 3.28), final_mean=0, final_std=0.5, batch_size=8,
-                 precision='fp32'):
+                 precision='fp32', fingerprint=None):
         if not isinstance(vae_name, str):
             raise ValueError('the name of the autoencoder is no text')
+        self.fingerprint = fingerprint
         self.vae_name = vae_name
         self._settings = dict(raw_mean=list(raw_mean), raw_std=list(raw_std),
                               final_mean=final_mean, final_std=final_std)
@@ -106,7 +108,8 @@ class StabilityVAEEncoder:
 
     def config(self) -> dict:
         """Plain values from which `make_encoder` makes this encoder again."""
-        return {'name': self.name, 'vae_name': self.vae_name} | self._settings
+        known = {'fingerprint': self.fingerprint} if self.fingerprint else {}
+        return {'name': self.name, 'vae_name': self.vae_name} | self._settings | known
 
     def latent_shape(self, raw_shape) -> tuple:
         """Shape [C,H,W] of the latents of stored images of shape [C,H,W] (mean and std, or

@@ -75,9 +75,8 @@ def describe(net, *, encoder, dataset, recipe, sampler=None, nimg=0, ema_std=Non
     return {
         'format': SNAPSHOT_FORMAT,
         'network': {'class_name': net.class_name, 'kwargs': net.init_kwargs},
-        'encoder': encoder.config(), 'sampler': sampler, 'nimg': int(nimg), 'ema_std': ema_std,
-        # Of a snapshot of an earlier version they may have paths.
-        'dataset': publishable(dataset), 'recipe': publishable(recipe)}
+        'encoder': publishable(encoder.config()), 'dataset': publishable(dataset),
+        'recipe': publishable(recipe), 'sampler': sampler, 'nimg': int(nimg), 'ema_std': ema_std}
 
 
 def stored_state(net, dtype) -> dict:

@@ -12,6 +12,7 @@ from dnnlib.image_io import BadImage, decode_image, is_image_name
 from dnnlib.npz import read_npy_header
 from dnnlib.util import UserError, subset
 from training.data.archive import CLASS_TABLES, ArchiveReader, count_classes, labels_of
+from training.data.autoencoders import locate
 
 CACHE_BYTES = 2 << 30
 
@@ -150,6 +151,8 @@ class ImageDataset(Dataset):
         self._finite = finite
         first = self._decode(0)
         info = self._reader.description()
+        if isinstance(info.get('encoder'), dict):
+            info['encoder'] = locate(info['encoder'])
         labels = None
         if use_labels:
             labels = labels_of(self._reader, [names[i] for i in self._files], info)

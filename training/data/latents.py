@@ -13,6 +13,7 @@ from dnnlib.image_io import encode_png
 from dnnlib.util import UserError, map_ahead
 from torch_utils import distributed as dist
 from training.data.archive import ArchiveWriter, check_destination, image_name, latent_name
+from training.data.autoencoders import remember
 from training.data.dataset import ImageDataset
 from training.encoders import StabilityVAEEncoder, encoder_for, make_encoder
 
@@ -34,8 +35,8 @@ def encode(source: str, dest: str, encoder: StabilityVAEEncoder, *, batch=16, ov
         raise UserError(f'{source} has {dataset.resolution}x{dataset.resolution} pixels; '
                         'the autoencoder needs a multiple of 8')
     if os.path.isdir(encoder.vae_name):
-        # The archive and snapshots name it from anywhere.
-        encoder.vae_name = os.path.abspath(encoder.vae_name)
+        encoder.vae_name = os.path.abspath(encoder.vae_name)   # files have its last name
+        encoder.fingerprint = remember(encoder.vae_name)
 
     def to_bytes(raw):
         if not np.isfinite(raw).all():
