@@ -169,8 +169,9 @@ def ref(data, dest, detection, features, reading):
                                 keep_num=detectors.rules.manifold if features is None
                                 else features)
     num = statistics.gaussians[wanted['gaussians'][0]].num
-    statistics.meta = dict(data=data, class_name=reading['class_name'], seed=reading['seed'],
-                           num=num, detectors=detectors.description())
+    statistics.meta = dict(data=data, fingerprint=images.fingerprint, num=num,
+                           class_name=reading['class_name'], seed=reading['seed'],
+                           detectors=detectors.description())
     if dist.get_rank() == 0:
         save_statistics(dest, statistics)
     kept = [f', {len(values)} features of {space}'
@@ -273,7 +274,8 @@ def memorization(images, data, xflip, dest, grid, precision, **source):
         print(f'  mean_distance       {results["mean_distance"]:.4f}')
         if dest:
             write_json(dest, dict(
-                what, results=with_intervals(results), data=data, xflip=xflip,
+                what, results=with_intervals(results), data=data,
+                data_fingerprint=training.fingerprint, xflip=xflip,
                 num_training=len(training), command=command_line(), **dist.environment(),
                 samples=copies.table()), indent=None)
         if grid:
@@ -295,8 +297,8 @@ def of_files(path, class_name, num, seed, batch, workers):
     images = open_images(path)
     indices = select(images, num, seed, class_name)
     batches = read_batches(images, indices, batch, workers)
-    return batches, len(indices), dict(images=path, class_name=class_name, num=num, seed=seed,
-                                       batch=batch)
+    return batches, len(indices), dict(images=path, fingerprint=images.fingerprint,
+                                       class_name=class_name, num=num, seed=seed, batch=batch)
 
 
 def of_network(default, network, class_, sampler, seeds, seed, num, batch, workers, **options):

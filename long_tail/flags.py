@@ -18,6 +18,7 @@ _ABSL_VALUES = {
     'test_randomize_ordering_seed', 'test_srcdir', 'test_tmpdir', 'undefok', 'v', 'verbosity',
     'xml_output_file'}
 
+FOLDERS = {'logdir', 'finetuned_logdir'}
 # Of a command with all the files that they name, each as often as it is named.
 MAX_FILES = 100
 MAX_BYTES = 1 << 20
@@ -119,12 +120,24 @@ def _read_file(path: str, names: dict, files: tuple, read: list) -> dict:
         if len(read) > MAX_FILES or sum(read) > MAX_BYTES:
             raise click.UsageError(f'more than {MAX_FILES} files, or {MAX_BYTES >> 20} MiB, '
                                    'with all that it names')
-        return read_flags(arguments(text), names, (*files, real), read)
+        values = read_flags(arguments(text), names, (*files, real), read)
+        for name in FOLDERS & values.keys():
+            values[name] = _beside(real, values[name])
+        return values
     except (OSError, UnicodeDecodeError, click.UsageError) as error:
         reason = error.format_message() if isinstance(error, click.UsageError) else error
         if not str(reason).startswith('--flagfile='):    # which the innermost file says of itself
             reason = f'{where}: {reason}'
         raise click.UsageError(reason) from None
+
+
+def _beside(path: str, folder: str) -> str:
+    """A folder of runs that the flag file of a run names. Its own, and one beside that, may have
+    moved or be but names there.
+    """
+    place = os.path.join(os.path.dirname(os.path.dirname(path)), folder)
+    here = os.path.dirname(folder) or os.path.isdir(folder)
+    return place if folder and not here and os.path.isdir(place) else folder
 
 
 def to_text(params, values: dict) -> str:
