@@ -357,8 +357,8 @@ _PRIVATE = re.compile(r"""(?<![\w.~/-])(?<!:(?=//))
 
 def publishable(value):
     """Plain values as files have them that are passed on: of every path in a text that tells of
-    this machine and its user (absolute, from ~, or with ..), the last name alone. Paths below the
-    working folder stay, and so do addresses and names on a hub.
+    this machine and its user (absolute, from ~, or with ..), the last name alone, and URLs
+    `without_secrets`. Paths below the working folder stay, and so do names on a hub.
     """
     if isinstance(value, dict):
         return {key: publishable(item) for key, item in value.items()}
@@ -367,7 +367,8 @@ def publishable(value):
     if not isinstance(value, str) or '/' not in value:
         return value
     home = os.path.expanduser('~')
-    text = re.sub(rf'{re.escape(home)}(?=/|$)', '~', value) if len(home) > 1 else value
+    text = without_secrets(value)
+    text = re.sub(rf'{re.escape(home)}(?=/|$)', '~', text) if len(home) > 1 else text
     name, path = re.fullmatch(r'((?:[\w.-]+[=:])*)(.*)', text, re.DOTALL).groups()
     if path.startswith(('/', '~/')) and os.path.lexists(os.path.expanduser(path)):
         return name + os.path.basename(path.rstrip('/'))     # it may have spaces and commas
