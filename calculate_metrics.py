@@ -13,13 +13,20 @@ from metrics.features import Detectors, measure, measure_images
 from metrics.images import class_ids, read_batches, select
 from metrics.memorization import find_copies
 from metrics.shares import interval_of, with_intervals
-from metrics.statistics import Statistics, check_destination, load_statistics, save_statistics
+from metrics.statistics import (
+    ENDINGS,
+    Statistics,
+    is_statistics,
+    load_statistics,
+    save_statistics,
+)
 from torch_utils import distributed as dist
 from training.data.dataset import ImageDataset
 from training.data.images import open_images, pixels_of
 from training.generate import open_generator
 
 DEFAULT = 'fid,fd_dinov2'
+STATISTICS = cli.Written('file of statistics', ENDINGS, is_statistics)
 
 
 @click.group(cls=cli.Group)
@@ -93,7 +100,7 @@ comparison = options.group(
     click.option('--mix-protocols', is_flag=True,
                  help='Compare with statistics of another protocol'),
     options.text('JSON', '--dest', 'Write results and all that is needed to repeat them',
-                 type=cli.FILE),
+                 type=cli.json_with('results', 'num_images')),
 )
 
 
@@ -139,11 +146,12 @@ def make_detectors(metrics, protocol, inception, inception_sha256, dinov2, refer
 @main.command()
 @options.text('ZIP|DIR|NPZ', '--data', 'Reference images', required=True)
 @options.text('FILE', '--dest', 'Statistics to write: .pkl or .npz', required=True,
-              type=cli.FILE)
+              type=STATISTICS)
 @detection
 @options.count('--features', None, 'Keep the features of at most this many images, if the '
                'metrics need them  [default: as many as the protocol compares with]')
 @reading
+@options.pictures
 @options.verify
 def ref(data, dest, detection, features, reading):
     """Make reference statistics of a data set, for the metrics that are to use them.
@@ -154,7 +162,6 @@ def ref(data, dest, detection, features, reading):
         --metrics=fd_pixels,precision_pixels
     """
     dist.init()
-    check_destination(dest)
     if detection['metrics'] == ['is']:
         raise UserError(f'needs no reference; give some of {",".join(compute.FRECHET)}',
                         'metrics', 'is')
@@ -185,6 +192,7 @@ def ref(data, dest, detection, features, reading):
 @detection
 @comparison
 @reading
+@options.pictures
 @options.verify
 def calc(images, detection, comparison, reading):
     """Measure images in files.
@@ -210,6 +218,7 @@ def calc(images, detection, comparison, reading):
 @generation(50000)
 @detection
 @comparison
+@options.pictures
 def gen(precision, detection, comparison, **source):
     """Generate images and measure them, without writing them to files.
 
@@ -230,12 +239,14 @@ def gen(precision, detection, comparison, **source):
 @options.text('ZIP|DIR|NPZ', '--images', 'Images to measure, instead of those of --net')
 @options.text('ZIP|DIR', '--data', 'Training set', required=True)
 @options.boolean('--xflip', False, 'Compare with mirrored training images too')
+@options.pictures
 @generation(10000)
 @options.text('JSON', '--dest',
-              'Write ratio, distances and indices of the nearest training images', type=cli.FILE)
+              'Write ratio, distances and indices of the nearest training images',
+              type=cli.json_with('results', 'num_training'))
 @options.text('PNG', '--grid',
               'Write a picture of the most memorized images above their training images',
-              type=cli.FILE)
+              type=cli.PICTURE)
 def memorization(images, data, xflip, dest, grid, precision, **source):
     """Measure how many images are copies of training images.
 

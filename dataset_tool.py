@@ -26,6 +26,7 @@ def main():
 max_images_option = options.count('--max-images', None, 'Use at most this many, the first ones')
 # Of the commands that run the autoencoder.
 latent_options = options.together(
+    options.pictures,
     max_images_option,
     options.integer('--batch', 16, 'Images that go through the autoencoder together'),
     options.choice('--precision', 'fp32', 'Precision of the autoencoder',
@@ -136,9 +137,11 @@ def decode(source, dest, **others):
 @main.command()
 @options.text('ZIP|DIR', '--source', 'Data set of pixels or latents', required=True)
 @options.text('PNG', '--dest', 'Contact sheet to write  [default: SOURCE-sheet.png]',
-              type=cli.FILE)
+              type=cli.PICTURE)
+@options.pictures
 @options.count('--max-images', 10000, 'Images over which numbers are taken')
-@options.text('FILE', '--json json_path', 'Write the numbers as JSON too', type=cli.FILE)
+@options.text('FILE', '--json json_path', 'Write the numbers as JSON too',
+              type=cli.json_with('measured', 'counts'))
 def inspect(source, dest, max_images, json_path):
     """Show what is in a data set, and draw a contact sheet.
 
@@ -150,7 +153,7 @@ def inspect(source, dest, max_images, json_path):
     from training.data.dataset import ImageDataset
     dataset = ImageDataset(source, finite=False)
     dest = dest or os.path.splitext(dataset.path)[0] + '-sheet.png'
-    util.check_place(dest, field='dest')
+    cli.PICTURE.check_path(dest, 'dest')
     summary = report.summarize(dataset, max(max_images, 1))
     kind = 'pixels' if dataset.num_channels == 3 else 'latents'
     shape = 'x'.join(map(str, dataset.image_shape))

@@ -30,7 +30,7 @@ Published presets: """ + ', '.join(f'edm2-{name}' for name in PRESETS)
               type=cli.FOLDER)
 @click.option('--subdirs', is_flag=True, help='A folder for each 1000 seeds')
 @options.text('FILE.png', '--grid', 'Write a picture of the first samples, a row for each class',
-              type=cli.FILE)
+              type=cli.PICTURE)
 @options.seeds('16-19')
 @options.image_class
 @options.batch(32)

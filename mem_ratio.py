@@ -17,6 +17,8 @@ from training.diffusion.samplers import choose_setting, plain_setting
 from training.generate import OutputFolder, open_generator
 from training.snapshot import list_snapshots
 
+LOG = cli.json_with('settings', 'snapshots', what='log of mem_ratio.py', endings=())
+
 
 def load_log(path: str) -> tuple[dict, dict]:
     """The settings of an earlier call, and the rows that it has written to the log, by
@@ -29,6 +31,8 @@ def load_log(path: str) -> tuple[dict, dict]:
         settings = util.finite(dict(log['settings']))
         return settings | {'sampler': plain_setting(settings.get('sampler', {}))}, rows
     except (OSError, ValueError, KeyError, TypeError):
+        if cli.overwrites():
+            return {}, {}
         raise UserError('is no log of mem_ratio.py; remove it or choose another name',
                         'log', path) from None
 
@@ -63,12 +67,13 @@ def save_trajectory(path: str, rows: list[dict], title: str):
 @options.text('DIR', '--expdir', 'Folder of a run', required=True)
 @options.text('ZIP|DIR', '--knn-ref', 'Training set  [default: that of the run]')
 @options.text('JSON', '--log', 'Table to write; pictures get its name  '
-              '[default: EXPDIR/mem_ratio.json]', type=cli.FILE)
+              '[default: EXPDIR/mem_ratio.json]', type=LOG)
 @options.integers('--seeds', None, 'Seeds, e.g. 0-9999: one image each  '
                   '[default: those of the log, else 0-63]')
 @click.option('--subdirs', is_flag=True,
               help='Keep the samples: EXPDIR/samples/SNAPSHOT, a folder for each 1000 seeds')
 @options.image_class
+@options.pictures
 @options.batch(64)
 @options.sampling
 @options.allow_nonfinite
@@ -109,9 +114,11 @@ def main(expdir, knn_ref, log, seeds, subdirs, class_, batch, sampler, precision
     if ending == '.png':
         raise UserError(f'is the name of a picture; give e.g. {stem}.json', 'log', log)
     log = stem + ending
-    for path in (log, stem + '.png', stem + '-pairs.png'):
-        util.check_place(path, field='log')
     earlier, known = load_log(log)
+    for ending in ('.png', '-pairs.png'):
+        util.check_place(stem + ending, field='log')
+        if not earlier:                                        # else they are those of the log
+            cli.PICTURE.check_path(stem + ending, 'log')
     seeds = seeds or earlier.get('seeds', [*range(64)])
     paths = dict(expdir=os.path.abspath(expdir), knn_ref=os.path.abspath(data))
     settings = dict(num_training=len(training), seeds=seeds, sampler=plain_setting(sampler))

@@ -7,9 +7,11 @@ from tqdm import tqdm
 
 from dnnlib import UserError, cli
 from dnnlib.options import integer, text, verify
-from dnnlib.util import check_place
+from torch_utils.files.identify import identify
 from torch_utils.files.weights import check_finite
 from training import phema, snapshot
+
+SNAPSHOT = cli.Written('snapshot', ['.pkl'], lambda path: identify(path).kind == 'snapshot')
 
 
 def parse_stds(text: str) -> list[float]:
@@ -35,9 +37,9 @@ def reconstruct(indir, outstd, inprefix=None, instd=None, outdir=None, outprefix
     paths = {std: os.path.join(outdir or indir,
                                snapshot.snapshot_name(last, f'-{std:.3f}', outprefix))
              for std in outstd}
-    for path in paths.values():
-        check_place(path)
     outstd = [std for std, path in paths.items() if not (skip and os.path.isfile(path))]
+    for std in outstd:
+        SNAPSHOT.check_path(paths[std])
     result = snapshot.load_snapshot(files[-1].path)
     result.nimg = last
     parameters = {name for name, _ in result.net.named_parameters()}
@@ -78,6 +80,7 @@ Examples:
 @click.option('--skip', is_flag=True, help='Leave out what exists')
 @integer('--batch', None, 'Widths at a time, to save memory  [default: all]')
 @verify
+@cli.overwrite
 def main(**opts):
     """Reconstruct networks with any EMA width from the snapshots of a run.
 

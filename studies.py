@@ -105,6 +105,9 @@ class Study:
         path = self.path('study.json')
         try:
             if not os.path.exists(path):
+                if any(not name.startswith('.') for name in os.listdir(self.outdir)):
+                    raise UserError('is not empty, and no folder of a study; choose another',
+                                    'outdir', self.outdir)
                 util.write_json(path, ours)
             kept = dict(budget.read_json(path))
         except (OSError, TypeError, ValueError) as error:
@@ -309,9 +312,8 @@ def save_figure(figure, stem: str) -> list[str]:
     """Writes a matplotlib figure as <stem>.png and <stem>.svg, and closes it. The same figure
     gives the same bytes."""
     paths = [f'{stem}.png', f'{stem}.svg']
-    for path, metadata in zip(paths, (None, {'Date': None}), strict=True):
-        with util.atomic_path(path) as temp:
-            figure.savefig(temp, format=path[-3:], metadata=metadata)
+    for path in paths:
+        pictures.save_figure(figure, path, path[-3:], dpi=None)
     plt.close(figure)
     return paths
 

@@ -5,14 +5,13 @@ resumed.
 import contextlib
 import json
 import os
-import shutil
 import zipfile
 
 import numpy as np
 
-from dnnlib import budget
+from dnnlib import UserError, budget
 from dnnlib.npz import npy_header, open_array
-from dnnlib.util import atomic_path, require_same, write_json
+from dnnlib.util import atomic_path, remove_leftovers, require_same, write_json
 from training.data.images import save_npz_images
 
 
@@ -43,10 +42,13 @@ class SampleShards:
         """
         description = os.path.splitext(self.dest)[0] + '.json'
         places = [path for path in (self.dest, *self.paths.values()) if os.path.exists(path)]
+        recorded = {}
+        with contextlib.suppress(OSError, TypeError, ValueError):
+            recorded = dict(budget.read_json(description))
+        if os.path.exists(description) and 'num_samples' not in recorded:
+            raise UserError(f'{description} describes no samples, and would be replaced; choose '
+                            'another name', 'dest', self.dest)
         if places:
-            recorded = {}
-            with contextlib.suppress(OSError, TypeError, ValueError):
-                recorded = dict(budget.read_json(description))
             place = self.dest if places[0] == self.dest else self.parts
             require_same(place, recorded, self.settings, 'remove it, or choose another --dest')
             return place != self.dest
@@ -74,4 +76,8 @@ class SampleShards:
                     file.write(npy_header(shape, arrays[0].dtype.str))
                     for array in arrays:
                         file.write(array.tobytes())
-        shutil.rmtree(self.parts, ignore_errors=True)
+        for path in paths:
+            os.remove(path)
+        remove_leftovers(self.parts)
+        with contextlib.suppress(OSError):                     # other files stay
+            os.rmdir(self.parts)

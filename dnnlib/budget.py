@@ -20,10 +20,17 @@ import time
 ITEMS = 3_000_000           # parts; the largest published networks have a tenth of them
 MEMORY, FACTOR = 256 << 20, 20
 SECONDS, SPEED = 5, 20e6    # of the processor, and bytes of the file that take another one
+MAX_PIXELS = 178_956_970    # of a picture, as Pillow decodes
+PIXELS_VARIABLE = 'PIXELS_OF_A_PICTURE'     # of --max-pixels, also for child processes
 
 
 class TooMuch(ValueError):
     """A file that asks for more than its budget."""
+
+
+def max_pixels() -> int | None:
+    """How many pixels a picture may have, if the user says so."""
+    return int(os.environ[PIXELS_VARIABLE]) if PIXELS_VARIABLE in os.environ else None
 
 
 class Budget:
@@ -31,7 +38,7 @@ class Budget:
 
     def __init__(self, size: int):
         self.items = ITEMS + size // 16
-        self.memory = MEMORY + FACTOR * size
+        self.memory = MEMORY + FACTOR * size + 8 * (max_pixels() or 0)  # RGBA, twice
         self.end = time.thread_time() + SECONDS + size / SPEED
 
     def spend(self, items: int = 1, memory: int = 0):

@@ -74,6 +74,7 @@ def _end_in_silence():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+_MAX_JSON = 256 << 20                           # bytes of a file of results
 _OF_CLICK = (click.ClickException, click.Abort, click.exceptions.Exit)
 # Of the disk, and of places that cannot be written.
 _WRITE_ERRORS = (*util.DISK_ERRORS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR,
@@ -118,6 +119,34 @@ def _tell_launcher(line: str):
             json.dump({'message': {'message': line, 'extraInfo': extra}}, file)
 
 
+class _Printable:
+    """A stream of texts `util.without_codes`."""
+
+    _moves = re.compile('(?:\n|\x1b\\[A)*')             # of tqdm, for bars below each other
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        if not self._moves.fullmatch(text):
+            text = util.without_codes(text)
+        return self._stream.write(text)
+
+    def writelines(self, lines):
+        for line in lines:
+            self.write(line)
+
+
+@contextlib.contextmanager
+def _printable_streams():
+    with contextlib.redirect_stdout(_Printable(sys.stdout)), \
+            contextlib.redirect_stderr(_Printable(sys.stderr)):
+        yield
+
+
 class _OneLineErrors:
     # Whether fields that are no options go by their own names: those of a configuration.
     names_fields = False
@@ -127,6 +156,13 @@ class _OneLineErrors:
                         help_option_names=['-h', '--help'])
         kwargs['context_settings'] = settings | (kwargs.get('context_settings') or {})
         super().__init__(*args, **kwargs)
+        if any(isinstance(param.type, Written) for param in self.params) \
+                and all(param.name != 'overwrite' for param in self.params):
+            overwrite(self)
+
+    def main(self, *args, **kwargs):
+        with _printable_streams():
+            return super().main(*args, **kwargs)
 
     def make_context(self, *args, **kwargs):
         try:
@@ -215,6 +251,74 @@ class Destination(click.ParamType):
             util.check_place(path, self.name, param.name)
 
 
+# The value of --overwrite in the context of a command that writes files.
+_OVERWRITE = 'dnnlib.overwrite'
+
+
+def overwrites() -> bool:
+    """Whether the command may replace files that this project has not written."""
+    context = click.get_current_context(silent=True)
+    return bool(context and context.meta.get(_OVERWRITE))
+
+
+overwrite = click.option(
+    '--overwrite', is_flag=True, expose_value=False,
+    callback=lambda context, _, value: context.meta.update({_OVERWRITE: value}),
+    help='Replace files too that this project has not written')
+
+
+class Written(Destination):
+    """A file of a kind that is replaced only if this project has written it, or it is empty; else
+    --overwrite, which commands with such options have, is needed.
+
+    what     'picture'
+    endings  of its name, e.g. ['.png']; any for []
+    is_ours  function(path) -> whether the file there is of this kind, and of this project; it may
+             raise OSError, ValueError and UserError
+    """
+
+    def __init__(self, what: str, endings, is_ours):
+        super().__init__('file')
+        self.what = what
+        self.endings = tuple(endings)
+        self.is_ours = is_ours
+
+    def check(self, param, values: dict):
+        if (path := values.get(param.name)) is not None:
+            self.check_path(path, param.name)
+
+    def check_path(self, path: str, field: str | None = None):
+        """Raises UserError, about `field` if given, unless the file may be made or replaced."""
+        path = os.fspath(path)
+        util.check_place(path, field=field)
+        if not path.lower().endswith(self.endings or ''):
+            raise util.UserError(f'is a {self.what}: its name must end in '
+                                 f'{" or ".join(self.endings)}', field, path)
+        if not os.path.isfile(path) or not os.path.getsize(path) or overwrites():
+            return
+        ours = False
+        with contextlib.suppress(OSError, ValueError, RecursionError, util.UserError):
+            ours = self.is_ours(path)
+        if not ours:
+            raise util.UserError(f'is no {self.what} that this project has written; choose '
+                                 f'another name, or give --overwrite', field, path)
+
+
+def _has_mark(path: str) -> bool:
+    with open(path, 'rb') as file:
+        return util.MARK.encode() in file.read(4096)
+
+
+def json_with(*keys: str, what='JSON file of results', endings=('.json',)) -> Written:
+    """The kind of JSON objects that have these keys."""
+    def is_ours(path):
+        with open(path) as file:
+            content = json.loads(file.read(_MAX_JSON))
+        return isinstance(content, dict) and content.keys() >= {*keys}
+
+    return Written(what, endings, is_ours)
+
+
 def claim(*paths: str | None):
     """Until the command ends, no other command makes these files: raises UserError if one does."""
     context = click.get_current_context(silent=True)           # None in a worker of a study
@@ -248,6 +352,8 @@ def _parse_size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+PICTURE = Written('picture', ['.png'], _has_mark)
+DRAWING = Written('drawing', ['.svg'], _has_mark)
 FILE, FOLDER, ATOMIC = map(Destination, ('file', 'folder', 'atomic'))
 COUNT = Parsed('count', util.parse_count)           # 4096, 64Ki, 1.5Mi
 INT_LIST = Parsed('list', util.parse_int_list)      # 0,3,10-19

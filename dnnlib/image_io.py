@@ -10,6 +10,8 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
+from dnnlib import budget
+
 try:
     import pyspng
 except ImportError:  # Pillow decodes the same files, several times slower
@@ -28,11 +30,22 @@ _MEMORY, _FACTOR = 768 << 20, 20
 _PIXEL, _BLENDED, _FILLED = 7, 20, 70
 _MAX_SCANS = 100                # of a JPEG, each of which goes through all pixels; usual are ten
 
+_NO_MEMORY = 'more pixels than there is memory for'
 _SIGNATURE = b'\x89PNG\r\n\x1a\n'
+
+PIL.Image.MAX_IMAGE_PIXELS = None       # `check_pixels` knows what is allowed
 
 
 class BadImage(Exception):
     """A file that cannot be used as an image; the message says why, without the file's name."""
+
+    field = None
+
+
+class LargeImage(BadImage):
+    """A picture of more pixels than are allowed, as far as its header tells."""
+
+    field = 'max_pixels'
 
 
 def is_image_name(name: str) -> bool:
@@ -116,7 +129,7 @@ def decode_image(data: bytes) -> np.ndarray:
     """Pixels uint8 [H,W,3] of an image file's bytes, turned as its EXIF orientation says.
 
     Palette, CMYK, gray, 16-bit and transparent images become RGB. Raises BadImage for what is no
-    complete image.
+    complete image, LargeImage for one of more pixels than are allowed.
     """
     return np.asarray(decode_picture(data))
 
@@ -129,6 +142,8 @@ def decode_picture(data: bytes) -> np.ndarray | PIL.Image.Image:
             return pyspng.load(data, 'RGB')
         except RuntimeError as error:
             raise BadImage(f'damaged PNG ({error})') from None
+        except MemoryError:
+            raise BadImage(_NO_MEMORY) from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # large or oddly tagged: they decode, or they raise
@@ -139,9 +154,8 @@ def decode_picture(data: bytes) -> np.ndarray | PIL.Image.Image:
                 return _to_rgb(image)
     except BadImage:
         raise
-    except PIL.Image.DecompressionBombError:
-        raise BadImage(f'larger than the {2 * PIL.Image.MAX_IMAGE_PIXELS // 10**6} million pixels '
-                       'that are decoded; make it smaller first') from None
+    except MemoryError:
+        raise BadImage(_NO_MEMORY) from None
     except PIL.UnidentifiedImageError:
         raise BadImage('not an image, or of an unknown format') from None
     except Exception as error:  # of damaged files: anything from OSError to struct.error
@@ -160,12 +174,18 @@ def _check_cost(image: PIL.Image.Image, data: bytes):
         raise BadImage(f'a JPEG in more than {_MAX_SCANS} passes; save it anew')
 
 
-def check_pixels(width: int, height: int, size: int, cost: int = _PIXEL):
-    """Raises BadImage for more pixels than are decoded from a file of `size` bytes."""
-    most = (_MEMORY + _FACTOR * size) // cost
+def check_pixels(width: int, height: int, size: int | None = None, cost: int = _PIXEL):
+    """Raises LargeImage for more pixels than the user allows, else than are decoded of a picture,
+    fewer of a file of few bytes (`size`).
+    """
+    most = budget.max_pixels()
+    if most is None:
+        of_size = budget.MAX_PIXELS if size is None else (_MEMORY + _FACTOR * size) // cost
+        most = min(budget.MAX_PIXELS, of_size)
     if width * height > most:
-        raise BadImage(f'{width} x {height} pixels, more than the {most / 1e6:.0f} million that '
-                       'are decoded of a file of its size; make it smaller first')
+        raise LargeImage(f'{width} x {height} = {width * height} pixels, and at most {most} are '
+                         'read of such a file; allow as many if the picture is sound, or make it '
+                         'smaller')
 
 
 @functools.cache
@@ -184,8 +204,6 @@ def _is_plain_png(data: bytes) -> bool:
         return False
     width, height, depth, color, *methods = struct.unpack_from('>IIBBBBB', data, 16)
     if depth != 8 or color not in (0, 2) or any(methods):
-        return False
-    if width * height > PIL.Image.MAX_IMAGE_PIXELS:
         return False
     view = memoryview(data)
     start = len(_SIGNATURE)

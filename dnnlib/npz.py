@@ -78,8 +78,9 @@ def entry_start(local_header: bytes, offset: int) -> int:
     return offset + LOCAL_HEADER + sum(struct.unpack_from('<HH', local_header, 26))
 
 
-def open_array(path: str, name: str):
+def open_array(path: str, name: str, check=None):
     """The array `name` of an .npz: a memory map of the file, in memory if it is compressed.
+    `check(shape)` is called before it is read.
 
     All of its bytes are compared with their CRC, those of a map if `verifies()`. Raises KeyError
     if there is no such array, OSError, ValueError or zipfile.BadZipFile for a file that is damaged
@@ -91,12 +92,16 @@ def open_array(path: str, name: str):
         if info.compress_type != zipfile.ZIP_STORED:
             with budget.reading(path), open_entry(z, info) as file:
                 shape, _, descr = read_npy_header(file)
+                if check:
+                    check(shape)
                 budget.spend(memory=math.prod(shape) * np.dtype(descr).itemsize)
                 file.seek(0)
                 return np.lib.format.read_array(file, allow_pickle=False)
         with z.open(info) as file:
             shape, fortran, descr = read_npy_header(file)
             header = file.tell()
+            if check:
+                check(shape)
             while verifies() and file.read(1 << 20):
                 pass                               # raises BadZipFile at a wrong CRC
     with open(path, 'rb') as file:

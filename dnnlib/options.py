@@ -9,7 +9,7 @@ import os
 
 import click
 
-from dnnlib import cli, npz, util
+from dnnlib import budget, cli, npz, util
 
 ANY = cli.Number()
 POSITIVE = cli.Number(0, min_open=True)
@@ -94,16 +94,35 @@ allow_nonfinite = click.option('--allow-nonfinite', '--allow_nonfinite', is_flag
                                help='Take a network of NaN and infinite weights too')
 
 
-def _set_verify(ctx, _, value):
-    if not value:
-        os.environ[npz.UNVERIFIED] = '1'
-        ctx.call_on_close(lambda: os.environ.pop(npz.UNVERIFIED, None))
+def _environment(variable: str, value_of):
+    """Callback of an option: while its command runs, a variable of the environment, which child
+    processes have too, says value_of(value); None: nothing.
+    """
+    def set_variable(ctx, _, value):
+        if (text := value_of(value)) is not None:
+            os.environ[variable] = text
+            ctx.call_on_close(lambda: os.environ.pop(variable, None))
+
+    return set_variable
 
 
 # Of scripts that open snapshots, checkpoints, statistics or files of classes.
 verify = click.option(
     '--verify', metavar='BOOL', type=bool, default=True, expose_value=False,
-    callback=_set_verify, help='Read files to the end and compare their checksums before use')
+    callback=_environment(npz.UNVERIFIED, lambda value: None if value else '1'),
+    help='Read files to the end and compare their checksums before use')
+
+
+# Of scripts that make something of people's pictures.
+pictures = together(
+    click.option('--max-pixels', metavar='INT', type=cli.COUNT, expose_value=False,
+                 callback=_environment(budget.PIXELS_VARIABLE,
+                                       lambda value: None if value is None else str(value)),
+                 help=f'Read pictures of at most so many pixels  [default: {budget.MAX_PIXELS}, '
+                      'fewer of a small file]'),
+    click.option('--follow-links', is_flag=True, expose_value=False,
+                 callback=_environment(util.STAY_INSIDE, lambda value: None if value else '1'),
+                 help='Read what links in a folder of pictures point to outside of it'))
 
 # What makes the images.
 network = group(
@@ -230,6 +249,7 @@ def conversion(transforms):
         click.option('--source', metavar='PATH[,PATH...]', required=True, type=util.hide,
                      help='What to read, see dataset_tool.py convert --help'),
         destination,
+        pictures,
         click.option('--coarse', is_flag=True,
                      help="CIFAR-100's 20 coarse labels instead of the 100 fine ones"),
         group(

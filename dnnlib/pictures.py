@@ -7,15 +7,21 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
+import PIL.PngImagePlugin
 
 from dnnlib import budget
-from dnnlib.util import atomic_path
+from dnnlib.util import MARK, atomic_path
+
+# What figures say of themselves, by format.
+METADATA = {'png': {'Software': MARK}, 'svg': {'Date': None, 'Creator': MARK}}
 
 
 def save_png(image: PIL.Image.Image, path: str):
-    """Writes a PNG that appears only when complete."""
+    """Writes a PNG that appears only when complete, and says what wrote it."""
+    info = PIL.PngImagePlugin.PngInfo()
+    info.add_text('Software', MARK)
     with atomic_path(path) as temp:
-        image.save(temp, format='png')
+        image.save(temp, format='png', pnginfo=info)
 
 
 def image_grid(images, columns: int | None = None, row_labels=None,
@@ -65,10 +71,10 @@ def figure():
     return fig, fig.subplots()
 
 
-def save_figure(fig, path: str):
-    """Writes a figure as a PNG that appears only when complete."""
+def save_figure(fig, path: str, format: str = 'png', dpi=120):  # noqa: A002
+    """Writes a figure as a PNG or SVG that appears only when complete, and says what wrote it."""
     with atomic_path(path) as temp:
-        fig.savefig(temp, format='png', dpi=120)
+        fig.savefig(temp, format=format, dpi=dpi, metadata=METADATA[format])
 
 
 def save_curves(path: str, curves: dict, ylabel: str, **settings):

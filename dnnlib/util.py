@@ -21,6 +21,8 @@ import time
 
 from dnnlib import budget
 
+MARK = 'diffusion-data-studies'  # what pictures say of the software that wrote them
+
 
 class UserError(Exception):
     """An error that the user can mend: one line that names field or file and says what to do.
@@ -92,6 +94,15 @@ def hide(text: str) -> str:
     address = Address(without_secrets(text.replace(' ', '%20')))    # they end where it ends
     address.full = text
     return address
+
+
+_CODES = re.compile('[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f'
+                    '\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
+
+
+def without_codes(text: str) -> str:
+    """A text without control characters, but for ends of lines and tabs."""
+    return _CODES.sub('?', text)
 
 
 @contextlib.contextmanager
@@ -254,6 +265,8 @@ def _locked_temp(dest: str, is_folder=False, is_claim=False) -> tuple[str, int]:
     name = os.fsdecode(os.fsencode(name)[:100])
     try:
         os.makedirs(folder, exist_ok=True)
+        if is_claim:
+            _leftovers.pop(folder, None)                       # others are looked for now
         for leftover in _leftovers_of(folder).pop(name, ()):
             if not _remove_leftover(leftover) and is_claim:
                 raise UserError(f'{dest}: another process is making it; wait for it, or choose '
@@ -277,11 +290,14 @@ def _new_temp(folder: str, name: str, is_folder: bool) -> tuple[str, int]:
         os.close(handle)
 
 
+_TEMPORARY = r'(?:.*/)?\.[^/]+\.[0-9a-f]{8}\.tmp'
+
+
 def remove_leftovers(folder: str, name: str = '.+'):
     """Removes what killed processes left in a folder of files called `name` (a pattern), of any
     name by default.
     """
-    for match in matching_names(folder, rf'\.{name}\..{{8}}\.tmp'):
+    for match in matching_names(folder, rf'\.{name}\.[0-9a-f]{{8}}\.tmp'):
         _remove_leftover(os.path.join(folder, match[0]))
 
 
@@ -314,7 +330,7 @@ def _leftovers_of(folder: str) -> dict[str, list[str]]:
     now = time.monotonic()
     if now >= _leftovers.get(folder, (0,))[0]:
         temps = collections.defaultdict(list)
-        for match in matching_names(folder, r'\.(.+)\..{8}\.tmp'):
+        for match in matching_names(folder, r'\.(.+)\.[0-9a-f]{8}\.tmp'):
             temps[match[1]].append(os.path.join(folder, match[0]))
         end = time.monotonic()
         _leftovers[folder] = end + 100 * (end - now), temps
@@ -475,6 +491,52 @@ def matching_names(folder: str, pattern) -> list[re.Match]:
     """Matches of `pattern` with whole names in a folder; none if there is no such folder."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return [match for name in names if (match := re.fullmatch(pattern, name))]
+
+
+def first_stranger(folder: str, pattern: str) -> str | None:
+    """The first name below a folder, e.g. 'a/b.png', that is no file (or a link), or does not
+    match `pattern`; None if there is no such name. Temporary files of `atomic_path` are none.
+    """
+    pending = ['']
+    strangers = []
+    while pending:
+        prefix = pending.pop()
+        with os.scandir(os.path.join(folder, prefix)) as entries:
+            for entry in entries:
+                name = prefix + entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(name + '/')
+                elif not entry.is_file(follow_symlinks=False) \
+                        or not re.fullmatch(f'{pattern}|{_TEMPORARY}', name):
+                    strangers.append(name)
+    return min(strangers, default=None)
+
+
+STAY_INSIDE = 'STAY_INSIDE_OF_FOLDERS'  # the variable of commands that follow links if asked alone
+
+
+def leads_out(path: str, root: str) -> bool:
+    """Whether a link in the folder `root` points outside of it, and must not be followed there."""
+    if STAY_INSIDE not in os.environ:
+        return False
+    inside = os.path.realpath(root)
+    return os.path.commonpath([os.path.realpath(path), inside]) != inside
+
+
+def refuse_links(root: str, names: list[str]):
+    """Raises UserError about the links `names` in the folder `root`, unless there are none."""
+    if names:
+        count = f'{len(names)} links that lead' if len(names) > 1 else 'a link that leads'
+        raise UserError(f'{root} has {count} out of the folder, e.g. {min(names)}; follow links '
+                        'if the files there may be used, or copy them into the folder',
+                        'follow_links')
+
+
+def check_links(root: str, names):
+    """`refuse_links` for those of the files `names` in a folder that are links out of it."""
+    paths = {name: os.path.join(root, name) for name in names}
+    refuse_links(root, [name for name, path in paths.items()
+                        if os.path.islink(path) and leads_out(path, root)])
 
 
 def map_ahead(pool, function, items, ahead: int):

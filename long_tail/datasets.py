@@ -141,7 +141,7 @@ def _read(source, indices, size) -> np.ndarray:
         try:
             return transform(source.picture(index))
         except BadImage as error:
-            raise UserError(f'{source.where(index)}: {error}') from None
+            raise UserError(f'{source.where(index)}: {error}', error.field) from None
 
     stack = source.stack(indices)
     images = map(picture, indices) if stack is None else resize_stack(stack, size, size)

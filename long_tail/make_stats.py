@@ -14,7 +14,7 @@ from dnnlib import UserError, cli, options
 from long_tail import datasets, evaluation
 from metrics.features import Detectors, measure
 from metrics.images import read_batches
-from metrics.statistics import USUAL, check_destination, save_statistics
+from metrics.statistics import USUAL, is_statistics, save_statistics
 from torch_utils import distributed as dist
 
 
@@ -29,7 +29,6 @@ def balanced(labels, num: int) -> np.ndarray:
 def make(data_type, dest, detector, weights=None, root='./', split='train', download=False,
          img_size=None, num=None, features=True, batch=64):
     """Writes the statistics of a data set to `dest`; the arguments are those of the command."""
-    check_destination(dest, ['.npz'])
     if split == 'test' and data_type not in datasets.CIFAR:
         raise UserError(f'is no part of {data_type}', 'split', split)
     data = datasets.open_data(data_type, root, size=img_size, split=split, download=download)
@@ -63,7 +62,9 @@ Under torchrun the processes share the work.
 @click.option('--download', is_flag=True,
               help='Fetch the CIFAR archive to --root if it is not there')
 @options.choice('--split', 'train', 'Images of CIFAR', ['train', 'test'])
-@options.text('NPZ', '--dest', 'File to write', required=True, type=cli.FILE)
+@options.pictures
+@options.text('NPZ', '--dest', 'File to write', required=True,
+              type=cli.Written('file of statistics', ['.npz'], is_statistics))
 @evaluation.detector_options
 @options.integer('--img_size --img-size', None, 'Resize the images  [default: as stored]')
 @options.integer('--max_images --max-images --num num', None,

@@ -138,7 +138,15 @@ class Statistics:
 # --- Files --------------------------------------------------------------------------------------
 
 
-def check_destination(dest: str, endings=('.pkl', '.pt', '.npz')):
+ENDINGS = ('.pkl', '.pt', '.npz')
+
+
+def is_statistics(path: str) -> bool:
+    """Whether there are statistics in a file. Raises what `load_statistics` does."""
+    return bool(load_statistics(path).gaussians)
+
+
+def check_destination(dest: str, endings=ENDINGS):
     """Raises UserError unless `save_statistics` can write a file of this name."""
     if os.path.splitext(dest)[1].lower() not in endings:
         raise UserError(f'{dest}: the name must end in {" or ".join(endings)}')

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 import studies
-from dnnlib import UserError, cli, options, util
+from dnnlib import UserError, cli, options
 from simulations import RESULTS, tables
 from studies import plt
 
@@ -153,11 +153,12 @@ Examples:
     @options.text('DIR', '--outdir --results_dir outdir',
                   'Where results are, in a folder for each tag', default=RESULTS)
     @options.text('CSV', '--result', 'Table to draw  [default: the newest one]')
+    @cli.overwrite
     def main(outdir, result):
         path = Path(result).resolve() if result else tables.newest(outdir, tag)
         rows = tables.load(path)
-        for ending in ('.png', '.svg'):
-            util.check_place(path.with_suffix(ending))
+        for kind in (cli.PICTURE, cli.DRAWING):
+            kind.check_path(path.with_suffix(*kind.endings))
         seeds = tables.seeds_path(path)
         figure = draw(tag, rows, tables.load(seeds) if seeds.exists() else rows[:0])
         for picture in studies.save_figure(figure, str(path.with_suffix(''))):

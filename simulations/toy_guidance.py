@@ -191,7 +191,7 @@ Examples:
 @options.choice('--label', '0', 'Class that is drawn', '01')
 @options.seed('--seed', 0, 'Random seed')
 @click.option('--dest', help='Picture to write', metavar='PNG', default='toy_guidance.png',
-              type=cli.FILE)
+              type=cli.PICTURE)
 def main(width, steps, batch, lr, guidance, samples, label, seed, dest):
     """Learns a density of two tree-like classes in the plane and draws one of them: the data,
     samples without guidance, with classifier-free guidance, with autoguidance (by a smaller

@@ -22,6 +22,7 @@ from dnnlib import UserError, budget
 from dnnlib.npz import npy_header, read_npy_header, verifies
 from dnnlib.util import (
     atomic_path,
+    check_links,
     finite,
     matching_names,
     parse_int_list,
@@ -190,6 +191,7 @@ def open_classes(folders: Sequence[str], class_num: int) -> list[list[ClassFile]
         if last >= class_num:
             raise UserError(f'{os.path.join(folder, str(last))}.npy is of class {last}, but the '
                             f'number of classes is {class_num}')
+        check_links(folder, [f'{label}.npy' for label in range(class_num)])
     classes = [[ClassFile.open(os.path.join(folder, f'{label}.npy')) for folder in folders]
                for label in range(class_num)]
     first = classes[0][0]

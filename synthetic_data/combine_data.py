@@ -9,7 +9,6 @@ import click
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 from dnnlib import cli
-from dnnlib.util import check_place
 from synthetic_data import common
 from synthetic_data.class_files import open_classes, write_npz
 
@@ -35,7 +34,7 @@ def main(data_dir, output_dir, class_num, file_name):
     counts = [sum(map(len, files)) for files in classes]
     files = list(itertools.chain(*classes))
     dest = os.path.join(output_dir, f'{file_name}.npz')
-    check_place(dest, field='file_name')
+    common.CLASSES.check_path(dest, 'file_name')
     cli.claim(dest)
     with click.progressbar(files, label=f'Joining {sum(counts)} images') as bar:
         write_npz(dest, files[0].shape[1:], counts, bar)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import zipfile
 
 from dnnlib import cli, options
 
@@ -22,6 +23,13 @@ def _parse_name(text: str) -> str:
     return text.removesuffix('.npz')
 
 
+def _has_classes(path: str) -> bool:
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as z:
+        return {'image.npy', 'label.npy'} <= {*z.namelist()}
+    return False
+
+
+CLASSES = cli.Written('.npz of images and labels', ['.npz'], _has_classes)
 FRACTION = cli.Parsed('fraction', _parse_fraction)   # 8/255 -> 0.0314
 NPZ_NAME = cli.Parsed('name', _parse_name)           # 5m or 5m.npz -> 5m
 
@@ -36,5 +44,7 @@ def class_folder_options(file_name: str):
                      type=cli.FOLDER),
         options.integer('--class_num', 10, 'Number of classes'),
         options.verify,
+        options.pictures,
         options.text('NAME', '--file_name', 'The file is <output_dir>/NAME.npz', type=NPZ_NAME,
-                     default=file_name))
+                     default=file_name),
+        cli.overwrite)

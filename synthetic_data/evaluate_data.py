@@ -122,6 +122,12 @@ def show(summary: pd.DataFrame, eps: float):
           f'data alone\n{shown.to_string(index=False)}')
 
 
+def _is_table(path: str) -> bool:
+    with open(path) as file:
+        return file.readline(1000).startswith('training,data,')
+
+
+TABLE = cli.Written('table of results', ['.csv'], _is_table)
 EXAMPLES = """\b
 Examples:
   # The study's question on CIFAR-10, on 4 GPUs
@@ -145,6 +151,7 @@ The same command goes on where it was stopped; finished classifiers are not trai
 @train_classifier.training_options
 @options.batch_gpu
 @options.verify
+@cli.overwrite
 @options.integer('--jobs', None, 'Classifiers that train at a time  [default: one for each core, '
                                  'up to 8; one on a GPU or under torchrun]')
 def main(outdir, data, test, generated, selected, training, seeds, jobs, **settings):
@@ -172,6 +179,8 @@ def main(outdir, data, test, generated, selected, training, seeds, jobs, **setti
                    settings | dict(ls=1.0, bench=True))
     for run in planned[:len(sources)]:
         train_classifier.open_data(run.config)  # what is wrong with it is said now
+    for name in ('results.csv', 'summary.csv'):
+        TABLE.check_path(os.path.join(outdir, name), 'outdir')
     click.get_current_context().with_resource(runs.claimed(outdir, 'working'))
     dist.print0(f'{len(planned)} classifiers {settings["model"]} of {settings["duration"]} '
                 f'training images in {outdir}')

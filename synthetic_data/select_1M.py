@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import studies
-from dnnlib import cli, options, util
+from dnnlib import cli, options, pictures, util
 from synthetic_data import common, fixed_batch
 from synthetic_data.class_files import write_npz
 from synthetic_data.classify import batches, open_classifier
@@ -22,7 +22,8 @@ from torch_utils import distributed as dist
 
 BINS = 50            # of the histogram of confidences
 EXTREMES = 10      # best and worst images of a class in the picture
-ENDINGS = ('.npz', '-report.json', '-confidence.png', '-best-worst.png')
+ENDINGS = {'.npz': common.CLASSES, '-report.json': cli.json_with('top_scale', 'classes'),
+           '-confidence.png': cli.PICTURE, '-best-worst.png': cli.PICTURE}
 WRITE_IMAGES = 4096  # at a time
 
 
@@ -98,8 +99,7 @@ def save_histograms(path: str, rows: list[dict]):
         axis.set(yscale='symlog', title=f'class {label}: {row["selected"]} of {row["images"]}')
     fig.supxlabel('confidence of the intended class (line: lowest selected)')
     fig.supylabel('images')
-    with util.atomic_path(path) as temp:
-        fig.savefig(temp, format='png')
+    pictures.save_figure(fig, path, dpi=None)
     studies.plt.close(fig)
 
 
@@ -116,8 +116,8 @@ def run(model, model_path, data_dir, output_dir, class_num, top_scale, batch_siz
     """Scores, selects and writes; returns the report of each class."""
     dist.init()
     stem = os.path.join(output_dir, file_name)
-    for ending in ENDINGS:
-        util.check_place(stem + ending, field='file_name')
+    for ending, kind in ENDINGS.items():
+        kind.check_path(stem + ending, 'file_name')
     device = dist.get_device()
     torch.backends.cudnn.benchmark = False  # its choice may change the last bits of a confidence
     data = GeneratedImages(data_dir, class_num)

@@ -10,6 +10,7 @@ import click
 import helpers
 import pytest
 import torch
+import tqdm
 from click.testing import CliRunner
 
 from dnnlib import UserError, cli
@@ -35,6 +36,25 @@ def test_errors_name_the_option_of_the_command(field, value, printed):
 
     result = CliRunner().invoke(main, [])
     assert (result.exit_code, result.output) == (1, f'Error: {printed}\n')
+
+
+@pytest.mark.parametrize('text', ['\x1b]0;owned\x07', '\x1b[2J', 'a\x9b31m', '\u202egnp.exe', '\u2066x', 'a\x08b', '\udcff'])
+def test_no_text_of_a_file_reaches_the_terminal_as_a_code(text):
+    """Whatever prints it; ends of lines stay, and how tqdm moves between its bars."""
+    @click.command(cls=cli.Command)
+    @click.option('--number', type=int)
+    def main(number):
+        print(text + '\nä\tb\rc')
+        print(text, file=sys.stderr)
+        tqdm.tqdm.write(text, file=sys.stderr)
+        sys.stdout.write('\n\x1b[A\x1b[A')
+        raise UserError(f'{text}\nError')
+
+    result = CliRunner().invoke(main, [])
+    shown = ''.join(c if c.isprintable() else '?' for c in text)
+    assert result.stdout == f'{shown}\nä\tb\rc\n\n\x1b[A\x1b[A'
+    assert result.stderr.splitlines()[:2] == [shown] * 2 and result.stderr.endswith(f'Error: {shown}?Error\n')
+    assert text not in CliRunner().invoke(main, [f'--number={text}']).output
 
 
 def test_sigterm_unwinds_and_ends_in_one_line(monkeypatch):

@@ -17,8 +17,8 @@ import pytest
 from golden_cases import FOLDER, cases, ids, variants
 from helpers import ROOT, write_digits
 
-from dnnlib import UserError, image_io
-from dnnlib.image_io import BadImage, decode_image, encode_png
+from dnnlib import UserError, budget, image_io, util
+from dnnlib.image_io import BadImage, LargeImage, decode_image, encode_png
 from dnnlib.util import subset
 from torch_utils.files import pickles
 from torch_utils.random import tuple_seed
@@ -194,11 +194,25 @@ def test_what_is_left_to_pillow():
     exif = PIL.Image.Exif()
     exif[0x0112] = 3
     others = [saved(image.quantize(16)), saved(image, transparency=(0, 0, 0)), saved(image, exif=exif),
-              saved(image, format='gif'), wrong, huge, good[:-20], b'']
+              saved(image, format='gif'), wrong, good[:-20], b'']
     assert image_io._is_plain_png(good) and not any(map(image_io._is_plain_png, others))
-    for data in (wrong, huge):
-        with pytest.raises(BadImage, match='damaged image|million pixels'):
+    with pytest.raises(BadImage, match='damaged image'):
+        decode_image(wrong)
+    with pytest.raises(LargeImage, match='60000 x 60000'):
+        decode_image(huge)
+
+
+def test_a_large_picture_is_refused_with_its_size_and_read_if_allowed(monkeypatch):
+    image = PIL.Image.fromarray(pixels(12, 9))
+    files = [saved(image, format=name) for name in ('png', 'jpeg', 'webp', 'tiff', 'gif', 'bmp')] + [
+        saved(image.quantize(16)), encode_png(pixels(12, 9))]
+    for data in files:
+        monkeypatch.setenv(budget.PIXELS_VARIABLE, '107')
+        with pytest.raises(LargeImage, match='9 x 12 = 108 pixels, and at most 107') as error:
             decode_image(data)
+        assert 'damaged' not in str(error.value) and error.value.field == 'max_pixels'
+        monkeypatch.setenv(budget.PIXELS_VARIABLE, '108')
+        assert decode_image(data).shape == (12, 9, 3)
 
 
 def test_every_mode_becomes_rgb():
@@ -252,11 +266,11 @@ def test_archives_appear_only_when_complete(tmp_path):
             raise RuntimeError
         assert list(tmp_path.iterdir()) == []
         with ArchiveWriter(dest) as out:
-            out.add('b/x', b'1')
-            out.add('a', b'22')
+            out.add(image_name(1), b'1')
+            out.add(image_name(0), b'22')
             out.add_description({'labels': None})
         reader = ArchiveReader(dest)
-        assert reader.names == ['a', 'b/x', 'dataset.json']
+        assert reader.names == [image_name(0), image_name(1), 'dataset.json']
         assert [reader.read(i) for i in range(2)] == [b'22', b'1'] and reader.size(0) == 2
         with pytest.raises(UserError, match='overwrite'):
             ArchiveWriter(dest)
@@ -360,6 +374,65 @@ def test_damaged_zips_are_named(tmp_path):
         ImageDataset(path)
     with pytest.raises(UserError, match='does not exist'):
         ImageDataset(tmp_path / 'b.zip')
+
+
+@pytest.mark.parametrize('name', ['thesis', '00000/notes.txt', '00000/img00000000.jpg', 'a/img00000007.png', '.secret',
+                                  '00000/img00000009.png'])
+def test_overwrite_of_a_folder_removes_only_a_data_set(tmp_path, name):
+    """Nothing else that is in it, and no link (the last name); also what came while it was written."""
+    dest, mine = tmp_path / 'data', tmp_path / 'data' / name
+
+    def add_mine():
+        mine.parent.mkdir(exist_ok=True)
+        if name.endswith('9.png'):
+            (tmp_path / 'mine').write_text('x')
+            mine.symlink_to(tmp_path / 'mine')
+        else:
+            mine.write_text('x')
+
+    write_digits(dest, 3)
+    with pytest.raises(UserError, match=f'holds {re.escape(name)}, which is no part'), \
+            ArchiveWriter(dest, overwrite=True) as out:
+        out.add(image_name(0), b'1')
+        add_mine()
+    with pytest.raises(UserError, match=f'holds {re.escape(name)}, which is no part'):
+        ArchiveWriter(dest, overwrite=True)
+    assert mine.read_text() == 'x' and len(list(dest.rglob('*.png'))) >= 3
+    mine.unlink()
+    with ArchiveWriter(dest, overwrite=True) as out:
+        out.add(image_name(0), b'1')
+    assert ArchiveReader(dest).names == [image_name(0)]
+
+
+def test_overwrite_does_not_follow_a_link(tmp_path):
+    write_digits(tmp_path / 'data', 3)
+    (tmp_path / 'link').symlink_to(tmp_path / 'data')
+    with pytest.raises(UserError, match='is a link to a folder'):
+        ArchiveWriter(tmp_path / 'link', overwrite=True)
+
+
+def test_links_that_lead_out_of_a_folder_are_not_followed_unless_asked(tmp_path, monkeypatch):
+    """Links within it are, the folder itself may be one, and hard links are files."""
+    data, other = tmp_path / 'data', tmp_path / 'other'
+    for folder in (data / 'a', other):
+        folder.mkdir(parents=True)
+        (folder / 'x.png').write_bytes(encode_png(pixels()))
+    (data / 'a' / 'y.png').symlink_to('x.png')
+    (data / 'a' / 'loop').symlink_to(data)
+    os.link(other / 'x.png', data / 'a' / 'z.png')
+    (tmp_path / 'link').symlink_to(data)
+    monkeypatch.setenv(util.STAY_INSIDE, '1')
+    for path in (data, tmp_path / 'link'):
+        assert ArchiveReader(path).names == ['a/x.png', 'a/y.png', 'a/z.png']
+    for name, target in (('a/file.png', other / 'x.png'), ('folder', other), ('a/gone', '../../nowhere')):
+        (data / name).symlink_to(target)
+        with pytest.raises(UserError, match=f'a link that leads out of the folder, e.g. {name}') as error:
+            ArchiveReader(data)
+        assert error.value.field == 'follow_links'
+        monkeypatch.delenv(util.STAY_INSIDE)
+        ArchiveReader(data)
+        monkeypatch.setenv(util.STAY_INSIDE, '1')
+        (data / name).unlink()
 
 
 def test_links_in_folders_are_followed_once(tmp_path):

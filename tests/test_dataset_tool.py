@@ -461,6 +461,27 @@ def test_destinations_that_exist(folder, tmp_path):
     assert len(convert_to(dest, '--source=digits', '--max-images=5', '--overwrite')) == 5
 
 
+def test_a_large_picture_names_the_option_that_allows_it(folder, tmp_path):
+    """In a folder and in a zip; it is not called damaged, nor left out as that."""
+    shutil.make_archive(str(tmp_path / 'set'), 'zip', folder)
+    for source in (folder, tmp_path / 'set.zip'):
+        for more in ([], ['--skip-corrupt'], ['--workers=2']):
+            line = refusal(tmp_path / 'a.zip', f'--source={source}', '--max-pixels=63', *more)
+            assert line.startswith('Error: --max-pixels: ') and 'ant/0.png: 8 x 8 = 64 pixels' in line
+            assert 'damaged' not in line and 'mend' not in line
+    assert len(convert_to(tmp_path / 'a.zip', f'--source={folder}', '--max-pixels=64')) == 12
+
+
+def test_links_out_of_a_folder_name_the_option_that_follows_them(folder, tmp_path):
+    secret = tmp_path / 'secret.png'
+    picture().save(secret)
+    (folder / 'ant' / '9.png').symlink_to(secret)
+    line = refusal(tmp_path / 'a.zip', f'--source={folder}')
+    assert line.startswith('Error: --follow-links: ') and 'ant/9.png' in line
+    assert len(convert_to(tmp_path / 'a.zip', f'--source={folder}', '--follow-links')) == 13
+    assert len(ImageDataset(folder)) == 13                     # training follows them
+
+
 def test_the_result_does_not_depend_on_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(convert, 'CHUNK_BYTES', 3 * 8 * 8 * 7)
     for workers in (1, 2, 3):

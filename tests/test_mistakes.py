@@ -1,14 +1,16 @@
 """Mistakes of users: every command line here ends in one line that names what is wrong, and makes nothing."""
 
+import pickle
 import shlex
 import shutil
 
 import numpy as np
+import PIL.Image
 import pytest
 import test_generate
 import test_long_tail
 import torch
-from helpers import fails, script_module, write_digits
+from helpers import fails, invoke, script_module, write_digits
 from synthetic import save_network, write_classes
 from test_train_edm import TINY as EDM
 from test_training import TINY as EDM2
@@ -248,6 +250,23 @@ CLAIMED = {
         'simulations/digits_multi_source.py', 'data_utils/digits_memorization.py', 'long_tail/digits_long_tail.py',
         'distillation/digits_distillation.py', 'synthetic_data/digits_synthetic_data.py')},
 }
+# Files that commands write by name: {command line: them}.
+WRITTEN = {
+    'generate_images.py --net=<net.pkl> --seeds=0 --steps=1 --grid=x.png': ['x.png'],
+    'dataset_tool.py inspect --source=<digits.zip> --dest=x.png --json=x.json': ['x.png', 'x.json'],
+    'dataset_tool.py inspect --source=data': ['data-sheet.png'],
+    'calculate_metrics.py ref --data=<digits.zip> --dest=x.pkl --metrics=fd_pixels': ['x.pkl'],
+    'calculate_metrics.py ref --data=<digits.zip> --dest=x.npz --metrics=fd_pixels': ['x.npz'],
+    'calculate_metrics.py calc --images=<digits.zip> --ref=<others.pkl> --metrics=fd_pixels --dest=x.json': ['x.json'],
+    'calculate_metrics.py gen --net=<net.pkl> --num=9 --steps=1 --ref=<others.pkl> --metrics=fd_pixels --dest=x.json': ['x.json'],
+    'calculate_metrics.py memorization --images=<plain.zip> --data=<digits.zip> --grid=x.png --dest=x.json': ['x.png', 'x.json'],
+    'mem_ratio.py --expdir=<run> --knn-ref=<digits.zip> --seeds=0 --steps=1 --log=x.log': ['x.log', 'x.png', 'x-pairs.png'],
+    'long_tail/make_stats.py --data_type=digits --detector=pixels --dest=x.npz': ['x.npz'],
+    'simulations/toy_guidance.py --steps=1 --samples=8 --dest=x.png': ['x.png'],
+    'synthetic_data/combine_data.py --data_dir=<classes> --output_dir=. --file_name=x --class_num=3': ['x.npz'],
+    'synthetic_data/select_1M.py --data_dir=<classes> --output_dir=. --file_name=x --model_path=<wrn> --class_num=3':
+        ['x.npz', 'x-report.json', 'x-confidence.png', 'x-best-worst.png'],
+}
 # What is noticed only when some of the work is done.
 LATE = ('--sizes=20,5000', '--tag=slope --values=100')
 
@@ -271,6 +290,52 @@ def test_one_command_at_a_time_writes_to_a_place(command, places, tmp_path, monk
         line = fails(*words_of(command, places))
         assert f'{place}: another process is ' in line, line
     assert set(tmp_path.iterdir()) - {tmp_path / place} == before
+
+
+def write_mine(path):
+    """A file of somebody else, of the kind that its name says."""
+    match path.suffix:
+        case '.png':
+            PIL.Image.new('RGB', (8, 8)).save(path)
+        case '.npz':
+            np.savez(path, mine=np.arange(3))
+        case '.pkl':
+            path.write_bytes(pickle.dumps({'mine': 1}))
+        case _:
+            path.write_text('{"mine": 1}')
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize('command', WRITTEN, ids=[' '.join([*command.split()[:2], *names]) for command, names in WRITTEN.items()])
+def test_files_of_others_are_replaced_only_if_asked(command, places, tmp_path, monkeypatch):
+    """Those that the same command wrote are, and empty ones."""
+    monkeypatch.chdir(tmp_path)
+    script, *args = words_of(command, places)
+    if '--source=data' in args:
+        write_digits('data', 20)
+    for name in WRITTEN[command]:
+        path = tmp_path / name
+        mine = write_mine(path)
+        line = fails(script, *args)
+        assert name in line and 'is no ' in line, line
+        assert path.read_bytes() == mine
+        path.unlink()
+    assert {path.name for path in tmp_path.iterdir()} <= {'data'}
+    path.touch()
+    invoke(script, *args)
+    invoke(script, *args)
+    for name in WRITTEN[command]:
+        (tmp_path / name).unlink()
+    mine = write_mine(path)
+    invoke(script, *args, '--overwrite')
+    assert path.read_bytes() != mine
+
+
+@pytest.mark.parametrize('command', [command for command in WRITTEN if '=x.' in command and 'log' not in command])
+def test_names_say_what_is_in_a_file(command, places, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = fails(*words_of(command.replace('=x.', '=thesis.txt'), places))
+    assert 'its name must end in .' in line and 'thesis.txt' in line and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('command, words', [

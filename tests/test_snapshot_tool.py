@@ -167,6 +167,12 @@ def test_half_precision_and_overwriting(tmp_path):
     (tmp_path / 'mine' / 'letter').write_text('dear')
     assert 'no network' in fails('snapshot_tool.py', 'convert', path, f'--dest={tmp_path / "mine"}', '--overwrite')
     assert (tmp_path / 'mine' / 'letter').read_text() == 'dear'
+    folder = ['snapshot_tool.py', 'convert', path, f'--dest={tmp_path / "folder"}', '--overwrite']
+    invoke(*folder)
+    (tmp_path / 'folder' / 'unet' / 'letter').write_text('dear')
+    assert 'holds unet/letter, which is no part of a network' in fails(*folder)
+    os.remove(tmp_path / 'folder' / 'unet' / 'letter')
+    invoke(*folder)
 
 
 def test_inspection(source, tmp_path):

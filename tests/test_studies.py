@@ -336,6 +336,12 @@ def test_memorization_of_batches_that_outgrow_a_run(tmp_path):
     assert open_study(memorization, tmp_path).last == 'network-snapshot-0000030.pkl'
 
 
+def test_a_folder_with_other_files_is_no_folder_of_a_study(tmp_path):
+    (tmp_path / 'study.png').write_text('mine')
+    line = helpers.fails(CASES['memorization'].script, f'--outdir={tmp_path}')
+    assert '--outdir' in line and 'is not empty' in line and [path.name for path in tmp_path.iterdir()] == ['study.png']
+
+
 @pytest.mark.parametrize('text', ['[1]', '{', '7'])
 def test_a_study_that_cannot_be_read(text, tmp_path):
     (tmp_path / 'study.json').write_text(text)

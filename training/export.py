@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from dnnlib import UserError
-from dnnlib.util import atomic_path, write_bytes, write_json
+from dnnlib.util import atomic_path, first_stranger, write_bytes, write_json
 from torch_utils.files.identify import DESCRIPTION, FOLDER_WEIGHTS
 from torch_utils.files.own import SNAPSHOT_FORMAT
 from training.networks import NETWORKS
@@ -20,6 +20,11 @@ from training.snapshot import Snapshot, describe, save_snapshot, stored_state
 DTYPES = {'float32': torch.float32, 'float16': torch.float16}
 _ROOT = Path(__file__).resolve().parents[1]
 _CODE = _ROOT / 'training' / 'diffusers_code'
+
+# What a folder for diffusers consists of.
+_FOLDER_FILES = (rf'model_index\.json|{DESCRIPTION}|README\.md|unet/config\.json|'
+                 rf'{FOLDER_WEIGHTS}|(?:unet/)?(?:pipeline|network|inner|code_\w+)\.py|'
+                 r'(?:unet/)?__pycache__/[^/]+\.pyc')
 
 README = """\
 # A network for diffusers
@@ -50,6 +55,11 @@ def check_destination(dest: str, form: str, overwrite: bool):
                             place)
         if os.path.isdir(place) and (form or not os.path.isfile(os.path.join(place, DESCRIPTION))):
             raise UserError('is a folder that is no network, and is not removed', 'dest', place)
+        if os.path.islink(place) and os.path.isdir(place):
+            raise UserError('is a link to a folder; give the folder itself', 'dest', place)
+        if os.path.isdir(place) and (name := first_stranger(place, _FOLDER_FILES)):
+            raise UserError(f'holds {name}, which is no part of a network, and is not removed; '
+                            'move it, or choose another name', 'dest', place)
 
 
 def _is_description(path: str) -> bool:

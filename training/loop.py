@@ -24,6 +24,7 @@ from dnnlib.util import (
     one_line,
     remove_leftovers,
     to_json,
+    without_codes,
     write_bytes,
     writing,
 )
@@ -532,6 +533,7 @@ class Trainer:
 
     def log(self, text, show: bool = True):
         if self.leads:
+            text = without_codes(text)
             if show:
                 tqdm.write(text)
             path = self._path('log.txt')

@@ -43,6 +43,7 @@ Example:
 @options.text('DIR|ZIP|NPZ', '--synthetic', "The teacher's samples", required=True)
 @options.text('FLOAT', '--share', 'Share of real images', type=options.FRACTION, required=True)
 @options.integer('--count', None, 'Images in all  [default: as many as --real has]')
+@options.pictures
 @options.seed('--seed', 0, 'Seed of the choice', click.IntRange(0, 2**32 - 1))
 @options.text('DIR|ZIP', '--dest', 'Folder or zip to write, for image_train.py', required=True,
               type=cli.ATOMIC)

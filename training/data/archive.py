@@ -17,18 +17,21 @@ import zlib
 
 import numpy as np
 
-from dnnlib import budget
+from dnnlib import budget, util
 from dnnlib.npz import LOCAL_HEADER, entry_start
 from dnnlib.util import (
     UserError,
     atomic_path,
     check_place,
+    first_stranger,
     printable,
     publishable,
     to_json,
 )
 
 JSON_NAME = 'dataset.json'
+# What a data set consists of.
+FILES = r'dataset\.json|(?:\d{5,}/)?(?:img|img-mean-std-)?\d{6,}\.(?:png|npy)'
 # What it may say of classes: original index, name and ImageNet folder of each label.
 CLASS_TABLES = ('classes', 'class_names', 'wnids')
 MAX_FILE = 1 << 30     # bytes of an image or dataset.json; a file with holes has none on the disk
@@ -199,8 +202,12 @@ class ArchiveReader:
 
 
 def _walk(root: str):
-    """Names of all files below `root`, following links but never twice into the same folder."""
+    """Names of all files below `root`, following links but never twice into the same folder.
+
+    Raises UserError for links that lead out of it, where `util.leads_out` tells of them.
+    """
     seen, pending = set(), ['']
+    outside = []
     while pending:
         prefix = pending.pop()
         folder = os.path.join(root, prefix)
@@ -212,10 +219,13 @@ def _walk(root: str):
             for entry in entries:
                 if entry.name.startswith('.') or entry.name == '__MACOSX':
                     continue
-                if entry.is_dir():
+                if entry.is_symlink() and util.leads_out(entry.path, root):
+                    outside.append(prefix + entry.name)
+                elif entry.is_dir():
                     pending.append(f'{prefix}{entry.name}/')
                 elif entry.is_file():
                     yield prefix + entry.name
+    util.refuse_links(root, outside)
 
 
 def labels_of(reader: ArchiveReader, names: list[str], description: dict) -> np.ndarray | None:
@@ -352,15 +362,16 @@ class ArchiveWriter:
 
     Raises UserError at once if `dest` exists (an empty folder is fine). With `overwrite=True` it
     is replaced when the new archive is complete; a folder only if it is an archive, i.e. holds
-    dataset.json. `sync=False` does not wait until a zip is on the disk: for what can be made
-    again.
+    dataset.json, and nothing that archives do not. `sync=False` does not wait until a zip is on
+    the disk: for what can be made again.
     """
 
     def __init__(self, dest: str, overwrite: bool = False, sync: bool = True):
         self.dest = os.fspath(dest).rstrip('/')
         self.sync = sync
         self.is_zip = self.dest.lower().endswith('.zip')
-        check_destination(self.dest, overwrite)
+        self._check = functools.partial(check_destination, self.dest, overwrite)
+        self._check()
 
     def __enter__(self):
         self._stack = contextlib.ExitStack()
@@ -397,8 +408,10 @@ class ArchiveWriter:
         info = {key: value for key, value in info.items() if value is not None}
         self.add_description({'labels': labels} | info)
 
-    def __exit__(self, *error):
-        return self._stack.__exit__(*error)
+    def __exit__(self, kind, *error):
+        if kind is None:
+            self._stack.callback(self._check)  # of what has come while the archive was written
+        return self._stack.__exit__(kind, *error)
 
 
 def _dest_error(dest, text) -> UserError:
@@ -412,8 +425,13 @@ def check_destination(dest: str, overwrite: bool = False):
             raise _dest_error(dest, 'is a folder; remove it or choose another name')
         if not os.listdir(dest):
             return
+        if overwrite and os.path.islink(dest):
+            raise _dest_error(dest, 'is a link to a folder; give the folder itself')
         if overwrite and not os.path.isfile(os.path.join(dest, JSON_NAME)):
             raise _dest_error(dest, 'is a folder that is no data set, which is never overwritten')
+        if overwrite and (name := first_stranger(dest, FILES)):
+            raise _dest_error(dest, f'holds {name}, which is no part of a data set, and is not '
+                                    'removed; move it, or choose another name')
     check_new(dest, overwrite)
 
 

@@ -13,7 +13,7 @@ import threadpoolctl
 import tqdm
 
 from dnnlib.image_io import BadImage, encode_pngs
-from dnnlib.util import UserError, core_count, map_ahead
+from dnnlib.util import UserError, core_count, map_ahead, printable
 from training.data.archive import CLASS_TABLES, ArchiveWriter, image_name
 from training.data.sources import Source
 from training.data.transforms import make_transform, resize_stack
@@ -130,7 +130,7 @@ class Converted:
             lines.append(f'{self.rejected} images are too small for the transform and left out')
         if self.skipped:
             lines.append(f'{len(self.skipped)} damaged images were left out:')
-        return '\n'.join(lines + [f'    {name}' for name in self.skipped])
+        return '\n'.join(lines + [f'    {printable(name)}' for name in self.skipped])
 
 
 def convert(source: Source, selection: Selection, dest: str, *, resolution=None, transform=None,
@@ -175,8 +175,10 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
             match result:
                 case None:
                     rejected += 1
-                case str(message):
-                    message = message if where in message else f'{where}: {message}'
+                case Exception() as error:
+                    message = str(error) if where in str(error) else f'{where}: {error}'
+                    if error.field:                    # it is sound, but not allowed
+                        raise UserError(message, error.field)
                     if not skip_corrupt:
                         raise UserError(f'{message}; mend the file, or skip corrupt files')
                     skipped.append(message)
@@ -240,7 +242,7 @@ class _Job:
     def convert(self, indices) -> list:
         """What became of the images: `_Pngs` of all, or a list of what became of each.
 
-        That is `_Pngs` of one, a text that says how it is damaged, or None for a rejected one.
+        That is `_Pngs` of one, the error of one that cannot be read, or None for a rejected one.
         """
         name, width, height = self.rule
         images = self.source.stack(indices)
@@ -250,7 +252,7 @@ class _Job:
             images = resize_stack(images, width, height)
         else:
             transform = make_transform(*self.rule)
-            images = _stacked([image if isinstance(image, str) else transform(image)
+            images = _stacked([image if isinstance(image, Exception) else transform(image)
                                for image in images])
         if isinstance(images, np.ndarray):
             return [_pngs(images)]
@@ -261,7 +263,7 @@ class _Job:
         try:
             return self.source.picture(int(index))
         except (BadImage, UserError) as error:
-            return str(error)
+            return error
 
 
 def _stacked(images: list):

@@ -207,7 +207,7 @@ class ImageDataset(Dataset):
             else:
                 image = decode_image(data).transpose(2, 0, 1)
         except BadImage as error:
-            raise UserError(f'{self.where(row)}: {error}') from None
+            raise UserError(f'{self.where(row)}: {error}', error.field) from None
         if self._is_latents and self._finite and not np.isfinite(image).all():
             raise UserError(f'{self.where(row)} has values that are not finite (NaN or infinite); '
                             'encode it again')

@@ -8,6 +8,7 @@ import zipfile
 import numpy as np
 
 from dnnlib import UserError
+from dnnlib.image_io import LargeImage, check_pixels
 from dnnlib.npz import open_array
 from dnnlib.util import atomic_path, one_line
 from training.data.archive import READ_FILES
@@ -47,9 +48,11 @@ class NpzImages(ArrayImages):
     def __init__(self, path: str, image_key: str = 'arr_0', label_key: str = 'arr_1'):
         labels = None
         try:
-            array = open_array(path, image_key)
+            array = open_array(path, image_key, _check_shape)
             with contextlib.suppress(KeyError):
                 labels = open_array(path, label_key)
+        except LargeImage as error:
+            raise UserError(f'{path}: {error}', error.field) from None
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f'{path}: no .npz file with the array {image_key} '
                             f'({one_line(error, 100)})') from None
@@ -64,6 +67,11 @@ class NpzImages(ArrayImages):
                                 f'instead of whole numbers [{shape[0]}]')
             labels = np.asarray(labels, dtype=np.int64)
         super().__init__(path, array, labels)
+
+
+def _check_shape(shape: tuple):
+    if len(shape) == 4:
+        check_pixels(shape[2], shape[1])
 
 
 def save_npz_images(path: str, images: np.ndarray, labels=None):

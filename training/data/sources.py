@@ -31,7 +31,7 @@ import numpy as np
 
 from dnnlib import budget
 from dnnlib.image_io import BadImage, decode_picture, is_image_name
-from dnnlib.util import UserError
+from dnnlib.util import UserError, check_links
 from torch_utils.files import pickles, tar
 from training.data import imagenet
 from training.data.archive import (
@@ -197,6 +197,7 @@ class LmdbSource(Source):
 
     def __init__(self, path: str):
         super().__init__(path)
+        check_links(path, os.listdir(path))
         with self._transaction() as transaction:
             keys = transaction.cursor().iternext(keys=True, values=False)
             self.items = [bytes(key) for key in keys]
@@ -390,6 +391,7 @@ class CifarSource(JoinedSource):
         wanted = {name for meta, splits in _CIFAR.items() for name in (meta, *splits[split])}
         if os.path.isdir(path):
             folder = Path(cifar_folder(path) or path)
+            check_links(path, [folder.relative_to(path) / name for name in wanted])
             files = {name: read_file(folder / name) for name in wanted
                      if (folder / name).is_file()}
         else:
