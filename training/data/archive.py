@@ -105,9 +105,10 @@ class ArchiveReader:
             self.names.append(name)
             columns.append((info.header_offset, info.compress_size, info.file_size, info.CRC,
                             info.compress_type))
-            if not 0 <= info.header_offset < 1 << 62 > max(columns[-1]):
-                raise UserError(f'{self.path} is damaged: {name!r} lies outside of it')
-        self._entries = np.array(columns, dtype=np.int64).reshape(-1, 5)
+        try:
+            self._entries = np.array(columns, dtype=np.int64).reshape(-1, 5)
+        except OverflowError:
+            raise UserError(f'{self.path} is damaged: a file lies outside of it') from None
 
     def __getstate__(self):
         return self.__dict__ | {'_file': None}
