@@ -66,4 +66,15 @@ def by_size(source, max_images: int | None) -> np.ndarray:
     """Indices of `max_images` images, as many of each class; of all images for None."""
     if max_images is None:
         return np.arange(len(source))
-    return selection.balanced_subset(convert.class_labels(source), max_images, len(source.classes))
+    count = len(source.classes or ())
+    indices = selection.balanced_subset(convert.class_labels(source), max_images, count)
+    return noted(source, indices, max_images, count)
+
+
+def noted(source, indices, max_images: int, num_classes: int):
+    """The indices; says so if the first `num_classes` classes have fewer than `max_images`."""
+    if len(indices) < max_images:
+        counts = np.bincount(source.labels[indices], minlength=num_classes).tolist()
+        click.echo(f'Note: {source.name} has only {len(indices)} such images, '
+                   f'of each class {counts}', err=True)
+    return indices

@@ -7,8 +7,6 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
-
 from data_utils import common, selection
 from training.data import convert
 
@@ -28,12 +26,8 @@ def main(source, max_images, num_classes):
     python data_utils/dataset_diversity.py --source=datasets/cifar10/cifar-10-python.tar.gz \\
         --dest=datasets/cifar10/data_diversity/cifar10-2-2000.zip --max-images=2000 --num-classes=2
     """
-    labels = convert.class_labels(source)
-    indices = selection.diversity_subset(labels, max_images, num_classes)
-    if len(indices) < max_images:
-        counts = np.bincount(labels[indices], minlength=num_classes).tolist()
-        click.echo(f'Note: {source.name} has only {len(indices)} such images, '
-                   f'of each class {counts}', err=True)
+    indices = selection.diversity_subset(convert.class_labels(source), max_images, num_classes)
+    common.noted(source, indices, max_images, num_classes)
     return source, common.choose(source, indices, 'diversity', num_classes=num_classes,
                                  max_images=max_images)
 

@@ -17,7 +17,7 @@ def main(source, max_images):
     """Make a class-balanced data set of a given size.
 
     It has the first images of each class, class after class, so that larger sets contain the
-    smaller ones.
+    smaller ones. A class that is too small gives what it has, and the script says so.
 
     \b
     for n in 1000 2000 5000 10000; do

@@ -21,12 +21,14 @@ def _first_of_classes(labels, counts: list[int]) -> np.ndarray:
 
 
 def balanced_subset(labels, max_images: int, num_classes: int = 10) -> np.ndarray:
-    """The first max_images / num_classes images of each class; `max_images` must divide evenly."""
+    """The first max_images / num_classes images of each class; `max_images` must divide evenly.
+
+    A class that is too small gives what it has.
+    """
     if max_images % num_classes or max_images < 1:
         raise UserError(f'is not a multiple of the {num_classes} classes',
                         field='max_images', value=max_images)
-    indices = _first_of_classes(labels, [max_images // num_classes] * num_classes)
-    return _checked(indices, max_images)
+    return _first_of_classes(labels, [max_images // num_classes] * num_classes)
 
 
 def diversity_subset(labels, max_images: int, num_classes: int) -> np.ndarray:
@@ -53,14 +55,10 @@ def one_class_subset(labels, label: int, max_images: int | None = None) -> np.nd
 
 def first_images(indices: np.ndarray, max_images: int | None) -> np.ndarray:
     """The first `max_images` of the indices; all for None."""
-    return indices if max_images is None else _checked(indices[:max_images], max_images)
-
-
-def _checked(indices, max_images):
-    if len(indices) < max_images:
+    if max_images is not None and len(indices) < max_images:
         raise UserError(f'is too much: the source holds only {len(indices)} such images',
                         field='max_images', value=max_images)
-    return indices
+    return indices[:max_images]
 
 
 def random_labels(count: int, num_classes: int, seed: int = 1024) -> list[int]:

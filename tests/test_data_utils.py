@@ -74,6 +74,22 @@ def test_size_takes_the_first_of_each_class(cifar, tmp_path):
         assert info['selection'] == {'rule': 'size', 'max_images': 50, 'images': expected.tolist()}
 
 
+def test_classes_that_are_too_small_give_what_they_have(tmp_path):
+    """All scripts that take as many of each class, and say how many there are."""
+    for name, count in (('cat', 3), ('dog', 7)):
+        (tmp_path / 'set' / name).mkdir(parents=True)
+        for k in range(count):
+            PIL.Image.new('RGB', (8, 8), (k, count, 0)).save(tmp_path / 'set' / name / f'{k}.png')
+    for script, *option in (('dataset_size',), ('dataset_tool', '--balanced'), ('dataset_unique',), ('dataset_random',)):
+        dest = tmp_path / f'{script}.zip'
+        args = [f'--source={tmp_path}/set', f'--dest={dest}', *option]
+        out = invoke(f'data_utils/{script}.py', *args, '--max-images=10')
+        dataset, info = written(dest)
+        assert 'only 8 such images, of each class [3, 5]' in out and info['selection']['images'] == [*range(8)]
+        assert script in ('dataset_unique', 'dataset_random') or dataset.class_counts.tolist() == [3, 5]
+    assert 'Note' not in invoke(f'data_utils/{script}.py', *args, '--max-images=6', '--overwrite')
+
+
 @pytest.mark.parametrize('count', [50, 3, 1000])
 def test_the_tool_takes_the_first_images_as_published(cifar, tmp_path, count):
     path, images, labels = cifar
@@ -234,4 +250,4 @@ def test_what_is_selected_is_on_record(cifar, tmp_path):
            '--num-classes=2')
     info = json.loads((tmp_path / 'folder' / 'dataset.json').read_text())
     assert info['selection']['images'] == first_of_each(cifar[2], 2, range(2)).tolist()
-    assert info['labels'][-1] == ['00000/img00000003.png', 1] and info['source'] == str(cifar[0])
+    assert info['labels'][-1] == ['00000/img00000003.png', 1] and info['source'] == cifar[0].name

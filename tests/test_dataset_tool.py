@@ -72,7 +72,7 @@ def test_class_folders(folder, tmp_path):
     assert data.class_names == ['ant', 'bee', 'cow'] and data.classes == [0, 1, 2] and data.class_index('bee') == 1
     np.testing.assert_array_equal(data.images([4])[0].transpose(1, 2, 0), np.asarray(picture(11)))
     info = description(tmp_path / 'a.zip')
-    assert info['labels'][:1] == [['00000/img00000000.png', 0]] and info['source'] == str(folder)
+    assert info['labels'][:1] == [['00000/img00000000.png', 0]] and info['source'] == folder.name
 
 
 def test_the_result_is_a_stored_zip_or_a_folder(folder, tmp_path):
@@ -422,7 +422,7 @@ def test_damaged_pictures_are_named_or_left_out(folder, tmp_path):
     assert '2 damaged images' in out and 'bee/1.png' in out and 'cow/0.png' in out
     data = ImageDataset(tmp_path / 'a.zip')
     assert len(data) == 10 and data.label_ids.tolist() == [0] * 3 + [1] * 3 + [2] * 4
-    assert [line.split(': ')[0][-9:] for line in description(tmp_path / 'a.zip')['skipped']] == ['bee/1.png', 'cow/0.png']
+    assert [line.split(': ')[0] for line in description(tmp_path / 'a.zip')['skipped']] == ['1.png', '0.png']
     for path in folder.rglob('*.png'):
         path.write_bytes(b'')
     assert '12 damaged' in refusal(tmp_path / 'b.zip', '--skip-corrupt', *args)

@@ -147,7 +147,7 @@ MISTAKES = {
         '--expdir=<run> --knn-ref=<digits.zip> --log=' + 248 * 'x': ('--log', 'name too long'), '--expdir=<empty>': 'network-snapshot', '--expdir=nowhere': 'nowhere'},
     'benchmarks/run.py': {'--only=nix': '--only=nix is unknown'},
     'data_utils/dataset_size.py --source=<cifar>/cifar-10-python.tar.gz --dest=out/x.zip': {
-        '--max-images=200': '120', '': '--max-images', '--max-images=10 --source=<plain.zip>': 'no classes'},
+        '--max-images=125': ('--max-images=125', '10 classes'), '': '--max-images', '--max-images=10 --source=<plain.zip>': 'no classes'},
     'data_utils/dataset_tool.py --source=<cifar>/cifar-10-python.tar.gz --dest=out/x.zip': {
         '--max-images=55 --balanced': '--max-images=55', '--balanced': '--max-images'},
     'data_utils/dataset_diversity.py --source=<cifar>/cifar-10-python.tar.gz --dest=out/x.zip --max-images=10': {

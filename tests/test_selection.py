@@ -91,7 +91,6 @@ def test_one_class():
 
 @pytest.mark.parametrize('call', [
     lambda labels: selection.balanced_subset(labels, 15),
-    lambda labels: selection.balanced_subset(labels, 200),
     lambda labels: selection.diversity_subset(labels, 50, 11),
     lambda labels: selection.one_class_subset(labels, 12, 5),
     lambda labels: selection.one_class_subset(labels, 1, 11),
