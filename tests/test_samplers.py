@@ -376,3 +376,53 @@ def test_random_numbers_of_a_seed_do_not_depend_on_unused_churn():
     fresh = StackedRandomGenerator('cpu', [3])
     expected = [fresh.randn([1, 1, 2, 2], dtype=torch.float64) for _ in range(4)] and fresh.randn([1])
     assert torch.equal(draws['edm'], expected) and not torch.equal(draws['edm2'], expected)
+
+
+class _InEveryStep:
+    """One torch.randn for each image, at once, also where it is not used: what published images were made with."""
+
+    def __init__(self, seeds):
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.calls = 0
+
+    def randn(self, size, dtype=torch.float32):
+        return torch.cat([torch.randn([1, *size[1:]], generator=one, dtype=dtype) for one in self.generators])
+
+    def randn_like(self, x):
+        self.calls += 1
+        return self.randn(x.shape, x.dtype)
+
+    skip_like = randn_like
+
+
+@pytest.mark.parametrize('churn', [{}, dict(S_churn=3), dict(S_churn=3, S_min=0.1, S_max=2), dict(S_churn=3, S_min=1e9)],
+                         ids=['none', 'everywhere', 'within', 'nowhere'])
+@pytest.mark.parametrize('options', [dict(name='edm'), dict(name='edm2'), dict(name='ablation', solver='euler'),
+                                     dict(name='edm', dtype='float32')], ids=lambda options: '-'.join(options.values()))
+def test_skipped_noise_leaves_the_images_of_a_seed_as_they_were(options, churn):
+    net = network('edm')
+    for seeds in ([0], [2, 1, 700]):
+        every, ours = _InEveryStep(seeds), StackedRandomGenerator('cpu', seeds)
+        images = [sample(net, random.randn([len(seeds), 3, 8, 8]), random=random, num_steps=6, **options, **churn)
+                  for random in (every, ours)]
+        assert torch.equal(*images)
+        assert every.calls == 0 if not churn else options['name'] == 'edm2' or every.calls == 6
+
+
+@pytest.mark.parametrize('options', [dict(name='edm'), dict(name='ablation', discretization='vp', schedule='vp', scaling='vp'),
+                                     dict(name='edm2'), dict(name='dpmpp-2m'), dict(name='ddim'), dict(name='flow')],
+                         ids=lambda options: options['name'])
+def test_no_random_numbers_where_no_noise_is_added(options):
+    sample(network('edm'), torch.zeros([2, 3, 8, 8]), num_steps=3, random='nothing to draw from', **options)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_skipping_random_numbers_is_drawing_them(dtype):
+    for size in (1, 15, 16, 20, 31, 48, 3072):
+        x = torch.empty([2, size], dtype=dtype)
+        drawn, skipped = (StackedRandomGenerator('cpu', [5, 2**40 + 1]) for _ in range(2))
+        for _ in range(3):
+            drawn.randn_like(x)
+            skipped.skip_like(x)
+        for _ in range(2):
+            assert torch.equal(drawn.randn_like(x), skipped.randn_like(x))

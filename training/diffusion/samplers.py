@@ -146,12 +146,13 @@ def heun(denoiser, noise, levels, random, path=Linear(), scaling='none', solver=
     for i, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
         sigma = path.sigma(t)
         churned = gamma > 0 and low <= sigma <= high
-        fresh = random.randn_like(x) if churned or (always_draw and gamma > 0) else None
         t_hat = t
         if churned:
             t_hat = path.inverse(denoiser.round_sigma(sigma + gamma * sigma))
             added = (path.sigma(t_hat) ** 2 - sigma**2).clamp(min=0).sqrt() * s(t_hat) * S_noise
-            x = s(t_hat) / s(t) * x + added * fresh
+            x = s(t_hat) / s(t) * x + added * random.randn_like(x)
+        elif always_draw and gamma > 0:
+            random.skip_like(x)
         h = t_next - t_hat
         d = slope(x, t_hat)
         if solver == 'euler' or i == num_steps - 1:
