@@ -36,8 +36,8 @@ latent_options = options.together(
 @main.command()
 @options.conversion(transforms.NAMES)
 @max_images_option
-@options.integers('--class_labels', None,
-                  'Classes to take, in the order of their new labels, e.g. 171,182,198')
+@options.text('LIST', '--class_labels', 'Classes to take, in the order of their new labels: '
+              'names, wnids or numbers, e.g. cat,dog or 171,182,198; a name counts first')
 @options.integer('--nums', None, 'Images to draw of each class; 0 for all', 0)
 @click.option('--sim_name', metavar='sim1|sim2|sim3',
               type=click.Choice(list(imagenet.SIMILARITY_LEVELS), case_sensitive=False),
@@ -55,9 +55,9 @@ def convert(source, dest, overwrite, coarse, rules, class_labels, nums, sim_name
     classes of the same name are then one class.
 
     Classes are numbered as in ImageNet if their folders are wnids, else by their place in the
-    sorted list of folders. New labels count from 0; dataset.json keeps the original numbers as
-    "classes", so that --class=171 names the same class everywhere. What --nums draws of a class
-    depends on the seed and its number alone.
+    sorted list of folders; those named by number are in its order. New labels count from 0;
+    dataset.json keeps the original numbers as "classes", so that --class=171 names the same class
+    everywhere. What --nums draws of a class depends on the seed and its number alone.
 
     \b
     python dataset_tool.py convert --source=cifar-10-python.tar.gz --dest=datasets/cifar10.zip
@@ -66,9 +66,11 @@ def convert(source, dest, overwrite, coarse, rules, class_labels, nums, sim_name
         --sim_name=sim3 --nums=1000
     """
     from training.data import archive, sources
-    from training.data.convert import by_class, convert, everything
+    from training.data.convert import by_class, class_numbers, convert, everything
     archive.check_destination(dest, overwrite)
     opened = sources.open_source(source, coarse)
+    if class_labels is not None:
+        class_labels = class_numbers(opened, class_labels)
     if sim_name is not None:
         level = imagenet.SIMILARITY_LEVELS[sim_name]
         if opened.wnids is None and len(opened.classes or []) != len(imagenet.classes()):
@@ -85,7 +87,7 @@ def convert(source, dest, overwrite, coarse, rules, class_labels, nums, sim_name
     selection = selection.first(max_images)
     converted = convert(opened, selection, dest, overwrite=overwrite, notes={'sim_name': sim_name},
                         **rules)
-    print(converted.summary(dest, selection.classes))
+    print(converted.summary(dest))
 
 
 @main.command()
@@ -167,8 +169,9 @@ def inspect(source, dest, max_images, json_path):
         print(f'{summary["nonfinite"]} of the measured images have values that are not finite:',
               *summary['nonfinite_files'], sep='\n    ')
     print(f'{len(summary["counts"])} classes' if dataset.has_labels else 'no labels')
-    for label, count in enumerate(summary['counts']):
-        print(f'  label {label:4d}  {count:8d} images  class {report.class_name(dataset, label)}')
+    if dataset.has_labels:
+        table = report.class_table(summary['counts'], dataset.classes, dataset.class_names)
+        print(*table, sep='\n')
     if json_path:
         util.write_json(json_path, summary)
     images, columns, names = report.contact_sheet(dataset)

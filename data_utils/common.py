@@ -28,7 +28,7 @@ def command(choose):
         archive.check_destination(dest, overwrite)
         source, chosen = choose(open_source(source, coarse), **values)
         converted = convert.convert(source, chosen, dest, overwrite=overwrite, **rules)
-        print(converted.summary(dest, chosen.classes))
+        print(converted.summary(dest))
 
     return main
 

@@ -584,6 +584,8 @@ def test_classes_are_found_by_number_name_and_wnid():
     assert class_index(description, 'standard_schnauzer') == 2
     with pytest.raises(UserError, match=r"class '0' .* 171 \(Italian greyhound\), 182"):
         class_index(description, '0')
+    numbered = {'name': 'x', 'label_dim': 3, 'classes': [0, 1, 2], 'class_names': ['2', '4', '1']}
+    assert [class_index(numbered, text) for text in ('2', '4', '1', '0')] == [0, 1, 2, 0]
     plain = {'name': 'x', 'label_dim': 10, 'classes': None, 'class_names': None, 'wnids': None}
     assert class_index(plain, '7') == 7
     for text in ('10', '-1', 'cat'):

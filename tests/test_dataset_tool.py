@@ -75,6 +75,59 @@ def test_class_folders(folder, tmp_path):
     assert info['labels'][:1] == [['00000/img00000000.png', 0]] and info['source'] == folder.name
 
 
+def class_folders(path, names, count=1):
+    """A folder for each name, below `path`, with `count` pictures."""
+    for name in names:
+        (path / name).mkdir(parents=True)
+        for i in range(count):
+            picture(i).save(path / name / f'{i}.png')
+    return path
+
+
+def rows(output):
+    """(label, images, original index, name) of a printed table of classes."""
+    return [tuple(line.split()) for line in output.splitlines() if line[:8].strip().isdigit()]
+
+
+def test_folders_named_by_number_are_in_its_order(tmp_path):
+    source = class_folders(tmp_path / 'set', [*map(str, range(12)), '007', 'other'])
+    names = sorted(map(str, range(12)), key=int)
+    assert convert_to(tmp_path / 'a.zip', f'--source={source}').class_names == names[:7] + ['007'] + names[7:] + ['other']
+    shutil.make_archive(str(tmp_path / 'set'), 'zip', source)
+    out = tool('convert', f'--source={tmp_path}/set.zip', f'--dest={tmp_path}/b.zip', '--class_labels=10,2')
+    assert rows(out) == [('0', '1', '11', '10'), ('1', '1', '2', '2')]
+    assert ImageDataset(tmp_path / 'b.zip').class_names == ['10', '2']
+
+
+def test_a_class_name_counts_before_an_index(tmp_path):
+    source = class_folders(tmp_path / 'set', ['1', '3', '5', '1-3'])
+    assert sources.open_source(str(source)).class_names == ['1', '3', '5', '1-3']
+
+    def taken(text):
+        out = tool('convert', f'--source={source}', f'--dest={tmp_path}/a.zip', '--overwrite', f'--class_labels={text}')
+        assert [name for *_, name in rows(out)] == ImageDataset(tmp_path / 'a.zip').class_names
+        return [row[2:] for row in rows(out)]
+
+    assert taken('1') == [('0', '1')] and taken('3, 0') == [('1', '3'), ('0', '1')]
+    assert taken('2') == [('2', '5')] and taken('1-3') == [('3', '1-3')] and taken('2-3') == [('2', '5'), ('1', '3')]
+    line = refusal(tmp_path / 'b.zip', f'--source={source}', '--class_labels=9')
+    assert line.startswith('Error: --class_labels: ') and '0 (1), 1 (3), 2 (5)' in line
+    assert '--class_labels' in refusal(tmp_path / 'b.zip', f'--source={source}', '--class_labels=3-2')
+    data = convert_to(tmp_path / 'c.zip', f'--source={source}')
+    assert data.class_index('3') == 1 and data.class_index('2') == 2
+
+
+def test_the_classes_are_shown_with_their_images(folder, tmp_path):
+    out = tool('convert', f'--source={folder}', f'--dest={tmp_path}/a.zip', '--class_labels=cow,ant')
+    assert '8 images, 8x8, 2 classes' in out and rows(out) == [('0', '5', '2', 'cow'), ('1', '3', '0', 'ant')]
+    class_folders(tmp_path / 'many', map(str, range(20)))
+    assert len(rows(tool('convert', f'--source={tmp_path}/many', f'--dest={tmp_path}/b.zip'))) == 20
+    class_folders(tmp_path / 'many', ['more'], 4)
+    out = tool('convert', f'--source={tmp_path}/many', f'--dest={tmp_path}/c.zip')
+    assert '21 classes' in out and 'of each class 1 to 4 images' in out and not rows(out)
+    assert rows(tool('inspect', f'--source={tmp_path}/c.zip'))[20] == ('20', '4', '20', 'more')
+
+
 def test_the_result_is_a_stored_zip_or_a_folder(folder, tmp_path):
     data = convert_to(tmp_path / 'a.zip', f'--source={folder}')
     with zipfile.ZipFile(tmp_path / 'a.zip') as z:
@@ -333,7 +386,7 @@ def test_draws_are_nested_and_independent_of_the_other_classes(wnids):
 
 def test_selections_that_cannot_be_made(wnids, folder, tmp_path):
     dest = tmp_path / 'a.zip'
-    assert 'class 2 is not in' in refusal(dest, f'--source={wnids}', '--class_labels=171,2')
+    assert "class '2' is not in" in refusal(dest, f'--source={wnids}', '--class_labels=171,2')
     assert '171 is given twice' in refusal(dest, f'--source={wnids}', '--class_labels=171,171')
     assert '171 (Italian greyhound)' in refusal(dest, f'--source={wnids}', '--class_labels=171', '--nums=8')
     assert 'class 198 is not in' in refusal(dest, f'--source={wnids}', '--sim_name=sim3')

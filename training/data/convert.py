@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import multiprocessing
+import re
 import signal
 import sys
 from concurrent.futures.process import BrokenProcessPool
@@ -13,11 +14,14 @@ import threadpoolctl
 import tqdm
 
 from dnnlib.image_io import BadImage, encode_pngs
-from dnnlib.util import UserError, core_count, map_ahead, printable
+from dnnlib.util import UserError, core_count, map_ahead, parse_int_list, printable
 from training.data.archive import CLASS_TABLES, ArchiveWriter, image_name
+from training.data.dataset import class_index
+from training.data.report import class_table
 from training.data.sources import Source
 from training.data.transforms import make_transform, resize_stack
 
+MOST_LINES = 20  # of a table of classes
 CHUNK_BYTES = 1 << 21  # pixels of the images that a worker converts before it hands them over
 
 
@@ -62,6 +66,21 @@ def class_labels(source) -> np.ndarray:
     if source.labels is None or source.labels.ndim != 1:
         raise UserError(f'{source.name} has no classes to choose from')
     return source.labels
+
+
+def class_numbers(source, text: str) -> list[int]:
+    """Original indices of the classes in a list, e.g. 'cat,171,5-8'. See `class_index`."""
+    class_labels(source)
+    description = class_tables(source) | {'name': source.name, 'label_dim': len(source.classes)}
+    labels = []
+    try:
+        for part in map(str.strip, text.split(',')):
+            is_range = re.fullmatch(r'\d+-\d+', part) and part not in (source.class_names or ())
+            labels += [class_index(description, name)
+                       for name in (parse_int_list(part) if is_range else [part])]
+    except (ValueError, UserError) as error:
+        raise UserError(str(error), 'class_labels') from None
+    return [source.classes[label] for label in labels]
 
 
 def everything(source) -> Selection:
@@ -115,17 +134,26 @@ def by_class(source, classes: list[int] | None = None, nums: int | None = None,
 
 @dataclasses.dataclass
 class Converted:
-    """Number of images written, their side, damaged files left out, number of rejected images."""
+    """Number of images written, their side, damaged files left out, number of rejected images;
+    the selection, and the images of each of its labels (None without classes).
+    """
 
     count: int
     resolution: int
     rejected: int
     skipped: list[str]
+    selection: Selection
+    counts: np.ndarray | None = None
 
-    def summary(self, dest: str, classes) -> str:
-        """What was written to `dest`, with `classes` or None, and what was left out."""
+    def summary(self, dest: str) -> str:
+        """What was written to `dest`, of which classes, and what was left out."""
+        counts = self.counts
         lines = [f'{dest}: {self.count} images, {self.resolution}x{self.resolution}'
-                 + ('' if classes is None else f', {len(classes)} classes')]
+                 + ('' if counts is None else f', {len(counts)} classes')]
+        if counts is not None and len(counts) > MOST_LINES:
+            lines.append(f'of each class {counts.min()} to {counts.max()} images')
+        elif counts is not None:
+            lines += class_table(counts, self.selection.classes, self.selection.class_names)
         if self.rejected:
             lines.append(f'{self.rejected} images are too small for the transform and left out')
         if self.skipped:
@@ -200,7 +228,10 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
         out.describe(names, labels, {
             **class_tables(selection), 'source': source.name, 'resolution': shape[0],
             'transform': transform, **selection.rule, 'skipped': skipped or None, **(notes or {})})
-    return Converted(len(kept), shape[0], rejected, skipped)
+    counts = None
+    if selection.classes is not None:
+        counts = np.bincount(labels, minlength=len(selection.classes))
+    return Converted(len(kept), shape[0], rejected, skipped, selection, counts)
 
 
 def _check_size(width: int, height: int, where: str | None = None):

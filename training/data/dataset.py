@@ -101,7 +101,7 @@ class Dataset:
         return np.bincount(self.label_ids, minlength=self.label_dim) if self.has_labels else None
 
     def class_index(self, text) -> int:
-        """Label of a class given by original index, name or wnid (see `class_index` below)."""
+        """Label of a class given by name, wnid or original index (see `class_index` below)."""
         return class_index(self.description(), text)
 
     def description(self) -> dict:
@@ -255,16 +255,16 @@ def _decode_npy(data: bytes) -> np.ndarray:
 def class_index(description: dict, text) -> int:
     """Label of the class that a user names, for a data set with this `Dataset.description()`.
 
-    `text` is an original class index ('171': its place in `classes`; the label itself if the data
-    set has no `classes`), a class name or an ImageNet wnid. Raises UserError that lists what
-    exists.
+    `text` is a class name, an ImageNet wnid or an original class index ('171': its place in
+    `classes`; the label itself if the data set has no `classes`). A name that is a number counts
+    before an index. Raises UserError that lists what exists.
     """
     count = description['label_dim']
     if count == 0:
         raise UserError(f'class {text!r}: the data set {description["name"]} has no classes')
     classes = [str(c) for c in description.get('classes') or range(count)]
     names = description.get('class_names')
-    for table in (classes, description.get('wnids'), names):
+    for table in (names, description.get('wnids'), classes):
         labels = [i for i, name in enumerate(table or []) if _plain(name) == _plain(text)]
         if len(labels) > 1:
             numbers = ', '.join(classes[i] for i in labels)

@@ -3,6 +3,7 @@
 import numpy as np
 import tqdm
 
+from dnnlib.util import printable
 from training.data.dataset import Dataset
 
 
@@ -63,6 +64,16 @@ def contact_sheet(dataset: Dataset, columns: int = 10, rows: int = 10):
 
 def _evenly(values: np.ndarray, count: int) -> np.ndarray:
     return values[np.linspace(0, len(values) - 1, min(count, len(values))).astype(int)]
+
+
+def class_table(counts, classes=None, names=None) -> list[str]:
+    """Lines of a table: each label with its images, the original index and the name."""
+    lines = ['   label    images   class  name']
+    for label, count in enumerate(counts):
+        number = classes[label] if classes else label
+        name = printable(names[label]) if names else ''
+        lines.append(f'{label:8d}  {count:8d}  {number:>6}  {name}'.rstrip())
+    return lines
 
 
 def class_name(dataset: Dataset, label: int) -> str:

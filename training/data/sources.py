@@ -96,7 +96,9 @@ class Source:
 
 
 class FileSource(Source):
-    """Images of a folder or zip; labels of dataset.json, else the sorted top-level folders."""
+    """Images of a folder or zip; labels of dataset.json, else the top-level folders: those named
+    by number in its order, then the others sorted as text.
+    """
 
     def __init__(self, path: str):
         self.reader = ArchiveReader(path)
@@ -125,7 +127,7 @@ class FileSource(Source):
 
     def _folder_labels(self, names):
         tops = [name.rpartition('/')[0].partition('/')[0] for name in names]
-        folders = sorted(set(tops) - {''})
+        folders = sorted(set(tops) - {''}, key=_by_number)
         outside = tops.count('')
         if not folders or (len(folders) == 1 and outside):
             return
@@ -134,7 +136,8 @@ class FileSource(Source):
                             f'lie outside them, e.g. {names[tops.index("")]}; move them, '
                             'or add a dataset.json')
         self.implied = True
-        labels = np.searchsorted(folders, tops)
+        places = {folder: place for place, folder in enumerate(folders)}
+        labels = [places[top] for top in tops]
         indices = [imagenet.index_of_wnid().get(folder) for folder in folders]
         if None in indices:
             self.name_classes(labels, folders)
@@ -147,6 +150,10 @@ class FileSource(Source):
 
     def where(self, index):
         return self.reader.where(self.items[index])
+
+
+def _by_number(name: str) -> tuple:
+    return (0, int(name), name) if re.fullmatch('[0-9]{1,18}', name) else (1, 0, name)
 
 
 class ListSource(Source):
