@@ -44,9 +44,12 @@ latent_options = options.together(
               help='Similarity level of the multi-source study; without --class_labels, takes the '
                    "level's ten classes")
 @options.integer('--seed', 0, 'Which images --nums draws', 0)
-def convert(source, dest, overwrite, coarse, rules, class_labels, nums, sim_name, seed,
+def convert(source, dest, overwrite, reading, rules, class_labels, nums, sim_name, seed,
             max_images):
     """Make a data set of pictures.
+
+    Images are square, with an even side. Pictures of another shape are refused unless --transform
+    says how they are cropped, or --transform=stretch that they are squashed.
 
     --source is a folder or .zip of images (labels from dataset.json, else from top-level folders),
     cifar-10-python.tar.gz, cifar-100-python.tar.gz or their unpacked folders, MNIST
@@ -68,7 +71,7 @@ def convert(source, dest, overwrite, coarse, rules, class_labels, nums, sim_name
     from training.data import archive, sources
     from training.data.convert import by_class, class_numbers, convert, everything
     archive.check_destination(dest, overwrite)
-    opened = sources.open_source(source, coarse)
+    opened = sources.open_source(source, **reading)
     if class_labels is not None:
         class_labels = class_numbers(opened, class_labels)
     if sim_name is not None:

@@ -24,19 +24,19 @@ def command(choose):
     @click.command(cls=cli.Command)
     @options.conversion(transforms.NAMES)
     @functools.wraps(choose)
-    def main(source, dest, overwrite, coarse, rules, **values):
+    def main(source, dest, overwrite, reading, rules, **values):
         archive.check_destination(dest, overwrite)
-        source, chosen = choose(open_source(source, coarse), **values)
+        source, chosen = choose(open_source(source, **reading), **values)
         converted = convert.convert(source, chosen, dest, overwrite=overwrite, **rules)
         print(converted.summary(dest))
 
     return main
 
 
-def open_source(path: str, coarse: bool = False):
+def open_source(path: str, **reading):
     """`sources.open_source`, but a list of paths alone takes the class from its file name: of
     dog_2000.txt all are dogs, CIFAR-10's class 5."""
-    source = sources.open_source(path, coarse)
+    source = sources.open_source(path, **reading)
     if isinstance(source, sources.ListSource) and source.labels is None:
         words = re.split('[^a-z]+', os.path.basename(path).lower())
         for label in {animal['label'] for name, animal in selection.animal_classes().items()

@@ -346,10 +346,11 @@ def parse_number(text: str) -> float:
 
 
 def _parse_size(text: str) -> tuple[int, int]:
-    width, sep, height = text.lower().partition('x')
-    if not (sep and width.isdigit() and height.isdigit() and int(width) > 0 and int(height) > 0):
-        raise ValueError(f'{text!r} is not a size; write WIDTHxHEIGHT, e.g. 256x256')
-    return int(width), int(height)
+    match = re.fullmatch(r'0*([1-9]\d{0,8})(?:x0*([1-9]\d{0,8}))?', text.lower(), re.ASCII)
+    if not match:
+        raise ValueError(f'{text!r} is not a size; write WIDTHxHEIGHT or the side of a square, '
+                         'e.g. 256x256 or 256')
+    return int(match[1]), int(match[2] or match[1])
 
 
 PICTURE = Written('picture', ['.png'], _has_mark)
@@ -358,4 +359,4 @@ FILE, FOLDER, ATOMIC = map(Destination, ('file', 'folder', 'atomic'))
 COUNT = Parsed('count', util.parse_count)           # 4096, 64Ki, 1.5Mi
 INT_LIST = Parsed('list', util.parse_int_list)      # 0,3,10-19
 NUMBERS = Parsed('list', lambda text: list(map(parse_number, text.split(','))))  # 0,0.5
-SIZE = Parsed('WxH', _parse_size)                   # 256x256 -> (256, 256)
+SIZE = Parsed('WxH', _parse_size)                   # 256x256, 256 -> (256, 256)

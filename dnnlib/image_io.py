@@ -109,13 +109,15 @@ def _checksums(function, rows: np.ndarray) -> np.ndarray:
     return np.fromiter(map(function, rows), '>u4', len(rows)).view(np.uint8).reshape(-1, 4)
 
 
-def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Any mode as 8-bit RGB: gray repeated, 16 bits to their upper 8, transparency over white."""
+def _to_rgb(image: PIL.Image.Image, bits: int = 16) -> PIL.Image.Image:
+    """Any mode as 8-bit RGB: gray repeated, transparency over white, and of gray values of more
+    than 8 bits, which have `bits`, the upper 8.
+    """
     if image.mode in ('I', 'I;16', 'I;16L', 'I;16B', 'I;16N'):
         values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise BadImage('gray values beyond 16 bits')
-        image = PIL.Image.fromarray((values.astype(np.uint32) >> 8).astype(np.uint8))
+        if values.min() < 0 or values.max() >> bits:
+            raise BadImage(f'gray values up to {values.max()}, beyond {bits} bits')
+        image = PIL.Image.fromarray((values.astype(np.uint32) >> bits - 8).astype(np.uint8))
     elif image.mode == 'F':
         raise BadImage('floating-point pixels, which have no agreed range')
     if image.has_transparency_data:
@@ -134,8 +136,11 @@ def decode_image(data: bytes) -> np.ndarray:
     return np.asarray(decode_picture(data))
 
 
-def decode_picture(data: bytes) -> np.ndarray | PIL.Image.Image:
-    """The same, but left in Pillow's memory if Pillow decoded it: resampling saves two copies."""
+def decode_picture(data: bytes, bits: int = 16) -> np.ndarray | PIL.Image.Image:
+    """The same, but left in Pillow's memory if Pillow decoded it: resampling saves two copies.
+
+    `bits` are those of the values of gray pictures in files of 16 bits, e.g. 12.
+    """
     if pyspng is not None and _is_plain_png(data):
         check_pixels(*struct.unpack_from('>II', data, 16), len(data))
         try:
@@ -149,9 +154,13 @@ def decode_picture(data: bytes) -> np.ndarray | PIL.Image.Image:
             warnings.simplefilter('ignore')  # large or oddly tagged: they decode, or they raise
             with PIL.Image.open(io.BytesIO(data), formats=_pillow_formats()) as image:
                 _check_cost(image, data)
+                is_deep = bool(image.tile) and ';16' in str(image.tile[0][3])
+                if bits < 16 and is_deep and image.mode in ('RGB', 'RGBA', 'LA'):
+                    raise BadImage('colours of 16 bits, of which the upper 8 alone are read; '
+                                   'bits are those of gray pictures')
                 image.load()
                 PIL.ImageOps.exif_transpose(image, in_place=True)
-                return _to_rgb(image)
+                return _to_rgb(image, bits)
     except BadImage:
         raise
     except MemoryError:

@@ -250,14 +250,18 @@ def conversion(transforms):
                      help='What to read, see dataset_tool.py convert --help'),
         destination,
         pictures,
-        click.option('--coarse', is_flag=True,
-                     help="CIFAR-100's 20 coarse labels instead of the 100 fine ones"),
+        group(
+            'reading',
+            click.option('--coarse', is_flag=True,
+                         help="CIFAR-100's 20 coarse labels instead of the 100 fine ones"),
+            click.option('--bits', metavar='INT', type=click.IntRange(9, 16), default=16,
+                         help='Bits of the gray values in files of 16 bits, e.g. 12')),
         group(
             'rules',
             click.option('--resolution', metavar='WxH', type=cli.SIZE,
-                         help='Size of the images  [default: as they are]'),
-            choice('--transform', None,
-                   'How pictures are cropped  [default: resized without cropping]', transforms),
+                         help='Size of the images, e.g. 64x64 or 64  [default: as they are]'),
+            choice('--transform', None, 'How pictures of another shape than --resolution are '
+                   'cropped, or that they are stretched  [default: refused]', transforms),
             click.option('--skip-corrupt', is_flag=True,
                          help='Leave damaged images out, and list them'),
             integer('--workers', None, 'Processes  [default: one for each core]')))

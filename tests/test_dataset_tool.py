@@ -13,17 +13,21 @@ import sys
 import tarfile
 import types
 import zipfile
+import zlib
 
 import numpy as np
 import PIL.Image
 import pytest
 from helpers import ROOT, fails, invoke, write_digits
 
+from dnnlib import UserError, image_io
 from dnnlib.image_io import BadImage, decode_image, encode_png
+from training import presets
 from training.data import convert, imagenet, sources
 from training.data.archive import ArchiveReader, ArchiveWriter, image_name, latent_name
 from training.data.dataset import ImageDataset
 from training.data.transforms import make_transform
+from training.networks import build_network
 
 SCRIPT = 'dataset_tool.py'
 
@@ -414,12 +418,90 @@ def test_transforms_resolution_and_limit(tmp_path):
     (tmp_path / 'in').mkdir()
     for i in range(5):
         picture(i, (30, 20)).save(tmp_path / 'in' / f'{i}.png')
-    for transform in (None, 'center-crop', 'center-crop-dhariwal'):
-        data = convert_to(tmp_path / f'{transform}.zip', f'--source={tmp_path}/in', '--resolution=16x16', '--max-images=3',
-                          *([f'--transform={transform}'] if transform else []))
+    for transform in ('stretch', 'center-crop', 'center-crop-dhariwal'):
+        out = tool('convert', f'--source={tmp_path}/in', f'--dest={tmp_path}/{transform}.zip', '--resolution=16',
+                   '--max-images=3', f'--transform={transform}')
+        assert f'3 of 3 pictures are of another shape and were {"squashed" if transform == "stretch" else "cropped"}' in out
+        data = ImageDataset(tmp_path / f'{transform}.zip')
         assert len(data) == 3 and data.resolution == 16
         expected = make_transform(transform, 16, 16)(np.asarray(picture(2, (30, 20))))
         np.testing.assert_array_equal(data.images([2])[0].transpose(1, 2, 0), expected)
+
+
+@pytest.mark.parametrize('kind', ['png', 'webp'])
+def test_without_a_transform_pictures_of_another_shape_are_refused(kind, tmp_path):
+    """Alone, among others, and all of them alike; those of the same shape are resized."""
+    (tmp_path / 'in').mkdir()
+    for i, size in enumerate([(32, 32), (30, 20), (24, 24)]):
+        picture(i, size).save(tmp_path / 'in' / f'{i}.{kind}', lossless=True)
+    dest, args = tmp_path / 'a.zip', (f'--source={tmp_path}/in', '--resolution=16')
+    for more in ([], ['--workers=2'], ['--skip-corrupt']):
+        line = refusal(dest, *args, *more)
+        assert line.startswith('Error: --transform: ') and '30x20' in line and f'1.{kind}' in line and 'stretch' in line
+    out = tool('convert', f'--dest={dest}', *args, '--transform=stretch')
+    assert f'1 of 3 pictures are of another shape and were squashed: {tmp_path}/in/1.{kind}' in out
+    assert description(dest)['transform'] == 'stretch'
+    (tmp_path / 'in' / f'1.{kind}').unlink()
+    out = tool('convert', f'--dest={dest}', *args, '--overwrite')
+    assert 'another shape' not in out and len(ImageDataset(dest)) == 2
+    assert 'needs a resolution' in refusal(tmp_path / 'b.zip', *args[:1], '--transform=stretch')
+    line = refusal(tmp_path / 'b.zip', '--source=digits', '--resolution=16x12', '--transform=stretch')
+    assert 'not square' in line
+
+
+@pytest.mark.parametrize('side,fit,others', [
+    (96, 'edm2-img64, digits', 'edm2-img512 (multiples of 64), edm2-img256 (multiples of 64)'), (192, 'edm2-img512', ''),
+    (30, 'digits', 'edm2-img64 (multiples of 8)'), (64, '', ''), (33, None, '')])
+def test_sides_that_are_no_power_of_two(side, fit, others, tmp_path):
+    """Networks take them if they can be halved so often; a note says which presets do."""
+    args = ['--source=digits', f'--dest={tmp_path}/a.zip', f'--resolution={side}', '--max-images=4']
+    if fit is None:
+        assert f'--resolution={side}x{side} pixels are not even' in fails(SCRIPT, 'convert', *args)
+        return
+    out = tool('convert', *args)
+    assert ('no power of two' in out) == bool(fit) and others in out
+    assert fit in out.partition('presets')[2].partition('but not')[0] and ImageDataset(tmp_path / 'a.zip').resolution == side
+
+
+def test_multiples_are_those_of_the_networks():
+    for name, multiple in presets.multiples().items():
+        preset = next(preset for preset in presets.PRESETS if preset.startswith(name))
+        network = presets.network_of(preset) | dict(model_channels=32, num_blocks=1)
+        scale = 8 if network['img_channels'] == 4 else 1
+        network.pop('channels_per_head', None)
+        build_network(**network | {'img_resolution': multiple // scale})
+        with pytest.raises(UserError, match='do not suit'):
+            build_network(**network | {'img_resolution': multiple // scale + 1})
+
+
+def test_files_of_16_bits_with_values_of_fewer(tmp_path):
+    (tmp_path / 'in').mkdir()
+    values = np.random.RandomState(0).randint(4096, size=(3, 8, 8)).astype(np.uint16)
+    for i, image in enumerate(values):
+        PIL.Image.fromarray(image).save(tmp_path / 'in' / f'{i}.{"png" if i else "tif"}')
+    args = [f'--source={tmp_path}/in', '--workers=2']
+    out = tool('convert', f'--dest={tmp_path}/a.zip', *args)
+    assert '3 of 3 pictures use less than a quarter of their range' in out and 'name the bits' in out
+    np.testing.assert_array_equal(ImageDataset(tmp_path / 'a.zip').images(range(3))[:, 1], values >> 8)
+    out = tool('convert', f'--dest={tmp_path}/b.zip', '--bits=12', *args)
+    assert 'quarter' not in out and description(tmp_path / 'b.zip')['bits'] == 12
+    np.testing.assert_array_equal(ImageDataset(tmp_path / 'b.zip').images(range(3))[:, 1], values >> 4)
+    joined = convert_to(tmp_path / 'c.zip', f'--source={tmp_path}/in,{tmp_path}/in', '--bits=12')
+    np.testing.assert_array_equal(joined.images(range(3, 6))[:, 1], values >> 4)
+    line = refusal(tmp_path / 'd.zip', '--bits=10', *args)
+    assert f'gray values up to {values[0].max()}, beyond 10 bits' in line and '0.tif' in line
+    assert '--bits' in refusal(tmp_path / 'd.zip', '--bits=8', *args)
+
+
+def test_bits_are_not_those_of_colours(tmp_path):
+    """Pillow reads 8 of 16 bits of colours."""
+    (tmp_path / 'in').mkdir()
+    rows = b''.join(b'\0' + bytes(range(48)) for _ in range(8))
+    header = struct.pack('>IIBBBBB', 8, 8, 16, 2, 0, 0, 0)
+    chunks = [(b'IHDR', header), (b'IDAT', zlib.compress(rows)), (b'IEND', b'')]
+    (tmp_path / 'in' / 'x.png').write_bytes(image_io._SIGNATURE + b''.join(image_io._chunk(*chunk) for chunk in chunks))
+    assert convert_to(tmp_path / 'a.zip', f'--source={tmp_path}/in').images([0])[0, 1, 0].tolist() == [*range(2, 48, 6)]
+    assert 'colours of 16 bits' in refusal(tmp_path / 'b.zip', f'--source={tmp_path}/in', '--bits=12')
 
 
 def test_rejected_pictures_leave_gaps(tmp_path):
@@ -441,14 +523,15 @@ def test_sizes_that_networks_cannot_use_are_named(tmp_path):
     picture(0, (16, 8)).save(tmp_path / 'in' / 'b.png')
     dest, source = tmp_path / 'x.zip', f'--source={tmp_path}/in'
     assert 'b.png gives 16x8 pixels' in refusal(dest, source)
-    assert '--resolution=12x12' in refusal(dest, source, '--resolution=12x12')
+    assert '--resolution=15x15' in refusal(dest, source, '--resolution=15x15')
     assert '--resolution=16x8' in refusal(dest, source, '--resolution=16x8')
-    assert '--resolution' in refusal(dest, source, '--resolution=16')
+    assert '--resolution' in refusal(dest, source, '--resolution=16x')
+    assert '--resolution' in refusal(dest, source, '--resolution=0')
     assert '--transform=center-crop needs a resolution' in refusal(dest, source, '--transform=center-crop')
     (tmp_path / 'in' / 'a.png').unlink()
     assert 'b.png: 16x8 pixels are not square' in refusal(dest, source)
-    picture(0, (24, 24)).save(tmp_path / 'in' / 'a.png')
-    assert 'a.png: 24x24 pixels are no power of two' in refusal(dest, source)
+    picture(0, (25, 25)).save(tmp_path / 'in' / 'a.png')
+    assert 'a.png: 25x25 pixels are not even' in refusal(dest, source)
 
 
 def test_every_mode_is_converted(tmp_path):

@@ -58,6 +58,17 @@ PRESETS['digits'] = _preset(
     network=dict(channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], channels_per_head=32))
 
 
+def multiples() -> dict[str, int]:
+    """{beginning of presets' names: what the side of the images must be a multiple of}."""
+    result = {}
+    for preset in PRESETS:
+        network = network_of(preset)
+        levels = len(network.get('channel_mult', range(4)))    # as Precond has by default
+        pixels = 8 if network['img_channels'] == 4 else 1      # of a latent
+        result[re.match(r'edm2-img\d+|.*', preset)[0]] = pixels << levels - 1
+    return result
+
+
 def network_of(preset: str) -> dict:
     """Arguments of `build_network` for a preset, with the images and classes of its name."""
     settings = PRESETS[preset]

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import multiprocessing
 import re
 import signal
@@ -19,7 +20,8 @@ from training.data.archive import CLASS_TABLES, ArchiveWriter, image_name
 from training.data.dataset import class_index
 from training.data.report import class_table
 from training.data.sources import Source
-from training.data.transforms import make_transform, resize_stack
+from training.data.transforms import NAMES, make_transform, resize_stack
+from training.presets import multiples
 
 MOST_LINES = 20  # of a table of classes
 CHUNK_BYTES = 1 << 21  # pixels of the images that a worker converts before it hands them over
@@ -143,7 +145,8 @@ class Converted:
     rejected: int
     skipped: list[str]
     selection: Selection
-    counts: np.ndarray | None = None
+    counts: np.ndarray | None
+    notes: list[str]
 
     def summary(self, dest: str) -> str:
         """What was written to `dest`, of which classes, and what was left out."""
@@ -158,7 +161,8 @@ class Converted:
             lines.append(f'{self.rejected} images are too small for the transform and left out')
         if self.skipped:
             lines.append(f'{len(self.skipped)} damaged images were left out:')
-        return '\n'.join(lines + [f'    {printable(name)}' for name in self.skipped])
+        lines += [f'    {printable(name)}' for name in self.skipped]
+        return '\n'.join(lines + [printable(f'Note: {note}') for note in self.notes])
 
 
 def convert(source: Source, selection: Selection, dest: str, *, resolution=None, transform=None,
@@ -171,8 +175,8 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
     threads where the source is in memory; default: one for each core).
 
     resolution: (width, height) or None. transform: see `make_transform`. notes: further keys for
-    dataset.json. Raises UserError that names the file: damaged images, results that are not
-    square, equal and a power of two.
+    dataset.json. Raises UserError that names the file: damaged images, pictures of another shape
+    than the resolution if there is no transform, results that are not square, even and equal.
     """
     width, height = resolution or (None, None)
     job = _Job(source, (transform, width, height))
@@ -182,6 +186,8 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
     names = []
     skipped = []
     rejected = 0
+    reshaped = []
+    dark = []
     shape = None
     with contextlib.ExitStack() as stack:
         # Products of small matrices are no work for more threads than workers.
@@ -210,7 +216,7 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
                     if not skip_corrupt:
                         raise UserError(f'{message}; mend the file, or skip corrupt files')
                     skipped.append(message)
-                case _Pngs(files, crcs, image_shape):
+                case _Pngs(files, crcs, image_shape, of_other_shape, is_dark):
                     if shape is None:
                         shape = image_shape
                         _check_size(shape[1], shape[0], where)
@@ -218,6 +224,8 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
                         raise UserError(f'{where} gives {image_shape[1]}x{image_shape[0]} pixels, '
                                         f'but images before it {shape[1]}x{shape[0]}; '
                                         'give a resolution (and a transform)')
+                    reshaped += itertools.compress(positions, of_other_shape)
+                    dark += itertools.compress(positions, is_dark)
                     kept += positions
                     names += map(image_name, positions)
                     out.add_alike(names[-count:], files, crcs)
@@ -227,22 +235,47 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
         labels = None if selection.labels is None else selection.labels[kept]
         out.describe(names, labels, {
             **class_tables(selection), 'source': source.name, 'resolution': shape[0],
-            'transform': transform, **selection.rule, 'skipped': skipped or None, **(notes or {})})
+            'transform': transform, 'bits': None if source.bits == 16 else source.bits,
+            **selection.rule, 'skipped': skipped or None, **(notes or {})})
     counts = None
     if selection.classes is not None:
         counts = np.bincount(labels, minlength=len(selection.classes))
-    return Converted(len(kept), shape[0], rejected, skipped, selection, counts)
+    notes = []
+    for positions, what in (
+            (reshaped, f'are of another shape and were '
+                       f'{"squashed" if transform == "stretch" else "cropped"}'),
+            (dark, 'use less than a quarter of their range; where files of 16 bits hold values of '
+                   'fewer, name the bits')):
+        if positions:
+            where = source.where(int(selection.indices[positions[0]]))
+            notes.append(f'{len(positions)} of {len(kept)} pictures {what}: {where}'
+                         + ', ...' * (len(positions) > 1))
+    notes += _of_presets(shape[0])
+    return Converted(len(kept), shape[0], rejected, skipped, selection, counts, notes)
+
+
+def _of_presets(side: int) -> list[str]:
+    """A note on which presets take images that are no power of two."""
+    if not side & (side - 1):
+        return []
+    need = multiples()
+    fit = [preset for preset, multiple in need.items() if side % multiple == 0]
+    others = [f'{preset} (multiples of {multiple})' for preset, multiple in need.items()
+              if side % multiple]
+    return [f'{side} is no power of two, and networks of n resolutions take multiples of 2^(n-1): '
+            f'of the presets {", ".join(fit) or "none"}' + ', but not ' * bool(others)
+            + ', '.join(others)]
 
 
 def _check_size(width: int, height: int, where: str | None = None):
-    """Raises UserError unless the sides are equal and a power of two.
+    """Raises UserError unless the sides are equal and even.
 
     They are those of the image `where`, or the resolution that is asked for.
     """
-    if width == height and not width & (width - 1):
+    if width == height and width % 2 == 0:
         return
     size = f'{width}x{height}'
-    what = 'not square' if width != height else 'no power of two'
+    what = 'not square' if width != height else 'not even'
     text = (f'pixels are {what}, which networks need; '
             'choose a resolution, e.g. 64x64, and a transform')
     if where is None:
@@ -255,11 +288,21 @@ def _check_size(width: int, height: int, where: str | None = None):
 
 @dataclasses.dataclass
 class _Pngs:
-    """Converted images of one size: their PNG files, uint8 [n,bytes], CRC-32, (height, width)."""
+    """Converted images of one size: their PNG files, uint8 [n,bytes], CRC-32, (height, width);
+    whether each was of another shape, and whether all of its values are below a quarter of 256.
+    """
 
     files: np.ndarray
     crcs: list[int]
     shape: tuple
+    reshaped: list[bool] = ()
+    dark: list[bool] = ()
+
+
+class OtherShape(BadImage):
+    """A picture of another shape than the images are to have, and no rule how it becomes one."""
+
+    field = 'transform'
 
 
 class _Job:
@@ -279,16 +322,33 @@ class _Job:
         images = self.source.stack(indices)
         if images is None:
             images = _stacked([self._picture(index) for index in indices])
-        if name is None and isinstance(images, np.ndarray):
+        reshaped = [self._is_reshaped(image) for image in images]
+        if name is None and any(reshaped):
+            images = [self._refusal(image) if is_other else image
+                      for image, is_other in zip(images, reshaped, strict=True)]
+        if name in (None, 'stretch') and isinstance(images, np.ndarray):
             images = resize_stack(images, width, height)
         else:
             transform = make_transform(*self.rule)
             images = _stacked([image if isinstance(image, Exception) else transform(image)
                                for image in images])
         if isinstance(images, np.ndarray):
-            return [_pngs(images)]
-        return [_pngs(image[None]) if isinstance(image, np.ndarray) else image
-                for image in images]
+            return [_pngs(images, reshaped)]
+        return [_pngs(image[None], [is_other]) if isinstance(image, np.ndarray) else image
+                for image, is_other in zip(images, reshaped, strict=True)]
+
+    def _is_reshaped(self, picture) -> bool:
+        _, width, height = self.rule
+        if not width or not height or isinstance(picture, Exception):
+            return False
+        w, h = _size(picture)
+        return w * height != h * width
+
+    def _refusal(self, picture) -> OtherShape:
+        _, width, height = self.rule
+        w, h = _size(picture)
+        return OtherShape(f'{w}x{h} pixels are of another shape than {width}x{height}; choose how '
+                          f'they become such: {", ".join(NAMES)}')
 
     def _picture(self, index):
         try:
@@ -303,9 +363,15 @@ def _stacked(images: list):
     return images if None in shapes or len(shapes) > 1 else np.stack(images)
 
 
-def _pngs(pixels: np.ndarray) -> _Pngs:
+def _size(picture) -> tuple[int, int]:
+    """(width, height) of an array [H,W,3] or a picture of Pillow's."""
+    return picture.shape[1::-1] if isinstance(picture, np.ndarray) else picture.size
+
+
+def _pngs(pixels: np.ndarray, reshaped: list[bool]) -> _Pngs:
     """Of images uint8 [n,H,W,3]."""
-    return _Pngs(*encode_pngs(pixels), pixels.shape[1:3])
+    dark = (pixels.max(axis=(1, 2, 3)) < 64).tolist()
+    return _Pngs(*encode_pngs(pixels), pixels.shape[1:3], reshaped, dark)
 
 
 _job = None

@@ -53,6 +53,7 @@ class Source:
     """Base of all sources (see the module): images that `items` stand for."""
 
     labels = classes = class_names = wnids = None
+    bits = 16                                   # of gray values in files of so many
     implied = coarse = in_memory = False
 
     def __init__(self, name: str, items=()):
@@ -72,7 +73,7 @@ class Source:
         Raises BadImage or UserError.
         """
         try:
-            return decode_picture(self.read(index))
+            return decode_picture(self.read(index), self.bits)
         except OSError as error:
             raise BadImage(f'cannot be read ({error.strerror})') from None
 
@@ -493,17 +494,20 @@ def kinds() -> str:
     return ', '.join(kind for kind, _, _ in SOURCES)
 
 
-def open_source(text: str, coarse: bool = False) -> Source:
+def open_source(text: str, coarse: bool = False, bits: int = 16) -> Source:
     """The source that the user names: a path of one of `kinds()`, or several joined by commas.
 
-    `coarse` asks for CIFAR-100's coarse labels. Raises UserError in one line for anything that
-    cannot be read.
+    `coarse` asks for CIFAR-100's coarse labels; for `bits` see `decode_picture`. Raises UserError
+    in one line for anything that cannot be read.
     """
     parts = [text] if os.path.exists(text) else [part for part in text.split(',') if part]
     if not parts:
         raise UserError(f'names nothing; give {kinds()}', field='source', value=repr(text))
     sources = [_open_one(part, coarse) for part in parts]
-    return sources[0] if len(sources) == 1 else JoinedSource(sources)
+    opened = sources[0] if len(sources) == 1 else JoinedSource(sources)
+    for source in (*sources, opened):
+        source.bits = bits
+    return opened
 
 
 def _open_one(path: str, coarse: bool) -> Source:

@@ -1,4 +1,4 @@
-"""The four rules by which pictures of any size become the images of a data set."""
+"""The rules by which pictures of any size become the images of a data set."""
 
 import functools
 
@@ -20,6 +20,7 @@ def make_transform(name: str | None, width: int | None = None, height: int | Non
 
     name:   None          Lanczos to width x height, aspect ratio not kept; a side that is None
                           keeps its length.
+            'stretch'     the same, but both sides are needed: for those who want that.
             'center-crop' the largest centred square, Lanczos to width x height.
             'center-crop-wide' a centred full-width band, Lanczos to width x height, in the middle
                           of a black width x width square; too small pictures are rejected.
@@ -132,6 +133,7 @@ def _center_crop_dhariwal(picture, side, _):
 
 _RULES = {
     None: _resize,
+    'stretch': _resize,
     'center-crop': _center_crop,
     'center-crop-wide': _center_crop_wide,
     'center-crop-dhariwal': _center_crop_dhariwal,
