@@ -384,3 +384,12 @@ def test_other_files_in_the_folder_of_runs_are_passed_over(tmp_path):
     (tmp_path / 'notes.txt').write_text('')
     for name in ('x', 'else'):
         assert runs.choose_folder(str(tmp_path), name, {'seed': 1}, 1, True, True) == str(tmp_path / f'00008-{name}')
+
+
+def test_a_run_that_was_killed_before_its_record_is_begun_again(tmp_path):
+    folder = tmp_path / '00003-x'
+    folder.mkdir()
+    for name in ('log.txt', '.training_options.json.0123abcd.tmp'):
+        assert runs.choose_folder(str(tmp_path), 'x', {'seed': 1}, 1, True, True) == str(folder)
+        (folder / name).write_text('Data')
+    assert runs.choose_folder(str(tmp_path), 'x', {'seed': 1}, 1, True, True) == str(folder)
