@@ -412,6 +412,7 @@ def hash_file(path: str, algorithm: str = 'sha256') -> str:
 
 def require_same(what: str, recorded: dict, wanted: dict, advice: str):
     """Raises UserError, with `advice`, if `what` was made with other values than `wanted`."""
+    recorded, wanted = map(publishable, (recorded, wanted))        # as files have them
     for key, value in wanted.items():
         if recorded.get(key) != value:
             raise UserError(f'{what} was made with another {key} '

@@ -147,6 +147,10 @@ class ClassFile:
             self._refuse('it has another number of images, or another class')
         return record.crc32
 
+    @property
+    def fingerprint(self) -> str | None:
+        return f'{self.recorded_crc32():08x}' if self.recorded_crc32() else None
+
     def compare(self, crc: int):
         """Raises UserError if `crc`, that of the images, is not that of the record, if any."""
         if self.recorded_crc32() not in (0, crc):

@@ -36,6 +36,7 @@ class Run:
     training: str
     seed: int
     config: dict
+    fingerprint: str | None = None     # of the training images, if they are compared
 
     @property
     def accuracy(self) -> dict | None:
@@ -47,8 +48,12 @@ class Run:
         if not rows or rows[-1]['nimg'] < self.config['duration']:
             return None
         deciding = {key: value for key, value in self.config.items() if key not in REPORTING}
-        util.require_same(self.folder, runs.read_options(self.folder), util.finite(deciding),
-                          'choose another folder')
+        record = runs.read_options(self.folder)
+        images = record.get('dataset', {}).get('fingerprint')
+        if images and self.fingerprint:
+            record['set of images'] = images
+            deciding['set of images'] = self.fingerprint
+        util.require_same(self.folder, record, util.finite(deciding), 'choose another folder')
         return rows[-1]
 
     def train(self):
@@ -177,8 +182,9 @@ def main(outdir, data, test, generated, selected, training, seeds, jobs, **setti
         jobs = 1
     planned = plan(outdir, data, test, sources, trainings, seeds,
                    settings | dict(ls=1.0, bench=True))
-    for run in planned[:len(sources)]:
-        train_classifier.open_data(run.config)  # what is wrong with it is said now
+    images = {run.data: train_classifier.open_data(run.config)[0].fingerprint
+              for run in planned[:len(sources)]}  # what is wrong with it is said now
+    planned = [dataclasses.replace(run, fingerprint=images[run.data]) for run in planned]
     for name in ('results.csv', 'summary.csv'):
         TABLE.check_path(os.path.join(outdir, name), 'outdir')
     click.get_current_context().with_resource(runs.claimed(outdir, 'working'))

@@ -1,5 +1,7 @@
 """Real and generated images in one training set, in a fixed proportion."""
 
+import functools
+import hashlib
 import itertools
 import os
 from collections.abc import Sequence
@@ -26,6 +28,11 @@ class _Joined(Dataset):
 
     def __len__(self):
         return len(self.stored_labels)
+
+    @functools.cached_property
+    def fingerprint(self):
+        parts = [part.fingerprint for part in self._parts]
+        return None if None in parts else hashlib.sha256(' '.join(parts).encode()).hexdigest()[:32]
 
     def where(self, index):
         part = np.searchsorted(self._bounds, index, side='right') - 1
@@ -89,7 +96,7 @@ class Mixture(_Joined):
         self.real = real
 
     def description(self) -> dict:
-        return self.real.description() | {'size': len(self)}
+        return self.real.description() | {'size': len(self), 'fingerprint': self.fingerprint}
 
 
 class MixtureOrder:

@@ -156,6 +156,8 @@ def build_network(class_name, **kwargs):
     def write(module, text):
         text = re.sub(r'^( *)from \.(\w+) import', rf'\1from .{prefix}_\2 import', text,
                       flags=re.MULTILINE)
+        text = re.sub(r'^( *)from \. import (\w+)$', rf'\1from . import {prefix}_\2 as \2', text,
+                      flags=re.MULTILINE)
         write_bytes(os.path.join(folder, f'{module}.py'), text.encode())
 
     for module, text in sources.items():
@@ -175,7 +177,15 @@ def _gather(path: Path, sources: dict):
 
     def beside(match):
         indent, package, inner, names = match.groups()
-        if (package, inner, names) == ('dnnlib', '', 'UserError'):
+        if (package, inner) == ('dnnlib', ''):                 # modules, and what util has
+            names = names.split(', ')
+            modules = [name for name in names if (_ROOT / package / f'{name}.py').is_file()]
+            needed.extend(_ROOT / package / f'{name}.py' for name in modules)
+            lines = [f'{indent}from . import {name}' for name in modules]
+            names = ', '.join(name for name in names if name not in modules)
+            if not names:
+                return '\n'.join(lines)
+            indent = '\n'.join([*lines, indent])
             inner = '.util'
         if (package, inner) == ('training', '.networks'):
             return f'{indent}from .inner import {names}'
