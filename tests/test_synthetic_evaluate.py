@@ -97,6 +97,7 @@ def test_the_table(digits, generated, tmp_path):
     assert len(table) == 6
     line = fails(EVALUATE, *arguments, '--lr=0.05')
     assert 'another lr' in line, line
+    (tmp_path / 'other').mkdir()
     write_classes(tmp_path / 'other' / 'out', [4] * 10, side=8, seed=4)             # of the same name
     line = fails(EVALUATE, *arguments, f'--generated={tmp_path}/other/out')
     assert 'another set of images' in line, line
