@@ -51,7 +51,8 @@ def convert(source, dest, overwrite, reading, rules, class_labels, nums, sim_nam
     Images are square, with an even side. Pictures of another shape are refused unless --transform
     says how they are cropped, or --transform=stretch that they are squashed.
 
-    --source is a folder or .zip of images (labels from dataset.json, else from top-level folders),
+    --source is a folder or .zip of images (labels from dataset.json, else from top-level folders,
+    or, where there is only one, from the folders in it),
     cifar-10-python.tar.gz, cifar-100-python.tar.gz or their unpacked folders, MNIST
     train-images-idx3-ubyte.gz, an LSUN *_lmdb folder, a .txt list of image paths (a tab and a
     number after each path give labels), the word digits, or several of these joined by commas:

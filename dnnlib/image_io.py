@@ -1,6 +1,8 @@
 """Images as bytes: decoding what people have, and encoding PNG that needs no compression."""
 
+import contextlib
 import functools
+import importlib
 import io
 import struct
 import warnings
@@ -18,10 +20,13 @@ except ImportError:  # Pillow decodes the same files, several times slower
     pyspng = None
 
 EXTENSIONS = frozenset('.png .jpg .jpeg .jpe .jfif .bmp .dib .gif .tif .tiff .webp '
-                       '.ppm .pgm .pbm .pnm .tga .jp2 .j2k .avif .qoi'.split())
+                       '.ppm .pgm .pbm .pnm .tga .jp2 .j2k .qoi'.split())
+# Read only if their format is among Pillow's, as it is with the package installed.
+_PLUGINS = {'.heic': ('HEIF', 'pillow-heif'), '.heif': ('HEIF', 'pillow-heif'),
+            '.hif': ('HEIF', 'pillow-heif'), '.avif': ('AVIF', 'pillow-avif-plugin')}
 
 # Named, so that no file content reaches Pillow's other plugins (EPS, for one, starts Ghostscript).
-_FORMATS = ('PNG JPEG MPO BMP DIB GIF TIFF WEBP PPM TGA JPEG2000 AVIF QOI').split()
+_FORMATS = ('PNG JPEG MPO BMP DIB GIF TIFF WEBP PPM TGA JPEG2000 AVIF HEIF QOI').split()
 
 # Bytes in memory that a picture may take: some for any file, and some for each byte of it.
 _MEMORY, _FACTOR = 768 << 20, 20
@@ -50,7 +55,14 @@ class LargeImage(BadImage):
 
 def is_image_name(name: str) -> bool:
     dot = name.rfind('.')
-    return dot >= 0 and name[dot:].lower() in EXTENSIONS
+    ending = name[dot:].lower()
+    return dot >= 0 and (ending in EXTENSIONS or ending in _PLUGINS and not missing_plugin(ending))
+
+
+def missing_plugin(ending: str) -> str | None:
+    """The package that must be installed before files '.heic' or '.AVIF' are read, if any."""
+    image_format, package = _PLUGINS.get(ending.lower(), (None, None))
+    return None if image_format in _pillow_formats() else package
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
@@ -166,6 +178,9 @@ def decode_picture(data: bytes, bits: int = 16) -> np.ndarray | PIL.Image.Image:
     except MemoryError:
         raise BadImage(_NO_MEMORY) from None
     except PIL.UnidentifiedImageError:
+        if data[4:8] == b'ftyp':
+            raise BadImage('a picture of HEIF, AVIF or the like; install a plug-in for Pillow: '
+                           'pip install pillow-heif') from None
         raise BadImage('not an image, or of an unknown format') from None
     except Exception as error:  # of damaged files: anything from OSError to struct.error
         reason = ' '.join(str(error).split()) or type(error).__name__
@@ -200,6 +215,9 @@ def check_pixels(width: int, height: int, size: int | None = None, cost: int = _
 @functools.cache
 def _pillow_formats() -> tuple:
     PIL.Image.init()
+    for module in ('pillow_heif.HeifImagePlugin', 'pillow_avif'):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
     return tuple(name for name in _FORMATS if name in PIL.Image.OPEN)
 
 

@@ -96,6 +96,7 @@ def _open_source(base, root, split, download) -> sources.Source:
                             f'is it another data set than {base}?')
         return source
     source = sources.open_source('digits' if base == 'digits' else root)
+    source.require_whole()
     if source.labels is None or source.labels.ndim != 1 or len(source.classes) < 2:
         raise UserError('has no class labels, and the study is about classes', 'root', root)
     return source

@@ -18,10 +18,11 @@ import zlib
 import numpy as np
 import PIL.Image
 import pytest
-from helpers import ROOT, fails, invoke, write_digits
+from helpers import ROOT, fails, invoke, run, write_digits
 
 from dnnlib import UserError, image_io
 from dnnlib.image_io import BadImage, decode_image, encode_png
+from long_tail.datasets import open_data as long_tailed_images
 from training import presets
 from training.data import convert, imagenet, sources
 from training.data.archive import ArchiveReader, ArchiveWriter, image_name, latent_name
@@ -130,6 +131,115 @@ def test_the_classes_are_shown_with_their_images(folder, tmp_path):
     out = tool('convert', f'--source={tmp_path}/many', f'--dest={tmp_path}/c.zip')
     assert '21 classes' in out and 'of each class 1 to 4 images' in out and not rows(out)
     assert rows(tool('inspect', f'--source={tmp_path}/c.zip'))[20] == ('20', '4', '20', 'more')
+
+
+@pytest.mark.parametrize('kind', ['folder', 'zip'])
+@pytest.mark.parametrize('above', ['photos', 'photos/train', 'train'])
+def test_labels_in_the_one_folder_of_a_source(above, kind, tmp_path):
+    """As of a zip that holds the data set's own folder."""
+    class_folders(tmp_path / 'set' / above, ['cat', 'dog'], 2)
+    source = tmp_path / 'set' if kind == 'folder' else shutil.make_archive(str(tmp_path / 'set'), 'zip', tmp_path / 'set')
+    out = tool('convert', f'--source={source}', f'--dest={tmp_path}/a.zip')
+    assert rows(out) == [('0', '2', '0', 'cat'), ('1', '2', '1', 'dog')]
+    assert f'Note: one top-level folder, {above.split("/")[0]}: the classes are the folders of {source}/{above}\n' in out
+    data = ImageDataset(tmp_path / 'a.zip')
+    assert data.class_names == ['cat', 'dog'] and data.label_ids.tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize('kind', ['folder', 'zip'])
+def test_a_data_set_in_a_folder_of_a_source_keeps_its_labels(kind, tmp_path):
+    write_digits(tmp_path / 'outer' / 'digits', 30)
+    labels = ImageDataset(tmp_path / 'outer' / 'digits').label_ids.tolist()
+    source = tmp_path / 'outer' if kind == 'folder' else shutil.make_archive(str(tmp_path / 'x'), 'zip', tmp_path / 'outer')
+    assert convert_to(tmp_path / 'a.zip', f'--source={source}').label_ids.tolist() == labels
+    data = ImageDataset(source)
+    assert data.label_ids.tolist() == labels and data.where(0).endswith('digits/00000/img00000000.png')
+    assert data.images([3]).shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize('folders', [('train', 'val'), ('Training', 'testing', 'validation'), ('train2017', 'val_2017', 'dog'),
+                                     ('in/train/cat', 'in/train/dog', 'in/test/cat')])
+def test_parts_of_a_data_set_are_no_classes(folders, tmp_path):
+    source = class_folders(tmp_path / 'set', folders)
+    line = refusal(tmp_path / 'a.zip', f'--source={source}')
+    assert line.startswith(f'Error: --source={source} has the folders') and 'not classes' in line
+    for place in line.rpartition(': ')[2].split(','):
+        assert pathlib.Path(place).is_dir()
+    shutil.make_archive(str(tmp_path / 'set'), 'zip', source)
+    assert 'unpack it' in refusal(tmp_path / 'a.zip', f'--source={tmp_path}/set.zip')
+
+
+def test_parts_that_are_joined_and_classes_that_are_named_like_parts(tmp_path):
+    source = class_folders(tmp_path / 'set', ['train/cat', 'train/dog', 'val/cat'])
+    assert convert_to(tmp_path / 'a.zip', f'--source={source}/train,{source}/val').class_counts.tolist() == [2, 1]
+    for dest, names in (('b', ['car', 'train']), ('c', ['test1', 'test2'])):
+        source = class_folders(tmp_path / 'of' / dest, names)
+        assert convert_to(tmp_path / f'{dest}.zip', f'--source={source}').class_names == names
+
+
+def test_folders_in_class_folders_are_named(tmp_path):
+    source = class_folders(tmp_path / 'set', ['day/cat', 'day/dog', 'night/cat'])
+    out = tool('convert', f'--source={source}', f'--dest={tmp_path}/a.zip')
+    assert '2 classes' in out and 'folders in class folders, e.g. day/cat, are no classes' in out
+    source = class_folders(tmp_path / 'one', ['a/images', 'b/images'])       # as in Tiny ImageNet
+    assert 'Note' not in tool('convert', f'--source={source}', f'--dest={tmp_path}/b.zip')
+    source = class_folders(tmp_path / 'alone', ['cow', 'cow/calf'])
+    out = tool('convert', f'--source={source}', f'--dest={tmp_path}/c.zip')
+    assert '4 images' not in out and 'no labels' in out and 'one folder alone (cow) gives no labels' in out
+
+
+def test_links_to_nothing_are_damaged(folder, tmp_path):
+    """Of pictures and of a whole class; nothing that reads a folder passes over them."""
+    (folder / 'dog').mkdir()
+    for k in range(2):
+        (folder / 'dog' / f'{k}.png').symlink_to('nowhere.png')
+    (folder / 'eel').symlink_to(folder / 'none')
+    args = [f'--source={folder}', '--max-images=2']
+    line = refusal(tmp_path / 'a.zip', *args)
+    assert 'dog/0.png is a link to nothing (and 2 more)' in line and 'skip corrupt' in line
+    out = tool('convert', f'--dest={tmp_path}/a.zip', '--skip-corrupt', *args)
+    assert '3 damaged images were left out' in out and 'dog/1.png' in out and f'{folder}/eel is a link' in out
+    assert len(description(tmp_path / 'a.zip')['skipped']) == 3
+    with pytest.raises(UserError, match='dog/0.png is a link to nothing'):
+        ImageDataset(folder)
+    with pytest.raises(UserError, match='dog/0.png is a link to nothing'):
+        long_tailed_images('zip', root=str(folder), size=8)
+    for path in folder.iterdir():
+        path.unlink() if path.is_symlink() else shutil.rmtree(path) if path.name != 'dog' else None
+    assert 'link to nothing' in refusal(tmp_path / 'b.zip', '--skip-corrupt', *args)
+
+
+def test_what_is_left_out_is_counted(folder, tmp_path):
+    for name in ('ant/IMG_1.HEIC', 'ant/IMG_2.HEIC', 'bee/a.txt', 'bee/.hidden.png', '.DS_Store', 'README', 'cow/dataset.json'):
+        (folder / name).write_bytes(b'x')
+    os.mkfifo(folder / 'pipe.png')
+    out = tool('convert', f'--source={folder}', f'--dest={tmp_path}/a.zip')
+    line = next(line for line in out.splitlines() if line.startswith('Left out'))
+    assert line.startswith(f'Left out of {folder}: 2 ') and set(line.partition(': ')[2].split(', ')) == {
+        '2 .HEIC (read if pillow-heif is installed)', '2 hidden', '1 .txt', '1 without ending', '1 dataset.json of a folder',
+        '1 no file'}
+    (folder / 'pipe.png').unlink()
+    shutil.make_archive(str(tmp_path / 'set'), 'zip', folder)
+    out = tool('convert', f'--source={tmp_path}/set.zip,{folder}', f'--dest={tmp_path}/b.zip')
+    assert '4 .HEIC' in out and '4 hidden' in out
+    for path in folder.rglob('*.png'):
+        path.unlink()
+    line = refusal(tmp_path / 'c.zip', f'--source={folder}')
+    assert 'holds no images that can be read, but 2 .HEIC (read if pillow-heif is installed)' in line
+    (folder / 'ant' / 'x.jpg').write_bytes(b'\0\0\0\x20ftypheic' + bytes(30))
+    assert 'install a plug-in for Pillow' in refusal(tmp_path / 'c.zip', f'--source={folder}')
+
+
+def test_heic_is_read_if_a_plug_in_is_installed(folder, tmp_path):
+    """A stand-in that reads another format under this name."""
+    (tmp_path / 'pillow_heif').mkdir()
+    (tmp_path / 'pillow_heif' / '__init__.py').touch()
+    (tmp_path / 'pillow_heif' / 'HeifImagePlugin.py').write_text(
+        'import PIL.Image\nPIL.Image.init()\nPIL.Image.register_open("HEIF", *PIL.Image.OPEN.pop("PCX"))')
+    picture(5).save(folder / 'ant' / 'IMG_1.HEIC', format='pcx')
+    out = run(SCRIPT, 'convert', f'--source={folder}', f'--dest={tmp_path}/a.zip', PYTHONPATH=str(tmp_path)).stdout
+    assert 'Left out' not in out and 'installed' not in out
+    np.testing.assert_array_equal(ImageDataset(tmp_path / 'a.zip').images([3])[0].transpose(1, 2, 0), np.asarray(picture(5)))
 
 
 def test_the_result_is_a_stored_zip_or_a_folder(folder, tmp_path):

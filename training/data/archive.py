@@ -6,6 +6,7 @@ the folder is the first five digits. `dataset.json` is {"labels": [[name, label]
 """
 
 import bisect
+import collections
 import contextlib
 import functools
 import hashlib
@@ -58,7 +59,11 @@ def check_size(where: str, size: int):
 
 
 class ArchiveReader:
-    """Files of a folder or a zip by name, sorted.
+    """Files of a folder or a zip by name, sorted; of the data set's own folder, if that alone is
+    in it.
+
+    left_out: how many are hidden, or no files, a Counter. damaged: what links to nothing, and
+    folders that cannot be listed, as texts.
 
     Safe to use from several threads and after fork or pickling. Raises UserError for a path that
     does not exist, a damaged or encrypted zip, and names in a zip that point outside it.
@@ -68,16 +73,56 @@ class ArchiveReader:
         self.path = os.fspath(path)
         self.is_zip = os.path.isfile(self.path)
         self._file = None
+        self.left_out = collections.Counter()
+        self.damaged = []
         if self.is_zip:
             self._list_zip()
         elif os.path.isdir(self.path):
-            try:
-                self.names = sorted(_walk(self.path))
-            except OSError as error:
-                raise UserError(f'{self.path} cannot be listed '
-                                f'({error.filename}: {error.strerror})') from None
+            self.names = sorted(self._walk())
         else:
             raise UserError(f'{self.path} does not exist; give a folder or a .zip file')
+        self._inner = ''
+        inner = common_folder(self.names)
+        if inner and self.find(inner + JSON_NAME) >= 0:
+            self._inner = inner
+            self.names = [name.removeprefix(inner) for name in self.names]
+
+    def _walk(self):
+        """Names of all files below the folder, following links but never twice into the same
+        folder.
+
+        Raises UserError for links that lead out of it, where `util.leads_out` tells of them.
+        """
+        seen, pending = set(), ['']
+        outside = []
+        while pending:
+            prefix = pending.pop()
+            folder = os.path.join(self.path, prefix)
+            real = os.path.realpath(folder)
+            if real in seen:
+                continue
+            seen.add(real)
+            try:
+                with os.scandir(folder) as entries:
+                    entries = list(entries)
+            except OSError as error:
+                self.damaged.append(f'{folder} cannot be listed ({error.strerror})')
+                continue
+            for entry in entries:
+                if entry.name.startswith('.') or entry.name == '__MACOSX':
+                    self.left_out['hidden'] += 1
+                elif entry.is_symlink() and util.leads_out(entry.path, self.path):
+                    outside.append(prefix + entry.name)
+                elif entry.is_symlink() and not os.path.exists(entry.path):
+                    self.damaged.append(f'{entry.path} is a link to nothing')
+                elif entry.is_dir():
+                    pending.append(f'{prefix}{entry.name}/')
+                elif entry.is_file():
+                    yield prefix + entry.name
+                else:
+                    self.left_out['no file'] += 1
+        self.damaged.sort()
+        util.refuse_links(self.path, outside)
 
     def _list_zip(self):
         try:
@@ -94,7 +139,10 @@ class ArchiveReader:
             if name.startswith('/') or '..' in name.split('/') or is_link:
                 raise UserError(f'{self.path}: {name!r} points outside the zip; '
                                 'make the zip without such names and links')
-            if name[-1:] in ('', '/') or name.startswith(('.', '__MACOSX/')) or '/.' in name:
+            if name[-1:] in ('', '/'):
+                continue
+            if name.startswith(('.', '__MACOSX/')) or '/.' in name:
+                self.left_out['hidden'] += 1
                 continue
             if self.names[-1:] == [name]:
                 raise UserError(f'{self.path}: {name!r} is in the zip twice')
@@ -120,7 +168,7 @@ class ArchiveReader:
         """Bytes of file `names[index]`."""
         if self.is_zip:
             return int(self._entries[index, 2])
-        return os.stat(os.path.join(self.path, self.names[index])).st_size
+        return os.stat(self._place(index)).st_size
 
     def find(self, name: str) -> int:
         """Position of `name` in `names`, or -1."""
@@ -130,8 +178,11 @@ class ArchiveReader:
     def where(self, index: int) -> str:
         """The file's name for a message."""
         if self.is_zip:
-            return f'{self.path}: {self.names[index]}'
-        return os.path.join(self.path, self.names[index])
+            return f'{self.path}: {self._inner}{self.names[index]}'
+        return self._place(index)
+
+    def _place(self, index: int) -> str:
+        return f'{self.path}/{self._inner}{self.names[index]}'
 
     def read(self, index: int) -> bytes:
         """Bytes of file `names[index]`; UserError if it cannot be read or is damaged."""
@@ -139,7 +190,7 @@ class ArchiveReader:
             if self.is_zip:
                 return self._read_entry(index)
             # Without a file object, which takes as long as the reading of a small file.
-            handle = os.open(f'{self.path}/{self.names[index]}', os.O_RDONLY)
+            handle = os.open(self._place(index), os.O_RDONLY)
             try:
                 check_size(self.where(index), os.fstat(handle).st_size)
                 return b''.join(iter(functools.partial(os.read, handle, 1 << 16), b''))
@@ -188,7 +239,7 @@ class ArchiveReader:
             return {}
         data = self.read(index)
         try:
-            with budget.reading(self.path if self.is_zip else f'{self.path}/{JSON_NAME}'):
+            with budget.reading(self.path if self.is_zip else self._place(index)):
                 value = budget.parse_json(data)
         except ValueError as error:
             raise UserError(f'{self.where(index)} is no valid JSON ({error})') from None
@@ -202,31 +253,10 @@ class ArchiveReader:
         return value
 
 
-def _walk(root: str):
-    """Names of all files below `root`, following links but never twice into the same folder.
-
-    Raises UserError for links that lead out of it, where `util.leads_out` tells of them.
-    """
-    seen, pending = set(), ['']
-    outside = []
-    while pending:
-        prefix = pending.pop()
-        folder = os.path.join(root, prefix)
-        real = os.path.realpath(folder)
-        if real in seen:
-            continue
-        seen.add(real)
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith('.') or entry.name == '__MACOSX':
-                    continue
-                if entry.is_symlink() and util.leads_out(entry.path, root):
-                    outside.append(prefix + entry.name)
-                elif entry.is_dir():
-                    pending.append(f'{prefix}{entry.name}/')
-                elif entry.is_file():
-                    yield prefix + entry.name
-    util.refuse_links(root, outside)
+def common_folder(names: list[str]) -> str:
+    """The folder that all of the sorted names share, '' or e.g. 'photos/train/'."""
+    common = os.path.commonprefix([*names[:1], *names[-1:]])
+    return common[:common.rfind('/') + 1]
 
 
 def labels_of(reader: ArchiveReader, names: list[str], description: dict) -> np.ndarray | None:

@@ -19,7 +19,7 @@ from dnnlib.util import UserError, core_count, map_ahead, parse_int_list, printa
 from training.data.archive import CLASS_TABLES, ArchiveWriter, image_name
 from training.data.dataset import class_index
 from training.data.report import class_table
-from training.data.sources import Source
+from training.data.sources import Source, listed
 from training.data.transforms import NAMES, make_transform, resize_stack
 from training.presets import multiples
 
@@ -137,13 +137,14 @@ def by_class(source, classes: list[int] | None = None, nums: int | None = None,
 @dataclasses.dataclass
 class Converted:
     """Number of images written, their side, damaged files left out, number of rejected images;
-    the selection, and the images of each of its labels (None without classes).
+    what was selected of which source, the images of each label (None without classes), notes.
     """
 
     count: int
     resolution: int
     rejected: int
     skipped: list[str]
+    source: Source
     selection: Selection
     counts: np.ndarray | None
     notes: list[str]
@@ -152,7 +153,8 @@ class Converted:
         """What was written to `dest`, of which classes, and what was left out."""
         counts = self.counts
         lines = [f'{dest}: {self.count} images, {self.resolution}x{self.resolution}'
-                 + ('' if counts is None else f', {len(counts)} classes')]
+                 + (', no labels' if self.selection.labels is None else
+                    ', label vectors' if counts is None else f', {len(counts)} classes')]
         if counts is not None and len(counts) > MOST_LINES:
             lines.append(f'of each class {counts.min()} to {counts.max()} images')
         elif counts is not None:
@@ -162,7 +164,11 @@ class Converted:
         if self.skipped:
             lines.append(f'{len(self.skipped)} damaged images were left out:')
         lines += [f'    {printable(name)}' for name in self.skipped]
-        return '\n'.join(lines + [printable(f'Note: {note}') for note in self.notes])
+        if self.source.left_out:
+            lines.append(printable(f'Left out of {self.source.name}: '
+                                   f'{listed(self.source.left_out)}'))
+        notes = [*self.source.notes, *self.notes]
+        return '\n'.join(lines + [printable(f'Note: {note}') for note in notes])
 
 
 def convert(source: Source, selection: Selection, dest: str, *, resolution=None, transform=None,
@@ -182,9 +188,11 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
     job = _Job(source, (transform, width, height))
     if resolution:
         _check_size(width, width if transform == 'center-crop-wide' else height)
+    if not skip_corrupt:
+        source.require_whole()
     kept = []
     names = []
-    skipped = []
+    skipped = list(source.damaged)
     rejected = 0
     reshaped = []
     dark = []
@@ -241,6 +249,8 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
     if selection.classes is not None:
         counts = np.bincount(labels, minlength=len(selection.classes))
     notes = []
+    if selection.labels is None and source.labels is not None and source.implied:
+        notes.append(f'one folder alone ({source.class_names[0]}) gives no labels')
     for positions, what in (
             (reshaped, f'are of another shape and were '
                        f'{"squashed" if transform == "stretch" else "cropped"}'),
@@ -251,7 +261,7 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
             notes.append(f'{len(positions)} of {len(kept)} pictures {what}: {where}'
                          + ', ...' * (len(positions) > 1))
     notes += _of_presets(shape[0])
-    return Converted(len(kept), shape[0], rejected, skipped, selection, counts, notes)
+    return Converted(len(kept), shape[0], rejected, skipped, source, selection, counts, notes)
 
 
 def _of_presets(side: int) -> list[str]:

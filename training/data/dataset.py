@@ -138,6 +138,8 @@ class ImageDataset(Dataset):
                  finite=True):
         path = os.fspath(path).rstrip('/')
         self._reader = ArchiveReader(path)
+        if self._reader.damaged:
+            raise UserError(f'{self._reader.damaged[0]}; mend or remove it')
         names = self._reader.names
         images = [i for i, name in enumerate(names) if is_image_name(name)]
         arrays = [i for i, name in enumerate(names) if name.endswith('.npy')]

@@ -8,12 +8,16 @@ Every source is a list of images with `len()`, `picture(index)` (uint8 [H,W,3] o
                 in the sorted list
     class_names, wnids   the same as text, or None
     implied     True if labels are folder names, which count only if there are several
+    left_out    how many files of each kind are no images that can be read, a Counter
+    damaged     what cannot even be listed, as texts: dead links
+    notes       what the user should know of the labels, as texts
     in_memory   True if images are decoded already: workers are then threads, not processes
 
 Sources travel to worker processes: they can be pickled and forked. A new kind is a class and a
 line in SOURCES.
 """
 
+import collections
 import contextlib
 import gzip
 import itertools
@@ -30,14 +34,16 @@ from pathlib import Path
 import numpy as np
 
 from dnnlib import budget
-from dnnlib.image_io import BadImage, decode_picture, is_image_name
+from dnnlib.image_io import BadImage, decode_picture, is_image_name, missing_plugin
 from dnnlib.util import UserError, check_links
 from torch_utils.files import pickles, tar
 from training.data import imagenet
 from training.data.archive import (
     CLASS_TABLES,
+    JSON_NAME,
     ArchiveReader,
     check_size,
+    common_folder,
     count_classes,
     labels_of,
 )
@@ -55,6 +61,8 @@ class Source:
     labels = classes = class_names = wnids = None
     bits = 16                                   # of gray values in files of so many
     implied = coarse = in_memory = False
+    left_out = collections.Counter()
+    damaged = notes = ()
 
     def __init__(self, name: str, items=()):
         self.name = name
@@ -85,6 +93,12 @@ class Source:
         """The images at `indices`, uint8 [n,H,W,3], if they are in memory; else None."""
         return None
 
+    def require_whole(self):
+        """Raises UserError if something is damaged."""
+        if self.damaged:
+            more = f' (and {len(self.damaged) - 1} more)' if len(self.damaged) > 1 else ''
+            raise UserError(f'{self.damaged[0]}{more}; mend the file, or skip corrupt files')
+
     def name_classes(self, labels, names=None, wnids=None, classes=None):
         """Sets labels and what is known of their classes."""
         self.labels = np.asarray(labels, dtype=np.int64)
@@ -98,18 +112,28 @@ class Source:
 
 class FileSource(Source):
     """Images of a folder or zip; labels of dataset.json, else the top-level folders: those named
-    by number in its order, then the others sorted as text.
+    by number in its order, then the others sorted as text. If all images are in one folder, it
+    is the folders in that one.
+
+    Raises UserError for folders that are parts of a data set: train and val are no classes.
     """
 
     def __init__(self, path: str):
         self.reader = ArchiveReader(path)
         files = [i for i, name in enumerate(self.reader.names) if is_image_name(name)]
         super().__init__(path, files)
+        self.damaged = self.reader.damaged
+        self.notes = []
+        self.left_out = self.reader.left_out + collections.Counter(
+            _kind(name) for name in self.reader.names
+            if not is_image_name(name) and name != JSON_NAME)
         names = [self.reader.names[i] for i in files]
         if not names:
-            latents = any(name.endswith('.npy') for name in self.reader.names)
-            raise UserError(f'{path} holds ' + ('latents, not images; see dataset_tool.py decode'
-                                                if latents else f'no images; give {kinds()}'))
+            self.require_whole()
+            if self.left_out['.npy']:
+                raise UserError(f'{path} holds latents, not images; see dataset_tool.py decode')
+            those = f' that can be read, but {listed(self.left_out)}' * bool(self.left_out)
+            raise UserError(f'{path} holds no images{those}; give {kinds()}')
         description = self.reader.description()
         if description:
             self._stored_labels(names, description)
@@ -127,15 +151,35 @@ class FileSource(Source):
         self.name_classes(self.labels, class_names, wnids, classes)
 
     def _folder_labels(self, names):
-        tops = [name.rpartition('/')[0].partition('/')[0] for name in names]
+        common = common_folder(names)
+        tops = [name[len(common):].rpartition('/')[0].partition('/')[0] for name in names]
+        is_one = bool(common) and '' in tops
+        if is_one:
+            tops = [common.split('/')[-2]] * len(names)
         folders = sorted(set(tops) - {''}, key=_by_number)
         outside = tops.count('')
         if not folders or (len(folders) == 1 and outside):
             return
+        splits = {folder: match[1].lower() for folder in folders
+                  if (match := _SPLIT.fullmatch(folder))}
+        if len(set(splits.values())) > 1:
+            places = [os.path.join(self.name, common, folder) for folder in [*splits][:2]]
+            raise UserError(f'has the folders {", ".join(splits)}, which are parts of a data set, '
+                            f'not classes; {"unpack it, and " * self.reader.is_zip}give one of '
+                            f'them, e.g. {places[0]}, or several: {",".join(places)}',
+                            'source', self.name)
         if outside:
             raise UserError(f'{self.name} has class folders, but {outside} of {len(names)} images '
                             f'lie outside them, e.g. {names[tops.index("")]}; move them, '
                             'or add a dataset.json')
+        if common and not is_one:
+            self.notes.append(f'one top-level folder, {common.split("/")[0]}: the classes are the '
+                              f'folders of {os.path.join(self.name, common)[:-1]}')
+        deeper = {tuple(name[len(common):].split('/')[:2]) for name in names
+                  if not is_one and name.count('/', len(common)) > 1}
+        if len(deeper) > len({top for top, _ in deeper}):
+            self.notes.append(f'folders in class folders, e.g. {"/".join(min(deeper))}, are no '
+                              'classes of their own')
         self.implied = True
         places = {folder: place for place, folder in enumerate(folders)}
         labels = [places[top] for top in tops]
@@ -151,6 +195,27 @@ class FileSource(Source):
 
     def where(self, index):
         return self.reader.where(self.items[index])
+
+
+# Folders of a data set's parts.
+_SPLIT = re.compile('(train|val|test|eval|dev)(ing|id|idation|uation)?'
+                    '([-_ ]?(set|data|images|[0-9]+))*', re.I)
+
+
+def _kind(name: str) -> str:
+    """What a file that is no image that can be read is called in a list."""
+    base = os.path.basename(name)
+    if base == JSON_NAME:
+        return f'{JSON_NAME} of a folder'
+    ending = os.path.splitext(base)[1] or 'without ending'
+    package = missing_plugin(ending)
+    return f'{ending} (read if {package} is installed)' if package else ending
+
+
+def listed(left_out: collections.Counter) -> str:
+    """'3 .txt, 1 hidden', of the most frequent kinds."""
+    most = [f'{count} {kind}' for kind, count in left_out.most_common(8)]
+    return ', '.join(most) + ', ...' * (len(left_out) > 8)
 
 
 def _by_number(name: str) -> tuple:
@@ -311,6 +376,9 @@ class JoinedSource(Source):
         self.starts = np.cumsum([0] + [len(source) for source in sources])
         self.implied = all(source.implied for source in sources)
         self.in_memory = all(source.in_memory for source in sources)
+        self.left_out = sum((source.left_out for source in sources), collections.Counter())
+        self.damaged, self.notes = ([text for source in sources for text in getattr(source, name)]
+                                    for name in ('damaged', 'notes'))
         self.join_labels()
 
     def join_labels(self):
