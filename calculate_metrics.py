@@ -2,31 +2,29 @@
 
 
 import click
-import torch
 from click.core import ParameterSource
 
-from dnnlib import UserError, cli, options
+from dnnlib import UserError, cli, lazy, options
 from dnnlib.util import command_line, write_json
+
+with lazy.imports(__name__ == '__main__'):
+    import torch
+
+    from metrics.detectors import PROTOCOLS
+    from metrics.features import Detectors, measure, measure_images
+    from metrics.images import class_ids, read_batches, select
+    from metrics.memorization import find_copies
+    from metrics.statistics import Statistics, is_statistics, load_statistics, save_statistics
+    from torch_utils import distributed as dist
+    from training.generate import open_generator
+
 from metrics import compute
-from metrics.detectors import PROTOCOLS
-from metrics.features import Detectors, measure, measure_images
-from metrics.images import class_ids, read_batches, select
-from metrics.memorization import find_copies
 from metrics.shares import interval_of, with_intervals
-from metrics.statistics import (
-    ENDINGS,
-    Statistics,
-    is_statistics,
-    load_statistics,
-    save_statistics,
-)
-from torch_utils import distributed as dist
 from training.data.dataset import ImageDataset
 from training.data.images import open_images, pixels_of
-from training.generate import open_generator
 
 DEFAULT = 'fid,fd_dinov2'
-STATISTICS = cli.Written('file of statistics', ENDINGS, is_statistics)
+STATISTICS = cli.Written('file of statistics', ['.pkl', '.pt', '.npz'], is_statistics)
 
 
 @click.group(cls=cli.Group)
@@ -69,7 +67,8 @@ detection = options.group(
     'detection',
     options.text('LIST', '--metrics', f'What to calculate, see above  [default: {DEFAULT}]',
                  type=cli.Parsed('list', compute.parse_metrics)),
-    options.choice('--protocol', 'edm', 'Rules of the measurement, see above', PROTOCOLS),
+    options.choice('--protocol', 'edm', 'Rules of the measurement, see above',
+                   ['edm', 'adm', 'cbdm']),
     options.text('FILE|URL', '--inception', 'Weights of the FID network: pt_inception-2015-12-05 '
                  'as torch, safetensors or TorchScript file',
                  envvar='INCEPTION_WEIGHTS', show_envvar=True),

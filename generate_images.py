@@ -2,10 +2,14 @@
 
 import click
 
-from dnnlib import UserError, cli, options
-from torch_utils import distributed as dist
-from training.generate import PRESETS, GridCollector, OutputFolder, open_generator
-from training.runs import claimed
+from dnnlib import UserError, cli, lazy, options
+from training.published import PRESETS
+
+with lazy.imports(__name__ == '__main__'):
+    from torch_utils import distributed as dist
+    from training.generate import GridCollector, OutputFolder, open_generator
+    from training.runs import claimed
+
 
 EXAMPLES = """\b
 Examples:

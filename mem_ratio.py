@@ -6,16 +6,19 @@ import os
 
 import click
 
-from dnnlib import UserError, budget, cli, options, pictures, util
-from metrics.memorization import find_copies
+from dnnlib import UserError, budget, cli, lazy, options, pictures, util
 from metrics.shares import percent, with_intervals
-from torch_utils import distributed as dist
-from training import runs
 from training.data.dataset import ImageDataset
 from training.data.images import pixels_of
-from training.diffusion.samplers import choose_setting, plain_setting
-from training.generate import OutputFolder, open_generator
-from training.snapshot import list_snapshots
+
+with lazy.imports(__name__ == '__main__'):
+    from metrics.memorization import find_copies
+    from torch_utils import distributed as dist
+    from training import runs
+    from training.diffusion.samplers import choose_setting, plain_setting
+    from training.generate import OutputFolder, open_generator
+    from training.snapshot import list_snapshots
+
 
 LOG = cli.json_with('settings', 'snapshots', what='log of mem_ratio.py', endings=())
 

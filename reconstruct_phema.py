@@ -5,11 +5,14 @@ import os
 import click
 from tqdm import tqdm
 
-from dnnlib import UserError, cli
+from dnnlib import UserError, cli, lazy
 from dnnlib.options import integer, text, verify
-from torch_utils.files.identify import identify
-from torch_utils.files.weights import check_finite
-from training import phema, snapshot
+
+with lazy.imports(__name__ == '__main__'):
+    from torch_utils.files.identify import identify
+    from torch_utils.files.weights import check_finite
+    from training import phema, snapshot
+
 
 SNAPSHOT = cli.Written('snapshot', ['.pkl'], lambda path: identify(path).kind == 'snapshot')
 

@@ -4,20 +4,24 @@ import json
 import os
 
 import click
-import torch
 
-from dnnlib import UserError, cli, url
+from dnnlib import UserError, cli, lazy, url
 from dnnlib.options import choice, text, together, verify
 from dnnlib.util import hide, printable
-from torch_utils.files.identify import Found, family, identify
 from torch_utils.files.pickles import errors_of
-from torch_utils.files.weights import nonfinite
-from training import export
-from training.flops import count_products
-from training.networks import build_network
-from training.networks.infer import READERS, infer
 from training.presets import PRESETS, network_of
-from training.snapshot import load_denoiser, load_snapshot
+
+with lazy.imports(__name__ == '__main__'):
+    import torch
+
+    from torch_utils.files.identify import Found, family, identify
+    from torch_utils.files.weights import nonfinite
+    from training import export
+    from training.flops import count_products
+    from training.networks import build_network
+    from training.networks.infer import READERS, infer
+    from training.snapshot import load_denoiser, load_snapshot
+
 
 
 def parse_setting(text: str) -> tuple[str, object]:
@@ -104,7 +108,7 @@ def flops(file, sha256, weights, settings, preset):
 @source_options
 @text('FILE|DIR', '--dest', 'FILE.pkl: snapshot; FILE.safetensors: with FILE.json beside it; '
       'DIR: folder for diffusers', required=True, type=cli.ATOMIC)
-@choice('--dtype', 'float32', 'Type of the weights', export.DTYPES)
+@choice('--dtype', 'float32', 'Type of the weights', ['float32', 'float16'])
 @click.option('--overwrite', is_flag=True, help='Replace what is at --dest')
 def convert(file, dest, dtype, overwrite, sha256, weights, settings):
     """Convert a network, whatever made it, to another form; all of them make the same images.

@@ -24,17 +24,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
-import matplotlib
-
-matplotlib.use('Agg')                                          # before pyplot: needs no display
-
-import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import tqdm
 
-from dnnlib import UserError, budget, cli, pictures, util
+from dnnlib import UserError, budget, cli, lazy, pictures, util
 
+with lazy.imports():
+    import matplotlib.pyplot as plt
+    import pandas as pd
+
+os.environ['MPLBACKEND'] = 'Agg'                              # of pyplot: needs no display
 ROOT = Path(__file__).resolve().parent
 WHOLE = click.IntRange(min=1)
 LEAST_HELD_OUT = 20                                            # real digits of a class
@@ -48,7 +47,6 @@ METAVARS = {'integer range': 'INT', 'float range': 'FLOAT', 'count': 'NIMG'}
 # Colours of Okabe and Ito: told apart in all common kinds of colour blindness.
 SERIES = [dict(color=color, marker=marker) for color, marker in (
     ('#0072B2', 'o'), ('#D55E00', 's'), ('#009E73', 'D'), ('#CC79A7', '^'))]
-styled = plt.style.context(ROOT / 'studies.mplstyle')          # decorator of functions that draw
 
 # --- Options and the folder ----------------------------------------------------------------------
 
@@ -305,6 +303,16 @@ def plus_minus(table: pd.DataFrame, name: str, error: str, form: str, scale=1) -
 
     pairs = scale * table.reindex(columns=[name, error])
     return pd.Series(map(text, pairs[name], pairs[error]), table.index)
+
+
+def styled(function):
+    """Decorator of functions that draw."""
+    @functools.wraps(function)
+    def draw(*args, **kwargs):
+        with plt.style.context(ROOT / 'studies.mplstyle'):
+            return function(*args, **kwargs)
+
+    return draw
 
 
 @styled

@@ -8,19 +8,22 @@ import shlex
 
 import click
 
-from dnnlib import UserError, cli, options
+from dnnlib import UserError, cli, lazy, options
 from dnnlib.options import boolean, choice, integer, integers, mimg, nimg, number, text
 from dnnlib.url import is_url
 from dnnlib.util import renamed_fields, to_json
-from torch_utils import distributed as dist
-from training import recipe, runs
-from training.checkpoint import Checkpoints
-from training.data.batches import DatasetBatches
-from training.data.sampler import WindowShuffle
-from training.diffusion.augment import EDM_MULTIPLIERS, AugmentPipe
-from training.diffusion.losses import LOSSES
 from training.schedules import EMA_MODES, memorization_scaling
-from training.snapshot import copy_weights, load_snapshot
+
+with lazy.imports(__name__ == '__main__'):
+    from torch_utils import distributed as dist
+    from training import recipe, runs
+    from training.checkpoint import Checkpoints
+    from training.data.batches import DatasetBatches
+    from training.data.sampler import WindowShuffle
+    from training.diffusion.augment import EDM_MULTIPLIERS, AugmentPipe
+    from training.diffusion.losses import LOSSES
+    from training.snapshot import copy_weights, load_snapshot
+
 
 # The published architectures (arXiv 2206.00364, Table 1 and Appendix F); options override widths,
 # blocks, attention and embedding.

@@ -2,14 +2,17 @@
 
 import click
 
-from dnnlib import cli, options
+from dnnlib import cli, lazy, options
 from dnnlib.options import boolean, choice, integer, nimg, number, text
 from dnnlib.util import renamed_fields, to_json
-from torch_utils import distributed as dist
-from training import recipe
-from training.data.batches import DatasetBatches
-from training.diffusion.losses import EDM2Loss
 from training.presets import PRESETS
+
+with lazy.imports(__name__ == '__main__'):
+    from torch_utils import distributed as dist
+    from training import recipe
+    from training.data.batches import DatasetBatches
+    from training.diffusion.losses import EDM2Loss
+
 
 
 def build_config(opts: dict) -> dict:

@@ -13,11 +13,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import click
 import numpy as np
-import torch
 
-from dnnlib import cli
-from torch_utils.random import GlobalRandom
-from training.diffusion.augment_ada import ADAAugment
+from dnnlib import cli, lazy
+
+with lazy.imports(__name__ == '__main__'):
+    import torch
+
+    from torch_utils.random import GlobalRandom
+    from training.diffusion.augment_ada import ADAAugment
 
 
 def _translation(x, y):

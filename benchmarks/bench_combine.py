@@ -17,11 +17,16 @@ sys.path.insert(0, str(ROOT))
 
 import click
 import numpy as np
-import torch
 
-from dnnlib import cli
+from dnnlib import cli, lazy
+
+with lazy.imports(__name__ == '__main__'):
+    import torch
+
+    from training.networks.classifier import WideResNet
+
+
 from synthetic_data.class_files import ClassWriter
-from training.networks.classifier import WideResNet
 
 CLASSES = 10
 

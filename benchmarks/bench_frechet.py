@@ -12,11 +12,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import click
 import numpy as np
-import scipy.linalg
+
+from dnnlib import cli, lazy
+
+with lazy.imports(__name__ == '__main__'):
+    import scipy.linalg
+
+    from metrics.frechet import frechet_distance
 
 from benchmarks.timing import compare
-from dnnlib import cli
-from metrics.frechet import frechet_distance
 
 
 def plain_frechet(mu1, sigma1, mu2, sigma2):

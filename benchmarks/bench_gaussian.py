@@ -7,13 +7,19 @@ import time
 from pathlib import Path
 
 import click
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dnnlib import cli
-from simulations import gaussian, run_gaussian, tables
+from dnnlib import cli, lazy
+
+with lazy.imports(__name__ == '__main__'):
+    import torch
+
+    from simulations import gaussian
+
+
+from simulations import run_gaussian, tables
 
 
 def plain_sample(means: torch.Tensor, count: int, random: torch.Generator):

@@ -11,11 +11,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import click
 import numpy as np
-import torch
+
+from dnnlib import cli, lazy
+
+with lazy.imports(__name__ == '__main__'):
+    import torch
+
+    from metrics.memorization import nearest_neighbors
 
 from benchmarks.timing import compare
-from dnnlib import cli
-from metrics.memorization import nearest_neighbors
 
 
 def cdist_neighbors(queries, blocks, k, device):

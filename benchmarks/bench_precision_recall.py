@@ -14,10 +14,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import click
 import psutil
-import torch
 
-from dnnlib import cli
-from metrics.precision_recall import precision_recall
+from dnnlib import cli, lazy
+
+with lazy.imports(__name__ == '__main__'):
+    import torch
+
+    from metrics.precision_recall import precision_recall
 
 
 def plain_precision_recall(ref, gen, k):

@@ -13,14 +13,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import click
-import torch
-import torch.distributed
+
+from dnnlib import cli, lazy
+
+with lazy.imports(__name__ == '__main__'):
+    import torch
+    import torch.distributed
+
+    from torch_utils import distributed as dist
+    from training.ema import Averages, power
+    from training.networks import build_network
 
 from benchmarks.bench_training import NETWORKS, make_step
-from dnnlib import cli
-from torch_utils import distributed as dist
-from training.ema import Averages, power
-from training.networks import build_network
 
 
 def worker(batch: int, steps: int, network: str) -> dict:

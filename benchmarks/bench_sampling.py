@@ -5,16 +5,20 @@ import sys
 from pathlib import Path
 
 import click
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dnnlib import cli, lazy
+
+with lazy.imports(__name__ == '__main__'):
+    import torch
+
+    from benchmarks.plain_edm2 import plain_network
+    from training.diffusion import samplers
+    from training.networks import build_network
+
 from benchmarks.bench_training import NETWORKS
-from benchmarks.plain_edm2 import plain_network
 from benchmarks.timing import compare, print_rates
-from dnnlib import cli
-from training.diffusion import samplers
-from training.networks import build_network
 
 
 @click.command(cls=cli.Command)

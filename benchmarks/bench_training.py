@@ -5,18 +5,22 @@ import sys
 from pathlib import Path
 
 import click
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.plain_edm2 import PlainEMA, plain_network
+from dnnlib import cli, lazy
+
+with lazy.imports(__name__ == '__main__'):
+    import torch
+
+    from benchmarks.plain_edm2 import PlainEMA, plain_network
+    from torch_utils.random import GlobalRandom
+    from training.diffusion.losses import EDM2Loss
+    from training.ema import Averages, power
+    from training.loop import compiled
+    from training.networks import build_network
+
 from benchmarks.timing import compare, print_rates
-from dnnlib import cli
-from torch_utils.random import GlobalRandom
-from training.diffusion.losses import EDM2Loss
-from training.ema import Averages, power
-from training.loop import compiled
-from training.networks import build_network
 
 # What is measured: arguments of the network, and images of a step.
 NETWORKS = {

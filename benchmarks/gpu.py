@@ -23,22 +23,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import click
 import numpy as np
-import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+
+from dnnlib import UserError, cli, lazy
+from dnnlib.util import write_json
+
+with lazy.imports(__name__ == '__main__'):
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from benchmarks.plain_edm2 import PlainEMA, plain_network
+    from training.diffusion.losses import DDPMLoss, EDM2Loss, EDMLoss
+    from training.ema import Averages, power
+    from training.encoders import make_encoder
+    from training.generate import generate_images
+    from training.loop import compiled
+    from training.networks import build_network
 
 from benchmarks.bench_training import NETWORKS as EDM2_NETWORKS
 from benchmarks.bench_training import make_step
-from benchmarks.plain_edm2 import PlainEMA, plain_network
 from benchmarks.timing import PeakMemory, compare, synchronize
-from dnnlib import UserError, cli
-from dnnlib.util import write_json
-from training.diffusion.losses import DDPMLoss, EDM2Loss, EDMLoss
-from training.ema import Averages, power
-from training.encoders import make_encoder
-from training.generate import generate_images
-from training.loop import compiled
-from training.networks import build_network
 
 # Dense bf16 (and fp16) matrix rates of the makers' data sheets, FLOP/s.
 DATA_SHEET = {'H100 PCIe': 756e12, 'H100': 989e12, 'H200': 989e12, 'A100': 312e12}

@@ -15,7 +15,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import click
 import numpy as np
-import torch
+
+from dnnlib import UserError, cli, lazy
+from dnnlib.util import core_count, write_json
+
+with lazy.imports(__name__ == '__main__'):
+    import torch
+
+    from benchmarks.plain_edm2 import PlainEMA, plain_network
+    from metrics.frechet import frechet_distance
+    from metrics.memorization import nearest_neighbors
+    from metrics.precision_recall import precision_recall
+    from training.diffusion import samplers
+    from training.ema import Averages, power
+    from training.networks import build_network
 
 from benchmarks import (
     bench_data,
@@ -26,16 +39,7 @@ from benchmarks import (
     gpu,
 )
 from benchmarks.bench_training import NETWORKS, make_step
-from benchmarks.plain_edm2 import PlainEMA, plain_network
 from benchmarks.timing import CLOCKS, PeakMemory, compare
-from dnnlib import UserError, cli
-from dnnlib.util import core_count, write_json
-from metrics.frechet import frechet_distance
-from metrics.memorization import nearest_neighbors
-from metrics.precision_recall import precision_recall
-from training.diffusion import samplers
-from training.ema import Averages, power
-from training.networks import build_network
 
 
 class Settings:

@@ -15,19 +15,23 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import click
-import pandas as pd
+
+from data_utils import common, selection
+from dnnlib import UserError, cli, lazy, options, util
+
+with lazy.imports(__name__ == '__main__'):
+    import pandas as pd
+
+    from metrics.memorization import find_copies
+    from training import recipe
+    from training.generate import open_generator
+    from training.snapshot import snapshot_name
 
 import studies
 import train
-from data_utils import common, selection
-from dnnlib import UserError, cli, options, util
-from metrics.memorization import find_copies
 from metrics.shares import with_intervals
 from studies import WHOLE, compared, setting
-from training import recipe
 from training.data.dataset import ImageDataset
-from training.generate import open_generator
-from training.snapshot import snapshot_name
 
 LABELS = {'none': 'no labels', 'true': 'true labels', 'random': 'random labels'}
 # What all networks share. The length of a run is the same for all sizes: a CPU cannot afford the

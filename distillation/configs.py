@@ -20,7 +20,6 @@ import omegaconf
 import yaml
 from omegaconf import OmegaConf
 
-from distillation.dkdm import SOURCES
 from dnnlib import UserError, cli
 from dnnlib.options import (
     dry_run,
@@ -173,6 +172,9 @@ def ema_rates(text: str) -> list[float]:
 
 
 # What types alone do not tell: (keys, test of a value, what it must be).
+# Of dkdm.SOURCES; the second is spelled as published and as it should be.
+CHAINS = ('dynamic_iterative_distillation', 'shffled_iterative_distillation',
+          'shuffled_iterative_distillation', 'iterative_distillation')
 _RULES = [
     ('clip_last clip_first', lambda value: not value, 'must be false, as all experiments have it'),
     ('batch_size log_interval save_interval', lambda value: value >= 1, 'must be at least 1'),
@@ -181,7 +183,7 @@ _RULES = [
     ('BATCH', lambda value: 0 < value <= 1, 'must be a fraction rho of the time steps, above 0'),
     ('prob', lambda value: 0 < value <= 1, 'must be a probability above 0'),
     ('schedule_sampler', lambda value: value == 'uniform', 'is not supported; write uniform'),
-    ('iter_choice', lambda value: value in SOURCES, f'is not one of {", ".join(SOURCES)}'),
+    ('iter_choice', lambda value: value in CHAINS, f'is not one of {", ".join(CHAINS)}'),
     ('ema_rate', lambda value: all(0 <= rate < 1 for rate in ema_rates(value)),
      'must be rates below 1, e.g. 0.99,0.9999'),
 ]

@@ -21,11 +21,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import click
 import numpy as np
-import pandas as pd
+
+from distillation import configs
+from dnnlib import UserError, cli, lazy, util
+
+with lazy.imports(__name__ == '__main__'):
+    import pandas as pd
+
+    from distillation import runs
 
 import studies
-from distillation import configs, runs
-from dnnlib import UserError, cli, util
 from metrics.recognition import Recognizer
 from studies import WHOLE, setting
 from training.data.images import open_images

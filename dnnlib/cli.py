@@ -17,7 +17,7 @@ import time
 
 import click
 
-from dnnlib import util
+from dnnlib import lazy, util
 
 
 def _option_of(ctx, field: str | None) -> str | None:
@@ -179,6 +179,8 @@ class _OneLineErrors:
                 if isinstance(param.type, Destination):
                     param.type.check(param, ctx.params)
             with _no_signal_is_lost(), _sigterm_raises():
+                if not isinstance(self, click.Group):          # whose commands have options too
+                    lazy.load()
                 return super().invoke(ctx)
         except _Terminated:
             print('Stopped by SIGTERM', file=sys.stderr, flush=True)

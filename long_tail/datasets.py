@@ -8,12 +8,16 @@ import shutil
 
 import numpy as np
 
+from dnnlib import lazy
 from dnnlib.image_io import BadImage
 from dnnlib.options import path
 from dnnlib.url import download as download_url
 from dnnlib.util import UserError, atomic_path, hash_file
+
+with lazy.imports():
+    from torch_utils import distributed
+
 from long_tail import imbalance
-from torch_utils import distributed
 from training.data import sources
 from training.data.images import ArrayImages
 from training.data.transforms import make_transform, resize_stack

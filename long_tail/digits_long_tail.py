@@ -17,17 +17,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import click
 import numpy as np
-import pandas as pd
-import torch
+
+from dnnlib import UserError, cli, lazy, options, pictures
+
+with lazy.imports(__name__ == '__main__'):
+    import pandas as pd
+    import torch
+
+    from long_tail import make_stats
+    from training.checkpoint import StepCheckpoints
+    from training.encoders import RGBEncoder
+    from training.snapshot import load_snapshot
 
 import studies
-from dnnlib import UserError, cli, options, pictures
-from long_tail import datasets, make_stats
+from long_tail import datasets
 from long_tail import main as long_tail
 from studies import WHOLE, compared, setting
-from training.checkpoint import StepCheckpoints
-from training.encoders import RGBEncoder
-from training.snapshot import load_snapshot
 
 METHODS = {'plain': 'plain', 'cb': 'class-balancing', 'finetune': 'fine-tuned'}
 TAIL = dict(imb_factor=0.05)

@@ -7,30 +7,35 @@ import math
 import os
 
 import numpy as np
-import torch
 
-from dnnlib import UserError, pictures, util
+from dnnlib import UserError, lazy, pictures, util
 from dnnlib.options import choice, path, together, verify
-from long_tail import classwise
+
+with lazy.imports():
+    import torch
+
+    from long_tail import classwise
+    from metrics.features import Detectors, measure_images
+    from metrics.neighbors import check_finite
+    from metrics.statistics import USUAL, Statistics, load_statistics
+    from torch_utils import distributed as dist
+    from torch_utils.stopping import stop_point
+    from training.diffusion.samplers import without_labels
+    from training.encoders import RGBEncoder
+    from training.generate import generate_images
+
 from metrics import compute
-from metrics.features import Detectors, measure_images
-from metrics.neighbors import check_finite
 from metrics.recognition import Recognizer
 from metrics.shares import with_intervals
-from metrics.statistics import USUAL, Statistics, load_statistics
-from torch_utils import distributed as dist
 from torch_utils.files.pickles import errors_of
-from torch_utils.stopping import stop_point
 from training.data.images import ArrayImages, NpzImages, save_npz_images
-from training.diffusion.samplers import without_labels
-from training.encoders import RGBEncoder
-from training.generate import generate_images
 
 PROTOCOL = 'cbdm'
 GRID_STEPS = 50         # of DDIM, where a chain has more: grids show a run, they do not measure it
 MOST_RECOGNISED = 5000  # reference images that the classifier is trained on in reasonable time
 detector_options = together(
-    choice('--detector', 'inception', 'Network of the features', USUAL),
+    choice('--detector', 'inception', 'Network of the features',
+           ['inception', 'dinov2', 'pixels']),
     path('--weights', '',
          'Weights of the detector: file, folder or URL  [default: the published ones]'), verify)
 SETTINGS = ('sample_method', 'omega', 'ddim_steps', 'num_images', 'seed', 'detector', 'fid_cache',

@@ -11,9 +11,8 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 
-from dnnlib import UserError, cli
+from dnnlib import UserError, cli, lazy
 from dnnlib.options import (
     ANY,
     BELOW_ONE,
@@ -33,20 +32,25 @@ from dnnlib.options import (
     wandb,
 )
 from dnnlib.util import check_place, publishable, renamed_fields
+
+with lazy.imports(__name__ == '__main__'):
+    import torch
+
+    from torch_utils import distributed as dist
+    from torch_utils.files.identify import identify
+    from torch_utils.files.weights import load_weights
+    from training import recipe, runs
+    from training.checkpoint import StepCheckpoints
+    from training.data.batches import DatasetBatches
+    from training.diffusion.augment_ada import ADAAugment
+    from training.diffusion.losses import CBDMLoss
+    from training.encoders import RGBEncoder
+    from training.loop import Output
+    from training.networks import build_network
+
 from long_tail import datasets, evaluation
 from long_tail.flags import FlagCommand, to_text
-from torch_utils import distributed as dist
-from torch_utils.files.identify import identify
-from torch_utils.files.weights import load_weights
-from training import recipe, runs
-from training.checkpoint import StepCheckpoints
-from training.data.batches import DatasetBatches
 from training.data.images import ArrayImages
-from training.diffusion.augment_ada import ADAAugment
-from training.diffusion.losses import CBDMLoss
-from training.encoders import RGBEncoder
-from training.loop import Output
-from training.networks import build_network
 
 # --- Options -------------------------------------------------------------------------------------
 

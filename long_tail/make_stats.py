@@ -8,14 +8,18 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-import pandas as pd
 
-from dnnlib import UserError, cli, options
+from dnnlib import UserError, cli, lazy, options
+
+with lazy.imports(__name__ == '__main__'):
+    import pandas as pd
+
+    from metrics.features import Detectors, measure
+    from metrics.images import read_batches
+    from metrics.statistics import USUAL, is_statistics, save_statistics
+    from torch_utils import distributed as dist
+
 from long_tail import datasets, evaluation
-from metrics.features import Detectors, measure
-from metrics.images import read_batches
-from metrics.statistics import USUAL, is_statistics, save_statistics
-from torch_utils import distributed as dist
 
 
 def balanced(labels, num: int) -> np.ndarray:

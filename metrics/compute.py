@@ -3,14 +3,17 @@
 import dataclasses
 from collections.abc import Callable, Iterable
 
-from dnnlib import UserError
-from metrics.detectors import PROTOCOLS, Protocol
-from metrics.features import Detectors, measure_images
-from metrics.inception_score import inception_score
-from metrics.precision_recall import precision_recall
+from dnnlib import UserError, lazy
+
+with lazy.imports():
+    from metrics.detectors import PROTOCOLS, Protocol
+    from metrics.features import Detectors, measure_images
+    from metrics.inception_score import inception_score
+    from metrics.precision_recall import precision_recall
+    from metrics.statistics import SPACES, Statistics
+
 from metrics.recognition import Recognizer
 from metrics.shares import Share
-from metrics.statistics import SPACES, Statistics
 
 # --- The metrics: (generated, real, space, protocol, device) -> {name: value} -------------------
 

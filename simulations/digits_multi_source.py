@@ -15,16 +15,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import click
 import numpy as np
-import pandas as pd
 import tqdm
 
+from dnnlib import UserError, cli, lazy
+
+with lazy.imports(__name__ == '__main__'):
+    import pandas as pd
+
+    from training.generate import open_generator
+
 import studies
-from dnnlib import UserError, cli
 from simulations import plotting, tables
 from studies import WHOLE, compared, setting
 from training.data import convert
 from training.data.images import save_npz_images
-from training.generate import open_generator
 
 # Similar classes first: the three whose mean images are the closest, then always the one closest
 # to those before it (mean Euclidean distance between mean images).

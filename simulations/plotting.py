@@ -7,12 +7,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import click
 import numpy as np
-import pandas as pd
+
+from dnnlib import UserError, cli, lazy, options
+
+with lazy.imports('plot_gaussian' in sys.argv[0]):
+    import pandas as pd
 
 import studies
-from dnnlib import UserError, cli, options
 from simulations import RESULTS, tables
-from studies import plt
 
 # (label, error, bound) of the two estimates, in the order of studies.SERIES.
 ESTIMATES = (('single-source', tables.ERROR_SINGLE, tables.BOUND_SINGLE),
@@ -42,7 +44,7 @@ def draw_errors(axis, rows: pd.DataFrame, x: str, y: str, **style):
 
 def new_figure(rows: pd.DataFrame, x: str, **texts):
     """A figure and its axis of errors, with a tick at each value of x, and no others."""
-    figure, axis = plt.subplots(figsize=(3.5, 2.9))
+    figure, axis = studies.plt.subplots(figsize=(3.5, 2.9))
     axis.set(xscale='log' if x == 'n' else 'linear', xlabel=LABELS[x], xticks=rows[x],
              xticklabels=map('{:g}'.format, rows[x]), **texts)
     axis.xaxis.minorticks_off()
@@ -102,7 +104,7 @@ def draw_grid(rows: pd.DataFrame, seed_rows: pd.DataFrame, x: str, y: str):
     of the bounds: heat maps, lowest y at the bottom, with the number in each cell and its interval
     if it has one; cells without a number are left white."""
     cells = rows.set_index([y, x])
-    figure, axes = plt.subplots(1, 2, sharey=True, figsize=(
+    figure, axes = studies.plt.subplots(1, 2, sharey=True, figsize=(
         4 + 0.6 * rows[x].nunique(), 2 + 0.3 * rows[y].nunique()))
     titles = {tables.ERROR_ADVANTAGE: 'Empirical advantage',
               tables.BOUND_ADVANTAGE: 'Difference of the bounds'}

@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
-from scipy.special import stdtrit
+
+from dnnlib import UserError, lazy, util
+
+with lazy.imports():
+    import pandas as pd
+    from scipy.special import stdtrit
 
 import studies
-from dnnlib import UserError, util
 
 PAPER_SEEDS = (3, 33, 520, 2025, 25731)
 

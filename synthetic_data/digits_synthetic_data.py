@@ -15,16 +15,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import click
 import numpy as np
-import pandas as pd
 import tqdm
 
+from dnnlib import cli, lazy, options, util
+
+with lazy.imports(__name__ == '__main__'):
+    import pandas as pd
+
+    from synthetic_data import evaluate_data, generate, select_1M
+    from synthetic_data.mixture import GeneratedImages
+    from training.snapshot import snapshot_name
+
 import studies
-from dnnlib import cli, options, util
 from studies import WHOLE, compared, setting
-from synthetic_data import evaluate_data, generate, select_1M, train_classifier
-from synthetic_data.mixture import GeneratedImages
+from synthetic_data import train_classifier
 from training.data.dataset import ImageDataset
-from training.snapshot import snapshot_name
 
 CLASSES = 10
 LEAST_SPAN = 10       # of an axis of accuracies, in percent

@@ -11,15 +11,19 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import pandas as pd
+
+from dnnlib import UserError, cli, lazy, options, util
+
+with lazy.imports(__name__ == '__main__'):
+    import pandas as pd
+
+    from torch_utils import distributed as dist
+    from torch_utils import parallel
+    from training import runs
 
 import studies
-from dnnlib import UserError, cli, options, util
 from metrics.shares import percent
 from synthetic_data import train_classifier
-from torch_utils import distributed as dist
-from torch_utils import parallel
-from training import runs
 
 DATA = {'real': 'real', 'generated': 'real + generated', 'selected': 'real + selected'}
 TRAINING = ('plain', 'adversarial')

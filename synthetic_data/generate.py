@@ -9,15 +9,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from dnnlib import UserError, cli, options
-from synthetic_data import fixed_batch
+from dnnlib import UserError, cli, lazy, options
+
+with lazy.imports(__name__ == '__main__'):
+    from synthetic_data import fixed_batch
+    from torch_utils import distributed as dist
+    from torch_utils.files.weights import fingerprint
+    from training.diffusion.samplers import choose_setting
+    from training.generate import open_generator
+    from training.runs import claimed
+    from training.snapshot import load_denoiser
+
 from synthetic_data.class_files import ClassWriter
-from torch_utils import distributed as dist
-from torch_utils.files.weights import fingerprint
-from training.diffusion.samplers import choose_setting
-from training.generate import open_generator
-from training.runs import claimed
-from training.snapshot import load_denoiser
 
 # Slope of the vp schedule that sets the range of noise levels in this study's code; EDM's is 19.9.
 BETA_D = 19.1

@@ -10,15 +10,20 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-import torch
+
+from dnnlib import cli, lazy, options, pictures, util
+
+with lazy.imports(__name__ == '__main__'):
+    import torch
+
+    from synthetic_data import fixed_batch
+    from synthetic_data.classify import batches, open_classifier
+    from synthetic_data.mixture import GeneratedImages
+    from torch_utils import distributed as dist
 
 import studies
-from dnnlib import cli, options, pictures, util
-from synthetic_data import common, fixed_batch
+from synthetic_data import common
 from synthetic_data.class_files import write_npz
-from synthetic_data.classify import batches, open_classifier
-from synthetic_data.mixture import GeneratedImages
-from torch_utils import distributed as dist
 
 BINS = 50            # of the histogram of confidences
 EXTREMES = 10      # best and worst images of a class in the picture
@@ -27,7 +32,6 @@ ENDINGS = {'.npz': common.CLASSES, '-report.json': cli.json_with('top_scale', 'c
 WRITE_IMAGES = 4096  # at a time
 
 
-@torch.inference_mode()
 def score(net, data, batch: int, device) -> np.ndarray:
     """softmax(net(x))[label] of every image of a labelled data set, float32 [len].
 
@@ -37,10 +41,11 @@ def score(net, data, batch: int, device) -> np.ndarray:
     net = fixed_batch.for_device(net, device, data.resolution)
     scores = np.zeros(len(data), np.float32)
     share = dist.get_rank(), dist.get_world_size()
-    for indices, images, labels in batches(data, batch, device, *share):
-        logits = net(images.to(memory_format=torch.channels_last)).float()
-        confidences = logits.softmax(dim=1).gather(1, labels[:, None])
-        scores[indices] = confidences[:, 0].cpu().numpy()
+    with torch.inference_mode():
+        for indices, images, labels in batches(data, batch, device, *share):
+            logits = net(images.to(memory_format=torch.channels_last)).float()
+            confidences = logits.softmax(dim=1).gather(1, labels[:, None])
+            scores[indices] = confidences[:, 0].cpu().numpy()
     return sum(dist.gather_objects(scores))  # each process has zeros for the images of others
 
 

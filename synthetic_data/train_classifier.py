@@ -7,24 +7,29 @@ import sys
 from pathlib import Path
 
 import click
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dnnlib import UserError, budget, cli, options, util
+from dnnlib import UserError, budget, cli, lazy, options, util
 from dnnlib.options import boolean, integer, nimg, number, text
+
+with lazy.imports(__name__ == '__main__'):
+    import torch
+
+    from synthetic_data import classify
+    from synthetic_data.classify import Attack
+    from synthetic_data.mixture import GeneratedImages, Mixture, MixtureOrder
+    from torch_utils import distributed as dist
+    from training import recipe
+    from training.data.batches import DatasetBatches
+    from training.data.sampler import EpochShuffle
+    from training.encoders import RGBEncoder
+    from training.loop import Output
+    from training.networks.layers import DTYPES
+
 from metrics.shares import percent, with_intervals
-from synthetic_data import classify, common
-from synthetic_data.classify import Attack
-from synthetic_data.mixture import GeneratedImages, Mixture, MixtureOrder
-from torch_utils import distributed as dist
-from training import recipe
-from training.data.batches import DatasetBatches
+from synthetic_data import common
 from training.data.dataset import ImageDataset
-from training.data.sampler import EpochShuffle
-from training.encoders import RGBEncoder
-from training.loop import Output
-from training.networks.layers import DTYPES
 
 ACCURACY = 'accuracy.json'
 

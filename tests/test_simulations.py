@@ -18,7 +18,7 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks import bench_gaussian
-from simulations import gaussian, plotting, run_gaussian, tables, toy_guidance
+from simulations import gaussian, plane, plotting, run_gaussian, tables, toy_guidance
 from training.diffusion.samplers import sample
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -284,7 +284,7 @@ def test_figure_1_shows_errors_left_and_bounds_right(tag, varied, tmp_path):
         for name in names:
             curve = rows[[varied, name]].to_numpy()
             assert any(d.shape == curve.shape and np.allclose(d, curve) for d in drawn), name
-    plotting.plt.close(figure)
+    plotting.studies.plt.close(figure)
 
 
 def test_grid_shows_the_advantage(tmp_path):
@@ -296,7 +296,7 @@ def test_grid_shows_the_advantage(tmp_path):
     for axis, name in zip(figure.axes, (tables.ERROR_ADVANTAGE, tables.BOUND_ADVANTAGE), strict=False):
         shown = axis.images[0].get_array()
         np.testing.assert_allclose(shown, rows[name].to_numpy().reshape(2, 3).T)
-    plotting.plt.close(figure)
+    plotting.studies.plt.close(figure)
 
 
 def test_newest_result_is_drawn_always_the_same(tmp_path):
@@ -357,9 +357,9 @@ class _Exact:
 
 
 def test_the_exact_denoiser_of_the_toy_gives_its_density():
-    data = toy_guidance.branches()
+    data = plane.branches()
     points, labels = data.draw(4000, torch.Generator().manual_seed(0))
-    assert abs(float(points.std()) - toy_guidance.SIGMA_DATA) < 0.02 and set(labels.tolist()) == {0, 1}
+    assert abs(float(points.std()) - plane.SIGMA_DATA) < 0.02 and set(labels.tolist()) == {0, 1}
     data = data.of(1)
     points, labels = data.draw(4000, torch.Generator().manual_seed(0))
     assert set(labels.tolist()) == {1}

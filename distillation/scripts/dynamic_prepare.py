@@ -10,14 +10,18 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from distillation import configs, runs
-from distillation.cache import open_cache, write_cache
-from distillation.dkdm import SOURCES, IterativeSource, Preparation
-from dnnlib import UserError, cli, options
+from distillation import configs
+from dnnlib import UserError, cli, lazy, options
 from dnnlib.util import check_place, require_same
-from torch_utils import distributed as dist
-from torch_utils.files.own import read_own
-from training.snapshot import write_state
+
+with lazy.imports(__name__ == '__main__'):
+    from distillation import runs
+    from distillation.cache import open_cache, write_cache
+    from distillation.dkdm import SOURCES, IterativeSource, Preparation
+    from torch_utils import distributed as dist
+    from torch_utils.files.own import read_own
+    from training.snapshot import write_state
+
 
 
 def merge(path: str, part: str, cache, description: dict):

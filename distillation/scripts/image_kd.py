@@ -8,9 +8,14 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from distillation import configs, runs
-from torch_utils import distributed as dist
-from training.diffusion.losses import DKDMLoss
+from distillation import configs
+from dnnlib import lazy
+
+with lazy.imports(__name__ == '__main__'):
+    from distillation import runs
+    from torch_utils import distributed as dist
+    from training.diffusion.losses import DKDMLoss
+
 
 
 @click.command(cls=configs.Command, epilog="""\b

@@ -10,16 +10,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tqdm import tqdm
 
-from distillation import configs, runs
+from distillation import configs
 from distillation.sample_shards import SampleShards
-from dnnlib import cli, options
+from dnnlib import cli, lazy, options
 from dnnlib.util import check_place
-from metrics.statistics import check_destination
-from torch_utils import distributed as dist
-from training.diffusion.samplers import choose_setting
-from training.encoders import GuidedRGBEncoder
-from training.generate import generate_images
-from training.runs import claimed
+
+with lazy.imports(__name__ == '__main__'):
+    from distillation import runs
+    from metrics.statistics import check_destination
+    from torch_utils import distributed as dist
+    from training.diffusion.samplers import choose_setting
+    from training.encoders import GuidedRGBEncoder
+    from training.generate import generate_images
+    from training.runs import claimed
+
 
 
 def sample(net, shards: SampleShards, seed: int, sampler: dict):

@@ -9,15 +9,19 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from distillation import configs, runs
-from dnnlib import UserError
-from torch_utils import distributed as dist
-from training.checkpoint import GuidedCheckpoints
-from training.data.batches import DatasetBatches
+from distillation import configs
+from dnnlib import UserError, lazy
+
+with lazy.imports(__name__ == '__main__'):
+    from distillation import runs
+    from torch_utils import distributed as dist
+    from training.checkpoint import GuidedCheckpoints
+    from training.data.batches import DatasetBatches
+    from training.diffusion.losses import DDPMLoss
+    from training.encoders import RGBEncoder
+    from training.runs import option_of
+
 from training.data.images import open_dataset
-from training.diffusion.losses import DDPMLoss
-from training.encoders import RGBEncoder
-from training.runs import option_of
 
 
 def open_data(path: str, net):
