@@ -83,7 +83,7 @@ def mixture(first, path: str, max_images: int | None, rate: float):
     if not os.path.exists(path):
         raise UserError(f'--inter-source={path} does not exist; '
                         'make it from a list of sample_imagenet.py')
-    second = common.open_source(path)
+    second = common.open_source(path, bits=first.bits)
     counts = selection.interpolation_counts(max_images or len(first), rate)
     for source, count in zip((first, second), counts, strict=True):
         if count > len(source):

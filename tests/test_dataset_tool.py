@@ -150,9 +150,12 @@ def test_labels_in_the_one_folder_of_a_source(above, kind, tmp_path):
 def test_a_data_set_in_a_folder_of_a_source_keeps_its_labels(kind, tmp_path):
     write_digits(tmp_path / 'outer' / 'digits', 30)
     labels = ImageDataset(tmp_path / 'outer' / 'digits').label_ids.tolist()
+    for name in ('README.md', 'a.txt'):
+        (tmp_path / 'outer' / name).touch()
     source = tmp_path / 'outer' if kind == 'folder' else shutil.make_archive(str(tmp_path / 'x'), 'zip', tmp_path / 'outer')
     assert convert_to(tmp_path / 'a.zip', f'--source={source}').label_ids.tolist() == labels
     data = ImageDataset(source)
+    assert '2 beside the data set' in tool('convert', f'--source={source}', f'--dest={tmp_path}/b.zip')
     assert data.label_ids.tolist() == labels and data.where(0).endswith('digits/00000/img00000000.png')
     assert data.images([3]).shape == (1, 3, 8, 8)
 
@@ -240,6 +243,15 @@ def test_heic_is_read_if_a_plug_in_is_installed(folder, tmp_path):
     out = run(SCRIPT, 'convert', f'--source={folder}', f'--dest={tmp_path}/a.zip', PYTHONPATH=str(tmp_path)).stdout
     assert 'Left out' not in out and 'installed' not in out
     np.testing.assert_array_equal(ImageDataset(tmp_path / 'a.zip').images([3])[0].transpose(1, 2, 0), np.asarray(picture(5)))
+
+
+def test_avif_is_left_out_where_pillow_does_not_read_it(folder, tmp_path, monkeypatch):
+    picture().save(folder / 'ant' / 'x.avif')
+    assert len(convert_to(tmp_path / 'a.zip', f'--source={folder}')) == 13
+    formats = tuple(name for name in image_io._pillow_formats() if name != 'AVIF')
+    monkeypatch.setattr(image_io, '_pillow_formats', lambda: formats)
+    assert '1 .avif (read if pillow-avif-plugin is installed)' in tool(
+        'convert', f'--source={folder}', f'--dest={tmp_path}/b.zip', '--workers=1')
 
 
 def test_the_result_is_a_stored_zip_or_a_folder(folder, tmp_path):

@@ -19,6 +19,7 @@ import zlib
 import numpy as np
 
 from dnnlib import budget, util
+from dnnlib.image_io import is_image_name
 from dnnlib.npz import LOCAL_HEADER, entry_start
 from dnnlib.util import (
     UserError,
@@ -82,10 +83,8 @@ class ArchiveReader:
         else:
             raise UserError(f'{self.path} does not exist; give a folder or a .zip file')
         self._inner = ''
-        inner = common_folder(self.names)
-        if inner and self.find(inner + JSON_NAME) >= 0:
-            self._inner = inner
-            self.names = [name.removeprefix(inner) for name in self.names]
+        if self.find(JSON_NAME) < 0:
+            self._enter_folder()
 
     def _walk(self):
         """Names of all files below the folder, following links but never twice into the same
@@ -123,6 +122,20 @@ class ArchiveReader:
                     self.left_out['no file'] += 1
         self.damaged.sort()
         util.refuse_links(self.path, outside)
+
+    def _enter_folder(self):
+        """Leaves the files of the folder that has a dataset.json and all images, if there is one.
+        """
+        inner = common_folder([name for name in self.names
+                               if is_image_name(name) or name.endswith('.npy')])
+        while inner and self.find(inner + JSON_NAME) < 0:
+            inner = inner[:inner.rfind('/', 0, -1) + 1]
+        rows = [row for row, name in enumerate(self.names) if name.startswith(inner)]
+        self.left_out['beside the data set'] += len(self.names) - len(rows)
+        self._inner = inner
+        self.names = [self.names[row].removeprefix(inner) for row in rows]
+        if self.is_zip:
+            self._entries = self._entries[rows]
 
     def _list_zip(self):
         try:
