@@ -89,8 +89,11 @@ def _user_error(error: BaseException | None) -> util.UserError | None:
         return error
     if isinstance(error, _OF_CLICK):
         return None
-    # Of torch, which may not be imported.
-    if any(type(cause).__name__ == 'OutOfMemoryError' for cause in util.causes(error)):
+    # Of torch and of pools, which may not be imported.
+    kinds = {type(cause).__name__ for cause in util.causes(error)}
+    if 'BrokenProcessPool' in kinds:
+        return util.UserError('a worker process was killed; is there enough memory?')
+    if 'OutOfMemoryError' in kinds:
         return util.UserError('the memory of the GPU is full; give fewer images of one '
                               'forward pass', 'batch_gpu')
     if isinstance(error, RuntimeError) and re.search('gloo.*(onnect|losed)', str(error)):

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import multiprocessing
 import os
 import pathlib
 import pickle
@@ -11,12 +12,14 @@ import struct
 import subprocess
 import sys
 import tarfile
+import time
 import types
 import zipfile
 import zlib
 
 import numpy as np
 import PIL.Image
+import psutil
 import pytest
 from helpers import ROOT, fails, invoke, run, write_digits
 
@@ -874,3 +877,26 @@ def test_the_script_runs_from_any_folder_and_converts_without_torch(tmp_path):
 @pytest.mark.parametrize('command', [[], ['convert'], ['encode'], ['decode'], ['inspect']], ids=str)
 def test_help_shows_examples(command):
     assert 'dataset_tool.py' in tool(*command, '--help').partition('Options:')[0].partition('\n')[2]
+
+
+class Deadly:
+    """A job of the converter, one of whose images kills the other workers, which wait for work."""
+
+    source = types.SimpleNamespace(in_memory=False)
+
+    def __init__(self):
+        self.parent = os.getpid()
+
+    def convert(self, indices):
+        if os.getpid() != self.parent and 0 in indices:
+            time.sleep(1)                                      # until one of them holds the lock of the queue
+            for process in psutil.Process(self.parent).children():
+                if process.pid != os.getpid():
+                    process.kill()
+        return [None] * len(indices)
+
+
+def test_a_worker_that_is_killed_ends_the_others_too():
+    with pytest.raises(UserError, match='a worker process died'):
+        list(convert._convert_all(Deadly(), list(range(3000)), 3))
+    assert not multiprocessing.active_children()

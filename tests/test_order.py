@@ -115,7 +115,8 @@ def whole(tmp_path_factory, digits):
 
 @pytest.mark.parametrize('name, hook', [
     *(pytest.param(name, hook, marks=[] if name == 'edm2' else pytest.mark.slow)
-      for name, (_, _, hook) in TRAININGS.items()), ('edm2', 'training.loop.save_snapshot')])
+      for name, (_, _, hook) in TRAININGS.items()), ('edm2', 'training.loop.save_snapshot'),
+    ('edm2', 'dnnlib.pictures.save_loss_curve')])
 def test_killed_behind_a_checkpoint_it_makes_what_was_due_there(name, hook, whole, digits, tmp_path, monkeypatch):
     """kill -9 within every picture and measurement, and between a checkpoint and its snapshots."""
     monkeypatch.chdir(tmp_path)

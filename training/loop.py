@@ -350,6 +350,8 @@ class Trainer:
             self._save_checkpoint()
         if self._due(recipe.snapshot):
             self._save_snapshots()
+            if self.leads:
+                self._draw_losses()
         self._make_outputs([output for output in self.outputs
                             if self._due(output.every, output.at_end)])
 
@@ -363,7 +365,9 @@ class Trainer:
         """
         snapshots = Output(self.recipe.snapshot, self._save_snapshots, self._has_snapshots,
                            together=True)
-        due = [output for output in (snapshots, *self.outputs)
+        losses = Output(self.recipe.snapshot, self._draw_losses,
+                        lambda _: runs.has_loss_curve(self.run_dir))
+        due = [output for output in (snapshots, losses, *self.outputs)
                if self._due(output.every, output.at_end)]
         ours = os.path.isfile(self._checkpoint_path())
         missing = [i for i, output in enumerate(due) if ours and not output.exists(self._count)]
@@ -459,7 +463,9 @@ class Trainer:
         return self._path(snapshot_name(self.nimg, suffix))
 
     def _has_snapshots(self, _) -> bool:
-        return all(os.path.isfile(self._snapshot_path(suffix))
+        # Their names count in thousands of images: of more frequent ones it may be an earlier one.
+        than = self._checkpoint_path() if self.recipe.snapshot < 1000 else None
+        return all(runs.is_later(self._snapshot_path(suffix), than)
                    for _, suffix, _ in self.ema.get(self.net))
 
     def _save_snapshots(self, *_):
@@ -472,9 +478,11 @@ class Trainer:
                                   **self.snapshot)
                 except NonFiniteError as error:
                     self.log(f'Warning: no {path}: {error}')
-            if os.path.exists(self._path('stats.jsonl')):
-                pictures.save_loss_curve(self._path('stats.jsonl'), self._path('loss.png'))
         dist.barrier()
+
+    def _draw_losses(self, *_):
+        if os.path.exists(self._path('stats.jsonl')):
+            pictures.save_loss_curve(self._path('stats.jsonl'), self._path('loss.png'))
 
     def results(self) -> list[str]:
         """Lines that say where the newest snapshot and checkpoint are, and what to do next."""

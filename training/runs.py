@@ -125,6 +125,18 @@ def wait_for_later_events(run_dir: str):
 # --- Finding runs -------------------------------------------------------------------------------
 
 
+def is_later(path: str, than: str | None) -> bool:
+    """Whether there is a file, and it was written after the other one, if that is given."""
+    return os.path.isfile(path) and (
+        than is None or os.stat(path).st_mtime_ns >= os.stat(than).st_mtime_ns)
+
+
+def has_loss_curve(run_dir: str) -> bool:
+    """Whether loss.png shows all that stats.jsonl says."""
+    stats, curve = (os.path.join(run_dir, name) for name in ('stats.jsonl', 'loss.png'))
+    return not os.path.exists(stats) or is_later(curve, stats)
+
+
 def is_finished(run_dir: str, total_kimg: int, snapshots: bool, checkpoints: bool) -> bool:
     """Whether the folder has all that the last step of a run of `total_kimg` kimg writes."""
     found = []                                                 # kimg of each kind of file
@@ -141,6 +153,8 @@ def is_finished(run_dir: str, total_kimg: int, snapshots: bool, checkpoints: boo
             rows = [row['nimg'] for _, row in budget.json_lines(
                 os.path.join(run_dir, 'stats.jsonl'))]
             found = [[rows[-1] // 1000]]
+    if snapshots and not has_loss_curve(run_dir):
+        return False
     return bool(found) and all(max(kimgs, default=-1) >= total_kimg for kimgs in found)
 
 

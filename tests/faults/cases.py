@@ -23,7 +23,8 @@ class Case:
 
 
 STATES = ('*training-state-*.pt',)
-GUIDED = ('*/model*.pt', '*/ema_*.pt', '*/opt*.pt', '*/network-snapshot-*.pkl')
+GUIDED = ('*/model*.pt', '*/ema_*.pt', '*/opt*.pt', '*/network-snapshot-*.pkl',
+          '*/teacher-state-*.cache')
 
 EDM2 = ('train_edm2.py --outdir=out --data={in}/d.zip --preset=digits --channels=8 --batch=128 '
         '--status=512 --snapshot=1024 --checkpoint=512 --duration=3072')

@@ -419,6 +419,10 @@ def _convert_all(job, indices, workers):
         for results in map_ahead(pool, work, chunks, 2 * workers):
             yield from results
     except BrokenProcessPool:
+        # The others may wait for ever for a lock of the dead one, and ignore the signal by which
+        # the pool ends them.
+        for process in multiprocessing.active_children():
+            process.kill()
         raise UserError('a worker process died, perhaps for lack of memory; '
                         'use fewer workers') from None
     finally:
