@@ -530,7 +530,7 @@ def test_sampling_goes_on_where_it_was_stopped(world, tmp_path, monkeypatch):
 
 def test_sampling_goes_on_after_a_kill_before_its_first_piece(world, tmp_path):
     (tmp_path / 'a.npz.parts').mkdir()
-    (tmp_path / 'a.npz.parts/.settings.json.abcdefgh.tmp').touch()
+    (tmp_path / 'a.npz.parts/.settings.json.0123abcd.tmp').touch()
     sample(world, tmp_path / 'a.npz')
     assert sorted(os.listdir(tmp_path)) == ['a.json', 'a.npz']
 
