@@ -1499,8 +1499,6 @@ def _weights(key, what, change):
 
 _weights('weights_complex', 'a snapshot of complex weights', lambda value: value + 0j)
 _weights('weights_whole', 'a snapshot of whole numbers', lambda value: value.int())
-_weights('weights_expanded', 'a snapshot whose weights are one number each', lambda value: value.flatten()[:1].expand(
-    value.shape) if value.numel() else value)
 _weights('weights_sparse', 'a snapshot of sparse weights', lambda value: value.to_sparse())
 
 

@@ -110,6 +110,7 @@ def test_changed_settings_are_refused_or_logged(tmp_path, monkeypatch, name):
     monkeypatch.delitem(sys.modules, 'wandb')
     monkeypatch.syspath_prepend(tmp_path)
     complete = name == 'classifier'                            # it has nothing left to do
+    (tmp_path / name / 'loss.png').touch()                     # the set of files has no pictures
     words = 'Already complete' if complete else 'Resuming from'
     assert words in helpers.invoke(script, *arguments, '--wandb=diffusion')
     project = complete or json.loads((tmp_path / 'wandb.json').read_text())

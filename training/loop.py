@@ -463,9 +463,7 @@ class Trainer:
         return self._path(snapshot_name(self.nimg, suffix))
 
     def _has_snapshots(self, _) -> bool:
-        # Their names count in thousands of images: of more frequent ones it may be an earlier one.
-        than = self._checkpoint_path() if self.recipe.snapshot < 1000 else None
-        return all(runs.is_later(self._snapshot_path(suffix), than)
+        return all(os.path.isfile(self._snapshot_path(suffix))
                    for _, suffix, _ in self.ema.get(self.net))
 
     def _save_snapshots(self, *_):

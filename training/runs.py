@@ -125,16 +125,11 @@ def wait_for_later_events(run_dir: str):
 # --- Finding runs -------------------------------------------------------------------------------
 
 
-def is_later(path: str, than: str | None) -> bool:
-    """Whether there is a file, and it was written after the other one, if that is given."""
-    return os.path.isfile(path) and (
-        than is None or os.stat(path).st_mtime_ns >= os.stat(than).st_mtime_ns)
-
-
 def has_loss_curve(run_dir: str) -> bool:
     """Whether loss.png shows all that stats.jsonl says."""
     stats, curve = (os.path.join(run_dir, name) for name in ('stats.jsonl', 'loss.png'))
-    return not os.path.exists(stats) or is_later(curve, stats)
+    return not os.path.exists(stats) or os.path.isfile(curve) and (
+        os.stat(curve).st_mtime_ns >= os.stat(stats).st_mtime_ns)
 
 
 def is_finished(run_dir: str, total_kimg: int, snapshots: bool, checkpoints: bool) -> bool:
