@@ -77,6 +77,7 @@ def main(config, seed, precision, save_every, overrides):
     teacher = runs.open_teacher(section)
     description = runs.cache_description(experiment, teacher) | {'seed': seed}
     size = runs.cache_share(experiment, teacher)
+    cli.claim(dest)
     if os.path.exists(dest):
         _, made_with = open_cache(dest)
         if made_with is not None:
@@ -84,7 +85,6 @@ def main(config, seed, precision, save_every, overrides):
                          'remove it, or choose another teacher.tempfile')
         dist.print0(f'{dest} is there already')
         return
-    cli.claim(dest)
     description['processes'] = dist.get_world_size()
     dist.print0(f'Cache: {size} images for each of {dist.get_world_size()} process(es), '
                 f'rho {section.BATCH}')

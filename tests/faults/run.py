@@ -58,7 +58,7 @@ TIMES = r'(?<=events\.out\.tfevents\.).*|(?<=-)\d{8}-\d{6}-\d{6}'
 LOGS = ('log.txt', '.tfevents.')
 STOPPED = 'the same command goes on'
 OF_DISK = ('ENOSPC', 'EIO', 'limit')
-NAMED = r'Error: (c |.*(--\w|[\w/-]+\.\w+|\bout/|\bw/))'       # an option, a file or a folder
+NAMED = r'Error: ((c|out) |.*(--\w|[\w/-]+\.\w+|\bout/|\bw/))'       # an option, a file or a folder
 
 
 def preload():
