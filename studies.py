@@ -99,6 +99,8 @@ class Study:
 
         self.check()
         click.get_current_context().with_resource(claimed(self.outdir, 'working'))
+        for folder, _, _ in os.walk(self.outdir):              # also beside what is done already
+            util.remove_leftovers(folder)
         ours = json.loads(json.dumps(self.settings))
         path = self.path('study.json')
         try:

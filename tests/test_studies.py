@@ -211,7 +211,10 @@ def test_nothing_finished_is_done_again(name, finished):
               if len(path.relative_to(outdir).parts) > 1 and path.is_file()
               and not path.name.startswith(lost.stem)}
     lost.unlink()
+    leftover = lost.with_name('.x.npz.0123abcd.tmp')           # of a process that was killed
+    leftover.touch()
     run(case, outdir)
+    assert not leftover.exists()
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps and len(stamps) > 15
     assert tables == {table: (outdir / f'{table}.csv').read_bytes() for table in case.tables}
     assert lost.is_file()
