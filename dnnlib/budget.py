@@ -101,10 +101,15 @@ def parse_json(data: bytes):
         raise ValueError('it is nested too deeply') from None
 
 
-def read_json(path: str):
-    """The value in a regular file. Raises OSError, else ValueError as `parse_json`."""
+def read_json(path: str, most: int = 256 << 20):
+    """The value in a regular file of at most so many bytes. Raises OSError, else ValueError as
+    `parse_json`.
+    """
     with _regular(path) as file, reading(path):
-        return parse_json(file.read())
+        data = file.read(most + 1)
+        if len(data) > most:
+            raise ValueError(f'it has more than {most} bytes')
+        return parse_json(data)
 
 
 def json_lines(path: str):

@@ -17,7 +17,7 @@ import time
 
 import click
 
-from dnnlib import lazy, util
+from dnnlib import budget, lazy, util
 
 
 def _option_of(ctx, field: str | None) -> str | None:
@@ -74,7 +74,6 @@ def _end_in_silence():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-_MAX_JSON = 256 << 20                           # bytes of a file of results
 _OF_CLICK = (click.ClickException, click.Abort, click.exceptions.Exit)
 # Of the disk, and of places that cannot be written.
 _WRITE_ERRORS = (*util.DISK_ERRORS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR,
@@ -317,8 +316,7 @@ def _has_mark(path: str) -> bool:
 def json_with(*keys: str, what='JSON file of results', endings=('.json',)) -> Written:
     """The kind of JSON objects that have these keys."""
     def is_ours(path):
-        with open(path) as file:
-            content = json.loads(file.read(_MAX_JSON))
+        content = budget.read_json(path)
         return isinstance(content, dict) and content.keys() >= {*keys}
 
     return Written(what, endings, is_ours)

@@ -8,7 +8,6 @@ import fcntl
 import hashlib
 import ipaddress
 import itertools
-import json
 import os
 import pathlib
 import re
@@ -166,11 +165,9 @@ def _check_cached(path: str, sha256: str | None, name: str):
 
 def _read_json(path: str) -> dict:
     """What this module has written; nothing where it is something else."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        if os.path.isfile(path):
-            with open(path) as file:
-                value = json.loads(file.read(4096))
-            return value if isinstance(value, dict) else {}
+    with contextlib.suppress(OSError, ValueError):
+        value = budget.read_json(path, 4096)
+        return value if isinstance(value, dict) else {}
     return {}
 
 

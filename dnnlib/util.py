@@ -290,14 +290,16 @@ def _new_temp(folder: str, name: str, is_folder: bool) -> tuple[str, int]:
         os.close(handle)
 
 
-_TEMPORARY = r'(?:.*/)?\.[^/]+\.[0-9a-f]{8}\.tmp'
+def _temporary(name: str) -> str:
+    """The pattern of what `_new_temp` makes for a name of this pattern."""
+    return rf'\.{name}\.[0-9a-f]{{8}}\.tmp'
 
 
 def remove_leftovers(folder: str, name: str = '.+'):
     """Removes what killed processes left in a folder of files called `name` (a pattern), of any
     name by default.
     """
-    for match in matching_names(folder, rf'\.{name}\.[0-9a-f]{{8}}\.tmp'):
+    for match in matching_names(folder, _temporary(name)):
         _remove_leftover(os.path.join(folder, match[0]))
 
 
@@ -330,7 +332,7 @@ def _leftovers_of(folder: str) -> dict[str, list[str]]:
     now = time.monotonic()
     if now >= _leftovers.get(folder, (0,))[0]:
         temps = collections.defaultdict(list)
-        for match in matching_names(folder, r'\.(.+)\.[0-9a-f]{8}\.tmp'):
+        for match in matching_names(folder, _temporary('(.+)')):
             temps[match[1]].append(os.path.join(folder, match[0]))
         end = time.monotonic()
         _leftovers[folder] = end + 100 * (end - now), temps
@@ -508,7 +510,7 @@ def first_stranger(folder: str, pattern: str) -> str | None:
                 if entry.is_dir(follow_symlinks=False):
                     pending.append(name + '/')
                 elif not entry.is_file(follow_symlinks=False) \
-                        or not re.fullmatch(f'{pattern}|{_TEMPORARY}', name):
+                        or not re.fullmatch(f'{pattern}|(?:.*/)?{_temporary("[^/]+")}', name):
                     strangers.append(name)
     return min(strangers, default=None)
 

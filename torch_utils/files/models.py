@@ -12,6 +12,7 @@ import re
 
 import torch
 
+from dnnlib import budget
 from dnnlib.util import UserError, one_line, printable
 from torch_utils.files.weights import check_finite
 
@@ -122,13 +123,9 @@ def _opener(name: str):
 
 def _read_json(path: str) -> dict:
     name = os.path.basename(path)
-    with open(path, 'rb') as file:
-        text = file.read(MAX_JSON + 1)
-    if len(text) > MAX_JSON:
-        raise ValueError(f'its {name} is too large')
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = budget.read_json(path, MAX_JSON)
+    except ValueError as error:
         raise ValueError(f'its {name} is no valid JSON ({one_line(error)})') from None
     if not isinstance(value, dict):
         raise ValueError(f'its {name} is no JSON object')
