@@ -1,5 +1,6 @@
 """What is installed: every package by its hash where a lock applies, and torch alone from its own server."""
 
+import re
 import shutil
 import subprocess
 
@@ -33,6 +34,15 @@ def test_the_lock_has_every_requirement_with_its_version_and_hashes(lock, python
         assert hashes and all(len(digest) == 64 for digest in hashes), name
     # PyPI's torch needs CUDA's packages; a lock without them has another torch.
     assert {'triton', 'cuda-toolkit'} <= set(locked) or lock == 'requirements.lock'
+
+
+def test_the_library_takes_what_is_tested_and_no_torch():
+    project = (ROOT / 'pyproject.toml').read_text()
+    needed = list(map(Requirement, re.findall(r'"([\w-]+>=[\d.]+)"', project.partition('dependencies = [')[2].partition(']')[0])))
+    assert len(needed) > 9 and 'torch' not in {one.name for one in needed} and 'torch = ["torch>=2.11"]' in project
+    for python in ('3.10', '3.11'):
+        tested = pins('requirements.txt', python)
+        assert all(one.specifier.contains(tested[one.name][0]) for one in needed)
 
 
 def test_on_a_python_with_a_known_cpu_build_the_lock_has_no_cuda():

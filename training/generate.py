@@ -122,11 +122,11 @@ class Generator:
 
 def open_generator(net=None, *, preset=None, gnet=None, guidance=None, guidance_interval=None,
                    class_=None, sampler=None, model_url=None, sha256=None,
-                   gnet_sha256=None, allow_nonfinite=False) -> Generator:
+                   gnet_sha256=None, allow_nonfinite=False, device=None) -> Generator:
     """Opens a network, and its guide, to make images by the options of a command line; None is
     what was not given.
 
-    net, gnet   file or URL of a network (see `load_snapshot`); `net` may also be a Snapshot
+    net, gnet   file or URL of a network (see `load_snapshot`), or a Snapshot
     sampler     a sampler's name and options (see `choose_setting`); by default the network's own
     class_      class of all images, by index, name or wnid; by default it is drawn from the seed
 
@@ -140,9 +140,10 @@ def open_generator(net=None, *, preset=None, gnet=None, guidance=None, guidance_
         raise UserError('give a network, or a preset', field='net')
     if gnet_sha256 and not gnet:
         raise UserError('is of a file; give the guiding network', 'gnet_sha256', gnet_sha256)
-    device = dist.get_device()
-    snapshot = net if isinstance(net, Snapshot) else _open(net, device, sha256, allow_nonfinite)
+    device = device or dist.get_device()
+    snapshot = _open(net, device, sha256, allow_nonfinite)
     guide = _open(gnet, device, gnet_sha256, allow_nonfinite).net if gnet else None
+    net, gnet = (None if isinstance(one, Snapshot) else one for one in (net, gnet))
     Guided(snapshot.net, None, guide, guidance, guidance_interval)
     if model_url:
         snapshot.encoder = make_encoder(snapshot.encoder.config(), model_url)
@@ -154,7 +155,7 @@ def open_generator(net=None, *, preset=None, gnet=None, guidance=None, guidance_
         _check_guide(snapshot.net, guide, setting['name'], gnet)
     plain = plain_setting(setting)
     guiding = dict(guidance=guidance, guidance_interval=guidance_interval)
-    settings = dict(net=None if net is snapshot else net, gnet=gnet, **guiding,
+    settings = dict(net=net, gnet=gnet, **guiding,
                     nimg=snapshot.nimg, class_name=class_, sampler=plain)
     options = dict(labels=label, guide=guide, sampler=setting, **guiding)
     return Generator(snapshot, options, settings)
@@ -175,7 +176,9 @@ def _check_guide(net, guide, sampler: str, path: str):
         raise UserError(f'{fault} than the network that it guides', field='gnet', value=path)
 
 
-def _open(path: str, device, sha256, allow_nonfinite) -> Snapshot:
+def _open(path: str | Snapshot, device, sha256, allow_nonfinite) -> Snapshot:
+    if isinstance(path, Snapshot):
+        return path
     snapshot = load_denoiser(path, device, sha256=sha256, allow_nonfinite=allow_nonfinite)
     if assumed := snapshot.recipe.get('assumed'):
         dist.print0(

@@ -26,7 +26,7 @@ def network_class(name: str):
     """The class called `name`; raises UserError for a name that is not in `NETWORKS`."""
     if name not in NETWORKS:
         raise UserError(f'unknown network type {name!r}; known: {", ".join(sorted(NETWORKS))}')
-    return getattr(importlib.import_module(f'training.networks.{NETWORKS[name]}'), name)
+    return getattr(importlib.import_module(f'.{NETWORKS[name]}', __name__), name)
 
 
 def build_network(class_name: str, **kwargs):
