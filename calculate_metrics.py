@@ -82,7 +82,7 @@ workers = options.integer('--workers', 2, 'Threads that read images ahead; 0 = n
 reading = options.group(
     'reading',
     options.text('CLASS', '--class class_name',
-                 'Only images of this class: original index, name or wnid'),
+                 'Only images of these classes: original indices, names, wnids, ranges'),
     options.count('--num --num-images', None,
                   'Use a random subset of this size  [default: all; calc: at most 50000]'),
     options.integer('--seed', 0, 'Which images --num takes', least=0),
@@ -95,7 +95,7 @@ comparison = options.group(
     options.text('FILE|URL', '--ref',
                  'Statistics (.pkl, .npz), or reference images (folder, .zip, .npz)'),
     options.text('HEX', '--ref-sha256', 'SHA-256 that the file of --ref must have'),
-    options.text('CLASS', '--ref-class', 'Only this class of the reference, if it is images'),
+    options.text('CLASS', '--ref-class', 'Only these classes of the reference, if it is images'),
     click.option('--mix-protocols', is_flag=True,
                  help='Compare with statistics of another protocol'),
     options.text('JSON', '--dest', 'Write results and all that is needed to repeat them',

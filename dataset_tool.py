@@ -179,7 +179,10 @@ def inspect(source, dest, max_images, json_path):
     if json_path:
         util.write_json(json_path, summary)
     images, columns, names = report.contact_sheet(dataset)
-    pictures.save_image_grid(dest, images, columns, names)
+    title = f'{dataset.name}: {min(len(images), len(dataset))} of {len(dataset):,} images'
+    if names:
+        title = pictures.with_classes(dataset.name, len(names), dataset.label_dim)
+    pictures.save_image_grid(dest, images, columns, names, title)
     print(f'contact sheet: {dest}')
 
 

@@ -1,5 +1,7 @@
 """Generate images from a trained network."""
 
+import os
+
 import click
 
 from dnnlib import UserError, cli, lazy, options
@@ -16,6 +18,9 @@ Examples:
   # A picture of 64 samples of your own network
   python generate_images.py --net=training-runs/digits/network-snapshot-0000524-0.100.pkl \\
       --seeds=0-63 --grid=digits.png
+\b
+  # The same of three classes: a row of 8 for each
+  python generate_images.py --net=NET.pkl --class=0,7-8 --seeds=0-23 --grid=rows.png
 \b
   # 50,000 images of one class on 8 GPUs, with autoguidance
   torchrun --nproc_per_node=8 generate_images.py --net=NET.pkl --gnet=SMALLER.pkl --guidance=2.1 \\
@@ -55,7 +60,9 @@ def main(network, sampler, precision, class_, outdir, subdirs, grid, seeds, batc
         click.get_current_context().with_resource(claimed(outdir, 'generating'))
     cli.claim(grid)
     folder = OutputFolder(outdir, subdirs, generator.record, snapshot.dataset) if outdir else None
-    collector = GridCollector(grid, snapshot.dataset) if grid else None
+    name = os.path.splitext(os.path.basename(network['net'] or network['preset']))[0]
+    rows = max(len(generator.classes or ()), 16)
+    collector = GridCollector(grid, snapshot.dataset, rows=rows, title=name) if grid else None
     missing = seeds
     if folder and not grid:
         missing = folder.missing(seeds, generator)

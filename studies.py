@@ -130,13 +130,13 @@ class Study:
                 progress.update(size(item))
 
     def save(self, figure=None, grids: dict | None = None, **tables):
-        """Writes a figure as study.png and study.svg, `grids` {file name: rows of images}, and
-        pandas tables as <name>.csv; then says so."""
+        """Writes a figure as study.png and study.svg, `grids` {file name: (title, rows of
+        images)}, and pandas tables as <name>.csv; then says so."""
         names = save_tables(self.outdir, **tables)
         if figure is not None:
             names += map(os.path.basename, save_figure(figure, self.path('study')))
-        for name, rows in (grids or {}).items():
-            save_rows(rows, path=self.path(name), **self.grid)
+        for name, (title, rows) in (grids or {}).items():
+            save_rows(rows, path=self.path(name), title=title, **self.grid)
             names.append(name)
         print(f'\nWrote {", ".join(names)} to {self.outdir}')
 

@@ -258,7 +258,8 @@ def main(study):
     table = measure(study)
     show(table)
     files = {'real digits': study.data} | {name: study.samples_of(name) for name in study.origins}
-    study.save(grids={'samples.png': {name: studies.pixels(file) for name, file in files.items()}},
+    study.save(grids={'samples.png': ('Real digits, and the same noise by each model', {
+        name: studies.pixels(file) for name, file in files.items()})},
                results=table)
 
 

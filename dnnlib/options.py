@@ -178,7 +178,8 @@ fast_products = precision('float32 on a GPU. tf32: products of factors of 10 bit
 sampling = together(samplers, fast_products, verify)
 
 image_class = text('CLASS', '--class class_',
-                   'Class: original index, name or wnid  [default: drawn from the seed]')
+                   'Class: original index, name or wnid; of several, e.g. 0-4,cat, seed S has '
+                   'that at S modulo their number  [default: drawn from the seed]')
 
 
 def seeds(default: str):

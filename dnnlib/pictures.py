@@ -2,6 +2,7 @@
 
 import collections
 import math
+import textwrap
 
 import numpy as np
 import PIL.Image
@@ -12,6 +13,7 @@ import PIL.PngImagePlugin
 from dnnlib import budget
 from dnnlib.util import MARK, atomic_path
 
+SHARES = ('accuracy',)  # terms of a loss that are none
 # What figures say of themselves, by format.
 METADATA = {'png': {'Software': MARK}, 'svg': {'Date': None, 'Creator': MARK}}
 
@@ -24,9 +26,22 @@ def save_png(image: PIL.Image.Image, path: str):
         image.save(temp, format='png', pnginfo=info)
 
 
-def image_grid(images, columns: int | None = None, row_labels=None,
-               min_side: int = 32) -> PIL.Image.Image:
-    """Images uint8 [N,C,H,W] (C = 1 or 3) as one picture, row by row, with labels at their left.
+LONGEST_LABEL = 32  # letters of a class name
+TITLE_SIZE, TITLE_HEIGHT = 13, 18  # pixels of letters, and of a line
+
+
+def with_classes(title: str, shown: int, count: int) -> str:
+    """The title, and how many of the classes a picture shows and leaves out."""
+    text = f'{shown:,} of {count:,} classes'
+    if count > shown:
+        text += f' ({count - shown:,} left out)'
+    return f'{title}: {text}' if title else text
+
+
+def image_grid(images, columns: int | None = None, row_labels=None, min_side: int = 48,
+               title: str = '') -> PIL.Image.Image:
+    """Images uint8 [N,C,H,W] (C = 1 or 3) as one picture, row by row, with labels at their left
+    and a title above them.
 
     Small images are enlarged by a whole factor so that their shorter side has `min_side` pixels.
     """
@@ -40,35 +55,57 @@ def image_grid(images, columns: int | None = None, row_labels=None,
     width *= zoom
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
-    labels = [str(label) for label in row_labels or []]
+    labels = [textwrap.shorten(str(label), LONGEST_LABEL, placeholder='...')
+              for label in row_labels or []]
     font = PIL.ImageFont.load_default(size=max(10, min(16, height // 2)))
     left = math.ceil(max(map(font.getlength, labels))) + 8 if labels else 0
-    size = (left + columns * (width + gap) + gap, rows * (height + gap) + gap)
-    picture = PIL.Image.new('RGB', size, 'white')
+    across = left + columns * (width + gap) + gap
+    title_font = PIL.ImageFont.load_default(size=TITLE_SIZE)
+    longest = max(map(title_font.getlength, title.split()), default=0)
+    across = max(across, math.ceil(longest) + 8)
+    lines = _wrapped(title, title_font, across - 8)
+    top = TITLE_HEIGHT * len(lines) + 4 * bool(lines)
+    picture = PIL.Image.new('RGB', (across, top + rows * (height + gap) + gap), 'white')
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
         tile = PIL.Image.fromarray(image.transpose(1, 2, 0))
         tile = tile.resize((width, height), PIL.Image.Resampling.NEAREST)
-        picture.paste(tile, (left + gap + column * (width + gap), gap + row * (height + gap)))
+        picture.paste(tile, (left + gap + column * (width + gap),
+                             top + gap + row * (height + gap)))
     draw = PIL.ImageDraw.Draw(picture)
+    for row, line in enumerate(lines):
+        draw.text((4, 2 + TITLE_HEIGHT * row), line, fill='black', font=title_font)
     for row, label in enumerate(labels):
-        middle = gap + row * (height + gap) + height // 2
+        middle = top + gap + row * (height + gap) + height // 2
         draw.text((left - 6, middle), label, fill='black', font=font, anchor='rm')
     return picture
 
 
-def save_image_grid(path: str, images, columns: int | None = None, row_labels=None):
+def _wrapped(text: str, font, width: float) -> list[str]:
+    """Lines of words that are at most so wide, where a word is."""
+    lines = []
+    for word in text.split():
+        longer = f'{lines[-1]} {word}' if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def save_image_grid(path: str, images, columns: int | None = None, row_labels=None,
+                    title: str = ''):
     """`image_grid` to a PNG file."""
-    save_png(image_grid(images, columns, row_labels), path)
+    save_png(image_grid(images, columns, row_labels, title=title), path)
 
 
-def figure():
-    """A matplotlib figure that needs no display, and its axes."""
+def figure(columns: int = 1):
+    """A matplotlib figure that needs no display, and its axes from left to right."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(6, 4), layout='constrained')
+    fig = Figure(figsize=(6 * columns, 4), layout='constrained')
     FigureCanvasAgg(fig)
-    return fig, fig.subplots()
+    return fig, fig.subplots(1, columns, squeeze=False)[0]
 
 
 def save_figure(fig, path: str, format: str = 'png', dpi=120):  # noqa: A002
@@ -77,10 +114,9 @@ def save_figure(fig, path: str, format: str = 'png', dpi=120):  # noqa: A002
         fig.savefig(temp, format=format, dpi=dpi, metadata=METADATA[format])
 
 
-def save_curves(path: str, curves: dict, ylabel: str, **settings):
-    """A PNG of {label or None: [(thousands of training images, value)]}; `settings` are those of
+def draw_curves(axes, curves: dict, ylabel: str, **settings):
+    """Draws {label or None: [(thousands of training images, value)]}; `settings` are those of
     the axes."""
-    fig, axes = figure()
     for label, points in sorted(curves.items(), key=lambda curve: curve[0] or ''):
         marker = '.' if len(points) < 20 else None
         axes.plot(*zip(*points, strict=True), label=label, marker=marker)
@@ -88,11 +124,18 @@ def save_curves(path: str, curves: dict, ylabel: str, **settings):
     axes.grid(alpha=0.3)
     if any(curves):
         axes.legend()
+
+
+def save_curves(path: str, curves: dict, ylabel: str, **settings):
+    """A PNG of `draw_curves`."""
+    fig, (axes,) = figure()
+    draw_curves(axes, curves, ylabel, **settings)
     save_figure(fig, path)
 
 
 def save_loss_curve(stats_path: str, path: str):
-    """The loss terms of a `stats.jsonl` against thousands of images, as a PNG."""
+    """The loss terms of a `stats.jsonl` against thousands of images, as a PNG; what is no loss,
+    such as the accuracy of a classifier, has an axis of its own."""
     curves = collections.defaultdict(list)
     for _, row in budget.json_lines(stats_path):
         for name in row:
@@ -100,4 +143,9 @@ def save_loss_curve(stats_path: str, path: str):
                 mean = row[name]['mean']
                 point = (row['nimg'] / 1000, math.nan if mean is None else mean)
                 curves[name.removeprefix('Loss/')].append(point)
-    save_curves(path, curves, 'loss (mean over elements)')
+    shares = {name: curves.pop(name) for name in SHARES if name in curves}
+    fig, axes = figure(2 if shares else 1)
+    draw_curves(axes[0], curves, 'training loss (mean since the last report)')
+    for name, points in shares.items():
+        draw_curves(axes[1], {None: points}, f'{name} on training images', ylim=(-0.03, 1.03))
+    save_figure(fig, path)

@@ -66,17 +66,19 @@ def save_grid(path: str, net, flags, class_names: list):
     size = flags.sample_size
     rows = math.isqrt(size)
     labels = names = None
+    title = ''
     if has_labels(net, flags):
         rows = net.label_dim if 4 * net.label_dim <= size else min(rows, net.label_dim)
         shown = np.linspace(0, net.label_dim - 1, rows).round().astype(int)
         labels = shown.repeat(size // rows)
         names = [class_names[label] for label in shown]
+        title = pictures.with_classes('', rows, net.label_dim)
     columns = size // rows
     steps = None if flags.ddim_steps or flags.T <= GRID_STEPS else GRID_STEPS
     batches = generate(net, flags, range(rows * columns), steps, labels=labels, split=False,
                        progress=True)
     images = torch.cat([batch.images.cpu() for batch in batches])
-    pictures.save_image_grid(path, images, columns, names)
+    pictures.save_image_grid(path, images, columns, names, title)
 
 
 def sample(net, flags) -> tuple:

@@ -1,7 +1,7 @@
 """Images to be measured, read ahead in threads.
 
 They come as a data set with `images(indices)`, `label_ids`, `has_labels`, `classes`,
-`class_index(name)` and a length, as `training.data.images.open_images` opens them.
+`class_indices(text)` and a length, as `training.data.images.open_images` opens them.
 """
 
 from collections.abc import Iterator
@@ -16,13 +16,14 @@ from torch_utils import distributed
 
 
 def select(images, num: int | None = None, seed: int = 0, class_name=None) -> np.ndarray:
-    """Indices (int64, sorted) of the images of a class (None: of all), a random `num` of them.
+    """Indices (int64, sorted) of the images of a class or of several, as `class_indices` has them
+    (None: of all), a random `num` of them.
 
     The choice is that of `ImageDataset(max_size=num, seed=seed)`.
     """
     indices = np.arange(len(images))
     if class_name is not None:
-        indices = np.flatnonzero(images.label_ids == images.class_index(class_name))
+        indices = np.flatnonzero(np.isin(images.label_ids, images.class_indices(class_name)))
         if not len(indices):
             raise UserError(f'class {class_name!r}: {images.path} has no image of it')
     if num is not None and num < 1:

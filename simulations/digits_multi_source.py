@@ -251,7 +251,9 @@ def main(study):
     results = pd.DataFrame(rows).sort_values(['seed', 'n', 'sources', 'class'], ignore_index=True)
     summary = summarise(results)
     show(summary)
-    grids = {f'samples-n{n}.png': sample_rows(study, models, n) for n in study.nums}
+    grids = {f'samples-n{n}.png': (
+        f'Digit and number of sources; {n} training images of each class, seed {min(study.seeds)}',
+        sample_rows(study, models, n)) for n in study.nums}
     study.save(draw(results), grids, results=results, summary=summary)
 
 

@@ -180,7 +180,8 @@ def main(study):
     results = evaluate_data.table(runs)
     summary = evaluate_data.summarise(results)
     evaluate_data.show(summary, study.eps)
-    study.save(draw(results, study.eps), {'samples.png': sample_rows(study, study.seeds[0])},
+    study.save(draw(results, study.eps), {'samples.png': (
+        f'The first of each kind, seed {study.seeds[0]}', sample_rows(study, study.seeds[0]))},
                results=results, summary=summary)
 
 

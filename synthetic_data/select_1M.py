@@ -87,7 +87,7 @@ def save_picture(path: str, data, scores: np.ndarray):
         for name, keys in (('best', scores), ('worst', -scores)):
             row = indices[surest(keys[indices])[:EXTREMES]]
             rows[f'{label} {name} {scores[row[0]]:.3f}'] = data.images(row)
-    studies.save_rows(rows, EXTREMES, path)
+    studies.save_rows(rows, EXTREMES, path, title='Class, and confidence of the first in the row')
 
 
 @studies.styled

@@ -25,7 +25,7 @@ from torch_utils.random import tuple_seed
 from training.data import archive, imagenet, report
 from training.data.archive import ArchiveReader, ArchiveWriter, image_name, latent_name
 from training.data.batches import DatasetBatches
-from training.data.dataset import ImageDataset, class_index
+from training.data.dataset import ImageDataset, class_index, class_indices
 from training.data.sampler import EpochShuffle, WindowShuffle
 from training.data.sources import open_source
 from training.data.transforms import make_transform, resize_stack
@@ -588,6 +588,13 @@ def test_classes_are_found_by_number_name_and_wnid():
     assert [class_index(numbered, text) for text in ('2', '4', '1', '0')] == [0, 1, 2, 0]
     plain = {'name': 'x', 'label_dim': 10, 'classes': None, 'class_names': None, 'wnids': None}
     assert class_index(plain, '7') == 7
+    assert class_indices(plain, '7,0-2') == [7, 0, 1, 2]
+    assert class_indices({'name': 'x', 'label_dim': 3, 'class_names': ['tench, a fish', '1-2', 'ant']},
+                         'tench, a fish') == [0]
+    assert class_indices({'name': 'x', 'label_dim': 3, 'class_names': ['a', '1-2', 'ant']}, '1-2,0') == [1, 0]
+    for text in ('3-1', '7,ant'):
+        with pytest.raises(UserError):
+            class_indices(plain, text)
     for text in ('10', '-1', 'cat'):
         with pytest.raises(UserError, match='which has: 0, 1, 2'):
             class_index(plain, text)

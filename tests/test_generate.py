@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import fails, invoke, run, script_module
 
+from dnnlib import pictures
 from training import phema, runs
 from training.data.dataset import ImageDataset
 from training.encoders import RGBEncoder
@@ -90,6 +91,24 @@ def test_images_without_classes_have_no_titles_though_their_data_set_names_class
     assert (tmp_path / 'grid.png').exists()
 
 
+def test_a_grid_says_how_many_classes_it_leaves_out(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(pictures, 'save_image_grid', lambda *args: titles.append(args[-1]))
+    for rows in (2, 3):
+        grid = GridCollector('grid.png', DATASET, columns=2, rows=rows, title='net')
+        grid.add(GeneratedBatch(torch.zeros([3, 3, 8, 8], dtype=torch.uint8), [0, 1, 2], [0, 1, 2]))
+        grid.write()
+    assert titles == ['net: 2 of 3 classes (1 left out)', 'net: 3 of 3 classes']
+
+
+def test_images_of_a_grid_are_enlarged_by_a_whole_factor_below_its_title():
+    images = np.random.RandomState(0).randint(0, 256, (6, 3, 8, 8), dtype=np.uint8)
+    plain = np.asarray(pictures.image_grid(images, 3))
+    titled = np.asarray(pictures.image_grid(images, 3, title='a title of several words that needs two or more lines'))
+    assert (plain[3:51:6, 3:51:6].transpose(2, 0, 1) == images[0]).all()       # each pixel is 6 x 6
+    assert np.array_equal(titled[-len(plain):], plain) and (titled[:-len(plain)] == 0).any()
+
+
 # --- generate_images.py -----------------------------------------------------------------------------------------------
 
 
@@ -155,6 +174,20 @@ def test_classes_by_original_index_or_name(tmp_path, snapshots, text, label):
     module.main.main([f'--net={snapshots}/cond.pkl', f'--outdir={tmp_path}/out', '--seeds=0-3', '--steps=2', f'--class={text}'],
                      standalone_mode=False)
     assert ImageDataset(tmp_path / 'out').label_ids.tolist() == [label] * 4
+
+
+def test_several_classes_take_turns_and_have_a_row_each(tmp_path, snapshots, monkeypatch):
+    module = script_module('generate_images.py')
+    shown = []
+    monkeypatch.setattr(pictures, 'save_image_grid', lambda path, images, *args: shown.append((images, *args)))
+    base = [f'--net={snapshots}/cond.pkl', '--steps=2']
+    module.main.main([*base, f'--outdir={tmp_path}/out', f'--grid={tmp_path}/g.png', '--seeds=0-7', '--class=198,greyhound'],
+                     standalone_mode=False)
+    assert ImageDataset(tmp_path / 'out').label_ids.tolist() == [2, 0] * 4
+    ((images, columns, titles, title),) = shown
+    assert columns == 8 and len(titles) == 2 and '2 of 3 classes' in title
+    module.main.main([*base, f'--outdir={tmp_path}/one', '--seeds=2', '--class=198'], standalone_mode=False)
+    assert np.array_equal(ImageDataset(tmp_path / 'one').images([0])[0], images[8 + 1])
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,19 @@ def test_a_loss_that_is_no_number_is_drawn_as_a_gap(tmp_path):
     assert (tmp_path / 'new.png').read_bytes() == (tmp_path / 'earlier.png').read_bytes()
 
 
+def test_the_axis_of_a_classifiers_accuracy_is_not_that_of_its_loss(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(pictures, 'save_figure', lambda figure, *_: figures.append(figure))
+    row = {'nimg': 1000, 'Loss/loss': {'mean': 2.0}}
+    for more in ({}, {'Loss/accuracy': {'mean': 0.9}}):
+        (tmp_path / 'stats.jsonl').write_text(json.dumps(row | more))
+        pictures.save_loss_curve(tmp_path / 'stats.jsonl', 'loss.png')
+    labels = [[(axes.get_ylabel(), [line.get_ydata()[0] for line in axes.lines]) for axes in figure.axes]
+              for figure in figures]
+    loss = ('training loss (mean since the last report)', [2.0])
+    assert labels == [[loss], [loss, ('accuracy on training images', [0.9])]]
+
+
 def test_settings_of_samplers_are_numbers_and_earlier_records_are_read(tmp_path):
     setting = {'name': 'edm', 'num_steps': 18, 'rho': 7.5, 'S_max': math.inf, 'clip': None, 'own': True}
     plain = {'name': 'edm', 'num_steps': 18, 'rho': 7.5, 'S_max': None, 'clip': None, 'own': True}

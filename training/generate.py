@@ -19,7 +19,7 @@ from dnnlib.image_io import encode_png
 from dnnlib.util import finite, to_json, without, write_bytes, write_json
 from torch_utils import distributed as dist
 from torch_utils.files.weights import fingerprint
-from training.data.dataset import class_index
+from training.data.dataset import class_indices
 from training.diffusion.samplers import (
     Guided,
     choose_setting,
@@ -89,13 +89,15 @@ def generate_images(net, encoder, seeds, *, labels=None, batch=32, guide=None, g
 class Generator:
     """A network with all that decides its images but the seeds.
 
-    options   of `generate_images`: labels, guide, guidance, guidance_interval, sampler
+    options   of `generate_images`: guide, guidance, guidance_interval, sampler
     settings  what decides them, as plain values, but for the weights
+    classes   labels: seed S has that at S modulo their number; None draws it from the seed
     """
 
     snapshot: Snapshot
     options: dict
     settings: dict
+    classes: list[int] | None = None
 
     @functools.cached_property
     def record(self) -> dict:
@@ -107,7 +109,12 @@ class Generator:
     def images(self, seeds, **options) -> Iterator[GeneratedBatch]:
         """See `generate_images`, which takes `options`."""
         net, encoder = self.snapshot.net, self.snapshot.encoder
-        return generate_images(net, encoder, seeds, **self.options | options)
+        options = {'labels': self._chosen(seeds)} | self.options | options
+        return generate_images(net, encoder, seeds, **options)
+
+    def _chosen(self, seeds) -> list:
+        classes = self.classes or [None]
+        return [classes[seed % len(classes)] for seed in seeds]
 
     def labels(self, seeds) -> dict:
         """{seed: label or None} of images, without making them."""
@@ -115,7 +122,7 @@ class Generator:
         labels = dict.fromkeys(seeds)
         for start in range(0, len(seeds) if net.label_dim else 0, 256):
             part = seeds[start:start + 256]
-            _, ids, _ = seed_inputs(net, part, [self.options['labels']] * len(part), 'cpu')
+            _, ids, _ = seed_inputs(net, part, self._chosen(part), 'cpu')
             labels |= zip(part, ids.tolist(), strict=True)
         return labels
 
@@ -128,7 +135,8 @@ def open_generator(net=None, *, preset=None, gnet=None, guidance=None, guidance_
 
     net, gnet   file or URL of a network (see `load_snapshot`), or a Snapshot
     sampler     a sampler's name and options (see `choose_setting`); by default the network's own
-    class_      class of all images, by index, name or wnid; by default it is drawn from the seed
+    class_      class of all images, by index, name or wnid, or several (see `class_indices`);
+                by default it is drawn from the seed
 
     Raises UserError for options that do not fit the network or each other.
     """
@@ -149,7 +157,7 @@ def open_generator(net=None, *, preset=None, gnet=None, guidance=None, guidance_
         snapshot.encoder = make_encoder(snapshot.encoder.config(), model_url)
     snapshot.encoder.allow_nonfinite = allow_nonfinite
     snapshot.encoder.prepare(device)
-    label = None if class_ is None else class_index(snapshot.dataset, class_)
+    classes = None if class_ is None else class_indices(snapshot.dataset, class_)
     setting = choose_setting(snapshot.net, snapshot.sampler, sampler or {})
     if guide is not None:
         _check_guide(snapshot.net, guide, setting['name'], gnet)
@@ -157,8 +165,8 @@ def open_generator(net=None, *, preset=None, gnet=None, guidance=None, guidance_
     guiding = dict(guidance=guidance, guidance_interval=guidance_interval)
     settings = dict(net=net, gnet=gnet, **guiding,
                     nimg=snapshot.nimg, class_name=class_, sampler=plain)
-    options = dict(labels=label, guide=guide, sampler=setting, **guiding)
-    return Generator(snapshot, options, settings)
+    options = dict(guide=guide, sampler=setting, **guiding)
+    return Generator(snapshot, options, settings, classes)
 
 
 def _check_guide(net, guide, sampler: str, path: str):
@@ -269,10 +277,12 @@ class OutputFolder:
 
 class GridCollector:
     """Keeps the first images of each class for a picture: a row for each class, or a square
-    without classes."""
+    without classes. Above them stands the `title`, and how many classes are left out."""
 
-    def __init__(self, path: str, dataset: dict, columns: int = 8, rows: int = 16):
+    def __init__(self, path: str, dataset: dict, columns: int = 8, rows: int = 16,
+                 title: str = ''):
         self.path = path
+        self.title = title
         self.dataset = dataset
         self.columns = columns
         self.rows = rows
@@ -309,11 +319,15 @@ class GridCollector:
         titles = None
         if labels != [None]:
             titles = [names[label] if names else label for label in labels]
-        pictures.save_image_grid(self.path, np.stack(tiles), self.columns, titles)
+        title = self.title
+        if titles:
+            count = max(self.dataset.get('label_dim', 0), len(labels))
+            title = pictures.with_classes(title, len(labels), count)
+        pictures.save_image_grid(self.path, np.stack(tiles), self.columns, titles, title)
 
 
 def save_sample_grid(path: str, net, encoder, dataset, columns: int = 8,
-                     sampler: dict | None = None):
+                     sampler: dict | None = None, title: str = ''):
     """Samples of fixed seeds as a picture: a row for each of the first ten classes, or eight rows
     without classes.
 
@@ -327,7 +341,7 @@ def save_sample_grid(path: str, net, encoder, dataset, columns: int = 8,
         return
     labels = np.arange(min(net.label_dim, 10)).repeat(columns) if net.label_dim else None
     count = 8 * columns if labels is None else len(labels)
-    grid = GridCollector(path, dataset.description(), columns, count // columns)
+    grid = GridCollector(path, dataset.description(), columns, count // columns, title)
     for batch in generate_images(net, encoder, range(count), labels=labels, batch=columns * 4,
                                  split=False, sampler=sampler, progress=True):
         grid.add(batch)

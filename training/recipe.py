@@ -251,7 +251,8 @@ def sample_grids(run_dir: str, encoder, dataset, recipe: Recipe) -> loop.Output:
         return os.path.join(run_dir, f'samples-{nimg // 1000:07d}.png')
 
     def draw(nimg, nets):
-        save_sample_grid(path(nimg), nets[0], encoder, dataset, sampler=recipe.sampler)
+        save_sample_grid(path(nimg), nets[0], encoder, dataset, sampler=recipe.sampler,
+                         title=f'Samples after {nimg:,} training images')
 
     return loop.Output(recipe.snapshot, draw, lambda nimg: os.path.isfile(path(nimg)))
 

@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import itertools
 import multiprocessing
-import re
 import signal
 import sys
 from concurrent.futures.process import BrokenProcessPool
@@ -15,9 +14,9 @@ import threadpoolctl
 import tqdm
 
 from dnnlib.image_io import BadImage, encode_pngs
-from dnnlib.util import UserError, core_count, map_ahead, parse_int_list, printable
+from dnnlib.util import UserError, core_count, map_ahead, printable
 from training.data.archive import CLASS_TABLES, ArchiveWriter, image_name
-from training.data.dataset import class_index
+from training.data.dataset import class_indices
 from training.data.report import class_table
 from training.data.sources import Source, listed
 from training.data.transforms import NAMES, make_transform, resize_stack
@@ -71,16 +70,12 @@ def class_labels(source) -> np.ndarray:
 
 
 def class_numbers(source, text: str) -> list[int]:
-    """Original indices of the classes in a list, e.g. 'cat,171,5-8'. See `class_index`."""
+    """Original indices of the classes in a list, e.g. 'cat,171,5-8'. See `class_indices`."""
     class_labels(source)
     description = class_tables(source) | {'name': source.name, 'label_dim': len(source.classes)}
-    labels = []
     try:
-        for part in map(str.strip, text.split(',')):
-            is_range = re.fullmatch(r'\d+-\d+', part) and part not in (source.class_names or ())
-            labels += [class_index(description, name)
-                       for name in (parse_int_list(part) if is_range else [part])]
-    except (ValueError, UserError) as error:
+        labels = class_indices(description, text)
+    except UserError as error:
         raise UserError(str(error), 'class_labels') from None
     return [source.classes[label] for label in labels]
 

@@ -1,16 +1,18 @@
 """A data set as training, sampling and metrics see it: arrays of images and labels by index."""
 
+import contextlib
 import functools
 import hashlib
 import io
 import math
 import os
+import re
 
 import numpy as np
 
 from dnnlib.image_io import BadImage, decode_image, is_image_name
 from dnnlib.npz import read_npy_header
-from dnnlib.util import UserError, subset
+from dnnlib.util import UserError, parse_int_list, subset
 from training.data.archive import CLASS_TABLES, ArchiveReader, count_classes, labels_of
 from training.data.autoencoders import locate
 
@@ -103,6 +105,10 @@ class Dataset:
     def class_index(self, text) -> int:
         """Label of a class given by name, wnid or original index (see `class_index` below)."""
         return class_index(self.description(), text)
+
+    def class_indices(self, text) -> list[int]:
+        """Labels of the classes of a list (see `class_indices` below)."""
+        return class_indices(self.description(), text)
 
     def description(self) -> dict:
         """What a snapshot keeps: plain values, enough to name classes and to decode samples."""
@@ -279,6 +285,24 @@ def class_index(description: dict, text) -> int:
     shown = ', '.join(choices[:20]) + (f', ... ({count} in all)' if count > 20 else '')
     raise UserError(f'class {text!r} is not in the data set {description["name"]}, '
                     f'which has: {shown}')
+
+
+def class_indices(description: dict, text) -> list[int]:
+    """Labels of one class, or of those in a list of names, wnids, original indices and ranges of
+    these, such as 'cat,171,5-8'. A name with commas counts before a list. Raises UserError.
+    """
+    with contextlib.suppress(UserError):
+        return [class_index(description, text)]
+    labels = []
+    for part in map(str.strip, str(text).split(',')):
+        try:
+            is_range = re.fullmatch(r'\d+-\d+', part) \
+                and part not in (description.get('class_names') or ())
+            numbers = parse_int_list(part) if is_range else [part]
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        labels += [class_index(description, number) for number in numbers]
+    return labels
 
 
 def _plain(name) -> str:
