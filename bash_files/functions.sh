@@ -1,7 +1,7 @@
 # Sourced by the scripts in convert/, train/ and generate/: the multi-source study on ImageNet (arXiv 2502.14583).
-# Goes to the root of the repository, where relative paths start. Every variable that has a default here can be set from
-# outside, e.g. GPUS=2 BATCH=2048 bash bash_files/train/train_10c_1000.sh sim2
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# Every variable that has a default here can be set from outside, e.g.
+# GPUS=2 BATCH=2048 bash bash_files/train/train_10c_1000.sh sim2
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
 # The ten ImageNet classes of each similarity level; 171 is in all.
 similarity_classes() {
@@ -19,14 +19,8 @@ LATENTS=${LATENTS:-datasets/latent_datasets/$SIM}   # made by convert/
 RUNS=${RUNS:-training-runs}                         # made by train/
 REFS=${REFS:-dataset-refs/$SIM}                     # reference statistics, made by convert/convert_1c.sh
 METRICS=${METRICS-fid}                              # what generate/ measures; METRICS= for nothing
-PYTHON=${PYTHON:-python}
-EXTRA=${EXTRA:-}                                    # further options of the Python script
-PORT=${PORT:-25641}                                 # where processes meet
 
 first_classes() { cut -d' ' -f"1-$1" <<<"$LEVEL"; }
-
-# launch SCRIPT [OPTIONS], on $GPUS processes of this machine
-launch() { torchrun --nproc_per_node="$GPUS" --master_port="$PORT" "$@"; }
 
 # convert_sets COUNT: data sets of COUNT classes, for COUNT = 1 one of each class and, for the class that all levels
 # share, a link without its number; with COUNT = 1 also the statistics $METRICS need, of each class. What exists is

@@ -1,11 +1,17 @@
-"""The scripts of the multi-source study on ImageNet start the commands that they should."""
+"""The scripts of the multi-source study on ImageNet, the memorization sweep and a SLURM job start the commands that they
+should."""
 
+import json
 import os
+import signal
 import subprocess
+import sys
+import time
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, environment, write_digits
 
+from training.checkpoint import Checkpoints
 from training.data.imagenet import SIMILARITY_LEVELS
 
 CLASSES = SIMILARITY_LEVELS['sim2']
@@ -111,3 +117,81 @@ def test_an_unknown_level_and_a_missing_network_are_named(tmp_path):
                               env=os.environ | {'RUNS': str(tmp_path), 'METRICS': metrics},
                               capture_output=True, text=True)
         assert done.returncode == 1 and words in done.stderr and done.stderr.count('\n') == 1
+
+
+# --- The memorization sweep, and SLURM --------------------------------------------------------------------------------
+
+
+def sweep(tmp_path, *args, python, **variables):
+    """The sweep with `python`, a shell script in place of Python, and a torchrun that only prints."""
+    for name, text in (('python', python), ('torchrun', 'echo torchrun "$@"')):
+        (tmp_path / name).write_text(f'#!/bin/sh\n{text}\n')
+        (tmp_path / name).chmod(0o755)
+    places = {key: f'{tmp_path}/{key.lower()}' for key in ('RUNS', 'SETS')}
+    (tmp_path / 'sets').mkdir(exist_ok=True)
+    return subprocess.run(
+        ['bash', ROOT / 'bash_files' / 'train' / 'sweep_memorization.sh', *args], cwd=tmp_path, capture_output=True,
+        text=True, env=os.environ | places | {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'SIZES': '50 20'} | variables)
+
+
+MAKES = ('case "$1" in -c) echo 0.25 ;; *) echo "$@"; for a in "$@"; do case "$a" in --dest=*) touch "${a#--dest=}" ;; esac;'
+         ' done ;; esac')
+
+
+def test_a_sweep_makes_its_data_trains_measures_and_skips_what_is_done(tmp_path):
+    done = sweep(tmp_path, 'classes', 'width', python=MAKES, SEEDS='7', EXTRA='--bench=0')
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.replace(f'{tmp_path}/', '').splitlines()
+    made = [line for line in lines if line.startswith('data_utils')]
+    trained = [line for line in lines if ' train.py ' in line]
+    assert len(trained) == 12 and sum(' mem_ratio.py ' in line for line in lines) == 12
+    assert len(made) == 8 and not any('--dest=sets/cifar10-32x32-50.zip' in line for line in made)
+    assert made[0].startswith('data_utils/dataset_diversity.py --dest=sets/cifar10-classes1-50.')
+    assert '--max-images=50' in made[0] and '--num-classes=1' in made[0]
+    assert ('--outdir=runs/width-256-20-seed7 --nosubdir --data=sets/cifar10-32x32-20.zip' in trained[-2]
+            and trained[-2].endswith('--attn-resolutions=16 --num-channels=256 --bench=0'))
+    table = (tmp_path / 'runs/ratios.tsv').read_text().splitlines()
+    assert table[0] == 'classes-1-50-seed7\t0.25' and len(table) == 12
+    assert sweep(tmp_path, 'classes', 'width', python=MAKES, SEEDS='7').stdout == ''
+    assert 'dimension-8x8-20-seed7' in sweep(tmp_path, 'dimension', python=MAKES, SEEDS='7').stdout
+
+
+def test_shares_of_a_sweep_are_all_of_it_once(tmp_path):
+    whole = sweep(tmp_path, '--list', python=MAKES).stdout.splitlines()
+    shares = [sweep(tmp_path, '--list', python=MAKES, SHARE=f'{i}/3').stdout.splitlines() for i in range(3)]
+    assert sorted(sum(shares, [])) == sorted(whole) and len(set(whole)) == len(whole) > 60
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_sweep_goes_on_after_a_run_that_fails_and_says_so(tmp_path):
+    done = sweep(tmp_path, 'classes', python='case "$*" in *classes=1*) exit 1 ;; esac\n' + MAKES, SIZES='20')
+    assert done.returncode == 1 and done.stderr.strip() == 'Error: classes-1-20-seed1024 failed'
+    assert len((tmp_path / 'runs/ratios.tsv').read_text().splitlines()) == 2
+    wrong = sweep(tmp_path, 'color', python=MAKES)
+    assert wrong.returncode == 1 and 'not color' in wrong.stderr and wrong.stderr.count('\n') == 1
+
+
+@pytest.mark.slow
+def test_a_slurm_job_saves_and_is_queued_again_before_its_limit(tmp_path):
+    """A training with stand-ins for srun and scontrol: SIGTERM comes to the shell of the job, as --signal=B:TERM does."""
+    for name, text in (('srun', 'shift\nexec "$@"'), ('scontrol', f'echo "$@" >>{tmp_path}/queued.txt')):
+        (tmp_path / name).write_text(f'#!/bin/sh\n{text}\n')
+        (tmp_path / name).chmod(0o755)
+    data = write_digits(tmp_path / 'digits.zip')
+    run = tmp_path / 'run-3'
+    job = ['bash', str(ROOT / 'bash_files/slurm/job.sh'), str(ROOT / 'train_edm2.py'), f'--outdir={tmp_path}/run-{{task}}',
+           f'--data={data}', '--preset=digits', '--channels=8', '--batch=16', '--status=64', '--snapshot=0', '--checkpoint=0',
+           '--seed={task}']
+    env = environment(PATH=f'{tmp_path}:{os.environ["PATH"]}', PYTHON=sys.executable, SLURM_JOB_ID='17',
+                      SLURM_ARRAY_TASK_ID='3', SLURM_SUBMIT_DIR=str(tmp_path))
+    process = subprocess.Popen([*job, '--duration=1Mi'], env=env, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not (run / 'stats.jsonl').exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=300) == 0
+    assert (tmp_path / 'queued.txt').read_text() == 'requeue 17\n'
+    nimg = Checkpoints(str(run)).load_newest()['nimg']
+    subprocess.run([*job, f'--duration={nimg + 64}', '--allow-changes'], env=env, check=True, stdout=subprocess.DEVNULL)
+    record = json.loads((run / 'training_options.json').read_text())
+    assert record['seed'] == 3 and len(record['starts']) == 2
+    assert (tmp_path / 'queued.txt').read_text() == 'requeue 17\n'

@@ -4,6 +4,7 @@ import glob
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 
@@ -213,6 +214,46 @@ def test_torchrun_starts_a_killed_process_again(tmp_path, digits, finished):
     assert [nimg for nimg, _ in one] == [nimg for nimg, _ in two]
     np.testing.assert_allclose([loss for _, loss in two], [loss for _, loss in one], rtol=1e-4)
     assert len(json.loads((outdir / 'training_options.json').read_text())['starts']) == 2
+
+
+@pytest.mark.slow
+def test_a_run_on_two_nodes_goes_on_without_one_and_with_it_again(tmp_path, digits, finished):
+    """Elastic membership: two agents of torchrun, of which one is killed, is missed, and is started again."""
+    outdir = tmp_path / 'elastic'
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+
+    def agent(is_host):
+        arguments = command('train_edm2.py', f'--outdir={outdir}', f'--data={digits}', *TINY, '--duration=6Ki', processes=1)
+        conf = f'is_host={is_host},last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3'
+        arguments[3:4] = ['--nnodes=1:2', '--max-restarts=3', '--rdzv-backend=c10d', f'--rdzv-endpoint=127.0.0.1:{port}',
+                          f'--rdzv-conf={conf}']
+        return subprocess.Popen(arguments, env=environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1'),
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def wait_for(happened):
+        while not happened():
+            assert agents[0].poll() is None
+            time.sleep(0.05)
+
+    def starts():
+        return [start['processes'] for start in json.loads((outdir / 'training_options.json').read_text())['starts']]
+
+    agents = [agent(1), agent(0)]
+    wait_for(lambda: glob.glob(f'{outdir}/training-state-*.pt'))
+    worker = subprocess.run(['pgrep', '-P', str(agents[1].pid)], capture_output=True, text=True).stdout.split()[-1]
+    agents[1].kill()
+    os.kill(int(worker), signal.SIGKILL)
+    agents[1].wait()
+    wait_for(lambda: starts() == [2, 1])
+    agents[1] = agent(0)
+    assert [process.wait(timeout=600) for process in agents] == [0, 0]
+    assert starts() == [2, 1, 2]
+    train(tmp_path / 'plain', digits, '--duration=6Ki')
+    expected, elastic = losses(tmp_path / 'plain'), losses(outdir)
+    assert [nimg for nimg, _ in expected] == [nimg for nimg, _ in elastic]
+    np.testing.assert_allclose([loss for _, loss in elastic], [loss for _, loss in expected], rtol=1e-3)
 
 
 @pytest.mark.slow
