@@ -201,7 +201,18 @@ nan_patience = integer(
     'finite loss or gradients, 0 = never', 0)
 dry_run = click.option('-n', '--dry-run', '--dry_run', 'dry_run', is_flag=True,
                        help='Print the settings and what would be written, and exit')
-wandb = text('PROJECT', '--wandb', 'Log to this project of Weights & Biases too; needs wandb')
+
+
+def _project(name: str) -> str:
+    try:
+        util.need_package('wandb', 'wandb')                    # before anything is read or written
+    except util.UserError as error:
+        raise ValueError(error.text) from None
+    return util.hide(name)
+
+
+wandb = text('PROJECT', '--wandb', 'Log to this project of Weights & Biases too; needs wandb',
+             type=cli.Parsed('project', _project))
 
 
 def training(outdir_help: str, *options):

@@ -26,6 +26,12 @@ def save_png(image: PIL.Image.Image, path: str):
         image.save(temp, format='png', pnginfo=info)
 
 
+def load_png(path: str) -> np.ndarray:
+    """Pixels uint8 [H,W,3] of a picture of ours, of any size."""
+    with PIL.Image.open(path, formats=['PNG']) as image:
+        return np.asarray(image.convert('RGB'))
+
+
 LONGEST_LABEL = 32  # letters of a class name
 TITLE_SIZE, TITLE_HEIGHT = 13, 18  # pixels of letters, and of a line
 

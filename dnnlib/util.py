@@ -7,6 +7,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -559,6 +560,13 @@ def map_ahead(pool, function, items, ahead: int):
 def command_line() -> list[str]:
     """The script that runs, without its folder, and its arguments without secrets of URLs."""
     return [os.path.basename(sys.argv[0]), *(str(hide(text)) for text in sys.argv[1:])]
+
+
+def need_package(name: str, field: str):
+    """Raises UserError where a package is not installed; a folder of its name is none."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise UserError(f'needs the package {name}: pip install {name}', field)
 
 
 def project_version() -> str | None:

@@ -287,6 +287,7 @@ def outputs_of(flags, folder, dataset) -> list[Output]:
 
     def grid(step, nets):
         evaluation.save_grid(path(step), nets[0], flags, dataset.class_names)
+        return {'Samples': path(step)}
 
     def scores(step, nets):
         return {f'Eval/{name}': value for name, value in evaluate(nets[0], step)['all'].items()}

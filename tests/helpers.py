@@ -87,3 +87,29 @@ def write_digits(path, count=200, labels=True, first=0):
             rows.append([name, int(digits.target[i])])
         out.add_description({'labels': rows if labels else None})
     return str(path)
+
+
+# What training calls of the package wandb: it writes down what it gets.
+_WANDB = '''
+import contextlib, json, os
+FOLDER = os.path.dirname(__file__)
+class Image:
+    def __init__(self, pixels):
+        self.shape = pixels.shape
+class Run(contextlib.nullcontext):
+    def log(self, values, step):
+        values = {name: {'picture': value.shape} if isinstance(value, Image) else value
+                  for name, value in values.items()}
+        print(json.dumps([step, values]), file=open(FOLDER + '/wandb.jsonl', 'a'))
+def init(project, dir, config, resume, name, id):
+    print(json.dumps([project, dir, name, config['batch'], resume, id]), file=open(FOLDER + '/wandb.json', 'a'))
+    return Run(Run())
+'''
+
+
+def fake_wandb(folder, monkeypatch):
+    """A package wandb, which writes wandb.json (a line for each start) and wandb.jsonl (for each call of log) there."""
+    (folder / 'wandb.py').write_text(_WANDB)
+    monkeypatch.setitem(sys.modules, 'wandb', None)            # what is imported now is gone after the test
+    monkeypatch.delitem(sys.modules, 'wandb')
+    monkeypatch.syspath_prepend(folder)

@@ -95,7 +95,7 @@ def test_objective(case, name):
     np.random.seed(variant['seed'])
     loss, terms = objective(net, batch)                                 # the same, as the training loop sees it
     np.testing.assert_allclose(loss.mean().item(), variant['total'], rtol=1e-4)
-    assert set(terms) == ({'loss', 'ddpm', 'reg', 'com'} if variant['cb'] else {'loss', 'ddpm'})
+    assert set(terms) == {'loss', 'ddpm', 'sigma'} | ({'reg', 'com'} if variant['cb'] else set())
 
 
 def test_other_labels_follow_the_target_distribution():

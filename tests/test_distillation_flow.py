@@ -388,7 +388,7 @@ def test_a_student_like_its_teacher_has_no_loss_and_another_one_learns():
     losses = []
     for batch in source.iterate([(4 * i, 4) for i in range(40)]):
         loss, terms = objective(student, batch)
-        assert set(terms) == {'loss', 'mse', 'vb'} and loss.shape == (4,)
+        assert set(terms) == {'loss', 'mse', 'vb', 'sigma'} and loss.shape == (4,)
         optimizer.zero_grad()
         loss.mean().backward()
         optimizer.step()

@@ -68,16 +68,6 @@ def test_what_does_not_decide_them_may(field, value):
 
 # --- Every training command -----------------------------------------------------------------------
 
-# What training calls of the package wandb: it writes down what it gets.
-WANDB = '''
-import contextlib, json
-class Run(contextlib.nullcontext):
-    def log(self, values, step):
-        print(json.dumps([step, values]), file=open('wandb.jsonl', 'a'))
-def init(project, dir, config, resume, name, id):
-    print(json.dumps([project, dir, name, config['batch']]), file=open('wandb.json', 'w'))
-    return Run(Run())
-'''
 # Run of legacy_files -> an option that changes, how the error names it, the change, what allows it.
 CHANGES = {
     'edm2': ('--lr=0.02', '--lr', 'lr 0.015 -> 0.02', '--allow-changes'),
@@ -104,20 +94,20 @@ def test_changed_settings_are_refused_or_logged(tmp_path, monkeypatch, name):
     option, named, change, allow = CHANGES[name]
     before = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
     monkeypatch.setitem(sys.modules, 'wandb', None)
-    assert '--wandb: needs the package wandb' in helpers.fails(script, *arguments, '--wandb=diffusion')
+    assert 'needs the package wandb: pip install wandb' in helpers.fails(script, *arguments, '--wandb=diffusion')
     assert before == {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
-    (tmp_path / 'wandb.py').write_text(WANDB)
-    monkeypatch.delitem(sys.modules, 'wandb')
-    monkeypatch.syspath_prepend(tmp_path)
+    helpers.fake_wandb(tmp_path, monkeypatch)
     complete = name == 'classifier'                            # it has nothing left to do
     (tmp_path / name / 'loss.png').touch()                     # the set of files has no pictures
     words = 'Already complete' if complete else 'Resuming from'
     assert words in helpers.invoke(script, *arguments, '--wandb=diffusion')
-    project = complete or json.loads((tmp_path / 'wandb.json').read_text())
     if not complete:
+        project = json.loads((tmp_path / 'wandb.json').read_text())
         assert project[:3] == ['diffusion', str(tmp_path / name), name] and project[3] > 0
-        step, values = json.loads((tmp_path / 'wandb.jsonl').read_text().splitlines()[0])
-        assert step > 0 and 'Loss/loss' in values and 'Progress/lr' in values
+        rows = [json.loads(line) for line in (tmp_path / 'wandb.jsonl').read_text().splitlines()]
+        keys = {key for step, values in rows for key in values if step > 0}
+        assert {'Loss/loss', 'Progress/lr', 'Progress/grad_norm'} <= keys
+        assert any(key.startswith('LossAtSigma/') for key in keys)
     before = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
     error = helpers.fails(script, *arguments, option)
     assert named in error and change in error and 'allow changes' in error

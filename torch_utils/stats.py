@@ -1,8 +1,14 @@
 """Running statistics of training, kept on the device and read only when they are reported."""
 
+import itertools
+
 import torch
 
 from torch_utils import distributed as dist
+
+# Noise levels that losses are told apart by: half decades, as good as even in ln(sigma).
+LEVELS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
+BINS = ['0-0.01', *(f'{low:g}-{high:g}' for low, high in itertools.pairwise(LEVELS)), '100-inf']
 
 
 class RunningMeans:
@@ -14,8 +20,10 @@ class RunningMeans:
 
     def __init__(self, device):
         self.device = torch.device(device)
-        # name -> [count, sum, sum of squares], float64
+        # name -> [count, sum, sum of squares], float64; by level a row
+        # of them for each of BINS
         self._sums = {}
+        self._edges = torch.tensor(LEVELS, device=self.device)
 
     @torch.no_grad()
     def add(self, terms: dict):
@@ -26,13 +34,26 @@ class RunningMeans:
                                    values.square().sum()])
             self._sums[name] = self._sums.get(name, 0) + moments
 
+    @torch.no_grad()
+    def add_by_level(self, name: str, values: torch.Tensor, sigma: torch.Tensor):
+        """Adds values [N] at noise levels sigma [N], reported as `NAME/LOW-HIGH` for the bins
+        between LEVELS that have some."""
+        at = torch.bucketize(sigma.to(self._edges), self._edges)
+        inside = at[:, None] == torch.arange(len(LEVELS) + 1, device=self.device)
+        values = torch.where(inside, values.double()[:, None], 0)
+        moments = torch.stack([inside.double().sum(0), values.sum(0), values.square().sum(0)], 1)
+        self._sums[name] = self._sums.get(name, 0) + moments
+
     def report(self) -> dict[str, dict]:
         """{name: {'mean', 'std'}}; every process must call it, with the same names."""
-        names = sorted(self._sums)
-        if not names:
+        sums = {name: self._sums[name].reshape(-1, 3) for name in sorted(self._sums)}
+        if not sums:
             return {}
-        sums = torch.stack([self._sums[name] for name in names])
-        count, total, squares = dist.all_reduce_sum(sums).cpu().unbind(1)
+        names = [name if len(rows) == 1 else f'{name}/{bin}' for name, rows in sums.items()
+                 for bin in BINS[:len(rows)]]
+        sums = dist.all_reduce_sum(torch.cat([*sums.values()])).cpu()
+        names = [name for name, row in zip(names, sums, strict=True) if row[0]]
+        count, total, squares = sums[sums[:, 0] > 0].unbind(1)
         self._sums = {}
         mean = total / count
         std = (squares / count - mean**2).clamp(min=0).sqrt()
@@ -49,5 +70,7 @@ class RunningMeans:
         they were.
         """
         first = float(dist.get_rank() == 0)
-        self._sums = {name: sums.to(self.device).reshape(3) * first
-                      for name, sums in state.items()}
+        shapes = {3 * len(BINS): (len(BINS), 3)}
+        self._sums = {
+            name: sums.to(self.device).reshape(shapes.get(sums.numel(), 3)) * first
+            for name, sums in state.items()}

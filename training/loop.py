@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import os
 import shlex
 import threading
@@ -48,6 +47,8 @@ OPTIMIZERS = {'Adam': torch.optim.Adam, 'AdamW': torch.optim.AdamW, 'SGD': torch
 LOOK_STEPS = 1000   # between looks at the health of a run that reports seldom
 FLUSH_SECONDS = 10
 NAMES_SHOWN = 4     # of the files of a batch
+LONGEST_ETA = 1000 * 86400  # seconds; of a run that has no end it is not said
+GRADIENT_NORM = 'Progress/grad_norm'
 
 
 # The new name of broadcast_buffers is not known to older versions of torch.
@@ -85,8 +86,8 @@ class Output:
     """What a run makes after the step's checkpoint and snapshots: a picture, or a measurement.
 
     every     so many images; 0 or None: never
-    make      (number of the step or nimg, [averaged network, ...]) -> scalars to log,
-              {name: value}, or None
+    make      (number of the step or nimg, [averaged network, ...]) -> what to log, {name: number
+              or path of a picture}, or None
     exists    number -> whether it was made: what a run was killed before is made when it goes on
     at_end    also after the last step, whatever its number
     together  all processes call `make`, which ends at `stopping.stop_point`s; else the first one
@@ -181,17 +182,18 @@ class Trainer:
                 stack.enter_context(runs.claimed(self.run_dir, 'training'))
                 for line in (*lines, *(f'Changed: {change}' for change in changes)):
                     self.log(line)
+                ids = {'wandb': runs.wandb_id(self.run_dir)} if wandb else {}
                 runs.add_start(self.run_dir, self.settings, world_size=dist.get_world_size(),
-                               nimg=self.nimg, changes=changes)
+                               nimg=self.nimg, changes=changes, **ids)
                 for name, text in (files or {}).items():
                     write_bytes(self._path(name), text.encode())
                 self._remove_later()
-                self._open_boards(stack, wandb)
-            self._tick_start = time.time()
-            self._tick_nimg = self.nimg
+                self._open_boards(stack, wandb and dict(project=wandb, id=ids['wandb']))
             self.model = self._wrap()
             self.net.train()
             self._make_outputs(self.missing())
+            self._tick_nimg = self._first = self.nimg
+            self._tick_start = self._start = time.time()
             steps = stack.enter_context(contextlib.closing(self.batches.iterate(self._plan())))
             # disable=None: shown on a terminal only.
             bar = stack.enter_context(
@@ -250,7 +252,10 @@ class Trainer:
                 loss, terms = self.loss(self.model, next(steps))
                 (loss.sum() * factor).backward()
             losses.append(loss.detach())
+            sigma = terms.pop('sigma', None)
             self.means.add({f'Loss/{name}': values for name, values in terms.items()})
+            if sigma is not None:
+                self.means.add_by_level('LossAtSigma', terms['loss'], sigma)
         if self._clean_gradients(scaling, losses):
             self.optimizer.step()
             self.ema.update(self.net, self.nimg, self.recipe.batch)
@@ -264,9 +269,12 @@ class Trainer:
             return False
         if scaling != 1:
             torch._foreach_div_(grads, scaling)
-        norms = None
-        if self.recipe.bad_gradients is not None:
-            norms = torch._foreach_norm(grads)
+        norms = torch._foreach_norm(grads)
+        # Of the weights whose gradients are finite.
+        self.means.add({GRADIENT_NORM: torch.stack(norms).nan_to_num(0, 0, 0).norm()})
+        if self.recipe.bad_gradients is None:
+            norms = None
+        else:
             for grad in grads:
                 grad.nan_to_num_(*self.recipe.bad_gradients)
         self.health.add(self.nimg, losses, norms)
@@ -343,17 +351,25 @@ class Trainer:
         recipe = self.recipe
         seldom = LOOK_STEPS * recipe.batch
         if self._due(recipe.status):
-            self._log_scalars(self._report())
+            self._log_values(self._report())
         if self._due(min(recipe.status or seldom, seldom)):
             self._look()
-        if self._agree_to_stop() or self._due(recipe.checkpoint):
+        saves = self._agree_to_stop() or self._due(recipe.checkpoint)
+        shows = self._due(recipe.snapshot)
+        outputs = [output for output in self.outputs if self._due(output.every, output.at_end)]
+        if not (saves or shows or outputs):
+            return
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize()                          # the time of steps is theirs
+        start = time.time()
+        if saves:
             self._save_checkpoint()
-        if self._due(recipe.snapshot):
+        if shows:
             self._save_snapshots()
             if self.leads:
                 self._draw_losses()
-        self._make_outputs([output for output in self.outputs
-                            if self._due(output.every, output.at_end)])
+        self._make_outputs(outputs)
+        self._tick_start += time.time() - start
 
     def is_complete(self) -> bool:
         """Whether the folder has all that a run of this length writes, as the checkpoint says."""
@@ -381,7 +397,7 @@ class Trainer:
             if not self._agree_to_stop():
                 if output.together or self.leads:
                     averages = [net for net, _, _ in self.ema.get(self.net)]
-                    self._log_scalars(self._stopper.call(
+                    self._log_values(self._stopper.call(
                         output.make, self._count, averages, together=output.together) or {})
                 dist.barrier()
         self._cut = bool(outputs) and self._agree_to_stop()
@@ -507,7 +523,8 @@ class Trainer:
                 line for line, row in budget.json_lines(path)
                 if isinstance(nimg := row.get('nimg', 0), int | float) and nimg <= self.nimg))
 
-    def _open_boards(self, stack, wandb_project):
+    def _open_boards(self, stack, run: dict | None):
+        """`run`: project and id of Weights & Biases."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import
         runs.wait_for_later_events(self.run_dir)
         # What is logged of the checkpoint's own step is kept.
@@ -518,12 +535,15 @@ class Trainer:
             writer = SummaryWriter(self.run_dir, purge_step=first)
         self._tensorboard = stack.enter_context(writer)
         self._wandb = None
-        if wandb_project:
+        if run:
             import wandb  # optional
             path = os.path.realpath(self.run_dir)
-            self._wandb = stack.enter_context(wandb.init(
-                project=wandb_project, dir=path, config=self.settings, resume='allow',
-                name=os.path.basename(path), id=hashlib.sha256(path.encode()).hexdigest()[:16]))
+            try:
+                self._wandb = stack.enter_context(wandb.init(
+                    **run, dir=path, config=self.settings, resume='allow',
+                    name=os.path.basename(path)))
+            except Exception as error:                        # it has many: no account, no network
+                raise UserError(f'cannot log there: {one_line(error)}', 'wandb') from None
 
     def _flush_boards(self):
         """As far as the disk lets us: TensorBoard waits for ever for a thread that has failed, and
@@ -544,7 +564,7 @@ class Trainer:
                 tqdm.write(text)
             path = self._path('log.txt')
             with writing(path), open(path, 'a') as f:
-                f.write(text + '\n')
+                f.write(f'{time.strftime("%Y-%m-%d %H:%M:%S")}  {text}\n')
 
     def _report(self):
         """A line for the log and one for `stats.jsonl`; returns what they say, {name: value}."""
@@ -556,16 +576,22 @@ class Trainer:
         self._tick_nimg = self.nimg
         memory = psutil.Process().memory_info().rss / 2**30
         values = {'Progress/lr': self.lr(self.nimg), 'Timing/images_per_sec': speed,
-                  'Timing/total_sec': seconds, 'Resources/cpu_mem_gb': memory}
+                  'Timing/sec_per_kimg': 1000 / speed, 'Timing/total_sec': seconds,
+                  'Resources/cpu_mem_gb': memory}
         if self.loss_scale:
             values['Progress/lg_loss_scale'] = self.loss_scale.lg
+            values['Health/skipped_steps'] = 0
         faults = self.health.report()
         values |= {f'Health/{name}': number for name, number in faults.items()}
         count = f'nimg {format_count(self.nimg):<9}'
         if self.checkpoints.counts_steps:
             count = f'step {self._count:<9}'
-        line = (f'{count} {100 * self.nimg / self.recipe.total_nimg:5.1f}%  '
-                f'time {format_time(seconds):<8} {speed:8.1f} img/s  '
+        total = self.recipe.total_nimg
+        # With all pauses of this start.
+        remaining = (now - self._start) * (total - self.nimg) / (self.nimg - self._first)
+        eta = f'  eta {format_time(remaining)}' if 0 < remaining < LONGEST_ETA else ''
+        line = (f'{count} {100 * self.nimg / total:5.1f}%  time {format_time(seconds):<8}{eta} '
+                f'{1000 / speed:8.2f} sec/kimg {speed:8.1f} img/s  '
                 f'lr {values["Progress/lr"]:.4g}  cpumem {memory:.2f}G')
         if self.device.type == 'cuda':
             peak = torch.cuda.max_memory_allocated() / 2**30
@@ -573,7 +599,8 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats()
             line += f'  gpumem {peak:.2f}G'
         for name, row in means.items():
-            line += f'  {name.removeprefix("Loss/")} {row["mean"]:.4f}'
+            if name.startswith('Loss/'):
+                line += f'  {name.removeprefix("Loss/")} {row["mean"]:.4f}'
         for name, number in faults.items():
             line += f'  {name} {number}'
         self.log(line)
@@ -583,9 +610,19 @@ class Trainer:
                 f.write(to_json({'nimg': self.nimg} | rows | {'timestamp': now}) + '\n')
         return {name: row['mean'] for name, row in means.items()} | values
 
-    def _log_scalars(self, values):
-        if self.leads:
-            for name, value in values.items():
+    def _log_values(self, values):
+        """Numbers, and pictures by their paths, on the boards."""
+        if not values or not self.leads:
+            return
+        values = dict(values)
+        for name, value in values.items():
+            if isinstance(value, str):
+                image = pictures.load_png(value)
+                self._tensorboard.add_image(name, image, self._count, dataformats='HWC')
+                if self._wandb is not None:
+                    import wandb
+                    values[name] = wandb.Image(image)
+            else:
                 self._tensorboard.add_scalar(name, value, global_step=self._count)
-            if values and self._wandb is not None:
-                self._wandb.log(values, step=self._count)
+        if self._wandb is not None:
+            self._wandb.log(values, step=self._count)

@@ -5,7 +5,6 @@ must agree with to be resumed is every field of the recipe but those in `RUNNING
 """
 
 import dataclasses
-import importlib.util
 import json
 import os
 import shlex
@@ -14,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from dnnlib import UserError
-from dnnlib.util import command_line, one_line, publishable, to_json
+from dnnlib.util import command_line, need_package, one_line, publishable, to_json
 from torch_utils import distributed as dist
 from training import loop, runs
 from training.checkpoint import LAYOUTS, WRONG, CheckpointError, Checkpoints
@@ -253,6 +252,7 @@ def sample_grids(run_dir: str, encoder, dataset, recipe: Recipe) -> loop.Output:
     def draw(nimg, nets):
         save_sample_grid(path(nimg), nets[0], encoder, dataset, sampler=recipe.sampler,
                          title=f'Samples after {nimg:,} training images')
+        return {'Samples': path(nimg)} if os.path.isfile(path(nimg)) else None
 
     return loop.Output(recipe.snapshot, draw, lambda nimg: os.path.isfile(path(nimg)))
 
@@ -282,8 +282,8 @@ def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: 
     process. Returns whether the run came to its end. Raises UserError, before anything is written,
     if a checkpoint is of another recipe or another process trains in the folder.
     """
-    if wandb and not importlib.util.find_spec('wandb'):
-        raise UserError('needs the package wandb: pip install wandb', 'wandb')
+    if wandb:
+        need_package('wandb', 'wandb')
     torch.backends.cudnn.benchmark = recipe.bench
     trainer = loop.Trainer(recipe, net, loss, batches, run_dir, options, layout, outputs,
                            advice)
@@ -316,10 +316,15 @@ def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: 
             return True
     parameters = sum(p.numel() for p in net.parameters())
     data = recipe.dataset
+    size = data.get('size')
+    images = f'{size} images of {data.get("num_channels")}x{data.get("resolution")}x' \
+             f'{data.get("resolution")}, ' if size else ''
+    loss_name = recipe.loss.get('name', '')
     lines = (
-        f'Data: {data.get("name")}, {data.get("size")} images, {data.get("label_dim")} classes',
-        f'Network: {parameters / 1e6:.2f}M parameters, on {trainer.device.type}, '
-        f'{dist.get_world_size()} process(es), batch {recipe.batch}', f'Run: {run_dir}',
+        f'Data: {data.get("name")}, {images}{data.get("label_dim")} classes',
+        f'Network: {type(net).__name__}, {parameters / 1e6:.2f}M parameters, loss {loss_name}, '
+        f'on {dist.environment()["device"]}, {dist.get_world_size()} process(es), batch '
+        f'{recipe.batch}, to {recipe.total_nimg} images', f'Run: {run_dir}',
         f'Command: {shlex.join(command_line())}',
         *(f'Path of {name}: {path}' for name, path in runs.private_paths(options).items()), start)
     try:

@@ -2,7 +2,9 @@
 
 import contextlib
 import fcntl
+import hashlib
 import os
+import secrets
 import time
 
 from dnnlib import UserError, budget
@@ -107,6 +109,16 @@ def add_start(run_dir: str, settings: dict, **start):
     starts = read_options(run_dir).get('starts', [])
     starts.append(environment() | {'command': command_line(), **start})
     write_json(os.path.join(run_dir, RECORD), settings | {'starts': starts})
+
+
+def wandb_id(run_dir: str) -> str:
+    """Id of a run at Weights & Biases: that of its earlier starts, else a new one."""
+    starts = read_options(run_dir).get('starts', [])
+    ids = [start['wandb'] for start in starts if 'wandb' in start]
+    if not ids and any('--wandb' in str(start.get('command')) for start in starts):
+        # Of an earlier version.
+        ids = [hashlib.sha256(os.path.realpath(run_dir).encode()).hexdigest()[:16]]
+    return ids[-1] if ids else secrets.token_hex(8)
 
 
 def wait_for_later_events(run_dir: str):

@@ -146,6 +146,10 @@ class GaussianDiffusion:
                 self._on_device[key] = torch.from_numpy(getattr(self, name)).float().to(t.device)
         return self._on_device[key][t].reshape(-1, 1, 1, 1)
 
+    def noise_levels(self, t):
+        """sigma [N] of x_t / sqrt(abar_t)."""
+        return self._at('sigmas', t).flatten()
+
     def model_steps(self, t):
         """What the network is told for t [N]: the step's number before respacing (int64), or its
         time in 0..1000."""

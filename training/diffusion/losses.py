@@ -4,7 +4,7 @@ A batch is a dictionary with `images` [N,C,H,W] (what the network models, alread
 `labels` [N, label_dim] or None, and `random`, from which all random numbers are drawn (see
 torch_utils.random), in the order of the reference implementations. Losses return `(loss [N],
 terms)`: the loss that is summed and divided by the batch size, and named per-sample terms for the
-log.
+log, with `sigma`, the noise level that each image was at.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,13 +34,18 @@ class _NoisyImageLoss:
 
     def elementwise(self, net, images, labels, random):
         """The unreduced loss [N,C,H,W]."""
+        return self._at_levels(net, images, labels, random)[1]
+
+    def _at_levels(self, net, images, labels, random):
+        """The levels [N,1,1,1] that are drawn, and the unreduced loss."""
         sigma = self.noise_levels(random, len(images))
         conditions = {}
         if self.augment is not None:
             images, conditions['augment_labels'] = self.augment(images, random)
         noise = random.randn(images.shape) * sigma
         with drawing_from(random):
-            return self.compare(net, images, images + noise, sigma, labels, **conditions)
+            loss = self.compare(net, images, images + noise, sigma, labels, **conditions)
+        return sigma, loss
 
     def compare(self, net, images, noisy, sigma, labels, **conditions):
         """The loss of what the network says of noisy images."""
@@ -51,8 +56,9 @@ class _NoisyImageLoss:
         return 1 / sigma**2
 
     def __call__(self, net, batch):
-        loss = self.elementwise(net, batch['images'], batch['labels'], batch['random']).flatten(1)
-        return loss.sum(1), {'loss': loss.detach().mean(1)}
+        sigma, loss = self._at_levels(net, *(batch[key] for key in ('images', 'labels', 'random')))
+        loss = loss.flatten(1)
+        return loss.sum(1), {'loss': loss.detach().mean(1), 'sigma': sigma.flatten()}
 
 
 @dataclass
@@ -138,9 +144,10 @@ def _noised(diffusion: GaussianDiffusion, images, random):
     return t, noise, diffusion.q_sample(images, t, noise)
 
 
-def _with_log(terms: dict):
-    """(terms['loss'], all terms without gradients)."""
-    return terms['loss'], {name: value.detach() for name, value in terms.items()}
+def _with_log(terms: dict, diffusion: GaussianDiffusion, t):
+    """(terms['loss'], all terms without gradients) at the time steps t [N]."""
+    log = {name: value.detach() for name, value in terms.items()}
+    return terms['loss'], log | {'sigma': diffusion.noise_levels(t)}
 
 
 @dataclass
@@ -155,7 +162,8 @@ class DDPMLoss:
         t, noise, x_t = _noised(self.diffusion, images, random)
         with drawing_from(random):
             output = net(x_t, step=self.diffusion.model_steps(t), class_labels=batch['labels'])
-        return _with_log(self.diffusion.training_losses(output, images, x_t, t, noise))
+        terms = self.diffusion.training_losses(output, images, x_t, t, noise)
+        return _with_log(terms, self.diffusion, t)
 
 
 @dataclass
@@ -239,7 +247,7 @@ class CBDMLoss:
         if self.cb:
             nothing = torch.zeros_like(values['ddpm'])
             terms |= {name: mean_flat(values.get(name, nothing)) for name in ('reg', 'com')}
-        return _with_log({'loss': sum(terms.values())} | terms)
+        return _with_log({'loss': sum(terms.values())} | terms, self.diffusion, values['t'])
 
 
 @dataclass
@@ -271,7 +279,7 @@ class DKDMLoss:
             seen = x_t + diffusion.q_sample(torch.zeros_like(x_t), t, self.input_perturb * noise)
         with drawing_from(batch['random']):
             output = net(seen, step=diffusion.model_steps(t), class_labels=batch.get('labels'))
-        return _with_log(diffusion.distillation_losses(output, target, x_t, t))
+        return _with_log(diffusion.distillation_losses(output, target, x_t, t), diffusion, t)
 
 
 # The losses by name.
