@@ -22,7 +22,6 @@ with lazy.imports(__name__ == '__main__'):
     from training.data.sampler import WindowShuffle
     from training.diffusion.augment import EDM_MULTIPLIERS, AugmentPipe
     from training.diffusion.losses import LOSSES
-    from training.snapshot import copy_weights, load_snapshot
 
 
 # The published architectures (arXiv 2206.00364, Table 1 and Appendix F); options override widths,
@@ -70,9 +69,6 @@ def build_config(opts: dict) -> dict:
     if config['cbase'] not in (None, width):
         raise UserError(f'contradicts --num-channels={width}; give one of them', 'cbase',
                         config['cbase'])
-    if config['transfer_sha256'] and not config['transfer']:
-        raise UserError('is of a file; give the snapshot too', 'transfer_sha256',
-                        config['transfer_sha256'])
     augment = _augmentation(config)
     network = {key: config[option] for key, option in OVERRIDES.items()} | dict(
         class_name=PRECONDITIONINGS[config['precond']][0], model_channels=width,
@@ -187,14 +183,6 @@ def train(config: dict, outdir: str, desc=None, nosubdir: bool = False, **runnin
         if dist.get_rank() == 0 else None)
     rules = dataclasses.replace(rules, seed=seed)
     net = recipe.new_network(rules)
-    if config['transfer']:
-        with dist.rank0_first():
-            source = load_snapshot(config['transfer'], sha256=config['transfer_sha256'])
-        taken, total = copy_weights(source.net, net, f'--transfer={config["transfer"]}')
-        if source.net.label_dim != net.label_dim:
-            dist.print0(f'Note: {config["transfer"]} has {source.net.label_dim} classes and the '
-                        f'data {net.label_dim}; what the labels go through starts anew')
-        dist.print0(f'Weights: {taken} of {total} tensors of {config["transfer"]}')
     batches = DatasetBatches(
         dataset, encoder, dist.get_device(), seed, workers=config['workers'],
         resident=config['cache'],
@@ -289,9 +277,6 @@ same command goes on with the newest run of that name and these options that is 
     integer('--dump', 500, 'Save the training state every so many ticks, 0 = never', 0),
     options.compiled,
     options.seed('--seed', None, 'Seed of weights, data order and noise  [default: random]'),
-    text('PKL|URL', '--transfer',
-         'Start from the weights of a snapshot, of this project or of EDM'),
-    text('HEX', '--transfer-sha256', 'SHA-256 that the file of --transfer must have'),
     text('PT|DIR', '--resume', 'DIR: go on with that run, in its folder; PT: a new run that goes '
          'on from this training state, also one of EDM. Without: the newest unfinished run of '
          'these options, if there is one', type=click.Path(exists=True)))

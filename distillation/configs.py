@@ -30,6 +30,7 @@ from dnnlib.options import (
     seed,
     text,
     together,
+    transfer,
     verify,
     wandb,
 )
@@ -339,7 +340,7 @@ run_options = together(
         'running',
         text('PT', '--resume_checkpoint resume_from',
              'modelNNNNNN.pt to go on from, if --outdir has none'),
-        keep_checkpoints, nan_patience, wandb, dry_run))
+        *transfer, keep_checkpoints, nan_patience, wandb, dry_run))
 
 
 def default_outdir(config: str) -> str:

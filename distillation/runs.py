@@ -164,7 +164,8 @@ def train(section: configs.Training, net, loss, batches, outdir: str | None, *, 
     rule     name and settings of the loss, for the recipe
     dataset  description of what is learned
     options  settings, for training_options.json, with `config` and `seed`
-    running  `keep_checkpoints` and `nan_patience` of the recipe, and further arguments of
+    running  `keep_checkpoints`, `nan_patience`, `transfer` and `transfer_sha256` of the recipe,
+             and further arguments of
              `recipe.fit`; without `resume_from`, that is the section's
 
     Raises UserError for a checkpoint of another run.
@@ -193,7 +194,8 @@ def train(section: configs.Training, net, loss, batches, outdir: str | None, *, 
         batch_gpu=None if section.microbatch == -1 else section.microbatch,
         status=section.log_interval * batch, snapshot=save, checkpoint=save,
         keep_checkpoints=running.pop('keep_checkpoints'),
-        nan_patience=running.pop('nan_patience'), loss_scale=loss_scale)
+        nan_patience=running.pop('nan_patience'), loss_scale=loss_scale,
+        transfer=running.pop('transfer'), transfer_sha256=running.pop('transfer_sha256'))
     running['resume_from'] = running['resume_from'] or section.resume_checkpoint or None
     layout = functools.partial(CacheCheckpoints, cache_interval=section.cache_save_interval)
     with renamed_fields(resume_from='resume_checkpoint', batch='batch_size'):

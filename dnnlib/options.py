@@ -201,6 +201,11 @@ nan_patience = integer(
     'finite loss or gradients, 0 = never', 0)
 dry_run = click.option('-n', '--dry-run', '--dry_run', 'dry_run', is_flag=True,
                        help='Print the settings and what would be written, and exit')
+transfer = (
+    text('FILE|URL', '--transfer', 'Fine-tune: start from the weights of a network in any file '
+         'that can be sampled; classes, channels and resolution may be others'),
+    text('HEX', '--transfer-sha256 --transfer_sha256',
+         'SHA-256 that the file of --transfer must have'))
 
 
 def _project(name: str) -> str:
@@ -222,6 +227,7 @@ def training(outdir_help: str, *options):
         text('DIR', '--outdir', outdir_help, required=True, type=cli.FOLDER),
         text('ZIP|DIR', '--data', 'Data set made by dataset_tool.py', required=True),
         *options,
+        *transfer,
         batch_gpu,
         keep_checkpoints,
         nan_patience,

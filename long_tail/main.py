@@ -29,6 +29,7 @@ from dnnlib.options import (
     seed,
     text,
     together,
+    transfer,
     wandb,
 )
 from dnnlib.util import check_place, publishable, renamed_fields
@@ -69,8 +70,10 @@ options_of_study = together(
     switch('train', 'Train; from the newest checkpoint of the run, if there is one'),
     switch('eval', 'Sample from a checkpoint and measure'),
     path('--logdir', './logs/', 'Folder of the run'),
-    switch('finetune', "Train a new run from the averages of --logdir; y' is uniform"),
+    switch('finetune', "Train a new run from the averages of --logdir, or from --transfer; y' is "
+           'uniform'),
     path('--finetuned_logdir', '', 'Folder of the fine-tuned run; a bare name is beside --logdir'),
+    *transfer,
     count('--ckpt_step', 0, 'Checkpoint to fine-tune or to evaluate; 0 = the newest'),
     switch('parallel', 'One process for each visible GPU'),
     switch('allow_changes', 'Go on with a run though its settings have changed; that is logged'),
@@ -273,8 +276,12 @@ def load_average(path: str, net: torch.nn.Module, allow_nonfinite: bool = False)
 
 
 def start_of(flags) -> tuple[str | None, int]:
-    """(checkpoint to start from, number of the first step): those of the pretrained run."""
-    return find_checkpoint(flags.logdir, flags.ckpt_step) if flags.finetune else (None, 0)
+    """(checkpoint to start from, number of the first step): those of the pretrained run; of the
+    weights of another file counting starts anew.
+    """
+    if flags.finetune and not flags.transfer:
+        return find_checkpoint(flags.logdir, flags.ckpt_step)
+    return None, 0
 
 
 # --- Training ------------------------------------------------------------------------------------
@@ -309,6 +316,7 @@ def recipe_of(flags, dataset, first: int) -> recipe.Recipe:
     counts = dataset.class_counts.tolist()
     loss = {key: flags[key] for key in ('cb', 'cfg', 'tau', 'finetune', 'augm')}
     return recipe.Recipe(
+        transfer=flags.transfer, transfer_sha256=flags.transfer_sha256,
         batch=batch, total_nimg=(first + flags.total_steps) * batch, first_nimg=first * batch,
         seed=flags.seed, order={'name': 'epoch'}, network=network_of(flags),
         dataset=dataset.description() | {'class_counts': counts, 'xflip': flags.xflip},

@@ -58,6 +58,11 @@ class Averages:
         self.emas = [copy.deepcopy(net).eval().requires_grad_(False) for _ in averages]
         self._targets = [list(ema.parameters()) for ema in self.emas]
 
+    def restart(self, net: torch.nn.Module):
+        """Makes all of them the weights of `net`."""
+        for ema in self.emas:
+            ema.load_state_dict(net.state_dict())
+
     @torch.no_grad()
     def update(self, net: torch.nn.Module, nimg: int, batch: int):
         """One step; `nimg` counts the images before it, `batch` those of the step."""

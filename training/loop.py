@@ -164,7 +164,7 @@ class Trainer:
     # --- The run --------------------------------------------------------------------------------
 
     def run(self, lines=(), changes=(), files: dict | None = None,
-            wandb: str | None = None) -> int:
+            wandb: str | None = None, start: dict | None = None) -> int:
         """Trains until `recipe.total_nimg`, or until SIGTERM or SIGINT; returns the images seen.
         Whether it came to its end is in `complete`.
 
@@ -172,6 +172,7 @@ class Trainer:
         changes  of the recipe since the checkpoint, for the log and the record
         files    {name: text} of further files to write
         wandb    project of Weights & Biases
+        start    what else the record is to say of this start
         """
         total = self.recipe.total_nimg
         notice = 'stopping after this step, with a checkpoint; once more ends at once'
@@ -184,7 +185,7 @@ class Trainer:
                     self.log(line)
                 ids = {'wandb': runs.wandb_id(self.run_dir)} if wandb else {}
                 runs.add_start(self.run_dir, self.settings, world_size=dist.get_world_size(),
-                               nimg=self.nimg, changes=changes, **ids)
+                               nimg=self.nimg, changes=changes, **ids, **start or {})
                 for name, text in (files or {}).items():
                     write_bytes(self._path(name), text.encode())
                 self._remove_later()

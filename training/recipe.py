@@ -22,6 +22,7 @@ from training.encoders import encoder_for, make_encoder
 from training.generate import save_sample_grid
 from training.health import Diverged
 from training.networks import build_network
+from training.transfer import transfer
 
 
 def _settings(**values):
@@ -42,6 +43,8 @@ class Recipe:
     averages       name and settings of the averages of the weights, see training.ema.AVERAGES
     sampler        name and settings of the sampler for this network; snapshots keep it
     bad_gradients  what takes the place of NaN, +Inf and -Inf in gradients; None leaves them
+    transfer       file or URL of the weights that a new run starts from, or None (see
+                   training.transfer); transfer_sha256: SHA-256 that it must have
     first_nimg     what counting starts from: a fine-tuned network's earlier training
     layout         of checkpoints, see training.checkpoint.LAYOUTS
     batch_gpu      images of one forward pass; None: all of a process
@@ -66,6 +69,8 @@ class Recipe:
     sampler: dict | None = None
     clip_grad_norm: float | None = None
     bad_gradients: tuple | None = (0, 0, 0)
+    transfer: str | None = None
+    transfer_sha256: str | None = None
     first_nimg: int = 0
     layout: str = 'state'
     snapshot_dtype: str = 'float16'
@@ -85,6 +90,9 @@ class Recipe:
                              ('batch_gpu', self.batch_gpu)):
             if value is not None and value < 1:
                 raise UserError('must be at least 1', field, value)
+        if self.transfer_sha256 and not self.transfer:
+            raise UserError('is of a file; give the snapshot too', 'transfer_sha256',
+                            self.transfer_sha256)
 
     @classmethod
     def of(cls, config: dict, **fields):
@@ -99,7 +107,7 @@ class Recipe:
 
 # Fields that may change from one start of a run to the next.
 RUNNING = ('total_nimg', 'batch_gpu', 'status', 'snapshot', 'checkpoint', 'keep_checkpoints', 'ls',
-           'loss_scale', 'nan_patience', 'bench', 'compile')
+           'loss_scale', 'nan_patience', 'bench', 'compile', 'transfer_sha256')
 
 
 def _flatten(values: dict, path: str = '') -> dict:
@@ -122,9 +130,10 @@ def changes(state: dict, settings: dict) -> dict[str, str]:
     {path like network.dropout: line that says it}.
     """
     if 'identity' not in state:
-        fields = [field for field in Recipe.__annotations__ if field in state['recipe']]
+        recipe = {'transfer': None} | state['recipe'] if state['recipe'] else {}
+        fields = [field for field in Recipe.__annotations__ if field in recipe]
         old, new = (_flatten(publishable({field: values[field] for field in fields}))
-                    for values in (state['recipe'], settings))
+                    for values in (recipe, settings))
         # Of an earlier version: it says nothing of the content of files.
         paths = [path for path in old | new if path in old or not path.endswith('fingerprint')]
     else:  # of an earlier version: its identity has options by name
@@ -303,12 +312,18 @@ def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: 
             raise UserError('is no file', 'resume_from', resume_from)
         state = trainer.checkpoints.load(resume_from)
         use(state)
-    start = f'Starting at {recipe.first_nimg} images'
+    start = [f'Starting at {recipe.first_nimg} images']
+    transferred = {}
+    if state is None and recipe.transfer:
+        table = transfer(net, recipe)
+        trainer.ema.restart(net)
+        transferred['transfer'] = table.summary
+        start += table.lines()
     if state is not None:
         unknown = {} if 'identity' in state else {'tf32': False}
         if 'tf32' not in runs.read_options(run_dir).get('starts', [unknown])[0]:
             dist.set_tf32(dist.uses_tf32(), convolutions=True)  # as it began, in earlier versions
-        start = f'Resuming from {trainer.nimg} images ({state["path"]})'
+        start = [f'Resuming from {trainer.nimg} images ({state["path"]})']
         if trainer.is_complete() and not (changed and allow_changes):
             with runs.claimed(run_dir, 'training'):
                 for line in (f'Already complete: {trainer.nimg} images', *trainer.results()):
@@ -326,9 +341,9 @@ def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: 
         f'on {dist.environment()["device"]}, {dist.get_world_size()} process(es), batch '
         f'{recipe.batch}, to {recipe.total_nimg} images', f'Run: {run_dir}',
         f'Command: {shlex.join(command_line())}',
-        *(f'Path of {name}: {path}' for name, path in runs.private_paths(options).items()), start)
+        *(f'Path of {name}: {path}' for name, path in runs.private_paths(options).items()), *start)
     try:
-        trainer.run(lines, changed, files, wandb)
+        trainer.run(lines, changed, files, wandb, transferred)
     except Diverged:
         dist.barrier()          # the first process has more to close, and launchers end the others
         raise

@@ -21,7 +21,7 @@ from dnnlib.util import atomic_path, matching_names, publishable
 from torch_utils.files.identify import Found, identify
 from torch_utils.files.own import SNAPSHOT_FORMAT
 from torch_utils.files.pickles import ForeignPickleError, errors_of
-from torch_utils.files.weights import NonFiniteError, check_finite, load_weights, nonfinite
+from torch_utils.files.weights import NonFiniteError, check_finite, nonfinite
 from training import encoders
 from training.diffusion.samplers import family_sampler
 from training.networks import check_arguments, rebuild_network
@@ -259,22 +259,3 @@ def load_denoiser(path: str, device='cpu', **options) -> Snapshot:
         raise UserError(f'{path} holds a classifier, which makes no images; '
                         'give the snapshot of a diffusion model')
     return snapshot
-
-
-def copy_weights(source: torch.nn.Module, net: torch.nn.Module, path: str) -> tuple[int, int]:
-    """Takes over from `source`, the network of the snapshot `path`, what has the same name in
-    `net`.
-
-    Weights of labels are not, if the two have not as many classes. Returns (tensors taken, tensors
-    of `net`). Raises UserError if none is, or one differs in shape.
-    """
-    state = net.state_dict()
-    classes = [(getattr(part, 'label_dim', 0),) for part in (source, net)]
-    common = {name: value for name, value in source.state_dict().items() if name in state
-              and (value.shape == state[name].shape
-                   or [value.shape[-1:], state[name].shape[-1:]] != classes)}
-    if not common:
-        raise UserError(f'{path} has nothing in common with this network; '
-                        'train with the architecture of the snapshot')
-    load_weights(net, state | common, path)
-    return len(common), len(state)
