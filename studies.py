@@ -254,9 +254,9 @@ def edm2_settings(data: str, duration: int, **options) -> dict:
     import train_edm2
 
     given = dict(outdir='', data=data, duration=duration, snapshot=duration,
-                 status=max(duration // 4, 1))
-    config = train_edm2.settings(arguments(BRIEF | given | options))
-    return config | dict(rampup_Mimg=RAMPUP * duration / 1e6, ema_stds=[EMA_STD])
+                 status=max(duration // 4, 1), rampup=RAMPUP * duration / 1e6,
+                 **{'ema-stds': EMA_STD})
+    return train_edm2.settings(arguments(BRIEF | given | options))
 
 
 def edm2_network(run_dir: str, config: dict) -> str:

@@ -11,7 +11,7 @@ import click
 from dnnlib import UserError, cli, lazy, options
 from dnnlib.options import boolean, choice, integer, integers, mimg, nimg, number, text
 from dnnlib.url import is_url
-from dnnlib.util import renamed_fields, to_json
+from dnnlib.util import renamed_fields
 from training.schedules import EMA_MODES, memorization_scaling
 
 with lazy.imports(__name__ == '__main__'):
@@ -20,7 +20,7 @@ with lazy.imports(__name__ == '__main__'):
     from training.checkpoint import Checkpoints
     from training.data.batches import DatasetBatches
     from training.data.sampler import WindowShuffle
-    from training.diffusion.augment import EDM_MULTIPLIERS, AugmentPipe
+    from training.diffusion.augment import edm_augmentation
     from training.diffusion.losses import LOSSES
 
 
@@ -69,7 +69,7 @@ def build_config(opts: dict) -> dict:
     if config['cbase'] not in (None, width):
         raise UserError(f'contradicts --num-channels={width}; give one of them', 'cbase',
                         config['cbase'])
-    augment = _augmentation(config)
+    augment = edm_augmentation(config['augment'])
     network = {key: config[option] for key, option in OVERRIDES.items()} | dict(
         class_name=PRECONDITIONINGS[config['precond']][0], model_channels=width,
         augment_dim=augment and augment.label_dim)
@@ -78,10 +78,6 @@ def build_config(opts: dict) -> dict:
     if 'embedding_type' not in published:
         del network['embedding_type']
     return config | {'network': published | network}
-
-
-def _augmentation(config):
-    return AugmentPipe(p=config['augment'], **EDM_MULTIPLIERS) if config['augment'] else None
 
 
 def schedule(config: dict, num_images: int) -> dict:
@@ -182,15 +178,15 @@ def train(config: dict, outdir: str, desc=None, nosubdir: bool = False, **runnin
                    nosubdir, lengths)
         if dist.get_rank() == 0 else None)
     rules = dataclasses.replace(rules, seed=seed)
-    net = recipe.new_network(rules)
+    net = recipe.new_network(rules, running)
     batches = DatasetBatches(
         dataset, encoder, dist.get_device(), seed, workers=config['workers'],
         resident=config['cache'],
         order=WindowShuffle(len(dataset), seed, window=config['window_size']))
-    loss = LOSSES[config['precond']](augment=_augmentation(config))
+    loss = LOSSES[config['precond']](augment=edm_augmentation(config['augment']))
     with renamed_fields(**OPTION_NAMES):
         recipe.fit(rules, run_dir, net, loss, batches, resume_from=resume_from,
-                   options=config | dict(seed=seed, schedule=lengths),
+                   options=config | dict(seed=seed, schedule=lengths, name=name),
                    outputs=[recipe.sample_grids(run_dir, encoder, dataset, rules)],
                    advice='python calculate_metrics.py memorization --net={snapshot} --data='
                    + shlex.quote(config['data']), **running)
@@ -239,21 +235,17 @@ same command goes on with the newest run of that name and these options that is 
            ['scaled', 'fixed']),
     nimg('--batch', 512, 'Images of one step'),
     integer('--cbase', None, 'Another name of --num-channels'),
-    integers('--cres', None, 'Width of each resolution in --num-channels  '
-             '[default: 2,2,2; adm 1,2,3,4]'),
+    options.architecture('4; adm 3', '2,2,2; adm 1,2,3,4', '16; adm 32,16,8',
+                         '--cres --channel-mult cres'),
     number('--lr', 10e-4, 'Learning rate'),
     mimg('--ema', 0.5, 'Half-life of the average of weights'),
-    mimg('--rampup', 10, 'The learning rate grows from zero over so many images'),
+    options.variety(xflip=False, augment=0.12, rampup=10),
     number('--dropout', 0.13, 'Dropout probability', options.BELOW_ONE),
-    number('--augment', 0.12, 'Augmentation probability, 0 = no augmentation', options.FRACTION),
-    boolean('--xflip', False, 'Add the mirror images to the data, which are then twice as many'),
     number('--window-size', 0.5, 'Share of the data within which its order changes, '
            '0 = one order for ever', options.FRACTION),
-    integer('--num-blocks', None, 'Blocks of a resolution  [default: 4; adm 3]'),
     integer('--num-channels', None, 'Width of the network  [default: 128; adm 192]'),
     choice('--embed', 'positional', 'Embedding of noise levels in ddpmpp and ncsnpp (published '
            'NCSN++: fourier)', ['positional', 'fourier']),
-    integers('--attn-resolutions', None, 'Resolutions with attention  [default: 16; adm 32,16,8]'),
     choice('--ema_mode', 'mode2', "Average of weights. mode1: EDM's, --ema for each image; mode2: "
            'for 512 images, relative to the size of the data; mode3: half-life 0.5 Mimg whatever '
            'the data; mode4: as mode2, towards --final-ema', EMA_MODES),
@@ -280,7 +272,7 @@ same command goes on with the newest run of that name and these options that is 
     text('PT|DIR', '--resume', 'DIR: go on with that run, in its folder; PT: a new run that goes '
          'on from this training state, also one of EDM. Without: the newest unfinished run of '
          'these options, if there is one', type=click.Path(exists=True)))
-def main(outdir, desc, nosubdir, dry_run, wandb, allow_changes, **opts):
+def main(outdir, desc, nosubdir, running, **opts):
     """Train a diffusion model with the EDM recipe, for the study of memorization.
 
     On one process, or under torchrun on any number of GPUs; the result does not depend on the
@@ -291,15 +283,7 @@ def main(outdir, desc, nosubdir, dry_run, wandb, allow_changes, **opts):
             opts[key] = opts[key].rstrip('/')
     if desc and '/' in desc:
         raise UserError('becomes part of a folder name; leave out the slash', 'desc', desc)
-    config = build_config(opts)
-    if dry_run:
-        dataset, _, rules, lengths = prepare(config)
-        recipe.new_network(rules)                               # fails for what does not fit
-        print(to_json(config | dict(outdir=outdir, network=rules.network, schedule=lengths,
-                                       name=run_name(config, dataset, desc),
-                                       disk=recipe.disk_use(rules)), indent=2))
-        return
-    train(config, outdir, desc, nosubdir, wandb=wandb, allow_changes=allow_changes)
+    train(build_config(opts), outdir, desc, nosubdir, **running)
     dist.shutdown()
 
 

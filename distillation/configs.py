@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 
 from dnnlib import UserError, cli
 from dnnlib.options import (
+    bench_steps,
     dry_run,
     fast_products,
     group,
@@ -340,7 +341,7 @@ run_options = together(
         'running',
         text('PT', '--resume_checkpoint resume_from',
              'modelNNNNNN.pt to go on from, if --outdir has none'),
-        *transfer, keep_checkpoints, nan_patience, wandb, dry_run))
+        *transfer, keep_checkpoints, nan_patience, wandb, dry_run, bench_steps))
 
 
 def default_outdir(config: str) -> str:

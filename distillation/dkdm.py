@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from distillation.cache import Cache
 from torch_utils import distributed as dist
-from torch_utils.random import BlockRandomGenerator, tuple_seed
+from torch_utils.random import BlockRandomGenerator, GlobalRandom, tuple_seed
 
 # --- Random numbers and teacher ------------------------------------------------------------------
 
@@ -202,6 +202,18 @@ class Source(Chains):
             used = self.rng.python.random() < self.prob
         self.cache[positions] = images
         return batch | {'positions': positions}
+
+    @property
+    def frozen(self):
+        return [self.teacher.net]
+
+    def example(self, count: int, device) -> dict:
+        """A batch of zeros, on which the teacher takes a step."""
+        images = Cache(torch.zeros(count, *self.teacher.image_shape),
+                       torch.ones(count, dtype=torch.int64), None if self.cache.classes is None
+                       else torch.zeros(count, dtype=torch.int64))
+        random = GlobalRandom(device)
+        return self.teacher.advance(images, random) | {'random': random, 'start': 0}
 
     def iterate(self, plan):
         """Batches for the training loop: pairs (first image, count) ask for a batch or for

@@ -144,10 +144,12 @@ def open_source(experiment: configs.Experiment, teacher: Teacher, seed: int):
 # --- Training ------------------------------------------------------------------------------------
 
 
-def new_network(section: configs.Training, seed: int) -> torch.nn.Module:
-    """The network of a section, with random weights by `seed` or those of its `model_path`."""
+def new_network(section: configs.Training, seed: int, running=None) -> torch.nn.Module:
+    """The network of a section, with random weights by `seed` or those of its `model_path`; for a
+    dry run see `recipe.device_of`.
+    """
     torch.manual_seed(seed)
-    return build(section, section.model_path).train().to(dist.get_device())
+    return build(section, section.model_path).train().to(recipe.device_of(running))
 
 
 def description(net, name: str, size: int = 0) -> dict:

@@ -218,6 +218,32 @@ def _project(name: str) -> str:
 
 wandb = text('PROJECT', '--wandb', 'Log to this project of Weights & Biases too; needs wandb',
              type=cli.Parsed('project', _project))
+bench_steps = integer('--bench-steps --bench_steps', 0, 'With a dry run: take so many steps, on '
+                      'weights that are thrown away, and print how long the run would take', 0)
+
+
+def architecture(blocks: str, widths: str, attention: str,
+                 widths_name: str = '--channel-mult --cres'):
+    """Options for the shape of a U-Net; the texts say what they are by default."""
+    return together(
+        integer('--num-blocks', None, f'Blocks of a resolution  [default: {blocks}]'),
+        integers(widths_name, None, 'Width of each resolution, in those of the network  '
+                 f'[default: {widths}]'),
+        integers('--attn-resolutions', None,
+                 f'Resolutions with attention  [default: {attention}]'))
+
+
+def variety(xflip: bool | None, augment: float | None, rampup: float | None, default: str = ''):
+    """Options for the images that training makes of each, and for the start of its learning
+    rate.
+    """
+    return together(
+        mimg('--rampup', rampup,
+             'The learning rate grows from zero over so many images' + default),
+        number('--augment', augment, 'Augmentation probability, 0 = no augmentation' + default,
+               FRACTION),
+        boolean('--xflip', xflip, 'Add the mirror images to the data, which are then twice as many'
+                + default))
 
 
 def training(outdir_help: str, *options):
@@ -233,15 +259,19 @@ def training(outdir_help: str, *options):
         nan_patience,
         number('--ls', 1, 'Loss scaling against underflow of float16 gradients'),
         boolean('--bench', True, 'Let cuDNN choose the fastest convolutions'),
-        wandb,
         verify,
-        click.option('--allow-changes', is_flag=True,
-                     help='Go on with a run though its settings have changed; what has is logged'),
-        dry_run)
+        group(
+            'running',
+            wandb,
+            click.option('--allow-changes', is_flag=True, help='Go on with a run though its '
+                         'settings have changed; what has is logged'),
+            dry_run,
+            bench_steps))
 
 
-# Options that are no part of what is trained.
-PLACES = ('outdir', 'desc', 'nosubdir', 'dry_run', 'wandb', 'allow_changes')
+# Options that are no part of what is trained; the former are arguments of training.recipe.fit.
+RUNNING = ('wandb', 'allow_changes', 'dry_run', 'bench_steps')
+PLACES = ('outdir', 'desc', 'nosubdir', *RUNNING)
 
 
 def training_values(command, args) -> dict:

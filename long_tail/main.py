@@ -17,6 +17,8 @@ from dnnlib.options import (
     ANY,
     BELOW_ONE,
     NOT_NEGATIVE,
+    RUNNING,
+    bench_steps,
     choice,
     count,
     fast_products,
@@ -77,7 +79,8 @@ options_of_study = together(
     count('--ckpt_step', 0, 'Checkpoint to fine-tune or to evaluate; 0 = the newest'),
     switch('parallel', 'One process for each visible GPU'),
     switch('allow_changes', 'Go on with a run though its settings have changed; that is logged'),
-    switch('dry_run', 'Print the settings and what training would write, and exit'),
+    switch('dry_run', 'Print the settings and what training would write and cost, and exit'),
+    bench_steps,
     wandb,
     # Data
     choice('--data_type', 'cifar100', 'Data set; "lt" makes it long-tailed', datasets.DATA_TYPES),
@@ -331,7 +334,7 @@ def recipe_of(flags, dataset, first: int) -> recipe.Recipe:
 def train(flags) -> bool:
     """Trains, from the newest checkpoint if there is one. Returns whether it came to its end."""
     flags = Flags(flags)
-    running = {name: flags.pop(name) for name in ('allow_changes', 'wandb', 'dry_run')}
+    running = {name: flags.pop(name) for name in RUNNING}
     source, first = start_of(flags)
     if source:
         flags['ckpt_step'] = first
@@ -342,7 +345,7 @@ def train(flags) -> bool:
     dataset = open_data(flags)
     outputs = outputs_of(flags, folder, dataset)
     rules = recipe_of(flags, dataset, first)
-    net = recipe.new_network(rules)
+    net = recipe.new_network(rules, running)
     if source:
         load_average(source, net)
     loss = CBDMLoss(

@@ -94,7 +94,9 @@ class ClassificationLoss:
         random = batch['random']
         images = augment((batch['images'] + 1) / 2, random, self.pad, self.xflip)
         labels = batch['labels'].argmax(dim=1)
-        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        is_mixed = self.dtype != torch.float32 and not images.is_meta  # which knows no autocast
+        with torch.autocast('cpu' if images.is_meta else images.device.type, self.dtype,
+                            enabled=is_mixed):
             if self.attack is not None:
                 # The bare network: gradients of an attack are no business of other processes.
                 images = pgd(getattr(net, 'module', net), images, labels, self.attack, random)

@@ -129,7 +129,7 @@ def train(config: dict, outdir: str, **running) -> bool:
     dist.init(config['precision'])
     data, order, test = open_data(config)
     plan = recipe_of(config, data)
-    net = recipe.new_network(plan)
+    net = recipe.new_network(plan, running)
     loss = classify.ClassificationLoss(
         pad=data.resolution // 8 if config['pad'] is None else config['pad'],
         dtype=DTYPES[config['precision']], attack=attack_of(config, 'adversarial'),
@@ -204,7 +204,7 @@ training_options = options.together(
     nimg('--test-every', '0', 'Test every NIMG images, 0 = at the end'),
     nimg('--snapshot', '5M', 'Save the network every NIMG images' + NEVER),
     integer('--seed', 0, 'Seed of weights, data order and attacks', least=0))
-def main(outdir, dry_run, wandb, allow_changes, **opts):
+def main(outdir, running, **opts):
     """Train a wide residual network on labelled images: SGD, cosine, averaged weights, moved and
     mirrored images.
 
@@ -212,12 +212,7 @@ def main(outdir, dry_run, wandb, allow_changes, **opts):
     (l-infinity). On one process, or under torchrun on any number of GPUs, where every process
     normalises by its own part of the batch. NIMG takes suffixes: 64Ki, 20M.
     """
-    config = build_config(opts)
-    if dry_run:
-        disk = recipe.disk_use(recipe_of(config, open_data(config)[0]))
-        print(util.to_json(config | dict(outdir=outdir, disk=disk), indent=2))
-        return
-    train(config, outdir, wandb=wandb, allow_changes=allow_changes)
+    train(build_config(opts), outdir, **running)
     dist.shutdown()
 
 

@@ -1,17 +1,69 @@
-"""What an evaluation of a network costs."""
+"""What networks and their training cost, by passes on torch's device `meta`: nothing is computed.
+
+Products are counted as tables of the field do: those of convolutions, matrices and attention, each
+multiplication and its addition as one.
+"""
+
+import weakref
+from collections.abc import Callable
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 CLASSIFIED = 32  # side of the images of classifiers, which take any
 
 
-def count_products(net: torch.nn.Module) -> tuple[int, tuple]:
-    """(multiplications with additions, shape of the image) of one evaluation of one image.
+class _FusedAttention(TorchFunctionMode):
+    """Attention as devices compute it: without the matrix of all pairs, which `meta` keeps."""
 
-    Counts convolutions, matrix products and attention, each multiplication and its addition as
-    one, as tables of the field do. `net` goes to torch's device `meta`: nothing is computed, and
-    it has no weights afterwards.
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_flash_attention(*args, **kwargs or {})[0]
+        return func(*args, **kwargs or {})
+
+
+class _Meter(TorchDispatchMode):
+    """What is done in the block: `products`, and `peak`, the bytes of tensors made there that
+    exist at a time; those of `net` are not made there.
+    """
+
+    def __init__(self, net: torch.nn.Module):
+        super().__init__()
+        self.products = self.peak = self._bytes = 0
+        known = (*net.parameters(), *net.buffers())
+        self._storages = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.products += count(*args, **kwargs, out_val=result) // 2
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._storages:
+            self._storages.add(key)
+            self._bytes += size
+            self.peak = max(self.peak, self._bytes)
+            weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key, size):
+        self._storages.discard(key)
+        self._bytes -= size
+
+
+def count_products(net: torch.nn.Module) -> tuple[int, tuple]:
+    """(products, shape of the image) of one evaluation of one image.
+
+    `net` goes to torch's device `meta`: it has no weights afterwards.
     """
     net = net.to('meta').eval()
     side = getattr(net, 'img_resolution', CLASSIFIED)
@@ -23,7 +75,40 @@ def count_products(net: torch.nn.Module) -> tuple[int, tuple]:
         arguments['sigma'] = torch.ones(1, device='meta')
     if getattr(net, 'label_dim', 0):
         arguments['class_labels'] = torch.zeros(1, net.label_dim, device='meta')
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    meter = _Meter(net)
+    with torch.no_grad(), meter:
         net(torch.zeros(1, *shape, device='meta'), **arguments)
-    return counter.get_total_flops() // 2, shape
+    return meter.products, shape
+
+
+# --- A step of training --------------------------------------------------------------------------
+
+
+def size_of(tensors) -> int:
+    """Bytes of tensors."""
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def training_step(net: torch.nn.Module, loss: Callable, example: Callable, count: int) -> dict:
+    """What forward and backward pass of `count` images take: {'forward', 'step': products of an
+    image; 'activations': bytes}.
+
+    net      goes to the device `meta`, as `count_products` says
+    loss     as `training.recipe.fit` has it
+    example  (count, device) -> batch, without `iterate`'s reading (see training.data.batches)
+
+    Activations are the most that the two passes hold at a time, kept for the backward pass or soon
+    gone, beyond the room of the weights and their gradients. Workspaces of convolutions, and what
+    allocators lose, are not among them.
+    """
+    net = net.to('meta').train()
+    meter = _Meter(net)
+    with meter, _FusedAttention():
+        losses, terms = loss(net, example(count, 'meta'))
+        forward = meter.products
+        losses.sum().backward()
+    del losses, terms
+    gradients = size_of(p.grad for p in net.parameters() if p.grad is not None)
+    net.zero_grad()
+    return {'forward': forward // count, 'step': meter.products // count,
+            'activations': max(meter.peak - gradients, 0)}

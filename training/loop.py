@@ -81,6 +81,15 @@ def averages_of(recipe) -> list[Average]:
     return _named(AVERAGES, recipe.averages)()
 
 
+def shares(recipe) -> tuple[int, int]:
+    """Images of a step of each process, and of a forward pass."""
+    processes = dist.get_world_size()
+    if recipe.batch % processes:
+        raise UserError(f'cannot be split over {processes} processes', 'batch', recipe.batch)
+    share = recipe.batch // processes
+    return share, min(recipe.batch_gpu or share, share)
+
+
 @dataclasses.dataclass(frozen=True)
 class Output:
     """What a run makes after the step's checkpoint and snapshots: a picture, or a measurement.
@@ -126,11 +135,7 @@ class Trainer:
         recipe = self.recipe
         net = self.net
         self.leads = dist.get_rank() == 0                     # writes the files
-        processes = dist.get_world_size()
-        if recipe.batch % processes:
-            raise UserError(f'cannot be split over {processes} processes', 'batch', recipe.batch)
-        self.per_process = recipe.batch // processes
-        self.batch_gpu = min(recipe.batch_gpu or self.per_process, self.per_process)
+        self.per_process, self.batch_gpu = shares(recipe)
         # As checkpoints, snapshots and training_options.json keep it.
         self.settings = recipe.settings(self.options)
         self.device = next(net.parameters()).device
@@ -220,9 +225,23 @@ class Trainer:
         self.stopping = self.stopping or dist.any_rank(self._stopper.requested)
         return self.stopping
 
-    def _plan(self):
+    def seconds_of_step(self, count: int) -> float:
+        """The mean of `count` steps after a first one; they change the weights."""
+        self.model = self._wrap()
+        self.net.train()
+        plan = self._plan(self.nimg + (count + 1) * self.recipe.batch)
+        with contextlib.closing(self.batches.iterate(plan)) as steps:
+            times = []
+            for last in (0, count):
+                while self.health.steps <= last:
+                    self._step(steps)
+                self.health.look()                            # waits for the device
+                times.append(time.perf_counter())
+        return (times[1] - times[0]) / count
+
+    def _plan(self, end: int | None = None):
         """(first image, count) of each micro-batch of this process, to the end of the run."""
-        for start in range(self.nimg, self.recipe.total_nimg, self.recipe.batch):
+        for start in range(self.nimg, end or self.recipe.total_nimg, self.recipe.batch):
             first = start + dist.get_rank() * self.per_process
             for offset in range(0, self.per_process, self.batch_gpu):
                 yield first + offset, min(self.batch_gpu, self.per_process - offset)

@@ -4,6 +4,7 @@ A study writes down a `Recipe`, builds its loss and its batches, and calls `fit`
 must agree with to be resumed is every field of the recipe but those in `RUNNING`.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,6 +20,7 @@ from training import loop, runs
 from training.checkpoint import LAYOUTS, WRONG, CheckpointError, Checkpoints
 from training.data.dataset import ImageDataset
 from training.encoders import encoder_for, make_encoder
+from training.flops import size_of, training_step
 from training.generate import save_sample_grid
 from training.health import Diverged
 from training.networks import build_network
@@ -208,10 +210,25 @@ def choose_precision(precision: str | None, fp16: bool | None = None) -> str:
     return precision
 
 
-def new_network(recipe: Recipe) -> torch.nn.Module:
-    """The network with the random weights of the seed, on the device of this process."""
+def device_of(running: dict | None) -> torch.device:
+    """Where a run, with further arguments of `fit`, has its networks; those of a dry run need no
+    weights, unless it takes steps.
+    """
+    running = running or {}
+    if running.get('dry_run') and not running.get('bench_steps'):
+        return torch.device('meta')
+    return dist.get_device()
+
+
+def new_network(recipe: Recipe, running: dict | None = None) -> torch.nn.Module:
+    """The network with the random weights of the seed, on the device of this process; for a dry
+    run, of which `running` (see `device_of`) tells, without weights.
+    """
+    device = device_of(running)
     torch.manual_seed(recipe.seed)
-    return build_network(**recipe.network).train().to(dist.get_device())
+    with torch.device('meta') if device.type == 'meta' else contextlib.nullcontext():
+        net = build_network(**recipe.network)
+    return net.train().to(device)
 
 
 def _files(recipe: Recipe, every: int | None, number: Callable[[int], int]) -> int:
@@ -227,20 +244,23 @@ def _files(recipe: Recipe, every: int | None, number: Callable[[int], int]) -> i
     return len({number(first - (first - nimg) // batch * batch) for nimg in (*multiples, last)})
 
 
-def disk_use(recipe: Recipe) -> dict:
+def _moments(recipe: Recipe) -> int:
+    """Numbers of the optimizer for each parameter."""
+    return 2 - (recipe.optim['name'] == 'SGD')
+
+
+def disk_use(recipe: Recipe, net: torch.nn.Module) -> dict:
     """What a run writes, but for its logs and pictures, in files and bytes:
     {'snapshots': {'files', 'bytes_each'}, 'checkpoints': the same, 'total_bytes'}.
     """
-    with torch.device('meta'):                                 # shapes alone
-        net = build_network(**recipe.network)
     tensors = net.state_dict().values()
     parameters = list(net.parameters())
-    weights = sum(value.nbytes for value in tensors)
+    weights = size_of(tensors)
     dtype = getattr(torch, recipe.snapshot_dtype)
     saved = sum(p.numel() * (p.itemsize - dtype.itemsize) for p in parameters)
     averages = len(loop.averages_of(recipe))
-    moments = 2 - (recipe.optim['name'] == 'SGD')
-    of_optimizer = moments * sum(p.nbytes for p in parameters)
+    moments = _moments(recipe)
+    of_optimizer = moments * size_of(parameters)
     states = (1 + averages) * len(tensors) + (moments + 1) * len(parameters)
     each = {'snapshots': weights - saved + OVERHEAD * len(tensors),
             'checkpoints': (1 + averages) * weights + of_optimizer + OVERHEAD * states}
@@ -251,6 +271,44 @@ def disk_use(recipe: Recipe) -> dict:
         files['checkpoints'] = min(files['checkpoints'], recipe.keep_checkpoints)
     return {name: {'files': files[name], 'bytes_each': each[name]} for name in each} | {
         'total_bytes': sum(files[name] * each[name] for name in each)}
+
+
+def cost(recipe: Recipe, net: torch.nn.Module, loss: Callable, batches,
+         seconds: float | None = None) -> dict:
+    """What a run takes, by calculation (`flops.training_step`), and how long, if a step takes so
+    many seconds; `net`, and networks that make the batches, have no weights afterwards.
+
+    Memory is that of each process, with activations of `images_at_a_time`: all of its share of a
+    step, or `batch_gpu`.
+    """
+    def rounded(value):
+        return float(f'{value:.4g}')
+
+    size = recipe.dataset.get('size')
+    images = recipe.total_nimg - recipe.first_nimg
+    parameters = list(net.parameters())
+    _, count = loop.shares(recipe)
+    bytes_of = {
+        'weights': size_of([*parameters, *net.buffers()]),
+        'gradients': size_of(parameters), 'optimizer': _moments(recipe) * size_of(parameters),
+        'averages': len(loop.averages_of(recipe)) * size_of([*parameters, *net.buffers()])}
+    for frozen in batches.frozen:
+        bytes_of['teacher'] = size_of([*frozen.parameters(), *frozen.buffers()])
+        frozen.to('meta')
+    step = training_step(net, loss, batches.example, count)
+    bytes_of['activations'] = step['activations']
+    bytes_of['total'] = sum(bytes_of.values())
+    steps = -(-images // recipe.batch)
+    lines = {
+        'parameters': sum(p.numel() for p in parameters),
+        'gflop_of_an_image': {name: rounded(step[name] / 1e9) for name in ('forward', 'step')},
+        'memory_gib': {name: rounded(value / 2**30) for name, value in bytes_of.items()},
+        'images_at_a_time': count, 'steps': steps,
+        'epochs': rounded(images / size) if size else None}
+    if seconds is not None:
+        lines |= {'seconds_of_a_step': seconds, 'images_per_sec': recipe.batch / seconds,
+                  'hours': seconds * steps / 3600}
+    return lines
 
 
 def sample_grids(run_dir: str, encoder, dataset, recipe: Recipe) -> loop.Output:
@@ -269,7 +327,8 @@ def sample_grids(run_dir: str, encoder, dataset, recipe: Recipe) -> loop.Output:
 def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: dict | None = None,
         outputs=(), layout=None, files: dict[str, str] | None = None,
         resume_from: str | None = None, allow_changes: bool = False,
-        wandb: str | None = None, advice: str = '', dry_run: bool = False) -> bool:
+        wandb: str | None = None, advice: str = '', dry_run: bool = False,
+        bench_steps: int = 0) -> bool:
     """Trains `net` (in place) by the recipe, going on from the newest checkpoint in `run_dir`.
 
     net            from `new_network`: the same on every process
@@ -285,7 +344,10 @@ def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: 
     wandb          project of Weights & Biases to log to
     advice         what to do with the results, e.g. a command line, in which {folder}, {snapshot},
                    {checkpoint} and {step} stand for those of this run
-    dry_run        print the settings and what the run would write, and train nothing
+    dry_run        print the settings and what the run would write and cost, and train nothing:
+                   `net` needs no weights then
+    bench_steps    take so many steps in a dry run, for the time that the run would take. They
+                   change the weights of `net`, and write nothing
 
     SIGTERM and SIGINT end it after the current step, with a checkpoint; the second one ends the
     process. Returns whether the run came to its end. Raises UserError, before anything is written,
@@ -293,13 +355,22 @@ def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: 
     """
     if wandb:
         need_package('wandb', 'wandb')
+    if bench_steps and not dry_run:
+        raise UserError('measures for a dry run alone', 'bench_steps', bench_steps)
     torch.backends.cudnn.benchmark = recipe.bench
-    trainer = loop.Trainer(recipe, net, loss, batches, run_dir, options, layout, outputs,
-                           advice)
     if dry_run:
-        plan = trainer.settings | dict(outdir=run_dir, disk=disk_use(recipe))
+        seconds = None
+        if bench_steps:
+            trainer = loop.Trainer(recipe, net, loss, batches, run_dir)
+            seconds = trainer.seconds_of_step(bench_steps)
+            del trainer
+        plan = recipe.settings(options) | dict(
+            outdir=run_dir, disk=disk_use(recipe, net),
+            cost=cost(recipe, net, loss, batches, seconds))
         dist.print0(to_json(plan, indent=2))
         return False
+    trainer = loop.Trainer(recipe, net, loss, batches, run_dir, options, layout, outputs,
+                           advice)
     changed = []
 
     def use(state):

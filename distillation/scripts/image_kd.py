@@ -43,7 +43,7 @@ def main(config, outdir, running, seed, precision, overrides):
     runs.align(experiment)
     section = experiment.teacher
     teacher = runs.open_teacher(section)
-    net = runs.new_network(experiment.student, seed)
+    net = runs.new_network(experiment.student, seed, running)
     loss = DKDMLoss(net.diffusion, teacher, section.input_perturb)
     source = runs.open_source(experiment, teacher, seed)
     chains = {name: getattr(section, name) for name in ('iter_choice', 'BATCH', 'prob')}

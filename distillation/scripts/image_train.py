@@ -70,7 +70,7 @@ def main(data_dir, config, outdir, running, seed, precision, overrides):
     """
     dist.init(precision)
     section = configs.read_network(config, overrides)
-    net = runs.new_network(section, seed)
+    net = runs.new_network(section, seed, running)
     dataset = open_data(data_dir, net)
     outdir = outdir or configs.default_outdir(config)
     recorded = option_of(GuidedCheckpoints, outdir, 'random_flip', None, False)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from dnnlib.util import map_ahead
-from torch_utils.random import BlockRandomGenerator, tuple_seed
+from torch_utils.random import BlockRandomGenerator, GlobalRandom, tuple_seed
 from training.data.sampler import EpochShuffle
 
 RESIDENT_BYTES = 2 << 30  # a data set up to this size is kept on the GPU
@@ -61,6 +61,15 @@ class DatasetBatches:
                     images = torch.where(chosen, images.flip(3), images)
                 images = self.encoder.encode_latents(images, random)
                 yield {'images': images, 'labels': labels, 'random': random, 'start': start}
+
+    frozen = ()  # networks that make the batches
+
+    def example(self, count: int, device) -> dict:
+        """A batch of zeros, for what depends on shapes alone."""
+        shape = self.encoder.latent_shape(self.dataset.image_shape)
+        return {'images': torch.zeros(count, *shape, device=device),
+                'labels': torch.zeros(count, self.dataset.label_dim, device=device),
+                'random': GlobalRandom(device), 'start': 0}
 
     def files(self, positions) -> list[str]:
         """Names of the images at positions of the run."""

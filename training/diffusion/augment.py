@@ -257,3 +257,8 @@ def resample(images, G, padding=None):
                         (4 * y + 2 * (top - bottom) - 1) / images.shape[2]], dim=-1)
     images = F.grid_sample(images, grid, align_corners=False)
     return _downsampling(h, device) @ images @ _downsampling(w, device).t()
+
+
+def edm_augmentation(p: float) -> AugmentPipe | None:
+    """What EDM trains with; None for p = 0."""
+    return AugmentPipe(p=p, **EDM_MULTIPLIERS) if p else None

@@ -87,8 +87,8 @@ class EDM2Loss(EDMLoss):
     P_mean: float = -0.4
     P_std: float = 1.0
 
-    def compare(self, net, images, noisy, sigma, labels):
-        denoised, logvar = net(noisy, sigma, labels, return_logvar=True)
+    def compare(self, net, images, noisy, sigma, labels, **conditions):
+        denoised, logvar = net(noisy, sigma, labels, return_logvar=True, **conditions)
         return self.weight(sigma) / logvar.exp() * (denoised - images) ** 2 + logvar
 
 

@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from dnnlib import UserError
 from training.networks.layers import (
     Denoiser,
     Resample,
@@ -248,6 +249,9 @@ class Block(torch.nn.Module):
         self.joins = flavor == 'dec' and 'block' in kind    # takes an output of the encoder too
         self.res_balance, self.attn_balance, self.clip_act = res_balance, attn_balance, clip_act
         self.num_heads = out_channels // channels_per_head if attention else 0
+        if self.num_heads and out_channels % self.num_heads:
+            raise UserError(f'makes {out_channels} channels, which {self.num_heads} heads of '
+                            'attention cannot share', 'model_channels')
         self.resample = torch.nn.Identity()
         if kind in ('up', 'down'):
             self.resample = Resample(kind, resample_filter, stored=False)
@@ -319,7 +323,7 @@ class UNet(torch.nn.Module):
     def __init__(self, img_resolution, img_channels, label_dim, model_channels=192,
                  channel_mult=(1, 2, 3, 4), channel_mult_noise=None, channel_mult_emb=None,
                  num_blocks=3, attn_resolutions=(16, 8), label_balance=0.5, concat_balance=0.5,
-                 **block_kwargs):
+                 augment_dim=0, **block_kwargs):
         super().__init__()
         cblock = [model_channels * m for m in channel_mult]
         cnoise = model_channels * (channel_mult_noise or channel_mult[0])
@@ -329,6 +333,10 @@ class UNet(torch.nn.Module):
         self.emb_fourier = MPFourier(cnoise)
         self.emb_noise = MPConv(cnoise, cemb, [])
         self.emb_label = MPConv(label_dim, cemb, []) if label_dim else None
+        self.emb_augment = None
+        if augment_dim:
+            self.emb_augment = MPConv(augment_dim, cemb, [])
+            self.augment_gain = torch.nn.Parameter(torch.zeros([]))
 
         def layer(flavor, kind, attention, c_in, c_out):
             if kind == 'conv':
@@ -341,21 +349,24 @@ class UNet(torch.nn.Module):
         self.dec = torch.nn.ModuleDict({name: layer('dec', *rest) for name, *rest in decoder})
         self.out_conv = MPConv(cblock[0], img_channels, [3, 3])
 
-    def _embed(self, noise_labels, labels):
-        """Embedding [N, cemb] of noise level and class. One-hot labels have magnitude
-        1 / sqrt(label_dim).
+    def _embed(self, noise_labels, labels, augment_labels):
+        """Embedding [N, cemb] of noise level, class and augmentation. One-hot labels have
+        magnitude 1 / sqrt(label_dim). The augmentation's part is nothing at first, and where
+        nothing was done to the image.
         """
-        noise = self.emb_noise(self.emb_fourier(noise_labels))
-        if self.emb_label is None:
-            return mp_silu(noise)
-        label = self.emb_label(labels.float() * math.sqrt(labels.shape[1]))
-        return mp_silu(mp_sum(noise, label, self.label_balance))
+        emb = self.emb_noise(self.emb_fourier(noise_labels))
+        if self.emb_label is not None:
+            label = self.emb_label(labels.float() * math.sqrt(labels.shape[1]))
+            emb = mp_sum(emb, label, self.label_balance)
+        if self.emb_augment is not None and augment_labels is not None:
+            emb = emb + self.emb_augment(augment_labels, gain=self.augment_gain)
+        return mp_silu(emb)
 
-    def forward(self, x, noise_labels, class_labels=None):
+    def forward(self, x, noise_labels, class_labels=None, augment_labels=None):
         """x [N,C,H,W] (its type is the type of the computation), noise_labels [N] or [1] ->
         [N,C,H,W].
         """
-        emb = self._embed(noise_labels, class_labels).to(x.dtype)
+        emb = self._embed(noise_labels, class_labels, augment_labels).to(x.dtype)
         # The constant channel takes the place of biases. All that follows keeps the channels last
         # in memory.
         x = F.pad(x, [0, 0, 0, 0, 0, 1], value=1).contiguous(memory_format=torch.channels_last)
@@ -390,8 +401,10 @@ class Precond(Denoiser):
     def coefficients(self, sigma):
         return edm_coefficients(sigma, self.sigma_data)
 
-    def forward(self, x, sigma, class_labels=None, return_logvar=False, force_fp32=False):
-        D_x = self.precondition(self.unet, x, sigma, class_labels, force_fp32)
+    def forward(self, x, sigma, class_labels=None, return_logvar=False, force_fp32=False,
+                augment_labels=None):
+        D_x = self.precondition(self.unet, x, sigma, class_labels, force_fp32,
+                                augment_labels=augment_labels)
         if not return_logvar:
             return D_x
         *_, c_noise = self.coefficients(self.conditions(x, sigma, None)[1])

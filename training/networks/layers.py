@@ -42,7 +42,7 @@ class Network(nn.Module):
         """x in the type of the activations: float16 is for GPUs only, the CPU computes such
         networks in float32.
         """
-        if self.precision == 'fp16' and x.device.type != 'cuda':
+        if self.precision == 'fp16' and x.device.type == 'cpu':
             return x.float()
         return x.to(DTYPES[self.precision])
 
