@@ -1,11 +1,11 @@
-"""Measure images: FID, FD-DINOv2, sFID, Inception Score, precision and recall; memorization."""
+"""Measure images: distances, quality and diversity, generalisation; memorization."""
 
 
 import click
 from click.core import ParameterSource
 
 from dnnlib import UserError, cli, lazy, options
-from dnnlib.util import command_line, write_json
+from dnnlib.util import command_line, hide, write_json
 
 with lazy.imports(__name__ == '__main__'):
     import torch
@@ -17,9 +17,11 @@ with lazy.imports(__name__ == '__main__'):
     from metrics.statistics import Statistics, is_statistics, load_statistics, save_statistics
     from torch_utils import distributed as dist
     from training.generate import open_generator
+    from training.snapshot import load_snapshot
 
+from metrics import compare as comparing
 from metrics import compute
-from metrics.shares import interval_of, with_intervals
+from metrics.shares import interval_of, parts_of, with_intervals
 from training.data.dataset import ImageDataset
 from training.data.images import open_images, pixels_of
 
@@ -36,19 +38,29 @@ def main():
     python calculate_metrics.py calc --images=out --ref=dataset-refs/img256.pkl
     python calculate_metrics.py gen --net=NET.pkl --ref=dataset-refs/img256.pkl --seeds=0-49999
     python calculate_metrics.py memorization --net=NET.pkl --data=datasets/cifar10-2000.zip
+    python calculate_metrics.py compare a.json b.json
 
     \b
     Metrics (--metrics=LIST):
-      fid fd_dinov2 fd_pixels   Frechet distance of features: Inception, DINOv2, the pixels of
-                                small images
-      sfid                      the same for Inception's spatial features
-      is                        Inception Score (needs no reference)
-      precision recall          of k-nearest-neighbour manifolds in Inception features;
-                                with _dinov2 or _pixels appended, in those features
-      recognition               share of small images recognised as their class by a classifier
-                                trained on the reference images
-
+      fid fd_dinov2 fd_dinov2_base fd_clip fd_pixels fd_own   Frechet distance of features:
+                         Inception, DINOv2 (L, B), CLIP, the pixels of small images, or a
+                         classifier of your own (--own)
+      sfid               the same for Inception's spatial features
+      fid_inf ...        the same of infinitely many images, _inf after any of these
+      is                 Inception Score (needs no reference)
+      cmmd               distance of kernels of CLIP
+      recognition        share of small images recognised as their class by a classifier
+                         trained on the reference images
     
+    Of Inception's features; with _dinov2, _dinov2_base, _clip, _pixels or _own appended, of those:
+      kid                distance of kernels
+      precision recall   of k-nearest-neighbour manifolds
+      density coverage   the same without their faults
+      vendi              how many different images there are, in effect (needs no reference)
+      authpct            percentage that is no copy; --ref is the training set
+      ct fld fld_gap     copying and generalisation; --ref is the training set, and --heldout
+                         images that were never trained on
+
     Protocols: Inception sees images as in the TensorFlow graph with edm and adm, as in its ports
     to PyTorch with cbdm; distances of the one are not those of the other
       edm     EDM and EDM2
@@ -56,8 +68,9 @@ def main():
               of precision and recall
       cbdm    class-balancing diffusion (long_tail): is in 10 parts, k=5, 50000 images
 
-    Inception and DINOv2 are downloaded on first use, or read from --inception and --dinov2; pixel
-    metrics need neither. All commands run under torchrun as well, with the same results. Some
+    Networks are downloaded on first use, or read from --inception, --dinov2, --dinov2-base and
+    --clip; pixel metrics need none. docs/metrics.md says what each measures, and of how many
+    images. All commands run under torchrun as well, with the same results. Some
     versions of torchrun take --num for an option of their own: write --num-images there.
     """
 
@@ -69,14 +82,7 @@ detection = options.group(
                  type=cli.Parsed('list', compute.parse_metrics)),
     options.choice('--protocol', 'edm', 'Rules of the measurement, see above',
                    ['edm', 'adm', 'cbdm']),
-    options.text('FILE|URL', '--inception', 'Weights of the FID network: pt_inception-2015-12-05 '
-                 'as torch, safetensors or TorchScript file',
-                 envvar='INCEPTION_WEIGHTS', show_envvar=True),
-    options.text('HEX', '--inception-sha256', 'SHA-256 that this file must have'),
-    options.text('DIR|NAME', '--dinov2', 'DINOv2 ViT-L/14: folder of transformers, or hub '
-                 'name[@revision]',
-                 envvar='DINOV2_WEIGHTS', show_envvar=True),
-)
+    *options.DETECTOR_FILES)
 workers = options.integer('--workers', 2, 'Threads that read images ahead; 0 = none', least=0)
 # Options of commands that read images from files.
 reading = options.group(
@@ -96,6 +102,7 @@ comparison = options.group(
                  'Statistics (.pkl, .npz), or reference images (folder, .zip, .npz)'),
     options.text('HEX', '--ref-sha256', 'SHA-256 that the file of --ref must have'),
     options.text('CLASS', '--ref-class', 'Only these classes of the reference, if it is images'),
+    options.heldout,
     click.option('--mix-protocols', is_flag=True,
                  help='Compare with statistics of another protocol'),
     options.text('JSON', '--dest', 'Write results and all that is needed to repeat them',
@@ -114,20 +121,22 @@ def generation(num: int):
         workers)
 
 
-def make_detectors(metrics, protocol, inception, inception_sha256, dinov2, reference=None):
-    """The metrics to calculate, and their detectors; `reference` has to serve them, if any.
+def make_detectors(metrics, reference=None, heldout=None, **detection):
+    """The metrics to calculate, and their detectors; `reference` and `heldout` have to serve them,
+    if any.
 
     Of the default metrics, what cannot be had is left out, with a warning; what the user asked for
     must be there.
     """
-    detectors = Detectors({'inception': inception, 'dinov2': dinov2}, protocol=protocol,
-                          inception_sha256=inception_sha256)
+    detectors = Detectors.of(open_network=load_snapshot, **detection)
     chosen = []
     problems = []
     for metric in metrics or compute.parse_metrics(DEFAULT):
         try:
             if reference is not None:
                 compute.missing_in(reference, [metric])
+            if heldout is not None:
+                compute.missing_in(heldout, compute.of_heldout([metric]))
             detectors[compute.METRICS[metric].detector]
             chosen.append(metric)
         except UserError as error:
@@ -136,7 +145,7 @@ def make_detectors(metrics, protocol, inception, inception_sha256, dinov2, refer
             problems.append(f'{metric} is left out: {error.text}')
     if not chosen:
         raise UserError('; '.join(problems) + '; or choose other --metrics '
-                        f'({",".join(compute.METRICS)})')
+                        f'({compute.listing()})')
     for problem in problems:
         dist.print0(f'Warning: {problem}')
     return chosen, detectors
@@ -161,9 +170,9 @@ def ref(data, dest, detection, features, reading):
         --metrics=fd_pixels,precision_pixels
     """
     dist.init()
-    if detection['metrics'] == ['is']:
+    if detection['metrics'] and compute.is_free(detection['metrics']):
         raise UserError(f'needs no reference; give some of {",".join(compute.FRECHET)}',
-                        'metrics', 'is')
+                        'metrics', ','.join(detection['metrics']))
     images = open_images(data)
     metrics, detectors = make_detectors(**detection)
     cli.claim(dest)
@@ -171,13 +180,14 @@ def ref(data, dest, detection, features, reading):
     # features are.
     wanted = compute.needs(metrics)
     wanted['gaussians'] = list(dict.fromkeys(wanted['gaussians'] + wanted['features']))
-    statistics = measure_images(images, detectors, **reading, **wanted,
-                                keep_num=detectors.rules.manifold if features is None
-                                else features)
+    keep_num, kept_meta = compute.kept_features(metrics, detectors.rules, reading['seed'])
+    if features is not None:
+        keep_num, kept_meta = features, {}
+    statistics = measure_images(images, detectors, **reading, **wanted, keep_num=keep_num)
     num = statistics.gaussians[wanted['gaussians'][0]].num
     statistics.meta = dict(data=data, fingerprint=images.fingerprint, num=num,
                            class_name=reading['class_name'], seed=reading['seed'],
-                           detectors=detectors.description())
+                           detectors=detectors.description()) | kept_meta
     if dist.get_rank() == 0:
         save_statistics(dest, statistics)
     kept = [f', {len(values)} features of {space}'
@@ -293,6 +303,42 @@ def memorization(images, data, xflip, dest, grid, precision, **source):
     dist.shutdown()
 
 
+@main.command()
+@click.argument('first', metavar='A.json', type=hide)
+@click.argument('second', metavar='B.json', type=hide)
+@options.text('JSON', '--dest', 'Write the differences',
+              type=cli.json_with('differences', 'notes'))
+def compare(first, second, dest):
+    """Compare the results of two measurements: B - A, with intervals.
+
+    Paired, image by image, where both generated the same seeds: then the noise that they share
+    does not count. The reference counts as given.
+
+    \b
+    python calculate_metrics.py gen --net=A.pkl --ref=ref.pkl --dest=a.json
+    python calculate_metrics.py gen --net=B.pkl --ref=ref.pkl --dest=b.json
+    python calculate_metrics.py compare a.json b.json
+    """
+    cli.claim(dest)
+    sides = [comparing.read_results(path) for path in (first, second)]
+    rows = comparing.differences(*sides)
+    notes = comparing.notes(*sides)
+    width = max(len(row.name) for row in rows)
+    for row in rows:
+        print(f'  {row.name:{width}}  {row.first:10.6g}  {row.second:10.6g}  {row.value:+10.4g}'
+              f'{interval_of(row.value)}' + '  paired' * row.paired)
+    for row in rows:
+        print(row.sentence())
+    for note in notes:
+        print(f'Note: {note}')
+    if dest:
+        values = {row.name: dict(with_intervals({'difference': row.value}), first=row.first,
+                                 second=row.second, paired=row.paired, sentence=row.sentence())
+                  for row in rows}
+        write_json(dest, dict(differences=values, notes=notes, first=first, second=second,
+                              command=command_line()))
+
+
 def refuse_unused(names, where: str):
     """Raises UserError if the user gave one of the options, which have no meaning with `where`."""
     context = click.get_current_context()
@@ -330,9 +376,9 @@ def of_network(default, network, class_, sampler, seeds, seed, num, batch, worke
 
 def open_reference(path, sha256, class_name, metrics) -> Statistics:
     """What --ref names; empty without it."""
-    if path is None and metrics != ['is']:
+    if path is None and not (metrics and compute.is_free(metrics)):
         raise UserError('--ref is missing: statistics or images to compare with '
-                        '(only --metrics=is needs none)')
+                        '(only --metrics=is and vendi need none)')
     if sha256 and not path:
         raise UserError('is of a file; give a reference', 'ref_sha256', sha256)
     reference = load_statistics(path, sha256) if path else Statistics()
@@ -344,24 +390,42 @@ def open_reference(path, sha256, class_name, metrics) -> Statistics:
     return Statistics(path, images=reference.images)  # its statistics are those of all classes
 
 
+def open_heldout(path, metrics) -> Statistics | None:
+    """What --heldout names, if one of the metrics needs it."""
+    wanted = compute.of_heldout(metrics or [])
+    if path and not wanted:
+        raise UserError('is for ct, fld and fld_gap; choose one of them with --metrics, or leave '
+                        'it out', 'heldout', path)
+    if wanted and not path:
+        raise UserError(f'needs images that were never trained on, for {",".join(wanted)}',
+                        'heldout')
+    return load_statistics(path) if path else None
+
+
 def measure_and_report(batches, count: int, what: dict, detection, reading, ref, ref_sha256,
-                       ref_class, mix_protocols, dest):
+                       ref_class, heldout, mix_protocols, dest):
     """Measures images, compares them with the reference, prints a table and writes JSON.
 
     `reading` has `batch` and `workers`, for reference images.
     """
     reference = open_reference(ref, ref_sha256, ref_class, detection['metrics'])
-    metrics, detectors = make_detectors(**detection, reference=reference)
+    unseen = open_heldout(heldout, detection['metrics'])
+    metrics, detectors = make_detectors(**detection, reference=reference, heldout=unseen)
     protocol, rules = detectors.protocol, detectors.rules
     if not mix_protocols:
-        compute.same_protocol(reference, protocol, metrics)
+        for side in (reference, unseen):
+            if side is not None:
+                compute.same_protocol(side, protocol, metrics)
     cli.claim(dest)
+    sources = dict(batch=reading['batch'], workers=reading['workers'])
     reference = compute.complete(reference, metrics, detectors, open_images, class_name=ref_class,
-                                 batch=reading['batch'], workers=reading['workers'],
-                                 keep_num=rules.manifold)
+                                 **sources)
+    if unseen is not None:
+        unseen = compute.complete(unseen, compute.of_heldout(metrics), detectors, open_images,
+                                  class_name=ref_class, **sources)
     generated = measure(batches, count, detectors, **compute.needs(metrics, rules))
     if dist.get_rank() == 0:
-        results = compute.evaluate(metrics, generated, reference, rules, detectors.device)
+        results = compute.evaluate(metrics, generated, reference, rules, detectors.device, unseen)
         notes = compute.notes(generated, reference, detectors)
         width = max(map(len, results))
         print(f'\n{count} images' + (f' against {ref}' if ref else ''))
@@ -372,11 +436,11 @@ def measure_and_report(batches, count: int, what: dict, detection, reading, ref,
         if dest:
             write_json(dest, dict(
                 results=with_intervals(results), num_images=count, **what, ref=ref,
-                ref_class=ref_class,
+                ref_class=ref_class, heldout=heldout,
                 ref_images={space: part.num for space, part in reference.gaussians.items()},
                 ref_meta=reference.meta, ref_protocol=reference.protocol, protocol=protocol,
-                notes=notes, detectors=detectors.description(), command=command_line(),
-                **dist.environment()))
+                notes=notes, parts=parts_of(results), detectors=detectors.description(),
+                command=command_line(), **dist.environment()))
     dist.shutdown()
 
 

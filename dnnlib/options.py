@@ -124,6 +124,23 @@ pictures = together(
                  callback=_environment(util.STAY_INSIDE, lambda value: None if value else '1'),
                  help='Read what links in a folder of pictures point to outside of it'))
 
+# Networks whose features images are compared by, for `group`.
+DETECTORS = ('inception', 'dinov2', 'dinov2_base', 'clip', 'pixels', 'own')
+DETECTOR_FILES = (
+    text('FILE|URL', '--inception', 'Weights of the FID network: pt_inception-2015-12-05 '
+         'as torch, safetensors or TorchScript file',
+         envvar='INCEPTION_WEIGHTS', show_envvar=True),
+    text('HEX', '--inception-sha256', 'SHA-256 that this file must have'),
+    text('DIR|NAME', '--dinov2', 'DINOv2 ViT-L/14: folder of transformers, or hub '
+         'name[@revision]', envvar='DINOV2_WEIGHTS', show_envvar=True),
+    text('DIR|NAME', '--dinov2-base', 'DINOv2 ViT-B/14, likewise', envvar='DINOV2_BASE_WEIGHTS',
+         show_envvar=True),
+    text('DIR|NAME', '--clip', 'CLIP ViT-L/14-336, likewise', envvar='CLIP_WEIGHTS',
+         show_envvar=True),
+    text('FILE', '--own', 'Classifier of these images, made by train_classifier.py'))
+heldout = text('FILE|URL', '--heldout', 'Images of the same kind that were never trained on, for '
+               'ct and fld: statistics with features, or folder, .zip, .npz')
+
 # What makes the images.
 network = group(
     'network',

@@ -9,7 +9,7 @@ import os
 import numpy as np
 
 from dnnlib import UserError, lazy, pictures, util
-from dnnlib.options import choice, path, together, verify
+from dnnlib.options import DETECTORS, choice, path, together, verify
 
 with lazy.imports():
     import torch
@@ -23,6 +23,7 @@ with lazy.imports():
     from training.diffusion.samplers import without_labels
     from training.encoders import RGBEncoder
     from training.generate import generate_images
+    from training.snapshot import load_snapshot
 
 from metrics import compute
 from metrics.recognition import Recognizer
@@ -35,7 +36,7 @@ GRID_STEPS = 50         # of DDIM, where a chain has more: grids show a run, the
 MOST_RECOGNISED = 5000  # reference images that the classifier is trained on in reasonable time
 detector_options = together(
     choice('--detector', 'inception', 'Network of the features',
-           ['inception', 'dinov2', 'pixels']),
+           DETECTORS),
     path('--weights', '',
          'Weights of the detector: file, folder or URL  [default: the published ones]'), verify)
 SETTINGS = ('sample_method', 'omega', 'ddim_steps', 'num_images', 'seed', 'detector', 'fid_cache',
@@ -146,7 +147,8 @@ class Evaluator:
         self.folder = folder
         self.counts = counts
         self.space = USUAL[flags.detector]
-        self.detectors = Detectors({flags.detector: flags.weights}, protocol=PROTOCOL)
+        self.detectors = Detectors({flags.detector: flags.weights}, protocol=PROTOCOL,
+                                   open_network=load_snapshot)
         reference = self._reference(flags.fid_cache)
         device = self.detectors.device
         self.evaluation = classwise.Evaluation(
@@ -165,8 +167,10 @@ class Evaluator:
         if not os.path.isfile(path):
             raise UserError(f'is no file; {advice}', 'fid_cache', path)
         reference = load_statistics(path, space=self.space)
-        dim = {'inception': 2048, 'dinov2': 1024, 'pixels': 3 * self.flags.img_size**2}[detector]
         stored = {space: gaussian.dim for space, gaussian in reference.gaussians.items()}
+        dims = {'inception': 2048, 'dinov2': 1024, 'dinov2_base': 768, 'clip': 768,
+                'pixels': 3 * self.flags.img_size**2}
+        dim = dims.get(detector, stored.get(self.space, 'others'))
         if stored.get(self.space) != dim:
             raise UserError(f'has statistics of so many dimensions: {stored}, and the features of '
                             f'{detector} have {dim}; {advice}', 'fid_cache', path)

@@ -18,6 +18,7 @@ with lazy.imports(__name__ == '__main__'):
     from metrics.images import read_batches
     from metrics.statistics import USUAL, is_statistics, save_statistics
     from torch_utils import distributed as dist
+    from training.snapshot import load_snapshot
 
 from long_tail import datasets, evaluation
 
@@ -38,7 +39,8 @@ def make(data_type, dest, detector, weights=None, root='./', split='train', down
     data = datasets.open_data(data_type, root, size=img_size, split=split, download=download)
     indices = np.arange(len(data)) if num is None else balanced(data.label_ids, num)
     space = USUAL[detector]
-    detectors = Detectors({detector: weights}, protocol=evaluation.PROTOCOL)
+    detectors = Detectors({detector: weights}, protocol=evaluation.PROTOCOL,
+                          open_network=load_snapshot)
     statistics = measure(read_batches(data, indices, batch), len(indices), detectors,
                          gaussians=[space], features=[space] if features else [])
     if dist.get_rank() == 0:

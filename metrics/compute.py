@@ -1,26 +1,81 @@
-"""From features to numbers: the metrics by name, what each needs, and their values."""
+"""From features to numbers: the metrics by name, what each needs, and their values.
+
+To add one: a function, and a line in METRICS. Whoever measures takes all of them by name:
+
+    statistics = measure(batches, num, detectors, **needs(metrics, protocol))
+    reference = complete(reference, metrics, detectors, open_images)
+    values = evaluate(metrics, statistics, reference, protocol, device, heldout)
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterable
 
 from dnnlib import UserError, lazy
+from dnnlib.util import subset
 
 with lazy.imports():
+    import torch
+
+    from metrics import generalization, kernels, precision_recall
     from metrics.detectors import PROTOCOLS, Protocol
     from metrics.features import Detectors, measure_images
+    from metrics.frechet import standard_error
     from metrics.inception_score import inception_score
-    from metrics.precision_recall import precision_recall
-    from metrics.statistics import SPACES, Statistics
+    from metrics.statistics import SPACES, FeatureSums, Statistics
+    from metrics.vendi import vendi
 
 from metrics.recognition import Recognizer
-from metrics.shares import Share
+from metrics.shares import Estimate, share_of
 
-# --- The metrics: (generated, real, space, protocol, device) -> {name: value} -------------------
+# --- The metrics: (generated, real, space, protocol, device, held out) -> {name: value} ----------
 
 
 def distance(generated: Statistics, real: Statistics, space, *_) -> dict:
-    """Frechet distance of the Gaussians of a space."""
-    return {space: generated.gaussians[space].distance(real.gaussians[space])}
+    """Frechet distance of the Gaussians of a space; with an error, where there are features."""
+    gaussian, reference = (side.gaussians[space] for side in (generated, real))
+    value = gaussian.distance(reference)
+    features = generated.features.get(space, generated.samples.get(space))
+    if features is None or len(features) < 2:
+        return {space: value}
+    error, terms = standard_error(features, gaussian.num, gaussian.mu, gaussian.sigma,
+                                  reference.mu, reference.sigma)
+    return {space: Estimate.of_images(value, terms, gaussian.num, error)}
+
+
+def unlimited(generated: Statistics, real: Statistics, space, *_) -> dict:
+    """Frechet distance of infinitely many images (arXiv 1911.07023): what the distances of N, N/2,
+    ... N/MOST_SPLITS images tend to, a line in 1 / N. That of N/i is the mean over i disjoint
+    parts of all images, where what is linear in the images is the same for all i.
+    """
+    features = generated.features[space]
+    num = len(features)
+    reference = real.gaussians[space]
+    if num < 2 * MOST_SPLITS:
+        raise UserError(f'{space}_inf needs at least {2 * MOST_SPLITS} images, there are {num}')
+    order = subset_order(num)
+    means = []
+    for count in range(1, MOST_SPLITS + 1):
+        parts = []
+        for rows in order.tensor_split(count):
+            sums = FeatureSums()
+            for chunk in rows.split(4096):
+                sums.add(features[chunk])
+            parts.append(sums.gaussian().distance(reference))
+        means.append(sum(parts) / count)
+    counts = torch.arange(1.0, MOST_SPLITS + 1, dtype=torch.float64)
+    slopes = counts - counts.mean()
+    values = torch.tensor(means, dtype=torch.float64)
+    slope = (slopes @ values / slopes.square().sum()).item()
+    value = values.mean().item() - slope * counts.mean().item()
+    plain = generated.gaussians[space]
+    error, terms = standard_error(features, num, plain.mu, plain.sigma, reference.mu,
+                                  reference.sigma)
+    return {f'{space}_inf': Estimate.of_images(value, terms, num, error)}
+
+
+def subset_order(num: int):
+    """Numbers 0..num-1 in a random order, int64 tensor, always the same."""
+    return torch.randperm(num, generator=torch.Generator().manual_seed(0))
 
 
 def score(generated: Statistics, real, space, protocol: Protocol, *_) -> dict:
@@ -33,11 +88,71 @@ def score(generated: Statistics, real, space, protocol: Protocol, *_) -> dict:
     return {'is': scores.mean().item(), 'is_std': spread.item()}
 
 
-def manifold(generated: Statistics, real: Statistics, space, protocol: Protocol, device) -> dict:
+def compared(real: Statistics, space: str):
+    """Features of a reference for measures that depend on their number: of no more images than the
+    protocol compares with, if they are kept of more for other measures.
+    """
+    features = real.features[space]
+    limit = real.meta.get('compared')
+    if limit is None:
+        return features
+    return features[subset(len(features), limit, real.meta.get('seed', 0))]
+
+
+def _sides(generated, real, space, device):
+    return compared(real, space).to(device), generated.features[space].to(device)
+
+
+def manifold(generated: Statistics, real: Statistics, space, protocol: Protocol, device, *_):
     """Improved precision and recall in a space."""
-    ref, gen = (side.features[space].to(device) for side in (real, generated))
-    precision, recall = precision_recall(ref, gen, protocol.k, protocol.strict)
-    return {f'precision{MANIFOLDS[space]}': precision, f'recall{MANIFOLDS[space]}': recall}
+    precision, recall = precision_recall.precision_recall(
+        *_sides(generated, real, space, device), protocol.k, protocol.strict)
+    return {f'precision{SUFFIXES[space]}': precision, f'recall{SUFFIXES[space]}': recall}
+
+
+def coverage(generated: Statistics, real: Statistics, space, protocol, device, *_) -> dict:
+    """Density and coverage in a space."""
+    density, covered = precision_recall.density_coverage(*_sides(generated, real, space, device))
+    return {f'density{SUFFIXES[space]}': density, f'coverage{SUFFIXES[space]}': covered}
+
+
+def kid(generated: Statistics, real: Statistics, space, protocol, device, *_) -> dict:
+    """Kernel distance of the features of a space."""
+    ref, gen = _sides(generated, real, space, device)
+    return {f'kid{SUFFIXES[space]}': kernels.kid(gen, ref)}
+
+
+def cmmd(generated: Statistics, real: Statistics, space, protocol, device, *_) -> dict:
+    """CMMD, of CLIP's features."""
+    ref, gen = _sides(generated, real, space, device)
+    return {'cmmd': kernels.cmmd(gen, ref)}
+
+
+def diversity(generated: Statistics, real, space, protocol, device, *_) -> dict:
+    """Vendi score in a space."""
+    return {f'vendi{SUFFIXES[space]}': vendi(generated.features[space].to(device))}
+
+
+def authenticity(generated: Statistics, real: Statistics, space, protocol, device, *_) -> dict:
+    """AuthPct in a space; `real` are the training images."""
+    gen, train = (side.features[space].to(device) for side in (generated, real))
+    return {f'authpct{SUFFIXES[space]}': generalization.authpct(gen, train)}
+
+
+def _three(space, device, *sides):
+    return (side.features[space].to(device) for side in sides)
+
+
+def copying(generated: Statistics, real: Statistics, space, protocol, device, heldout) -> dict:
+    """CT in a space."""
+    score = generalization.ct(*_three(space, device, generated, real, heldout))
+    return {f'ct{SUFFIXES[space]}': score}
+
+
+def likelihood(generated: Statistics, real: Statistics, space, protocol, device, heldout) -> dict:
+    """FLD and its generalisation gap in a space."""
+    value, gap = generalization.fld(*_three(space, device, generated, real, heldout))
+    return {f'fld{SUFFIXES[space]}': value, f'fld_gap{SUFFIXES[space]}': gap}
 
 
 def recognition(generated: Statistics, real: Statistics, space, *_) -> dict:
@@ -45,38 +160,84 @@ def recognition(generated: Statistics, real: Statistics, space, *_) -> dict:
     for name, side in (('the images have', generated), (f'{real.path} has', real)):
         if side.labels is None:
             raise UserError(f'recognition: {name} no labels')
-    recognizer = Recognizer(real.features[space], real.labels)
+    labels = real.labels
+    if 'compared' in real.meta:
+        labels = labels[subset(len(labels), real.meta['compared'], real.meta.get('seed', 0))]
+    recognizer = Recognizer(compared(real, space), labels)
     recognised = recognizer.recognised(generated.features[space], generated.labels)
-    return {'recognition': Share(recognised.mean(), len(recognised))}
+    return {'recognition': share_of(recognised)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """How a metric is computed, and of what: `gaussians` or `features` of a space.
+    """How a metric is computed, and of what.
 
-    `space` None: the class probabilities of the generated images, whichever the protocol takes.
+    space      kind of features; None: the class probabilities of the generated images, whichever
+               the protocol takes
+    generated  what it needs of the generated images: `gaussians`, `features` of all, or `samples`:
+               features of some
+    real       what it needs of the reference: `gaussians` or `features`, which are of as many
+               images as the protocol compares with, unless `training`
+    training   whether the reference is the training set, and features of all its images are needed
+    heldout    whether it needs images that were never trained on, too
+    better     1: more is better, -1: less is, 0: neither
     """
 
     function: Callable
     space: str | None
-    kind: str = 'features'
+    generated: tuple = ('features',)
+    real: tuple = ('features',)
+    training: bool = False
+    heldout: bool = False
+    better: int = 0
 
     @property
     def detector(self) -> str:
         return SPACES[self.space or 'softmax'][0]
 
 
-# Space -> what the names of its precision and recall end in.
-MANIFOLDS = {'fid': '', 'fd_dinov2': '_dinov2', 'fd_pixels': '_pixels'}
+# Space -> what the names of its metrics end in.
+SUFFIXES = {'fid': '', 'fd_dinov2': '_dinov2', 'fd_dinov2_base': '_dinov2_base',
+            'fd_clip': '_clip', 'fd_pixels': '_pixels', 'fd_own': '_own'}
 FEWEST_SCORED = 1000
-FRECHET = ('fid', 'sfid', 'fd_dinov2', 'fd_pixels')
-METRICS = {
-    **{space: Metric(distance, space, 'gaussians') for space in FRECHET},
-    'is': Metric(score, None),
-    **{f'{name}{suffix}': Metric(manifold, space)
-       for space, suffix in MANIFOLDS.items() for name in ('precision', 'recall')},
-    'recognition': Metric(recognition, 'fd_pixels'),
+MOST_SPLITS = 5
+FRECHET = ('fid', 'sfid', *[space for space in SUFFIXES if space != 'fid'])
+# What there is of the features of every space in SUFFIXES.
+IN_EACH = {
+    **dict.fromkeys(('precision', 'recall'), dict(function=manifold, better=1)),
+    **dict.fromkeys(('density', 'coverage'), dict(function=coverage, better=1)),
+    'kid': dict(function=kid, better=-1),
+    'vendi': dict(function=diversity, real=(), better=1),
+    'authpct': dict(function=authenticity, training=True, better=1),
+    'ct': dict(function=copying, training=True, heldout=True),
+    'fld': dict(function=likelihood, training=True, heldout=True, better=-1),
+    'fld_gap': dict(function=likelihood, training=True, heldout=True),
 }
+METRICS = {
+    **{space: Metric(distance, space, ('gaussians', 'samples'), ('gaussians',), better=-1)
+       for space in FRECHET},
+    **{f'{space}_inf': Metric(unlimited, space, ('gaussians', 'features'), ('gaussians',),
+                              better=-1)
+       for space in FRECHET},
+    'is': Metric(score, None, real=(), better=1),
+    **{f'{name}{suffix}': Metric(space=space, **values)
+       for space, suffix in SUFFIXES.items() for name, values in IN_EACH.items()},
+    'cmmd': Metric(cmmd, 'fd_clip', better=-1),
+    'recognition': Metric(recognition, 'fd_pixels', better=1),
+}
+
+
+def listing() -> str:
+    """All names in a line."""
+    suffixes = ', '.join(filter(None, SUFFIXES.values()))
+    alone = [name for name in METRICS if METRICS[name].function in (score, cmmd, recognition)]
+    return (f'{",".join(FRECHET)}, each with _inf too, {",".join(alone)}, and '
+            f'{",".join(IN_EACH)}, each with one of {suffixes} too')
+
+
+def is_free(metrics: Iterable[str]) -> bool:
+    """Whether none of them needs a reference."""
+    return not any(METRICS[name].real for name in metrics)
 
 
 def parse_metrics(text: str) -> list[str]:
@@ -84,7 +245,7 @@ def parse_metrics(text: str) -> list[str]:
     names = [name.strip() for name in str(text).split(',') if name.strip()]
     unknown = [name for name in names if name not in METRICS]
     if unknown:
-        raise ValueError(f'no metric {unknown[0]!r}; there are {",".join(METRICS)}')
+        raise ValueError(f'no metric {unknown[0]!r}; there are {listing()}')
     if not names:
         raise ValueError('no metrics given')
     return list(dict.fromkeys(names))
@@ -92,26 +253,55 @@ def parse_metrics(text: str) -> list[str]:
 
 def needs(metrics: Iterable[str], protocol: Protocol | None = None,
           stored: Statistics | None = None) -> dict[str, list[str]]:
-    """{'gaussians', 'features'}: the spaces that `measure` has to find, but for what is `stored`.
+    """{'gaussians', 'features', 'samples'}: the spaces that `measure` has to find, but for what is
+    `stored`.
 
-    With a protocol of the generated images, without of the reference, where 'is' needs nothing.
+    With a protocol of the generated images, without of the reference, where some need nothing.
     """
-    spaces = {'gaussians': {}, 'features': {}}
+    spaces = {'gaussians': {}, 'features': {}, 'samples': {}}
     for metric in map(METRICS.get, metrics):
-        space = metric.space or (protocol and protocol.probs)
-        if space and space not in getattr(stored, metric.kind, {}):
-            spaces[metric.kind][space] = True
+        for kind in metric.generated if protocol else metric.real:
+            space = metric.space or protocol.probs
+            if space not in getattr(stored, kind, {}):
+                spaces[kind][space] = True
+    spaces['samples'] = {space: True for space in spaces['samples']
+                         if space not in spaces['features']}
     return {kind: [*names] for kind, names in spaces.items()}
 
 
 def missing_in(reference: Statistics, metrics) -> dict[str, list[str]]:
     """What of `needs(metrics)` a reference lacks. UserError if it has no images to find it in."""
     missing = needs(metrics, stored=reference)
+    for metric in map(METRICS.get, metrics):
+        kept = len(reference.features.get(metric.space, ()))
+        gaussian = reference.gaussians.get(metric.space)
+        if metric.training and kept and gaussian and gaussian.num and kept < gaussian.num:
+            if reference.images is None:
+                raise UserError(
+                    f'{reference.path} has the features of {kept} of {gaussian.num} images, and '
+                    'metrics of copies need those of all training images: make it again for these '
+                    'metrics, or give the images')
+            missing['features'].append(metric.space)
+    missing['features'] = [*dict.fromkeys(missing['features'])]
     if reference.images is None and any(missing.values()):
         stored = [*reference.gaussians, *(f'features of {space}' for space in reference.features)]
         raise UserError(f'{reference.path} has nothing for {",".join(metrics)}, only '
                         f'{", ".join(stored)}; make statistics for it, or give the images')
     return missing
+
+
+def kept_features(metrics, rules: Protocol, seed: int = 0) -> tuple[int | None, dict]:
+    """Of how many images of a reference the features are kept (None: all), and what its `meta` has
+    to say of that, see `compared`.
+    """
+    if any(METRICS[name].training for name in metrics):
+        return None, {'compared': rules.manifold, 'seed': seed}
+    return rules.manifold, {}
+
+
+def of_heldout(metrics) -> list[str]:
+    """Those that need images that were never trained on."""
+    return [name for name in metrics if METRICS[name].heldout]
 
 
 def same_protocol(reference: Statistics, protocol: str, metrics):
@@ -134,22 +324,30 @@ def complete(reference: Statistics, metrics, detectors: Detectors, open_images,
     missing = missing_in(reference, metrics)
     if not any(missing.values()):
         return reference
+    keep_num, meta = kept_features(metrics, detectors.rules, options.get('seed', 0))
+    options.setdefault('keep_num', keep_num)
     measured = measure_images(open_images(reference.images), detectors, **missing, **options)
     return dataclasses.replace(reference, gaussians=reference.gaussians | measured.gaussians,
                                features=reference.features | measured.features,
                                protocol=reference.protocol or measured.protocol,
+                               meta=reference.meta | meta,
                                labels=measured.labels if missing['features'] else reference.labels)
 
 
 def evaluate(metrics, generated: Statistics, reference: Statistics, protocol: Protocol,
-             device='cpu') -> dict[str, float]:
+             device='cpu', heldout: Statistics | None = None) -> dict[str, float]:
     """{metric: value}, precision and recall together; 'is' also gives 'is_std', its spread.
 
-    Raises UserError if images and reference do not fit each other.
+    Values are floats, or `Estimate`s and `Share`s, which say how sure they are. Raises UserError
+    if images and reference do not fit each other.
     """
+    if of_heldout(metrics) and heldout is None:
+        raise UserError(f'needs images that were never trained on, for '
+                        f'{",".join(of_heldout(metrics))}', 'heldout')
     values = {}
-    for metric in dict.fromkeys(map(METRICS.get, metrics)):
-        values |= metric.function(generated, reference, metric.space, protocol, device)
+    chosen = {(METRICS[name].function, METRICS[name].space): METRICS[name] for name in metrics}
+    for metric in chosen.values():
+        values |= metric.function(generated, reference, metric.space, protocol, device, heldout)
     return {name: value for name, value in values.items() if name in {*metrics, 'is_std'}}
 
 

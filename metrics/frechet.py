@@ -2,13 +2,14 @@
 
 import numpy as np
 import torch
-from scipy.linalg import lapack
+from scipy.linalg import lapack, solve_triangular
 
 from dnnlib import UserError
 
 # Largest relative error of the distance that the fast way may leave, by a bound that is rarely
 # reached.
 TOLERANCE = 1e-6
+EVALUATED = 10000  # images whose influence is computed
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2, device=None) -> float:
@@ -80,3 +81,54 @@ def _factor(sigma: np.ndarray):
         raise UserError('Frechet distance: a covariance is not positive semidefinite; '
                         'are these statistics from another file format, or damaged?')
     return lower, pivots - 1, rank
+
+
+# --- Standard errors -----------------------------------------------------------------------------
+
+
+def influence(features, mu1, sigma1, mu2, sigma2) -> np.ndarray:
+    """What each image of the first Gaussian adds to the distance, float64 [n], of mean zero.
+
+    features [n, D], some of the images that mu1 [D] and sigma1 [D, D] are of. The derivatives of
+    the distance are 2 (mu1 - mu2) and I - T, where T = sigma1^(-1/2) (sigma1^(1/2) sigma2
+    sigma1^(1/2))^(1/2) sigma1^(-1/2) carries the one Gaussian to the other; so an image x, z = x -
+    mu1, adds 2 z.(mu1 - mu2) + |z|^2 - z^T T z, but for the mean of that. With sigma1 = A A^T,
+    T = A^-T (A^T sigma2 A)^(1/2) A^-1.
+    """
+    lower, pivots, rank = _factor(sigma1)
+    factor = lower[:, :rank]
+    product = factor.T @ sigma2[np.ix_(pivots, pivots)] @ factor
+    values, vectors = np.linalg.eigh(product)
+    roots = np.sqrt(values.clip(0))
+    terms = []
+    for part in np.array_split(features, len(features) // 4096 + 1):
+        z = np.asarray(part, np.float64) - mu1
+        white = solve_triangular(factor[:rank], z[:, pivots[:rank]].T, lower=True)
+        carried = roots @ np.square(vectors.T @ white)
+        terms.append(2 * z @ (mu1 - mu2) + np.square(z).sum(axis=1) - carried)
+    terms = np.concatenate(terms)
+    return terms - terms.mean()
+
+
+def standard_error(features, num: int, mu1, sigma1, mu2, sigma2) -> tuple[float, np.ndarray]:
+    """Standard error of the distance to a fixed reference of `num` images, of which some have the
+    `features` [n, D]; and the `influence` of at most EVALUATED of those, in their order.
+
+    By the delta method: where the distance is linear in the images, its variance is that of the
+    influence, over num. Where it is small it is not: the derivatives, estimated from these images,
+    are then mostly wrong, and their variance counts what is quadratic twice. The linear part is
+    what the derivatives of two halves of the images have in common, so the variance is the mean
+    of both.
+    """
+    rows = features[::-(-len(features) // EVALUATED)]
+    terms = influence(rows, mu1, sigma1, mu2, sigma2)
+    plain = np.square(terms).mean()
+    common = 0.0
+    if len(features) >= 4:
+        halves = []
+        for half in (features[::2], features[1::2]):
+            half = np.asarray(half, np.float64)
+            moments = half.mean(axis=0), np.cov(half.T).reshape(np.shape(sigma1))
+            halves.append(influence(rows, *moments, mu2, sigma2))
+        common = np.mean(halves[0] * halves[1])
+    return float(np.sqrt(max((plain + common) / 2, plain / 4) / num)), terms

@@ -39,13 +39,13 @@ def nearest(queries: torch.Tensor, points: torch.Tensor | None = None, k: int = 
     half the cost. Values can be of any type that float32 holds. Raises UserError if there are
     fewer than k points.
     """
-    blocks = _Blocks(queries, points, torch.float32)
+    blocks = Blocks(queries, points, torch.float32)
     if k > len(blocks.points):
         raise UserError(f'the {k} nearest of {len(blocks.points)} points: too few images')
     squares, index, floor = _settled(blocks, k)
     unsure = (squares[:, -1] > floor).nonzero()[:, 0]
     if len(unsure):
-        blocks = _Blocks(queries[unsure], blocks.points, torch.float64)
+        blocks = Blocks(queries[unsure], blocks.points, torch.float64)
         squares[unsure], index[unsure], _ = _settled(blocks, k)
     return squares, index
 
@@ -106,7 +106,7 @@ def merge(best, index, values, places):
     return best, torch.cat([index, places], dim=1).gather(1, order)
 
 
-def _settled(blocks: '_Blocks', k: int):
+def _settled(blocks: 'Blocks', k: int):
     """The k nearest among those that products select.
 
     Exact squared distances and indices [N, k]; and squared distances [N] below which, despite the
@@ -134,37 +134,46 @@ def _exact(queries, points, index):
     return torch.cat(parts)
 
 
-@distributed.exact_float32()
-def inside_balls(queries, points, query_squares, point_squares, strict: bool):
-    """Which of `queries` [N, D] are in a ball around one of `points` [M, D], and the reverse.
+def memberships(queries, points, query_squares, point_squares, strict: bool):
+    """Which of `queries` [N, D] are in which balls around `points` [M, D], and the reverse.
 
-    Returns bool [N] and bool [M]. `query_squares` [N] and `point_squares` [M], float64, are the
-    squared radii of the balls around each. A ball has its boundary unless `strict`.
+    Yields (rows, columns, bool [r, c], bool [r, c]) for blocks of queries and points: whether each
+    query is in the ball of each point, and each point in that of each query. `query_squares` [N]
+    and `point_squares` [M], float64, are the squared radii, None for no balls (and None for what
+    is in them). A ball has its boundary unless `strict`.
     """
-    blocks = _Blocks(queries, points, torch.float32)
-    inside = torch.zeros_like(query_squares, dtype=torch.bool)
-    points_inside = torch.zeros_like(point_squares, dtype=torch.bool)
+    blocks = Blocks(queries, points, torch.float32)
     for rows, columns, squares in blocks:
         u = queries[rows]
         v = points[columns]
-        _mark(inside[rows], u, v, squares, point_squares[columns], blocks.margin, strict)
-        _mark(points_inside[columns], v, u, squares.T, query_squares[rows], blocks.margin, strict)
-    return inside, points_inside
+        ours = theirs = None
+        if point_squares is not None:
+            ours = _inside(u, v, squares, point_squares[columns], blocks.margin, strict)
+        if query_squares is not None:
+            theirs = _inside(v, u, squares.T, query_squares[rows], blocks.margin, strict).T
+        yield rows, columns, ours, theirs
 
 
-def _mark(inside, queries, points, squares, radii, margin: float, strict: bool):
-    """Sets inside[i] where a distance squares[i, j], right to within `margin`, is in radii[j]."""
-    inside |= (squares < (radii - margin).float()).any(dim=1)
-    limits = (radii + margin).float()
-    open_rows = (~inside & (squares <= limits).any(dim=1)).nonzero()[:, 0]
-    if len(open_rows):
-        place, j = (squares[open_rows] <= limits).nonzero(as_tuple=True)
-        i = open_rows[place]
-        exact = _exact(queries[i], points, j[:, None])[:, 0]
-        inside[i[exact < radii[j] if strict else exact <= radii[j]]] = True
+def _inside(queries, points, squares, radii, margin: float, strict: bool):
+    """bool [N, M], whether a distance squares[i, j], right to within `margin`, is in radii[j]."""
+    inside = squares < (radii - margin).float()
+    i, j = ((squares <= (radii + margin).float()) & ~inside).nonzero(as_tuple=True)
+    for rows, columns in zip(i.split(NUMBERS), j.split(NUMBERS), strict=True):
+        exact = _pairs(queries, points, rows, columns)
+        limits = radii[columns]
+        inside[rows, columns] = exact < limits if strict else exact <= limits
+    return inside
 
 
-class _Blocks:
+def _pairs(queries, points, i, j):
+    """sum (u - v)^2 in float64 of the pairs of queries[i] and points[j], [n]."""
+    step = max(NUMBERS // queries.shape[1], 1)
+    parts = [(queries[rows].double() - points[columns].double()).square_().sum(dim=1)
+             for rows, columns in zip(i.split(step), j.split(step), strict=True)]
+    return torch.cat(parts)
+
+
+class Blocks:
     """Squared distances of `queries` [N, D] and `points` [M, D] (None: the queries), in blocks.
 
     Computed in `dtype`; `margin` bounds their error: (D + 32) u (|u|^2 + |v|^2), u = eps/2.

@@ -40,12 +40,16 @@ SPACES = {
     'fid': ('inception', 'pool3'),
     'sfid': ('inception', 'spatial'),
     'fd_dinov2': ('dinov2', 'features'),
+    'fd_dinov2_base': ('dinov2_base', 'features'),
+    'fd_clip': ('clip', 'features'),
     'fd_pixels': ('pixels', 'features'),
+    'fd_own': ('own', 'features'),
     'softmax': ('inception', 'softmax'),
     'softmax_nobias': ('inception', 'softmax_nobias'),
 }
 # Detector -> the space of its usual features.
-USUAL = {'inception': 'fid', 'dinov2': 'fd_dinov2', 'pixels': 'fd_pixels'}
+USUAL = {'inception': 'fid', 'dinov2': 'fd_dinov2', 'dinov2_base': 'fd_dinov2_base',
+         'clip': 'fd_clip', 'pixels': 'fd_pixels', 'own': 'fd_own'}
 _KEYS = ('mu', 'sigma', 'num', 'features', 'labels', 'meta', 'protocol', 'space')
 
 
@@ -111,6 +115,7 @@ class Statistics:
     images     path of the images, from which what is missing can be measured; or None
     protocol   key of PROTOCOLS by which Inception saw the images; None: not known
     meta       plain values: data set, detectors and the fingerprints of their weights
+    samples    float32 [m, D], features of some of the images, for standard errors; in no file
     """
 
     path: str = ''
@@ -120,6 +125,7 @@ class Statistics:
     images: str | None = None
     protocol: str | None = None
     meta: dict = dataclasses.field(default_factory=dict)
+    samples: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
     def of_classes(self, classes, device='cpu') -> 'Statistics':
         """Those of the images of some classes, from their features."""

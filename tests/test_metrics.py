@@ -22,6 +22,7 @@ from dnnlib import UserError, url, util
 from dnnlib.util import subset
 from metrics import compute, detectors, inception, inception_score, neighbors, precision_recall
 from metrics import images as image_files
+from metrics.detectors import inception as inception_detector
 from metrics.features import Detectors, measure_images
 from metrics.frechet import frechet_distance
 from metrics.inception import InceptionV3
@@ -316,7 +317,7 @@ def test_foreign_weights_are_refused_in_one_line(tmp_path):
 def test_inception_has_the_hash_that_its_name_says_or_the_user(weights, tmp_path, monkeypatch):
     monkeypatch.setenv('DNNLIB_CACHE_DIR', str(tmp_path))
     right = util.hash_file(weights / 'state.pth')
-    for path in (url.cache_path(detectors.INCEPTION_URL), tmp_path / 'weights-inception-2015-12-05-6726825d.pth'):
+    for path in (url.cache_path(inception_detector.INCEPTION_URL), tmp_path / 'weights-inception-2015-12-05-6726825d.pth'):
         os.link(weights / 'state.pth', path)    # in the cache already, or a copy of the user's
         with pytest.raises(UserError, match='6726825d') as error:
             detectors.Inception(None if 'pt_' in str(path) else str(path))
@@ -326,8 +327,8 @@ def test_inception_has_the_hash_that_its_name_says_or_the_user(weights, tmp_path
         with pytest.raises(UserError, match=message) as error:
             Detectors({'inception': str(weights / 'state.pth')}, 'cpu', inception_sha256=sha256)['inception']
         one_line(error)
-    monkeypatch.setattr(detectors, 'hash_file', lambda path: '6726825d' + '0' * 56)
-    assert detectors.Inception().weights == detectors.INCEPTION_URL
+    monkeypatch.setattr(inception_detector, 'hash_file', lambda path: '6726825d' + '0' * 56)
+    assert detectors.Inception().weights == inception_detector.INCEPTION_URL
 
 
 def test_inception_that_is_not_finite_names_its_own_option(tmp_path):
@@ -361,7 +362,7 @@ def rewritten(source, dest, change):
 def test_torchscript_tensors_and_hostile_torchscript(tmp_path):
     net = Small()
     torch.jit.script(net).save(tmp_path / 'good.pt')
-    found = detectors.read_tensors(str(tmp_path / 'good.pt'))
+    found = inception_detector.read_tensors(str(tmp_path / 'good.pt'))
     assert found.keys() == net.state_dict().keys()
     assert all(torch.equal(found[name], value) for name, value in net.state_dict().items())
 
@@ -381,7 +382,7 @@ def test_torchscript_tensors_and_hostile_torchscript(tmp_path):
                       if name.endswith('data.pkl') else data)
     for path, message in ((evil, 'mkdir'), (short, 'numbers'), (cut, 'cut off'), (large, 'larger than its storage')):
         with pytest.raises(UserError, match=message) as error:
-            detectors.read_tensors(path)
+            inception_detector.read_tensors(path)
         assert path in one_line(error)
     assert not (tmp_path / 'ran').exists()
 

@@ -6,6 +6,7 @@ file: none is left with a value that was drawn, or with what the memory held bef
 """
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import torch
 
 from dnnlib import budget
 from dnnlib.util import UserError, one_line, printable
+from torch_utils.files.identify import identify
 from torch_utils.files.weights import check_finite
 
 MAX_JSON = 4 << 20  # bytes of a configuration, an index, or the header of safetensors
@@ -23,6 +25,7 @@ REVISIONS = {
     'stabilityai/sd-vae-ft-mse': '31f26fdeee1355a5c34592e401dd41e45d25a493',
     'stabilityai/sd-vae-ft-ema': 'f04b2c4b98319346dad8c65879f680b1997b204a',
     'facebook/dinov2-base': 'f9e44c814b77203eaa57a6bdbbd535f21ede1415',
+    'openai/clip-vit-large-patch14-336': 'ce19dc912ca5cd21c8a653c79e251e808ccabcd1',
     'facebook/dinov2-large': '47b73eefe95e8d44ec3623f8890bd894b6ea2d6c',
 }
 _CONVERT = ('there is no {new}; in that folder, make it of {old}: python -c "import torch, '
@@ -32,7 +35,8 @@ _HUB = re.compile(r'(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?')  # OWNER/NAME[@REV
 
 
 def load_model(what: str, name: str, build, fields: dict, weights: str, *, field: str, rename=str,
-               dtype=torch.float32, allow_nonfinite: bool = False) -> torch.nn.Module:
+               dtype=torch.float32, allow_nonfinite: bool = False, part: str | None = None,
+               torch_weights: str | None = None) -> torch.nn.Module:
     """The network at `name`, a folder or OWNER/NAME[@REVISION] on the hub, for inference.
 
     what     the model in words
@@ -42,6 +46,8 @@ def load_model(what: str, name: str, build, fields: dict, weights: str, *, field
     weights  name of the safetensors file; beside `weights`.index.json there are several
     field    whose value `name` is
     rename   name in the file -> name in the network; None leaves a tensor out
+    part     part of config.json that has the fields, where there is one
+    torch_weights  file of torch that is read where there is no `weights`
 
     Raises UserError that names the folder if there is none, if sizes make no sense, or if weights
     are missing, unknown, of other shapes or, unless it is allowed, not finite.
@@ -53,12 +59,14 @@ def load_model(what: str, name: str, build, fields: dict, weights: str, *, field
         if path is None:
             raise OSError('there is no config.json')
         config = _read_json(path)
+        config = dict(config.get(part, config))
         values = {key: config[key] for key in fields if key in config}
         for key, value in values.items():
             if not _fits(value, fields[key]):
                 raise ValueError(f'{key} in its config.json is {json.dumps(value)[:60]}, which is '
                                  'no sensible value')
-        state = _read_tensors(_weight_files(name, find, weights), rename, dtype)
+        paths = _weight_files(name, find, weights, torch_weights)
+        state = _read_tensors(paths, rename, dtype)
         if not allow_nonfinite:
             check_finite(state, source)
         net = build(values, state, source)
@@ -132,13 +140,17 @@ def _read_json(path: str) -> dict:
     return value
 
 
-def _weight_files(name: str, find, weights: str) -> list[str]:
-    """Paths of the safetensors files: `weights`, or those that its index names."""
+def _weight_files(name: str, find, weights: str, torch_weights: str | None) -> list[str]:
+    """Paths of the safetensors files: `weights`, or those that its index names; else
+    `torch_weights`."""
     path = find(weights)
     if path is not None:
         return [path]
     index = find(f'{weights}.index.json')
     if index is None:
+        path = torch_weights and find(torch_weights)
+        if path:
+            return [path]
         for old in ('pytorch_model.bin', 'diffusion_pytorch_model.bin'):
             if os.path.isfile(os.path.join(name, old)):
                 raise OSError(_CONVERT.format(old=old, new=weights))
@@ -155,23 +167,31 @@ def _weight_files(name: str, find, weights: str) -> list[str]:
 
 
 def _read_tensors(paths, rename, dtype) -> dict[str, torch.Tensor]:
-    """The tensors of safetensors files by name."""
-    import safetensors  # which refuses tensors that overlap or reach beyond the file
+    """The tensors of files by name."""
     state = {}
-    for path in paths:
-        with open(path, 'rb') as file:
-            if int.from_bytes(file.read(8), 'little') > MAX_JSON:
-                raise ValueError(f'the header of its {os.path.basename(path)} is too large')
-        with safetensors.safe_open(path, 'pt') as file:
-            for key in file.keys():
-                name = rename(key)
-                if name in state:
-                    raise ValueError(f'it has {printable(name, 100)} twice')
-                if name is not None:
-                    value = file.get_tensor(key)
-                    if not value.is_floating_point():
-                        raise ValueError(f'its {printable(name, 100)} is of {value.dtype}')
-                    state[name] = value.to(dtype)  # of this type: the mapped file
+    for key, get in itertools.chain.from_iterable(map(_tensors_of, paths)):
+        name = rename(key)
+        if name in state:
+            raise ValueError(f'it has {printable(name, 100)} twice')
+        if name is not None:
+            value = get(key)
+            if not value.is_floating_point():
+                raise ValueError(f'its {printable(name, 100)} is of {value.dtype}')
+            state[name] = value.to(dtype)  # of this type: the mapped file
     if not state:
         raise ValueError('its files hold no weights')
     return state
+
+
+def _tensors_of(path: str):
+    """(name, function that gives the tensor of that name) of a file of safetensors or torch."""
+    import safetensors  # which refuses tensors that overlap or reach beyond the file
+    if not path.endswith('.safetensors'):
+        state = identify(path).state or {}
+        yield from ((key, state.__getitem__) for key in state)
+        return
+    with open(path, 'rb') as file:
+        if int.from_bytes(file.read(8), 'little') > MAX_JSON:
+            raise ValueError(f'the header of its {os.path.basename(path)} is too large')
+    with safetensors.safe_open(path, 'pt') as file:
+        yield from ((key, file.get_tensor) for key in file.keys())
