@@ -6,7 +6,7 @@ import click
 from tqdm import tqdm
 
 from dnnlib import UserError, cli, lazy
-from dnnlib.options import integer, text, verify
+from dnnlib.options import STDS, integer, text, verify
 
 with lazy.imports(__name__ == '__main__'):
     from torch_utils.files.identify import identify
@@ -15,13 +15,6 @@ with lazy.imports(__name__ == '__main__'):
 
 
 SNAPSHOT = cli.Written('snapshot', ['.pkl'], lambda path: identify(path).kind == 'snapshot')
-
-
-def parse_stds(text: str) -> list[float]:
-    stds = [float(part) for part in text.split(',')]
-    if not all(0 < std < phema.exp_to_std(0) for std in stds):
-        raise ValueError(f'widths must lie between 0 and {phema.exp_to_std(0):.3f}')
-    return stds
 
 
 def reconstruct(indir, outstd, inprefix=None, instd=None, outdir=None, outprefix=None,
@@ -72,13 +65,11 @@ Examples:
 @text('DIR', '--indir', 'Run with snapshots PREFIX-KIMG-STD.pkl, of this project or of EDM2',
       required=True)
 @text('TEXT', '--inprefix', 'Which snapshots, if there are several kinds')
-@text('LIST', '--instd', 'Which widths to use, e.g. 0.05,0.1  [default: all]',
-      type=cli.Parsed('list', parse_stds))
+@text('LIST', '--instd', 'Which widths to use, e.g. 0.05,0.1  [default: all]', type=STDS)
 @text('DIR', '--outdir', 'Where to write  [default: --indir]', type=cli.FOLDER)
 @text('TEXT', '--outprefix',
       'Start of the new names  [default: phema, or the prefix of the inputs]')
-@text('LIST', '--outstd', 'Relative widths, e.g. 0.05,0.1', required=True,
-      type=cli.Parsed('list', parse_stds))
+@text('LIST', '--outstd', 'Relative widths, e.g. 0.05,0.1', required=True, type=STDS)
 @text('KIMG', '--outkimg', 'Training time of the result  [default: the latest snapshot]', type=int)
 @click.option('--skip', is_flag=True, help='Leave out what exists')
 @integer('--batch', None, 'Widths at a time, to save memory  [default: all]')

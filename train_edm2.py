@@ -131,7 +131,7 @@ The same command resumes an interrupted run from its newest whole checkpoint."""
     number('--dropout', None, 'Dropout probability' + OF_PRESET, options.BELOW_ONE),
     options.variety(None, None, None, OF_PRESET),
     text('LIST', '--ema-stds', 'Relative widths of the averages of weights' + OF_PRESET,
-         type=cli.NUMBERS),
+         type=options.STDS),
     number('--P_mean P_mean', None, 'Mean of ln(sigma)' + OF_PRESET, options.ANY),
     number('--P_std P_std', None, 'Standard deviation of ln(sigma)' + OF_PRESET),
     number('--lr', None, 'Reference learning rate' + OF_PRESET),

@@ -77,6 +77,19 @@ def choice(name: str, default: str | None, text: str, values):
     return _maker('|'.join(values), click.Choice(list(values)))(name, default, text)
 
 
+def _stds(text: str) -> list[float]:
+    stds = list(map(cli.parse_number, text.split(',')))
+    widest = 12 ** -0.5                                        # of the profile t^0 (phema)
+    if not all(0 < std < widest for std in stds):
+        raise ValueError(f'widths must lie between 0 and {widest:.3f}')
+    if len({f'{std:.3f}' for std in stds}) < len(stds):
+        raise ValueError('files are named by three digits of a width, and two are the same')
+    return stds
+
+
+STDS = cli.Parsed('list', _stds)                               # of power-function averages
+
+
 def _interval(text: str) -> tuple[float, float]:
     try:
         low, high = map(cli.parse_number, text.split(','))

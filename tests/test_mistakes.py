@@ -98,7 +98,11 @@ MISTAKES = {
     f'train_edm2.py --outdir=out --data=<digits.zip> {shlex.join(EDM2)}': {
         '--data=nowhere.zip': 'nowhere.zip', '--precision=fp16': 'fp16', '--fp16=True --precision=bf16': '--fp16',
         '--batch=x': '--batch', '--preset=edm2-img512-huge': '--preset', '--batch-gpu=0': '--batch-gpu',
-        '--lr=nan': '--lr', '--P_mean=nan': '--P_mean', '--data=<plain.zip>': '--cond=True needs labels'},
+        '--lr=nan': '--lr', '--P_mean=nan': '--P_mean', '--data=<plain.zip>': '--cond=True needs labels',
+        '--bench-steps=2': '--bench-steps=2 measures for a dry run', '--ema-stds=0.3': ('--ema-stds', '0.289'),
+        '--ema-stds=0.1,0.1001': 'named by three digits', '--channel-mult=1,2,2,2,2': '5 resolutions', '--num-blocks=0': '--num-blocks',
+        '--channels=200 --channel-mult=1,3': '600 channels, which 18 heads', '--augment=2': '--augment', '--rampup=-1': '--rampup',
+        '--xflip=maybe': '--xflip'},
     'generate_images.py --outdir=out': {
         '--net=nowhere.pkl': 'nowhere.pkl', '': '--net', '--preset=edm2-img512-huge-fid': '--preset',
         '--net=<net.pkl> --guidance=2': '--guidance=2.0 needs a guiding network',

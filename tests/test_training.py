@@ -78,7 +78,7 @@ def test_options_override_the_preset(digits):
     out = run('train_edm2.py', '--outdir=x', f'--data={digits}', '--preset=digits', '--dry-run', '--duration=1.5Ki', '--lr=0.5',
               '--decay=7', '--P_mean=-2', '--P_std=3', '--dropout=0.25', '--channels=64', '--batch=32', '--batch-gpu=8',
               '--lr-schedule=multisource', '--ls=100', '--seed=5', '--status=0', '--precision=bf16', '--cond=False').stdout
-    assert 'rises over 0.0004267 million images, 28% of this run' in out
+    assert 'rises over 0.0004167 million images, 27% of this run' in out
     config = json.loads(out[out.index('{'):])
     expected = dict(duration=1536, lr=0.5, decay=7, P_mean=-2, P_std=3, dropout=0.25, channels=64, batch=32, batch_gpu=8,
                     lr_schedule='multisource', ls=100, seed=5, status=0, precision='bf16', cond=False)

@@ -170,6 +170,14 @@ def test_layers_keep_their_level_at_another_resolution(family, tmp_path):
 def test_labels_of_augmentations_that_are_new_count_for_nothing(tmp_path):
     old, new, table = transferred(tmp_path, SONG, SONG | dict(augment_dim=9, dropout=0.5, class_name='VPPrecond'))
     assert not new.model.map_augment.weight.any() and 'model.map_augment.weight' in table.rows['new']
+    old, new, table = transferred(tmp_path, EDM2, EDM2 | dict(augment_dim=9))
+    assert table.rows['new'] == 'unet.augment_gain, unet.emb_augment.weight' and not new.unet.augment_gain
+    assert new.unet.emb_augment.weight.any()                            # else it could never learn
+    assert torch.equal(denoised(old), denoised(new))
+
+
+def test_settings_that_differ_are_named(tmp_path):
+    _, _, table = transferred(tmp_path, SONG, SONG | dict(augment_dim=9, dropout=0.5, class_name='VPPrecond'))
     assert table.rows['settings'] == 'class_name EDMPrecond -> VPPrecond, dropout 0 -> 0.5' or (
         'dropout 0 -> 0.5' in table.rows['settings'] and 'EDMPrecond -> VPPrecond' in table.rows['settings'])
 

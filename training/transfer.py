@@ -38,7 +38,9 @@ LABELS = {r'(.*\.)?(map_label|emb_label)\.weight': 1,
 INPUTS = r'.*\b(enc\.\w+_(conv|aux_residual|aux_skip)|input_blocks\.0\.0|head)\.weight'
 OUTPUTS = r'.*\b(out_conv|out\.2|tail\.2|dec\.\w+_aux_conv)\.(weight|bias)'
 # What a network may have or not.
-OPTIONAL = r'.*\b(map_label|emb_label|label_emb|label_embedding|map_augment|augm_embedding)\..*'
+OPTIONAL = (r'.*\b((map_label|emb_label|label_emb|label_embedding|map_augment|augm_embedding|'
+            r'emb_augment)\..*|augment_gain)')
+NORMALIZED = r'\bemb_(label|augment)\.|\baugment_gain'  # layers of EDM2 are never zero
 # Biases behind which the embedding of a class is added.
 BIASES = ('map_layer1.bias', 'time_embed.2.bias', 'time_embedding.timembedding.3.bias')
 
@@ -103,7 +105,8 @@ def transfer(net: torch.nn.Module, recipe) -> Transferred:
             if not optional and name not in buffers:
                 continue
             kind = 'new'
-            weight = torch.zeros_like(value) if optional and 'emb_label' not in name else value
+            counts = not optional or re.search(NORMALIZED, name)
+            weight = value if counts else torch.zeros_like(value)
         weights[name] = weight
         kinds[kind].append(name)
     kinds['left out'] = [name for key, (name, _) in given.items() if key not in own]
