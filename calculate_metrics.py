@@ -5,6 +5,7 @@ import click
 from click.core import ParameterSource
 
 from dnnlib import UserError, cli, lazy, options
+from dnnlib.url import download
 from dnnlib.util import command_line, hide, write_json
 
 with lazy.imports(__name__ == '__main__'):
@@ -22,8 +23,8 @@ with lazy.imports(__name__ == '__main__'):
 from metrics import compare as comparing
 from metrics import compute
 from metrics.shares import interval_of, parts_of, with_intervals
-from training.data.dataset import ImageDataset
-from training.data.images import open_images, pixels_of
+from training.data.arrays import with_key
+from training.data.images import holds_images, open_dataset, open_images, pixels_of
 
 DEFAULT = 'fid,fd_dinov2'
 STATISTICS = cli.Written('file of statistics', ['.pkl', '.pt', '.npz'], is_statistics)
@@ -99,7 +100,7 @@ reading = options.group(
 comparison = options.group(
     'comparison',
     options.text('FILE|URL', '--ref',
-                 'Statistics (.pkl, .npz), or reference images (folder, .zip, .npz)'),
+                 'Statistics (.pkl, .npz), or reference images, as --data of ref'),
     options.text('HEX', '--ref-sha256', 'SHA-256 that the file of --ref must have'),
     options.text('CLASS', '--ref-class', 'Only these classes of the reference, if it is images'),
     options.heldout,
@@ -152,7 +153,9 @@ def make_detectors(metrics, reference=None, heldout=None, **detection):
 
 
 @main.command()
-@options.text('ZIP|DIR|NPZ', '--data', 'Reference images', required=True)
+@options.text('PATH', '--data', 'Reference images: a folder, a .zip, an .npz, or whatever else '
+              'dataset_tool.py reads', required=True)
+@options.key
 @options.text('FILE', '--dest', 'Statistics to write: .pkl or .npz', required=True,
               type=STATISTICS)
 @detection
@@ -161,7 +164,7 @@ def make_detectors(metrics, reference=None, heldout=None, **detection):
 @reading
 @options.pictures
 @options.verify
-def ref(data, dest, detection, features, reading):
+def ref(data, key, dest, detection, features, reading):
     """Make reference statistics of a data set, for the metrics that are to use them.
 
     \b
@@ -173,6 +176,7 @@ def ref(data, dest, detection, features, reading):
     if detection['metrics'] and compute.is_free(detection['metrics']):
         raise UserError(f'needs no reference; give some of {",".join(compute.FRECHET)}',
                         'metrics', ','.join(detection['metrics']))
+    data = with_key(data, key)
     images = open_images(data)
     metrics, detectors = make_detectors(**detection)
     cli.claim(dest)
@@ -197,13 +201,14 @@ def ref(data, dest, detection, features, reading):
 
 
 @main.command()
-@options.text('ZIP|DIR|NPZ', '--images', 'Images to measure', required=True)
+@options.text('PATH', '--images', 'Images to measure, as --data of ref', required=True)
+@options.key
 @detection
 @comparison
 @reading
 @options.pictures
 @options.verify
-def calc(images, detection, comparison, reading):
+def calc(images, key, detection, comparison, reading):
     """Measure images in files.
 
     \b
@@ -217,6 +222,7 @@ def calc(images, detection, comparison, reading):
     num = reading['num']
     if num is None:
         reading['num'] = PROTOCOLS[detection['protocol']].num
+    images = with_key(images, key)
     batches, count, what = of_files(images, **reading)
     if num and count < num:
         raise UserError(f'is too many: {images} has only {count} images', 'num', num)
@@ -245,8 +251,8 @@ def gen(precision, detection, comparison, **source):
 
 
 @main.command()
-@options.text('ZIP|DIR|NPZ', '--images', 'Images to measure, instead of those of --net')
-@options.text('ZIP|DIR', '--data', 'Training set', required=True)
+@options.text('PATH', '--images', 'Images to measure, instead of those of --net')
+@options.text('PATH', '--data', 'Training set', required=True)
 @options.boolean('--xflip', False, 'Compare with mirrored training images too')
 @options.pictures
 @generation(10000)
@@ -278,7 +284,7 @@ def memorization(images, data, xflip, dest, grid, precision, **source):
         refuse_unused({'workers'}, '--net')
     else:
         refuse_unused({*source['sampler'], *network, 'seeds', 'precision'}, '--images')
-    training = pixels_of(ImageDataset(data, use_labels=False, xflip=xflip))
+    training = pixels_of(open_dataset(data, use_labels=False, xflip=xflip))
     if images is None:
         batches, count, what = of_network(10000, progress=True, **source)
     else:
@@ -381,7 +387,10 @@ def open_reference(path, sha256, class_name, metrics) -> Statistics:
                         '(only --metrics=is and vendi need none)')
     if sha256 and not path:
         raise UserError('is of a file; give a reference', 'ref_sha256', sha256)
-    reference = load_statistics(path, sha256) if path else Statistics()
+    if path and holds_images(path):
+        reference = Statistics(path, images=download(path, sha256=sha256))
+    else:
+        reference = load_statistics(path, sha256) if path else Statistics()
     if class_name is None:
         return reference
     if reference.images is None:

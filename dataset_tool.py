@@ -55,8 +55,12 @@ def convert(source, dest, overwrite, reading, rules, class_labels, nums, sim_nam
     or, where there is only one, from the folders in it),
     cifar-10-python.tar.gz, cifar-100-python.tar.gz or their unpacked folders, MNIST
     train-images-idx3-ubyte.gz, an LSUN *_lmdb folder, a .txt list of image paths (a tab and a
-    number after each path give labels), the word digits, or several of these joined by commas:
-    classes of the same name are then one class.
+    number after each path give labels), an .npz of images and labels (arr_0, image, images,
+    x_train, train_images, ...; FILE.npz:NAME or --key names another array), an .npy, a folder of
+    <class>.npy, a data set of Hugging Face (a .parquet, a folder of them or of save_to_disk, with
+    pyarrow installed; hf:NAME or hf:NAME:SPLIT of the hub, which needs the network and the
+    package datasets), the word digits, or several of these joined by commas: classes of the same
+    name are then one class.
 
     Classes are numbered as in ImageNet if their folders are wnids, else by their place in the
     sorted list of folders; those named by number are in its order. New labels count from 0;
@@ -95,7 +99,7 @@ def convert(source, dest, overwrite, reading, rules, class_labels, nums, sim_nam
 
 
 @main.command()
-@options.text('ZIP|DIR', '--source', 'Data set of pixels', required=True)
+@options.text('PATH', '--source', 'Data set of pixels', required=True)
 @options.destination
 @options.text('NAME|DIR', '--model-url', 'Autoencoder: a hub name[@revision], or a local folder; '
               'the variable SD_VAE sets another default', default=DEFAULT_VAE, envvar='SD_VAE')
@@ -141,7 +145,7 @@ def decode(source, dest, **others):
 
 
 @main.command()
-@options.text('ZIP|DIR', '--source', 'Data set of pixels or latents', required=True)
+@options.text('PATH', '--source', 'Data set of pixels or latents', required=True)
 @options.text('PNG', '--dest', 'Contact sheet to write  [default: SOURCE-sheet.png]',
               type=cli.PICTURE)
 @options.pictures
@@ -156,8 +160,8 @@ def inspect(source, dest, max_images, json_path):
     """
     from dnnlib import pictures
     from training.data import report
-    from training.data.dataset import ImageDataset
-    dataset = ImageDataset(source, finite=False)
+    from training.data.images import open_dataset
+    dataset = open_dataset(source, finite=False)
     dest = dest or os.path.splitext(dataset.path)[0] + '-sheet.png'
     cli.PICTURE.check_path(dest, 'dest')
     summary = report.summarize(dataset, max(max_images, 1))

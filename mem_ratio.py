@@ -8,8 +8,8 @@ import click
 
 from dnnlib import UserError, budget, cli, lazy, options, pictures, util
 from metrics.shares import percent, with_intervals
-from training.data.dataset import ImageDataset
-from training.data.images import pixels_of
+from training.data.images import open_dataset, pixels_of
+from training.data.sources import kind_of
 
 with lazy.imports(__name__ == '__main__'):
     from metrics.memorization import find_copies
@@ -68,7 +68,7 @@ def save_trajectory(path: str, rows: list[dict], title: str):
 
 @click.command(cls=cli.Command)
 @options.text('DIR', '--expdir', 'Folder of a run', required=True)
-@options.text('ZIP|DIR', '--knn-ref', 'Training set  [default: that of the run]')
+@options.text('PATH', '--knn-ref', 'Training set  [default: that of the run]')
 @options.text('JSON', '--log', 'Table to write; pictures get its name  '
               '[default: EXPDIR/mem_ratio.json]', type=LOG)
 @options.integers('--seeds', None, 'Seeds, e.g. 0-9999: one image each  '
@@ -106,10 +106,10 @@ def main(expdir, knn_ref, log, seeds, subdirs, class_, batch, sampler, precision
     data = knn_ref or runs.path_of(expdir, 'data')
     if data is None:
         raise UserError(f'{expdir}/training_options.json names no training set; give --knn-ref')
-    if not os.path.exists(data):
+    if kind_of(data) is None:
         raise UserError(f'the training set {data} of {expdir} is not here; give --knn-ref')
     xflip = bool(run_options.get('xflip'))
-    training = pixels_of(ImageDataset(data, use_labels=False, xflip=xflip))
+    training = pixels_of(open_dataset(data, use_labels=False, xflip=xflip))
     recorded = run_options.get('dataset', {}).get('fingerprint', training.fingerprint)
     if not knn_ref and recorded != training.fingerprint:
         raise UserError(f'{data} has changed since the run {expdir} learned it; give --knn-ref')

@@ -33,8 +33,8 @@ from .metrics.features import Detectors
 from .metrics.memorization import Copies, find_copies
 from .metrics.statistics import USUAL, Statistics, load_statistics
 from .torch_utils.distributed import exact_float32
-from .training.data.dataset import ImageDataset, class_index
-from .training.data.images import ArrayImages, open_images, pixels_of
+from .training.data.dataset import class_index
+from .training.data.images import ArrayImages, holds_images, open_dataset, open_images, pixels_of
 from .training.generate import open_generator
 from .training.snapshot import Snapshot
 
@@ -193,7 +193,7 @@ def frechet(images: Path | torch.Tensor, ref: Path | torch.Tensor, detector: str
     """Frechet distance of two sets of images: FID with 'inception', FD-DINOv2 with 'dinov2', of
     small images also of their 'pixels'. What `calculate_metrics.py calc` calls it.
 
-    images, ref  folder, zip or .npz of images, uint8 [N,C,H,W], or reference statistics
+    images, ref  images in whatever dataset_tool.py reads, uint8 [N,C,H,W], or reference statistics
     protocol     edm, adm or cbdm: how Inception sees images
     weights      of the detector, file, folder or name; by default of the variable
                  INCEPTION_WEIGHTS or DINOV2_WEIGHTS, else they are downloaded
@@ -209,6 +209,8 @@ def frechet(images: Path | torch.Tensor, ref: Path | torch.Tensor, detector: str
     for name, side in dict(images=images, ref=ref).items():
         if isinstance(side, torch.Tensor):
             side = Statistics(name, images=_data_set(side, name))
+        elif holds_images(_place(side)):
+            side = Statistics(_place(side), images=_place(side))
         else:
             side = load_statistics(_place(side))
         compute.same_protocol(side, protocol, [space])
@@ -242,7 +244,7 @@ def memorized(net: Model | Path | torch.Tensor, data: Path, count: int = 10000, 
     `distances` float64 [N,2]; `indices` int64 [N,2]; and `results()`, the share of copies and the
     mean distance. Raises UserError for another training set.
     """
-    training = pixels_of(ImageDataset(_place(data), use_labels=False, xflip=xflip))
+    training = pixels_of(open_dataset(_place(data), use_labels=False, xflip=xflip))
     if not isinstance(net, torch.Tensor):
         seeds = _seeds(count, options.pop('seed', 0), options.pop('seeds', None))
         return find_copies([(seeds, _model(net).sample(seeds=seeds, **options))], training)

@@ -137,11 +137,13 @@ class Training(Network):
     """A network and how it is trained. `batch_size` is that of all processes together.
 
     random_flip  mirror images at random; None: yes, but in a run that began without
+    random_crop  take a random part of each picture, not its centre
     """
 
     model_path: str = ''
     batch_size: int = 128
     random_flip: bool | None = None
+    random_crop: bool = False
     microbatch: int = -1
     lr: float = 1e-4
     weight_decay: float = 0.0

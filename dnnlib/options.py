@@ -281,7 +281,8 @@ def training(outdir_help: str, *options):
     recipe."""
     return together(
         text('DIR', '--outdir', outdir_help, required=True, type=cli.FOLDER),
-        text('ZIP|DIR', '--data', 'Data set made by dataset_tool.py', required=True),
+        text('PATH', '--data', 'Data set made by dataset_tool.py, or any other images of one '
+             'size that it reads', required=True),
         *options,
         *transfer,
         batch_gpu,
@@ -313,6 +314,10 @@ def training_values(command, args) -> dict:
 compiled = boolean('--compile', False, 'Compile the network (torch.compile)')
 
 
+# Of scripts that read images; all others take PATH:NAME.
+key = text('NAME', '--key', 'Part of the file or folder: the array of an .npz, e.g. x_test (or '
+           'IMAGES+LABELS), or the split of a data set of Hugging Face; PATH:NAME is the same')
+
 # --- Conversion of pictures ----------------------------------------------------------------------
 
 destination = together(
@@ -332,6 +337,11 @@ def conversion(transforms):
             'reading',
             click.option('--coarse', is_flag=True,
                          help="CIFAR-100's 20 coarse labels instead of the 100 fine ones"),
+            choice('--labels', None, 'Labels of images in files: of dataset.json, of class '
+                   'folders, of the names of files before an underscore (cat_1.png), or none  '
+                   '[default: the first that there are; of names only if they are like '
+                   'cat_1.png]', ['json', 'folders', 'names', 'none']),
+            key,
             click.option('--bits', metavar='INT', type=click.IntRange(9, 16), default=16,
                          help='Bits of the gray values in files of 16 bits, e.g. 12')),
         group(

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import tqdm
 
+from dnnlib import UserError
 from dnnlib.util import subset
 from metrics import images as image_files
 from metrics.detectors import DETECTORS, PROTOCOLS, Protocol
@@ -68,7 +69,8 @@ def measure(batches: Iterable, num: int, detectors: Detectors, *, gaussians=(), 
     samples  spaces of which features of some images are kept, SAMPLED numbers at most
     keep     places of the images whose features and labels are kept (default: all)
 
-    Raises UserError for fewer than two images, and for features that are not finite.
+    Raises UserError for fewer than two images, for features that are not finite, and for pictures
+    of several sizes where the features are of their pixels.
     """
     outputs = {}
     for detector, output in {SPACES[space] for space in (*gaussians, *features, *samples)}:
@@ -76,11 +78,18 @@ def measure(batches: Iterable, num: int, detectors: Detectors, *, gaussians=(), 
     sums = {space: FeatureSums(detectors.device) for space in gaussians}
     parts = []
     some = []
+    lengths = {}
     with tqdm.tqdm(total=num, unit='image', desc='Measuring', delay=2,
                    disable=distributed.get_rank() != 0) as bar:
         for places, images, ids in batches:
             values = {(name, output): value for name, wanted in outputs.items()
                       for output, value in detectors[name](images, wanted).items()}
+            for output, value in values.items():
+                if lengths.setdefault(output, value.shape[1]) != value.shape[1]:
+                    raise UserError(f'pictures of several sizes, e.g. {list(images.shape[1:])}, '
+                                    f'have no common features {"/".join(output)}; make them equal '
+                                    '(dataset_tool.py convert), or measure by fid or fd_dinov2',
+                                    'metrics')
             for space in gaussians:
                 sums[space].add(values[SPACES[space]])
             rows = slice(None) if keep is None else torch.isin(places, torch.from_numpy(keep))

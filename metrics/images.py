@@ -1,7 +1,8 @@
 """Images to be measured, read ahead in threads.
 
-They come as a data set with `images(indices)`, `label_ids`, `has_labels`, `classes`,
-`class_indices(text)` and a length, as `training.data.images.open_images` opens them.
+They come as a data set with `images(indices)`, or `pictures` of any size, `label_ids`,
+`has_labels`, `classes`, `class_indices(text)` and a length, as `open_images` of
+training.data.images opens them.
 """
 
 from collections.abc import Iterator
@@ -45,16 +46,29 @@ def class_ids(labels, classes: list | None) -> np.ndarray:
 def read_batches(images, indices, batch: int = 64, workers: int = 2) -> Iterator[tuple]:
     """This process's share of the batches of images[indices], as tensors.
 
-    Yields (indices int64 [n], images uint8 [n, C, H, W], class ids int64 [n] or None). `workers`
-    threads read ahead; 0 reads when asked.
+    Yields (indices int64 [n], images uint8 [n, C, H, W], class ids int64 [n] or None), of pictures
+    of several sizes those of each size. `workers` threads read ahead; 0 reads when asked.
     """
     def read(start):
         part = indices[start:start + batch]
         ids = None
         if images.has_labels:
             ids = torch.from_numpy(class_ids(images.label_ids[part], images.classes))
-        return torch.from_numpy(part), torch.from_numpy(images.images(part)), ids
+        return [(torch.from_numpy(part[rows]), torch.from_numpy(stack),
+                 ids if ids is None else ids[rows]) for rows, stack in _by_size(images, part)]
 
     starts = range(0, len(indices), batch)[distributed.get_rank()::distributed.get_world_size()]
     with ThreadPoolExecutor(max(workers, 1), thread_name_prefix='images') as pool:
-        yield from map_ahead(pool, read, starts, workers)
+        for batches in map_ahead(pool, read, starts, workers):
+            yield from batches
+
+
+def _by_size(images, part):
+    """(places in `part`, images [n,C,H,W]) of each size."""
+    if not images.any_size:
+        return [(slice(None), images.images(part))]
+    sizes = {}
+    for row, picture in enumerate(images.pictures(part)):
+        sizes.setdefault(picture.shape, []).append((row, picture))
+    return [(list(rows), np.stack(stack))
+            for rows, stack in (zip(*found, strict=True) for found in sizes.values())]

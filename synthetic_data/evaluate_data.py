@@ -150,8 +150,8 @@ The same command goes on where it was stopped; finished classifiers are not trai
 @click.command(cls=cli.Command, epilog=EXAMPLES)
 @options.text('DIR', '--outdir', 'Where results and the runs go', required=True,
               type=cli.FOLDER)
-@options.text('ZIP|DIR', '--data', 'Real training images, with labels', required=True)
-@options.text('ZIP|DIR', '--test', 'Real test images, with labels', required=True)
+@options.text('PATH', '--data', 'Real training images, with labels', required=True)
+@options.text('PATH', '--test', 'Real test images, with labels', required=True)
 @options.text('DIR|NPZ', '--generated',
               'Generated images: a folder of generate.py, or an .npz of combine_data.py')
 @options.text('DIR|NPZ', '--selected', 'Selected images: an .npz of select_1M.py')

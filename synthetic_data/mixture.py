@@ -66,9 +66,9 @@ class GeneratedImages(_Joined):
         folders = [path] if isinstance(path, str) else list(path)
         path = folders[0]
         if len(folders) == 1 and not os.path.isdir(path):
-            npz = NpzImages(path, 'image', 'label')
-            if not npz.has_labels:
-                raise UserError(f'{path}: no .npz file with the array label')
+            npz = NpzImages(path)
+            if not npz.has_labels or npz.stored_labels.ndim > 1:
+                raise UserError(f'{path}: no .npz file with an array of labels, as label of image')
             labels = npz.label_ids
             if labels.min() < 0 or labels.max() >= class_num:
                 raise UserError(f'{path} has labels from {labels.min()} to {labels.max()}, but '

@@ -29,7 +29,8 @@ with lazy.imports(__name__ == '__main__'):
 
 from metrics.shares import percent, with_intervals
 from synthetic_data import common
-from training.data.dataset import ImageDataset
+from training.data.dataset import Dataset
+from training.data.images import open_dataset
 
 ACCURACY = 'accuracy.json'
 
@@ -43,10 +44,10 @@ def build_config(opts: dict) -> dict:
         'share': opts['share'] if opts['generated'] else 0.0}
 
 
-def open_labelled(field: str, path: str) -> ImageDataset:
+def open_labelled(field: str, path: str) -> Dataset:
     """A data set of RGB images with classes; UserError that names the field if it is something
     else."""
-    dataset = ImageDataset(path)
+    dataset = open_dataset(path)
     if not dataset.has_labels:
         raise UserError('has no labels, and a classifier needs them', field, path)
     if dataset.num_channels != 3 or dataset.resolution % 4:
@@ -195,7 +196,7 @@ training_options = options.together(
 @click.command(cls=cli.Command, epilog=EXAMPLES)
 @options.training(
     'Folder of the run: results, and where to resume from',
-    text('ZIP|DIR', '--test', 'Data set to measure the accuracy on'),
+    text('PATH', '--test', 'Data set to measure the accuracy on'),
     text('DIR|NPZ', '--generated',
          'Generated images: a folder of generate.py, or an .npz of its successors'),
     boolean('--adversarial', False, 'Train on images that PGD has changed'),

@@ -683,7 +683,7 @@ def test_damaged_pictures_are_named_or_left_out(folder, tmp_path):
     assert '2 damaged images' in out and 'bee/1.png' in out and 'cow/0.png' in out
     data = ImageDataset(tmp_path / 'a.zip')
     assert len(data) == 10 and data.label_ids.tolist() == [0] * 3 + [1] * 3 + [2] * 4
-    assert [line.split(': ')[0] for line in description(tmp_path / 'a.zip')['skipped']] == ['1.png', '0.png']
+    assert [line.split(': ')[0] for line in description(tmp_path / 'a.zip')['skipped']] == ['bee/1.png', 'cow/0.png']
     for path in folder.rglob('*.png'):
         path.write_bytes(b'')
     assert '12 damaged' in refusal(tmp_path / 'b.zip', '--skip-corrupt', *args)

@@ -15,6 +15,7 @@ import types
 import golden_cases
 import helpers
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 import yaml
@@ -27,7 +28,8 @@ from distillation.dkdm import SOURCES, Preparation
 from distillation.sample_shards import SampleShards
 from dnnlib import UserError
 from training import encoders, loop
-from training.data.images import NpzImages
+from training.data import transforms
+from training.data.images import NpzImages, open_images, open_squares
 from training.loss_scale import DynamicLossScale
 from training.networks import build_network
 from training.recipe import Recipe
@@ -608,7 +610,7 @@ def test_a_folder_a_zip_and_an_npz_of_the_same_images_train_the_same_network(wor
     mixed = call(MIX, '--real', world.data, '--synthetic', world.data, '--share=1', '--dest', tmp_path / 'folder')
     assert '60 real and 0 synthetic' in mixed
     call(MIX, '--real', world.data, '--synthetic', world.data, '--share=1', '--dest', tmp_path / 'zipped.zip')
-    images = helpers.script_module(MIX).open_images(str(tmp_path / 'zipped.zip'))
+    images = open_images(str(tmp_path / 'zipped.zip'))
     np.savez(tmp_path / 'array.npz', images.images(np.arange(60)).transpose(0, 2, 3, 1))
     for name in ('folder', 'zipped.zip', 'array.npz'):
         train(tmp_path / name, tmp_path / 'runs' / name)
@@ -635,6 +637,29 @@ def test_images_are_mirrored_at_random_unless_switched_off(world, tmp_path):
     assert 'Resuming from 8 images' in train(world.data, tmp_path / 'off')
     assert json.loads(record.read_text())['random_flip'] is False
     assert 'no images that could be mirrored' in helpers.fails(KD, *world.experiment, 'student.random_flip=true')
+
+
+def test_pictures_of_any_size_are_cropped_and_file_names_are_classes(world, tmp_path):
+    """As guided diffusion does: the centre of what is shrunk, or another random part each time, the same in any session."""
+    (folder := tmp_path / 'data').mkdir()
+    for k in range(8):
+        pixels = np.random.RandomState(k).randint(0, 256, (20 + k, 30, 3), np.uint8)
+        PIL.Image.fromarray(pixels).save(folder / f'{"cat" if k % 2 else "dog"}_{k}x.png')
+    data = open_squares(str(folder), 8, use_labels=True)
+    assert data.class_names == ['cat', 'dog'] and data.label_ids.tolist() == [0] * 4 + [1] * 4
+    crop = transforms.make_transform('center-crop-dhariwal', 8, 8)
+    assert np.array_equal(data.images([1])[0], crop(PIL.Image.open(folder / 'cat_3x.png')).transpose(2, 0, 1))
+    data = open_squares(str(folder), 8, use_labels=False, random_crop=True)
+    at = {start: data.training_images([1, 1], start, seed=3) for start in (5, 6)}
+    assert np.array_equal(at[5][1], at[6][0]) and not np.array_equal(at[5][0], at[5][1])
+    classes = ['model.class_cond=true', 'model.num_classes=2']
+    for name, more in (('centre', []), ('random', ['random_crop=true'])):
+        out = train(folder, tmp_path / 'runs' / name, *classes, *more)
+        assert 'a random part' in out if more else 'the centre is taken' in out
+    train(folder, tmp_path / 'runs' / 'parts', *classes, 'random_crop=true', 'total_steps=1')
+    train(folder, tmp_path / 'runs' / 'parts', *classes, 'random_crop=true')
+    found = {name: weights(tmp_path / 'runs' / name, 'model000002.pt') for name in ('centre', 'random', 'parts')}
+    assert same(found['random'], found['parts']) and not same(found['random'], found['centre'])
 
 
 def test_classes_go_through_training_and_sampling(world, tmp_path):
@@ -675,9 +700,10 @@ def test_a_class_conditional_teacher_is_distilled(world, tmp_path):
 
 def test_data_that_does_not_fit_is_refused(world, tmp_path):
     (tmp_path / 'x.npz').write_bytes(b'PK broken')
-    for data, more, message in (('none', TINY, 'does not exist'), (world.data, TINY[1:], 'see model.image_size'),
-                                (tmp_path / 'x.npz', TINY, 'x.npz')):
-        assert message in helpers.fails(TRAIN, '--config', BASELINE, '--outdir', tmp_path / 'run', '--data_dir', data, *more)
+    for data, more, message in (('none', [], 'does not exist'), (tmp_path / 'x.npz', [], 'x.npz'),
+                                (world.data, ['model.img_channels=1'], 'see model.image_size')):
+        assert message in helpers.fails(TRAIN, '--config', BASELINE, '--outdir', tmp_path / 'run', '--data_dir', data, *TINY,
+                                        *more)
     assert os.listdir(tmp_path) == ['x.npz']
 
 
@@ -686,7 +712,7 @@ def test_mixtures_take_the_published_choice(world, tmp_path):
     text = call(MIX, '--real', world.data, '--synthetic', tmp_path / 's.npz', '--share=0.25', '--count=40', '--seed=5',
                 '--dest', tmp_path / 'mix')
     assert '10 real and 30 synthetic' in text
-    mixed, real = (helpers.script_module(MIX).open_images(str(path)) for path in (tmp_path / 'mix', world.data))
+    mixed, real = (open_images(str(path)) for path in (tmp_path / 'mix', world.data))
     expected = helpers.script_module(MIX).mixture(40, 0.25, 60, 50, 5)[0]
     assert np.array_equal(mixed.images(np.arange(10)), real.images(expected))
     assert (mixed.images(np.arange(10, 40)) == 7).all()

@@ -435,7 +435,7 @@ def test_npz_images(save, tmp_path):
 
 
 @pytest.mark.parametrize('arrays, message', [
-    ({'arr_0': np.zeros((2, 4, 4, 3), np.float32)}, 'float32'), ({'arr_0': np.zeros((2, 4, 4), np.uint8)}, 'instead of uint8'),
+    ({'arr_0': np.zeros((2, 4, 4, 3), np.float32)}, 'float32'), ({'arr_0': np.zeros((2, 4, 4, 5), np.uint8)}, 'instead of uint8'),
     ({'arr_0': np.zeros((2, 4, 4, 3), np.uint8), 'arr_1': np.zeros(3, int)}, 'arr_1')])
 def test_npz_that_holds_no_images_is_refused(arrays, message, tmp_path):
     np.savez(tmp_path / 'x.npz', **arrays)

@@ -58,13 +58,17 @@ def power_function_correlation(a_ofs, a_std, b_ofs, b_std):
 
 def solve_coefficients(in_ofs, in_std, out_ofs, out_std):
     """Weights [inputs, outputs] that make the output profiles from the input profiles (least
-    squares, Eq. 143). The weights of an output sum to 1.
+    squares, Eq. 143). The weights of an output sum to 1. Raises UserError for equal inputs.
     """
     in_ofs, in_std = np.float64(np.broadcast_arrays(in_ofs, in_std)).reshape(2, -1, 1)
     out_ofs, out_std = np.float64(np.broadcast_arrays(out_ofs, out_std)).reshape(2, -1, 1)
     A = power_function_correlation(in_ofs, in_std, in_ofs.T, in_std.T)
     B = power_function_correlation(in_ofs, in_std, out_ofs.T, out_std.T)
-    X = np.linalg.solve(A, B)
+    try:
+        X = np.linalg.solve(A, B)
+    except np.linalg.LinAlgError:
+        raise UserError('two of the snapshots are of one time and one width, e.g. copies under '
+                        'other names; remove one, or choose widths of inputs', 'instd') from None
     return X / X.sum(axis=0)
 
 

@@ -18,7 +18,7 @@ from dnnlib.util import command_line, need_package, one_line, publishable, to_js
 from torch_utils import distributed as dist
 from training import loop, runs
 from training.checkpoint import LAYOUTS, WRONG, CheckpointError, Checkpoints
-from training.data.dataset import ImageDataset
+from training.data.images import open_dataset
 from training.encoders import encoder_for, make_encoder
 from training.flops import size_of, training_step
 from training.generate import save_sample_grid
@@ -36,7 +36,7 @@ class Recipe:
     """How a network is trained. Counts are training images over all processes; those of what is
     done every so many are 0 or None for never.
 
-    dataset        description of what is learned (`ImageDataset.description()`); snapshots keep it
+    dataset        description of what is learned (`Dataset.description()`); snapshots keep it
     order          how the images follow each other, e.g. {'name': 'window', 'window_size': 0.5}
     network        arguments of `build_network`, with `class_name`
     loss           name and settings, see training.diffusion.losses.LOSSES
@@ -187,9 +187,9 @@ OVERHEAD = 400  # bytes of a tensor in a file besides its numbers
 def open_data(data: str, cond: bool, **options):
     """(data set, encoder, arguments of build_network that follow from them).
 
-    `options` go to ImageDataset. Raises UserError where the data set does not fit.
+    `options` go to `open_dataset`. Raises UserError where the data set does not fit.
     """
-    dataset = ImageDataset(data, use_labels=cond, **options)
+    dataset = open_dataset(data, use_labels=cond, **options)
     if cond and not dataset.has_labels:
         raise UserError(f'needs labels, and {data} has none; train without: False', 'cond', cond)
     encoder = make_encoder(encoder_for(dataset))

@@ -233,9 +233,9 @@ def load_snapshot(path: str, device='cpu', sha256: str | None = None, options: d
     Raises UserError with one line that names the file.
     """
     if path.startswith('optimal:') and sha256 is None:
-        from training.data.dataset import ImageDataset
+        from training.data.images import open_dataset
         from training.networks.optimal import optimal_denoiser
-        dataset = ImageDataset(path.removeprefix('optimal:'))
+        dataset = open_dataset(path.removeprefix('optimal:'))
         return Snapshot(optimal_denoiser(dataset, device), encoders.RGBEncoder(),
                         dataset.description())
     found = identify(url.download(path, sha256=sha256), weights)

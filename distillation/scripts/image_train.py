@@ -21,14 +21,20 @@ with lazy.imports(__name__ == '__main__'):
     from training.encoders import RGBEncoder
     from training.runs import option_of
 
-from training.data.images import open_dataset
+from training.data.images import SourceImages, open_squares
 
 
-def open_data(path: str, net):
+def open_data(path: str, net, random_crop=False):
     """The images, as they suit the network, which may have more classes. Raises UserError where
     they do not.
     """
-    dataset = open_dataset(path, use_labels=net.label_dim > 0)
+    dataset = open_squares(path, net.img_resolution, net.label_dim > 0, random_crop)
+    if isinstance(dataset, SourceImages):
+        for note in dataset.source.notes:
+            dist.print0(f'Note: {note}')
+        how = 'a random part' if random_crop else 'the centre'
+        dist.print0(f'Note: of pictures of other sizes than {net.img_resolution}x'
+                    f'{net.img_resolution}, resized, {how} is taken')
     shape = (net.img_channels, net.img_resolution, net.img_resolution)
     fits = dataset.dtype == np.uint8 and dataset.image_shape == shape
     if 0 < dataset.label_dim < net.label_dim:
@@ -59,19 +65,21 @@ The same command goes on with a run that was stopped.
 """)
 @configs.common_options
 @click.option('--data_dir', metavar='DIR|ZIP|NPZ', required=True,
-              help='Images: a folder, a zip, or an .npz with arr_0')
+              help='Images: a folder, a zip, an .npz, or whatever else dataset_tool.py reads')
 @configs.run_options
 def main(data_dir, config, outdir, running, seed, precision, overrides):
     """Train a network on images with the loss of improved DDPM; of an experiment, its student.
 
     Every so many steps (save_interval) it writes modelNNNNNN.pt, ema_RATE_NNNNNN.pt and
     optNNNNNN.pt, and network-snapshot-*.pkl for generate_images.py. batch_size is that of all
-    processes together. Images are mirrored at random, unless random_flip=false.
+    processes together. Images are mirrored at random, unless random_flip=false. Pictures of other
+    sizes are shrunk, and their centre is taken, or with random_crop=true a random part. Classes
+    are those of dataset.json, of class folders, or before the underscore of names like cat_1.png.
     """
     dist.init(precision)
     section = configs.read_network(config, overrides)
     net = runs.new_network(section, seed, running)
-    dataset = open_data(data_dir, net)
+    dataset = open_data(data_dir, net, section.random_crop)
     outdir = outdir or configs.default_outdir(config)
     recorded = option_of(GuidedCheckpoints, outdir, 'random_flip', None, False)
     if section.random_flip is None:
@@ -79,12 +87,12 @@ def main(data_dir, config, outdir, running, seed, precision, overrides):
     elif recorded not in (None, section.random_flip) and not section.allow_changes:
         raise UserError(f'is {recorded} in the run in {outdir}; choose another folder, or allow '
                         'changes', 'random_flip', section.random_flip)
-    mirroring = {'random_flip': True} if section.random_flip else {}
+    chances = {name: True for name in ('random_flip', 'random_crop') if getattr(section, name)}
     batches = DatasetBatches(dataset, RGBEncoder(), dist.get_device(), seed,
                              mirror=section.random_flip)
     runs.train(
         section, net, DDPMLoss(net.diffusion), batches, outdir, rule={'name': 'ddpm'},
-        dataset=runs.description(net, dataset.name, len(dataset)) | mirroring | {
+        dataset=runs.description(net, dataset.name, len(dataset)) | chances | {
             'fingerprint': dataset.fingerprint},
         options=dataclasses.asdict(section) | dict(config=config, data_dir=data_dir, seed=seed),
         running=running)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from dnnlib import UserError, cli, options
 from dnnlib.image_io import encode_png
 from training.data.archive import ArchiveWriter
-from training.data.images import open_images
+from training.data.images import open_dataset, pixels_of
 
 
 def mixture(total: int, share: float, num_real: int, num_synthetic: int, seed: int = 0):
@@ -53,7 +53,7 @@ def main(real, synthetic, share, count, seed, dest):
     All are chosen without replacement. The files are 000000.png, 000001.png, ..., real images
     first; dataset.json says where each comes from.
     """
-    folders = [open_images(real), open_images(synthetic)]
+    folders = [pixels_of(open_dataset(path, cache=False)) for path in (real, synthetic)]
     shapes = [folder.image_shape for folder in folders]
     if shapes[0] != shapes[1]:
         raise UserError(f'--real has images of {shapes[0]}, --synthetic of {shapes[1]}')

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import posixpath
 import stat
 import struct
 import zipfile
@@ -63,8 +64,8 @@ class ArchiveReader:
     """Files of a folder or a zip by name, sorted; of the data set's own folder, if that alone is
     in it.
 
-    left_out: how many are hidden, or no files, a Counter. damaged: what links to nothing, and
-    folders that cannot be listed, as texts.
+    left_out: how many are hidden, or no files, a Counter. folders: the names of folders. damaged:
+    what links to nothing, and folders that cannot be listed, as texts.
 
     Safe to use from several threads and after fork or pickling. Raises UserError for a path that
     does not exist, a damaged or encrypted zip, and names in a zip that point outside it.
@@ -75,6 +76,7 @@ class ArchiveReader:
         self.is_zip = os.path.isfile(self.path)
         self._file = None
         self.left_out = collections.Counter()
+        self.folders = []
         self.damaged = []
         if self.is_zip:
             self._list_zip()
@@ -116,6 +118,7 @@ class ArchiveReader:
                     self.damaged.append(f'{entry.path} is a link to nothing')
                 elif entry.is_dir():
                     pending.append(f'{prefix}{entry.name}/')
+                    self.folders.append(pending[-1])
                 elif entry.is_file():
                     yield prefix + entry.name
                 else:
@@ -152,9 +155,11 @@ class ArchiveReader:
             if name.startswith('/') or '..' in name.split('/') or is_link:
                 raise UserError(f'{self.path}: {name!r} points outside the zip; '
                                 'make the zip without such names and links')
+            is_hidden = name.startswith(('.', '__MACOSX/')) or '/.' in name
             if name[-1:] in ('', '/'):
+                self.folders += [name] * (not is_hidden)
                 continue
-            if name.startswith(('.', '__MACOSX/')) or '/.' in name:
+            if is_hidden:
                 self.left_out['hidden'] += 1
                 continue
             if self.names[-1:] == [name]:
@@ -283,7 +288,14 @@ def labels_of(reader: ArchiveReader, names: list[str], description: dict) -> np.
         return None
     where = reader.where(reader.find(JSON_NAME))
     try:
+        labels = labels.items() if isinstance(labels, dict) else labels
         labels = {str(name).replace('\\', '/'): label for name, label in labels}
+        if names[0] not in labels:                     # as others write them: ./0.png, /0.png
+            labels = {posixpath.normpath(name).lstrip('/'): label
+                      for name, label in labels.items()}
+            above = next((name.removesuffix(names[0]) for name in labels
+                          if name.endswith('/' + names[0])), '')
+            labels = {name.removeprefix(above): label for name, label in labels.items()}
     except (TypeError, ValueError):
         raise UserError(f'{where}: "labels" must be a list of [file name, label]') from None
     missing = [name for name in names if name not in labels]

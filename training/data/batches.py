@@ -37,7 +37,7 @@ class DatasetBatches:
         self.mirror = mirror
         self._resident = None
         small = len(dataset) * int(np.prod(dataset.image_shape)) <= RESIDENT_BYTES
-        if resident and small and self.device.type == 'cuda':
+        if resident and small and not dataset.is_random and self.device.type == 'cuda':
             images = dataset.images(np.arange(len(dataset)))
             self._resident = torch.from_numpy(images).to(self.device)
 
@@ -79,7 +79,9 @@ class DatasetBatches:
     def _load(self, item):
         """(start, images or where they are on the GPU, labels)"""
         start, indices = item
-        images = indices if self._resident is not None else self.dataset.images(indices)
+        images = indices
+        if self._resident is None:
+            images = self.dataset.training_images(indices, start, self.seed)
         tensors = map(torch.from_numpy, (images, self.dataset.labels(indices)))
         if self.device.type == 'cuda':
             tensors = (x.pin_memory() for x in tensors)

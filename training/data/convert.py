@@ -188,6 +188,8 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
     kept = []
     names = []
     skipped = list(source.damaged)
+    places = tuple(f'{part.name}{sign}' for part in getattr(source, 'sources', [source])
+                   for sign in ('/', ': '))
     rejected = 0
     reshaped = []
     dark = []
@@ -239,11 +241,14 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
         out.describe(names, labels, {
             **class_tables(selection), 'source': source.name, 'resolution': shape[0],
             'transform': transform, 'bits': None if source.bits == 16 else source.bits,
-            **selection.rule, 'skipped': skipped or None, **(notes or {})})
+            **selection.rule, **(notes or {}),
+            'skipped': [_inside(message, places) for message in skipped] or None})
     counts = None
     if selection.classes is not None:
         counts = np.bincount(labels, minlength=len(selection.classes))
     notes = []
+    if source.in_memory:
+        dark = []
     if selection.labels is None and source.labels is not None and source.implied:
         notes.append(f'one folder alone ({source.class_names[0]}) gives no labels')
     for positions, what in (
@@ -257,6 +262,11 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
                          + ', ...' * (len(positions) > 1))
     notes += _of_presets(shape[0])
     return Converted(len(kept), shape[0], rejected, skipped, source, selection, counts, notes)
+
+
+def _inside(message: str, places: tuple) -> str:
+    """A message about a file without the folder or zip that it is in, one of `places`."""
+    return message[max((len(place) for place in places if message.startswith(place)), default=0):]
 
 
 def _of_presets(side: int) -> list[str]:

@@ -41,11 +41,18 @@ class Dataset:
     """
 
     fingerprint = None
+    any_size = False        # pictures of several sizes; `image_shape` is that of the first
+    is_random = False       # training looks at another part of a picture each time
+    is_uniform = True       # all images are known to be of one size
 
     def __init__(self, path, image_shape, dtype=np.uint8, labels=None, label_dim=None, info=None):
         self.path = os.fspath(path).rstrip('/')
-        stem, extension = os.path.splitext(os.path.basename(os.path.abspath(self.path)))
-        self.name = stem if extension.lower() in ('.zip', '.npz') else stem + extension
+        name, colon, key = os.path.basename(os.path.abspath(self.path)).partition(':')
+        if colon and os.path.exists(self.path):
+            name, key = name + colon + key, ''
+        stem, extension = os.path.splitext(name)
+        stem = stem if extension.lower() in ('.zip', '.npz') else stem + extension
+        self.name = f'{stem}-{key}' if key else stem
         self.image_shape = tuple(image_shape)
         self.dtype = np.dtype(dtype)
         self.info = info or {}
@@ -62,6 +69,14 @@ class Dataset:
     def images(self, indices) -> np.ndarray:
         """Images [n,C,H,W] of type `dtype` at `indices` (int [n])."""
         raise NotImplementedError
+
+    def pictures(self, indices) -> list[np.ndarray]:
+        """The images one by one, [C,H,W]: those of a data set of `any_size` differ in size."""
+        return list(self.images(indices))
+
+    def training_images(self, indices, start: int, seed: int) -> np.ndarray:
+        """`images`, for the places from `start` on of a run with this seed."""
+        return self.images(indices)
 
     def where(self, index) -> str:
         """The image's name for a message."""
@@ -122,7 +137,68 @@ class Dataset:
         return description | {key: self.info[key] for key in _DESCRIBING if key in self.info}
 
 
-class ImageDataset(Dataset):
+class RowDataset(Dataset):
+    """Images of which some are chosen, each perhaps twice: as it is, and mirrored.
+
+    A subclass calls `choose` at its end, and defines `_decode(row)` -> [C,H,W]; rows count the
+    images before the choice.
+    """
+
+    def choose(self, count, max_size=None, seed=0, xflip=False, cache=False):
+        """Of `count` images takes a random `max_size` by `seed` (see `subset`), and with `xflip`
+        all of them mirrored after them; `cache` keeps decoded ones in memory (None: up to 2 GiB).
+        """
+        self._rows = subset(count, count if max_size is None else max_size, seed)
+        self._copies = 2 if xflip else 1
+        if self.stored_labels is not None:
+            self.stored_labels = np.concatenate([self.stored_labels[self._rows]] * self._copies)
+        # Room for the decoded images, filled as they are asked for. Threads may decode an image
+        # twice, which does no harm.
+        self._cache = None
+        size = math.prod(self.image_shape) * self.dtype.itemsize * len(self._rows)
+        if cache or (cache is None and size <= CACHE_BYTES):
+            self._cached = np.zeros(len(self._rows), dtype=bool)
+            self._cache = np.empty((len(self._rows), *self.image_shape), dtype=self.dtype)
+
+    def __len__(self):
+        return len(self._rows) * self._copies
+
+    def _split(self, indices):
+        """Whether each image is mirrored, and its place among those that were chosen."""
+        indices = np.asarray(indices, dtype=np.int64).reshape(-1)
+        if (indices >= len(self)).any():
+            raise IndexError(f'image {indices.max()} of {len(self)}')
+        return np.divmod(indices % len(self), len(self._rows))
+
+    def _decode(self, row) -> np.ndarray:
+        raise NotImplementedError
+
+    def _stack(self, rows) -> np.ndarray:
+        out = np.empty((len(rows), *self.image_shape), dtype=self.dtype)
+        for image, row in zip(out, rows, strict=True):
+            image[:] = self._decode(row)
+        return out
+
+    def images(self, indices) -> np.ndarray:
+        """Images [n,C,H,W] at `indices` (int [n]). Raises UserError that names a damaged file."""
+        mirrored, places = self._split(indices)
+        if self._cache is not None:
+            for place in places[~self._cached[places]]:
+                self._cache[place] = self._decode(self._rows[place])
+                self._cached[place] = True
+            out = self._cache[places]
+        else:
+            out = self._stack(self._rows[places])
+        mirrored = np.flatnonzero(mirrored)
+        out[mirrored] = out[mirrored, :, :, ::-1]
+        return out
+
+    def pictures(self, indices):
+        return [self._decode(self._rows[place])[:, :, ::-1 if is_mirrored else 1]
+                for is_mirrored, place in zip(*self._split(indices), strict=True)]
+
+
+class ImageDataset(RowDataset):
     """Images (uint8 RGB, or float32 latents) of an archive: a zip or a folder.
 
     Args:
@@ -132,6 +208,7 @@ class ImageDataset(Dataset):
         xflip:      Double the data: all images, then all of them mirrored.
         cache:      Keep decoded images in memory; None decides by size (up to 2 GiB).
         finite:     False lets latents with NaN or infinite values through.
+        any_size:   Pictures of several sizes, and not square ones, are fine: for `pictures`.
 
     Raises UserError, naming the file, for a missing or damaged archive, images that are not square
     or not equal in shape, latents with NaN or infinite values (a sample is looked through at once,
@@ -141,7 +218,7 @@ class ImageDataset(Dataset):
     image_shape = None
 
     def __init__(self, path, use_labels=True, max_size=None, seed=0, xflip=False, cache=None,
-                 finite=True):
+                 finite=True, any_size=False):
         path = os.fspath(path).rstrip('/')
         self._reader = ArchiveReader(path)
         if self._reader.damaged:
@@ -157,6 +234,7 @@ class ImageDataset(Dataset):
         self._files = np.array(images or arrays)
         self._is_latents = bool(arrays)
         self._finite = finite
+        self.any_size = any_size and not arrays
         first = self._decode(0)
         info = self._reader.description()
         if isinstance(info.get('encoder'), dict):
@@ -167,44 +245,31 @@ class ImageDataset(Dataset):
         info.pop('labels', None)
         super().__init__(path, first.shape, first.dtype, labels, info=info)
         self._check_shapes()
-
-        count = len(self._files)
-        chosen = subset(count, count if max_size is None else max_size, seed)
-        self._files = self._files[chosen]
-        self._copies = 2 if xflip else 1
-        if labels is not None:
-            self.stored_labels = np.concatenate([labels[chosen]] * self._copies)
-        # Room for the decoded images, filled as they are asked for. Threads may decode an image
-        # twice, which does no harm.
-        self._cache = None
-        if cache or (cache is None and first.nbytes * len(self._files) <= CACHE_BYTES):
-            self._cached = np.zeros(len(self._files), dtype=bool)
-            self._cache = np.empty((len(self._files), *first.shape), dtype=self.dtype)
+        self.choose(len(self._files), max_size, seed, xflip, False if self.any_size else cache)
 
     @functools.cached_property
     def fingerprint(self):
-        return self._reader.fingerprint(self._files)
+        return self._reader.fingerprint(self._files[self._rows])
 
     def _check_shapes(self):
-        _, height, width = self.image_shape
-        if height != width:
-            raise UserError(f'{self.where(0)} is {width} x {height}; images must be square '
-                            '(dataset_tool.py convert makes them so)')
+        if not self.any_size:
+            check_square(self.image_shape, self._where(0))
         # Uncompressed files of one shape have one size, and of another shape mostly another:
         # compare shapes where sizes differ. Compressed images are compared when they are read.
         rows = np.linspace(0, len(self._files) - 1, min(len(self._files), 10000)).astype(int)
         sizes = np.array([self._reader.size(self._files[row]) for row in rows])
+        self.is_uniform = 'resolution' in self.info or (sizes == sizes[0]).all()
         for row in rows[sizes != sizes[0]][:16]:
             self._decode(row)
         if self._is_latents and self._finite:
             for row in rows[::-(-len(rows) // 100)]:
                 self._decode(row)
 
-    def __len__(self):
-        return len(self._files) * self._copies
-
     def where(self, index):
-        return self._reader.where(self._files[index % len(self._files)])
+        return self._where(self._rows[index % len(self._rows)])
+
+    def _where(self, row):
+        return self._reader.where(self._files[row])
 
     def _decode(self, row) -> np.ndarray:
         """Image `row` of the archive as [C,H,W]."""
@@ -215,33 +280,22 @@ class ImageDataset(Dataset):
             else:
                 image = decode_image(data).transpose(2, 0, 1)
         except BadImage as error:
-            raise UserError(f'{self.where(row)}: {error}', error.field) from None
+            raise UserError(f'{self._where(row)}: {error}', error.field) from None
         if self._is_latents and self._finite and not np.isfinite(image).all():
-            raise UserError(f'{self.where(row)} has values that are not finite (NaN or infinite); '
-                            'encode it again')
-        if self.image_shape is not None and image.shape != self.image_shape:
-            raise UserError(f'{self.where(row)} has shape {list(image.shape)}, but the first '
+            raise UserError(f'{self._where(row)} has values that are not finite (NaN or '
+                            'infinite); encode it again')
+        if self.image_shape not in (None, image.shape) and not self.any_size:
+            raise UserError(f'{self._where(row)} has shape {list(image.shape)}, but the first '
                             f'image has {list(self.image_shape)}; all must be equal in shape')
         return image
 
-    def images(self, indices) -> np.ndarray:
-        """Images [n,C,H,W] at `indices` (int [n]). Raises UserError that names a damaged file."""
-        indices = np.asarray(indices, dtype=np.int64).reshape(-1)
-        if (indices >= len(self)).any():
-            raise IndexError(f'image {indices.max()} of {len(self)}')
-        mirrored, rows = np.divmod(indices % len(self), len(self._files))
-        if self._cache is not None:
-            for row in rows[~self._cached[rows]]:
-                self._cache[row] = self._decode(row)
-                self._cached[row] = True
-            out = self._cache[rows]
-        else:
-            out = np.empty((len(rows), *self.image_shape), dtype=self.dtype)
-            for image, row in zip(out, rows, strict=True):
-                image[:] = self._decode(row)
-        mirrored = np.flatnonzero(mirrored)
-        out[mirrored] = out[mirrored, :, :, ::-1]
-        return out
+
+def check_square(shape: tuple, where: str):
+    """Raises UserError for images (C, H, W) that are not square."""
+    _, height, width = shape
+    if height != width:
+        raise UserError(f'{where} is {width} x {height}; images must be square '
+                        '(dataset_tool.py convert makes them so)')
 
 
 def _decode_npy(data: bytes) -> np.ndarray:

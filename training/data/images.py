@@ -1,77 +1,51 @@
-"""Images of any file that holds some: folders, zips, and the `.npz` arrays of guided diffusion."""
+"""Images of whatever holds some, as data sets: `open_dataset` is the way to all of them."""
 
 import contextlib
 import functools
 import hashlib
-import zipfile
+import os
 
 import numpy as np
 
 from dnnlib import UserError
-from dnnlib.image_io import LargeImage, check_pixels
-from dnnlib.npz import open_array
-from dnnlib.util import atomic_path, one_line
-from training.data.archive import READ_FILES
-from training.data.dataset import Dataset, ImageDataset
+from dnnlib.image_io import BadImage
+from dnnlib.util import atomic_path
+from training.data import arrays, sources, transforms
+from training.data.archive import CLASS_TABLES, READ_FILES
+from training.data.dataset import Dataset, ImageDataset, RowDataset, check_square
 
 
-class ArrayImages(Dataset):
+class ArrayImages(RowDataset):
     """uint8 images [N,H,W,C] of an array, with their classes, int [N], if any.
 
-    The fingerprint is that of at most `READ_FILES` images.
+    `choice` goes to `choose`. The fingerprint is that of at most `READ_FILES` images.
     """
 
-    def __init__(self, path: str, array: np.ndarray, labels=None, info: dict | None = None):
+    def __init__(self, path: str, array: np.ndarray, labels=None, info: dict | None = None,
+                 **choice):
         self._array = array
         super().__init__(path, (array.shape[3], *array.shape[1:3]), labels=labels, info=info)
-
-    def __len__(self):
-        return len(self._array)
+        self.choose(len(array), **choice)
 
     @functools.cached_property
     def fingerprint(self):
-        images = self._array[::-(-len(self) // READ_FILES)]
+        images = self._array[self._rows[::-(-len(self._rows) // READ_FILES)]]
         return hashlib.sha256(np.ascontiguousarray(images)).hexdigest()[:32]
 
-    def images(self, indices) -> np.ndarray:
-        """uint8 [n,C,H,W]."""
-        return np.ascontiguousarray(self._array[np.asarray(indices)].transpose(0, 3, 1, 2))
+    def _stack(self, rows) -> np.ndarray:
+        return np.ascontiguousarray(self._array[rows].transpose(0, 3, 1, 2))
 
 
 class NpzImages(ArrayImages):
     """uint8 images [N,H,W,C] (RGB or gray) of an .npz file, with their classes, int [N], if any.
 
-    An uncompressed array stays on the disk; a compressed one is read whole. Raises UserError that
+    `path` may end in :KEY, the name of an array (see `arrays.open_npz`). Raises UserError that
     names the file.
     """
 
-    def __init__(self, path: str, image_key: str = 'arr_0', label_key: str = 'arr_1'):
-        labels = None
-        try:
-            array = open_array(path, image_key, _check_shape)
-            with contextlib.suppress(KeyError):
-                labels = open_array(path, label_key)
-        except LargeImage as error:
-            raise UserError(f'{path}: {error}', error.field) from None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f'{path}: no .npz file with the array {image_key} '
-                            f'({one_line(error, 100)})') from None
-        shape = array.shape
-        is_images = len(shape) == 4 and shape[3] in (1, 3) and shape[0] > 0
-        if array.dtype != np.uint8 or not is_images:
-            raise UserError(f'{path}: {image_key} is {array.dtype} {list(shape)} '
-                            'instead of uint8 images [N, H, W, 3]')
-        if labels is not None:
-            if labels.shape != shape[:1] or labels.dtype.kind not in 'iu':
-                raise UserError(f'{path}: {label_key} is {labels.dtype} {list(labels.shape)} '
-                                f'instead of whole numbers [{shape[0]}]')
-            labels = np.asarray(labels, dtype=np.int64)
-        super().__init__(path, array, labels)
-
-
-def _check_shape(shape: tuple):
-    if len(shape) == 4:
-        check_pixels(shape[2], shape[1])
+    def __init__(self, path: str, use_labels=True, **choice):
+        images, labels = arrays.open_npz(*arrays.split_key(path))
+        super().__init__(path, images, labels if use_labels else None, **choice)
 
 
 def save_npz_images(path: str, images: np.ndarray, labels=None):
@@ -83,18 +57,127 @@ def save_npz_images(path: str, images: np.ndarray, labels=None):
         np.savez(file, **arrays)
 
 
+class SourceImages(RowDataset):
+    """The pictures of a source (see `training.data.sources`) as a data set.
+
+    side         None: as they are, and all equal. Else they become squares of so many pixels as
+                 guided diffusion makes them: shrunk, and the centre of it
+    random_crop  instead of the centre a part of a little more, another one each time in training
+
+    `choice` goes to `choose`. Raises UserError that names the picture.
+    """
+
+    image_shape = None
+
+    def __init__(self, source: sources.Source, use_labels=True, cache=None, any_size=False,
+                 side: int | None = None, random_crop=False, **choice):
+        source.require_whole()
+        self.source = source
+        self.any_size = any_size
+        self.is_random = random_crop
+        self._side = side
+        self._transform = side and transforms.make_transform('center-crop-dhariwal', side, side)
+        first = self._decode(0)
+        has_labels = use_labels and source.labels is not None and not (
+            source.implied and len(source.classes) == 1)
+        info = {key: getattr(source, key) for key in CLASS_TABLES if getattr(source, key)}
+        super().__init__(source.name, first.shape, labels=source.labels if has_labels else None,
+                         info=info if has_labels else None)
+        if not any_size:
+            check_square(first.shape, source.where(0))
+        self.choose(len(source), cache=False if any_size or random_crop else cache, **choice)
+
+    @functools.cached_property
+    def fingerprint(self):
+        return self.source.fingerprint(self._rows)
+
+    def where(self, index):
+        return self.source.where(int(self._rows[index % len(self._rows)]))
+
+    def _decode(self, row) -> np.ndarray:
+        return self._crop(row, self._transform or np.asarray)
+
+    def _crop(self, row, transform) -> np.ndarray:
+        try:
+            image = transform(self.source.picture(int(row)))
+        except (BadImage, UserError) as error:
+            where = self.source.where(int(row))
+            text = str(error) if where in str(error) else f'{where}: {error}'
+            raise UserError(text, error.field) from None
+        image = image.transpose(2, 0, 1)
+        if self.image_shape not in (None, image.shape) and not self.any_size:
+            raise UserError(f'{self.source.where(int(row))} has shape {list(image.shape)}, but '
+                            f'the first image has {list(self.image_shape)}; all must be equal in '
+                            'shape (dataset_tool.py convert makes them so)')
+        return image
+
+    def training_images(self, indices, start, seed):
+        if not self.is_random:
+            return self.images(indices)
+        out = np.empty((len(indices), *self.image_shape), dtype=self.dtype)
+        for position, (image, is_mirrored, place) in enumerate(
+                zip(out, *self._split(indices), strict=True), start):
+            random = np.random.RandomState([seed % (1 << 32), position % (1 << 32),
+                                            position >> 32])
+            crop = functools.partial(transforms.random_crop, side=self._side, random=random)
+            image[:] = self._crop(self._rows[place], crop)[:, :, ::-1 if is_mirrored else 1]
+        return out
+
+
 def open_dataset(path: str, **options) -> Dataset:
-    """The data set of a folder, a zip or an .npz; `options` are those of ImageDataset."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as z:
-            if 'arr_0.npy' in z.namelist():
-                return NpzImages(path)
-    return ImageDataset(path, **options)
+    """The data set at `path`: a folder or zip of images or latents, an .npz or .npy of images, a
+    folder of `<class>.npy`, or any other source (see `training.data.sources`).
+
+    `options` are those of ImageDataset.
+    """
+    path = os.fspath(path)
+    kind = sources.kind_of(path)
+    if kind in (None, sources.FileSource):
+        return ImageDataset(path, **options)
+    options.pop('finite', None)
+    any_size = options.get('any_size', False)
+    if kind is sources.npz_source:
+        options.pop('any_size', None)
+        dataset = NpzImages(path, **{'cache': False} | options)
+        if not any_size:
+            check_square(dataset.image_shape, path)
+        return dataset
+    return SourceImages(sources.open_source(path), **options)
+
+
+def holds_images(path: str) -> bool:
+    """Whether a path is of images in a layout of their own: not of a folder or zip of pictures,
+    nor of statistics, which may have images beside them.
+    """
+    kind = sources.kind_of(path)
+    return kind not in (None, sources.FileSource) and not (
+        kind is sources.npz_source and 'mu' in arrays.array_names(path))
 
 
 def open_images(path: str) -> Dataset:
-    """The same for images to be measured; like `pixels_of`."""
-    return pixels_of(open_dataset(path, cache=False))
+    """The same for images to be measured, which may be of several sizes; like `pixels_of`."""
+    return pixels_of(open_dataset(path, cache=False, any_size=True))
+
+
+def open_squares(path: str, side: int, use_labels: bool, random_crop=False) -> Dataset:
+    """The same for training on squares of `side` pixels: pictures of other sizes become such, see
+    `SourceImages`. Latents stay as they are.
+
+    Labels that are asked for come from the names of files, as in guided diffusion, where there
+    are no others.
+    """
+    if not random_crop:
+        with contextlib.suppress(UserError):              # what is wrong, the source says
+            dataset = open_dataset(path, use_labels=use_labels)
+            is_right = dataset.is_uniform and dataset.image_shape[1:] == (side, side)
+            has_all = dataset.has_labels or not use_labels
+            if dataset.dtype != np.uint8 or (is_right and has_all):
+                return dataset
+    source = sources.open_source(path)
+    if use_labels and source.labels is None:
+        with contextlib.suppress(UserError):
+            source = sources.open_source(path, labels='names')
+    return SourceImages(source, use_labels, side=side, random_crop=random_crop)
 
 
 def pixels_of(images: Dataset) -> Dataset:

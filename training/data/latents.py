@@ -14,7 +14,7 @@ from dnnlib.util import UserError, map_ahead
 from torch_utils import distributed as dist
 from training.data.archive import ArchiveWriter, check_destination, image_name, latent_name
 from training.data.autoencoders import remember
-from training.data.dataset import ImageDataset
+from training.data.images import open_dataset
 from training.encoders import StabilityVAEEncoder, encoder_for, make_encoder
 
 
@@ -28,7 +28,7 @@ def encode(source: str, dest: str, encoder: StabilityVAEEncoder, *, batch=16, ov
     are too small.
     """
     check_destination(dest, overwrite)
-    dataset = ImageDataset(source, cache=False)
+    dataset = open_dataset(source, cache=False)
     if dataset.dtype != np.uint8:
         raise UserError(f'{source} holds latents already; encode takes pixels')
     if dataset.resolution % 8:
@@ -60,7 +60,7 @@ def decode(source: str, dest: str, *, model_url=None, precision='fp32', batch=16
     images.
     """
     check_destination(dest, overwrite)
-    dataset = ImageDataset(source, cache=False)
+    dataset = open_dataset(source, cache=False)
     if dataset.dtype == np.uint8:
         raise UserError(f'{source} holds pixels; decode takes latents')
     config = encoder_for(dataset) | {'batch_size': batch, 'precision': precision}

@@ -20,6 +20,7 @@ line in SOURCES.
 import collections
 import contextlib
 import gzip
+import hashlib
 import itertools
 import lzma
 import math
@@ -35,18 +36,21 @@ import numpy as np
 
 from dnnlib import budget
 from dnnlib.image_io import BadImage, decode_picture, is_image_name, missing_plugin
-from dnnlib.util import UserError, check_links
+from dnnlib.npz import read_npy_header
+from dnnlib.util import UserError, check_links, printable
 from torch_utils.files import pickles, tar
-from training.data import imagenet
+from training.data import arrays, imagenet, tables
 from training.data.archive import (
     CLASS_TABLES,
     JSON_NAME,
+    READ_FILES,
     ArchiveReader,
     check_size,
     common_folder,
     count_classes,
     labels_of,
 )
+from training.data.class_files import ClassFile
 
 
 def read_file(path) -> bytes:
@@ -93,6 +97,19 @@ class Source:
         """The images at `indices`, uint8 [n,H,W,3], if they are in memory; else None."""
         return None
 
+    def fingerprint(self, indices: np.ndarray) -> str:
+        """What tells the images `indices`, of which no more than `READ_FILES` are read, by their
+        content: 32 hexadecimal digits.
+        """
+        digest = hashlib.sha256()
+        for index in indices[::-(-len(indices) // READ_FILES)].tolist():
+            digest.update(self.content(index))
+        return digest.hexdigest()[:32]
+
+    def content(self, index: int) -> bytes:
+        """The file of an image, or its pixels where it is none."""
+        return self.read(index)
+
     def require_whole(self):
         """Raises UserError if something is damaged."""
         if self.damaged:
@@ -113,12 +130,14 @@ class Source:
 class FileSource(Source):
     """Images of a folder or zip; labels of dataset.json, else the top-level folders: those named
     by number in its order, then the others sorted as text. If all images are in one folder, it
-    is the folders in that one.
+    is the folders in that one; if there are none in there, the parts of the names of files before
+    the first underscore, as in cat_1.png, where they are unmistakable (see `_are_class_names`).
 
-    Raises UserError for folders that are parts of a data set: train and val are no classes.
+    `labels` is one of LABELS, if one alone is to be used. Raises UserError if it is not there, and
+    for folders that are parts of a data set: train and val are no classes.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, labels: str | None = None):
         self.reader = ArchiveReader(path)
         files = [i for i, name in enumerate(self.reader.names) if is_image_name(name)]
         super().__init__(path, files)
@@ -133,12 +152,20 @@ class FileSource(Source):
             if self.left_out['.npy']:
                 raise UserError(f'{path} holds latents, not images; see dataset_tool.py decode')
             those = f' that can be read, but {listed(self.left_out)}' * bool(self.left_out)
+            if self.left_out['.zip']:
+                raise UserError(f'{path} holds {self.left_out[".zip"]} zips and no images; unpack '
+                                'them, or give them one by one, joined by commas')
             raise UserError(f'{path} holds no images{those}; give {kinds()}')
         description = self.reader.description()
-        if description:
+        if labels == 'json' or (description and labels is None):
             self._stored_labels(names, description)
-        else:
+        elif labels in (None, 'folders'):
             self._folder_labels(names)
+        if self.labels is None and (labels == 'names' or not (labels or description)):
+            self._name_labels(names, labels == 'names')
+        if self.labels is None and labels not in (None, 'none'):
+            where = {'json': f'{JSON_NAME} with labels', 'folders': 'class folders'}[labels]
+            raise UserError(f'{path} has no {where}', 'labels')
 
     def _stored_labels(self, names, description):
         self.labels = labels_of(self.reader, names, description)
@@ -175,17 +202,51 @@ class FileSource(Source):
         if common and not is_one:
             self.notes.append(f'one top-level folder, {common.split("/")[0]}: the classes are the '
                               f'folders of {os.path.join(self.name, common)[:-1]}')
+        parent = common[:common.rfind('/', 0, -1) + 1] if is_one else common
+        others = (name for name in (*self.reader.names, *self.reader.folders)
+                  if name.startswith(parent) and not is_image_name(name))
+        without = {name[len(parent):].partition('/')[0] for name in others
+                   if '/' in name[len(parent):]}.difference(folders)
+        if without:
+            self.notes.append(f'no images in {", ".join(sorted(without)[:20])}, which are no '
+                              'classes' + ', ...' * (len(without) > 20))
         deeper = {tuple(name[len(common):].split('/')[:2]) for name in names
                   if not is_one and name.count('/', len(common)) > 1}
         if len(deeper) > len({top for top, _ in deeper}):
             self.notes.append(f'folders in class folders, e.g. {"/".join(min(deeper))}, are no '
                               'classes of their own')
         self.implied = True
+        self._number(tops, folders)
+
+    def _name_labels(self, names, is_asked):
+        """Labels of the names of files, if the user asks for them or they are unmistakable."""
+        stems = [os.path.splitext(name.rpartition('/')[2])[0] for name in names]
+        without = next((name for name, stem in zip(names, stems, strict=True)
+                        if not stem.partition('_')[1] or stem.startswith('_')), None)
+        if without is not None:
+            if is_asked:
+                raise UserError(f'{self.where(names.index(without))} has no class before an '
+                                'underscore in its name, as cat_1.png has', 'labels')
+            return
+        classes = [stem.partition('_')[0] for stem in stems]
+        counts = collections.Counter(classes)
+        shown = ', '.join(itertools.islice(counts, 5)) + ', ...' * (len(counts) > 5)
+        what = f'before the first underscore in the names of files ({shown})'
+        if is_asked or _are_class_names(names, stems, counts):
+            self.notes.append(f'classes are what stands {what}; choose labels none if those '
+                              'are no classes')
+            self._number(classes, sorted(counts, key=_by_number))
+        elif 1 < len(counts) <= len(names) // 2:
+            self.notes.append(f'what stands {what} is not taken for classes; choose labels names '
+                              'if they are')
+
+    def _number(self, tops, folders):
+        """Sets the labels `tops`, of the classes `folders`."""
         places = {folder: place for place, folder in enumerate(folders)}
         labels = [places[top] for top in tops]
         indices = [imagenet.index_of_wnid().get(folder) for folder in folders]
         if None in indices:
-            self.name_classes(labels, folders)
+            self.name_classes(labels, [printable(folder, 1000) for folder in folders])
         else:
             class_names = [imagenet.classes()[index][1] for index in indices]
             self.name_classes(labels, class_names, folders, indices)
@@ -193,8 +254,28 @@ class FileSource(Source):
     def read(self, index):
         return self.reader.read(self.items[index])
 
+    def fingerprint(self, indices):
+        return self.reader.fingerprint(np.array(self.items)[indices])
+
     def where(self, index):
         return self.reader.where(self.items[index])
+
+
+# Where the labels of files may come from.
+LABELS = ('json', 'folders', 'names', 'none')
+# What cameras and programs call pictures of anything.
+_ANYTHING = frozenset('img image dsc dscf dscn dji gopr mvimg p pxl photo pic picture pano burst '
+                      'frame sample scan screenshot page vid video wp'.split())
+
+
+def _are_class_names(names, stems, counts) -> bool:
+    """Whether the names of files in one folder are all CLASS_NUMBER, as cat_1.png, with several
+    classes of several images each, none of which is a name that cameras give.
+    """
+    return (len(counts) > 1 and min(counts.values()) > 1
+            and all(re.fullmatch(r'[^\W\d_][^_]*_\d+', stem) for stem in stems)
+            and len({name.rpartition('/')[0] for name in names}) == 1
+            and not _ANYTHING & {name.lower() for name in counts})
 
 
 # Folders of a data set's parts.
@@ -218,8 +299,12 @@ def listed(left_out: collections.Counter) -> str:
     return ', '.join(most) + ', ...' * (len(left_out) > 8)
 
 
+def _is_number(name: str) -> bool:
+    return re.fullmatch('[0-9]{1,18}', name) is not None
+
+
 def _by_number(name: str) -> tuple:
-    return (0, int(name), name) if re.fullmatch('[0-9]{1,18}', name) else (1, 0, name)
+    return (0, int(name), name) if _is_number(name) else (1, 0, name)
 
 
 class ListSource(Source):
@@ -308,12 +393,19 @@ class ArraySource(Source):
 
     in_memory = True
 
-    def __init__(self, name, images, labels, names):
+    def __init__(self, name, images, labels=None, names=None):
         super().__init__(name, images)
-        self.name_classes(labels, names)
+        if labels is not None and labels.ndim == 2:
+            self.labels = labels
+        elif labels is not None:
+            count = None if names else count_classes(labels, {}, name)
+            self.name_classes(labels, names, classes=None if names else range(count))
 
     def picture(self, index):
         return self.stack([index])[0]
+
+    def content(self, index):
+        return self.picture(index).tobytes()
 
     def stack(self, indices):
         images = self.items[indices]
@@ -362,6 +454,91 @@ def _read_idx(path: str, dimensions: int) -> np.ndarray:
         return np.frombuffer(data, dtype=np.uint8).reshape(shape)
     except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise UserError(f'{path} is damaged or no idx file ({error})') from None
+
+
+def npz_source(path: str, key: str | None = None) -> ArraySource:
+    """Images and labels of an .npz (see `arrays.open_npz`)."""
+    used = arrays.choose_names(path, key)
+    images, labels = arrays.open_npz(path, key)
+    source = ArraySource(path, _planes(images), labels)
+    others = [name for name in arrays.array_names(path) if name not in used]
+    if others and key is None:
+        source.notes = [f'images are those of the array {used[0]}; the file also has '
+                        + printable(', '.join(others[:10]))]
+    return source
+
+
+def npy_source(path: str) -> ArraySource:
+    """Images of one .npy, without labels."""
+    return ArraySource(path, _planes(arrays.open_npy(path)))
+
+
+def _planes(images: np.ndarray) -> np.ndarray:
+    """[N,H,W,C] as `ArraySource` has it."""
+    return images[..., 0] if images.shape[3] == 1 else images.transpose(0, 3, 1, 2)
+
+
+class ClassFileSource(ArraySource):
+    """Images of one class, of a file `<class>.npy` of the synthetic-data study."""
+
+    def __init__(self, path: str):
+        file = ClassFile.open(path)
+        file.verify()
+        super().__init__(path, file)
+        stem = os.path.basename(path).removesuffix('.npy')
+        self.name_classes(np.zeros(len(file), np.int64), [stem],
+                          classes=[int(stem) if _is_number(stem) else 0])
+
+    def stack(self, indices):
+        return self.items.images(indices).transpose(0, 2, 3, 1)
+
+
+def class_folder_source(path: str) -> Source:
+    """The files `<class>.npy` of a folder, one class each, in the order of their numbers."""
+    names = sorted(_class_names(path, None), key=lambda name: _by_number(name[:-4]))
+    check_links(path, names)
+    return JoinedSource([ClassFileSource(os.path.join(path, name)) for name in names], path)
+
+
+def _class_names(path: str, most: int | None) -> list[str]:
+    """The names of arrays in a folder, going by its first `most` files."""
+    with os.scandir(path) as entries:
+        return [entry.name for entry in itertools.islice(entries, most)
+                if entry.name.endswith('.npy') and not entry.name.startswith('.')]
+
+
+def is_class_folder(path: str) -> bool:
+    """Whether a folder has arrays uint8 [N,H,W,3], not latents."""
+    with contextlib.suppress(OSError, ValueError):
+        for name in os.path.isdir(path) and _class_names(path, 5000)[:1] or ():
+            with open(os.path.join(path, name), 'rb') as file:
+                shape, _, descr = read_npy_header(file)
+            return descr == '|u1' and len(shape) == 4
+    return False
+
+
+class TableSource(Source):
+    """Pictures of a data set of Hugging Face: of files, or `hf:NAME` of the hub."""
+
+    def __init__(self, path: str, key: str | None = None, coarse: bool = False):
+        if path.startswith(tables.HUB):
+            self.tables = tables.HubTables(path, coarse)
+        else:
+            self.tables = tables.Tables(path, tables.table_files(path, key), coarse)
+        super().__init__(path, range(len(self.tables)))
+        if not len(self):
+            raise UserError(f'{path} holds no pictures')
+        if self.tables.labels is not None:
+            names = self.tables.names
+            count = count_classes(self.tables.labels, {'class_names': names}, path)
+            self.name_classes(self.tables.labels, names, classes=range(count))
+        self.coarse = self.tables.columns.coarse
+
+    def read(self, index):
+        return self.tables.read(index)
+
+    def where(self, index):
+        return self.tables.where(index)
 
 
 # --- Several sources, and CIFAR, which has a file for every 10,000 images -----------------------
@@ -425,6 +602,10 @@ class JoinedSource(Source):
     def picture(self, index):
         part, inner = self._find(index)
         return self.sources[part].picture(int(inner))
+
+    def content(self, index):
+        part, inner = self._find(index)
+        return self.sources[part].content(int(inner))
 
     def stack(self, indices):
         if not self.in_memory:
@@ -552,39 +733,77 @@ SOURCES = (
      lambda path: path.lower().endswith('.txt') and os.path.isfile(path), ListSource),
     ('MNIST *-images-idx3-ubyte.gz',
      lambda path: re.search(r'images[.-]idx3-ubyte(\.gz)?$', path), mnist_source),
+    ('an .npz or .npy of images, or a folder of <class>.npy', arrays.is_image_npz, npz_source),
+    (None, lambda path: path.lower().endswith('.npy') and os.path.isfile(path), npy_source),
+    (None, is_class_folder, class_folder_source),
+    ('a data set of Hugging Face (a .parquet, a folder of them or of save_to_disk, or hf:NAME '
+     'over the network)',
+     lambda path: is_hub(path) or tables.is_table(path), TableSource),
     ('a folder or .zip of images',
      lambda path: os.path.isdir(path) or zipfile.is_zipfile(path), FileSource),
 )
+_KEYED = (npz_source, TableSource)                  # of which a part may be named, PATH:KEY
+
+
+def is_hub(path: str) -> bool:
+    return path.startswith(tables.HUB) and not os.path.exists(path)
 
 
 def kinds() -> str:
     """What the user can give, as text."""
-    return ', '.join(kind for kind, _, _ in SOURCES)
+    return ', '.join(kind for kind, _, _ in SOURCES if kind)
 
 
-def open_source(text: str, coarse: bool = False, bits: int = 16) -> Source:
+def kind_of(path: str):
+    """What opens a path as a source, e.g. FileSource; JoinedSource for several; None for none."""
+    if ',' in path and not os.path.exists(path):
+        return JoinedSource
+    path, _ = arrays.split_key(path)
+    return next((source for _, matches, source in SOURCES if matches(path)), None)
+
+
+def open_source(text: str, coarse: bool = False, bits: int = 16, labels: str | None = None,
+                key: str | None = None) -> Source:
     """The source that the user names: a path of one of `kinds()`, or several joined by commas.
 
-    `coarse` asks for CIFAR-100's coarse labels; for `bits` see `decode_picture`. Raises UserError
-    in one line for anything that cannot be read.
+    `coarse` asks for CIFAR-100's coarse labels; for `bits` see `decode_picture`. `labels`: one of
+    LABELS, for files of images. `key` names the array of an .npz or the split of a data set of
+    Hugging Face, as does PATH:KEY. Raises UserError in one line for anything that cannot be read.
     """
     parts = [text] if os.path.exists(text) else [part for part in text.split(',') if part]
     if not parts:
         raise UserError(f'names nothing; give {kinds()}', field='source', value=repr(text))
-    sources = [_open_one(part, coarse) for part in parts]
+    if key:
+        parts = [arrays.with_key(part, key) for part in parts]
+    sources = [_open_one(part, coarse, labels) for part in parts]
     opened = sources[0] if len(sources) == 1 else JoinedSource(sources)
     for source in (*sources, opened):
         source.bits = bits
     return opened
 
 
-def _open_one(path: str, coarse: bool) -> Source:
-    source = next((source for _, matches, source in SOURCES if matches(path)), None)
-    if source is not digits_source and not os.path.exists(path):
+def _open_one(text: str, coarse: bool, labels: str | None) -> Source:
+    source = kind_of(text)
+    path, key = (text, None) if is_hub(text) else arrays.split_key(text)
+    if source is not digits_source and not is_hub(text) and not os.path.exists(path):
         raise UserError(f'{path} does not exist; give {kinds()}')
     if source is None:
         raise UserError(f'{path} is of no known kind, or damaged; give {kinds()}')
-    opened = CifarSource(path, coarse) if source is CifarSource else source(path)
+    if key and source not in _KEYED:
+        raise UserError(f'{path} has no parts that are named; leave out {key}', 'key')
+    if labels not in (None, 'none') and source is not FileSource:
+        raise UserError(f'{path} has labels of its own; that is for folders and zips of images',
+                        'labels')
+    options = {'key': key} if key else {}
+    if source in (CifarSource, TableSource):
+        options['coarse'] = coarse
+    if source is FileSource:
+        options['labels'] = labels
+    opened = source(path, **options)
+    if key:
+        opened.name = text
+    if labels == 'none':
+        opened.labels = opened.classes = opened.class_names = opened.wnids = None
     if coarse and not opened.coarse:
         raise UserError(f'{path} is not CIFAR-100, which alone has coarse labels', field='coarse')
     return opened
