@@ -17,8 +17,9 @@ with lazy.imports(__name__ == '__main__'):
     from metrics.memorization import find_copies
     from metrics.statistics import Statistics, is_statistics, load_statistics, save_statistics
     from torch_utils import distributed as dist
+    from training.diffusion.heldout import heldout_loss, open_fitting, plain_loss
     from training.generate import open_generator
-    from training.snapshot import load_snapshot
+    from training.snapshot import load_denoiser, load_snapshot
 
 from metrics import compare as comparing
 from metrics import compute
@@ -40,6 +41,7 @@ def main():
     python calculate_metrics.py gen --net=NET.pkl --ref=dataset-refs/img256.pkl --seeds=0-49999
     python calculate_metrics.py memorization --net=NET.pkl --data=datasets/cifar10-2000.zip
     python calculate_metrics.py compare a.json b.json
+    python calculate_metrics.py heldout --net=NET.pkl --data=heldout.zip
 
     \b
     Metrics (--metrics=LIST):
@@ -343,6 +345,59 @@ def compare(first, second, dest):
                   for row in rows}
         write_json(dest, dict(differences=values, notes=notes, first=first, second=second,
                               command=command_line()))
+
+
+@main.command()
+@options.text('FILE|URL', '--net', 'Network of a diffusion model', required=True)
+@options.text('ZIP|DIR', '--data heldout', 'Images that it was not trained on', required=True)
+@options.text('FILE|URL', '--baseline', 'Another network: the difference, paired over images')
+@options.count('--num --num-images', None, 'Use a random subset of this size  [default: all]')
+@options.integer('--seed', 0, 'Seed of the subset, of the noise and its levels', least=0)
+@options.text('JSON', '--dest', 'Write results, and the loss of each image',
+              type=cli.json_with('results', 'num_images'))
+@options.fast_products
+@options.allow_nonfinite
+@options.verify
+def heldout(net, heldout, baseline, num, seed, dest, precision, allow_nonfinite):
+    """Measure the training loss of a network on images that it was not trained on.
+
+    Each image is seen at 8 noise levels, one from each eighth of those of its training, with the
+    same levels and the same noise for every network. The standard error is that of the mean over
+    images (s / sqrt(N) of their losses, each the mean of its levels); with --baseline also the
+    mean difference and its own, which is that of the differences of single images.
+
+    \b
+    python calculate_metrics.py heldout --net=NET.pkl --data=heldout.zip
+    python calculate_metrics.py heldout --net=NET.pkl --baseline=OTHER.pkl --data=heldout.zip
+    """
+    dist.init(precision)
+    cli.claim(dest)
+    found = {}
+    for path in filter(None, (net, baseline)):
+        snapshot = load_denoiser(path, dist.get_device(), allow_nonfinite=allow_nonfinite)
+        data = open_fitting(heldout, snapshot.net, snapshot.encoder)
+        if data.fingerprint and data.fingerprint == snapshot.dataset.get('fingerprint'):
+            dist.print0(f'Note: {path} was trained on {heldout}: this is no held-out loss')
+        loss = plain_loss(snapshot.net, snapshot.recipe.get('loss'))
+        found[path] = heldout_loss(snapshot.net, loss, snapshot.encoder, data, num, seed)
+    if dist.get_rank() == 0:
+        ours = found[net]
+        results = ours.results()
+        count = len(ours.losses)
+        print(f'\n{count} images of {heldout}\n  heldout  {results["heldout"]:.6g} +- '
+              f'{results["heldout_se"]:.2g} (standard error)')
+        for name, value in ours.by_level().items():
+            print(f'  sigma {name:8}  {value:.6g}')
+        if baseline:
+            difference, error = ours.less_than(found[baseline])
+            results |= {'difference': difference, 'difference_se': error}
+            print(f'  less {baseline}: {difference:.6g} +- {error:.2g} (paired over images)')
+        if dest:
+            write_json(dest, dict(
+                results=results, by_sigma=ours.by_level(), num_images=count, net=net,
+                baseline=baseline, data=heldout, seed=seed, samples=ours.of_images.tolist(),
+                command=command_line(), **dist.environment()))
+    dist.shutdown()
 
 
 def refuse_unused(names, where: str):

@@ -15,6 +15,7 @@ from dnnlib.util import renamed_fields
 from training.schedules import EMA_MODES, memorization_scaling
 
 with lazy.imports(__name__ == '__main__'):
+    from metrics.scoring import Scorer
     from torch_utils import distributed as dist
     from training import recipe, runs
     from training.checkpoint import Checkpoints
@@ -22,7 +23,9 @@ with lazy.imports(__name__ == '__main__'):
     from training.data.sampler import WindowShuffle
     from training.diffusion.augment import edm_augmentation
     from training.diffusion.losses import LOSSES
+    from training.watch import Watch
 
+from metrics import compute
 
 # The published architectures (arXiv 2206.00364, Table 1 and Appendix F); options override widths,
 # blocks, attention and embedding.
@@ -137,7 +140,8 @@ def run_name(config: dict, dataset, desc: str | None) -> str:
     return '-'.join(filter(None, parts))
 
 
-def choose_run(config: dict, outdir: str, name: str, nosubdir: bool, lengths: dict):
+def choose_run(config: dict, outdir: str, name: str, nosubdir: bool, lengths: dict,
+               measured: bool = False):
     """(folder, checkpoint to start from or None, seed) of the run. Nothing is written.
 
     Without --resume that is the newest run of this name and these options that is not finished,
@@ -158,7 +162,7 @@ def choose_run(config: dict, outdir: str, name: str, nosubdir: bool, lengths: di
                   if key not in ('embed', 'keep_checkpoints', 'nan_patience')
                   and (key, value) != ('seed', None)}
         folder = runs.choose_folder(outdir, name, wanted, lengths['total_kimg'],
-                                    config['snap'] > 0, config['dump'] > 0)
+                                    config['snap'] > 0, config['dump'] > 0, measured)
     if seed is None:
         seed = runs.read_options(folder).get('seed')
     if seed is None and resume:
@@ -175,7 +179,7 @@ def train(config: dict, outdir: str, desc=None, nosubdir: bool = False, **runnin
     name = run_name(config, dataset, desc)
     run_dir, resume_from, seed = dist.broadcast_object(
         choose_run(config | {'dataset': {'fingerprint': dataset.fingerprint}}, outdir, name,
-                   nosubdir, lengths)
+                   nosubdir, lengths, bool(running.get('watch')))
         if dist.get_rank() == 0 else None)
     rules = dataclasses.replace(rules, seed=seed)
     net = recipe.new_network(rules, running)
@@ -268,11 +272,12 @@ same command goes on with the newest run of that name and these options that is 
     integer('--snap', 50, 'Save the network every so many ticks, 0 = never', 0),
     integer('--dump', 500, 'Save the training state every so many ticks, 0 = never', 0),
     options.compiled,
+    options.watching(compute.parse_metrics),
     options.seed('--seed', None, 'Seed of weights, data order and noise  [default: random]'),
     text('PT|DIR', '--resume', 'DIR: go on with that run, in its folder; PT: a new run that goes '
          'on from this training state, also one of EDM. Without: the newest unfinished run of '
          'these options, if there is one', type=click.Path(exists=True)))
-def main(outdir, desc, nosubdir, running, **opts):
+def main(outdir, desc, nosubdir, running, watching, **opts):
     """Train a diffusion model with the EDM recipe, for the study of memorization.
 
     On one process, or under torchrun on any number of GPUs; the result does not depend on the
@@ -283,7 +288,7 @@ def main(outdir, desc, nosubdir, running, **opts):
             opts[key] = opts[key].rstrip('/')
     if desc and '/' in desc:
         raise UserError('becomes part of a folder name; leave out the slash', 'desc', desc)
-    train(build_config(opts), outdir, desc, nosubdir, **running)
+    train(build_config(opts), outdir, desc, nosubdir, watch=Watch(Scorer, **watching), **running)
     dist.shutdown()
 
 

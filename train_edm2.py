@@ -8,12 +8,16 @@ from dnnlib.util import renamed_fields
 from training.presets import PRESETS, augmented, listing, rampup
 
 with lazy.imports(__name__ == '__main__'):
+    from metrics.scoring import Scorer
     from torch_utils import distributed as dist
     from training import recipe, runs
     from training.checkpoint import Checkpoints
     from training.data.batches import DatasetBatches
     from training.diffusion.augment import edm_augmentation
     from training.diffusion.losses import EDM2Loss
+    from training.watch import Watch
+
+from metrics import compute
 
 # Options that are arguments of the network too.
 SHAPE = ('channel_mult', 'num_blocks', 'attn_resolutions')
@@ -142,17 +146,18 @@ The same command resumes an interrupted run from its newest whole checkpoint."""
     options.precision('Type of the activations  [default: fp16 on a GPU, else fp32]'),
     boolean('--fp16', None, '--precision=fp16 or fp32'),
     options.compiled,
+    options.watching(compute.parse_metrics),
     nimg('--status', None, 'Report every NIMG images, 0 = never  [default: 128Ki]'),
     nimg('--snapshot', None, 'Save networks every NIMG images, 0 = never  [default: 8Mi]'),
     nimg('--checkpoint', None, 'Save the state every NIMG images, 0 = never  [default: 128Mi]'),
     integer('--seed', 0, 'Seed of weights, data order and noise', 0))
-def main(outdir, running, **opts):
+def main(outdir, running, watching, **opts):
     """Train a diffusion model with the EDM2 recipe.
 
     On one process, or under torchrun on any number of GPUs; the result does not depend on the
     number of processes. NIMG takes suffixes: 64Ki, 16Mi, 1.5Gi.
     """
-    train(build_config(opts), outdir, **running)
+    train(build_config(opts), outdir, watch=Watch(Scorer, **watching), **running)
     dist.shutdown()
 
 

@@ -34,6 +34,7 @@ from dnnlib.options import (
     transfer,
     verify,
     wandb,
+    watch_options,
 )
 from torch_utils.files import pickles
 
@@ -331,6 +332,11 @@ class Command(cli.Command):
     names_fields = True
 
 
+def _parse_metrics(text: str) -> list[str]:
+    from metrics import compute  # of a configuration none are needed
+    return compute.parse_metrics(text)
+
+
 common_options = together(
     text('YAML', '--config', 'Experiment or network, see yaml/', required=True),
     seed('--seed', 0, 'Seed of everything random'), fast_products, verify,
@@ -343,7 +349,8 @@ run_options = together(
         'running',
         text('PT', '--resume_checkpoint resume_from',
              'modelNNNNNN.pt to go on from, if --outdir has none'),
-        *transfer, keep_checkpoints, nan_patience, wandb, dry_run, bench_steps))
+        *transfer, keep_checkpoints, nan_patience, wandb, *watch_options(_parse_metrics),
+        dry_run, bench_steps))
 
 
 def default_outdir(config: str) -> str:

@@ -10,13 +10,16 @@ from distillation.cache import cache_size, load_cache
 from distillation.checkpoints import CacheCheckpoints
 from distillation.dkdm import SOURCES, IterativeSource, ProcessRandom, Teacher
 from dnnlib import UserError
+from dnnlib.options import WATCHED
 from dnnlib.util import hash_file, renamed_fields
+from metrics.scoring import Scorer
 from torch_utils import distributed as dist
 from torch_utils.files.identify import read_state_dict
 from torch_utils.files.weights import load_weights
 from torch_utils.random import tuple_seed
 from training import recipe
 from training.networks import build_network
+from training.watch import Watch
 
 PREPARING, TRAINING = 0, 1  # what random numbers are for
 ENDLESS = 10**9             # steps
@@ -198,12 +201,14 @@ def train(section: configs.Training, net, loss, batches, outdir: str | None, *, 
         keep_checkpoints=running.pop('keep_checkpoints'),
         nan_patience=running.pop('nan_patience'), loss_scale=loss_scale,
         transfer=running.pop('transfer'), transfer_sha256=running.pop('transfer_sha256'))
+    watched = {name: running.pop(name) for name in WATCHED if name in running}
     running['resume_from'] = running['resume_from'] or section.resume_checkpoint or None
     layout = functools.partial(CacheCheckpoints, cache_interval=section.cache_save_interval)
     with renamed_fields(resume_from='resume_checkpoint', batch='batch_size'):
         complete = recipe.fit(
             rules, outdir or configs.default_outdir(options['config']), net, loss, batches,
             options=options, layout=layout, allow_changes=section.allow_changes, **running,
+            watch=Watch(Scorer, **watched),
             advice=f'python scripts/image_sample.py --config {shlex.quote(options["config"])} '
             f'--model_path {{folder}}/ema_{rates[-1]}_{steps:06d}.pt')
     if complete:

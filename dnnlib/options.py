@@ -276,6 +276,37 @@ def variety(xflip: bool | None, augment: float | None, rampup: float | None, def
                 + default))
 
 
+def watch_options(parse_metrics, name: str = '--eval'):
+    """What is measured while a diffusion model trains, see training.watch; `name` of the option
+    for the metrics, of which `parse_metrics` makes a list.
+    """
+    return [
+        text('LIST', f'{name} eval_metrics', 'Measure images of the averages by these metrics of '
+             'calculate_metrics.py, e.g. fd_dinov2,fid', type=cli.Parsed('list', parse_metrics)),
+        nimg('--eval-every --eval_every', None,
+             'Measure every NIMG images  [default: with the snapshots, and at the end]'),
+        count('--eval-num --eval_num', 1000, 'Images of each measurement'),
+        integer('--eval-steps --eval_steps', 16, 'Sampling steps of these images, few: of '
+                'dpmpp-2m (flow or ddim for such networks)'),
+        text('FILE', '--eval-ref --eval_ref', 'Statistics or images that they are compared with  '
+             '[default: the training data]'),
+        text('ZIP|DIR', '--heldout', 'Images that are not trained on: measure the training loss '
+             'on them, by noise level'),
+        boolean('--keep-best --keep_best', False, 'Keep the best of all averages in '
+                'network-best.pkl, by the first metric (without any, the held-out loss)'),
+        integer('--patience', 0, 'End after so many measurements without a better one, 0 = never',
+                0)]
+
+
+WATCHED = ('eval_metrics', 'eval_every', 'eval_num', 'eval_steps', 'eval_ref', 'heldout',
+           'keep_best', 'patience')
+
+
+def watching(parse_metrics):
+    """Decorator: they come as one dictionary."""
+    return group('watching', *watch_options(parse_metrics))
+
+
 def training(outdir_help: str, *options):
     """Decorator: options of a command that trains; those called as its fields go into the
     recipe."""
@@ -302,7 +333,7 @@ def training(outdir_help: str, *options):
 
 # Options that are no part of what is trained; the former are arguments of training.recipe.fit.
 RUNNING = ('wandb', 'allow_changes', 'dry_run', 'bench_steps')
-PLACES = ('outdir', 'desc', 'nosubdir', *RUNNING)
+PLACES = ('outdir', 'desc', 'nosubdir', *RUNNING, *WATCHED)
 
 
 def training_values(command, args) -> dict:

@@ -18,6 +18,7 @@ from dnnlib.options import (
     BELOW_ONE,
     NOT_NEGATIVE,
     RUNNING,
+    WATCHED,
     bench_steps,
     choice,
     count,
@@ -33,12 +34,14 @@ from dnnlib.options import (
     together,
     transfer,
     wandb,
+    watch_options,
 )
 from dnnlib.util import check_place, publishable, renamed_fields
 
 with lazy.imports(__name__ == '__main__'):
     import torch
 
+    from metrics.scoring import Scorer
     from torch_utils import distributed as dist
     from torch_utils.files.identify import identify
     from torch_utils.files.weights import load_weights
@@ -50,9 +53,11 @@ with lazy.imports(__name__ == '__main__'):
     from training.encoders import RGBEncoder
     from training.loop import Output
     from training.networks import build_network
+    from training.watch import Watch
 
 from long_tail import datasets, evaluation
 from long_tail.flags import FlagCommand, to_text
+from metrics import compute
 from training.data.images import ArrayImages
 
 # --- Options -------------------------------------------------------------------------------------
@@ -123,6 +128,7 @@ options_of_study = together(
     count('--eval_step', 0, 'Steps between evaluations during training; 0 = none'),
     nan_patience,
     integer('--log_step', 100, 'Steps between reports'),
+    *watch_options(compute.parse_metrics, '--eval_metrics'),
     seed('--seed', 0, 'Seed of weights, data order and noise'),
     fast_products,
     # Sampling and evaluation
@@ -335,6 +341,7 @@ def train(flags) -> bool:
     """Trains, from the newest checkpoint if there is one. Returns whether it came to its end."""
     flags = Flags(flags)
     running = {name: flags.pop(name) for name in RUNNING}
+    running['watch'] = Watch(Scorer, **{name: flags.pop(name) for name in WATCHED})
     source, first = start_of(flags)
     if source:
         flags['ckpt_step'] = first

@@ -101,6 +101,7 @@ class Output:
     at_end    also after the last step, whatever its number
     together  all processes call `make`, which ends at `stopping.stop_point`s; else the first one
               does, while the others wait
+    ends      why the run is to end now, before its last step; '' to go on
     """
 
     every: int | None
@@ -108,6 +109,7 @@ class Output:
     exists: Callable
     at_end: bool = True
     together: bool = False
+    ends: Callable = str
 
 
 def compiled(net: torch.nn.Module) -> Callable:
@@ -159,6 +161,7 @@ class Trainer:
         self.stopping = False                                 # all processes know that they are
         self.complete = False
         self._cut = False                                     # by a request to stop: the outputs
+        self._ended = ''                                      # why, if before the last step
         self._saved = None                                    # nimg of the newest checkpoint
         self._session_start = time.time()                     # if there was but one session
 
@@ -205,17 +208,19 @@ class Trainer:
             bar = stack.enter_context(
                 tqdm(total=total, initial=self.nimg, unit='img', unit_scale=True, leave=False,
                      disable=not self.leads or None))
-            while self.nimg < total and not self.stopping:
+            while self.nimg < total and not (self.stopping or self._ended):
                 self._step(steps)
                 bar.update(self.recipe.batch)
                 self._after_step()
-            complete = self.nimg >= total and not self._cut
+            complete = (self.nimg >= total or bool(self._ended)) and not self._cut
+            if (self._ended or not complete) and self._saved != self.nimg > self.recipe.first_nimg:
+                self._save_checkpoint()
             if complete:
+                if self._ended:
+                    self.log(f'Ended early: {self._ended}')
                 for line in (f'Complete after {self.nimg} images', *self.results()):
                     self.log(line)
             else:
-                if self._saved != self.nimg > self.recipe.first_nimg:
-                    self._save_checkpoint()
                 self.log(f'Stopped at {self.nimg} images; the same command goes on from here.')
             self.complete = complete and not self._agree_to_stop()
         return self.nimg
@@ -393,7 +398,13 @@ class Trainer:
 
     def is_complete(self) -> bool:
         """Whether the folder has all that a run of this length writes, as the checkpoint says."""
-        return self.nimg >= self.recipe.total_nimg and not self.missing()
+        ended = self.nimg >= self.recipe.total_nimg or self._end_of_outputs()
+        return bool(ended) and not self.missing()
+
+    def _end_of_outputs(self) -> str:
+        """Why an output ends the run, the same on all processes."""
+        reasons = [output.ends() for output in self.outputs]
+        return dist.broadcast_object(next(filter(None, reasons), ''))
 
     def missing(self) -> list[Output]:
         """What is due at the checkpoint that we go on from, and is not in the folder as that is;
@@ -421,6 +432,7 @@ class Trainer:
                         output.make, self._count, averages, together=output.together) or {})
                 dist.barrier()
         self._cut = bool(outputs) and self._agree_to_stop()
+        self._ended = self._end_of_outputs()
 
     # --- Files ----------------------------------------------------------------------------------
 
@@ -505,14 +517,16 @@ class Trainer:
     def _save_snapshots(self, *_):
         if self.leads:
             for net, suffix, std in self.ema.get(self.net):
-                path = self._snapshot_path(suffix)
-                try:
-                    save_snapshot(path, net, nimg=self.nimg, ema_std=std,
-                                  dtype=getattr(torch, self.recipe.snapshot_dtype),
-                                  **self.snapshot)
-                except NonFiniteError as error:
-                    self.log(f'Warning: no {path}: {error}')
+                self.save_average(self._snapshot_path(suffix), net, std)
         dist.barrier()
+
+    def save_average(self, path: str, net, std: float | None):
+        """A snapshot of one average, on the first process."""
+        try:
+            save_snapshot(path, net, nimg=self.nimg, ema_std=std,
+                          dtype=getattr(torch, self.recipe.snapshot_dtype), **self.snapshot)
+        except NonFiniteError as error:
+            self.log(f'Warning: no {path}: {error}')
 
     def _draw_losses(self, *_):
         if os.path.exists(self._path('stats.jsonl')):
@@ -537,11 +551,11 @@ class Trainer:
         checkpoint that we resume from.
         """
         remove_leftovers(self.run_dir)
-        path = self._path('stats.jsonl')
-        if os.path.exists(path):
-            write_bytes(path, b''.join(
-                line for line, row in budget.json_lines(path)
-                if isinstance(nimg := row.get('nimg', 0), int | float) and nimg <= self.nimg))
+        for path in map(self._path, ('stats.jsonl', runs.MEASURED)):
+            if os.path.exists(path):
+                write_bytes(path, b''.join(
+                    line for line, row in budget.json_lines(path)
+                    if isinstance(nimg := row.get('nimg', 0), int | float) and nimg <= self.nimg))
 
     def _open_boards(self, stack, run: dict | None):
         """`run`: project and id of Weights & Biases."""

@@ -327,7 +327,7 @@ def sample_grids(run_dir: str, encoder, dataset, recipe: Recipe) -> loop.Output:
 def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: dict | None = None,
         outputs=(), layout=None, files: dict[str, str] | None = None,
         resume_from: str | None = None, allow_changes: bool = False,
-        wandb: str | None = None, advice: str = '', dry_run: bool = False,
+        wandb: str | None = None, watch=None, advice: str = '', dry_run: bool = False,
         bench_steps: int = 0) -> bool:
     """Trains `net` (in place) by the recipe, going on from the newest checkpoint in `run_dir`.
 
@@ -342,6 +342,7 @@ def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: 
     resume_from    checkpoint to start from if the folder has none
     allow_changes  resume though the recipe has changed
     wandb          project of Weights & Biases to log to
+    watch          `training.watch.Watch`: what to measure of the averages
     advice         what to do with the results, e.g. a command line, in which {folder}, {snapshot},
                    {checkpoint} and {step} stand for those of this run
     dry_run        print the settings and what the run would write and cost, and train nothing:
@@ -371,6 +372,9 @@ def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: 
         return False
     trainer = loop.Trainer(recipe, net, loss, batches, run_dir, options, layout, outputs,
                            advice)
+    measurements = None if watch is None else watch.start(trainer, batches)
+    if measurements:
+        trainer.outputs = (*trainer.outputs, measurements.output())
     changed = []
 
     def use(state):
@@ -413,6 +417,8 @@ def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: 
         f'{recipe.batch}, to {recipe.total_nimg} images', f'Run: {run_dir}',
         f'Command: {shlex.join(command_line())}',
         *(f'Path of {name}: {path}' for name, path in runs.private_paths(options).items()), *start)
+    if measurements:
+        measurements.prepare()
     try:
         trainer.run(lines, changed, files, wandb, transferred)
     except Diverged:

@@ -22,6 +22,7 @@ from training.checkpoint import Checkpoints
 from training.snapshot import list_snapshots
 
 RECORD = 'training_options.json'
+MEASURED = 'metrics.jsonl'
 
 
 @contextlib.contextmanager
@@ -144,7 +145,16 @@ def has_loss_curve(run_dir: str) -> bool:
         os.stat(curve).st_mtime_ns >= os.stat(stats).st_mtime_ns)
 
 
-def is_finished(run_dir: str, total_kimg: int, snapshots: bool, checkpoints: bool) -> bool:
+def _kimg_of_rows(run_dir: str, name: str) -> list[int]:
+    """That of the last row of a file, [] if it has none."""
+    with contextlib.suppress(OSError, TypeError, LookupError):
+        rows = [row['nimg'] for _, row in budget.json_lines(os.path.join(run_dir, name))]
+        return [rows[-1] // 1000]
+    return []
+
+
+def is_finished(run_dir: str, total_kimg: int, snapshots: bool, checkpoints: bool,
+                measured: bool = False) -> bool:
     """Whether the folder has all that the last step of a run of `total_kimg` kimg writes."""
     found = []                                                 # kimg of each kind of file
     if checkpoints:
@@ -155,11 +165,10 @@ def is_finished(run_dir: str, total_kimg: int, snapshots: bool, checkpoints: boo
     if checkpoints and snapshots and read_options(run_dir).get('encoder') == {'name': 'rgb'}:
         found.append([int(match[1])
                       for match in matching_names(run_dir, r'samples-(\d{7,})\.png')])
+    if measured:
+        found.append(_kimg_of_rows(run_dir, MEASURED))
     if not found:
-        with contextlib.suppress(OSError, TypeError, LookupError):
-            rows = [row['nimg'] for _, row in budget.json_lines(
-                os.path.join(run_dir, 'stats.jsonl'))]
-            found = [[rows[-1] // 1000]]
+        found = [_kimg_of_rows(run_dir, 'stats.jsonl')]
     if snapshots and not has_loss_curve(run_dir):
         return False
     return bool(found) and all(max(kimgs, default=-1) >= total_kimg for kimgs in found)

@@ -1,0 +1,82 @@
+"""Measuring one network again and again: detectors and reference are made ready once."""
+
+import os
+
+import torch
+
+from dnnlib import UserError
+from metrics import compute
+from metrics.detectors import DETECTORS
+from metrics.features import Detectors, measure
+from metrics.images import class_ids
+from metrics.shares import with_intervals
+from metrics.statistics import Statistics, load_statistics
+
+PROTOCOL = 'edm'
+REFERENCE_IMAGES = 50_000  # of a data set that is the reference
+
+
+class Scorer:
+    """Metrics by name, against statistics or images.
+
+    reference    path or URL of either, or a data set (see `metrics.images`)
+    heldout      a data set of images that were not trained on, for metrics that need them
+    open_images  path -> data set
+    open_network  what opens the classifier of the detector `own`
+
+    Weights of detectors are where NAME_WEIGHTS of the environment says, e.g. DINOV2_WEIGHTS, or
+    the published ones. Raises UserError for those that cannot be had, and for a reference that
+    does not serve the metrics.
+    """
+
+    def __init__(self, metrics: list[str], reference, heldout, open_images, open_network):
+        self.metrics = metrics
+        weights = {name: os.environ.get(f'{name.upper()}_WEIGHTS') for name in DETECTORS}
+        self.detectors = Detectors(weights, protocol=PROTOCOL, open_network=open_network)
+        if isinstance(reference, str):
+            self.reference = load_statistics(reference)
+        else:
+            self.reference = Statistics(reference.path, images=reference)
+        unseen = compute.of_heldout(metrics)
+        if unseen and heldout is None:
+            raise UserError(f'needs images that are not trained on, for {",".join(unseen)}',
+                            'heldout')
+        self.heldout = Statistics(heldout.path, images=heldout) if unseen else None
+        self.open_images = lambda one: open_images(one) if isinstance(one, str) else one
+        compute.same_protocol(self.reference, PROTOCOL, metrics)
+        compute.missing_in(self.reference, metrics)
+        for metric in metrics:
+            self.detectors[compute.METRICS[metric].detector]
+
+    def prepare(self):
+        """Measures the reference, where it is images, and what is held out; all processes call
+        it."""
+        def complete(side, metrics):
+            num = side.images and min(len(self.open_images(side.images)), REFERENCE_IMAGES)
+            return compute.complete(side, metrics, self.detectors, self.open_images, num=num)
+
+        self.reference = complete(self.reference, self.metrics)
+        if self.heldout:
+            self.heldout = complete(self.heldout, compute.of_heldout(self.metrics))
+
+    def __call__(self, batches, num: int, classes: list | None) -> dict[str, float]:
+        """{metric: value} of `num` images, and METRIC_se, the standard error, of those that have
+        one; on every process.
+
+        batches  (seeds [n], images uint8 [n,C,H,W], labels [n] or None), on each process its share
+        classes  original indices of the labels, if they have others
+        """
+        parts = ((torch.tensor(seeds), images,
+                  None if labels is None else torch.from_numpy(class_ids(labels, classes)))
+                 for seeds, images, labels in batches)
+        generated = measure(parts, num, self.detectors,
+                            **compute.needs(self.metrics, self.detectors.rules))
+        values = compute.evaluate(self.metrics, generated, self.reference, self.detectors.rules,
+                                  self.detectors.device, self.heldout)
+        known = with_intervals(values)
+        names = [f'{name}{end}' for name in self.metrics for end in ('', '_se')]
+        return {name: float(known[name]) for name in names if name in known}
+
+    def better(self, metric: str) -> int:
+        """1 where more of it is better, -1 where less is, 0 where neither."""
+        return compute.METRICS[metric].better
