@@ -5,8 +5,18 @@ import os
 
 import click
 
-from dnnlib import UserError, cli, lazy, url
-from dnnlib.options import choice, text, together, verify
+from dnnlib import UserError, budget, cli, lazy, url
+from dnnlib.options import (
+    choice,
+    gnet,
+    group,
+    guidance,
+    guidance_interval,
+    model_url,
+    text,
+    together,
+    verify,
+)
 from dnnlib.util import hide, printable
 from torch_utils.files.pickles import errors_of
 from training.presets import PRESETS, network_of
@@ -17,7 +27,9 @@ with lazy.imports(__name__ == '__main__'):
     from torch_utils.files.identify import Found, family, identify
     from torch_utils.files.weights import nonfinite
     from training import export
+    from training.encoders import make_encoder
     from training.flops import count_products
+    from training.generate import open_guide
     from training.networks import build_network
     from training.networks.infer import READERS, infer
     from training.snapshot import load_denoiser, load_snapshot
@@ -110,19 +122,25 @@ def flops(file, sha256, weights, settings, preset):
       'DIR: folder for diffusers', required=True, type=cli.ATOMIC)
 @choice('--dtype', 'float32', 'Type of the weights', ['float32', 'float16'])
 @click.option('--overwrite', is_flag=True, help='Replace what is at --dest')
-def convert(file, dest, dtype, overwrite, sha256, weights, settings):
+@group('more', gnet, guidance, guidance_interval, model_url,
+       text('NAME', '--license', 'Folder: licence of the weights, e.g. mit, for the model card'),
+       text('JSON', '--results', 'Folder: what calculate_metrics.py wrote, for the model card',
+            multiple=True))
+def convert(file, dest, dtype, overwrite, sha256, weights, settings, more):
     """Convert a network, whatever made it, to another form; all of them make the same images.
 
-    A folder has the weights as safetensors, and the code of this project that its network and
-    sampler need. To load it with diffusers is to run that code:
+    A folder is for diffusers: weights, model card, and the code of this project that network and
+    sampler need, a file for each. To load it is to run that code. It may have a second network
+    that guides the first, and the autoencoder that --model-url names.
 
     \b
     from diffusers import DiffusionPipeline
-    pipe = DiffusionPipeline.from_pretrained('DIR', custom_pipeline='DIR', trust_remote_code=True)
-    pipe(seeds=range(4)).images[0].save('0.png')
+    pipe = DiffusionPipeline.from_pretrained('DIR', trust_remote_code=True)
+    pipe(batch_size=4).images[0].save('0.png')
 
     \b
     python snapshot_tool.py convert ckpt_300000.pt --dest=cbdm.pkl --weights=net_model
+    python snapshot_tool.py convert NET.pkl --dest=folder --gnet=SMALLER.pkl --guidance=2
     python snapshot_tool.py convert \\
         https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-cond-vp.pkl \\
         --dest=cifar10.safetensors
@@ -132,14 +150,35 @@ def convert(file, dest, dtype, overwrite, sha256, weights, settings):
     if form not in export.EXPORTS:
         raise UserError(f'--dest={dest}: the name must end in .pkl or .safetensors, or be that '
                         'of a folder')
+    for name, value in more.items():
+        if form and value not in (None, ()):
+            raise UserError('is for a folder, which --dest is not', name, value)
     export.check_destination(dest, form, overwrite)
     open_network = load_snapshot if form else load_denoiser
     snapshot = open_network(file, sha256=sha256, weights=weights, options=dict(settings))
     for name, value in snapshot.recipe.get('assumed', {}).items():
         print(f'Assumed: {name}={value}')
-    export.EXPORTS[form](dest, snapshot, export.DTYPES[dtype])
+    card = {} if form else dict(card=folder_card(snapshot, **more))
+    export.EXPORTS[form](dest, snapshot, export.DTYPES[dtype], **card)
     numbers = sum(p.numel() for p in snapshot.net.parameters())
     print(f'{dest}: {identify(dest).what}, {numbers:,} parameters')
+
+
+def folder_card(snapshot, gnet, guidance, guidance_interval, model_url, license, results):
+    """What goes into a folder besides the network. Raises UserError for what does not fit."""
+    guidance = 1 if guidance is None else guidance
+    guide = open_guide(snapshot, gnet, snapshot.sampler['name'], guidance, guidance_interval)
+    if model_url:
+        snapshot.encoder = make_encoder(snapshot.encoder.config(), model_url)
+    contents = []
+    for path in results:
+        try:
+            contents.append(budget.read_json(path))
+            contents[-1]['results'].items()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise UserError('is no JSON file of calculate_metrics.py', 'results', path) from None
+    return export.Card(guide, guidance, guidance_interval, license or 'unknown',
+                       contents, bool(model_url))
 
 
 def describe(found: Found, options: dict | None = None) -> dict:

@@ -36,7 +36,7 @@ from .torch_utils.distributed import exact_float32
 from .training.data.dataset import class_index
 from .training.data.images import ArrayImages, holds_images, open_dataset, open_images, pixels_of
 from .training.generate import open_generator
-from .training.snapshot import Snapshot
+from .training.snapshot import Snapshot, load_snapshot
 
 __all__ = ['Copies', 'Images', 'Model', 'UserError', 'frechet', 'load', 'memorized', 'sample']
 
@@ -190,13 +190,14 @@ def sample(net: Model | Path, count: int = 16, **options: object) -> Images:
 def frechet(images: Path | torch.Tensor, ref: Path | torch.Tensor, detector: str = 'inception', *,
             protocol: str = 'edm', weights: Path | None = None, batch: int = 64,
             device: str | torch.device | None = None) -> float:
-    """Frechet distance of two sets of images: FID with 'inception', FD-DINOv2 with 'dinov2', of
-    small images also of their 'pixels'. What `calculate_metrics.py calc` calls it.
+    """Frechet distance of two sets of images, as of `calculate_metrics.py calc`: FID with
+    'inception', FD-DINOv2 with 'dinov2', of small images also of their 'pixels'; or of the
+    features of 'dinov2_base', 'clip', or a classifier of one's 'own'.
 
     images, ref  images in whatever dataset_tool.py reads, uint8 [N,C,H,W], or reference statistics
     protocol     edm, adm or cbdm: how Inception sees images
     weights      of the detector, file, folder or name; by default of the variable
-                 INCEPTION_WEIGHTS or DINOV2_WEIGHTS, else they are downloaded
+                 INCEPTION_WEIGHTS, DINOV2_WEIGHTS, ..., else they are downloaded
 
     Warns where so few images make a biased distance. Raises UserError for images or weights that
     are not there.
@@ -204,7 +205,8 @@ def frechet(images: Path | torch.Tensor, ref: Path | torch.Tensor, detector: str
     _choice(detector=(detector, USUAL), protocol=(protocol, PROTOCOLS))
     space = USUAL[detector]
     weights = weights or os.environ.get(f'{detector.upper()}_WEIGHTS')
-    detectors = Detectors({detector: _place(weights)}, device, protocol)
+    detectors = Detectors({detector: _place(weights)}, device, protocol,
+                          open_network=load_snapshot)
     sides = []
     for name, side in dict(images=images, ref=ref).items():
         if isinstance(side, torch.Tensor):

@@ -155,22 +155,28 @@ heldout = text('FILE|URL', '--heldout', 'Images of the same kind that were never
                'ct and fld: statistics with features, or folder, .zip, .npz')
 
 # What makes the images.
+gnet = text('FILE|URL', '--gnet',
+            'Guiding network: unconditional, or a weaker one (autoguidance)')
+guidance = number('--guidance', None,
+                  'Strength of guidance, 1 = none  [default: 1, or of the preset]', ANY)
+guidance_interval = text(
+    'LO,HI', '--guidance-interval',
+    'Guide only where the noise level is above LO and at most HI  [default: everywhere]',
+    type=cli.Parsed('interval', _interval))
+model_url = text('NAME|DIR', '--model-url', 'Autoencoder of latents: hub name[@revision] or '
+                 'folder  [default: of the snapshot]')
 network = group(
     'network',
     text('NAME', '--preset', 'Published network, guide and guidance '
          '(see generate_images.py --help)'),
     text('FILE|URL', '--net', 'Network of this project, EDM, EDM2, guided or class-balancing '
          'diffusion; or optimal:DATASET for the closed-form denoiser of a data set'),
-    text('FILE|URL', '--gnet', 'Guiding network: unconditional, or a weaker one (autoguidance)'),
+    gnet,
     text('HEX', '--sha256', 'SHA-256 that the file of --net must have'),
     text('HEX', '--gnet-sha256', 'SHA-256 that the file of --gnet must have'),
-    number('--guidance', None, 'Strength of guidance, 1 = none  [default: 1, or of the preset]',
-           ANY),
-    text('LO,HI', '--guidance-interval',
-         'Guide only where the noise level is above LO and at most HI  [default: everywhere]',
-         type=cli.Parsed('interval', _interval)),
-    text('NAME|DIR', '--model-url', 'Autoencoder of latents: hub name[@revision] or folder  '
-         '[default: of the snapshot]'),
+    guidance,
+    guidance_interval,
+    model_url,
     allow_nonfinite)
 
 # How they are sampled. An option that the sampler does not know is refused.

@@ -103,7 +103,7 @@ MISTAKES = [
     (lambda d, path, net: d.load(path / 'net.pkl', guide=path / 'other.pkl', guidance=2), 'other.pkl has other classes than the network that it guides'),
     (lambda d, path, net: d.load(), 'net: give a network, or a preset'),
     (lambda d, path, net: d.frechet('nowhere', path / 'photos.zip', 'pixels'), 'nowhere: no such file'),
-    (lambda d, path, net: d.frechet(path, path, 'vgg'), 'detector=vgg is none of inception, dinov2, pixels'),
+    (lambda d, path, net: d.frechet(path, path, 'vgg'), 'detector=vgg is none of inception, dinov2,'),
     (lambda d, path, net: d.frechet(path, path, 'pixels', protocol='x'), 'protocol=x is none of edm, adm, cbdm'),
     (lambda d, path, net: d.frechet(torch.zeros(2, 3), path), 'images: are torch.float32 [2, 3] instead of'),
     (lambda d, path, net: d.memorized(net, path / 'none.zip'), 'none.zip'),
@@ -146,6 +146,13 @@ def test_the_page_runs_from_its_text(folder, tmp_path, monkeypatch):
 
 
 # --- Installed --------------------------------------------------------------------------------------------------------
+
+
+def test_every_package_is_installed():
+    listed = re.findall(r'"diffusion_data\.([\w.]+)",', (ROOT / 'pyproject.toml').read_text().partition('package-dir')[0])
+    rooms = ('dnnlib', 'torch_utils', 'metrics', 'training')
+    there = ['.'.join(path.parent.relative_to(ROOT).parts) for room in rooms for path in (ROOT / room).rglob('__init__.py')]
+    assert sorted(listed) == sorted(there)
 
 
 BESIDE_EDM = """

@@ -55,7 +55,9 @@ class _Stack(GlobalRandom):
 
     def __init__(self, device, seeds, block: int, first: int, count: int, generator_device='cpu'):
         super().__init__(device)
-        self.generators = [torch.Generator(generator_device).manual_seed(seed) for seed in seeds]
+        self.generators = [seed if isinstance(seed, torch.Generator)
+                           else torch.Generator(generator_device).manual_seed(seed)
+                           for seed in seeds]
         self.block = block
         self.first = first
         self.count = count
@@ -76,11 +78,12 @@ class StackedRandomGenerator(_Stack):
     alone.
 
     Numbers are drawn on the CPU, where torch's stream is the same on every machine, and moved to
-    `device`.
+    `device`. In place of a seed there may be a torch.Generator.
     """
 
     def __init__(self, device, seeds):
-        seeds = [int(seed) % (1 << 32) for seed in seeds]
+        seeds = [seed if isinstance(seed, torch.Generator) else int(seed) % (1 << 32)
+                 for seed in seeds]
         super().__init__(device, seeds, block=1, first=0, count=len(seeds))
         self.skipped = []  # (numbers of an image, their type), until something is drawn
 

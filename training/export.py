@@ -1,43 +1,58 @@
 """Networks in the forms that others read: safetensors with JSON, and a folder for diffusers."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
-import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
 from dnnlib import UserError
-from dnnlib.util import atomic_path, first_stranger, write_bytes, write_json
-from torch_utils.files.identify import DESCRIPTION, FOLDER_WEIGHTS
+from dnnlib.util import (
+    atomic_path,
+    first_stranger,
+    publishable,
+    to_json,
+    write_bytes,
+    write_json,
+)
+from torch_utils.files.identify import DESCRIPTION
 from torch_utils.files.own import SNAPSHOT_FORMAT
+from training.bundle import bundle
 from training.networks import NETWORKS
 from training.snapshot import Snapshot, describe, save_snapshot, stored_state
 
 DTYPES = {'float32': torch.float32, 'float16': torch.float16}
-_ROOT = Path(__file__).resolve().parents[1]
-_CODE = _ROOT / 'training' / 'diffusers_code'
 
-# What a folder for diffusers consists of.
-_FOLDER_FILES = (rf'model_index\.json|{DESCRIPTION}|README\.md|unet/config\.json|'
-                 rf'{FOLDER_WEIGHTS}|(?:unet/)?(?:pipeline|network|inner|code_\w+)\.py|'
-                 r'(?:unet/)?__pycache__/[^/]+\.pyc')
+# What a folder for diffusers consists of; of earlier versions too.
+_FOLDER_FILES = (
+    rf'model_index\.json|{DESCRIPTION}|README\.md|scheduler/scheduler_config\.json|'
+    r'(?:(?:unet|guide|vae)/)?(?:(?:pipeline|network|inner|\w+_[0-9a-f]{8}\w*)\.py|'
+    r'config\.json|diffusion_pytorch_model\.safetensors|__pycache__/[^/]+\.pyc)')
 
-README = """\
-# A network for diffusers
+CARD = """\
+# {name}
 
-Loading it runs the Python files in this folder:
+{what}, for [diffusers](https://github.com/huggingface/diffusers). Loading it runs the Python files
+in this folder, which need torch, diffusers, numpy and pillow alone:
 
 ```python
+import torch
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained('FOLDER', custom_pipeline='FOLDER',
-                                         trust_remote_code=True)
-images = pipe(seeds=range(4)).images
+pipe = DiffusionPipeline.from_pretrained('{name}', trust_remote_code=True)
+images = pipe({classes}batch_size=4, generator=torch.Generator().manual_seed(0)).images
 ```
+
+By default its own sampler makes the images: {sampler}. Others are names of samplers
+(`sampler='dpmpp-2m', num_inference_steps=20`), or schedulers of diffusers
+(`pipe.scheduler = pipe.make_scheduler(EDMDPMSolverMultistepScheduler)`).
+
+{facts}
 """
 
 
@@ -90,111 +105,117 @@ def save_safetensors(dest: str, snapshot: Snapshot, dtype=torch.float32):
             os.remove(dest)  # old weights must not meet the new description
 
 
-def save_folder(dest: str, snapshot: Snapshot, dtype=torch.float32):
+@dataclasses.dataclass
+class Card:
+    """What a folder for diffusers has besides the network.
+
+    guide     the network that guides it, with the strength `guidance` in the `interval` of levels
+    licence   of the weights, as the hub calls it
+    results   [what calculate_metrics.py wrote], for the model card
+    with_vae  whether its autoencoder goes into the folder
+    """
+
+    guide: torch.nn.Module | None = None
+    guidance: float = 1
+    interval: tuple[float, float] | None = None
+    licence: str = 'unknown'
+    results: Sequence[dict] = ()
+    with_vae: bool = False
+
+
+def save_folder(dest: str, snapshot: Snapshot, dtype=torch.float32, card=Card()):
     """Writes a folder that `diffusers.DiffusionPipeline.from_pretrained` opens: configuration,
-    weights as safetensors, and copies of the modules of this project that network and sampler
-    need. It appears only when complete."""
+    weights as safetensors, one file of code for each network and one for the pipeline, and a model
+    card. It appears only when complete.
+    """
     import diffusers
     description = describe(**vars(snapshot))
-    class_name = description['network']['class_name']
-    arguments = description['network']['kwargs']
-    inner = arguments.get('network', {}).get('class_name')
     version = dict(_diffusers_version=diffusers.__version__)
+    networks = dict(unet=snapshot) | (
+        {} if card.guide is None else dict(guide=Snapshot(card.guide, snapshot.encoder)))
     with atomic_path(dest, is_folder=True) as temp:
-        unet = os.path.join(temp, 'unet')
-        index = dict(_class_name=['pipeline', 'SnapshotPipeline'],
-                     unet=['network', 'SnapshotNetwork'], encoder=description['encoder'],
-                     sampler=description['sampler'], **version)
-        config = dict(_class_name='SnapshotNetwork', class_name=class_name, arguments=arguments,
-                      **version)
-        write_json(os.path.join(temp, 'model_index.json'), index)
-        write_json(os.path.join(temp, DESCRIPTION), description)
-        write_json(os.path.join(unet, 'config.json'), config)
-        readme = README.replace('FOLDER', os.path.basename(dest))
-        write_bytes(os.path.join(temp, 'README.md'), readme.encode())
-        write_bytes(os.path.join(temp, FOLDER_WEIGHTS), _weights(snapshot, dtype, 'net.'))
-        _write_code(temp, 'pipeline', {})
-        _write_code(unet, 'network', dict(architecture=class_name, inner=inner))
+        folder = Path(temp)
+        modules = {name: _save_network(folder / name, one, dtype, version)
+                   for name, one in networks.items()}
+        modules = dict.fromkeys(('guide', 'scheduler', 'vae'), [None, None]) | modules
+        index = dict(_class_name=['pipeline', 'SnapshotPipeline'], **version, **modules,
+                     description=description, guidance_scale=card.guidance,
+                     guidance_interval=card.interval)
+        if card.with_vae:
+            snapshot.encoder.prepare('cpu').save_pretrained(folder / 'vae')
+            index['vae'] = ['diffusers', 'AutoencoderKL']
+        contents = {'model_index.json': index, DESCRIPTION: description}
+        for name, content in contents.items():
+            write_json(str(folder / name), content)
+        code = bundle('training.diffusers_code.pipeline')
+        write_bytes(str(folder / 'pipeline.py'), code.encode())
+        name = os.path.basename(os.path.abspath(dest))
+        write_bytes(str(folder / 'README.md'), model_card(name, description, card).encode())
         if os.path.isfile(dest) or os.path.islink(dest):
             os.remove(dest)
 
 
-_IMPORT = re.compile(r'^( *)from (dnnlib|torch_utils|training)((?:\.\w+)*) import ([^\n]*)$',
-                     re.MULTILINE)
-_BESIDE = re.compile(r'^from \.(\w+) import', re.MULTILINE)
-_PLACES = {'encoders': 'training', 'samplers': 'training/diffusion'}  # what the templates import
+def _save_network(folder: Path, snapshot: Snapshot, dtype, version: dict) -> list[str]:
+    """Writes configuration, weights and code of a network; returns (module, class) of the code.
 
-
-def _write_code(folder: str, name: str, networks: dict):
-    """Writes the template `name` with copies of all modules of this project that it needs.
-
-    `networks`: {module: class name of the network that its `build_network` makes}. diffusers
-    copies all code that it loads into one folder and keeps modules by name: so the copies are
-    named by their content, and the template imports each of them, since diffusers copies no
-    others.
+    diffusers copies the code that it loads into one folder and keeps modules by name, so the name
+    depends on what is in it.
     """
-    sources = {}
-    for module, class_name in networks.items():
-        if class_name is None:
-            continue
-        place = NETWORKS[class_name]
-        sources[module] = f'''"""The architecture of this network."""
-
-from .{place} import {class_name}
-
-
-def build_network(class_name, **kwargs):
-    return {class_name}(**kwargs)
-'''
-        _gather(_ROOT / 'training' / 'networks' / f'{place}.py', sources)
-    template = (_CODE / f'{name}.py').read_text()
-    imported = set(_BESIDE.findall(template))
-    for module in imported & _PLACES.keys():
-        _gather(_ROOT / _PLACES[module] / f'{module}.py', sources)
-    prefix = 'code_' + hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()[:8]
-
-    def write(module, text):
-        text = re.sub(r'^( *)from \.(\w+) import', rf'\1from .{prefix}_\2 import', text,
-                      flags=re.MULTILINE)
-        text = re.sub(r'^( *)from \. import (\w+)$', rf'\1from . import {prefix}_\2 as \2', text,
-                      flags=re.MULTILINE)
-        write_bytes(os.path.join(folder, f'{module}.py'), text.encode())
-
-    for module, text in sources.items():
-        write(f'{prefix}_{module}', text)
-    others = ''.join(f'from .{module} import __doc__ as _{module}  # noqa: F401 for diffusers\n'
-                     for module in sorted(sources.keys() - imported))
-    first = _BESIDE.search(template).start()
-    write(name, template[:first] + others + template[first:])
+    class_name, arguments = snapshot.net.class_name, snapshot.net.init_kwargs
+    classes = filter(None, (arguments.get('network', {}).get('class_name'), class_name))
+    code = bundle('training.diffusers_code.network',
+                  [(f'training.networks.{NETWORKS[name]}', name) for name in classes]).encode()
+    module = f'{NETWORKS[class_name]}_{hashlib.sha256(code).hexdigest()[:8]}'
+    write_json(str(folder / 'config.json'), dict(
+        _class_name='SnapshotNetwork', class_name=class_name, arguments=arguments, **version))
+    write_bytes(str(folder / f'{module}.py'), code)
+    write_bytes(str(folder / 'diffusion_pytorch_model.safetensors'),
+                _weights(snapshot, dtype, 'net.'))
+    return [module, 'SnapshotNetwork']
 
 
-def _gather(path: Path, sources: dict):
-    """Adds a module and all of this project that it imports, with imports from beside, to {name:
-    source}."""
-    if path.stem in sources:
-        return
-    needed = []
-
-    def beside(match):
-        indent, package, inner, names = match.groups()
-        if (package, inner) == ('dnnlib', ''):                 # modules, and what util has
-            names = names.split(', ')
-            modules = [name for name in names if (_ROOT / package / f'{name}.py').is_file()]
-            needed.extend(_ROOT / package / f'{name}.py' for name in modules)
-            lines = [f'{indent}from . import {name}' for name in modules]
-            names = ', '.join(name for name in names if name not in modules)
-            if not names:
-                return '\n'.join(lines)
-            indent = '\n'.join([*lines, indent])
-            inner = '.util'
-        if (package, inner) == ('training', '.networks'):
-            return f'{indent}from .inner import {names}'
-        needed.append(_ROOT.joinpath(package, *inner.strip('.').split('.')).with_suffix('.py'))
-        return f'{indent}from .{inner.rpartition(".")[2]} import {names}'
-
-    sources[path.stem] = _IMPORT.sub(beside, path.read_text())
-    for module in needed:
-        _gather(module, sources)
+def model_card(name: str, description: dict, card: Card) -> str:
+    """README.md: front matter, which the hub reads, and how to sample."""
+    data = description['dataset']
+    classes = data.get('class_names') or data.get('classes') or [*range(data.get('label_dim', 0))]
+    recipe = {key: value for key, value in description['recipe'].items() if value is not None}
+    results = [(key, value, result) for result in publishable([*card.results])
+               for key, value in result['results'].items() if isinstance(value, int | float)]
+    trained = dict(images=description['nimg'], ema_std=description['ema_std'],
+                   sampler=description['sampler'])
+    front = dict(
+        license=card.licence, library_name='diffusers',
+        pipeline_tag='unconditional-image-generation',
+        tags=['diffusion', 'class-conditional' if classes else 'unconditional'],
+        datasets=[data['name']] if data.get('name') else [],
+        metrics=list(dict.fromkeys(key for key, *_ in results)),
+        classes=classes, data={key: data[key] for key in (
+            'name', 'size', 'resolution', 'num_channels', 'source', 'transform') if key in data},
+        recipe=recipe, trained=trained)
+    if results:
+        front['model-index'] = [dict(name=name, results=[dict(
+            task=dict(type='unconditional-image-generation'),
+            dataset=dict(name=str(result.get('ref')), type=str(result.get('ref'))),
+            metrics=[dict(type=key, value=value,
+                          name=f'{key}, {result.get("num_images")} images')])
+            for key, value, result in results])]
+    facts = [f'- {len(classes)} classes: {", ".join(map(str, classes[:20]))}'
+             + ', ...' * (len(classes) > 20)] if classes else []
+    if data.get('name'):
+        facts.append(f'- data: {data["name"]}, {data.get("size", "?")} images')
+    if description['nimg']:
+        facts.append(f'- trained on {description["nimg"]:,} images')
+    if card.guide is not None:
+        facts.append(f'- guided by a second network, with the strength {card.guidance:g}')
+    facts += [f'- {key} {value:.6g} of {result.get("num_images")} images against '
+              f'{result.get("ref")}' for key, value, result in results]
+    sampler = description['sampler'] or {}
+    lines = [f'{key}: {to_json(value)}' for key, value in publishable(front).items()]
+    text = CARD.format(
+        name=name, sampler=f'`{sampler.get("name")}`', facts='\n'.join(facts),
+        classes=f'class_labels={str(classes[0])!r}, ' if classes else '',
+        what=f'A diffusion model of class {description["network"]["class_name"]}')
+    return '\n'.join(['---', *lines, '---', '', text])
 
 
 EXPORTS = {'.pkl': save_pickle, '.safetensors': save_safetensors, '': save_folder}

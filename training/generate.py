@@ -150,27 +150,32 @@ def open_generator(net=None, *, preset=None, gnet=None, guidance=None, guidance_
         raise UserError('is of a file; give the guiding network', 'gnet_sha256', gnet_sha256)
     device = device or dist.get_device()
     snapshot = _open(net, device, sha256, allow_nonfinite)
-    guide = _open(gnet, device, gnet_sha256, allow_nonfinite).net if gnet else None
+    setting = choose_setting(snapshot.net, snapshot.sampler, sampler or {})
+    guiding = dict(guidance=guidance, guidance_interval=guidance_interval)
+    guide = open_guide(snapshot, gnet, setting['name'], **guiding, device=device,
+                       sha256=gnet_sha256, allow_nonfinite=allow_nonfinite)
     net, gnet = (None if isinstance(one, Snapshot) else one for one in (net, gnet))
-    Guided(snapshot.net, None, guide, guidance, guidance_interval)
     if model_url:
         snapshot.encoder = make_encoder(snapshot.encoder.config(), model_url)
     snapshot.encoder.allow_nonfinite = allow_nonfinite
     snapshot.encoder.prepare(device)
     classes = None if class_ is None else class_indices(snapshot.dataset, class_)
-    setting = choose_setting(snapshot.net, snapshot.sampler, sampler or {})
-    if guide is not None:
-        _check_guide(snapshot.net, guide, setting['name'], gnet)
     plain = plain_setting(setting)
-    guiding = dict(guidance=guidance, guidance_interval=guidance_interval)
     settings = dict(net=net, gnet=gnet, **guiding,
                     nimg=snapshot.nimg, class_name=class_, sampler=plain)
     options = dict(guide=guide, sampler=setting, **guiding)
     return Generator(snapshot, options, settings, classes)
 
 
-def _check_guide(net, guide, sampler: str, path: str):
-    """Raises UserError for a guide that does not fit the network."""
+def open_guide(snapshot: Snapshot, gnet: str | Snapshot | None, sampler: str, guidance: float,
+               guidance_interval, device='cpu', sha256=None, allow_nonfinite=False):
+    """The network that guides that of `snapshot` by the sampler of this name, or None. Raises
+    UserError for one that does not fit it."""
+    net = snapshot.net
+    guide = _open(gnet, device, sha256, allow_nonfinite).net if gnet else None
+    Guided(net, None, guide, guidance, guidance_interval)
+    if guide is None:
+        return None
     chain = getattr(net, 'diffusion', None) if sampler in ('ddim', 'ddpm') else None
     other = getattr(guide, 'diffusion', None)
     fault = None
@@ -181,7 +186,9 @@ def _check_guide(net, guide, sampler: str, path: str):
     elif chain and not (other and np.array_equal(other.sigmas, chain.sigmas)):
         fault = 'has other time steps (choose another sampler, e.g. edm)'
     if fault:
+        path = None if isinstance(gnet, Snapshot) else gnet
         raise UserError(f'{fault} than the network that it guides', field='gnet', value=path)
+    return guide
 
 
 def _open(path: str | Snapshot, device, sha256, allow_nonfinite) -> Snapshot:

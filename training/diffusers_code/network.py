@@ -1,9 +1,18 @@
-"""A denoiser of this project as a model of diffusers."""
+"""A denoiser as a model of diffusers, with all of its code."""
+
+import shutil
+import sys
+from pathlib import Path
 
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
-from .architecture import build_network
+CLASSES = {}
+
+
+def build_network(class_name: str, **arguments):
+    """The network, or the one inside of it."""
+    return CLASSES[class_name](**arguments)
 
 
 class SnapshotNetwork(ModelMixin, ConfigMixin):
@@ -29,6 +38,12 @@ class SnapshotNetwork(ModelMixin, ConfigMixin):
         if wrong:
             raise ValueError(f'{path} holds weights that do not fit: {", ".join(wrong[:3])}')
         return (net, info) if kwargs.get('output_loading_info') else net
+
+    def save_config(self, save_directory, *args, **kwargs):
+        """As of diffusers, and this file beside it."""
+        super().save_config(save_directory, *args, **kwargs)
+        code = Path(sys.modules[type(self).__module__].__file__)
+        shutil.copyfile(code, Path(save_directory, code.name))
 
     def forward(self, x, sigma, class_labels=None):
         return self.net(x, sigma, class_labels)

@@ -88,9 +88,11 @@ class AttentionBlock(nn.Module):
 class _Layers(nn.Sequential):
     """A sequence in which the residual blocks are given the embedding."""
 
+    block = ResBlock  # whatever this name means when diffusers has read an exported file again
+
     def forward(self, x, emb):
         for layer in self:
-            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+            x = layer(x, emb) if isinstance(layer, self.block) else layer(x)
         return x
 
 

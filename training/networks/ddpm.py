@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from training.networks.adm import ResBlock as ADMBlock
+from training.networks.adm import ResBlock
 from training.networks.layers import (
     GroupNorm,
     Network,
@@ -67,7 +67,7 @@ class AttnBlock(nn.Module):
         return x_NCHW + self.proj(attention(qkv, 1, 'qhc'))
 
 
-class ResBlock(ADMBlock):
+class DDPMBlock(ResBlock):
     """Residual block to which the embedding is added; `attn`: with attention behind it."""
 
     names = ('block1', 'temb_proj', 'block2', 'shortcut')
@@ -91,6 +91,8 @@ class DDPMUNet(Network):
     ADMUNet.
     """
 
+    block = DDPMBlock  # see adm.py
+
     def __init__(self, T, ch, ch_mult, attn, num_res_blocks, dropout, cond, augm, num_class,
                  img_resolution=32, img_channels=3, precision='fp32'):
         super().__init__(img_resolution, img_channels, num_class if cond else 0, precision)
@@ -106,7 +108,7 @@ class DDPMUNet(Network):
         def layer(kind, attention, c_in, c_out):
             if kind in ('down', 'up'):
                 return StridedConv(c_in, 'main', kind == 'up')
-            return ResBlock(c_in, c_out, tdim, dropout, attention)
+            return DDPMBlock(c_in, c_out, tdim, dropout, attention)
 
         self.head = conv(img_channels, ch, 3)
         widths = [ch * mult for mult in ch_mult]
@@ -127,7 +129,7 @@ class DDPMUNet(Network):
         """
         gains = {self.tail[-1]: 1e-5}
         for layer in self.modules():
-            if isinstance(layer, ResBlock):
+            if isinstance(layer, DDPMBlock):
                 gains[layer.layers[4]] = 1e-5
             elif getattr(layer, 'bias', None) is not None and layer.weight.ndim > 1:
                 draw_fan_average(layer, gains.get(layer, 1))
@@ -145,7 +147,7 @@ class DDPMUNet(Network):
             encoded.append(layer(encoded[-1], temb))
         h = encoded[-1]
         for layer in (*self.middleblocks, *self.upblocks):
-            if isinstance(layer, ResBlock) and layer.in_channels > h.shape[1]:
+            if isinstance(layer, self.block) and layer.in_channels > h.shape[1]:
                 h = torch.cat([h, encoded.pop()], dim=1)
             h = layer(h, temb)
         return self.tail(h.float())
