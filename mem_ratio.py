@@ -3,6 +3,7 @@ curve."""
 
 import json
 import os
+import textwrap
 
 import click
 
@@ -63,7 +64,8 @@ def save_trajectory(path: str, rows: list[dict], title: str):
         label = f'EMA {row["ema"]}' if row['ema'] else None
         point = (row['nimg'] / 1000, 100 * row['memorization_ratio'])
         curves.setdefault(label, []).append(point)
-    pictures.save_curves(path, curves, 'memorized samples (%)', ylim=(-3, 103), title=title)
+    pictures.save_curves(path, curves, 'memorized samples (%)', ylim=(-3, 103),
+                         title=textwrap.fill(title, 60))
 
 
 @click.command(cls=cli.Command)

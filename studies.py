@@ -138,6 +138,9 @@ class Study:
         for name, (title, rows) in (grids or {}).items():
             save_rows(rows, path=self.path(name), title=title, **self.grid)
             names.append(name)
+        from training.report import write_report
+        write_report(self.path('report.html'), [self.outdir])
+        names.append('report.html')
         print(f'\nWrote {", ".join(names)} to {self.outdir}')
 
 
@@ -333,13 +336,16 @@ def draw_lines(axis, table, x: str, y: str, group: str, labels: dict, each: str 
     """A line for each group in `labels` {group: label}: means of y by x over seeds.
 
     Bars go from the least to the largest seed, or are `interval(groups of seeds)` up and down.
-    Thin lines are means for each value of the column `each`, which is their marker. Values of x
-    are evenly spaced, in the order of `ticks` {value: its text}; `settings` are those of the axis.
+    Thin lines are means for each value of the column `each`; returned as {value: means}.
+    Values of x are evenly spaced, in the order of `ticks` {value: its text}; `settings` are those
+    of the axis.
     """
     ticks = ticks or {value: value for value in sorted(table[x].unique())}
     table = table.assign(**{x: table[x].map(list(ticks).index)})
-    for name, rows in table.groupby(each) if each else ():
-        axis.plot(rows.groupby(x)[y].mean(), color='0.55', linewidth=0.6, marker=f'${name}$')
+    thin = {name: rows.groupby(x)[y].mean() for name, rows in (
+        table.groupby(each) if each else ())}
+    for means in thin.values():
+        axis.plot(means, color='0.6', linewidth=0.6)
     for (name, label), series in zip(labels.items(), SERIES, strict=False):
         seeds = table[table[group] == name].groupby([x, 'seed'])[y].mean().groupby(x)
         mean = seeds.mean()
@@ -347,17 +353,31 @@ def draw_lines(axis, table, x: str, y: str, group: str, labels: dict, each: str 
         axis.errorbar(mean.index, mean, yerr=bars, elinewidth=0.7, zorder=3, label=label, **series)
     axis.set(xticks=range(len(ticks)), xticklabels=ticks.values(), **settings)
     axis.margins(x=0.15)
+    return thin
+
+
+def _name_ends(axis, lines: dict):
+    """Names at the right of lines {name: values}, above each other where these end together."""
+    low, high = axis.get_ylim()
+    free = low
+    for name, values in sorted(lines.items(), key=lambda line: line[1].iloc[-1]):
+        free = max(free, values.iloc[-1])
+        axis.annotate(name, (values.index[-1], free), (6, 0), textcoords='offset points',
+                      fontsize=6, color='0.45', va='center')
+        free += 0.05 * (high - low)
 
 
 @styled
-def draw_panels(panels: list[dict], rows: int = 1):
+def draw_panels(panels: list[dict], rows: int = 1, **limits):
     """A figure of rows of panels, each with the arguments of `draw_lines`. Those of a row have the
-    same y axis."""
+    same y axis, whose `limits` (bottom, top) may be given. Thin lines have their names."""
     columns = len(panels) // rows
     figure, axes = plt.subplots(rows, columns, figsize=(2.7 * columns, 2.5 * rows), squeeze=False,
                                 sharey='row')
-    for axis, panel in zip(axes.flat, panels, strict=True):
-        draw_lines(axis, **panel)
+    thin = [draw_lines(axis, **panel) for axis, panel in zip(axes.flat, panels, strict=True)]
+    for axis, panel, lines in zip(axes.flat, panels, thin, strict=True):
+        axis.set_ylim(**limits)
+        _name_ends(axis, lines)
         if any(panel['labels'].values()):
             axis.legend()
         axis.label_outer()

@@ -182,8 +182,8 @@ def draw(results: pd.DataFrame):
 def main(study):
     """Measures memorization of handwritten digits against size, number of classes and labels.
 
-    Writes results.csv, study.png and study.svg, and in models/ a run folder of train.py for each
-    model with a picture of its most memorized samples.
+    Writes results.csv, study.png and study.svg, report.html, and in models/ a run folder of
+    train.py for each model with a picture of its most memorized samples.
     """
     study.claim()
     models = plan(study)

@@ -246,8 +246,8 @@ def main(study):
     """Compares a student distilled without data with students of the teacher's samples and of real
     digits.
 
-    Writes results.csv, samples.png (real digits, teacher, students), and a folder with the
-    checkpoints of each model.
+    Writes results.csv, samples.png (real digits, teacher, students), report.html, and a folder
+    with the checkpoints of each model.
     """
     study.claim()
     convert = [studies.ROOT / 'dataset_tool.py', 'convert', '--source=digits',

@@ -308,7 +308,7 @@ class Written(Destination):
                                  f'another name, or give --overwrite', field, path)
 
 
-def _has_mark(path: str) -> bool:
+def has_mark(path: str) -> bool:
     with open(path, 'rb') as file:
         return util.MARK.encode() in file.read(4096)
 
@@ -356,8 +356,8 @@ def _parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
-PICTURE = Written('picture', ['.png'], _has_mark)
-DRAWING = Written('drawing', ['.svg'], _has_mark)
+PICTURE = Written('picture', ['.png'], has_mark)
+DRAWING = Written('drawing', ['.svg'], has_mark)
 FILE, FOLDER, ATOMIC = map(Destination, ('file', 'folder', 'atomic'))
 COUNT = Parsed('count', util.parse_count)           # 4096, 64Ki, 1.5Mi
 INT_LIST = Parsed('list', util.parse_int_list)      # 0,3,10-19

@@ -283,15 +283,18 @@ def draw(study: Study, classes: pd.DataFrame, results: pd.DataFrame, omegas):
     for axis, name in zip(panels, ('recognition', 'recall'), strict=True):
         studies.draw_lines(axis, at(classes, omegas), 'class', name, 'method', labels, ticks=ticks,
                            xlabel='digit, and its training images', ylabel=name, ylim=(0, 1.02))
+        axis.tick_params('x', labelsize=5.5)                   # ten counts of three digits
+        axis.margins(x=0.06)
     panels[0].legend()
     means = results.query('group == "few"').groupby(['method', 'omega'])[
         ['recognition', 'recall']].mean()
     for method, series in zip(omegas, studies.SERIES, strict=False):
         curve = means.loc[method]
         trade.plot(*curve.to_numpy().T, **series)
-        for omega in curve.index[[0, -1]]:
-            trade.text(*curve.loc[omega], f'  $\\omega$={omega:g}', fontsize=6)
-    trade.set(xlabel='recognition, few', ylabel='recall, few')
+        trade.plot(*curve.iloc[0], zorder=3, markerfacecolor='white', **series)
+    steps = ', '.join(f'{omega:g}' for omega in means.index.unique('omega'))
+    trade.set_title(f'$\\omega$ = {steps} (from the hollow mark on)', fontsize=6)
+    trade.set(xlabel='recognition, few images', ylabel='recall, few images')
     shown = {'training images': datasets.open_data('digitslt', '', **TAIL)} | {
         METHODS[method]: study.result(Model(method, min(study.seeds)), omega, '.npz')
         for method, omega in omegas.items()}
@@ -309,8 +312,8 @@ def main(study):
     """Compares plain, class-balancing and fine-tuned diffusion models on long-tailed handwritten
     digits.
 
-    Writes classes.csv, results.csv, label-effect.csv, study.png and study.svg, and in models/ a
-    run folder of main.py for each model.
+    Writes classes.csv, results.csv, label-effect.csv, study.png and study.svg, report.html, and in
+    models/ a run folder of main.py for each model.
     """
     study.claim()
     chains = plan(study)

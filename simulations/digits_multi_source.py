@@ -192,6 +192,7 @@ def show(summary: pd.DataFrame):
           + shown.to_string(index=False))
 
 
+@studies.styled
 def draw(results: pd.DataFrame):
     """Distance in thousands against the number of sources, a panel for each n; thin lines are the
     classes, the dotted one the training images."""
@@ -202,12 +203,13 @@ def draw(results: pd.DataFrame):
     groups = dict(list(table.groupby('n')))
     figure = studies.draw_panels([
         dict(table=rows, title=f'{n} training images of each class', **shared)
-        for n, rows in groups.items()])
+        for n, rows in groups.items()], bottom=0)
     for axis, rows in zip(figure.axes, groups.values(), strict=True):
         axis.axhline(rows[TRAINING].mean() / 1000, color='0.4', linestyle=':',
                      label='the training images')
-        axis.legend()
-        axis.set_ylim(bottom=0)
+        axis.get_legend().remove()                             # one for all, where no line is
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc='outside lower center',
+                  ncols=3)
     return figure
 
 
@@ -233,8 +235,8 @@ def main(study):
     """Compares models of one class with models of many, on handwritten digits.
 
     Writes results.csv (each model and class), summary.csv (means with 95% intervals over seeds),
-    study.png and study.svg, samples-n<NUM>.png, and in models/ a run folder of train_edm2.py for
-    each model.
+    study.png and study.svg, samples-n<NUM>.png, report.html, and in models/ a run folder of
+    train_edm2.py for each model.
     """
     study.claim()
     models = plan(study)

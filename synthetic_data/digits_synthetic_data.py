@@ -137,8 +137,10 @@ def draw(results: pd.DataFrame, eps: float):
         panels += [dict(
             table=rows.assign(percent=percent), x='data', y='percent', group='training',
             labels={training: None}, each='seed', ticks=ticks, ylabel=label,
-            title=f'{training} training', ylim=(middle - half, middle + half))
-            for training, rows in results.groupby('training', sort=False)]
+            title=f'{training} training' if kind == 'clean' else '',
+            ylim=(middle - half, middle + half))
+            for training in evaluate_data.TRAINING
+            if len(rows := results[results['training'] == training])]
     return studies.draw_panels(panels, rows=2)
 
 
@@ -160,7 +162,7 @@ def main(study):
     """Compares classifiers on few real digits with those on real and generated ones.
 
     Writes results.csv (each classifier), summary.csv (means over seeds), study.png, study.svg and
-    samples.png.
+    samples.png and report.html.
     """
     study.claim()
     for seed in study.seeds:

@@ -115,6 +115,8 @@ MISTAKES = {
         '--net=<net.pkl> --sigma_max=nan': '--sigma_max', '--net=<net.pkl> --guidance=nan': '--guidance',
         '--net=<net.pkl> --guidance-interval=nan,1': '--guidance-interval',
         '--net=<net.pkl> --seeds=5-x': '--seeds', '--net=<net.pkl> --outdir=<cifar>': 'not empty'},
+    'report.py': {'': 'RUN', 'nowhere': 'nowhere is no folder of a run', '<run> --dest=x.txt': '.html',
+                  '<cifar> --dest=x.html': 'has neither training_options.json'},
     'reconstruct_phema.py': {
         '--indir=nowhere --outstd=0.1': 'nowhere', '--indir=. --outstd=0.1': 'no snapshots',
         '--indir=. --outstd=0.5': '--outstd', '--indir=<run> --outstd=0.1': 'no snapshots', '--indir=. --outstd=x': '--outstd'},

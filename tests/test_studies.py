@@ -191,6 +191,7 @@ def test_tables_and_pictures(name, finished):
     for picture, width in CASES[name].pictures.items():
         with PIL.Image.open(outdir / f'{picture}.png') as image:
             assert image.width > width
+    assert 'report.html' in text and f'<h1>{outdir.name}</h1>' in (outdir / 'report.html').read_text()
     if 'study' in CASES[name].pictures:
         assert (outdir / 'study.svg').stat().st_size > 10_000
 
@@ -601,11 +602,12 @@ def test_the_table_is_that_of_the_metrics(name, finished, tmp_path):
 def test_the_grid_has_a_row_of_digits_and_one_for_each_model(name, finished):
     outdir, _ = finished
     grid = np.asarray(PIL.Image.open(outdir / 'samples.png'))
-    assert grid.shape[0] == 6 * 34 + 2                         # tiles of 32 pixels, lines between
+    grid = grid[-(6 * 51 + 3):]                                # tiles of 48 pixels, lines between
+    assert (grid[:3] == 255).all()                             # below the title
     for row, file in enumerate(['digits.zip', *(f'samples/{model}.npz' for model in MODELS)]):
         first = open_images(str(outdir / file)).images([0])[0].transpose(1, 2, 0)
-        tile = grid[2 + 34 * row:34 + 34 * row, grid.shape[1] - 34 * 16:][:, :32]
-        assert np.array_equal(tile, first.repeat(4, axis=0).repeat(4, axis=1))
+        tile = grid[3 + 51 * row:51 + 51 * row, grid.shape[1] - 51 * 16:][:, :48]
+        assert np.array_equal(tile, first.repeat(6, axis=0).repeat(6, axis=1))
 
 
 def test_recognition_tells_digits_from_what_is_none():
