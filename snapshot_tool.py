@@ -28,7 +28,7 @@ with lazy.imports(__name__ == '__main__'):
     from torch_utils.files.weights import nonfinite
     from training import export
     from training.encoders import make_encoder
-    from training.flops import count_products
+    from training.flops import ASSUMED, count_products, image_shape
     from training.generate import open_guide
     from training.networks import build_network
     from training.networks.infer import READERS, infer
@@ -91,7 +91,9 @@ def inspect(file, sha256, weights, settings):
 @source(required=False)
 @text('NAME', '--preset', 'Instead of a file: network of a preset of train_edm2.py',
       type=click.Choice(list(PRESETS)))
-def flops(file, sha256, weights, settings, preset):
+@text('WxH', '--resolution', 'Of the image, for a network that takes any  [default: of its '
+      'training data, else 32x32]', type=cli.SIZE)
+def flops(file, sha256, weights, settings, preset, resolution):
     """Count parameters and products of one evaluation of a network, for one image.
 
     A multiplication and its addition count as one, as in the table of EDM2; with the additions it
@@ -103,17 +105,32 @@ def flops(file, sha256, weights, settings, preset):
     """
     if (file is None) == (preset is None):
         raise UserError('give a file or --preset')
+    dataset = {}
     if preset:
         with torch.device('meta'):
             net = build_network(**network_of(preset))
     else:
-        net = load_snapshot(file, sha256=sha256, weights=weights, options=dict(settings),
-                            allow_nonfinite=True).net
+        snapshot = load_snapshot(file, sha256=sha256, weights=weights, options=dict(settings),
+                                 allow_nonfinite=True)
+        net = snapshot.net
+        dataset = snapshot.dataset
+    known = image_shape(net.init_kwargs, dataset)
+    shape = known or ASSUMED
+    if resolution:
+        if fixed := image_shape(net.init_kwargs, {}):
+            raise UserError(f'is that of the network, {_size(fixed)}; leave it out', 'resolution')
+        shape = (shape[0], *resolution[::-1])
     parameters = sum(value.numel() for value in net.parameters())
-    products, (channels, side, _) = count_products(net)
-    for key, value in {'image': f'{side}x{side}, {channels} channels',
-                       'parameters': f'{parameters:,}', 'GFLOP': f'{products / 1e9:.4g}'}.items():
+    note = '' if known or resolution else ' (assumed; --resolution sets it)'
+    for key, value in {'image': f'{_size(shape)}, {shape[0]} channels{note}',
+                       'parameters': f'{parameters:,}',
+                       'GFLOP': f'{count_products(net, shape) / 1e9:.4g}'}.items():
         print(f'{key:24} {value}')
+
+
+def _size(shape: tuple) -> str:
+    """WIDTHxHEIGHT of images [C,H,W]."""
+    return f'{shape[2]}x{shape[1]}'
 
 
 @main.command()
@@ -191,8 +208,8 @@ def describe(found: Found, options: dict | None = None) -> dict:
     training = {}
     if found.kind in ('snapshot', 'safetensors'):
         network = content['network']
-        lines |= describe_network(network['class_name'], network['kwargs'])
         dataset = content['dataset']
+        lines |= describe_network(network['class_name'], network['kwargs'], dataset=dataset)
         names = dataset.get('class_names') or dataset.get('classes') or []
         more = f', ... ({len(names)})' if len(names) > 10 else ''
         training = {
@@ -219,17 +236,19 @@ def describe(found: Found, options: dict | None = None) -> dict:
     return {key: ' '.join(str(value)[:300].split()) for key, value in (lines | training).items()}
 
 
-def describe_network(class_name: str, kwargs: dict, assumed=()) -> dict:
+def describe_network(class_name: str, kwargs: dict, assumed=(), dataset=None) -> dict:
     """Architecture, arguments, resolution and labels, {name: text}."""
     inner = kwargs.get('network', kwargs)
-    resolution = inner.get('img_resolution', inner.get('image_size'))
+    fixed = image_shape(kwargs, {})
+    seen = image_shape(kwargs, dataset or {})
+    learned = f' (learned from {_size(seen)})' if seen else ''
     labels = inner.get('label_dim', inner.get('num_classes', inner.get('num_class')))
     conditional = inner.get('class_cond', inner.get('cond', bool(labels)))
     return {'architecture': class_name} | {
         f'  {key}': f'{value}{"   (assumed)" if key in assumed else ""}'
         for key, value in kwargs.items()
     } | {
-        'resolution': f'{resolution}x{resolution}' if resolution else 'any',
+        'resolution': _size(fixed) if fixed else f'any{learned}',
         'labels': f'{labels or "1000"} classes' if conditional else 'none (unconditional)',
     }
 

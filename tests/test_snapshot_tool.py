@@ -183,7 +183,7 @@ def test_products_are_counted_as_by_hand():
     net = build_network('Precond', img_resolution=8, img_channels=3, label_dim=3, model_channels=8, channel_mult=[1],
                         num_blocks=1, attn_resolutions=[])
     images = 9 * (4 * 8 + 2 * 64 + 4 * 64 + 2 * (16 * 8 + 64) + 8 * 3) + 2 * 16 * 8
-    assert count_products(net) == (64 * images + 64 + 3 * 8 + 5 * 64, (3, 8, 8))
+    assert count_products(net) == 64 * images + 64 + 3 * 8 + 5 * 64
 
 
 @pytest.mark.parametrize('case', [case for case in golden_cases.cases('networks') if 'kwargs' in case.json and (
@@ -192,7 +192,7 @@ def test_products_of_every_architecture(case):
     """One for each weight at least."""
     net = build_network(case.json['reference']['class'], **case.json['kwargs'])
     weights = sum(value.numel() for value in net.parameters() if value.ndim == 4)
-    assert count_products(net)[0] > weights
+    assert count_products(net) > weights
 
 
 def test_flops(source):
@@ -202,3 +202,22 @@ def test_flops(source):
     out = invoke('snapshot_tool.py', 'flops', '--preset=edm2-img512-xs').split()
     assert out[1:3] == ['64x64,', '4'] and out[5] == '124,713,253' and out[-1] == '44.95'    # published: 125M and 46
     assert '--preset' in fails('snapshot_tool.py', 'flops')
+    assert 'is that of the network, 8x8' in fails('snapshot_tool.py', 'flops', path, '--resolution=16', *SETTINGS.get(kind, []))
+
+
+def test_the_images_of_a_network_that_takes_any(tmp_path):
+    """Those of its data, or those asked for; else they are assumed, and it says so."""
+    net = build_network('WideResNet', name='wrn-10-1', num_classes=3)
+    learned, bare = str(tmp_path / 'learned.pkl'), str(tmp_path / 'bare.pt')
+    save_snapshot(learned, net, encoder=encoders.RGBEncoder(), dataset={'name': 'x', 'resolution': 16, 'num_channels': 3}, recipe={})
+    torch.save(net.state_dict(), bare)
+
+    def products(*args):
+        out = invoke('snapshot_tool.py', 'flops', *args)
+        return out.splitlines()[0].split(None, 1)[1], float(out.split()[-1])
+
+    (of_data, few), (asked, many), (assumed, same) = map(lambda args: products(*args), [
+        [learned], [learned, '--resolution=32x32'], [bare]])
+    assert (of_data, asked) == ('16x16, 3 channels', '32x32, 3 channels')
+    assert assumed == '32x32, 3 channels (assumed; --resolution sets it)' and many == same > 3.9 * few
+    assert 'any (learned from 16x16)' in invoke('snapshot_tool.py', 'inspect', learned)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-CLASSIFIED = 32  # side of the images of classifiers, which take any
+ASSUMED = (3, 32, 32)  # images of a network that takes any, where nothing says what it has seen
 
 
 class _FusedAttention(TorchFunctionMode):
@@ -60,14 +60,29 @@ class _Meter(TorchDispatchMode):
         self._bytes -= size
 
 
-def count_products(net: torch.nn.Module) -> tuple[int, tuple]:
-    """(products, shape of the image) of one evaluation of one image.
+def image_shape(arguments: dict, dataset: dict) -> tuple | None:
+    """(C, H, W) of the images of a network: what its constructor arguments say; of one that takes
+    any, the description of the data that it has learned. None if neither says anything.
+    """
+    inner = arguments.get('network', arguments)
+    resolution = inner.get('img_resolution', inner.get('image_size'))
+    channels = inner.get('img_channels', 3)
+    if resolution is None:
+        resolution = dataset.get('resolution')
+        channels = dataset.get('num_channels', 3)
+    if resolution is None:
+        return None
+    height, width = [resolution] * 2 if isinstance(resolution, int) else resolution
+    return channels, height, width
 
-    `net` goes to torch's device `meta`: it has no weights afterwards.
+
+def count_products(net: torch.nn.Module, shape: tuple | None = None) -> int:
+    """Products of one evaluation of an image [C,H,W] of `shape`; None: `image_shape`, or ASSUMED.
+
+    `net` is from `build_network`, and goes to torch's device `meta`: it has no weights afterwards.
     """
     net = net.to('meta').eval()
-    side = getattr(net, 'img_resolution', CLASSIFIED)
-    shape = (getattr(net, 'img_channels', 3), side, side)
+    shape = shape or image_shape(net.init_kwargs, {}) or ASSUMED
     arguments = {}
     if hasattr(net, 'diffusion'):          # else its step would be looked up, by its value
         arguments['step'] = torch.zeros(1, dtype=torch.int64, device='meta')
@@ -78,7 +93,7 @@ def count_products(net: torch.nn.Module) -> tuple[int, tuple]:
     meter = _Meter(net)
     with torch.no_grad(), meter:
         net(torch.zeros(1, *shape, device='meta'), **arguments)
-    return meter.products, shape
+    return meter.products
 
 
 # --- A step of training --------------------------------------------------------------------------
