@@ -359,12 +359,15 @@ def draw_lines(axis, table, x: str, y: str, group: str, labels: dict, each: str 
 def _name_ends(axis, lines: dict):
     """Names at the right of lines {name: values}, above each other where these end together."""
     low, high = axis.get_ylim()
-    free = low
-    for name, values in sorted(lines.items(), key=lambda line: line[1].iloc[-1]):
-        free = max(free, values.iloc[-1])
-        axis.annotate(name, (values.index[-1], free), (6, 0), textcoords='offset points',
-                      fontsize=6, color='0.45', va='center')
-        free += 0.05 * (high - low)
+    gap = 0.06 * (high - low)
+    place = low
+    ends = sorted(lines.items(), key=lambda line: line[1].iloc[-1])
+    for below_top, (name, values) in zip(range(len(ends) - 1, -1, -1), ends, strict=True):
+        # Above the last one, and with room for those that follow.
+        place = min(max(place, values.iloc[-1]), high - gap * below_top)
+        axis.annotate(name, (values.index[-1], place), (6, 0), textcoords='offset points',
+                      fontsize=6, color='0.45', va='center', annotation_clip=False)
+        place += gap
 
 
 @styled

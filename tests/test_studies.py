@@ -180,6 +180,18 @@ def calculated(*args) -> dict:
     return json.loads(pathlib.Path(dest).read_text())['results']
 
 
+def test_names_of_lines_that_end_together_stand_above_each_other():
+    rows = [dict(x=x, seed=seed, y=10 + (seed == 0) * x, kind='a') for x in (1, 2) for seed in range(5)]
+    panel = dict(table=pd.DataFrame(rows), x='x', y='y', group='kind', labels={'a': None}, each='seed')
+    figure = studies.draw_panels([panel, panel], bottom=0)
+    figure.canvas.draw()
+    for axis in figure.axes:
+        assert [text.get_text() for text in axis.texts] == list('12340') and axis.get_ylim()[0] == 0
+        boxes = [text.get_window_extent() for text in axis.texts]
+        assert all(below.y1 <= above.y0 for below, above in itertools.pairwise(boxes))
+    studies.plt.close(figure)
+
+
 # What all studies do
 
 

@@ -154,13 +154,13 @@ def _data(run: Run) -> str:
     data = run.options.get('dataset')
     data = data if isinstance(data, dict) else {}
     parts = []
-    if (size := number(data.get('size'))) is not None:
+    if size := number(data.get('size')):                       # 0: of a teacher, without images
         parts.append(f'{size:,.0f} images')
     if (side := number(data.get('resolution'))) is not None:
         parts.append(f'{side:.0f} × {side:.0f} pixels' if number(data.get('num_channels')) in (
             None, 1, 3, 4) else f'{side:.0f} × {side:.0f} latents')
     if classes := number(data.get('label_dim')):
-        parts.append(f'{classes:,.0f} classes')
+        parts.append(f'{classes:,.0f} class' + 'es' * (classes != 1))
     name = data.get('name') or run.options.get('data') or run.options.get('data_type')
     return f'{text_of(name)}: {", ".join(parts)}' if name and parts else text_of(name)
 
@@ -207,10 +207,14 @@ def _plain(value) -> str:
         return f'[{text_of(value)}]'
     if isinstance(value, dict):
         first = [text_of(value[key]) for key in ('name', 'class_name') if value.get(key)][:1]
-        return ', '.join(first + [f'{text_of(key)}={_plain(item)}' for key, item in
+        return ', '.join(first + [f'{text_of(key)}={_part(item)}' for key, item in
                                   list(value.items())[:100]
                                   if key not in ('name', 'class_name') and item is not None])
     return text_of(value)
+
+
+def _part(value) -> str:
+    return f'({_plain(value)})' if isinstance(value, dict) else _plain(value)
 
 
 def _flat(values: dict, path: str = '') -> dict[str, str]:
