@@ -191,7 +191,7 @@ def train(config: dict, outdir: str, desc=None, nosubdir: bool = False, **runnin
     with renamed_fields(**OPTION_NAMES):
         recipe.fit(rules, run_dir, net, loss, batches, resume_from=resume_from,
                    options=config | dict(seed=seed, schedule=lengths, name=name),
-                   outputs=[recipe.sample_grids(run_dir, encoder, dataset, rules)],
+                   outputs=[recipe.sample_grids(run_dir, encoder, rules)],
                    advice='python calculate_metrics.py memorization --net={snapshot} --data='
                    + shlex.quote(config['data']), **running)
     return run_dir

@@ -93,7 +93,7 @@ def train(config: dict, outdir: str, **running) -> bool:
         loss = EDM2Loss(config['P_mean'], config['P_std'], net.sigma_data,
                         augment=edm_augmentation(config['augment']))
         batches = DatasetBatches(dataset, encoder, dist.get_device(), config['seed'])
-        grids = recipe.sample_grids(outdir, encoder, dataset, plan)
+        grids = recipe.sample_grids(outdir, encoder, plan)
         return recipe.fit(plan, outdir, net, loss, batches, options=config, outputs=[grids],
                           advice='python generate_images.py --net={snapshot} --seeds=0-63 '
                           '--grid=samples.png', **running)

@@ -72,6 +72,9 @@ class Architecture:
 class Diffusion:
     """A diffusion file: the process of T = `diffusion_steps` steps, and what networks predict of
     it.
+
+    variance     of the steps, if it is not learned: fixed_large or fixed_small
+    beta_range, sigma_range  see GaussianDiffusion
     """
 
     learn_sigma: bool
@@ -86,6 +89,24 @@ class Diffusion:
     clip_denoised: bool = True
     clip_last: bool = False
     clip_first: bool = False
+    variance: str = 'fixed_large'
+    beta_range: list[float] | None = None
+    sigma_range: list[float] | None = None
+
+    @classmethod
+    def of(cls, diffusion: dict, clip: bool):
+        """The diffusion with these arguments of GaussianDiffusion."""
+        named = {name: diffusion[name] for name in ('beta_range', 'sigma_range', 'variance')
+                 if diffusion.get(name)}
+        learned = named.get('variance', 'learned_range') == 'learned_range'
+        if learned:
+            named.pop('variance', None)
+        return cls(
+            learn_sigma=learned, diffusion_steps=diffusion.get('steps', 1000),
+            noise_schedule=diffusion.get('schedule', 'linear'), clip_denoised=clip,
+            timestep_respacing=diffusion.get('respacing', ''),
+            predict_xstart=diffusion.get('predict') == 'start',
+            rescale_timesteps=diffusion.get('rescale_timesteps', False), **named)
 
     def arguments(self) -> dict:
         """Arguments of GaussianDiffusion."""
@@ -93,10 +114,12 @@ class Diffusion:
         return dict(
             schedule=self.noise_schedule, steps=self.diffusion_steps,
             respacing=self.timestep_respacing,
-            variance='learned_range' if self.learn_sigma else 'fixed_large',
+            variance='learned_range' if self.learn_sigma else self.variance,
             loss='rescaled_kl' if self.use_kl else mse,
             predict='start' if self.predict_xstart else 'epsilon',
-            rescale_timesteps=self.rescale_timesteps)
+            rescale_timesteps=self.rescale_timesteps,
+            **{name: getattr(self, name) for name in ('beta_range', 'sigma_range')
+               if getattr(self, name)})
 
 
 @section
@@ -122,8 +145,17 @@ class Network:
 
 @section
 class Teacher(Network):
-    """What is distilled, and how its chains make the batches. `BATCH` is rho."""
+    """What is distilled, and how its chains make the batches. `BATCH` is rho.
 
+    model     None: the file, whatever made it, says what its network is
+    gnet      then: file or URL of a network that guides it, or self: it, told no class
+    guidance, guidance_interval  strength, and the levels lo < sigma <= hi that are guided
+    """
+
+    model: Architecture | None
+    gnet: str = ''
+    guidance: float = 1.0
+    guidance_interval: list[float] | None = None
     model_path: str
     iter_choice: str
     BATCH: float
@@ -312,6 +344,41 @@ def read_experiment(path: str, overrides=()) -> Experiment:
     return _read(Experiment, path, _load(path, '--config'), overrides)
 
 
+def own_name(path: str) -> str:
+    """What the runs of one's own teacher are called: the name of its file, or of its run."""
+    stem = Path(path.rstrip('/')).stem
+    folder = Path(path).absolute().parent.name
+    return stem.replace('network-snapshot', folder) if stem.startswith('network-snap') else stem
+
+
+def own_experiment(path: str, shape, classes: int, diffusion: Diffusion, overrides=()
+                   ) -> Experiment:
+    """The experiment of one's own teacher in a file, of images of `shape` (channels, side) and
+    `classes`; a student of 14M-CNN's width, with as many levels as leave a side of 4 or more.
+    """
+    channels, side = shape
+    sides = [side >> level for level in range(4) if side % 2**level == 0 and side >> level >= 4]
+    model = Architecture(
+        image_size=side, img_channels=channels, class_cond=classes > 0,
+        num_classes=classes or 1000, num_channels=64, num_res_blocks=3, num_head_channels=32,
+        attention_resolutions=','.join(str(size) for size in sides if size <= 16),
+        channel_mult=','.join('1222'[:len(sides)]), resblock_updown=True,
+        use_new_attention_order=True)
+    name = own_name(path)
+    teacher = Teacher(
+        model=None, diffusion=diffusion, model_path=path, iter_choice=CHAINS[0], BATCH=0.4,
+        batch_size=256, tempfile=os.path.join('experiments', 'cache', f'{name}.cache'))
+    student = Training(model=model, diffusion=diffusion, total_steps=100_000)
+    content = OmegaConf.create(dataclasses.asdict(Experiment(teacher=teacher, student=student)))
+    experiment = _read(Experiment, path, content, overrides)
+    for name in ('image_size', 'img_channels', 'class_cond', 'num_classes'):
+        value, changed = (getattr(each, name) for each in (model, experiment.student.model))
+        if changed != value:
+            raise UserError(f"student.model.{name}: {changed} differs from the teacher's {value}")
+    experiment.student.diffusion = experiment.teacher.diffusion
+    return experiment
+
+
 def read_network(path: str, overrides=()) -> Training:
     """A flat file, or the student of an experiment (overrides then begin with `student.`)."""
     content = _load(path, '--config')
@@ -337,10 +404,18 @@ def _parse_metrics(text: str) -> list[str]:
     return compute.parse_metrics(text)
 
 
-common_options = together(
-    text('YAML', '--config', 'Experiment or network, see yaml/', required=True),
-    seed('--seed', 0, 'Seed of everything random'), fast_products, verify,
-    click.argument('overrides', metavar='[KEY=VALUE]...', nargs=-1))
+def _common(*network):
+    return together(
+        *network, seed('--seed', 0, 'Seed of everything random'), fast_products, verify,
+        click.argument('overrides', metavar='[KEY=VALUE]...', nargs=-1))
+
+
+common_options = _common(
+    text('YAML', '--config', 'Experiment or network, see yaml/', required=True))
+experiment_options = _common(
+    text('YAML', '--config', 'Experiment, see yaml/'),
+    text('FILE|URL', '--teacher', "In its place: one's own teacher, any network that can be "
+         'sampled; student, chain and cache follow from it, and KEY=VALUE changes them'))
 run_options = together(
     text('DIR', '--outdir --exp_dir',
          'Where checkpoints go  [default: experiments/NAME of the configuration]',
@@ -353,6 +428,9 @@ run_options = together(
         dry_run, bench_steps))
 
 
-def default_outdir(config: str) -> str:
-    """experiments/NAME for the configuration .../NAME.yaml."""
-    return os.path.join('experiments', Path(config).stem)
+def default_outdir(config: str | None, teacher: str | None = None) -> str:
+    """experiments/NAME for the configuration .../NAME.yaml; experiments/NAME-student for one's own
+    teacher.
+    """
+    name = Path(config).stem if config else f'{own_name(teacher)}-student'
+    return os.path.join('experiments', name)

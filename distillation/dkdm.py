@@ -11,6 +11,7 @@ This goes beyond the paper, whose networks have no classes.
 """
 
 import dataclasses
+import math
 import random
 import time
 
@@ -49,15 +50,47 @@ class ProcessRandom:
 
 
 class Teacher:
-    """A DiscreteDenoiser that advances images by one step, in evaluation mode and without
+    """A denoiser that advances images by one step of a chain, in evaluation mode and without
     gradients.
+
+    diffusion  the chain; None: that of the network, a DiscreteDenoiser
+    guide      a network that guides it: output = guide + guidance (network - guide), of the noise
+               (and so of D), where the level of an image is in `interval`, lo < sigma <= hi
+
+    A denoiser D(x; sigma) of any level sees x_t / sqrt(abar_t) = x_0 + sigma_t z with sigma_t^2 =
+    (1 - abar_t) / abar_t: its noise is (x_t / sqrt(abar_t) - D) / sigma_t.
     """
 
-    def __init__(self, net):
+    def __init__(self, net, diffusion=None, guide=None, guidance: float = 1, interval=None):
         self.net = net.eval().requires_grad_(False)
-        self.diffusion = net.diffusion
+        self.diffusion = diffusion or net.diffusion
+        self.guide = guide
+        self.guidance = guidance
+        self.interval = interval or (0, math.inf)
+        self.clip = getattr(net, 'clip', False)
         self.num_classes = net.label_dim
         self.image_shape = [net.img_channels, net.img_resolution, net.img_resolution]
+
+    def _call(self, net, x, t, labels):
+        """What a network says of x_t: the noise, and variances if it has some."""
+        diffusion = self.diffusion
+        if hasattr(self.net, 'diffusion'):
+            return net(x, step=diffusion.model_steps(t), class_labels=labels).float()
+        sigma = diffusion.table('sigmas', t)
+        x = x / diffusion.table('sqrt_abar', t)
+        return (x - net(x, sigma, class_labels=labels).float()) / sigma
+
+    def output(self, x, t, labels=None) -> torch.Tensor:
+        """The output for x_t [N,C,H,W] at t [N], guided: that of a network of the chain."""
+        output = self._call(self.net, x, t, labels)
+        if self.guide is None:
+            return output
+        C = x.shape[1]
+        sigma = self.diffusion.table('sigmas', t)
+        low, high = self.interval
+        guided = self._call(self.guide, x, t, labels)[:, :C].lerp(output[:, :C], self.guidance)
+        noise = torch.where((low < sigma) & (sigma <= high), guided, output[:, :C])
+        return torch.cat([noise, output[:, C:]], dim=1)
 
     def noise(self, count: int, rng: ProcessRandom) -> Cache:
         """Images at level T, on the device of `rng`, of random classes if there are any."""
@@ -80,9 +113,9 @@ class Teacher:
         labels = None
         if images.classes is not None:
             labels = one_hot(images.classes, self.num_classes).float().to(rng.device)
-        output = self.net(x, step=self.diffusion.model_steps(t), class_labels=labels).float()
+        output = self.output(x, t, labels)
         noise = rng.randn(x.shape)
-        images.x = self.diffusion.ancestral_step(output, x, t, noise, self.net.clip)
+        images.x = self.diffusion.ancestral_step(output, x, t, noise, self.clip)
         return {'images': x, 't': t, 'teacher': output, 'previous': images.x, 'labels': labels}
 
 

@@ -15,10 +15,16 @@ from dnnlib.util import hash_file, renamed_fields
 from metrics.scoring import Scorer
 from torch_utils import distributed as dist
 from torch_utils.files.identify import read_state_dict
+from torch_utils.files.weights import fingerprint as weights_fingerprint
 from torch_utils.files.weights import load_weights
 from torch_utils.random import tuple_seed
 from training import recipe
+from training.diffusion.gaussian import GaussianDiffusion
+from training.diffusion.samplers import without_labels
+from training.encoders import RGBEncoder
+from training.generate import open_guide
 from training.networks import build_network
+from training.snapshot import Snapshot, load_denoiser
 from training.watch import Watch
 
 PREPARING, TRAINING = 0, 1  # what random numbers are for
@@ -60,11 +66,62 @@ def process_random(seed: int, purpose: int) -> ProcessRandom:
     return ProcessRandom(tuple_seed(seed, dist.get_rank(), purpose), dist.get_device())
 
 
-def open_teacher(section: configs.Teacher) -> Teacher:
-    """The teacher with its weights, on the device of this process."""
-    net = build(section, section.model_path).to(dist.get_device())
-    describe('Teacher', net)
-    return Teacher(net)
+def read_experiment(config: str | None, own: str | None, overrides):
+    """(experiment, None) of a configuration, or (experiment, snapshot) of one's own teacher: a
+    file or URL of any network that can be sampled.
+    """
+    if bool(config) == bool(own):
+        raise UserError('give a configuration, or else a teacher', 'config')
+    if config:
+        return configs.read_experiment(config, overrides), None
+    with dist.rank0_first():
+        snapshot = load_denoiser(own, dist.get_device())
+    net = snapshot.net
+    return configs.own_experiment(own, (net.img_channels, net.img_resolution), net.label_dim,
+                                  chain_of(net), overrides), snapshot
+
+
+def chain_of(net) -> configs.Diffusion:
+    """The chain of one's own teacher: that which it has, or a hundred levels of EDM's sampler
+    within its range. So few steps take the lower bound of the variance.
+    """
+    if hasattr(net, 'diffusion'):
+        return configs.Diffusion.of(net.init_kwargs['diffusion'], net.clip)
+    levels = [max(net.sigma_min, 0.002), min(net.sigma_max, 80.0)]
+    return configs.Diffusion.of(
+        dict(schedule='edm', steps=100, variance='fixed_small', sigma_range=levels), clip=False)
+
+
+def open_teacher(section: configs.Teacher, own: Snapshot | None = None) -> Teacher:
+    """The teacher with its weights, on the device of this process; `own`: one's own."""
+    if own is None:
+        net = build(section, section.model_path).to(dist.get_device())
+        describe('Teacher', net)
+        return Teacher(net)
+    diffusion = GaussianDiffusion(**section.diffusion.arguments())
+    guiding = section.guidance, section.guidance_interval
+    if section.gnet == 'self':
+        guide = without_labels(own.net)
+    else:
+        chain = 'ddpm' if hasattr(own.net, 'diffusion') else 'edm'
+        names = ('gnet', 'guidance', 'guidance_interval')
+        with renamed_fields(**{name: f'teacher.{name}' for name in names}), dist.rank0_first():
+            guide = open_guide(own, section.gnet, chain, *guiding, dist.get_device())
+    dist.print0(f'Teacher: {type(own.net).__name__}, {diffusion.num_steps} steps of sigma '
+                f'{diffusion.sigmas[-1]:.4g} to {diffusion.sigmas[0]:.4g}')
+    return Teacher(own.net, diffusion, guide, *guiding)
+
+
+def identity(section: configs.Teacher, teacher: Teacher) -> str:
+    """What tells teachers apart: the hash of the file; of one's own that of the weights, and what
+    guides them.
+    """
+    if section.model is not None:
+        return fingerprint(section.model_path)
+    nets = [teacher.net, *([] if section.gnet in ('', 'self') else [teacher.guide])]
+    digits = [weights_fingerprint(net.state_dict().items()) for net in nets]
+    guiding = [section.gnet[:4], f'{section.guidance:g}', str(section.guidance_interval)]
+    return ' '.join(digits + guiding * (teacher.guide is not None))
 
 
 def process_batch(section: configs.Training) -> int:
@@ -93,7 +150,7 @@ def cache_description(experiment: configs.Experiment, teacher: Teacher) -> dict:
     return {'rho': section.BATCH, 'batch_size': experiment.student.batch_size,
             'image_shape': teacher.image_shape, 'diffusion': section.diffusion.arguments(),
             'clip_denoised': section.diffusion.clip_denoised,
-            'teacher': fingerprint(section.model_path)}
+            'teacher': identity(section, teacher)}
 
 
 def align(experiment: configs.Experiment):
@@ -108,8 +165,8 @@ def align(experiment: configs.Experiment):
             dist.print0(f"Warning: student.diffusion.{name}={own} differs from the teacher's; "
                         f'{steps} is used')
             setattr(student.diffusion, name, steps)
-    names = ['image_size', 'img_channels', 'class_cond']
-    for name in names + ['num_classes'] * teacher.model.class_cond:
+    names = ['image_size', 'img_channels', 'class_cond'] if teacher.model else []
+    for name in names + ['num_classes'] * bool(names and teacher.model.class_cond):
         value, own = (getattr(side.model, name) for side in (teacher, student))
         if value != own:
             raise UserError(f"student.model.{name}: {own} differs from the teacher's {value}")
@@ -162,19 +219,21 @@ def description(net, name: str, size: int = 0) -> dict:
 
 
 def train(section: configs.Training, net, loss, batches, outdir: str | None, *, rule: dict,
-          dataset: dict, options: dict, running: dict):
+          dataset: dict, options: dict, running: dict, encoder=None):
     """Trains `net` as the section says, with checkpoints in `outdir`, from the newest one there.
 
-    outdir   None: experiments/NAME of the configuration
+    outdir   None: experiments/NAME of the configuration, or of one's own teacher
     rule     name and settings of the loss, for the recipe
     dataset  description of what is learned
-    options  settings, for training_options.json, with `config` and `seed`
+    options  settings, for training_options.json, with `config` or `own_teacher`, and `seed`
+    encoder  of the images; None: they are pixels
     running  `keep_checkpoints`, `nan_patience`, `transfer` and `transfer_sha256` of the recipe,
              and further arguments of
              `recipe.fit`; without `resume_from`, that is the section's
 
     Raises UserError for a checkpoint of another run.
     """
+    encoder = encoder or RGBEncoder()
     batch = section.batch_size
     steps = section.total_steps or section.lr_anneal_steps or ENDLESS
     save = section.save_interval * batch
@@ -195,7 +254,7 @@ def train(section: configs.Training, net, loss, batches, outdir: str | None, *, 
         learning_rate={'name': 'anneal', 'lr': section.lr,
                        'anneal_steps': section.lr_anneal_steps},
         averages={'name': 'constant', 'rates': rates},
-        sampler={'name': 'ddpm'}, bad_gradients=None, layout='guided',
+        encoder=encoder.config(), sampler={'name': 'ddpm'}, bad_gradients=None, layout='guided',
         batch_gpu=None if section.microbatch == -1 else section.microbatch,
         status=section.log_interval * batch, snapshot=save, checkpoint=save,
         keep_checkpoints=running.pop('keep_checkpoints'),
@@ -204,12 +263,17 @@ def train(section: configs.Training, net, loss, batches, outdir: str | None, *, 
     watched = {name: running.pop(name) for name in WATCHED if name in running}
     running['resume_from'] = running['resume_from'] or section.resume_checkpoint or None
     layout = functools.partial(CacheCheckpoints, cache_interval=section.cache_save_interval)
+    config = options['config']
+    outdir = outdir or configs.default_outdir(config, options.get('own_teacher'))
+    advice = 'python generate_images.py --net={snapshot} --seeds=0-63 --grid=samples.png'
+    if config:
+        advice = (f'python scripts/image_sample.py --config {shlex.quote(config)} '
+                  f'--model_path {{folder}}/ema_{rates[-1]}_{steps:06d}.pt')
     with renamed_fields(resume_from='resume_checkpoint', batch='batch_size'):
         complete = recipe.fit(
-            rules, outdir or configs.default_outdir(options['config']), net, loss, batches,
-            options=options, layout=layout, allow_changes=section.allow_changes, **running,
+            rules, outdir, net, loss, batches, options=options, layout=layout, advice=advice,
             watch=Watch(Scorer, **watched),
-            advice=f'python scripts/image_sample.py --config {shlex.quote(options["config"])} '
-            f'--model_path {{folder}}/ema_{rates[-1]}_{steps:06d}.pt')
+            outputs=[recipe.sample_grids(outdir, encoder, rules)],
+            allow_changes=section.allow_changes, **running)
     if complete:
         dist.print0(f'{steps} steps done')

@@ -333,13 +333,13 @@ class GridCollector:
         pictures.save_image_grid(self.path, np.stack(tiles), self.columns, titles, title)
 
 
-def save_sample_grid(path: str, net, encoder, dataset, columns: int = 8,
+def save_sample_grid(path: str, net, encoder, dataset: dict, columns: int = 8,
                      sampler: dict | None = None, title: str = ''):
     """Samples of fixed seeds as a picture: a row for each of the first ten classes, or eight rows
     without classes.
 
-    `sampler` is a setting. Where the encoder cannot decode (its autoencoder is not at hand), it
-    says so and writes nothing.
+    `dataset` is a description, `sampler` a setting. Where the encoder cannot decode (its
+    autoencoder is not at hand), it says so and writes nothing.
     """
     try:
         encoder.prepare(next(net.parameters()).device)
@@ -348,7 +348,7 @@ def save_sample_grid(path: str, net, encoder, dataset, columns: int = 8,
         return
     labels = np.arange(min(net.label_dim, 10)).repeat(columns) if net.label_dim else None
     count = 8 * columns if labels is None else len(labels)
-    grid = GridCollector(path, dataset.description(), columns, count // columns, title)
+    grid = GridCollector(path, dataset, columns, count // columns, title)
     for batch in generate_images(net, encoder, range(count), labels=labels, batch=columns * 4,
                                  split=False, sampler=sampler, progress=True):
         grid.add(batch)

@@ -311,13 +311,13 @@ def cost(recipe: Recipe, net: torch.nn.Module, loss: Callable, batches,
     return lines
 
 
-def sample_grids(run_dir: str, encoder, dataset, recipe: Recipe) -> loop.Output:
+def sample_grids(run_dir: str, encoder, recipe: Recipe) -> loop.Output:
     """Samples of the first average: samples-<kimg>.png."""
     def path(nimg):
         return os.path.join(run_dir, f'samples-{nimg // 1000:07d}.png')
 
     def draw(nimg, nets):
-        save_sample_grid(path(nimg), nets[0], encoder, dataset, sampler=recipe.sampler,
+        save_sample_grid(path(nimg), nets[0], encoder, recipe.dataset, sampler=recipe.sampler,
                          title=f'Samples after {nimg:,} training images')
         return {'Samples': path(nimg)} if os.path.isfile(path(nimg)) else None
 

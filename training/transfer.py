@@ -87,7 +87,7 @@ def transfer(net: torch.nn.Module, recipe) -> Transferred:
               for encoder in (source.encoder.config(), recipe.encoder)]
     settings += ['latents of another scale'] * (scales[0] != scales[1])
     given = _by_level(old.state_dict())
-    own = _by_level(net.state_dict())
+    own = _by_level({name: value.cpu() for name, value in net.state_dict().items()})
     classes = _classes(source, recipe.dataset, net)
     start = {key: value for key, (_, value) in given.items()}
     start |= _without_classes(start, own, _label_scale(old)) | _gray_output(start, old, net)

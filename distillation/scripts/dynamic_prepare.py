@@ -48,6 +48,9 @@ Examples:
   mpiexec -n 4 python scripts/dynamic_prepare.py \\
       --config yaml/cifar10_32/exp/CIFAR10-57M-Dynamic-0.4.yaml
 \b
+  # Of one's own network: the cache is experiments/cache/NAME.cache
+  python distillation/scripts/dynamic_prepare.py --teacher=training-runs/digits/NET.pkl
+\b
   # Another rho, elsewhere
   python scripts/dynamic_prepare.py --config yaml/cifar10_32/exp/CIFAR10-57M-Dynamic-0.4.yaml \\
       teacher.BATCH=0.1 teacher.tempfile=experiments/cache/CIFAR10-mine.cache
@@ -55,26 +58,26 @@ Examples:
 The same command goes on with a preparation that was stopped. Several processes need a common file
 system; image_kd.py may have another number of them.
 """)
-@configs.common_options
+@configs.experiment_options
 @options.number('--save_every', 600, 'Seconds after which unfinished work is saved',
                 options.NOT_NEGATIVE)
-def main(config, seed, precision, save_every, overrides):
+def main(config, teacher, seed, precision, save_every, overrides):
     """Make the cache of a distillation (teacher.tempfile): images denoised down to random time
     steps.
 
-    Needs teacher.model_path; of the student, only batch_size counts. teacher.batch_size images go
-    through the teacher at once. The file is in the safetensors format: x [M,C,H,W], levels [M],
-    classes [M] if the teacher has them, and what it was made with.
+    Needs teacher.model_path, or --teacher; of the student, only batch_size counts.
+    teacher.batch_size images go through the teacher at once. The file is in the safetensors
+    format: x [M,C,H,W], levels [M], classes [M] if the teacher has any, and how it was made.
     """
     dist.init(precision)
-    experiment = configs.read_experiment(config, overrides)
+    experiment, own = runs.read_experiment(config, teacher, overrides)
     section = experiment.teacher
     dest = section.tempfile
     if SOURCES[section.iter_choice] is IterativeSource:
         raise UserError(f'teacher.iter_choice: {section.iter_choice} needs no cache; '
                         'start image_kd.py')
     check_place(dest, field='teacher.tempfile')
-    teacher = runs.open_teacher(section)
+    teacher = runs.open_teacher(section, own)
     description = runs.cache_description(experiment, teacher) | {'seed': seed}
     size = runs.cache_share(experiment, teacher)
     cli.claim(dest)

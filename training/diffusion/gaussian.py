@@ -85,6 +85,7 @@ class GaussianDiffusion:
     rescale_timesteps  give the network times in 0..1000 whatever `steps` is
     beta_range  the first and the last beta of the 'linear_float32' schedule (default: 1e-4 and
                 0.02)
+    sigma_range  the lowest and the highest level of the 'edm' schedule (default: 0.002 and 80)
     """
 
     schedule: str = 'linear'
@@ -95,6 +96,7 @@ class GaussianDiffusion:
     predict: str = 'epsilon'
     rescale_timesteps: bool = False
     beta_range: Sequence[float] | None = None
+    sigma_range: Sequence[float] | None = None
 
     def __post_init__(self):
         for name, choices in CHOICES.items():
@@ -102,7 +104,7 @@ class GaussianDiffusion:
             if value not in choices:
                 raise UserError(f'{name}: {value!r} is not one of {", ".join(choices)}')
         self.learned = self.variance == 'learned_range'
-        betas = make_betas(self.schedule, self.steps, self.beta_range)
+        betas = make_betas(self.schedule, self.steps, self.beta_range or self.sigma_range)
         kept = self.kept = np.array(spaced_steps(self.steps, self.respacing))
         if len(kept) < 2:
             raise UserError(f'time steps: {self.respacing!r} leaves fewer than two',
@@ -113,7 +115,7 @@ class GaussianDiffusion:
         self.num_steps = len(kept)
         self.betas = betas_from_alphas_cumprod(np.cumprod(1 - betas)[kept])
 
-        # Tables [num_steps], which `_at` looks up.
+        # Tables [num_steps], which `table` looks up.
         abar = self.alphas_cumprod = np.cumprod(1 - self.betas)
         abar_prev = self.alphas_cumprod_prev = np.append(1.0, abar[:-1])
         self.alphas_cumprod_next = np.append(abar[1:], 0.0)
@@ -138,7 +140,7 @@ class GaussianDiffusion:
         """The same process with other steps kept."""
         return dataclasses.replace(self, respacing=str(spec))
 
-    def _at(self, name, t):
+    def table(self, name, t):
         """Table `name` at t, [N,1,1,1] float32."""
         key = name, t.device
         if key not in self._on_device:
@@ -148,25 +150,25 @@ class GaussianDiffusion:
 
     def noise_levels(self, t):
         """sigma [N] of x_t / sqrt(abar_t)."""
-        return self._at('sigmas', t).flatten()
+        return self.table('sigmas', t).flatten()
 
     def model_steps(self, t):
         """What the network is told for t [N]: the step's number before respacing (int64), or its
         time in 0..1000."""
-        steps = self._at('model_step', t).flatten()
+        steps = self.table('model_step', t).flatten()
         return steps if self.rescale_timesteps else steps.long()
 
     # The forward process.
 
     def q_sample(self, x_0, t, noise):
         """x_t: sqrt(abar) x_0 + sqrt(1 - abar) noise."""
-        return self._at('sqrt_abar', t) * x_0 + self._at('sqrt_1m_abar', t) * noise
+        return self.table('sqrt_abar', t) * x_0 + self.table('sqrt_1m_abar', t) * noise
 
     def q_posterior(self, x_0, x_t, t):
         """Mean [N,C,H,W] and log variance [N,1,1,1] of q(x_(t-1) | x_t, x_0)."""
-        at_start = self._at('posterior_mean_coef1', t) * x_0
-        mean = at_start + self._at('posterior_mean_coef2', t) * x_t
-        return mean, self._at('posterior_log_variance_clipped', t)
+        at_start = self.table('posterior_mean_coef1', t) * x_0
+        mean = at_start + self.table('posterior_mean_coef2', t) * x_t
+        return mean, self.table('posterior_log_variance_clipped', t)
 
     # The reverse process.
 
@@ -179,20 +181,20 @@ class GaussianDiffusion:
         values = output[:, :C]
         start = values
         if self.predict == 'epsilon':
-            start = self._at('sqrt_recip', t) * x_t - self._at('sqrt_recipm1', t) * values
+            start = self.table('sqrt_recip', t) * x_t - self.table('sqrt_recipm1', t) * values
         if clip:
             start = start.clamp(-1, 1)
         epsilon = values if self.predict == 'epsilon' else self._epsilon(start, x_t, t)
         mean, _ = self.q_posterior(start, x_t, t)
-        log_variance = self._at('log_variance', t)
+        log_variance = self.table('log_variance', t)
         if self.learned:
             share = (output[:, C:] + 1) / 2
-            log_variance = share * self._at('log_beta', t) + (1 - share) * log_variance
+            log_variance = share * self.table('log_beta', t) + (1 - share) * log_variance
         return Prediction(start, epsilon, mean, log_variance)
 
     def _epsilon(self, start, x_t, t):
         """The noise that x_0 and x_t imply."""
-        return (self._at('sqrt_recip', t) * x_t - start) / self._at('sqrt_recipm1', t)
+        return (self.table('sqrt_recip', t) * x_t - start) / self.table('sqrt_recipm1', t)
 
     def ancestral_step(self, output, x_t, t, noise, clip=True):
         """x_(t-1) drawn from the predicted Gaussian; no noise at t = 0."""
@@ -202,14 +204,14 @@ class GaussianDiffusion:
     def ddim_step(self, output, x_t, t, noise=None, eta=0.0, clip=True):
         """x_(t-1) of DDIM (arXiv 2010.02502, Eq. 12); `eta=0` is deterministic and needs no
         noise."""
-        abar, abar_prev = self._at('alphas_cumprod', t), self._at('alphas_cumprod_prev', t)
+        abar, abar_prev = self.table('alphas_cumprod', t), self.table('alphas_cumprod_prev', t)
         sd = eta * ((1 - abar_prev) / (1 - abar)).sqrt() * (1 - abar / abar_prev).sqrt()
         x = self._along_path(output, x_t, t, clip, abar_prev, sd)
         return x if eta == 0 else x + _inner(t) * sd * noise
 
     def ddim_reverse_step(self, output, x_t, t, clip=True):
         """x_(t+1): the deterministic DDIM path run backwards; pure noise follows the last step."""
-        return self._along_path(output, x_t, t, clip, self._at('alphas_cumprod_next', t))
+        return self._along_path(output, x_t, t, clip, self.table('alphas_cumprod_next', t))
 
     def _along_path(self, output, x_t, t, clip, abar, sd=0):
         """The mean of the predicted x at the level `abar`, to which noise of `sd` is added."""

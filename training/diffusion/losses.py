@@ -260,7 +260,7 @@ class DKDMLoss:
     """
 
     diffusion: GaussianDiffusion
-    teacher: torch.nn.Module
+    teacher: object
     input_perturb: float = 0.0
 
     def __post_init__(self):
@@ -272,7 +272,7 @@ class DKDMLoss:
 
     def __call__(self, net, batch):
         x_t, t, diffusion = batch['images'], batch['t'], self.diffusion
-        target = self.teacher.diffusion.prediction(batch['teacher'], x_t, t, self.teacher.net.clip)
+        target = self.teacher.diffusion.prediction(batch['teacher'], x_t, t, self.teacher.clip)
         seen = x_t
         if self.input_perturb:
             noise = batch['random'].randn(x_t.shape, device=x_t.device)

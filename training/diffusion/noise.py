@@ -155,7 +155,16 @@ def _progressive_cosine(steps):
     return betas_from_alphas_cumprod(1 / (1 + np.exp(-log_snr)))
 
 
+def _edm(steps, sigma_min=0.002, sigma_max=80.0, rho=7):
+    """The levels of EDM's sampler (arXiv 2206.00364, Eq. 5), from `sigma_min` up: abar = 1 / (1 +
+    sigma^2)."""
+    with torch.device('cpu'):
+        sigmas = edm_sigmas(steps, sigma_min, sigma_max, rho, torch.float64).flip(0).numpy()
+    return betas_from_alphas_cumprod(1 / (1 + sigmas**2))
+
+
 SCHEDULES = {
+    'edm': _edm,
     'linear': _linear,
     'cosine': _cosine,
     'linear_float32': _linear_float32,
@@ -163,15 +172,15 @@ SCHEDULES = {
 }
 
 
-def make_betas(schedule: str, steps: int, beta_range=None) -> np.ndarray:
-    """The noise schedule beta_0 .. beta_(T-1), float64; `beta_range` sets the ends of
-    'linear_float32'.
+def make_betas(schedule: str, steps: int, ends=None) -> np.ndarray:
+    """The noise schedule beta_0 .. beta_(T-1), float64; `ends` are those of 'linear_float32'
+    (betas) or 'edm' (levels).
 
     Raises UserError for an unknown name.
     """
     if schedule not in SCHEDULES:
         raise UserError(f'noise_schedule: {schedule!r} is not one of {", ".join(SCHEDULES)}')
-    return SCHEDULES[schedule](steps, *(beta_range or ()))
+    return SCHEDULES[schedule](steps, *(ends or ()))
 
 
 def _unfit(text: str) -> UserError:
