@@ -238,7 +238,8 @@ class Source(Chains):
 
     @property
     def frozen(self):
-        return [self.teacher.net]
+        nets = self.teacher.net, self.teacher.guide
+        return [net for net in nets if isinstance(net, torch.nn.Module)]
 
     def example(self, count: int, device) -> dict:
         """A batch of zeros, on which the teacher takes a step."""

@@ -36,6 +36,8 @@ GUIDED = dict(class_name='DiscreteDenoiser', diffusion=dict(steps=10, schedule='
 CBDM = dict(class_name='DiscreteDenoiser', diffusion=dict(steps=10, schedule='linear_float32', variance='fixed_large'),
             network=dict(class_name='DDPMUNet', T=10, ch=32, ch_mult=[1, 1], attn=[1], num_res_blocks=1, dropout=0.0,
                          cond=True, augm=False, num_class=3, img_resolution=8))
+VAE = hostile.persistent('StabilityVAEEncoder', hostile.dictionary(
+    _init_kwargs=pickle.dumps(dict(final_std=0.5), 2)[2:-1]))           # of a published pickle
 FAMILIES = dict(song=SONG, ncsn=NCSN, adm=ADM, edm2=EDM2, guided=GUIDED, cbdm=CBDM)
 
 
@@ -227,8 +229,7 @@ def test_a_published_network_of_edm2_is_fine_tuned_on_few_latents(latents, tmp_p
     source.unet.out_gain += 1
     source.train()(torch.zeros([1, 4, 4, 4]), torch.ones([1]), return_logvar=True)  # as trained: rows have their length
     path = tmp_path / 'edm2-img512-tiny.pkl'
-    test_foreign.as_pickle(path, source, encoder=hostile.persistent('StabilityVAEEncoder', hostile.dictionary(
-        _init_kwargs=pickle.dumps(dict(final_std=0.5), 2)[2:-1])))
+    test_foreign.as_pickle(path, source, encoder=VAE)
     command = ['train_edm2.py', '--preset=digits', f'--data={latents}', f'--outdir={tmp_path}/run', '--batch=8',
                f'--transfer={path}', '--checkpoint=8', '--status=8', '--snapshot=16']
     out = helpers.invoke(*command, '--duration=8', '--lr=1e-9')
