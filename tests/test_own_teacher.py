@@ -147,7 +147,7 @@ def test_what_does_not_go_with_ones_own_teacher(tmp_path, monkeypatch):
     for options, message in (
             ([], '--config: give a configuration, or else a teacher'),
             ([f'--teacher={path}', '--config=yaml/digits_8/exp/Digits-Dynamic-0.4.yaml'], '--config: give'),
-            ([f'--teacher={path}', 'teacher.guidance=2'], 'teacher.guidance=2.0 and teacher.gnet belong together'),
+            ([f'--teacher={path}', 'teacher.guidance=2'], 'teacher.guidance=2.0 needs a guiding network'),
             ([f'--teacher={path}', f'teacher.gnet={guide}', 'teacher.guidance=2'], 'teacher.gnet='),
             ([f'--teacher={path}', 'student.model.image_size=16'], "student.model.image_size: 16 differs from the teacher's 8"),
             ([f'--teacher={path}', 'teacher.BATCHES=2'], 'there is no key teacher.BATCHES'),
