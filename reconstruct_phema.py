@@ -3,9 +3,8 @@
 import os
 
 import click
-from tqdm import tqdm
 
-from dnnlib import UserError, cli, lazy
+from dnnlib import UserError, cli, lazy, progress
 from dnnlib.options import STDS, integer, text, verify
 
 with lazy.imports(__name__ == '__main__'):
@@ -46,7 +45,7 @@ def reconstruct(indir, outstd, inprefix=None, instd=None, outdir=None, outprefix
         weights = (snapshot.read_weights(file.path) if state is None
                    else check_finite(state, file.path)
                    for file, state in zip(files, states, strict=True))
-        bar = tqdm(weights, unit='snapshot', total=len(files), disable=None)
+        bar = progress.bar(weights, unit='snapshot', total=len(files))
         for std, state in zip(stds, phema.combine(bar, coefficients, parameters), strict=True):
             result.net.load_state_dict(state)
             result.ema_std = std

@@ -25,9 +25,8 @@ from pathlib import Path
 
 import click
 import numpy as np
-import tqdm
 
-from dnnlib import UserError, budget, cli, lazy, pictures, util
+from dnnlib import UserError, budget, cli, lazy, pictures, progress, util
 
 with lazy.imports():
     import matplotlib.pyplot as plt
@@ -123,11 +122,11 @@ class Study:
         done. The progress bar counts size(item); `bar`: keywords of tqdm."""
         from torch_utils import parallel
 
-        with tqdm.tqdm(total=sum(map(size, items)), **bar) as progress:
+        with progress.bar(total=sum(map(size, items)), **bar) as shown:
             work = functools.partial(function, self)
             for item in parallel.run_side_by_side(work, items, self.jobs):
                 yield item
-                progress.update(size(item))
+                shown.update(size(item))
 
     def save(self, figure=None, grids: dict | None = None, **tables):
         """Writes a figure as study.png and study.svg, `grids` {file name: (title, rows of

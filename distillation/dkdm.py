@@ -17,9 +17,9 @@ import time
 
 import torch
 from torch.nn.functional import one_hot
-from tqdm import tqdm
 
 from distillation.cache import Cache
+from dnnlib import progress
 from torch_utils import distributed as dist
 from torch_utils.random import BlockRandomGenerator, GlobalRandom, tuple_seed
 
@@ -189,8 +189,8 @@ class Preparation(Chains):
         seconds.
         """
         saved = time.monotonic()
-        with tqdm(total=self.remaining, unit='step', unit_scale=True, desc='Preparing the cache',
-                  leave=False, disable=True if dist.get_rank() != 0 else None) as bar:
+        with progress.bar(show=dist.get_rank() == 0, total=self.remaining, unit='step',
+                          unit_scale=True, desc='Preparing the cache', leave=False) as bar:
             while count := self.advance():
                 bar.update(count)
                 if save and time.monotonic() - saved >= seconds:

@@ -19,10 +19,9 @@ import urllib.parse
 import zlib
 
 import requests
-import tqdm
 import urllib3
 
-from dnnlib import budget
+from dnnlib import budget, progress
 from dnnlib.util import UserError, hash_file, one_line, without_secrets, write_json
 
 TIMEOUT = 30    # seconds without a byte
@@ -341,9 +340,9 @@ class _Download:
         limit = min(LIMIT_OF_UNKNOWN if length is None else LIMIT, have + free * 19 // 20)
         before = self.received
         blocks = self._blocks(raw, max(total or 0, length or 0), limit)
-        with tqdm.tqdm(total=total, initial=have, unit='B', unit_scale=True,
-                       desc=f'Downloading {os.path.basename(name)[17:-5]}',
-                       disable=int(os.environ.get('RANK', 0)) > 0) as bar:
+        with progress.bar(show=int(os.environ.get('RANK', 0)) == 0, total=total, initial=have,
+                          unit='B', unit_scale=True,
+                          desc=f'Downloading {os.path.basename(name)[17:-5]}') as bar:
             for block in blocks if is_plain else self._unpacked(blocks):
                 if self.part.write(block) < len(block):
                     raise Refused('the disk takes no more')

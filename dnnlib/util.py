@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 
-from dnnlib import budget
+from dnnlib import budget, progress
 
 MARK = 'diffusion-data-studies'  # what pictures say of the software that wrote them
 
@@ -407,9 +407,12 @@ def without(values: dict, names) -> dict:
 def hash_file(path: str, algorithm: str = 'sha256') -> str:
     """Hexadecimal digest of a file."""
     digest = hashlib.new(algorithm)
-    with open(path, 'rb') as file:
+    with open(path, 'rb') as file, progress.bar(
+            total=os.path.getsize(path), unit='B', unit_scale=True, leave=False,
+            desc=f'Checking {os.path.basename(path)}') as bar:
         while block := file.read(1 << 20):
             digest.update(block)
+            bar.update(len(block))
     return digest.hexdigest()
 
 

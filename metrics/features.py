@@ -4,9 +4,8 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-import tqdm
 
-from dnnlib import UserError
+from dnnlib import UserError, progress
 from dnnlib.util import subset
 from metrics import images as image_files
 from metrics.detectors import DETECTORS, PROTOCOLS, Protocol
@@ -79,8 +78,8 @@ def measure(batches: Iterable, num: int, detectors: Detectors, *, gaussians=(), 
     parts = []
     some = []
     lengths = {}
-    with tqdm.tqdm(total=num, unit='image', desc='Measuring', delay=2,
-                   disable=distributed.get_rank() != 0) as bar:
+    with progress.bar(show=distributed.get_rank() == 0, total=num, unit='image',
+                      desc='Measuring') as bar:
         for places, images, ids in batches:
             values = {(name, output): value for name, wanted in outputs.items()
                       for output, value in detectors[name](images, wanted).items()}

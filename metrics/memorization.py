@@ -10,9 +10,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from dnnlib import UserError, pictures
+from dnnlib import UserError, pictures, progress
 from metrics import neighbors
 from metrics.shares import Share
 from torch_utils import distributed
@@ -103,8 +102,8 @@ def find_copies(batches: Iterable, training, keep: int = 48) -> Copies:
 
 def read_blocks(images, block: int = 8192) -> Iterator[np.ndarray]:
     """The images of a data set, `block` at a time."""
-    for start in tqdm(range(0, len(images), block), desc='training images', unit='block', delay=5,
-                      disable=distributed.get_rank() != 0 or None):
+    for start in progress.bar(range(0, len(images), block), distributed.get_rank() == 0,
+                              desc='training images', unit='block'):
         yield images.images(np.arange(start, min(start + block, len(images))))
 
 

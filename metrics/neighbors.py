@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from dnnlib import UserError
+from dnnlib import UserError, progress
 from torch_utils import distributed
 
 ROWS = 2048        # points of one side of a block of distances: 16 MiB
@@ -206,7 +206,9 @@ class Blocks:
 
         Within one set the blocks below the diagonal are those above it, transposed.
         """
-        for rows in _slices(len(self.queries)):
+        shown = distributed.get_rank() == 0
+        for rows in progress.bar([*_slices(len(self.queries))], shown, desc='Distances',
+                                 unit='block', leave=False):
             u = self._centred(self.queries[rows])
             for columns in _slices(len(self.points)):
                 if self.same and columns.start < rows.start:

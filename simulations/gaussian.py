@@ -14,8 +14,8 @@ import math
 import multiprocessing
 
 import torch
-import tqdm
 
+from dnnlib import progress
 from dnnlib.util import core_count
 
 SIMULATIONS_PER_WORKER = 10_000  # they are worth the two seconds in which a process imports torch
@@ -157,8 +157,8 @@ def simulate_many(settings: list[Setting], seeds: list[int], test_points: int = 
         else:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(1)  # the tensors are too small to share
-        with tqdm.tqdm(total=total, unit='sim', delay=2, mininterval=1) as progress:
+        with progress.bar(total=total, unit='sim') as shown:
             for batch in run(simulate, *zip(*tasks, strict=True)):
                 errors += batch
-                progress.update(len(batch))
+                shown.update(len(batch))
     return errors

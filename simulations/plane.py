@@ -5,8 +5,8 @@ import itertools
 import math
 
 import torch
-import tqdm
 
+from dnnlib import progress
 from torch_utils.random import GlobalRandom
 from training import ema
 from training.diffusion.losses import EDMLoss
@@ -112,8 +112,7 @@ def train(data: Mixture, width: int, steps: int, batch: int, lr: float, seed: in
     objective = EDMLoss(P_mean=-2.3, P_std=1.5, sigma_data=SIGMA_DATA)
     optimizer = torch.optim.Adam(net.parameters(), lr=lr, betas=(0.9, 0.99))
     averages = ema.Averages(net, ema.power([0.10]))
-    for step in tqdm.trange(steps, desc=f'network of {width} units', leave=False,
-                            disable=None):
+    for step in progress.bar(range(steps), desc=f'network of {width} units', leave=False):
         points, ids = data.draw(batch)
         labels = torch.eye(2)[ids] * (torch.rand([batch, 1]) >= 0.1)
         loss, _ = objective(net, dict(images=points[:, :, None, None], labels=labels,

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
-from dnnlib import UserError
+from dnnlib import UserError, progress
 from dnnlib.npz import npy_header, verifies
 from dnnlib.util import (
     atomic_path,
@@ -325,7 +325,7 @@ def write_npz(dest: str, image_shape: Sequence[int], counts: Sequence[int],
         reserve(file, image.file_size)
         file.seek(ALIGNMENT)
         file.write(header)
-        for part in parts:
+        for part in progress.bar(parts, unit='part', desc=os.path.basename(dest)):
             if isinstance(part, ClassFile):
                 image.CRC = append_images(file, part, image.CRC)
             else:

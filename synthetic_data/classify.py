@@ -6,9 +6,8 @@ import dataclasses
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from dnnlib import UserError
+from dnnlib import UserError, progress
 from metrics.shares import Share
 from torch_utils.random import BlockRandomGenerator
 from training.snapshot import load_snapshot
@@ -128,8 +127,7 @@ def batches(data, batch: int, device, rank: int = 0, processes: int = 1):
     """(indices, images [n,3,H,W] in [0, 1], labels [n]) of a labelled data set, `batch` at a time:
     the share of a process."""
     parts = np.split(np.arange(len(data)), range(batch, len(data), batch))[rank::processes]
-    # None: on a terminal only
-    for indices in tqdm(parts, unit='batch', delay=2, disable=None if rank == 0 else True):
+    for indices in progress.bar(parts, rank == 0, unit='batch'):
         images = torch.from_numpy(data.images(indices)).to(device).float() / 255
         yield indices, images, torch.from_numpy(data.label_ids[indices]).to(device)
 

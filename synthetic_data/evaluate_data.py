@@ -12,7 +12,7 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-from dnnlib import UserError, cli, lazy, options, util
+from dnnlib import UserError, cli, lazy, options, progress, util
 
 with lazy.imports(__name__ == '__main__'):
     import pandas as pd
@@ -91,7 +91,9 @@ def train_all(planned: list[Run], jobs: int):
     waiting = [run for run in planned if run.accuracy is None]
     if finished := len(planned) - len(waiting):
         dist.print0(f'{finished} of {len(planned)} classifiers are trained already')
-    for run in parallel.run_side_by_side(Run.train, waiting, jobs):
+    trained = parallel.run_side_by_side(Run.train, waiting, jobs)
+    for run in progress.bar(trained, dist.get_rank() == 0, total=len(waiting),
+                            unit='classifier'):
         accuracy = dist.broadcast_object(run.accuracy)
         dist.print0(f'{run.training}, {DATA[run.data]}, seed {run.seed}: '
                     f'clean {percent(accuracy, "clean")}, under attack '

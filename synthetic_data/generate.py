@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from dnnlib import UserError, cli, lazy, options
+from dnnlib import UserError, cli, lazy, options, progress
 
 with lazy.imports(__name__ == '__main__'):
     from synthetic_data import fixed_batch
@@ -59,7 +59,7 @@ def generate(generator, writers: dict, batch: int):
     blocks = dist.broadcast_object(
         [(label, *block) for label, writer in writers.items() for block in writer.missing(batch)])
     total = sum(stop - start for _, start, stop in blocks)
-    with tqdm(total=total, unit='img', disable=None if dist.get_rank() == 0 else True) as bar:
+    with progress.bar(show=dist.get_rank() == 0, total=total, unit='img') as bar:
         for number, (label, start, stop) in enumerate(blocks):
             bar.update(stop - start)
             if number % dist.get_world_size() != dist.get_rank():

@@ -13,7 +13,7 @@ import torch
 import tqdm
 from click.testing import CliRunner
 
-from dnnlib import UserError, cli
+from dnnlib import UserError, cli, progress
 from dnnlib.util import parse_int_list, renamed_fields
 from torch_utils import distributed
 
@@ -216,3 +216,35 @@ def test_no_script_is_left_out():
     scripts = {str(path.relative_to(helpers.ROOT)) for path in helpers.project_files()
                if any(shared in path.read_text() for shared in SHARED)}
     assert scripts == {script.split()[0] for script in FLOAT32}
+
+
+# --- Progress -------------------------------------------------------------------------------------
+
+
+def test_progress_is_a_line_a_minute_where_there_is_no_terminal(capsys):
+    """And nothing at all of what is done within a minute."""
+    now = [0.0]
+
+    def work(seconds, **options):
+        with progress.bar(total=300, unit='image', desc='Measuring', **options) as bar:
+            bar._time = lambda: now[0]
+            bar.start_t = bar.last_print_t = now[0]
+            for _ in range(300):
+                now[0] += seconds / 300
+                bar.update(1)
+        return capsys.readouterr().err
+
+    assert work(50) == '' and work(3000, show=False) == ''
+    lines = work(310).splitlines()
+    assert len(lines) == 6 and all(line.startswith('Measuring: ') and line.isprintable() for line in lines)
+    assert '100%' in lines[-1] and '300/300' in lines[-1]
+    for item in progress.bar(range(3)):
+        assert item in range(3)
+    assert capsys.readouterr().err == ''
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(progress.sys.stderr, 'isatty', lambda: True, raising=False)
+    with progress.bar(total=10, delay=0, mininterval=0) as bar:
+        bar.update(10)
+    assert '\r' in capsys.readouterr().err

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from dnnlib import UserError, budget, pictures
 from dnnlib.image_io import encode_png
+from dnnlib.progress import bar
 from dnnlib.util import finite, to_json, without, write_bytes, write_json
 from torch_utils import distributed as dist
 from torch_utils.files.weights import fingerprint
@@ -73,8 +73,7 @@ def generate_images(net, encoder, seeds, *, labels=None, batch=32, guide=None, g
     labels = np.broadcast_to(labels, seeds.shape)
     setting = choose_setting(net, sampler, options)
     plan = split_seeds(range(len(seeds)), batch, rank, world_size)
-    for positions in tqdm(plan, unit='batch', delay=2, leave=split,
-                          disable=None if progress and rank == 0 else True):
+    for positions in bar(plan, progress and rank == 0, unit='batch', leave=split):
         if len(positions) == 0:
             continue
         chosen = seeds[positions].tolist()

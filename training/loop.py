@@ -15,7 +15,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from dnnlib import UserError, budget, pictures
+from dnnlib import UserError, budget, pictures, progress
 from dnnlib.util import (
     DISK_ERRORS,
     format_count,
@@ -206,8 +206,8 @@ class Trainer:
             steps = stack.enter_context(contextlib.closing(self.batches.iterate(self._plan())))
             # disable=None: shown on a terminal only.
             bar = stack.enter_context(
-                tqdm(total=total, initial=self.nimg, unit='img', unit_scale=True, leave=False,
-                     disable=not self.leads or None))
+                progress.bar(show=self.leads, total=total, initial=self.nimg, unit='img',
+                             unit_scale=True, leave=False))
             while self.nimg < total and not (self.stopping or self._ended):
                 self._step(steps)
                 bar.update(self.recipe.batch)

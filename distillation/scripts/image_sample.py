@@ -8,11 +8,10 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tqdm import tqdm
 
 from distillation import configs
 from distillation.sample_shards import SampleShards
-from dnnlib import cli, lazy, options
+from dnnlib import cli, lazy, options, progress
 from dnnlib.util import check_place
 
 with lazy.imports(__name__ == '__main__'):
@@ -30,8 +29,8 @@ def sample(net, shards: SampleShards, seed: int, sampler: dict):
     """Makes this process's share of what is missing. Image i depends on `seed` and i alone."""
     missing = shards.missing()[dist.get_rank()::dist.get_world_size()]
     first = seed * shards.count
-    for start, end in tqdm(missing, unit='batch', desc='Sampling', leave=False,
-                           disable=True if dist.get_rank() != 0 else None):
+    for start, end in progress.bar(missing, dist.get_rank() == 0, unit='batch', desc='Sampling',
+                                   leave=False):
         batch, = generate_images(net, GuidedRGBEncoder(), range(first + start, first + end),
                                  batch=end - start, split=False, sampler=sampler)
         shards.save((start, end), batch.images.cpu().numpy(), batch.labels)

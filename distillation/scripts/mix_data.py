@@ -8,9 +8,8 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
-from tqdm import tqdm
 
-from dnnlib import UserError, cli, options
+from dnnlib import UserError, cli, options, progress
 from dnnlib.image_io import encode_png
 from training.data.archive import ArchiveWriter
 from training.data.images import open_dataset, pixels_of
@@ -61,7 +60,7 @@ def main(real, synthetic, share, count, seed, dest):
     pairs = [(folder, index) for folder, indices in zip(folders, chosen, strict=True)
              for index in indices]
     with ArchiveWriter(dest) as out:
-        bar = tqdm(pairs, unit='img', leave=False, disable=None)
+        bar = progress.bar(pairs, unit='img', leave=False)
         for number, (folder, index) in enumerate(bar):
             image, = folder.images([index])
             out.add(f'{number:06d}.png', encode_png(image.transpose(1, 2, 0)))

@@ -7,7 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+from dnnlib import progress
 from dnnlib.util import map_ahead
+from torch_utils import distributed as dist
 from torch_utils.random import BlockRandomGenerator, GlobalRandom, tuple_seed
 from training.data.sampler import EpochShuffle
 
@@ -38,7 +40,11 @@ class DatasetBatches:
         self._resident = None
         small = len(dataset) * int(np.prod(dataset.image_shape)) <= RESIDENT_BYTES
         if resident and small and not dataset.is_random and self.device.type == 'cuda':
-            images = dataset.images(np.arange(len(dataset)))
+            images = np.empty([len(dataset), *dataset.image_shape], dataset.dtype)
+            parts = np.array_split(np.arange(len(dataset)), -(-len(dataset) // 1024))
+            for part in progress.bar(parts, dist.get_rank() == 0, desc='Reading the images',
+                                     leave=False):
+                images[part] = dataset.images(part)
             self._resident = torch.from_numpy(images).to(self.device)
 
     def iterate(self, plan: Iterable[tuple[int, int]]) -> Iterator[dict]:

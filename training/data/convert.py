@@ -11,8 +11,8 @@ from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import threadpoolctl
-import tqdm
 
+from dnnlib import progress
 from dnnlib.image_io import BadImage, encode_pngs
 from dnnlib.util import UserError, core_count, map_ahead, printable
 from training.data.archive import CLASS_TABLES, ArchiveWriter, image_name
@@ -202,7 +202,7 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
         workers = core_count() if workers is None else workers
         results = _convert_all(job, selection.indices, workers)
         stack.enter_context(contextlib.closing(results))
-        bar = tqdm.tqdm(total=len(selection), unit='image', delay=2, disable=None)
+        bar = progress.bar(total=len(selection), unit='image')
         stack.enter_context(bar)
         position = 0
         for result in results:

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-import tqdm
 
+from dnnlib import progress
 from dnnlib.image_io import encode_png
 from dnnlib.util import UserError, map_ahead
 from torch_utils import distributed as dist
@@ -94,7 +94,7 @@ def _map(dataset, dest, function, to_bytes, name_of, batch, overwrite, max_image
     with ThreadPoolExecutor(1) as pool, _parallel(function) as function, writer as out:
         ahead = map_ahead(pool, dataset.images, batches[rank::size], 1)
         starts = range(0, len(batches), size)
-        for first in tqdm.tqdm(starts, unit='batch', delay=2, disable=True if rank else None):
+        for first in progress.bar(starts, not rank, unit='batch'):
             images = next(ahead, None)
             result = None if images is None else function(torch.from_numpy(images)).numpy()
             for number, values in enumerate(_gather(result), start=first):

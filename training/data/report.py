@@ -1,8 +1,8 @@
 """What is in a data set: counts, numbers and a picture of it."""
 
 import numpy as np
-import tqdm
 
+from dnnlib import progress
 from dnnlib.util import printable
 from training.data.dataset import Dataset
 
@@ -17,7 +17,7 @@ def summarize(dataset: Dataset, limit: int = 10000) -> dict:
     indices = np.linspace(0, len(dataset) - 1, min(len(dataset), limit)).astype(np.int64)
     moments = np.zeros((3, dataset.num_channels))  # number, sum and sum of squares of the values
     nonfinite = []
-    for part in tqdm.tqdm(np.array_split(indices, -(-len(indices) // 256)), delay=2, disable=None):
+    for part in progress.bar(np.array_split(indices, -(-len(indices) // 256))):
         images = dataset.images(part).astype(np.float64)
         finite = np.isfinite(images).all(axis=(1, 2, 3))
         nonfinite += part[~finite].tolist()

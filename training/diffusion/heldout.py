@@ -10,7 +10,7 @@ import functools
 import numpy as np
 import torch
 
-from dnnlib import UserError
+from dnnlib import UserError, progress
 from dnnlib.util import subset
 from torch_utils import distributed as dist
 from torch_utils.random import StackedRandomGenerator, tuple_seed
@@ -128,7 +128,8 @@ def heldout_loss(net, loss, encoder, dataset, num: int | None = None, seed: int 
     rows = {}
     starts = range(0, len(indices), IMAGES)
     world = dist.get_world_size()
-    for first in range(0, len(starts), world):
+    rounds = range(0, len(starts), world)
+    for first in progress.bar(rounds, dist.get_rank() == 0, desc='Held-out loss', leave=False):
         start = starts[first:][dist.get_rank():][:1]
         for position in start:
             part = indices[position:position + IMAGES]
