@@ -73,8 +73,8 @@ for name, pipe in pipes.items():                                    # what diffu
     noise = torch.randn([2, pipe.unet.net.img_channels, 8, 8])
     assert np.array_equal(*(pixels(pipe(latents=noise, seeds=[1, 2], **steps)) for _ in range(2)))
     if pipe.unet.net.label_dim:
-        assert np.array_equal(pixels(pipe(class_labels=2, seeds=range(3), **steps)), pixels(pipe(
-            class_labels=[2, 2, 2], seeds=range(3), **steps)))
+        assert np.array_equal(pixels(pipe(class_labels=np.int64(2), seeds=range(3), **steps)), pixels(pipe(
+            class_labels=torch.tensor([2, 2, 2]), seeds=range(3), **steps)))
     else:
         refused('has no classes', pipe, class_labels=0)
     if name != 'guided':

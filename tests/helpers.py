@@ -22,7 +22,7 @@ def project_files(root=ROOT) -> list[pathlib.Path]:
     paths = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = sorted(
-            name for name in subfolders if name[0] != '.' and name not in ('tests', 'benchmarks')
+            name for name in subfolders if name[0] != '.' and name not in ('tests', 'benchmarks', 'build')
             and not os.path.exists(os.path.join(folder, name, 'pyvenv.cfg')))
         paths += [pathlib.Path(folder, name) for name in sorted(names) if name.endswith('.py')]
     return paths

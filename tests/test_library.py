@@ -148,6 +148,12 @@ def test_the_page_runs_from_its_text(folder, tmp_path, monkeypatch):
 # --- Installed --------------------------------------------------------------------------------------------------------
 
 
+def test_without_torch_it_says_so():
+    script = 'import sys; sys.modules["torch"] = None; import diffusion_data'
+    result = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True)
+    assert 'diffusion_data needs torch 2.11 or later and leaves its build to you: pip install torch' in result.stderr
+
+
 def test_every_package_is_installed():
     listed = re.findall(r'"diffusion_data\.([\w.]+)",', (ROOT / 'pyproject.toml').read_text().partition('package-dir')[0])
     rooms = ('dnnlib', 'torch_utils', 'metrics', 'training')

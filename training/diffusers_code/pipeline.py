@@ -185,7 +185,7 @@ class SnapshotPipeline(DiffusionPipeline):
     def _inputs(self, class_labels, batch_size, generator, seeds, latents):
         """(label or None, generator) of each image."""
         several = dict(
-            class_labels=None if isinstance(class_labels, str | int) else class_labels,
+            class_labels=class_labels if np.ndim(class_labels) else None,
             generator=generator if isinstance(generator, list | tuple) else None,
             seeds=seeds, latents=latents)
         counts = {name: len(value) for name, value in several.items() if value is not None}
@@ -244,7 +244,7 @@ class SnapshotPipeline(DiffusionPipeline):
 def _noise_output(denoiser, scheduler):
     """What a network of discrete time says, at the steps of its own process."""
     process = denoiser.net.diffusion.respaced('')
-    theirs = scheduler.alphas_cumprod.numpy()
+    theirs = scheduler.alphas_cumprod.cpu().numpy()
     predicts = {'start': 'sample'}.get(process.predict, process.predict)
     if theirs.shape != process.alphas_cumprod.shape or not np.allclose(
             theirs, process.alphas_cumprod, rtol=1e-3, atol=1e-6):
