@@ -361,15 +361,18 @@ def test_the_dry_run_says_what_will_be_written(name, options, digits, tmp_path, 
 @pytest.mark.parametrize('command', [
     ['distillation/scripts/image_train.py', '--config=yaml/digits_8/teacher.yaml', '--outdir={0}', '--data_dir={1}',
      'batch_size=8', 'total_steps=4', 'save_interval=2', 'log_interval=1'],
-    [*LONG_TAIL[:-1], '--total_steps=4', '--logdir={0}']], ids=['image_train', 'long_tail'])
-def test_so_do_those_of_the_other_studies(command, digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, 'save_grid', lambda *_: None)
+    [*LONG_TAIL[:-1], '--total_steps=4', '--sample_step=0', '--logdir={0}']], ids=['image_train', 'long_tail'])
+def test_so_do_those_of_the_other_studies(command, digits, tmp_path):
     command = [part.format(tmp_path / 'run', digits) for part in command]
     out = invoke(*command, '--dry_run')
     assert not (tmp_path / 'run').exists()
     invoke(*command)
     total = sum(path.stat().st_size for path in (tmp_path / 'run').iterdir() if path.suffix in ('.pt', '.pkl'))
-    assert json.loads(out[out.index('{'):])['disk']['total_bytes'] == pytest.approx(total, rel=0.03)
+    plan = json.loads(out[out.index('{'):])
+    assert plan['disk']['total_bytes'] == pytest.approx(total, rel=0.03)
+    assert plan['cost']['steps'] == 4 and plan['cost']['memory_gib']['activations'] > 0
+    assert 'hours' in invoke(*command[:-1], command[-1].replace('/run', '/other'), '--dry_run', '--bench_steps=1')
+    assert not (tmp_path / 'other').exists()
 
 
 def test_a_run_without_an_end_has_a_dry_run(digits, tmp_path):
