@@ -90,6 +90,11 @@ def train(config: dict, outdir: str, **running) -> bool:
                         model_channels='channels'):
         dataset, encoder, plan = prepare(config)
         net = recipe.new_network(plan, running)
+        _, *blocks = net.unet.enc.values()
+        if config['attn_resolutions'] and not any(block.num_heads for block in blocks):
+            dist.print0('Note: no block of the encoder has attention: --attn-resolutions='
+                        f'{",".join(map(str, config["attn_resolutions"]))} names none of its '
+                        'resolutions, or they have too few channels')
         loss = EDM2Loss(config['P_mean'], config['P_std'], net.sigma_data,
                         augment=edm_augmentation(config['augment']))
         batches = DatasetBatches(dataset, encoder, dist.get_device(), config['seed'])

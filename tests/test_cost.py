@@ -192,6 +192,11 @@ def test_a_run_keeps_the_ramp_up_that_it_began_with(train, tmp_path):
     assert '--rampup' in fails(*TINY, path, f'--data={tmp_path}/../x', '--rampup=-1')
 
 
+def test_attention_that_there_is_none_of_is_noted(train):
+    assert 'no block of the encoder has attention: --attn-resolutions=3' in train('-n', '--attn-resolutions=3', '--channels=32')
+    assert 'no block' not in train('-n', '--attn-resolutions=8', '--channels=32')
+
+
 def test_another_ramp_up_is_refused(train, tmp_path, digits):
     train()
     assert '--rampup' in fails(*TINY, f'--outdir={tmp_path}/run', f'--data={digits}', '--duration=480', '--rampup=1')
