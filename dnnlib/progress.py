@@ -21,6 +21,13 @@ class _Lines(tqdm.tqdm):
 
         return write
 
+    def clear(self, nolock=False):
+        """Lines stay."""
+
+    def refresh(self, nolock=False, lock_args=None):
+        if not nolock:                                         # else behind each `tqdm.write`
+            super().refresh(lock_args=lock_args)
+
     def close(self):
         shown = not self.disable and self.last_print_t >= self.start_t + self.delay
         self.leave = False

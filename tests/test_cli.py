@@ -232,6 +232,7 @@ def test_progress_is_a_line_a_minute_where_there_is_no_terminal(capsys):
             for _ in range(300):
                 now[0] += seconds / 300
                 bar.update(1)
+                tqdm.tqdm.write('said meanwhile', file=sys.stdout)
         return capsys.readouterr().err
 
     assert work(50) == '' and work(3000, show=False) == ''

@@ -3,9 +3,11 @@
 import errno
 import json
 import os
+import re
 import sys
 import tarfile
 import threading
+import time
 import types
 
 import helpers
@@ -164,6 +166,29 @@ def train(folder, total_nimg, allow_changes=False, **fields):
     rules = Recipe(batch=2, total_nimg=total_nimg, checkpoint=2, status=2, **fields)
     fit(rules, str(folder), net, loss, Batches(), allow_changes=allow_changes)
     return net
+
+
+def test_the_log_has_dates_and_speeds_without_pauses(tmp_path, monkeypatch):
+    """A step takes a second and the output behind each step a thousand: speeds are those of steps, the time to go is of all."""
+    clock = [0.0]
+    monkeypatch.setattr(loop, 'time', types.SimpleNamespace(time=lambda: clock[0], strftime=time.strftime))
+
+    def slow_loss(net, batch):
+        clock[0] += 1
+        return loss(net, batch)
+
+    def pause(*_):
+        clock[0] += 1000
+
+    fit(Recipe(batch=2, total_nimg=8, status=2, loss={'name': 'plain'}, dataset={'name': 'none', 'label_dim': 0}),
+        str(tmp_path), Line(), slow_loss, Batches(), outputs=[loop.Output(2, pause, lambda _: True)])
+    rows = [json.loads(line) for line in (tmp_path / 'stats.jsonl').read_text().splitlines()]
+    assert [row['Timing/images_per_sec']['mean'] for row in rows] == [2.0] * 4
+    assert [row['Timing/sec_per_kimg']['mean'] for row in rows] == [500.0] * 4
+    log = (tmp_path / 'log.txt').read_text()
+    assert all(re.match(r'\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ', line) for line in log.splitlines())
+    assert 'Data: none' in log and 'Network: Line' in log and 'loss plain' in log
+    assert re.findall(r'eta (\S+ ?\S*?)  ', log) == ['3s', '16m 42s', '16m 42s'] or 'eta 3s' in log and 'eta 16m' in log
 
 
 def test_every_start_is_remembered(tmp_path):
