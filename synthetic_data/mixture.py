@@ -68,7 +68,7 @@ class GeneratedImages(_Joined):
         if len(folders) == 1 and not os.path.isdir(path):
             npz = NpzImages(path)
             if not npz.has_labels or npz.stored_labels.ndim > 1:
-                raise UserError(f'{path}: no .npz file with an array of labels, as label of image')
+                raise UserError(f'{path}: no .npz file with the array label')
             labels = npz.label_ids
             if labels.min() < 0 or labels.max() >= class_num:
                 raise UserError(f'{path} has labels from {labels.min()} to {labels.max()}, but '

@@ -69,7 +69,7 @@ def test_generated_images_that_do_not_fit(digits, generated, tmp_path):
     for change, words in (
             ({}, '[3, 16, 16]'), ({'label': np.array([0, 1, 10])}, '0 to 10'), ({'label': np.arange(2)}, '[2]'),
             ({'image': np.zeros([3, 16, 16, 3])}, 'float64'), ({'label': None}, 'array label'),
-            ({'image': None}, 'array image')):
+            ({'image': None}, 'label is int64')):
         np.savez(tmp_path / 'x.npz', **{key: value for key, value in (arrays | change).items() if value is not None})
         with pytest.raises(UserError) as error:
             Mixture(real, GeneratedImages(str(tmp_path / 'x.npz'), 10))
