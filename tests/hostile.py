@@ -1502,6 +1502,85 @@ _weights('weights_whole', 'a snapshot of whole numbers', lambda value: value.int
 _weights('weights_sparse', 'a snapshot of sparse weights', lambda value: value.to_sparse())
 
 
+# --- Arrays of images, and tables of Hugging Face (where pyarrow is not installed, they end in a line that names it) ------
+
+
+def _npy_images(key, what, data: bytes):
+    @case(what, IMAGES)
+    def make(path):
+        target = path.with_suffix('.npy')
+        write(target, data)
+        return target
+    make.__name__ = key
+    CASES[key] = CASES.pop('make')
+
+
+_npy_images('npy_of_terabytes', 'an .npy of 100 bytes that says it has 2^40 images', npy_of((1 << 40, 64, 64, 3)))
+_npy_images('npy_of_objects', 'an .npy of objects as images', npy_of((2,), "'|O'", pickle.dumps(Call(os.system, PWNED))))
+
+
+@case('a folder of classes, one of which is a pipe', IMAGES)
+def class_that_is_a_pipe(path):
+    path.mkdir()
+    write(path / '0.npy', npy_of((1, 8, 8, 3), data=bytes(192)))
+    os.mkfifo(path / '1.npy')
+
+
+def _table(key, what, make, ending='parquet'):
+    """A file that `make(pyarrow, path)` writes; of a few bytes, where there is no pyarrow."""
+    @case(what, SOURCE)
+    def write_table(path):
+        target = path.with_suffix('.' + ending)
+        try:
+            import pyarrow
+            import pyarrow.ipc
+            import pyarrow.parquet
+            make(pyarrow, str(target))
+        except ImportError:
+            write(target, b'PAR1')
+        return target
+    CASES[key] = CASES.pop('write_table')
+
+
+def _parquet(columns, schema=None, metadata=None, **options):
+    def make(pa, path):
+        table = pa.table(columns(pa), schema=schema and schema(pa))
+        pa.parquet.write_table(table.replace_schema_metadata(metadata), path, **options)
+    return make
+
+
+def _many(pa):
+    picture = pa.array([bytes(1 << 20)], pa.binary())
+    return {'image': pa.DictionaryArray.from_arrays(pa.array([0] * 50_000, pa.int32()), picture)}
+
+
+def _damaged_offsets(pa, path):
+    table = pa.table({'image': pa.array([b'abc', b'defg'], pa.binary())})
+    with pa.OSFile(path, 'wb') as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    data = Path(path).read_bytes()
+    write(path, data.replace(struct.pack('<3i', 0, 3, 7), struct.pack('<3i', 0, 3, 1 << 30)))
+
+
+def _packed_batch(pa, path):
+    table = pa.table({'image': pa.array([bytes(1 << 28)], pa.binary())})
+    options = pa.ipc.IpcWriteOptions(compression='zstd')
+    with pa.OSFile(path, 'wb') as file, pa.ipc.new_stream(file, table.schema, options=options) as writer:
+        writer.write_table(table)
+
+
+_table('parquet_of_one_picture', 'a parquet file of 50 GB that are one picture, 50,000 times', _parquet(_many, store_schema=False))
+_table('parquet_of_zeros', 'a parquet file with a picture of 300 MB of zeros', _parquet(
+    lambda pa: {'image': pa.array([bytes(300 << 20)], pa.binary())}, compression='zstd', use_dictionary=False))
+_table('parquet_metadata_deep', 'a parquet file whose metadata are nested 100,000 deep', _parquet(
+    lambda pa: {'image': [b'x']}, metadata={'huggingface': '[' * 100_000}))
+_table('parquet_of_passwords', 'a parquet file whose picture is a file of the system', _parquet(
+    lambda pa: {'image': [{'bytes': None, 'path': '/etc/passwd'}]},
+    lambda pa: pa.schema({'image': pa.struct({'bytes': pa.binary(), 'path': pa.string()})})))
+_table('arrow_offsets', 'an Arrow file whose picture ends a gigabyte behind it', _damaged_offsets, 'arrow')
+_table('arrow_packed', 'an Arrow file of 10 kB with a batch of 256 MB', _packed_batch, 'arrow')
+
+
 # --- Running them ----------------------------------------------------------------------------------------------------
 
 

@@ -213,7 +213,7 @@ class Tables:
                         labels += values.to_pylist()
         self.starts = np.cumsum([0] + [rows for *_, rows in self.groups])
         self.labels, self.names = self._labels(labels)
-        self._cache = {}
+        self._cache, self._damaged = {}, {}
 
     def _labels(self, labels):
         """int64 [n] or None, and names of the classes or None."""
@@ -245,8 +245,14 @@ class Tables:
         """The encoded picture of a row."""
         group, row = self.find(index)
         pictures = self._cache.get(group)
+        if group in self._damaged:
+            raise UserError(self._damaged[group])
         if pictures is None:
-            pictures = self._load(group)
+            try:
+                pictures = self._load(group)
+            except UserError as error:
+                self._damaged[group] = str(error)   # reading it again would cost as much
+                raise
             # Threads may load a group twice, which does no harm.
             self._cache[group] = pictures
             while sum(map(_size, self._cache.copy().values())) > CACHE_BYTES \
@@ -454,7 +460,7 @@ class HubTables(Tables):
         labels = self.columns.label and self.rows.select_columns([self.columns.label])
         self.labels, self.names = self._labels(
             labels[:].column(0).to_pylist() if labels else [])
-        self._cache = {}
+        self._cache, self._damaged = {}, {}
 
     def _load(self, group: int) -> list:
         start, stop = map(int, self.starts[group:group + 2])
