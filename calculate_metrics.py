@@ -14,7 +14,7 @@ with lazy.imports(__name__ == '__main__'):
     from metrics.detectors import PROTOCOLS
     from metrics.features import Detectors, measure, measure_images
     from metrics.images import class_ids, read_batches, select
-    from metrics.memorization import find_copies
+    from metrics.memorization import find_copies, open_search
     from metrics.statistics import Statistics, is_statistics, load_statistics, save_statistics
     from torch_utils import distributed as dist
     from training.diffusion.heldout import heldout_loss, open_fitting, plain_loss
@@ -28,6 +28,8 @@ from training.data.arrays import with_key
 from training.data.images import holds_images, open_dataset, open_images, pixels_of
 
 DEFAULT = 'fid,fd_dinov2'
+# Options that are names of files, and decide no number by themselves.
+FILES = ('inception', 'inception_sha256', 'dinov2', 'dinov2_base', 'clip', 'own')
 STATISTICS = cli.Written('file of statistics', ['.pkl', '.pt', '.npz'], is_statistics)
 
 
@@ -256,6 +258,7 @@ def gen(precision, detection, comparison, **source):
 @options.text('PATH', '--images', 'Images to measure, instead of those of --net')
 @options.text('PATH', '--data', 'Training set', required=True)
 @options.boolean('--xflip', False, 'Compare with mirrored training images too')
+@options.closeness
 @options.pictures
 @generation(10000)
 @options.text('JSON', '--dest',
@@ -264,12 +267,13 @@ def gen(precision, detection, comparison, **source):
 @options.text('PNG', '--grid',
               'Write a picture of the most memorized images above their training images',
               type=cli.PICTURE)
-def memorization(images, data, xflip, dest, grid, precision, **source):
+def memorization(images, data, xflip, closeness, dest, grid, precision, **source):
     """Measure how many images are copies of training images.
 
     Memorized is what is less than a third as far from its nearest training image as from the
-    second nearest (L2 distance of pixels 0..255; arXiv 2310.02664). Of --images --num takes a
-    random subset, and --seed says which.
+    second nearest (L2 distance of pixels 0..255; arXiv 2310.02664). --space measures the distance
+    in features, which see copies of other colours or cropping. Of --images --num takes a random
+    subset, and --seed says which.
 
     \b
     python calculate_metrics.py memorization --net=NET.pkl --data=datasets/cifar10-2000.zip \\
@@ -293,16 +297,23 @@ def memorization(images, data, xflip, dest, grid, precision, **source):
         batches, count, what = of_files(images, source['class_'], *(
             source[key] for key in ('num', 'seed', 'batch', 'workers')))
     cli.claim(dest, grid)
-    copies = find_copies(batches, training)
+    settings = {key: value for key, value in closeness.items() if key not in FILES and value}
+    limit = closeness.pop('limit')
+    search = open_search(training, open_network=load_snapshot, **closeness)
+    copies = find_copies(batches, training, search=search, limit=limit)
     if dist.get_rank() == 0:
         results = copies.results()
         print(f'\n{count} images against {len(training)} of {data}')
         ratio = results['memorization_ratio']
-        print(f'  memorization_ratio  {ratio:.4f}{interval_of(ratio)}')
+        print(f'  memorization_ratio  {ratio:.4f}{interval_of(ratio)}'
+              f'  {results["num_memorized"]} of {results["num_images"]}')
         print(f'  mean_distance       {results["mean_distance"]:.4f}')
+        if limit is not None:
+            near = results['near_ratio']
+            print(f'  near_ratio          {near:.4f}{interval_of(near)}  nearer than {limit:g}')
         if dest:
             write_json(dest, dict(
-                what, results=with_intervals(results), data=data,
+                what, results=with_intervals(results), data=data, closeness=settings,
                 data_fingerprint=training.fingerprint, xflip=xflip,
                 num_training=len(training), command=command_line(), **dist.environment(),
                 samples=copies.table()), indent=None)

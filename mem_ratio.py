@@ -13,14 +13,15 @@ from training.data.images import open_dataset, pixels_of
 from training.data.sources import kind_of
 
 with lazy.imports(__name__ == '__main__'):
-    from metrics.memorization import find_copies
+    from metrics.memorization import find_copies, open_search
     from torch_utils import distributed as dist
     from training import runs
     from training.diffusion.samplers import choose_setting, plain_setting
     from training.generate import OutputFolder, open_generator
-    from training.snapshot import list_snapshots
+    from training.snapshot import list_snapshots, load_snapshot
 
 
+AS_PUBLISHED = dict(space='pixels', neighbors=2, shifts=0, limit=None)
 LOG = cli.json_with('settings', 'snapshots', what='log of mem_ratio.py', endings=())
 
 
@@ -41,7 +42,7 @@ def load_log(path: str) -> tuple[dict, dict]:
                         'log', path) from None
 
 
-def measure(expdir, name, seeds, training, batch, subdirs, **options):
+def measure(expdir, name, seeds, training, batch, subdirs, search, limit, **options):
     """(nimg, copies) of the samples of one snapshot, which are kept as files with `subdirs`."""
     generator = open_generator(os.path.join(expdir, name), **options)
     if subdirs:
@@ -53,7 +54,8 @@ def measure(expdir, name, seeds, training, batch, subdirs, **options):
         for part in batches:
             folder.add(part)
         folder.finish()
-    copies = find_copies(((part.seeds, part.images) for part in batches), training)
+    copies = find_copies(((part.seeds, part.images) for part in batches), training,
+                         search=search, limit=limit)
     return generator.snapshot.nimg, copies
 
 
@@ -77,12 +79,13 @@ def save_trajectory(path: str, rows: list[dict], title: str):
                   '[default: those of the log, else 0-63]')
 @click.option('--subdirs', is_flag=True,
               help='Keep the samples: EXPDIR/samples/SNAPSHOT, a folder for each 1000 seeds')
+@options.closeness
 @options.image_class
 @options.pictures
 @options.batch(64)
 @options.sampling
 @options.allow_nonfinite
-def main(expdir, knn_ref, log, seeds, subdirs, class_, batch, sampler, precision,
+def main(expdir, knn_ref, log, seeds, subdirs, closeness, class_, batch, sampler, precision,
          allow_nonfinite):
     """Measure the memorization ratio of every snapshot of a run.
 
@@ -129,6 +132,11 @@ def main(expdir, knn_ref, log, seeds, subdirs, class_, batch, sampler, precision
     settings = dict(num_training=len(training), seeds=seeds, sampler=plain_setting(sampler))
     if class_ is not None:
         settings['class'] = class_
+    limit = closeness.pop('limit')
+    search = open_search(training, open_network=load_snapshot, **closeness)
+    how = dict(space=closeness['space'], neighbors=search.k, shifts=closeness['shifts'],
+               limit=limit)
+    settings |= {key: value for key, value in how.items() if value != AS_PUBLISHED[key]}
     content = dict(fingerprint=training.fingerprint)
     if 'fingerprint' in earlier:
         same = util.without(earlier, paths) == json.loads(json.dumps(settings | content))
@@ -143,22 +151,26 @@ def main(expdir, knn_ref, log, seeds, subdirs, class_, batch, sampler, precision
     rows = []
     dist.print0(f'{len(seeds)} samples of each of {len(snapshots)} snapshots '
                 f'against {len(training)} images of {data}\n'
-                f'{"kimg":>8}  {"EMA":5}  {"ratio (95% interval)":>27}  {"distance":>8}')
+                f'{"kimg":>8}  {"EMA":5}  {"ratio (95% interval)":>27}  {"distance":>8}  '
+                'memorized')
     for file in snapshots:
         name = os.path.basename(file.path)
         modified = os.path.getmtime(file.path)
         row = dist.broadcast_object(known.get((name, modified)))
         last = file == snapshots[-1]
         if row is None or (last and not os.path.isfile(stem + '-pairs.png')):
-            nimg, copies = measure(expdir, name, seeds, training, batch, subdirs, class_=class_,
-                                   sampler=sampler, allow_nonfinite=allow_nonfinite)
+            nimg, copies = measure(expdir, name, seeds, training, batch, subdirs, search, limit,
+                                   class_=class_, sampler=sampler,
+                                   allow_nonfinite=allow_nonfinite)
             row = dict(snapshot=name, modified=modified, nimg=nimg, ema=file.average,
                        **with_intervals(copies.results()))
             if last and dist.get_rank() == 0:
                 copies.save_picture(stem + '-pairs.png', training)
         rows.append(row)
         dist.print0(f'{file.kimg:8d}  {file.average or "-":5}  '
-                    f'{percent(row, "memorization_ratio"):>27}  {row["mean_distance"]:8.3f}')
+                    f'{percent(row, "memorization_ratio"):>27}  {row["mean_distance"]:8.3f}  '
+                    f'{round(row["memorization_ratio"] * row["num_images"])} of '
+                    f'{row["num_images"]}')
         if dist.get_rank() == 0:
             util.write_json(log, dict(settings=settings, snapshots=rows))
     if dist.get_rank() == 0:

@@ -154,6 +154,17 @@ DETECTOR_FILES = (
 heldout = text('FILE|URL', '--heldout', 'Images of the same kind that were never trained on, for '
                'ct and fld: statistics with features, or folder, .zip, .npz')
 
+# How near generated images are to training images.
+closeness = group(
+    'closeness',
+    choice('--space', 'pixels', 'What distances are of: pixels, or features of a network',
+           DETECTORS),
+    integer('--neighbors', 2, 'Memorized is what is less than a third as far from the nearest '
+            'training image as from the next ones, up to this', 2),
+    integer('--shifts', 0, 'Find copies too that are moved by up to so many pixels', 0),
+    number('--max-distance limit', None, 'Say also how many images are nearer than this'),
+    *DETECTOR_FILES)
+
 # What makes the images.
 gnet = text('FILE|URL', '--gnet',
             'Guiding network: unconditional, or a weaker one (autoguidance)')

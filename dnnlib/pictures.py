@@ -34,6 +34,8 @@ def load_png(path: str) -> np.ndarray:
 
 LONGEST_LABEL = 32  # letters of a class name
 TITLE_SIZE, TITLE_HEIGHT = 13, 18  # pixels of letters, and of a line
+CAPTION_SIZE, CAPTION_HEIGHT = 10, 14
+MARK_COLOR = '#D55E00'
 
 
 def with_classes(title: str, shown: int, count: int) -> str:
@@ -45,9 +47,10 @@ def with_classes(title: str, shown: int, count: int) -> str:
 
 
 def image_grid(images, columns: int | None = None, row_labels=None, min_side: int = 48,
-               title: str = '') -> PIL.Image.Image:
+               title: str = '', captions=(), marked=()) -> PIL.Image.Image:
     """Images uint8 [N,C,H,W] (C = 1 or 3) as one picture, row by row, with labels at their left
-    and a title above them.
+    and a title above them; with `captions` [N] below them, and frames around those at the places
+    `marked`.
 
     Small images are enlarged by a whole factor so that their shorter side has `min_side` pixels.
     """
@@ -56,7 +59,7 @@ def image_grid(images, columns: int | None = None, row_labels=None, min_side: in
     if channels == 1:
         images = images.repeat(3, axis=1)
     zoom = max(1, math.ceil(min_side / min(height, width)))
-    gap = max(1, zoom // 2)
+    gap = max(1, zoom // 2, 4 * bool(len(marked)))
     height *= zoom
     width *= zoom
     columns = columns or math.ceil(math.sqrt(count))
@@ -71,18 +74,27 @@ def image_grid(images, columns: int | None = None, row_labels=None, min_side: in
     across = max(across, math.ceil(longest) + 8)
     lines = _wrapped(title, title_font, across - 8)
     top = TITLE_HEIGHT * len(lines) + 4 * bool(lines)
-    picture = PIL.Image.new('RGB', (across, top + rows * (height + gap) + gap), 'white')
+    down = height + gap + CAPTION_HEIGHT * bool(captions)
+    picture = PIL.Image.new('RGB', (across, top + rows * down + gap), 'white')
+    draw = PIL.ImageDraw.Draw(picture)
+    small = PIL.ImageFont.load_default(size=CAPTION_SIZE)
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
         tile = PIL.Image.fromarray(image.transpose(1, 2, 0))
         tile = tile.resize((width, height), PIL.Image.Resampling.NEAREST)
-        picture.paste(tile, (left + gap + column * (width + gap),
-                             top + gap + row * (height + gap)))
-    draw = PIL.ImageDraw.Draw(picture)
+        x, y = left + gap + column * (width + gap), top + gap + row * down
+        if index in marked:
+            frame = gap - 1
+            draw.rectangle((x - frame, y - frame, x + width + frame - 1, y + height + frame - 1),
+                           fill=MARK_COLOR)
+        picture.paste(tile, (x, y))
+        if captions:
+            draw.text((x + width // 2, y + height + 2), captions[index], fill='black', font=small,
+                      anchor='ma')
     for row, line in enumerate(lines):
         draw.text((4, 2 + TITLE_HEIGHT * row), line, fill='black', font=title_font)
     for row, label in enumerate(labels):
-        middle = top + gap + row * (height + gap) + height // 2
+        middle = top + gap + row * down + height // 2
         draw.text((left - 6, middle), label, fill='black', font=font, anchor='rm')
     return picture
 
@@ -100,9 +112,9 @@ def _wrapped(text: str, font, width: float) -> list[str]:
 
 
 def save_image_grid(path: str, images, columns: int | None = None, row_labels=None,
-                    title: str = ''):
+                    title: str = '', **marks):
     """`image_grid` to a PNG file."""
-    save_png(image_grid(images, columns, row_labels, title=title), path)
+    save_png(image_grid(images, columns, row_labels, title=title, **marks), path)
 
 
 def figure(columns: int = 1):

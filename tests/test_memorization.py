@@ -71,7 +71,8 @@ def test_rule_of_a_third():
     distances = np.array([[0, 0], [0, 1], [1, 3], [0.999, 3], [2, 3]], dtype=np.float64)
     found = Copies(np.arange(5), distances, np.zeros([5, 2], dtype=np.int64))
     assert found.memorized.tolist() == [False, True, False, True, False]
-    assert found.results() == {'memorization_ratio': 0.4, 'mean_distance': pytest.approx(3.999 / 5), 'num_images': 5}
+    assert found.results() == {'memorization_ratio': 0.4, 'num_memorized': 2, 'mean_distance': pytest.approx(3.999 / 5),
+                               'num_images': 5}
 
 
 # --- Optimal denoiser -------------------------------------------------------------------------------------------------

@@ -5,15 +5,17 @@ import json
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from helpers import fails, invoke, run, write_digits
 
+from dnnlib import pictures
 from dnnlib.image_io import encode_png
 from metrics.memorization import find_copies
 from training.data.archive import ArchiveWriter, image_name
 from training.data.dataset import ImageDataset
 from training.encoders import RGBEncoder
 from training.networks import build_network
-from training.snapshot import save_snapshot
+from training.snapshot import load_snapshot, save_snapshot
 
 COUNT = 60
 
@@ -66,6 +68,58 @@ def test_a_copy_stands_above_its_training_image(digits, half_copied):
     assert [found.indices[i, 0] for i in found.closest] == [[7, 5, 3, 1][i] for i in found.closest]
 
 
+def test_copies_in_other_spaces_and_moved_ones(digits, half_copied, tmp_path):
+    """Moved copies are found by --shifts alone; features find what their detector sees; distances are a measure too."""
+    source = ImageDataset(digits).images(range(20))
+    moved = write_images(tmp_path / 'moved.zip', np.roll(source, (1, -1), (2, 3)))
+    call = ('calculate_metrics.py', 'memorization', f'--data={digits}', f'--dest={tmp_path}/m.json')
+
+    def measured(*args):
+        out = invoke(*call, *args)
+        return out, json.loads((tmp_path / 'm.json').read_text())
+
+    plain, found = (measured(f'--images={moved}', f'--shifts={shifts}')[1] for shifts in (0, 1))
+    assert plain['results']['num_memorized'] < 5 and found['results']['num_memorized'] == 20
+    assert [row[0] for row in found['samples']['indices']] == list(range(20)) and found['closeness'] == {'space': 'pixels',
+                                                                                                          'neighbors': 2, 'shifts': 1}
+    assert all(len({*row}) == 2 for row in found['samples']['indices'])    # two places of one image are no two images
+    # By loops: the middle of an image at all places of a training image.
+    image, training = ImageDataset(moved).images([3])[0, :, 1:7, 1:7].astype(float), ImageDataset(digits).images(range(COUNT))
+    best = sorted(min(np.square(image - other[:, y:y + 6, x:x + 6]).mean() ** 0.5 for y in range(3) for x in range(3))
+                  for other in training.astype(float))[:2]
+    assert found['samples']['distances'][3] == pytest.approx(best, abs=1e-5)
+    # The mean of more neighbours, and a distance; no copy is no proof.
+    out, found = measured(f'--images={half_copied}', '--neighbors=5', '--max-distance=4')
+    assert found['results']['near_ratio'] == 0.5 and len(found['samples']['distances'][0]) == 5
+    assert 'nearer than 4' in out and '4 of 8' in out
+    rows = np.array(found['samples']['distances'])
+    assert found['samples']['memorized'] == (rows[:, 0] < rows[:, 1:].mean(axis=1) / 3).tolist()
+    assert '--shifts' in fails(*call, f'--images={moved}', '--shifts=4')
+    assert '--own: needs the file' in fails(*call, f'--images={moved}', '--space=own')
+    # Features: those of the detector itself.
+    torch.manual_seed(0)
+    save_snapshot(tmp_path / 'wrn.pkl', build_network('WideResNet', name='wrn-10-1', num_classes=10), encoder=RGBEncoder(),
+                  dataset={}, recipe={}, nimg=0)
+    _, found = measured(f'--images={half_copied}', '--space=own', f'--own={tmp_path}/wrn.pkl')
+    net = load_snapshot(str(tmp_path / 'wrn.pkl')).net
+    with torch.no_grad():
+        ours, theirs = (net(torch.from_numpy(ImageDataset(path).images(range(n))) / 255, return_prelogit=True)[1].double()
+                        for path, n in ((half_copied, 8), (digits, COUNT)))
+    expected = torch.cdist(ours, theirs).topk(2, largest=False)
+    np.testing.assert_allclose(found['samples']['distances'], expected.values, rtol=1e-4, atol=1e-5)
+    assert '--shifts' in fails(*call, f'--images={moved}', '--space=own', '--shifts=1')
+
+
+def test_the_picture_has_frames_and_distances(digits, half_copied, tmp_path):
+    training, made = ImageDataset(digits, use_labels=False), ImageDataset(half_copied)
+    copies = find_copies([(np.arange(8), made.images(range(8)))], training)
+    copies.save_picture(tmp_path / 'x.png', training, columns=5)
+    pixels = pictures.load_png(tmp_path / 'x.png')
+    frames = (pixels == np.array([0xD5, 0x5E, 0])).all(axis=2)
+    marked = frames.any(axis=0).sum()                          # 4 of 5 columns
+    assert 4 * 48 < marked < 4.6 * 60 and not frames[frames.shape[0] // 2 + 20:].any()
+
+
 def test_mirrored_training_images_count_if_asked_for(digits, tmp_path):
     mirrored = write_images(tmp_path / 'm.zip', ImageDataset(digits).images(range(10))[:, :, :, ::-1])
     plain, both = (invoke('calculate_metrics.py', 'memorization', f'--images={mirrored}', f'--data={digits}', f'--xflip={flip}')
@@ -106,7 +160,7 @@ def experiment(tmp_path, digits):
 
 def test_every_snapshot_is_measured_once(experiment):
     arguments = [f'--expdir={experiment}', '--seeds=0-3', '--steps=2', '--subdirs', '--batch=3']
-    invoke('mem_ratio.py', *arguments)
+    assert ' of 4' in invoke('mem_ratio.py', *arguments)
     log = json.loads((experiment / 'mem_ratio.json').read_text())
     assert [(row['nimg'], row['ema']) for row in log['snapshots']] == [(2000, '0.050'), (10000, '0.050'), (10000, '0.100')]
     assert all(0 <= row['memorization_ratio'] <= 1 and row['num_images'] == 4 for row in log['snapshots'])
