@@ -47,7 +47,7 @@ RECIPE = [
     # the error of the network, not 157 times.
     '--beta_T=0.01', '--lr=1e-3', '--warmup=100', '--ema_decay=0.995', '--sample_step=0']
 GRID_COLUMNS = 8
-MEASURES = ['fid', 'precision', 'recall', 'recognition']
+MEASURES = ['fd_pixels', 'precision', 'recall', 'recognition']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,7 @@ def run_chain(study: Study, chain: list[Model]):
 
 
 def collect(study: Study, models: list[Model]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A row for each model, omega and class with fid (in pixels), precision, recall and
+    """A row for each model, omega and class with fd_pixels, precision, recall and
     recognition; and the same with their means over the classes of each group."""
     rows = []
     tables = []
@@ -155,6 +155,7 @@ def collect(study: Study, models: list[Model]) -> tuple[pd.DataFrame, pd.DataFra
         result = json.loads(Path(study.result(model, omega)).read_text())
         key = dataclasses.asdict(model) | {'omega': omega}
         classes = pd.DataFrame(result['classes']).assign(**key)
+        classes = classes.rename(columns={'fid': 'fd_pixels'})   # of an earlier version
         tables.append(classes)
         groups = {'all': {'classes': classes.index}} | result['groups']
         rows += [key | {'group': name} | classes.loc[group['classes'], MEASURES].mean().to_dict()
@@ -165,7 +166,8 @@ def collect(study: Study, models: list[Model]) -> tuple[pd.DataFrame, pd.DataFra
 def best_omegas(results: pd.DataFrame) -> dict[str, float]:
     """For each method the guidance with the lowest distance, mean over all classes and seeds: as
     the paper chooses it."""
-    means = results[results['group'] == 'all'].groupby(['method', 'omega'])['fid'].mean().unstack()
+    rows = results[results['group'] == 'all'].groupby(['method', 'omega'])
+    means = rows['fd_pixels'].mean().unstack()
     return means.idxmin(axis='columns').reindex(METHODS).dropna().to_dict()
 
 
@@ -187,7 +189,7 @@ def verdict(results: pd.DataFrame, omegas: dict[str, float], group: str = 'few')
         if method == 'plain':
             continue
         ours, plain = (values[name][key] for key in (method, 'plain'))
-        gains = (ours - plain) * (-1 if name == 'fid' else 1)
+        gains = (ours - plain) * (-1 if name == 'fd_pixels' else 1)
         spread = max(np.ptp(ours), np.ptp(plain))
         word = 'better' if gains.mean() > 0 else 'worse'
         if abs(gains.mean()) <= spread:

@@ -155,7 +155,8 @@ class Evaluator:
             reference, self.space, device, prd=flags.prd, manifold=flags.improved_prd,
             recognizer=self._recognizer(reference) if flags.recognition else None,
             frechet_device=device if flags.fid_use_torch else None,
-            protocol=dataclasses.replace(self.detectors.rules, unbiased=flags.fid_use_torch))
+            protocol=dataclasses.replace(self.detectors.rules, unbiased=flags.fid_use_torch),
+            class_names=list(reference.meta.get('class_names') or []))
         if self.space not in reference.features and (flags.prd or flags.improved_prd):
             dist.print0(f'Note: {reference.path} has no features: no PRD, precision, recall and '
                         'class groups (make_stats.py stores them)')
@@ -228,11 +229,15 @@ class Evaluator:
         results = self.evaluation(generated, self.counts, flags.group_sizes)
         report = self.file(step, '.json')
         notes = self.evaluation.notes(generated, results)
+        files = [report]                                       # which appears last: then all is
+        if 'classes' in results:
+            files += classwise.save_classes(report.removesuffix('.json') + '-classes', results)
         util.write_json(report, with_intervals(results) | {
             'notes': notes, 'step': step, 'settings': {key: flags[key] for key in SETTINGS},
             'environment': dist.environment()})
         print(f'{len(images)} images of step {step}, {flags.detector} features:\n'
-              f'{classwise.table(results)}\nBy class in {report}', flush=True)
+              f'{classwise.table(results)}', flush=True)
+        print(f'Wrote {", ".join(files)}', flush=True)
         for note in notes:
             print(f'Note: {note}', flush=True)
         return results

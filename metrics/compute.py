@@ -19,7 +19,7 @@ with lazy.imports():
     from metrics import generalization, kernels, precision_recall
     from metrics.detectors import PROTOCOLS, Protocol
     from metrics.features import Detectors, measure_images
-    from metrics.frechet import standard_error
+    from metrics.frechet import EVALUATED, influence, standard_error
     from metrics.inception_score import inception_score
     from metrics.statistics import SPACES, FeatureSums, Statistics
     from metrics.vendi import vendi
@@ -32,14 +32,19 @@ from metrics.shares import Estimate, share_of
 
 def distance(generated: Statistics, real: Statistics, space, *_) -> dict:
     """Frechet distance of the Gaussians of a space; with an error, where there are features."""
-    gaussian, reference = (side.gaussians[space] for side in (generated, real))
-    value = gaussian.distance(reference)
+    value = generated.gaussians[space].distance(real.gaussians[space])
+    return {space: with_error(value, generated, real, space)}
+
+
+def with_error(value: float, generated: Statistics, real: Statistics, space) -> float:
+    """The Frechet distance with its standard error, if there are features of generated images."""
     features = generated.features.get(space, generated.samples.get(space))
     if features is None or len(features) < 2:
-        return {space: value}
+        return value
+    gaussian, reference = (side.gaussians[space] for side in (generated, real))
     error, terms = standard_error(features, gaussian.num, gaussian.mu, gaussian.sigma,
                                   reference.mu, reference.sigma)
-    return {space: Estimate.of_images(value, terms, gaussian.num, error)}
+    return Estimate.of_images(value, terms, gaussian.num, error)
 
 
 def unlimited(generated: Statistics, real: Statistics, space, *_) -> dict:
@@ -68,9 +73,10 @@ def unlimited(generated: Statistics, real: Statistics, space, *_) -> dict:
     slope = (slopes @ values / slopes.square().sum()).item()
     value = values.mean().item() - slope * counts.mean().item()
     plain = generated.gaussians[space]
-    error, terms = standard_error(features, num, plain.mu, plain.sigma, reference.mu,
-                                  reference.sigma)
-    return {f'{space}_inf': Estimate.of_images(value, terms, num, error)}
+    # What is taken off is as noisy as what is quadratic in the images: the plain error has both.
+    terms = influence(features[::-(-num // EVALUATED)], plain.mu, plain.sigma, reference.mu,
+                      reference.sigma)
+    return {f'{space}_inf': Estimate.of_images(value, terms, num)}
 
 
 def subset_order(num: int):

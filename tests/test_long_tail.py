@@ -14,12 +14,13 @@ import types
 import click.testing
 import golden_cases
 import numpy as np
+import pandas as pd
 import PIL.Image
 import pytest
 import torch
 from helpers import ROOT, command, environment, fails, invoke, run, script_module, write_digits
 
-from dnnlib import UserError
+from dnnlib import UserError, pictures
 from long_tail import classwise, datasets, imbalance
 from metrics.frechet import frechet_distance
 from metrics.inception import InceptionV3
@@ -434,15 +435,19 @@ def test_evaluation_end_to_end(trained, digits_stats):
     out = evaluate(trained, digits_stats, '--ckpt_step=4', '--omega=1.6', '--recognition', '--ddim_steps=4')
     name = 'saved_4_cfg_omega1.6_ddim4'
     results = json.loads((trained / f'{name}.json').read_text())
-    assert {'fid', 'prd_f8', 'prd_f1_8', 'precision', 'recall', 'recognition'} <= results['all'].keys()
+    assert {'fd_pixels', 'fd_pixels_se', 'prd_f8', 'prd_f1_8', 'precision', 'recall', 'recognition'} <= results['all'].keys()
     assert {group: values['classes'] for group, values in results['groups'].items()} == {
         'many': [0, 1], 'medium': [2, 3, 4, 5, 6], 'few': [7, 8, 9]}
     assert [row['training_images'] for row in results['classes']][::9] == [178, 8]
-    assert 'recall' in results['groups']['few'] and 'fid' in results['classes'][0] and 'few' in out
+    assert 'recall' in results['groups']['few'] and 'fd_pixels' in results['classes'][0] and 'few' in out
     low, high = (results['all'][f'recognition_{end}'] for end in ('low', 'high'))    # of 40 images
     assert low <= results['all']['recognition'] <= high < low + 0.32
     assert f'({low:.2f}-{high:.2f})' in out and 'recall_low' in results['groups']['few']
-    assert 'Note: fid: 40 images for 192 dimensions' in out and 'Note: fid of' in out and len(results['notes']) == 2
+    assert 'Note: fd_pixels: 40 images for 192 dimensions' in out and 'Note: fd_pixels of' in out and len(results['notes']) == 3
+    assert 'fewer than 50 generated images of 10 classes (0, 1, 2, 3, 4 and 5 more)' in out and 'fid' not in out
+    rows = pd.read_csv(trained / f'{name}-classes.csv')
+    assert rows['fd_pixels'].tolist() == pytest.approx([row.get('fd_pixels', np.nan) for row in results['classes']], rel=1e-5, nan_ok=True)
+    assert rows['name'].tolist() == list(range(10)) and pictures.load_png(trained / f'{name}-classes.png').shape[1] > 1000
     assert sum(group['num_images'] for group in results['groups'].values()) == 40
     images = NpzImages(str(trained / f'{name}.npz'))
     assert len(images) == 40 and images.label_ids.max() == 9
@@ -450,14 +455,14 @@ def test_evaluation_end_to_end(trained, digits_stats):
     stats = load_statistics(str(digits_stats)).gaussians['fd_pixels']
     made = torch.from_numpy(images.images(np.arange(40))).flatten(1).double()
     mu, sigma = made.mean(0), torch.cov(made.T)
-    assert results['all']['fid'] == pytest.approx(frechet_distance(mu, sigma, stats.mu, stats.sigma), rel=1e-6)
+    assert results['all']['fd_pixels'] == pytest.approx(frechet_distance(mu, sigma, stats.mu, stats.sigma), rel=1e-6)
     # --sampled measures the same samples again.
     os.utime(trained / f'{name}.npz', (1, 1))
     evaluate(trained, digits_stats, '--ckpt_step=4', '--omega=1.6', '--ddim_steps=4', '--sampled', '--fid_use_torch', *FAST,
              '--group_sizes=200,10')
     again = json.loads((trained / f'{name}.json').read_text())
-    assert os.stat(trained / f'{name}.npz').st_mtime == 1 and again['all'].keys() == {'fid'}
-    assert again['all']['fid'] == pytest.approx(results['all']['fid'], rel=1e-6)
+    assert os.stat(trained / f'{name}.npz').st_mtime == 1 and 'recall' not in again['all']
+    assert again['all']['fd_pixels'] == pytest.approx(results['all']['fd_pixels'], rel=1e-6)
     assert list(again['groups']) == ['medium', 'few']
 
 
@@ -565,7 +570,7 @@ def test_evaluation_during_training(digits_stats, tmp_path):
     invoke(MAIN, '--train', *DIGITS, f'--logdir={tmp_path}/run', '--total_steps=5', '--eval_step=2', '--num_images=12',
            '--detector=pixels', f'--fid_cache={digits_stats}', '--noprd')
     found = events(tmp_path / 'run')
-    assert [step for step, _ in found['Eval/fid']] == [2, 4] and 'Eval/recall' in found
+    assert [step for step, _ in found['Eval/fd_pixels']] == [2, 4] and 'Eval/recall' in found
 
 
 def test_bad_evaluations(trained, digits_stats, tmp_path):
