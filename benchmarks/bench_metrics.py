@@ -64,7 +64,7 @@ def cost(images, dim, to, only, device):
             seconds, used = time.perf_counter() - start[0], timing.cpu_seconds() - start[1]
         factor = (to / images) ** POWERS[name]
         print(f'{name:10} {value:12.6g}  {seconds:7.1f} s ({used:7.1f} s of processors)  {memory.gib:5.2f} GiB   '
-              f'{to} images: {factor * seconds:8.0f} s', flush=True)
+              f'{to} images: {factor * used:8.0f} s of processors', flush=True)
 
 
 # Metric -> what is drawn: a set a little elsewhere than the reference.

@@ -684,7 +684,7 @@ def test_all_methods_take_the_same_number_of_steps(name, finished):
 
 
 def test_the_verdict_needs_more_than_the_spread():
-    rows = [dict(method=method, seed=seed, omega=0.0, group='few', fid=100 - 100 * shift,
+    rows = [dict(method=method, seed=seed, omega=0.0, group='few', fd_pixels=100 - 100 * shift,
                  recognition=0.5 + shift + 0.05 * seed, recall=0.5 + 2 * shift + 0.05 * seed,
                  precision=0.5 - 2 * shift)
             for method, shift in (('plain', 0.0), ('cb', 0.08)) for seed in range(3)]
@@ -706,7 +706,7 @@ def test_recall_is_compared_at_equal_recognition():
 
 
 def test_the_guidance_of_each_method_is_its_best():
-    rows = [dict(method=method, omega=omega, seed=0, group='all', fid=abs(omega - best))
+    rows = [dict(method=method, omega=omega, seed=0, group='all', fd_pixels=abs(omega - best))
             for method, best in (('plain', 0.8), ('cb', 1.6)) for omega in (0.0, 0.8, 1.6)]
     assert long_tail.best_omegas(pd.DataFrame(rows)) == {'plain': 0.8, 'cb': 1.6}
 
