@@ -66,6 +66,7 @@ def main():
       ct fld fld_gap     copying and generalisation; --ref is the training set, and --heldout
                          images that were never trained on
 
+    \b
     Protocols: Inception sees images as in the TensorFlow graph with edm and adm, as in its ports
     to PyTorch with cbdm; distances of the one are not those of the other
       edm     EDM and EDM2

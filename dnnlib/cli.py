@@ -157,6 +157,9 @@ class _OneLineErrors:
         settings = dict(show_default=True, max_content_width=110,
                         help_option_names=['-h', '--help'])
         kwargs['context_settings'] = settings | (kwargs.get('context_settings') or {})
+        for text in ('help', 'epilog'):  # a mark of click within a paragraph begins another one
+            if kwargs.get(text):
+                kwargs[text] = re.sub(r'\n( *\x08\n)', r'\n\n\1', kwargs[text])
         super().__init__(*args, **kwargs)
         if any(isinstance(param.type, Written) for param in self.params) \
                 and all(param.name != 'overwrite' for param in self.params):

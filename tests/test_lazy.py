@@ -39,6 +39,7 @@ def test_help_does_not_wait_for_torch(script):
     *lines, heavy = result.stdout.splitlines()
     assert result.returncode == 0 and lines[0].startswith('Usage:'), result.stderr
     assert json.loads(heavy) == []
+    assert '  ?' not in lines                       # a mark of click that would have been printed
 
 
 @pytest.mark.parametrize('line', [

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable
 
@@ -84,6 +85,24 @@ def teacher(folder):
     helpers.invoke('calculate_metrics.py', 'ref', f'--data={data}', f'--dest={folder}/REF.pkl', '--metrics=fd_pixels')
 
 
+def animals(folder):
+    """Class folders of a long tail, and as many pictures of each class that are not in them."""
+    random = np.random.RandomState(0)
+    for root, counts in (('animals', (24, 9, 3)), ('animals-test', (6, 6, 6))):
+        for name, count in zip(('cat', 'dog', 'lynx'), counts, strict=True):
+            os.makedirs(folder / root / name)
+            for i in range(count):
+                Image.fromarray(random.randint(0, 256, [20, 24, 3], np.uint8)).save(folder / root / name / f'{i}.png')
+
+
+def my_model(folder):
+    """A run with its network, what it was trained on, and what it was not."""
+    data = helpers.write_digits(folder / 'DATA.zip', 40)
+    helpers.write_digits(folder / 'TEST.zip', 60, first=40)
+    helpers.invoke('train_edm2.py', f'--outdir={folder}/RUN', f'--data={data}', '--preset=digits', *SMALL_NET, '--duration=12')
+    shutil.copy(folder / 'RUN/network-snapshot-0000000-0.100.pkl', folder / 'NET.pkl')
+
+
 SMALL_NET = ['--channels=16', '--channel-mult=1,2', '--num-blocks=1', '--batch=6', '--status=12', '--snapshot=12',
              '--checkpoint=12']
 PAGES = {
@@ -99,12 +118,24 @@ PAGES = {
         'distillation/scripts/dynamic_prepare.py': [*test_own_teacher.SMALL, 'teacher.diffusion.diffusion_steps=10'],
         'distillation/scripts/image_kd.py': [*test_own_teacher.SMALL, 'teacher.diffusion.diffusion_steps=10'],
         'calculate_metrics.py gen': ['--metrics=fd_pixels']}),
+    'my_long_tail.md': Page(animals, {
+        '32x32': '8x8', '--img_size=32': '--img_size=8', '--total_steps=100001': '--total_steps=2', '=20001': '=1',
+        '=10000': '=1', '--num_images=5000': '--num_images=12', '--ddim_steps=50': '--ddim_steps=2', 'dinov2': 'pixels'}, {
+        'long_tail/main.py --train': [
+            '--ch=32', '--ch_mult=1,2', '--attn=1', '--num_res_blocks=1', '--T=10', '--batch_size=8', '--sample_size=6']}),
+    'my_memorization.md': Page(my_model, {
+        '--num=10000': '--num=8', '0-9999': '0-7', '0-63': '0-3', '--space=dinov2': '--space=pixels'}, {
+        'calculate_metrics.py memorization': ['--steps=2'], 'mem_ratio.py': ['--steps=2'],
+        'generate_images.py': ['--steps=2']}),
 }
 # What a page shows at its end, of all that it makes.
 RESULTS = {
     'my_photos.md': (['training-runs/more/network-snapshot-0000000-0.100.pkl', 'photos.png', 'photos.npz',
                       'training-runs/photos256/training_options.json'],
                      ['1 by name, new as the mean: fox, owl', 'the file has 1000 classes and the data 2', 'cat', 'memorization_ratio', 'fd_pixels']),
+    'my_long_tail.md': (['logs/finetuned/ckpt_1.pt', 'animals.html'], ['lynx', 'few', 'fd_pixels']),
+    'my_memorization.md': (['copies.png', 'mirrored.json', 'features.json', 'RUN/mem_ratio.png', 'optimal.png'],
+                           ['memorization_ratio', 'heldout']),
     'my_teacher.md': (['student/samples-0000000.png', 'student.png', 'experiments/cache/NET.cache'], ['fd_pixels']),
 }
 
