@@ -162,8 +162,8 @@ def open_search(training, space: str = 'pixels', neighbors: int = 2, shifts: int
 def check_count(training, k: int):
     """Raises UserError for fewer than k training images."""
     if len(training) < k:
-        raise UserError(f'{training.path} has {len(training)} '
-                        f'image{"s" * (len(training) > 1)}; memorization needs the nearest {k}')
+        count = f'{len(training)} images' if len(training) > 1 else 'one image'
+        raise UserError(f'{training.path} has {count}; memorization needs the nearest {k}')
 
 
 def find_copies(batches: Iterable, training, keep: int = 48, search=None,
