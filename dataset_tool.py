@@ -48,8 +48,10 @@ def convert(source, dest, overwrite, reading, rules, class_labels, nums, sim_nam
             max_images):
     """Make a data set of pictures.
 
-    Images are square, with an even side. Pictures of another shape are refused unless --transform
-    says how they are cropped, or --transform=stretch that they are squashed.
+    Images have even sides, and all the same ones. Pictures of another shape than --resolution are
+    refused unless --transform says how they are cropped, or --transform=stretch that they are
+    squashed; --transform=crop keeps the largest part of that shape. Pictures that are all gray
+    make images of one channel; what is transparent is laid on white, unless --channels=4.
 
     --source is a folder or .zip of images (labels from dataset.json, else from top-level folders,
     or, where there is only one, from the folders in it),
@@ -165,7 +167,7 @@ def inspect(source, dest, max_images, json_path):
     dest = dest or os.path.splitext(dataset.path)[0] + '-sheet.png'
     cli.PICTURE.check_path(dest, 'dest')
     summary = report.summarize(dataset, max(max_images, 1))
-    kind = 'pixels' if dataset.num_channels == 3 else 'latents'
+    kind = 'pixels' if dataset.dtype == 'uint8' else 'latents'
     shape = 'x'.join(map(str, dataset.image_shape))
     print(f'{dataset.path}: {len(dataset)} images, {shape} {kind}')
     for key in ('source', 'transform', 'sim_name', 'encoder'):

@@ -68,8 +68,8 @@ def main(network, sampler, precision, class_, outdir, subdirs, grid, seeds, batc
         missing = folder.missing(seeds, generator)
         if existing := len(seeds) - len(missing):
             dist.print0(f'{existing} of {len(seeds)} images are there already')
-    side = snapshot.net.img_resolution
-    dist.print0(f'Generating {len(missing)} images of {side}x{side} on '
+    _, height, width = snapshot.encoder.pixel_shape(snapshot.net.image_shape)
+    dist.print0(f'Generating {len(missing)} images of {width}x{height} on '
                 f'{dist.get_world_size()} x {dist.get_device().type}')
     sinks = [sink for sink in (folder, collector) if sink]
     for made in generator.images(missing, batch=batch, progress=True):

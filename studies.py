@@ -88,6 +88,12 @@ class Study:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
                 if field.compare and field.name != 'outdir'}
 
+    @property
+    def image_channels(self) -> int:
+        """1; 3 in the folder of a study that an earlier version began."""
+        path = self.path('study.json')
+        return budget.read_json(path).get('image_channels', 3) if os.path.exists(path) else 1
+
     def check(self):
         """Raises UserError for options that do not suit each other or the data."""
 
@@ -107,7 +113,7 @@ class Study:
                 if any(not name.startswith('.') for name in os.listdir(self.outdir)):
                     raise UserError('is not empty, and no folder of a study; choose another',
                                     'outdir', self.outdir)
-                util.write_json(path, ours)
+                util.write_json(path, ours | {'image_channels': 1})
             kept = dict(budget.read_json(path))
         except (OSError, TypeError, ValueError) as error:
             raise UserError(f'cannot be used: {path} cannot be written and read ({error})',
@@ -220,11 +226,12 @@ def digits():
     return sources.open_source('digits')
 
 
-def make_archive(path: str, selection):
+def make_archive(study: Study, path: str, selection):
     """Converts a selection of the digits, unless that is done."""
     from training.data import convert
 
-    make(path, convert.convert, digits(), selection, path, workers=1)
+    make(path, convert.convert, digits(), selection, path, workers=1,
+         channels=study.image_channels)
 
 
 def split(count: int, seed: int, option: str, classes=None):

@@ -23,6 +23,7 @@ with lazy.imports(__name__ == '__main__'):
     from training.data.sampler import WindowShuffle
     from training.diffusion.augment import edm_augmentation
     from training.diffusion.losses import LOSSES
+    from training.networks.layers import sides
     from training.watch import Watch
 
 from metrics import compute
@@ -91,15 +92,20 @@ def schedule(config: dict, num_images: int) -> dict:
     return lengths | ({'ema_rampup_ratio': 0} if config['transfer'] else {})
 
 
-def prepare(config: dict):
-    """(data set, encoder, recipe, schedule); raises UserError where they do not fit together."""
+def prepare(config: dict, channels: int | None = None):
+    """(data set, encoder, recipe, schedule); raises UserError where they do not fit together.
+    `channels` is what `runs.channels_of` the run's folder says.
+    """
     dataset, encoder, shape = recipe.open_data(
-        config['data'], config['cond'], xflip=config['xflip'], cache=config['cache'])
+        config['data'], config['cond'], xflip=config['xflip'], cache=config['cache'],
+        channels=channels)
     network = config['network'] | shape
-    levels = [shape['img_resolution'] >> level for level in range(len(network['channel_mult']))]
+    _, height, width = dataset.image_shape
+    side = min(sides(shape['img_resolution']))
+    levels = [side >> level for level in range(len(network['channel_mult']))]
     if levels[-1] < 1:
         raise UserError(f'{len(levels)} resolutions are too many for images of '
-                        f'{levels[0]}x{levels[0]} pixels', 'cres')
+                        f'{width}x{height} pixels', 'cres')
     if config['attn_resolutions'] and not set(levels) & set(config['attn_resolutions']):
         dist.print0('Note: --attn-resolutions names none of the resolutions of this network: '
                     f'{levels}')
@@ -181,6 +187,10 @@ def train(config: dict, outdir: str, desc=None, nosubdir: bool = False, **runnin
         choose_run(config | {'dataset': {'fingerprint': dataset.fingerprint}}, outdir, name,
                    nosubdir, lengths, bool(running.get('watch')))
         if dist.get_rank() == 0 else None)
+    channels = dist.broadcast_object(
+        runs.channels_of(os.path.dirname(resume_from) if resume_from else run_dir))
+    if channels not in (None, rules.network['img_channels']):
+        dataset, encoder, rules, lengths = prepare(config, channels)
     rules = dataclasses.replace(rules, seed=seed)
     net = recipe.new_network(rules, running)
     batches = DatasetBatches(

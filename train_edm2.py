@@ -60,10 +60,11 @@ def settings(args: list[str]) -> dict:
     return build_config(options.training_values(main, args))
 
 
-def prepare(config: dict):
+def prepare(config: dict, outdir: str):
     """(data set, encoder, recipe); raises UserError where the settings do not fit together."""
     dataset, encoder, shape = recipe.open_data(config['data'], config['cond'],
-                                               xflip=config['xflip'])
+                                               xflip=config['xflip'],
+                                               channels=runs.channels_of(outdir))
     if config['augment'] and encoder.name != 'rgb':
         raise UserError('changes pixels; latents cannot be turned and shifted: train with 0',
                         'augment', config['augment'])
@@ -88,7 +89,7 @@ def train(config: dict, outdir: str, **running) -> bool:
     follow_run(config, outdir)
     with renamed_fields(learning_rate='lr_schedule', rampup_Mimg='rampup', stds='ema_stds',
                         model_channels='channels'):
-        dataset, encoder, plan = prepare(config)
+        dataset, encoder, plan = prepare(config, outdir)
         net = recipe.new_network(plan, running)
         _, *blocks = net.unet.enc.values()
         if config['attn_resolutions'] and not any(block.num_heads for block in blocks):

@@ -116,7 +116,7 @@ def make_data(study: Study, models: list[Model]):
         rule = ('diversity', None)
         if model.labels == 'random':
             rule = ('random labels', selection.random_labels(model.size, model.classes))
-        studies.make_archive(study.data(model), common.choose(
+        studies.make_archive(study, study.data(model), common.choose(
             studies.digits(), indices, *rule, model.classes))
 
 

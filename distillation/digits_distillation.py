@@ -98,13 +98,17 @@ def training_options(study: Study, name: str, prefix: str = '') -> list[str]:
         batch_size=study.batch), prefix)
 
 
+def channels_of(study: Study, prefix: str = '') -> str:
+    return f'{prefix}model.img_channels={study.image_channels}'
+
+
 def train(study: Study, name: str, data: str, processes: int = 1) -> tuple[list, str]:
     launcher = []
     if processes > 1:
         launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
     return [*launcher, SCRIPTS / 'image_train.py', '--data_dir', data,
             '--config', study.origins[name][2], '--outdir', study.path(name), '--seed', study.seed,
-            *training_options(study, name)], study.weights(name)
+            *training_options(study, name), channels_of(study)], study.weights(name)
 
 
 def train_teacher(study: Study) -> tuple[list, str]:
@@ -117,7 +121,7 @@ def sample(study: Study, name: str, count: int) -> tuple[list, str]:
     dest = study.samples_of(name)
     return [SCRIPTS / 'image_sample.py', '--config', study.origins[name][2], '--model_path',
             study.weights(name), '--num_samples', count, '--batch_size', 128, '--dest', dest,
-            '--seed', study.seed], dest
+            '--seed', study.seed, channels_of(study)], dest
 
 
 def distil(study: Study, rho: float) -> list[tuple[list, str]]:
@@ -126,7 +130,8 @@ def distil(study: Study, rho: float) -> list[tuple[list, str]]:
     cache = study.path('cache', f'{name}.cache')
     shared = ['--config', DISTILLED, '--seed', study.seed, f'teacher.tempfile={cache}',
               f'teacher.model_path={study.weights("teacher")}', f'teacher.BATCH={rho:g}',
-              *training_options(study, name, 'student.')]
+              *training_options(study, name, 'student.'), channels_of(study, 'teacher.'),
+              channels_of(study, 'student.')]
     return [([SCRIPTS / 'dynamic_prepare.py', *shared], cache),
             ([SCRIPTS / 'image_kd.py', *shared, '--outdir', study.path(name)],
              study.weights(name))]
@@ -210,7 +215,7 @@ def measure(study: Study) -> pd.DataFrame:
     for name, (origin, rho, config) in study.origins.items():
         samples = studies.pixels(study.samples_of(name))
         classes = open_images(study.samples_of(name)).label_ids
-        network = runs.build(configs.read_network(str(config)))
+        network = runs.build(configs.read_network(str(config), [channels_of(study)]))
         weights = os.path.relpath(study.weights(name), study.outdir)
         rows.append({
             'model': name, 'learned from': origin, 'rho': rho,
@@ -251,7 +256,7 @@ def main(study):
     """
     study.claim()
     convert = [studies.ROOT / 'dataset_tool.py', 'convert', '--source=digits',
-               f'--dest={study.data}']
+               f'--dest={study.data}', f'--channels={study.image_channels}']
     run_chain(study, [(convert, study.data), train_teacher(study)])
     for _ in study.run(run_chain, chains(study), disable=True):
         pass

@@ -69,7 +69,7 @@ class Teacher:
         self.interval = interval or (0, math.inf)
         self.clip = getattr(net, 'clip', False)
         self.num_classes = net.label_dim
-        self.image_shape = [net.img_channels, net.img_resolution, net.img_resolution]
+        self.image_shape = [*net.image_shape]
 
     def _call(self, net, x, t, labels):
         """What a network says of x_t: the noise, and variances if it has some."""

@@ -39,7 +39,8 @@ def build(section: configs.Network, path: str = '', **options) -> torch.nn.Modul
 
     Raises UserError for sizes that do not fit, saying what differs.
     """
-    net = build_network(**section.arguments())
+    with renamed_fields(img_resolution='image_size'):
+        net = build_network(**section.arguments())
     if path:
         load_weights(net.model, read_state_dict(path), path, **options)
     return net
@@ -53,8 +54,9 @@ def fingerprint(path: str) -> str:
 def describe(name: str, net):
     """Prints what a network is."""
     parameters = sum(p.numel() for p in net.model.parameters())
+    _, height, width = net.image_shape
     dist.print0(f'{name}: {parameters / 1e6:.2f}M parameters, '
-                f'{net.img_resolution}x{net.img_resolution}, {net.diffusion.num_steps} steps, '
+                f'{width}x{height}, {net.diffusion.num_steps} steps, '
                 f'{net.model.precision}')
 
 

@@ -35,6 +35,12 @@ _MEMORY, _FACTOR = 768 << 20, 20
 _PIXEL, _BLENDED, _FILLED = 7, 20, 70
 _MAX_SCANS = 100                # of a JPEG, each of which goes through all pixels; usual are ten
 
+# Pillow's name of 8-bit pixels of so many channels, and the type of colour of their PNG.
+MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
+_PNG_COLORS = {1: 0, 3: 2, 4: 6}
+_GRAY = ('1', 'L', 'LA', 'La', 'I', 'I;16', 'I;16L', 'I;16B', 'I;16N', 'F')
+_LUMA = np.array([19595, 38470, 7471])  # of red, green and blue, in 2^-16, as Pillow has it
+
 _NO_MEMORY = 'more pixels than there is memory for'
 _SIGNATURE = b'\x89PNG\r\n\x1a\n'
 
@@ -71,14 +77,14 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """PNG of uint8 pixels [H,W,3] (or [H,W,1] or [H,W] gray), uncompressed: fast to write and
-    to read.
+    """PNG of uint8 pixels [H,W,3] (or [H,W,1] or [H,W] gray, or [H,W,4] with alpha),
+    uncompressed: fast to write and to read.
     """
     return encode_pngs(pixels[None])[0].tobytes()
 
 
 def encode_pngs(pixels: np.ndarray) -> tuple[np.ndarray, list[int]]:
-    """The same of images of one size, [n,H,W,3] or [n,H,W].
+    """The same of images of one size, [n,H,W,C] or [n,H,W].
 
     Returns the files, uint8 [n,bytes], and their CRC-32.
     All that does not depend on the pixels is laid out once for all images.
@@ -98,7 +104,7 @@ def encode_pngs(pixels: np.ndarray) -> tuple[np.ndarray, list[int]]:
         blocks += [_repeated(struct.pack('<BHH', is_last, length, length ^ 0xFFFF), count), block]
     size = 6 + sum(block.shape[1] for block in blocks)
 
-    header = struct.pack('>IIBBBBB', width, height, 8, 2 if channels == 3 else 0, 0, 0, 0)
+    header = struct.pack('>IIBBBBB', width, height, 8, _PNG_COLORS[channels], 0, 0, 0)
     head = _SIGNATURE + _chunk(b'IHDR', header) + struct.pack('>I', size)
     tail = bytes(4) + _chunk(b'IEND', b'')
     files = np.hstack([_repeated(head + b'IDAT\x78\x01', count), *blocks,
@@ -121,10 +127,11 @@ def _checksums(function, rows: np.ndarray) -> np.ndarray:
     return np.fromiter(map(function, rows), '>u4', len(rows)).view(np.uint8).reshape(-1, 4)
 
 
-def _to_rgb(image: PIL.Image.Image, bits: int = 16) -> PIL.Image.Image:
-    """Any mode as 8-bit RGB: gray repeated, transparency over white, and of gray values of more
-    than 8 bits, which have `bits`, the upper 8.
+def _to_8_bits(image: PIL.Image.Image, bits: int = 16) -> PIL.Image.Image:
+    """Any mode as L or RGB, or with transparency LA or RGBA; of gray values of more than 8 bits,
+    which have `bits`, the upper 8.
     """
+    is_gray = image.mode in _GRAY
     if image.mode in ('I', 'I;16', 'I;16L', 'I;16B', 'I;16N'):
         values = np.asarray(image)
         if values.min() < 0 or values.max() >> bits:
@@ -132,31 +139,105 @@ def _to_rgb(image: PIL.Image.Image, bits: int = 16) -> PIL.Image.Image:
         image = PIL.Image.fromarray((values.astype(np.uint32) >> bits - 8).astype(np.uint8))
     elif image.mode == 'F':
         raise BadImage('floating-point pixels, which have no agreed range')
-    if image.has_transparency_data:
-        image = image.convert('RGBA')
-        page = PIL.Image.new('RGBA', image.size, (255, 255, 255, 255))
-        image = PIL.Image.alpha_composite(page, image)
-    return image if image.mode == 'RGB' else image.convert('RGB')  # convert would copy
+    mode = ('L' if is_gray else 'RGB') + 'A' * image.has_transparency_data
+    return image if image.mode == mode else image.convert(mode)  # convert would copy
 
 
-def decode_image(data: bytes) -> np.ndarray:
-    """Pixels uint8 [H,W,3] of an image file's bytes, turned as its EXIF orientation says.
-
-    Palette, CMYK, gray, 16-bit and transparent images become RGB. Raises BadImage for what is no
-    complete image, LargeImage for one of more pixels than are allowed.
+def with_channels(picture, channels: int):
+    """A picture (of Pillow's, or uint8 [...,C]) with 1 channel (gray: the luma of colours), 3
+    (RGB, gray repeated) or 4 (with alpha, opaque if it had none). Without alpha, what is
+    transparent lies on white.
     """
-    return np.asarray(decode_picture(data))
+    if isinstance(picture, np.ndarray):
+        if picture.shape[-1] == channels:
+            return picture
+        if picture.shape[-1] == 4:
+            picture = _on_white(picture[..., :3].copy(), picture[..., 3:])
+        if channels == 1:
+            return (picture @ _LUMA + (1 << 15) >> 16).astype(np.uint8)[..., None]
+        picture = np.broadcast_to(picture, (*picture.shape[:-1], 3))
+        opaque = np.full((*picture.shape[:-1], channels - 3), 255, np.uint8)
+        return np.concatenate([picture, opaque], axis=-1)
+    if picture.mode.endswith('A') and channels != 4:
+        picture = picture.convert('RGBA')
+        page = PIL.Image.new('RGBA', picture.size, (255, 255, 255, 255))
+        picture = PIL.Image.alpha_composite(page, picture)
+    return picture if picture.mode == MODES[channels] else picture.convert(MODES[channels])
+
+
+def has_colors(picture) -> bool:
+    """Whether a picture (see `with_channels`) has more than one channel, but for alpha."""
+    if isinstance(picture, np.ndarray):
+        return picture.shape[-1] > 1
+    return picture.mode not in _GRAY
+
+
+def is_transparent(picture) -> bool:
+    """Whether some pixel of a picture (see `with_channels`) is not opaque."""
+    if isinstance(picture, np.ndarray):
+        return picture.shape[-1] == 4 and picture[..., 3].min() < 255
+    return picture.mode.endswith('A') and picture.getextrema()[-1][0] < 255
+
+
+def as_picture(pixels: np.ndarray) -> PIL.Image.Image:
+    """Pixels uint8 [H,W,C] as one of Pillow's."""
+    return PIL.Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+
+def as_array(picture) -> np.ndarray:
+    """Pixels uint8 [H,W,C] of a picture."""
+    pixels = np.asarray(picture)
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def as_rgb(images):
+    """Images uint8 [N,C,H,W], an array or tensor, with three channels: gray repeated, what is
+    transparent on white.
+    """
+    channels = images.shape[1]
+    if channels == 3:
+        return images
+    rgb = images[:, [0, 0, 0] if channels == 1 else [0, 1, 2]]
+    return rgb if channels == 1 else _on_white(rgb, images[:, 3:])
+
+
+def _on_white(rgb, alpha):
+    rgb[:] = 255.5 - (255.0 - rgb) * (alpha / 255.0)
+    return rgb
+
+
+def decode_image(data: bytes, channels: int = 3) -> np.ndarray:
+    """Pixels uint8 [H,W,C] of an image file's bytes, turned as its EXIF orientation says.
+
+    Palette, CMYK, gray, 16-bit and transparent images get so many channels (`with_channels`).
+    Raises BadImage for what is no complete image, LargeImage for one of more pixels than are
+    allowed.
+    """
+    return as_array(with_channels(decode_picture(data), channels))
+
+
+def is_gray(data: bytes) -> bool:
+    """Whether the header of an image file says that it has no colours; also of what is no image:
+    its decoding will tell.
+    """
+    with contextlib.suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        with PIL.Image.open(io.BytesIO(data), formats=_pillow_formats()) as image:
+            return image.mode in _GRAY
+    return True
 
 
 def decode_picture(data: bytes, bits: int = 16) -> np.ndarray | PIL.Image.Image:
-    """The same, but left in Pillow's memory if Pillow decoded it: resampling saves two copies.
+    """The picture with the channels of its file: uint8 [H,W,C], or in Pillow's memory (L, LA,
+    RGB or RGBA) if Pillow decoded it: resampling saves two copies.
 
     `bits` are those of the values of gray pictures in files of 16 bits, e.g. 12.
     """
     if pyspng is not None and _is_plain_png(data):
-        check_pixels(*struct.unpack_from('>II', data, 16), len(data))
+        check_pixels(*struct.unpack_from('>II', data, 16), len(data),
+                     _BLENDED if data[25] == 6 else _PIXEL)
         try:
-            return pyspng.load(data, 'RGB')
+            return as_array(pyspng.load(data))
         except RuntimeError as error:
             raise BadImage(f'damaged PNG ({error})') from None
         except MemoryError:
@@ -172,7 +253,7 @@ def decode_picture(data: bytes, bits: int = 16) -> np.ndarray | PIL.Image.Image:
                                    'bits are those of gray pictures')
                 image.load()
                 PIL.ImageOps.exif_transpose(image, in_place=True)
-                return _to_rgb(image, bits)
+                return _to_8_bits(image, bits)
     except BadImage:
         raise
     except MemoryError:
@@ -222,7 +303,7 @@ def _pillow_formats() -> tuple:
 
 
 def _is_plain_png(data: bytes) -> bool:
-    """Whether this is a PNG for pyspng: 8-bit RGB or gray, not interlaced, and only pixels.
+    """Whether this is a PNG for pyspng: 8-bit RGB, RGBA or gray, not interlaced, and only pixels.
 
     Chunks that may change pixels (tRNS, eXIf) are left to Pillow. pyspng does not look at
     checksums, so those of the chunks must be right; of a damaged file, Pillow says what is wrong.
@@ -230,7 +311,7 @@ def _is_plain_png(data: bytes) -> bool:
     if not data.startswith(_SIGNATURE) or data[12:16] != b'IHDR' or len(data) < 33:
         return False
     width, height, depth, color, *methods = struct.unpack_from('>IIBBBBB', data, 16)
-    if depth != 8 or color not in (0, 2) or any(methods):
+    if depth != 8 or color not in _PNG_COLORS.values() or any(methods):
         return False
     view = memoryview(data)
     start = len(_SIGNATURE)

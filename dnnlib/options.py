@@ -374,6 +374,18 @@ destination = together(
     click.option('--overwrite', is_flag=True, help='Replace the destination if it exists'))
 
 
+def _channels(text: str) -> int:
+    if text not in ('1', '3', '4'):
+        raise ValueError(f'{text!r} is none of 1 (gray), 3 (RGB) and 4 (with alpha)')
+    return int(text)
+
+
+def image_channels(name: str, of: str):
+    return _maker('1|3|4', cli.Parsed('channels', _channels))(
+        name, None, 'Channels of the images: 1 gray, 3 RGB, 4 with alpha; without it, what is '
+        f'transparent is laid on white  [default: {of}1 if all pictures are gray, else 3]')
+
+
 def conversion(transforms):
     """What all converting commands have; `rules` are those of training.data.convert.convert."""
     return together(
@@ -398,6 +410,7 @@ def conversion(transforms):
                          help='Size of the images, e.g. 64x64 or 64  [default: as they are]'),
             choice('--transform', None, 'How pictures of another shape than --resolution are '
                    'cropped, or that they are stretched  [default: refused]', transforms),
+            image_channels('--channels', ''),
             click.option('--skip-corrupt', is_flag=True,
                          help='Leave damaged images out, and list them'),
             integer('--workers', None, 'Processes  [default: one for each core]')))

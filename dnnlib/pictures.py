@@ -11,6 +11,7 @@ import PIL.ImageFont
 import PIL.PngImagePlugin
 
 from dnnlib import budget
+from dnnlib.image_io import as_rgb
 from dnnlib.util import MARK, atomic_path
 
 SHARES = ('accuracy',)  # terms of a loss that are none
@@ -48,16 +49,14 @@ def with_classes(title: str, shown: int, count: int) -> str:
 
 def image_grid(images, columns: int | None = None, row_labels=None, min_side: int = 48,
                title: str = '', captions=(), marked=()) -> PIL.Image.Image:
-    """Images uint8 [N,C,H,W] (C = 1 or 3) as one picture, row by row, with labels at their left
-    and a title above them; with `captions` [N] below them, and frames around those at the places
-    `marked`.
+    """Images uint8 [N,C,H,W] as one picture (gray ones with three channels, what is transparent on
+    white), row by row, with labels at their left and a title above them; with `captions` [N] below
+    them, and frames around those at the places `marked`.
 
     Small images are enlarged by a whole factor so that their shorter side has `min_side` pixels.
     """
-    images = np.asarray(images)
-    count, channels, height, width = images.shape
-    if channels == 1:
-        images = images.repeat(3, axis=1)
+    images = as_rgb(np.asarray(images))
+    count, _, height, width = images.shape
     zoom = max(1, math.ceil(min_side / min(height, width)))
     gap = max(1, zoom // 2, 4 * bool(len(marked)))
     height *= zoom

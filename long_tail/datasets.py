@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 
 from dnnlib import lazy
-from dnnlib.image_io import BadImage
+from dnnlib.image_io import BadImage, with_channels
 from dnnlib.options import path
 from dnnlib.url import download as download_url
 from dnnlib.util import UserError, atomic_path, hash_file
@@ -59,7 +59,8 @@ def nominal_counts(data_type: str, imb_type: str, imb_factor: float) -> np.ndarr
 
 
 def open_data(data_type: str, root: str, *, size: int | None = None, imb_type='exp',
-              imb_factor=0.01, split='train', download=False) -> ArrayImages:
+              imb_factor=0.01, split='train', download=False,
+              channels: int | None = None) -> ArrayImages:
     """The data that `data_type` names: cifar10, cifar100, digits or zip, with `lt`: a long tail
     of it.
 
@@ -67,6 +68,7 @@ def open_data(data_type: str, root: str, *, size: int | None = None, imb_type='e
              or folder of labelled images
     size     width and height to which other images are resized (Lanczos)
     split    'train', or 'test' for CIFAR
+    channels of the images; None: 1 if all pictures are gray, else 3
 
     Raises UserError that names the field or the file: unknown type, no archive, wrong checksum or
     layout, a class without images.
@@ -81,7 +83,7 @@ def open_data(data_type: str, root: str, *, size: int | None = None, imb_type='e
     for label in np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0):
         raise UserError(f'{source.name}: class {label} ({names[label]}) is left without images; '
                         'leave it out of the data, or give a larger imb_factor')
-    images = _read(source, indices, size)
+    images = _read(source, indices, size, channels or source.num_channels(indices))
     return ArrayImages(data_type, images, labels, {'class_names': names})
 
 
@@ -138,18 +140,20 @@ def _checked(path: str, md5: str) -> str:
     return path
 
 
-def _read(source, indices, size) -> np.ndarray:
-    """Images uint8 [n,size,size,3] of a source."""
+def _read(source, indices, size, channels) -> np.ndarray:
+    """Images uint8 [n,size,size,channels] of a source."""
     transform = make_transform(None, size, size)
 
     def picture(index):
         try:
-            return transform(source.picture(index))
+            return transform(with_channels(source.picture(index), channels))
         except BadImage as error:
             raise UserError(f'{source.where(index)}: {error}', error.field) from None
 
     stack = source.stack(indices)
-    images = map(picture, indices) if stack is None else resize_stack(stack, size, size)
+    images = map(picture, indices)
+    if stack is not None:
+        images = resize_stack(with_channels(stack, channels), size, size)
     squares = []
     for index, image in zip(indices, images, strict=True):
         squares.append(image)

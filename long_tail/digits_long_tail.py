@@ -120,7 +120,7 @@ def flags_of(study: Study, model: Model, **more) -> dict:
     """Options of main.py for a model."""
     flags = dict(batch_size=study.batch, seed=model.seed, logdir=study.run_dir(model),
                  log_step=max(study.steps // 6, 1), total_steps=study.steps,
-                 save_step=study.pretrained)
+                 save_step=study.pretrained, img_channels=study.image_channels)
     switches = ['--cfg'] if model.method == 'plain' else ['--cb', f'--tau={study.tau}']
     if model.method == 'finetune':
         switches.append('--finetune')
@@ -228,7 +228,7 @@ def label_effect(study: Study, models: list[Model]) -> pd.DataFrame:
     of the class-balancing loss over all functions, where other labels are as likely in x_t as they
     are drawn, has the share 1 / (1 + 5/4 tau t/T).
     """
-    data = datasets.open_data('digits', '')
+    data = datasets.open_data('digits', '', channels=study.image_channels)
     chosen = np.random.RandomState(0).permutation(len(data))[:200]
     x_0 = RGBEncoder().encode_latents(torch.from_numpy(data.images(chosen)))
     labels = torch.from_numpy(data.labels(chosen))
@@ -301,8 +301,8 @@ def draw(study: Study, classes: pd.DataFrame, results: pd.DataFrame, omegas):
         METHODS[method]: study.result(Model(method, min(study.seeds)), omega, '.npz')
         for method, omega in omegas.items()}
     for axis, (title, images) in zip(below.subplots(1, len(shown)), shown.items(), strict=True):
-        rows = [np.resize(studies.pixels(images, digit), (GRID_COLUMNS, 3, 8, 8))
-                for digit in range(10)]
+        rows = [np.resize(some, (GRID_COLUMNS, *some.shape[1:]))
+                for some in (studies.pixels(images, digit) for digit in range(10))]
         axis.imshow(pictures.image_grid(np.concatenate(rows), GRID_COLUMNS, min_side=24))
         axis.set_title(title)
         axis.axis('off')
@@ -319,7 +319,8 @@ def main(study):
     """
     study.claim()
     chains = plan(study)
-    studies.make(study.reference, make_stats.make, 'digits', study.reference, 'pixels')
+    studies.make(study.reference, make_stats.make, 'digits', study.reference, 'pixels',
+                 img_channels=study.image_channels)
     models = [Model(method, seed) for seed in study.seeds for method in METHODS
               if method in study.methods]
     print(f'{len(models)} models of {study.steps} steps, in {study.outdir}', flush=True)

@@ -113,9 +113,9 @@ def published_samples(path: str) -> ArrayImages:
     Raises UserError that names the file.
     """
     array = read_npy(path)
-    if array.ndim == 4 and array.shape[1] in (1, 3):
+    if array.ndim == 4 and array.shape[1] in (1, 3, 4):
         array = array.transpose(0, 2, 3, 1)
-    is_images = array.ndim == 4 and array.shape[3] in (1, 3) and len(array) > 0
+    is_images = array.ndim == 4 and array.shape[3] in (1, 3, 4) and len(array) > 0
     if not is_images or array.dtype.kind not in 'uif':
         raise UserError(f'{path}: {array.dtype} {list(array.shape)} instead of images '
                         '[N, 3, H, W] or [N, H, W, 3]')

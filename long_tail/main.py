@@ -23,6 +23,7 @@ from dnnlib.options import (
     choice,
     count,
     fast_products,
+    image_channels,
     integer,
     integers,
     keep_checkpoints,
@@ -95,6 +96,7 @@ options_of_study = together(
     number('--imb_factor', 0.01, 'Images of the last class, as a share of the first', ANY),
     number('--num_class', 0.0, 'Number of classes, for a check; 0 = that of the data', ANY),
     integer('--img_size', 32, 'Width and height of the images'),
+    image_channels('--img_channels', 'of a run that goes on its own; '),
     switch('xflip', 'Mirror at random, anew each time that an image is seen  [default: without '
            '--augm; a run goes on as it began]', None),
     switch('augm', 'Augment, and tell the network how'),
@@ -200,6 +202,10 @@ def prepare(options: dict) -> Flags:
     for fault, found in faults.items():
         if found:
             raise UserError(fault)
+    if flags.img_channels is None:
+        began = run_folder(flags) if flags.train and not flags.finetune else flags.logdir
+        flags['img_channels'] = runs.channels_of(began) or (
+            3 if is_cifar(flags) else open_data(flags).num_channels)
     num_class = len(class_counts(flags))
     if flags.num_class not in (0, num_class):
         raise UserError(f'is not {num_class}, as of {flags.data_type}', 'num_class',
@@ -222,6 +228,8 @@ def network_of(flags) -> dict:
         class_name='DDPMUNet', cond=flags.conditional, num_class=len(class_counts(flags)),
         img_resolution=flags.img_size, **{name: flags[name] for name in (
             'T', 'ch', 'ch_mult', 'attn', 'num_res_blocks', 'dropout', 'augm')})
+    if flags.img_channels != 3:                                # recipes of earlier versions stay
+        unet['img_channels'] = flags.img_channels
     return dict(class_name='DiscreteDenoiser', network=unet, diffusion=dict(
         schedule='linear_float32', steps=flags.T, variance=VARIANCES[flags.var_type],
         beta_range=[flags.beta_1, flags.beta_T]))
@@ -233,11 +241,15 @@ def class_counts(flags):
     return open_data(flags).class_counts if counts is None else counts
 
 
+def is_cifar(flags) -> bool:
+    return flags.data_type.removesuffix('lt') in datasets.CIFAR
+
+
 def open_data(flags) -> ArrayImages:
     """The training data."""
     return datasets.open_data(
         flags.data_type, flags.root, size=flags.img_size, imb_type=flags.imb_type,
-        imb_factor=flags.imb_factor, download=flags.download)
+        imb_factor=flags.imb_factor, download=flags.download, channels=flags.img_channels)
 
 
 def run_folder(flags) -> str:

@@ -32,11 +32,12 @@ def balanced(labels, num: int) -> np.ndarray:
 
 
 def make(data_type, dest, detector, weights=None, root='./', split='train', download=False,
-         img_size=None, num=None, features=True, batch=64):
+         img_size=None, num=None, features=True, batch=64, img_channels=None):
     """Writes the statistics of a data set to `dest`; the arguments are those of the command."""
     if split == 'test' and data_type not in datasets.CIFAR:
         raise UserError(f'is no part of {data_type}', 'split', split)
-    data = datasets.open_data(data_type, root, size=img_size, split=split, download=download)
+    data = datasets.open_data(data_type, root, size=img_size, split=split, download=download,
+                              channels=img_channels)
     indices = np.arange(len(data)) if num is None else balanced(data.label_ids, num)
     space = USUAL[detector]
     detectors = Detectors({detector: weights}, protocol=evaluation.PROTOCOL,
@@ -77,6 +78,7 @@ Under torchrun the processes share the work.
                  'Use so many images, the same number of each class  [default: all]', least=2)
 @click.option('--features/--nofeatures', default=True,
               help='Store features and labels, which precision, recall, PRD and class groups need')
+@options.image_channels('--img_channels', '')
 @options.batch(64)
 def main(**settings):
     """Make the --fid_cache of main.py from a data set."""

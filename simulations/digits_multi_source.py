@@ -123,9 +123,9 @@ def make_data(study: Study, models: list[Model]):
     """Archives of training images, and of those images that are in no training set of a seed."""
     for seed in study.seeds:
         _, rest = studies.split(max(study.nums), seed, 'nums', ORDER)
-        studies.make_archive(study.held_out(seed), rest)
+        studies.make_archive(study, study.held_out(seed), rest)
     for model in models:
-        studies.make_archive(study.data(model), convert.by_class(
+        studies.make_archive(study, study.data(model), convert.by_class(
             studies.digits(), model.classes, model.n, model.seed))
 
 

@@ -95,8 +95,8 @@ def make_data(study: Study, seed: int):
     real, rest = studies.split(study.real, seed, 'real')
     chosen = np.sort(np.random.RandomState(seed).permutation(len(rest))[:study.test_images])
     test = dataclasses.replace(rest, indices=rest.indices[chosen], labels=rest.labels[chosen])
-    studies.make_archive(study.of(seed, 'real.zip'), real)
-    studies.make_archive(study.of(seed, 'test.zip'), test)
+    studies.make_archive(study, study.of(seed, 'real.zip'), real)
+    studies.make_archive(study, study.of(seed, 'test.zip'), test)
 
 
 def make_images(study: Study, seed: int):
@@ -147,7 +147,7 @@ def draw(results: pd.DataFrame, eps: float):
 def sample_rows(study: Study, seed: int) -> dict:
     """For each digit a row of real, of generated and of selected images."""
     data = {name: GeneratedImages(path, CLASSES) if path
-            else ImageDataset(study.of(seed, 'real.zip'))
+            else ImageDataset(study.of(seed, 'real.zip'), channels=3)   # as generated ones have
             for name, path in study.data(seed).items()}
     return {f'{digit} {name}': studies.pixels(images, digit)
             for digit in range(CLASSES) for name, images in data.items()}

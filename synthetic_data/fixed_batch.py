@@ -1,5 +1,7 @@
 """Networks whose answer for an image does not depend on the images beside it."""
 
+import math
+
 import torch
 
 CPU_PIXELS = 4096  # of the images that a CPU computes together, 16 to 64: more are hardly faster
@@ -31,9 +33,9 @@ def fix_batch(net: torch.nn.Module, size: int) -> torch.nn.Module:
     return net
 
 
-def for_device(net: torch.nn.Module, device, resolution: int) -> torch.nn.Module:
-    """On a CPU parts of one size, where results are then the same bit for bit; on a GPU the batch
-    as it is."""
+def for_device(net: torch.nn.Module, device, size) -> torch.nn.Module:
+    """On a CPU parts of one number of images [C,H,W] of `size` (H, W), where results are then the
+    same bit for bit; on a GPU the batch as it is."""
     if torch.device(device).type != 'cpu':
         return net
-    return fix_batch(net, min(max(CPU_PIXELS // resolution**2, 16), 64))
+    return fix_batch(net, min(max(CPU_PIXELS // math.prod(size), 16), 64))

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from dnnlib import UserError, cli, lazy, options, progress
+from dnnlib.image_io import as_rgb
 
 with lazy.imports(__name__ == '__main__'):
     from synthetic_data import fixed_batch
@@ -35,8 +36,8 @@ def check_network(snapshot, path: str, class_num: int | None) -> tuple:
     if class_num not in (None, count):
         kind = f'has {count} classes' if snapshot.net.label_dim else 'is unconditional (one class)'
         raise UserError(f'--network={path} {kind}, but --class_num={class_num}')
-    side = snapshot.net.img_resolution * (1 if snapshot.encoder.config()['name'] == 'rgb' else 8)
-    return count, (side, side, 3)
+    _, height, width = snapshot.encoder.pixel_shape(snapshot.net.image_shape)
+    return count, (height, width, 3)
 
 
 def prepare(outdir: str, classes, seeds, made_by: dict, shape: tuple) -> dict[int, ClassWriter]:
@@ -55,7 +56,8 @@ def generate(generator, writers: dict, batch: int):
     A class is finished with its last block.
     """
     net = generator.snapshot.net
-    generator.snapshot.net = fixed_batch.for_device(net, dist.get_device(), net.img_resolution)
+    generator.snapshot.net = fixed_batch.for_device(net, dist.get_device(),
+                                                   net.image_shape[1:])
     blocks = dist.broadcast_object(
         [(label, *block) for label, writer in writers.items() for block in writer.missing(batch)])
     total = sum(stop - start for _, start, stop in blocks)
@@ -67,8 +69,7 @@ def generate(generator, writers: dict, batch: int):
             writer = writers[label]
             for made in generator.images(writer.seeds[start:stop], labels=label,
                                          batch=stop - start, split=False):
-                writer.write(start,
-                             made.images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy())
+                writer.write(start, as_rgb(made.images).permute(0, 2, 3, 1).cpu().numpy())
             finish(writers)
     dist.barrier()
     finish(writers)
@@ -145,7 +146,7 @@ def main(outdir, seeds, batch, class_num, classes, network, subdirs, sampler, pr
     with claimed(outdir, 'generating'):
         writers = prepare(outdir, classes, seeds, made_by, shape)
         dist.print0(f'{len(writers)} of {len(classes)} classes have images to be made, '
-                    f'{shape[0]}x{shape[1]} pixels, on '
+                    f'{shape[1]}x{shape[0]} pixels, on '
                     f'{dist.get_world_size()} x {dist.get_device().type}')
         generate(generator, writers, batch)
     dist.print0(f'All classes are in {outdir}')

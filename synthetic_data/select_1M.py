@@ -38,7 +38,7 @@ def score(net, data, batch: int, device) -> np.ndarray:
     Images are read `batch` at a time; the processes share them, and all get the result. On a CPU a
     confidence depends on neither.
     """
-    net = fixed_batch.for_device(net, device, data.resolution)
+    net = fixed_batch.for_device(net, device, data.image_shape[1:])
     scores = np.zeros(len(data), np.float32)
     share = dist.get_rank(), dist.get_world_size()
     with torch.inference_mode():

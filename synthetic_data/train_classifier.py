@@ -45,14 +45,14 @@ def build_config(opts: dict) -> dict:
 
 
 def open_labelled(field: str, path: str) -> Dataset:
-    """A data set of RGB images with classes; UserError that names the field if it is something
-    else."""
-    dataset = open_dataset(path)
+    """A data set of images with classes, as RGB; UserError that names the field if it is
+    something else."""
+    dataset = open_dataset(path, channels=3)                   # as published classifiers have
     if not dataset.has_labels:
         raise UserError('has no labels, and a classifier needs them', field, path)
-    if dataset.num_channels != 3 or dataset.resolution % 4:
+    if dataset.num_channels != 3 or any(side % 4 for side in dataset.image_shape[1:]):
         raise UserError(f'has images of {list(dataset.image_shape)}; the networks take RGB images '
-                        'with a side that is a multiple of 4', field, path)
+                        'with sides that are multiples of 4', field, path)
     return dataset
 
 
@@ -132,7 +132,7 @@ def train(config: dict, outdir: str, **running) -> bool:
     plan = recipe_of(config, data)
     net = recipe.new_network(plan, running)
     loss = classify.ClassificationLoss(
-        pad=data.resolution // 8 if config['pad'] is None else config['pad'],
+        pad=min(data.image_shape[1:]) // 8 if config['pad'] is None else config['pad'],
         dtype=DTYPES[config['precision']], attack=attack_of(config, 'adversarial'),
         xflip=config['xflip'], smoothing=config['smoothing'])
     outputs = []

@@ -548,7 +548,6 @@ def test_malformed_data_sets_are_named(tmp_path):
     square = [pixels(8, 8, seed) for seed in range(3)]
     name = [image_name(i) for i in range(3)]
     bad = {
-        'square': dict(images=[pixels(8, 9)]),
         'equal in shape': dict(images=[*square, pixels(16, 16)]),
         'no label for 1 of 3': dict(images=square, labels=[[name[0], 0], [name[1], 1]]),
         'whole numbers': dict(images=square, labels=[[n, -1] for n in name]),

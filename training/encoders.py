@@ -34,10 +34,14 @@ class RGBEncoder:
 
     def latent_shape(self, raw_shape) -> tuple:
         """Shape [C,H,W] of the latents of stored images of shape [C,H,W]."""
-        if raw_shape[0] not in (1, 3):
+        if raw_shape[0] not in (1, 3, 4):
             raise UserError(f'images with {raw_shape[0]} channels are no pixels; '
                             'use the sd-vae encoder for latents')
         return tuple(raw_shape)
+
+    def pixel_shape(self, latent_shape) -> tuple:
+        """Shape [C,H,W] of the pixels that `decode` makes."""
+        return tuple(latent_shape)
 
     def prepare(self, device):
         """Decoding needs nothing more."""
@@ -124,6 +128,11 @@ class StabilityVAEEncoder:
                             f'latents with {2 * latents} channels; make them with '
                             'dataset_tool.py encode')
         return latents, height, width
+
+    def pixel_shape(self, latent_shape) -> tuple:
+        """Shape [C,H,W] of the pixels that `decode` makes."""
+        _, height, width = latent_shape
+        return 3, 8 * height, 8 * width
 
     def whitening(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(scale, bias), float32 [1,C,1,1] on the device of `like`: a latent is raw * scale +
@@ -303,5 +312,5 @@ def encoder_for(dataset) -> dict:
     """Configuration of the encoder for a data set: the one its archive names, else by what it
     stores.
     """
-    by_channels = {'name': 'rgb' if dataset.num_channels == 3 else 'sd-vae'}
-    return dataset.info.get('encoder') or by_channels
+    stored = {'name': 'rgb' if dataset.dtype == 'uint8' else 'sd-vae'}
+    return dataset.info.get('encoder') or stored

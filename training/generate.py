@@ -178,7 +178,7 @@ def open_guide(snapshot: Snapshot, gnet: str | Snapshot | None, sampler: str, gu
     chain = getattr(net, 'diffusion', None) if sampler in ('ddim', 'ddpm') else None
     other = getattr(guide, 'diffusion', None)
     fault = None
-    if (guide.img_resolution, guide.img_channels) != (net.img_resolution, net.img_channels):
+    if guide.image_shape != net.image_shape:
         fault = 'makes images of another shape'
     elif guide.label_dim and net.label_dim not in (0, guide.label_dim):
         fault = 'has other classes'
@@ -278,6 +278,8 @@ class OutputFolder:
         rows = sorted(self.labels.items()) if labelled else None
         described = {key: self.dataset[key] for key in ('classes', 'class_names')
                      if self.dataset.get(key)}
+        if self.dataset.get('num_channels') in (1, 4):          # latents have more
+            described['channels'] = self.dataset['num_channels']
         write_json(self.json_path, {'labels': rows, 'generated_by': self.record, **described})
 
 

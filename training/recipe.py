@@ -14,16 +14,25 @@ from collections.abc import Callable
 import torch
 
 from dnnlib import UserError
-from dnnlib.util import command_line, need_package, one_line, publishable, to_json
+from dnnlib.util import (
+    command_line,
+    need_package,
+    one_line,
+    publishable,
+    renamed_fields,
+    to_json,
+)
 from torch_utils import distributed as dist
 from training import loop, runs
 from training.checkpoint import LAYOUTS, WRONG, CheckpointError, Checkpoints
+from training.data.dataset import resolution_of
 from training.data.images import open_dataset
 from training.encoders import encoder_for, make_encoder
 from training.flops import size_of, training_step
 from training.generate import save_sample_grid
 from training.health import Diverged
 from training.networks import build_network
+from training.networks.layers import sides
 from training.transfer import transfer
 
 
@@ -193,8 +202,8 @@ def open_data(data: str, cond: bool, **options):
     if cond and not dataset.has_labels:
         raise UserError(f'needs labels, and {data} has none; train without: False', 'cond', cond)
     encoder = make_encoder(encoder_for(dataset))
-    channels, resolution, _ = encoder.latent_shape(dataset.image_shape)
-    return dataset, encoder, dict(img_resolution=resolution, img_channels=channels,
+    channels, *size = encoder.latent_shape(dataset.image_shape)
+    return dataset, encoder, dict(img_resolution=resolution_of(*size), img_channels=channels,
                                   label_dim=dataset.label_dim)
 
 
@@ -226,7 +235,8 @@ def new_network(recipe: Recipe, running: dict | None = None) -> torch.nn.Module:
     """
     device = device_of(running)
     torch.manual_seed(recipe.seed)
-    with torch.device('meta') if device.type == 'meta' else contextlib.nullcontext():
+    at = torch.device('meta') if device.type == 'meta' else contextlib.nullcontext()
+    with at, renamed_fields(img_resolution='data'):
         net = build_network(**recipe.network)
     return net.train().to(device)
 
@@ -407,8 +417,10 @@ def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: 
     parameters = sum(p.numel() for p in net.parameters())
     data = recipe.dataset
     size = data.get('size')
-    images = f'{size} images of {data.get("num_channels")}x{data.get("resolution")}x' \
-             f'{data.get("resolution")}, ' if size else ''
+    images = ''
+    if size:
+        shape = data.get('num_channels'), *sides(data.get('resolution', 0))
+        images = f'{size} images of {"x".join(map(str, shape))}, '
     loss_name = recipe.loss.get('name', '')
     lines = (
         f'Data: {data.get("name")}, {images}{data.get("label_dim")} classes',

@@ -85,6 +85,16 @@ def option_of(layout: type[Checkpoints], run_dir: str, name: str, new, old):
     return record.get(name, old) if record else new
 
 
+def channels_of(run_dir: str) -> int | None:
+    """3 for a run that began with as many, also on gray pictures: earlier versions always did.
+    None for others, and for a new run: as many as its data have.
+    """
+    network = read_options(run_dir).get('network')
+    if not isinstance(network, dict):
+        return None
+    return 3 if network.get('network', network).get('img_channels', 3) == 3 else None
+
+
 def private_paths(options: dict | None) -> dict[str, str]:
     """The options that are paths of this machine: all files but log.txt have their last names."""
     return {name: os.path.abspath(value) for name, value in (options or {}).items()

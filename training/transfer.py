@@ -134,12 +134,17 @@ def _layers(net) -> torch.nn.Module:
     return getattr(net, 'model', getattr(net, 'unet', net))
 
 
+def _side(net) -> int:
+    """The side by which levels are told that have attention."""
+    return min(net.image_shape[1:])
+
+
 def _what(source) -> str:
     net = source.net
     parts = [net.class_name if _layers(net) is net or net.class_name == type(_layers(net)).__name__
              else f'{net.class_name} of {type(_layers(net)).__name__}']
     if hasattr(net, 'img_channels'):
-        parts.append(f'{net.img_channels}x{net.img_resolution}x{net.img_resolution}')
+        parts.append('x'.join(map(str, net.image_shape)))
     if source.nimg:
         parts.append(f'after {source.nimg} images')
     return ', '.join(parts)
@@ -190,8 +195,8 @@ def _arguments(net) -> dict:
         if name in values:
             listed, widths = (value.split(',') if isinstance(value, str) else value
                               for value in (values[name], values['channel_mult'] or ',' * 6))
-            sides = [net.img_resolution >> level for level in range(len(widths))]
-            values[name] = sorted(net.img_resolution // side for side in sides
+            sides = [_side(net) >> level for level in range(len(widths))]
+            values[name] = sorted(_side(net) // side for side in sides
                                   if side in map(int, listed))
     values['model_type'] = type(_layers(net)).__name__
     return json.loads(json.dumps(values | {'class_name': net.class_name}))
@@ -208,7 +213,7 @@ def _compare_arguments(source, net, path) -> list[str]:
     for name in differ:
         values = [old[name], new[name]]
         if name.startswith('att'):
-            values = [[net.img_resolution // share for share in value] for value in values]
+            values = [[_side(net) // share for share in value] for value in values]
         if name not in FREE:
             faults.append(f'{name} is {values[0]} and here {values[1]}')
     if faults:

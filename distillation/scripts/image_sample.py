@@ -92,10 +92,10 @@ def main(config, model_path, batch_size, num_samples, timestep_respacing, use_dd
     setting = choose_setting(net, own, sampler)
     chosen = {key: value for key, value in sampler.items() if value is not None}
     chain = '-'.join(map(str, chosen.values())) or f'{"ddim" if ddim else "ancestral"}{steps}'
-    size = net.img_resolution
+    channels, height, width = net.image_shape
     dest = dest or os.path.join(
         log_dir or configs.default_outdir(config), folder or f'{Path(model_path).stem}-{chain}',
-        f'samples_{num_samples}x{size}x{size}x{net.img_channels}.npz')
+        f'samples_{num_samples}x{height}x{width}x{channels}.npz')
     check_destination(dest, ['.npz'])
     check_place(dest, field='dest')
     arguments = section.arguments()

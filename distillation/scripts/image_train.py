@@ -28,15 +28,14 @@ def open_data(path: str, net, random_crop=False):
     """The images, as they suit the network, which may have more classes. Raises UserError where
     they do not.
     """
-    dataset = open_squares(path, net.img_resolution, net.label_dim > 0, random_crop)
+    dataset = open_squares(path, net.image_shape, net.label_dim > 0, random_crop)
     if isinstance(dataset, SourceImages):
         for note in dataset.source.notes:
             dist.print0(f'Note: {note}')
         how = 'a random part' if random_crop else 'the centre'
         dist.print0(f'Note: of pictures of other sizes than {net.img_resolution}x'
                     f'{net.img_resolution}, resized, {how} is taken')
-    shape = (net.img_channels, net.img_resolution, net.img_resolution)
-    fits = dataset.dtype == np.uint8 and dataset.image_shape == shape
+    fits = dataset.dtype == np.uint8 and dataset.image_shape == net.image_shape
     if 0 < dataset.label_dim < net.label_dim:
         dist.print0(f'Note: {path} has {dataset.label_dim} of the {net.label_dim} classes of the '
                     'network (model.num_classes)')
@@ -45,8 +44,8 @@ def open_data(path: str, net, random_crop=False):
         raise UserError(
             f'{path} holds {dataset.dtype} {list(dataset.image_shape)} and has '
             f'{dataset.label_dim} classes, but the network has {net.label_dim} and takes images '
-            f'{list(shape)}; see model.image_size, model.num_classes, model.class_cond, and '
-            'dataset_tool.py convert --resolution', field='data_dir')
+            f'{list(net.image_shape)}; see model.image_size, model.num_classes, '
+            'model.class_cond, and dataset_tool.py convert --resolution', field='data_dir')
     return dataset
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch.nn import functional as F
 
+from dnnlib.image_io import as_rgb
 from torch_utils import distributed
 from torch_utils.files.weights import fingerprint, refuse_differences
 
@@ -10,7 +11,8 @@ MAX_MISSING = 50_000_000  # weights, that are looked for by name
 
 
 class Network:
-    """RGB input on the right device, exact products, a fingerprint of the weights.
+    """RGB input on the right device (gray is repeated, what is transparent lies on white), exact
+    products, a fingerprint of the weights.
 
     Subclasses have `_features(images uint8 [N, 3, H, W], outputs) -> {output: [N, D]}`.
     """
@@ -24,10 +26,7 @@ class Network:
     @torch.inference_mode()
     @distributed.exact_float32()
     def __call__(self, images: torch.Tensor, outputs=('features',)) -> dict[str, torch.Tensor]:
-        images = images.to(self.device)
-        if images.shape[1] == 1:
-            images = images.expand(-1, 3, -1, -1)
-        return self._features(images, outputs)
+        return self._features(as_rgb(images.to(self.device)), outputs)
 
 
 def build_model(model_class, config, state: dict, source: str) -> torch.nn.Module:

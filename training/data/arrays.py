@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 
 from dnnlib import UserError
-from dnnlib.image_io import LargeImage, check_pixels
+from dnnlib.image_io import MODES, LargeImage, check_pixels
 from dnnlib.npz import open_array, read_npy_header
 from dnnlib.util import one_line, printable
 
@@ -79,8 +79,8 @@ def choose_names(path: str, key: str | None = None) -> tuple[str, str | None]:
 
 
 def open_npz(path: str, key: str | None = None):
-    """(images uint8 [N,H,W,C] with C of 1 or 3, labels int64 [N] or float32 [N,D] or None) of an
-    .npz; `key` names the array, see `choose_names`.
+    """(images uint8 [N,H,W,C] with C of 1, 3 or 4, labels int64 [N] or float32 [N,D] or None) of
+    an .npz; `key` names the array, see `choose_names`.
 
     An uncompressed array stays on the disk; a compressed one is read whole. Raises UserError that
     names the file.
@@ -117,9 +117,9 @@ def open_npy(path: str) -> np.ndarray:
 def as_images(array: np.ndarray, where: str) -> np.ndarray:
     """uint8 [N,H,W,C] of [N,H,W,C], [N,C,H,W] or gray [N,H,W]; UserError for others."""
     images = array[..., None] if array.ndim == 3 else array
-    if images.ndim == 4 and images.shape[3] not in (1, 3) and images.shape[1] in (1, 3):
+    if images.ndim == 4 and images.shape[3] not in MODES and images.shape[1] in (1, 3):
         images = images.transpose(0, 2, 3, 1)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) \
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in MODES \
             or min(images.shape) < 1:
         raise UserError(f'{where} is {array.dtype} {list(array.shape)} instead of uint8 images '
                         '[N, H, W, 3]')

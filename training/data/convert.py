@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
+import math
 import multiprocessing
 import signal
 import sys
@@ -13,10 +14,10 @@ import numpy as np
 import threadpoolctl
 
 from dnnlib import progress
-from dnnlib.image_io import BadImage, encode_pngs
+from dnnlib.image_io import BadImage, encode_pngs, is_transparent, with_channels
 from dnnlib.util import UserError, core_count, map_ahead, printable
 from training.data.archive import CLASS_TABLES, ArchiveWriter, image_name
-from training.data.dataset import class_indices
+from training.data.dataset import class_indices, resolution_of
 from training.data.report import class_table
 from training.data.sources import Source, listed
 from training.data.transforms import NAMES, make_transform, resize_stack
@@ -131,12 +132,13 @@ def by_class(source, classes: list[int] | None = None, nums: int | None = None,
 
 @dataclasses.dataclass
 class Converted:
-    """Number of images written, their side, damaged files left out, number of rejected images;
-    what was selected of which source, the images of each label (None without classes), notes.
+    """Number of images written, their shape [H,W,C], damaged files left out, number of rejected
+    images; what was selected of which source, the images of each label (None without classes),
+    notes.
     """
 
     count: int
-    resolution: int
+    shape: tuple[int, int, int]
     rejected: int
     skipped: list[str]
     source: Source
@@ -147,7 +149,9 @@ class Converted:
     def summary(self, dest: str) -> str:
         """What was written to `dest`, of which classes, and what was left out."""
         counts = self.counts
-        lines = [f'{dest}: {self.count} images, {self.resolution}x{self.resolution}'
+        height, width, channels = self.shape
+        kind = {1: ', gray', 3: '', 4: ', with alpha'}[channels]
+        lines = [f'{dest}: {self.count} images, {width}x{height}{kind}'
                  + (', no labels' if self.selection.labels is None else
                     ', label vectors' if counts is None else f', {len(counts)} classes')]
         if counts is not None and len(counts) > MOST_LINES:
@@ -167,7 +171,7 @@ class Converted:
 
 
 def convert(source: Source, selection: Selection, dest: str, *, resolution=None, transform=None,
-            workers=None, skip_corrupt=False, overwrite=False,
+            channels=None, workers=None, skip_corrupt=False, overwrite=False,
             notes: dict | None = None) -> Converted:
     """Writes the selected images of a source as an archive at `dest`.
 
@@ -175,12 +179,15 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
     `skip_corrupt`, damaged ones leave gaps. The result does not depend on `workers` (processes, or
     threads where the source is in memory; default: one for each core).
 
-    resolution: (width, height) or None. transform: see `make_transform`. notes: further keys for
+    resolution: (width, height) or None. transform: see `make_transform`. channels: 1, 3 or 4 (see
+    `with_channels`), or None: 1 if all pictures are gray, else 3. notes: further keys for
     dataset.json. Raises UserError that names the file: damaged images, pictures of another shape
-    than the resolution if there is no transform, results that are not square, even and equal.
+    than the resolution if there is no transform, results that are not even and equal.
     """
     width, height = resolution or (None, None)
-    job = _Job(source, (transform, width, height))
+    if channels is None:
+        channels = source.num_channels(selection.indices)
+    job = _Job(source, (transform, width, height), channels)
     if resolution:
         _check_size(width, width if transform == 'center-crop-wide' else height)
     if not skip_corrupt:
@@ -193,6 +200,7 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
     rejected = 0
     reshaped = []
     dark = []
+    flattened = []
     shape = None
     with contextlib.ExitStack() as stack:
         # Products of small matrices are no work for more threads than workers.
@@ -221,7 +229,7 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
                     if not skip_corrupt:
                         raise UserError(f'{message}; mend the file, or skip corrupt files')
                     skipped.append(message)
-                case _Pngs(files, crcs, image_shape, of_other_shape, is_dark):
+                case _Pngs(files, crcs, image_shape, of_other_shape, is_dark, is_flattened):
                     if shape is None:
                         shape = image_shape
                         _check_size(shape[1], shape[0], where)
@@ -231,6 +239,7 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
                                         'give a resolution (and a transform)')
                     reshaped += itertools.compress(positions, of_other_shape)
                     dark += itertools.compress(positions, is_dark)
+                    flattened += itertools.compress(positions, is_flattened)
                     kept += positions
                     names += map(image_name, positions)
                     out.add_alike(names[-count:], files, crcs)
@@ -239,7 +248,9 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
                             f'({rejected} rejected by {transform}, {len(skipped)} damaged)')
         labels = None if selection.labels is None else selection.labels[kept]
         out.describe(names, labels, {
-            **class_tables(selection), 'source': source.name, 'resolution': shape[0],
+            **class_tables(selection), 'source': source.name,
+            'resolution': resolution_of(*shape),
+            'channels': None if channels == 3 else channels,
             'transform': transform, 'bits': None if source.bits == 16 else source.bits,
             **selection.rule, **(notes or {}),
             'skipped': [_inside(message, places) for message in skipped] or None})
@@ -254,14 +265,16 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
     for positions, what in (
             (reshaped, f'are of another shape and were '
                        f'{"squashed" if transform == "stretch" else "cropped"}'),
+            (flattened, 'are transparent and were laid on white; with 4 channels they stay so'),
             (dark, 'use less than a quarter of their range; where files of 16 bits hold values of '
                    'fewer, name the bits')):
         if positions:
             where = source.where(int(selection.indices[positions[0]]))
             notes.append(f'{len(positions)} of {len(kept)} pictures {what}: {where}'
                          + ', ...' * (len(positions) > 1))
-    notes += _of_presets(shape[0])
-    return Converted(len(kept), shape[0], rejected, skipped, source, selection, counts, notes)
+    notes += _of_presets(*shape)
+    return Converted(len(kept), (*shape, channels), rejected, skipped, source, selection, counts,
+                     notes)
 
 
 def _inside(message: str, places: tuple) -> str:
@@ -269,30 +282,33 @@ def _inside(message: str, places: tuple) -> str:
     return message[max((len(place) for place in places if message.startswith(place)), default=0):]
 
 
-def _of_presets(side: int) -> list[str]:
-    """A note on which presets take images that are no power of two."""
-    if not side & (side - 1):
+def _of_presets(height: int, width: int) -> list[str]:
+    """A note on which presets take images that are no squares or no power of two."""
+    side = math.gcd(height, width)
+    what = f'{side} is no power of two'
+    if height != width:
+        what = f'{width} and {height} have the common divisor {side}'
+    elif not side & (side - 1):
         return []
     need = multiples()
     fit = [preset for preset, multiple in need.items() if side % multiple == 0]
     others = [f'{preset} (multiples of {multiple})' for preset, multiple in need.items()
               if side % multiple]
-    return [f'{side} is no power of two, and networks of n resolutions take multiples of 2^(n-1): '
+    return [f'{what}, and networks of n resolutions take multiples of 2^(n-1): '
             f'of the presets {", ".join(fit) or "none"}' + ', but not ' * bool(others)
             + ', '.join(others)]
 
 
 def _check_size(width: int, height: int, where: str | None = None):
-    """Raises UserError unless the sides are equal and even.
+    """Raises UserError unless the sides are even.
 
     They are those of the image `where`, or the resolution that is asked for.
     """
-    if width == height and width % 2 == 0:
+    if width % 2 == height % 2 == 0:
         return
     size = f'{width}x{height}'
-    what = 'not square' if width != height else 'not even'
-    text = (f'pixels are {what}, which networks need; '
-            'choose a resolution, e.g. 64x64, and a transform')
+    text = ('pixels are not even, which networks need; choose a resolution, e.g. '
+            f'{width + width % 2}x{height + height % 2}, and a transform')
     if where is None:
         raise UserError(text, field='resolution', value=size)
     raise UserError(f'{where}: {size} {text}')
@@ -304,7 +320,8 @@ def _check_size(width: int, height: int, where: str | None = None):
 @dataclasses.dataclass
 class _Pngs:
     """Converted images of one size: their PNG files, uint8 [n,bytes], CRC-32, (height, width);
-    whether each was of another shape, and whether all of its values are below a quarter of 256.
+    whether each was of another shape, all of its values are below a quarter of 256, and it was
+    transparent and is no longer.
     """
 
     files: np.ndarray
@@ -312,6 +329,7 @@ class _Pngs:
     shape: tuple
     reshaped: list[bool] = ()
     dark: list[bool] = ()
+    flattened: list[bool] = ()
 
 
 class OtherShape(BadImage):
@@ -323,8 +341,9 @@ class OtherShape(BadImage):
 class _Job:
     """What a worker process needs; it is handed over once."""
 
-    def __init__(self, source, rule):
+    def __init__(self, source, rule, channels=3):
         self.source = source
+        self.channels = channels
         self.rule = rule  # the arguments of make_transform: functions cannot be pickled
         make_transform(*rule)  # raises for what cannot be made
 
@@ -336,7 +355,11 @@ class _Job:
         name, width, height = self.rule
         images = self.source.stack(indices)
         if images is None:
-            images = _stacked([self._picture(index) for index in indices])
+            images = [self._picture(index) for index in indices]
+        flattened = [self._is_flattened(image) for image in images]
+        images = with_channels(images, self.channels) if isinstance(images, np.ndarray) else (
+            _stacked([image if isinstance(image, Exception)
+                      else with_channels(image, self.channels) for image in images]))
         reshaped = [self._is_reshaped(image) for image in images]
         if name is None and any(reshaped):
             images = [self._refusal(image) if is_other else image
@@ -348,9 +371,13 @@ class _Job:
             images = _stacked([image if isinstance(image, Exception) else transform(image)
                                for image in images])
         if isinstance(images, np.ndarray):
-            return [_pngs(images, reshaped)]
-        return [_pngs(image[None], [is_other]) if isinstance(image, np.ndarray) else image
-                for image, is_other in zip(images, reshaped, strict=True)]
+            return [_pngs(images, reshaped, flattened)]
+        return [_pngs(image[None], [is_other], [is_flat])
+                if isinstance(image, np.ndarray) else image
+                for image, is_other, is_flat in zip(images, reshaped, flattened, strict=True)]
+
+    def _is_flattened(self, image) -> bool:
+        return self.channels != 4 and not isinstance(image, Exception) and is_transparent(image)
 
     def _is_reshaped(self, picture) -> bool:
         _, width, height = self.rule
@@ -379,14 +406,14 @@ def _stacked(images: list):
 
 
 def _size(picture) -> tuple[int, int]:
-    """(width, height) of an array [H,W,3] or a picture of Pillow's."""
+    """(width, height) of an array [H,W,C] or a picture of Pillow's."""
     return picture.shape[1::-1] if isinstance(picture, np.ndarray) else picture.size
 
 
-def _pngs(pixels: np.ndarray, reshaped: list[bool]) -> _Pngs:
-    """Of images uint8 [n,H,W,3]."""
-    dark = (pixels.max(axis=(1, 2, 3)) < 64).tolist()
-    return _Pngs(*encode_pngs(pixels), pixels.shape[1:3], reshaped, dark)
+def _pngs(pixels: np.ndarray, reshaped: list[bool], flattened: list[bool]) -> _Pngs:
+    """Of images uint8 [n,H,W,C]."""
+    dark = (pixels[..., :3].max(axis=(1, 2, 3)) < 64).tolist()
+    return _Pngs(*encode_pngs(pixels), pixels.shape[1:3], reshaped, dark, flattened)
 
 
 _job = None

@@ -10,13 +10,23 @@ import re
 
 import numpy as np
 
-from dnnlib.image_io import BadImage, decode_image, is_image_name
+from dnnlib.image_io import (
+    MODES,
+    BadImage,
+    as_array,
+    decode_picture,
+    has_colors,
+    is_gray,
+    is_image_name,
+    with_channels,
+)
 from dnnlib.npz import read_npy_header
-from dnnlib.util import UserError, parse_int_list, subset
+from dnnlib.util import UserError, parse_int_list, printable, subset
 from training.data.archive import CLASS_TABLES, ArchiveReader, count_classes, labels_of
 from training.data.autoencoders import locate
 
 CACHE_BYTES = 2 << 30
+LOOKED_AT = 1000        # images of an archive that does not say how many channels they have
 
 # Keys of dataset.json that travel with the data into snapshots.
 _DESCRIBING = ('sim_name', 'source', 'transform', 'encoder')
@@ -101,8 +111,9 @@ class Dataset:
         return self.image_shape[0]
 
     @property
-    def resolution(self) -> int:
-        return self.image_shape[1]
+    def resolution(self) -> int | list[int]:
+        """Side of square images, else [height, width]: what networks have as `img_resolution`."""
+        return resolution_of(*self.image_shape[1:])
 
     @property
     def label_ids(self) -> np.ndarray:
@@ -199,26 +210,29 @@ class RowDataset(Dataset):
 
 
 class ImageDataset(RowDataset):
-    """Images (uint8 RGB, or float32 latents) of an archive: a zip or a folder.
+    """Images (uint8 gray, RGB or RGBA, or float32 latents) of an archive: a zip or a folder.
 
     Args:
         path:       .zip file or folder, see `training.data.archive`.
         use_labels: False hides the labels.
+        channels:   1, 3 or 4 (see `dnnlib.image_io.with_channels`); None: what dataset.json says,
+                    else 1 if all of up to LOOKED_AT pictures are gray, or 3.
         max_size:   Use a random subset of this many images, chosen by `seed` (see `subset`).
         xflip:      Double the data: all images, then all of them mirrored.
         cache:      Keep decoded images in memory; None decides by size (up to 2 GiB).
         finite:     False lets latents with NaN or infinite values through.
-        any_size:   Pictures of several sizes, and not square ones, are fine: for `pictures`.
+        any_size:   Pictures of several sizes are fine: for `pictures`.
 
-    Raises UserError, naming the file, for a missing or damaged archive, images that are not square
-    or not equal in shape, latents with NaN or infinite values (a sample is looked through at once,
-    each when it is read), and labels that do not cover the images.
+    Raises UserError, naming the file, for a missing or damaged archive, images that are not equal
+    in shape, a picture in colour where all that were looked at are gray, latents with NaN or
+    infinite values (a sample is looked through at once, each when it is read), and labels that do
+    not cover the images.
     """
 
     image_shape = None
 
     def __init__(self, path, use_labels=True, max_size=None, seed=0, xflip=False, cache=None,
-                 finite=True, any_size=False):
+                 finite=True, any_size=False, channels=None):
         path = os.fspath(path).rstrip('/')
         self._reader = ArchiveReader(path)
         if self._reader.damaged:
@@ -235,8 +249,16 @@ class ImageDataset(RowDataset):
         self._is_latents = bool(arrays)
         self._finite = finite
         self.any_size = any_size and not arrays
-        first = self._decode(0)
         info = self._reader.description()
+        self._channels = channels or info.get('channels')
+        if self._channels not in (None, *MODES):
+            raise UserError(f'{path}: its dataset.json names {printable(self._channels, 40)} '
+                            'channels, and images have 1, 3 or 4')
+        self._guessed = self._channels is None
+        if self._guessed and images:
+            some = self._files[::-(-len(images) // LOOKED_AT)]
+            self._channels = 1 if all(is_gray(self._reader.read(i)) for i in some) else 3
+        first = self._decode(0)
         if isinstance(info.get('encoder'), dict):
             info['encoder'] = locate(info['encoder'])
         labels = None
@@ -252,8 +274,6 @@ class ImageDataset(RowDataset):
         return self._reader.fingerprint(self._files[self._rows])
 
     def _check_shapes(self):
-        if not self.any_size:
-            check_square(self.image_shape, self._where(0))
         # Uncompressed files of one shape have one size, and of another shape mostly another:
         # compare shapes where sizes differ. Compressed images are compared when they are read.
         rows = np.linspace(0, len(self._files) - 1, min(len(self._files), 10000)).astype(int)
@@ -278,7 +298,8 @@ class ImageDataset(RowDataset):
             if self._is_latents:
                 image = _decode_npy(data)
             else:
-                image = decode_image(data).transpose(2, 0, 1)
+                picture = of_channels(decode_picture(data), self._channels, self._guessed)
+                image = as_array(picture).transpose(2, 0, 1)
         except BadImage as error:
             raise UserError(f'{self._where(row)}: {error}', error.field) from None
         if self._is_latents and self._finite and not np.isfinite(image).all():
@@ -290,12 +311,17 @@ class ImageDataset(RowDataset):
         return image
 
 
-def check_square(shape: tuple, where: str):
-    """Raises UserError for images (C, H, W) that are not square."""
-    _, height, width = shape
-    if height != width:
-        raise UserError(f'{where} is {width} x {height}; images must be square '
-                        '(dataset_tool.py convert makes them so)')
+def of_channels(picture, channels: int, guessed: bool):
+    """A picture `with_channels`; BadImage for one in colour where 1 is what others let guess."""
+    if guessed and channels == 1 and has_colors(picture):
+        raise BadImage('in colour, while the pictures that were looked at are gray; make a data '
+                       'set of one kind (dataset_tool.py convert)')
+    return with_channels(picture, channels)
+
+
+def resolution_of(height: int, width: int) -> int | list[int]:
+    """One number for a square, else [height, width]."""
+    return height if height == width else [height, width]
 
 
 def _decode_npy(data: bytes) -> np.ndarray:

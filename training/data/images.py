@@ -8,23 +8,25 @@ import os
 import numpy as np
 
 from dnnlib import UserError
-from dnnlib.image_io import BadImage
+from dnnlib.image_io import BadImage, as_array, with_channels
 from dnnlib.util import atomic_path
 from training.data import arrays, sources, transforms
 from training.data.archive import CLASS_TABLES, READ_FILES
-from training.data.dataset import Dataset, ImageDataset, RowDataset, check_square
+from training.data.dataset import LOOKED_AT, Dataset, ImageDataset, RowDataset, of_channels
 
 
 class ArrayImages(RowDataset):
     """uint8 images [N,H,W,C] of an array, with their classes, int [N], if any.
 
+    `channels`: 1, 3 or 4 (see `dnnlib.image_io.with_channels`); None: as many as the array has.
     `choice` goes to `choose`. The fingerprint is that of at most `READ_FILES` images.
     """
 
     def __init__(self, path: str, array: np.ndarray, labels=None, info: dict | None = None,
-                 **choice):
+                 channels: int | None = None, **choice):
         self._array = array
-        super().__init__(path, (array.shape[3], *array.shape[1:3]), labels=labels, info=info)
+        shape = (channels or array.shape[3], *array.shape[1:3])
+        super().__init__(path, shape, labels=labels, info=info)
         self.choose(len(array), **choice)
 
     @functools.cached_property
@@ -33,11 +35,13 @@ class ArrayImages(RowDataset):
         return hashlib.sha256(np.ascontiguousarray(images)).hexdigest()[:32]
 
     def _stack(self, rows) -> np.ndarray:
-        return np.ascontiguousarray(self._array[rows].transpose(0, 3, 1, 2))
+        images = with_channels(self._array[rows], self.num_channels)
+        return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
 
 
 class NpzImages(ArrayImages):
-    """uint8 images [N,H,W,C] (RGB or gray) of an .npz file, with their classes, int [N], if any.
+    """uint8 images [N,H,W,C] (gray, RGB or RGBA) of an .npz file, with their classes, int [N], if
+    any.
 
     `path` may end in :KEY, the name of an array (see `arrays.open_npz`). Raises UserError that
     names the file.
@@ -60,6 +64,8 @@ def save_npz_images(path: str, images: np.ndarray, labels=None):
 class SourceImages(RowDataset):
     """The pictures of a source (see `training.data.sources`) as a data set.
 
+    channels     1, 3 or 4 (see `dnnlib.image_io.with_channels`); None: 1 if all of up to LOOKED_AT
+                 pictures are gray, else 3
     side         None: as they are, and all equal. Else they become squares of so many pixels as
                  guided diffusion makes them: shrunk, and the centre of it
     random_crop  instead of the centre a part of a little more, another one each time in training
@@ -70,9 +76,13 @@ class SourceImages(RowDataset):
     image_shape = None
 
     def __init__(self, source: sources.Source, use_labels=True, cache=None, any_size=False,
-                 side: int | None = None, random_crop=False, **choice):
+                 side: int | None = None, random_crop=False, channels: int | None = None,
+                 **choice):
         source.require_whole()
         self.source = source
+        self._guessed = channels is None
+        self._channels = channels or source.num_channels(
+            range(0, len(source), -(-len(source) // LOOKED_AT)))
         self.any_size = any_size
         self.is_random = random_crop
         self._side = side
@@ -83,8 +93,6 @@ class SourceImages(RowDataset):
         info = {key: getattr(source, key) for key in CLASS_TABLES if getattr(source, key)}
         super().__init__(source.name, first.shape, labels=source.labels if has_labels else None,
                          info=info if has_labels else None)
-        if not any_size:
-            check_square(first.shape, source.where(0))
         self.choose(len(source), cache=False if any_size or random_crop else cache, **choice)
 
     @functools.cached_property
@@ -95,11 +103,12 @@ class SourceImages(RowDataset):
         return self.source.where(int(self._rows[index % len(self._rows)]))
 
     def _decode(self, row) -> np.ndarray:
-        return self._crop(row, self._transform or np.asarray)
+        return self._crop(row, self._transform or as_array)
 
     def _crop(self, row, transform) -> np.ndarray:
         try:
-            image = transform(self.source.picture(int(row)))
+            picture = self.source.picture(int(row))
+            image = transform(of_channels(picture, self._channels, self._guessed))
         except (BadImage, UserError) as error:
             where = self.source.where(int(row))
             text = str(error) if where in str(error) else f'{where}: {error}'
@@ -135,13 +144,9 @@ def open_dataset(path: str, **options) -> Dataset:
     if kind in (None, sources.FileSource):
         return ImageDataset(path, **options)
     options.pop('finite', None)
-    any_size = options.get('any_size', False)
     if kind is sources.npz_source:
         options.pop('any_size', None)
-        dataset = NpzImages(path, **{'cache': False} | options)
-        if not any_size:
-            check_square(dataset.image_shape, path)
-        return dataset
+        return NpzImages(path, **{'cache': False} | options)
     return SourceImages(sources.open_source(path), **options)
 
 
@@ -159,17 +164,20 @@ def open_images(path: str) -> Dataset:
     return pixels_of(open_dataset(path, cache=False, any_size=True))
 
 
-def open_squares(path: str, side: int, use_labels: bool, random_crop=False) -> Dataset:
-    """The same for training on squares of `side` pixels: pictures of other sizes become such, see
-    `SourceImages`. Latents stay as they are.
+def open_squares(path: str, shape: tuple, use_labels: bool, random_crop=False) -> Dataset:
+    """The same for training on images of this shape [C,H,W]. If that is a square, pictures of other
+    sizes become such, see `SourceImages`. Latents stay as they are.
 
     Labels that are asked for come from the names of files, as in guided diffusion, where there
     are no others.
     """
+    channels, side, width = shape
+    if side != width:
+        return open_dataset(path, use_labels=use_labels, channels=channels)
     if not random_crop:
         with contextlib.suppress(UserError):              # what is wrong, the source says
-            dataset = open_dataset(path, use_labels=use_labels)
-            is_right = dataset.is_uniform and dataset.image_shape[1:] == (side, side)
+            dataset = open_dataset(path, use_labels=use_labels, channels=channels)
+            is_right = dataset.is_uniform and dataset.image_shape == tuple(shape)
             has_all = dataset.has_labels or not use_labels
             if dataset.dtype != np.uint8 or (is_right and has_all):
                 return dataset
@@ -177,7 +185,7 @@ def open_squares(path: str, side: int, use_labels: bool, random_crop=False) -> D
     if use_labels and source.labels is None:
         with contextlib.suppress(UserError):
             source = sources.open_source(path, labels='names')
-    return SourceImages(source, use_labels, side=side, random_crop=random_crop)
+    return SourceImages(source, use_labels, side=side, random_crop=random_crop, channels=channels)
 
 
 def pixels_of(images: Dataset) -> Dataset:

@@ -23,17 +23,19 @@ def encode(source: str, dest: str, encoder: StabilityVAEEncoder, *, batch=16, ov
     """Stores mean and std of the autoencoder's posterior for every image of an archive of pixels,
     or for the first `max_images`.
 
-    `dest` gets `latent_name(i)` (float32 [8,R/8,R/8]) for image i of `source`, its labels and its
+    `dest` gets `latent_name(i)` (float32 [8,H/8,W/8]) for image i of `source`, its labels and its
     description. Returns the number of images; raises UserError for sources that hold no pixels or
     are too small.
     """
     check_destination(dest, overwrite)
-    dataset = open_dataset(source, cache=False)
+    dataset = open_dataset(source, cache=False, channels=3)    # what autoencoders take
     if dataset.dtype != np.uint8:
         raise UserError(f'{source} holds latents already; encode takes pixels')
-    if dataset.resolution % 8:
-        raise UserError(f'{source} has {dataset.resolution}x{dataset.resolution} pixels; '
-                        'the autoencoder needs a multiple of 8')
+    _, height, width = dataset.image_shape
+    if height % 8 or width % 8:
+        raise UserError(f'{source} has {width}x{height} pixels; the autoencoder needs multiples '
+                        f'of 8: convert it with the resolution {width - width % 8 or 8}x'
+                        f'{height - height % 8 or 8}')
     if os.path.isdir(encoder.vae_name):
         encoder.vae_name = os.path.abspath(encoder.vae_name)   # files have its last name
         encoder.fingerprint = remember(encoder.vae_name)
@@ -103,7 +105,7 @@ def _map(dataset, dest, function, to_bytes, name_of, batch, overwrite, max_image
         if rank == 0:
             labels = dataset.stored_labels
             out.describe(names, None if labels is None else labels[:total],
-                         dataset.info | {'encoder': encoder})
+                         dataset.info | {'encoder': encoder, 'channels': None})
     dist.barrier()  # no process ends before the archive is there
     return total
 

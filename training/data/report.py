@@ -33,7 +33,7 @@ def summarize(dataset: Dataset, limit: int = 10000) -> dict:
 
 
 def contact_sheet(dataset: Dataset, columns: int = 10, rows: int = 10):
-    """Images uint8 [n,3,H,W] row by row, the number of columns, and a name for each row (or None).
+    """Images uint8 [n,C,H,W] row by row, the number of columns, and a name for each row (or None).
 
     With labels, a row shows the first images of one class (up to `rows` evenly spaced classes);
     else images are evenly spaced. Where a row is short of images, they are white. Latents show
@@ -48,18 +48,19 @@ def contact_sheet(dataset: Dataset, columns: int = 10, rows: int = 10):
         shown = _evenly(np.arange(len(dataset)), rows * columns)
         picks = [shown[i:i + columns] for i in range(0, len(shown), columns)]
         names = None
-    side = dataset.resolution
     columns = max(map(len, picks))
-    sheet = np.full((len(picks), columns, 3, side, side), 255, dtype=np.uint8)
+    channels, *size = dataset.image_shape
+    shown = channels if dataset.dtype == np.uint8 else 3
+    sheet = np.full((len(picks), columns, shown, *size), 255, dtype=np.uint8)
     for row, indices in zip(sheet, picks, strict=True):
-        images = dataset.images(indices)[:, :3]
+        images = dataset.images(indices)[:, :shown]
         if images.dtype != np.uint8:
             images = np.nan_to_num(images, posinf=0, neginf=0)
             mean = images.mean(axis=(0, 2, 3), keepdims=True)
             std = np.maximum(images.std(axis=(0, 2, 3), keepdims=True), 1e-6)
             images = np.clip(128 + 64 * (images - mean) / std, 0, 255)
         row[:len(indices)] = images
-    return sheet.reshape(-1, 3, side, side), columns, names
+    return sheet.reshape(-1, shown, *size), columns, names
 
 
 def _evenly(values: np.ndarray, count: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """What can be read: folders and zips of images, and the files in which the usual data sets come.
 
-Every source is a list of images with `len()`, `picture(index)` (uint8 [H,W,3] or Pillow's),
-`where(index)` (its name for messages), and
+Every source is a list of images with `len()`, `picture(index)` (uint8 [H,W,C] or Pillow's),
+`is_gray(index)`, `where(index)` (its name for messages), and
 
     labels      int64 [n], float32 [n,D], or None
     classes     original index of each label, or None: ImageNet's for wnid folders, else its place
@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 
 from dnnlib import budget
-from dnnlib.image_io import BadImage, decode_picture, is_image_name, missing_plugin
+from dnnlib.image_io import BadImage, decode_picture, is_gray, is_image_name, missing_plugin
 from dnnlib.npz import read_npy_header
 from dnnlib.util import UserError, check_links, printable
 from torch_utils.files import pickles, tar
@@ -80,7 +80,7 @@ class Source:
         raise NotImplementedError
 
     def picture(self, index):
-        """Pixels uint8 [H,W,3], or Pillow's image of mode RGB where Pillow has decoded it.
+        """Pixels uint8 [H,W,C], or Pillow's image where Pillow has decoded it (`decode_picture`).
 
         Raises BadImage or UserError.
         """
@@ -89,12 +89,22 @@ class Source:
         except OSError as error:
             raise BadImage(f'cannot be read ({error.strerror})') from None
 
+    def is_gray(self, index) -> bool:
+        """Whether a picture has no colours, or cannot be read."""
+        with contextlib.suppress(OSError, UserError):
+            return is_gray(self.read(index))
+        return True
+
+    def num_channels(self, indices) -> int:
+        """What images of these pictures have by default: 1 if all are gray, else 3."""
+        return 1 if all(self.is_gray(int(index)) for index in indices) else 3
+
     def where(self, index) -> str:
         """The image's name for a message."""
         return f'{self.name}: image {index}'
 
     def stack(self, indices) -> np.ndarray | None:
-        """The images at `indices`, uint8 [n,H,W,3], if they are in memory; else None."""
+        """The images at `indices`, uint8 [n,H,W,C], if they are in memory; else None."""
         return None
 
     def fingerprint(self, indices: np.ndarray) -> str:
@@ -407,11 +417,12 @@ class ArraySource(Source):
     def content(self, index):
         return self.picture(index).tobytes()
 
+    def is_gray(self, index):
+        return self.items.ndim == 3
+
     def stack(self, indices):
         images = self.items[indices]
-        if images.ndim == 3:
-            return np.repeat(images[..., None], 3, axis=3)
-        return images.transpose(0, 2, 3, 1)
+        return images[..., None] if images.ndim == 3 else images.transpose(0, 2, 3, 1)
 
 
 def digits_source(path: str = 'digits') -> ArraySource:
@@ -488,6 +499,9 @@ class ClassFileSource(ArraySource):
         stem = os.path.basename(path).removesuffix('.npy')
         self.name_classes(np.zeros(len(file), np.int64), [stem],
                           classes=[int(stem) if _is_number(stem) else 0])
+
+    def is_gray(self, index):
+        return False
 
     def stack(self, indices):
         return self.items.images(indices).transpose(0, 2, 3, 1)
@@ -606,6 +620,10 @@ class JoinedSource(Source):
     def content(self, index):
         part, inner = self._find(index)
         return self.sources[part].content(int(inner))
+
+    def is_gray(self, index):
+        part, inner = self._find(index)
+        return self.sources[part].is_gray(int(inner))
 
     def stack(self, indices):
         if not self.in_memory:

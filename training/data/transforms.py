@@ -6,6 +6,7 @@ import math
 import numpy as np
 import PIL.Image
 
+from dnnlib.image_io import as_array, as_picture
 from dnnlib.util import UserError
 
 _BOX = PIL.Image.Resampling.BOX
@@ -15,13 +16,14 @@ _SMALL = 64  # sides up to which matrix products are the faster way to resample
 
 
 def make_transform(name: str | None, width: int | None = None, height: int | None = None):
-    """Function from a picture to pixels uint8 [H,W,3], or to None if the rule rejects the picture.
+    """Function from a picture to pixels uint8 [H,W,C], or to None if the rule rejects the picture.
 
-    A picture is an array uint8 [h,w,3] or one of Pillow's, of mode RGB.
+    A picture is an array uint8 [h,w,C] or one of Pillow's, of mode L, RGB or RGBA.
 
     name:   None          Lanczos to width x height, aspect ratio not kept; a side that is None
                           keeps its length.
             'stretch'     the same, but both sides are needed: for those who want that.
+            'crop'        the largest centred part of that shape, Lanczos to width x height.
             'center-crop' the largest centred square, Lanczos to width x height.
             'center-crop-wide' a centred full-width band, Lanczos to width x height, in the middle
                           of a black width x width square; too small pictures are rejected.
@@ -34,13 +36,13 @@ def make_transform(name: str | None, width: int | None = None, height: int | Non
     if name is not None:
         _check(name, width, height)
     elif not width and not height:
-        return np.asarray
+        return as_array
 
     def transform(picture):
         if isinstance(picture, np.ndarray):
-            picture = PIL.Image.fromarray(picture)
+            picture = as_picture(picture)
         picture = _RULES[name](picture, width, height)
-        return None if picture is None else np.asarray(picture)
+        return None if picture is None else as_array(picture)
     return transform
 
 
@@ -64,17 +66,17 @@ def _resize(picture, width, height):
 
 
 def resize_stack(pixels: np.ndarray, width: int | None, height: int | None) -> np.ndarray:
-    """The rule None for images of one size, uint8 [n,h,w,3], at once: much faster for small ones.
+    """The rule None for images of one size, uint8 [n,h,w,C], at once: much faster for small ones.
 
     Pillow's pixels are weighted sums along rows, then along columns, rounded after each. These are
     matrix products here, exact in double precision.
     """
-    _, h, w, _ = pixels.shape
+    _, h, w, channels = pixels.shape
     size = (width or w, height or h)
     if size == (w, h):
         return pixels
-    if max(h, w) > _SMALL:
-        return np.stack([_resize(PIL.Image.fromarray(image), *size) for image in pixels])
+    if max(h, w) > _SMALL or channels == 4:     # Pillow weights colours by their alpha
+        return np.stack([as_array(_resize(as_picture(image), *size)) for image in pixels])
     # The sums of 16 images stay in the cache.
     return np.concatenate([_products(pixels[i:i + 16], *size) for i in range(0, len(pixels), 16)])
 
@@ -100,14 +102,21 @@ def _rounded(sums):
     return sums.clip(0, 255, out=sums)
 
 
-def _crop_square(picture, side):
-    left = (picture.width - side) // 2
-    top = (picture.height - side) // 2
-    return picture.crop((left, top, left + side, top + side))
+def _crop(picture, width, height):
+    left = (picture.width - width) // 2
+    top = (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))
+
+
+def _crop_to_shape(picture, width, height):
+    scale = min(picture.width / width, picture.height / height)
+    part = _crop(picture, round(scale * width), round(scale * height))
+    return _resize(part, width, height)
 
 
 def _center_crop(picture, width, height):
-    return _resize(_crop_square(picture, min(picture.size)), width, height)
+    side = min(picture.size)
+    return _resize(_crop(picture, side, side), width, height)
 
 
 def _center_crop_wide(picture, width, height):
@@ -117,14 +126,14 @@ def _center_crop_wide(picture, width, height):
     if picture.width < width or band < height:
         return None
     rows = (picture.height - band) // 2, (picture.height + band) // 2
-    canvas = PIL.Image.new('RGB', (width, width))
+    canvas = PIL.Image.new(picture.mode, (width, width), 'black')
     strip = picture.crop((0, rows[0], picture.width, rows[1]))
     canvas.paste(_resize(strip, width, height), (0, (width - height) // 2))
     return canvas
 
 
 def _center_crop_dhariwal(picture, side, _):
-    return _crop_square(_shrunk(picture, side), side)
+    return _crop(_shrunk(picture, side), side, side)
 
 
 def _shrunk(picture, side):
@@ -137,19 +146,20 @@ def _shrunk(picture, side):
 
 
 def random_crop(picture, side: int, random: np.random.RandomState) -> np.ndarray:
-    """A random square uint8 [side,side,3] of the picture, whose shorter side becomes `side` to
+    """A random square uint8 [side,side,C] of the picture, whose shorter side becomes `side` to
     side / 0.8 pixels, at random: as guided diffusion may do in training.
     """
     if isinstance(picture, np.ndarray):
-        picture = PIL.Image.fromarray(picture)
+        picture = as_picture(picture)
     picture = _shrunk(picture, random.randint(side, math.ceil(side / 0.8) + 1))
     left, top = (random.randint(length - side + 1) for length in picture.size)
-    return np.asarray(picture.crop((left, top, left + side, top + side)))
+    return as_array(picture.crop((left, top, left + side, top + side)))
 
 
 _RULES = {
     None: _resize,
     'stretch': _resize,
+    'crop': _crop_to_shape,
     'center-crop': _center_crop,
     'center-crop-wide': _center_crop_wide,
     'center-crop-dhariwal': _center_crop_dhariwal,

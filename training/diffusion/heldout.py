@@ -105,9 +105,10 @@ def standard_error(values: np.ndarray) -> float:
 
 def open_fitting(path: str, net, encoder):
     """A data set that fits a network. Raises UserError for another shape, or other classes."""
-    dataset = open_dataset(path)
+    pixels = encoder.name == 'rgb'
+    dataset = open_dataset(path, channels=net.img_channels if pixels else None)
     shape = tuple(encoder.latent_shape(dataset.image_shape))
-    wanted = (net.img_channels, net.img_resolution, net.img_resolution)
+    wanted = net.image_shape
     if shape != wanted or net.label_dim not in (0, dataset.label_dim):
         raise UserError(f'has images {list(shape)} of {dataset.label_dim} classes, and the '
                         f'network takes {list(wanted)} of {net.label_dim}', 'heldout', path)

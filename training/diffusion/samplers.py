@@ -413,7 +413,7 @@ def seed_inputs(net, seeds, labels, device):
     `labels` has one class for each seed, which takes the place of the drawn one; None keeps it.
     """
     random = StackedRandomGenerator(device, seeds)
-    noise = random.randn([len(seeds), net.img_channels, net.img_resolution, net.img_resolution])
+    noise = random.randn([len(seeds), *net.image_shape])
     if net.label_dim == 0:
         return noise, None, random
     drawn = random.randint(net.label_dim, [len(seeds)]).tolist()

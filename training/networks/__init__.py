@@ -10,6 +10,7 @@ from dnnlib.util import one_line
 from torch_utils.files.pickles import check_plain
 from torch_utils.files.weights import check_weights
 from training.networks import edm
+from training.networks.layers import sides
 
 # Class name -> module of this package. A snapshot stores the name and the keyword arguments.
 NETWORKS = {
@@ -73,7 +74,7 @@ def rebuild_network(class_name: str, kwargs: dict, state: dict, path: str):
         with torch.device('meta'):
             net = build_network(class_name, **kwargs)
         resolution = getattr(net, 'img_resolution', 1)
-        if resolution not in range(1, MAX_RESOLUTION + 1):
+        if not all(side in range(1, MAX_RESOLUTION + 1) for side in sides(resolution)):
             raise ValueError(f'img_resolution is {resolution}')
     except UserError as error:
         raise UserError(f'{path}: {error}') from None

@@ -22,6 +22,7 @@ from training.networks.layers import (
     conv,
     embed_labels,
     initialized,
+    sides,
     time_features,
     unet_layers,
 )
@@ -103,7 +104,8 @@ class ADMUNet(Network):
     `learn_sigma`, the interpolation values of the variance. `labels` ([N] class numbers, or
     vectors [N, num_classes] with zeros for "no label") belong to networks with `class_cond`.
     `attention_resolutions` and `channel_mult` are lists with commas; an empty `channel_mult`
-    stands for the published widths at `image_size`. `num_head_channels=-1` means `num_heads` heads
+    stands for the published widths at `image_size`, of images that are no squares at the shorter
+    side. `num_head_channels=-1` means `num_heads` heads
     (`num_heads_upsample` in the decoder, -1 = the same), otherwise heads of that width.
     `precision` is 'fp32', 'fp16' (on GPUs) or 'bf16'; `use_fp16` is the published name for the
     first two. Weights stay float32; in half precision everything but embeddings and the output
@@ -118,10 +120,11 @@ class ADMUNet(Network):
                  img_channels=3, num_classes=1000, precision=None):
         super().__init__(image_size, img_channels, num_classes if class_cond else 0, precision,
                          use_fp16)
-        if not channel_mult and image_size not in CHANNEL_MULT:
-            raise UserError(f'channel_mult: none is known for images of {image_size} pixels; '
+        side = min(sides(image_size))
+        if not channel_mult and side not in CHANNEL_MULT:
+            raise UserError(f'channel_mult: none is known for images of {side} pixels; '
                             'write e.g. 1,2,2')
-        mult = _numbers(channel_mult, 'channel_mult') if channel_mult else CHANNEL_MULT[image_size]
+        mult = _numbers(channel_mult, 'channel_mult') if channel_mult else CHANNEL_MULT[side]
         widths = [int(factor * num_channels) for factor in mult]
         attention_at = _numbers(attention_resolutions, 'attention_resolutions')
         self.num_channels, self.learn_sigma = num_channels, learn_sigma

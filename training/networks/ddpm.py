@@ -19,6 +19,7 @@ from training.networks.layers import (
     attention,
     conv,
     embed_labels,
+    sides,
     unet_layers,
 )
 
@@ -112,8 +113,9 @@ class DDPMUNet(Network):
 
         self.head = conv(img_channels, ch, 3)
         widths = [ch * mult for mult in ch_mult]
+        side = min(sides(img_resolution))
         (_, *encoder), decoder = unet_layers(img_resolution, ch, widths, num_res_blocks,
-                                             [img_resolution >> level for level in attn])
+                                             [side >> level for level in attn])
         self.downblocks, self.middleblocks, self.upblocks = (
             nn.ModuleList(layer(*rest) for _, *rest in layers)
             for layers in (encoder, decoder[:2], decoder[2:]))

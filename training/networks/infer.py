@@ -127,18 +127,21 @@ def _ddpm(state, options) -> Architecture:
 def _edm2(state, options) -> Architecture:
     """EDM2's U-Net, whose layers have names by the side of their images."""
     layers = [name.split('.')[2] for name in state if name.startswith('unet.enc.')]
-    sides = sorted({int(layer.partition('x')[0]) for layer in layers}, reverse=True)
-    blocks = [f'unet.enc.{side}x{side}_block' for side in sides]
+    sizes = sorted({tuple(map(int, layer.partition('_')[0].split('x'))) for layer in layers},
+                   reverse=True)
+    height, width = sizes[0]
+    resolution = height if height == width else [height, width]
+    blocks = [f'unet.enc.{rows}x{columns}_block' for rows, columns in sizes]
     width = len(state['unet.emb_fourier.freqs'])
     labels = state.get('unet.emb_label.weight')
     assumed = dict(channels_per_head=64, use_fp16=True)
     return Architecture('Precond', assumed | dict(
-        img_resolution=sides[0], img_channels=len(state['unet.out_conv.weight']),
+        img_resolution=resolution, img_channels=len(state['unet.out_conv.weight']),
         label_dim=0 if labels is None else labels.shape[1], model_channels=width,
         channel_mult=[len(state[f'{block}0.conv_res1.weight']) // width for block in blocks],
         channel_mult_emb=len(state['unet.emb_noise.weight']) // width,
         num_blocks=_count(state, blocks[0]),
-        attn_resolutions=[side for side, block in zip(sides, blocks, strict=True)
+        attn_resolutions=[min(size) for size, block in zip(sizes, blocks, strict=True)
                           if f'{block}0.attn_qkv.weight' in state],
         logvar_channels=len(state['logvar_fourier.freqs'])), assumed=assumed)
 

@@ -23,20 +23,31 @@ DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16,
           'tf32': torch.float32}
 
 
+def sides(resolution) -> tuple[int, int]:
+    """(height, width) of images of a resolution: one number for squares, else these two."""
+    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+    return height, width
+
+
 class Network(nn.Module):
-    """What all networks of images share: resolution, channels, labels and precision.
+    """What all networks of images share: resolution (see `sides`), channels, labels and precision.
 
     `precision` is 'fp32', 'fp16' (on GPUs; float32 on the CPU) or 'bf16'; `use_fp16` is the
     published name for the first two.
     """
 
-    def __init__(self, img_resolution: int, img_channels: int, label_dim: int, precision=None,
-                 use_fp16=False):
+    def __init__(self, img_resolution: int | list[int], img_channels: int, label_dim: int,
+                 precision=None, use_fp16=False):
         super().__init__()
         self.img_resolution = img_resolution
         self.img_channels = img_channels
         self.label_dim = label_dim
         self.precision = precision or ('fp16' if use_fp16 else 'fp32')
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        return self.img_channels, *sides(self.img_resolution)
 
     def activations(self, x):
         """x in the type of the activations: float16 is for GPUs only, the CPU computes such
@@ -346,41 +357,46 @@ class ResidualBlock(nn.Module):
 # --- The order of a U-Net ------------------------------------------------------------------------
 
 
-def unet_layers(img_resolution: int, channels: int, widths: list, num_blocks: int,
+def unet_layers(img_resolution: int | list[int], channels: int, widths: list, num_blocks: int,
                 attn_resolutions) -> tuple[list, list]:
     """The layers of encoder and decoder in order, each (name such as `16x16_block0`, kind,
     attention, channels in, channels out).
 
     Level 0 has the full resolution and `widths[0]` channels, each further one half of it; the
-    first convolution has `channels`. Blocks have attention at `attn_resolutions`. Kinds are conv,
+    first convolution has `channels`. Blocks have attention at `attn_resolutions`, where images are
+    no squares at the levels whose shorter side is among these. Kinds are conv,
     block0, ..., down, block0, ... and in0, in1, block0, ..., up, block0, ...: each block of the
     decoder also takes the last of the encoder's outputs that is left. Raises UserError for images
     that cannot be halved so often.
     """
     factor = 1 << len(widths) - 1
-    if img_resolution % factor:
-        raise UserError(f'images of {img_resolution}x{img_resolution} pixels do not suit a '
-                        f'network of {len(widths)} resolutions; make the data set with one that '
-                        f'is a multiple of {factor}')
+    height, width = sides(img_resolution)
+    if height % factor or width % factor:
+        near = [max(round(side / factor), 1) * factor for side in (width, height)]
+        pixels = [8 * side for side in near]
+        raise UserError(f'images of {width}x{height} pixels do not suit a network of '
+                        f'{len(widths)} resolutions; make the data set with one that is a '
+                        f'multiple of {factor}, e.g. {near[0]}x{near[1]} '
+                        f'(for latents {pixels[0]}x{pixels[1]})', 'img_resolution')
     encoder, decoder = [], []
 
-    def add(layers, kind, level, width, skip=0):
+    def add(layers, kind, level, c_out, skip=0):
         nonlocal channels
-        size = img_resolution >> level
-        attention = kind == 'in0' or ('block' in kind and size in attn_resolutions)
-        layers.append((f'{size}x{size}_{kind}', kind, attention, channels + skip, width))
-        channels = width
+        rows, columns = height >> level, width >> level
+        attention = kind == 'in0' or ('block' in kind and min(rows, columns) in attn_resolutions)
+        layers.append((f'{rows}x{columns}_{kind}', kind, attention, channels + skip, c_out))
+        channels = c_out
 
-    for level, width in enumerate(widths):
+    for level, c_out in enumerate(widths):
         add(encoder, 'down' if level else 'conv', level, channels)
         for index in range(num_blocks):
-            add(encoder, f'block{index}', level, width)
+            add(encoder, f'block{index}', level, c_out)
     skips = [c_out for *_, c_out in encoder]
     for kind in ('in0', 'in1'):
         add(decoder, kind, level, channels)
-    for level, width in reversed([*enumerate(widths)]):
+    for level, c_out in reversed([*enumerate(widths)]):
         if level + 1 < len(widths):
             add(decoder, 'up', level, channels)
         for index in range(num_blocks + 1):
-            add(decoder, f'block{index}', level, width, skips.pop())
+            add(decoder, f'block{index}', level, c_out, skips.pop())
     return encoder, decoder

@@ -28,7 +28,7 @@ class OptimalDenoiser(Denoiser):
     """
 
     def __init__(self, images, label_ids=None, label_dim: int = 0):
-        super().__init__(images.shape[2], images.shape[1], label_dim)
+        super().__init__(images.shape[2:], images.shape[1], label_dim)
         # A parameter, so that it moves with the module and tells its device; nothing trains it.
         self.images = torch.nn.Parameter(torch.as_tensor(images).flatten(1), requires_grad=False)
         ids = torch.as_tensor(label_ids, dtype=torch.int64) if label_dim else None
