@@ -165,8 +165,8 @@ def open_images(path: str) -> Dataset:
 
 
 def open_squares(path: str, shape: tuple, use_labels: bool, random_crop=False) -> Dataset:
-    """The same for training on images of this shape [C,H,W]. If that is a square, pictures of other
-    sizes become such, see `SourceImages`. Latents stay as they are.
+    """The same for training on images of this shape [C,H,W]. If that is a square, pictures of
+    other sizes become such, see `SourceImages`. Latents stay as they are.
 
     Labels that are asked for come from the names of files, as in guided diffusion, where there
     are no others.
