@@ -29,7 +29,7 @@ def open_data(path: str, net, random_crop=False):
     they do not.
     """
     dataset = open_squares(path, net.image_shape, net.label_dim > 0, random_crop)
-    if isinstance(dataset, SourceImages):
+    if isinstance(dataset, SourceImages) and isinstance(net.img_resolution, int):
         for note in dataset.source.notes:
             dist.print0(f'Note: {note}')
         how = 'a random part' if random_crop else 'the centre'
