@@ -170,7 +170,7 @@ class Evaluator:
         reference = load_statistics(path, space=self.space)
         stored = {space: gaussian.dim for space, gaussian in reference.gaussians.items()}
         dims = {'inception': 2048, 'dinov2': 1024, 'dinov2_base': 768, 'clip': 768,
-                'pixels': 3 * self.flags.img_size**2}
+                'pixels': self.flags.img_channels * self.flags.img_size**2}
         dim = dims.get(detector, stored.get(self.space, 'others'))
         if stored.get(self.space) != dim:
             raise UserError(f'has statistics of so many dimensions: {stored}, and the features of '

@@ -443,7 +443,7 @@ def test_evaluation_end_to_end(trained, digits_stats):
     low, high = (results['all'][f'recognition_{end}'] for end in ('low', 'high'))    # of 40 images
     assert low <= results['all']['recognition'] <= high < low + 0.32
     assert f'({low:.2f}-{high:.2f})' in out and 'recall_low' in results['groups']['few']
-    assert 'Note: fd_pixels: 40 images for 192 dimensions' in out and 'Note: fd_pixels of' in out and len(results['notes']) == 3
+    assert 'Note: fd_pixels: 40 images for 64 dimensions' in out and 'Note: fd_pixels of' in out and len(results['notes']) == 3
     assert 'fewer than 50 generated images of 10 classes (0, 1, 2, 3, 4 and 5 more)' in out and 'fid' not in out
     rows = pd.read_csv(trained / f'{name}-classes.csv')
     assert rows['fd_pixels'].tolist() == pytest.approx([row.get('fd_pixels', np.nan) for row in results['classes']], rel=1e-5, nan_ok=True)
@@ -580,14 +580,14 @@ def test_bad_evaluations(trained, digits_stats, tmp_path):
     assert 'nowhere.npz' in fails(MAIN, *args, '--fid_cache=nowhere.npz')
     np.savez(tmp_path / 'inception.npz', mu=np.zeros(5), sigma=np.eye(5))
     error = fails(MAIN, *args, f'--fid_cache={tmp_path}/inception.npz')
-    assert "dimensions: {'fd_pixels': 5}" in error and '192' in error
+    assert "dimensions: {'fd_pixels': 5}" in error and '64' in error
     np.savez(tmp_path / 'odd.npz', mu=np.zeros(5), sigma=np.eye(4))
     np.savez(tmp_path / 'none.npz', a=np.zeros(5))
     (tmp_path / 'damaged.npz').write_bytes(b'PK\x03\x04' + bytes(30))
     for name in ('odd', 'none', 'damaged'):
         assert f'{name}.npz' in fails(MAIN, *args, f'--fid_cache={tmp_path}/{name}.npz')
     assert 'first' in fails(MAIN, *args, f'--fid_cache={digits_stats}', '--sampled', '--sample_name=never')
-    np.savez(tmp_path / 'plain.npz', mu=np.zeros(192), sigma=np.eye(192))
+    np.savez(tmp_path / 'plain.npz', mu=np.zeros(64), sigma=np.eye(64))
     assert '--recognition' in fails(MAIN, *args, f'--fid_cache={tmp_path}/plain.npz', '--recognition')
     out = evaluate(trained, tmp_path / 'plain.npz', num=12)              # a published cache: the distance alone
     assert 'no features' in out and 'recall' not in out.split('pixels features:')[1]
@@ -678,5 +678,5 @@ def test_help_shows_examples_and_defaults():
 def test_pictures_in_memory_must_be_squares_too():
     source = types.SimpleNamespace(stack=lambda indices: np.zeros([2, 4, 6, 3], np.uint8), where='images.idx[{}]'.format)
     with pytest.raises(UserError, match=r'images.idx\[0\] is 6 x 4; all images must be squares'):
-        datasets._read(source, [0, 1], None)
-    assert datasets._read(source, [0, 1], 8).shape == (2, 8, 8, 3)
+        datasets._read(source, [0, 1], None, 3)
+    assert datasets._read(source, [0, 1], 8, 3).shape == (2, 8, 8, 3)

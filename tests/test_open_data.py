@@ -180,7 +180,7 @@ def test_pictures_of_several_sizes_are_measured_but_not_by_pixels(tmp_path):
     assert '5 images against' in text and float(text.split('fd_dinov2')[1].split()[0]) < 1e-3
     line = fails('calculate_metrics.py', 'calc', *common, '--metrics=fd_pixels')
     assert 'pictures of several sizes' in line and 'fd_dinov2' in line
-    assert 'square' in fails('train_edm2.py', '--preset=digits', f'--outdir={tmp_path}/run', f'--data={tmp_path}/in')
+    assert 'equal in shape' in fails('train_edm2.py', '--preset=digits', f'--outdir={tmp_path}/run', f'--data={tmp_path}/in')
 
 
 # --- Tables of Hugging Face ----------------------------------------------------------------------

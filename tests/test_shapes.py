@@ -14,7 +14,8 @@ from helpers import fails, invoke
 from tiny import save_tiny_vae
 
 from dnnlib import UserError, image_io, pictures
-from metrics import detectors
+from metrics.detectors import network
+from metrics.detectors.pixels import Pixels
 from training import runs
 from training.data import dataset as data_module
 from training.data.dataset import ImageDataset
@@ -243,12 +244,12 @@ def test_detectors_get_three_channels(monkeypatch):
         def forward(self, images):
             return images.flatten(1).float()
 
-    monkeypatch.setattr(detectors._Network, '_features', lambda self, images, outputs: self.net(images), raising=False)
-    detector = detectors._Network(Net(1, 1), 'x', 'cpu')
+    monkeypatch.setattr(network.Network, '_features', lambda self, images, outputs: self.net(images), raising=False)
+    detector = network.Network(Net(1, 1), 'x', 'cpu')
     images = torch.randint(256, (2, 4, 5, 7), dtype=torch.uint8)
     for some in (images, images[:, :1], images[:, :3]):
         assert torch.equal(detector(some), image_io.as_rgb(some).flatten(1).float())
-        assert detectors.Pixels()(some)['features'].shape == (2, some[0].numel())
+        assert Pixels()(some)['features'].shape == (2, some[0].numel())
 
 
 def test_the_long_tail_study_sees_gray_images(tmp_path):
