@@ -29,7 +29,9 @@ class _Lines(tqdm.tqdm):
             super().refresh(lock_args=lock_args)
 
     def close(self):
-        shown = not self.disable and self.last_print_t >= self.start_t + self.delay
+        if self.disable:
+            return
+        shown = self.last_print_t >= self.start_t + self.delay
         self.leave = False
         if shown:
             self.display(pos=0)
