@@ -1,8 +1,9 @@
 """Measure images: distances, quality and diversity, generalisation; memorization."""
 
+import dataclasses
+import math
 
 import click
-from click.core import ParameterSource
 
 from dnnlib import UserError, cli, lazy, options
 from dnnlib.url import download
@@ -18,12 +19,14 @@ with lazy.imports(__name__ == '__main__'):
     from metrics.statistics import Statistics, is_statistics, load_statistics, save_statistics
     from torch_utils import distributed as dist
     from training.diffusion.heldout import heldout_loss, open_fitting, plain_loss
+    from training.diffusion.samplers import Guided
     from training.generate import open_generator
     from training.snapshot import load_denoiser, load_snapshot
 
 from metrics import compare as comparing
 from metrics import compute
 from metrics.shares import interval_of, parts_of, with_intervals
+from metrics.sweep import Span, Sweep, direction, parse_sweep, picture_of
 from training.data.arrays import with_key
 from training.data.images import holds_images, open_dataset, open_images, pixels_of
 
@@ -238,19 +241,31 @@ def calc(images, key, detection, comparison, reading):
 @generation(50000)
 @detection
 @comparison
+@options.text('NAME=LO:HI', '--sweep', 'Find the best guidance, or the best end of its interval '
+              '(interval-low, interval-high), by the first of --metrics, with the same seeds for '
+              'each value: golden-section search, or these values, NAME=A,B,C. --dest is its '
+              'record, its curve the .png beside it', type=cli.Parsed('sweep', parse_sweep))
+@options.sweep_points
 @options.pictures
-def gen(precision, detection, comparison, **source):
+def gen(precision, detection, comparison, sweep, sweep_points, **source):
     """Generate images and measure them, without writing them to files.
 
-    The images are those of generate_images.py with the same options.
+    The images are those of generate_images.py with the same options. A sweep that was stopped goes
+    on with the same command, and with another range keeps what it has measured.
 
     \b
     torchrun --standalone --nproc_per_node=8 calculate_metrics.py gen --net=NET.pkl \\
         --ref=dataset-refs/img256.pkl
     python calculate_metrics.py gen --net=NET.pkl --seeds=0-999 --ref=datasets/digits.zip \\
         --metrics=fd_pixels
+    python calculate_metrics.py gen --net=NET.pkl --gnet=SMALLER.pkl --sweep=guidance=1:4 \\
+        --num=10000 --ref=dataset-refs/img256.pkl --metrics=fd_dinov2 --dest=guidance.json
     """
     dist.init(precision)
+    if sweep:
+        sweep_guidance(*sweep, sweep_points, detection, source, comparison)
+        return
+    cli.refuse_unused({'sweep_points'}, 'a single measurement')
     batches, count, what = of_network(50000, **source)
     measure_and_report(batches, count, what, detection, source, **comparison)
 
@@ -288,9 +303,9 @@ def memorization(images, data, xflip, closeness, dest, grid, precision, **source
     if (images is None) == (network['net'] is None and network['preset'] is None):
         raise UserError('give either --net (or --preset) or --images')
     if images is None:
-        refuse_unused({'workers'}, '--net')
+        cli.refuse_unused({'workers'}, '--net')
     else:
-        refuse_unused({*source['sampler'], *network, 'seeds', 'precision'}, '--images')
+        cli.refuse_unused({*source['sampler'], *network, 'seeds', 'precision'}, '--images')
     training = pixels_of(open_dataset(data, use_labels=False, xflip=xflip))
     if images is None:
         batches, count, what = of_network(10000, progress=True, **source)
@@ -412,15 +427,6 @@ def heldout(net, heldout, baseline, num, seed, dest, precision, allow_nonfinite)
     dist.shutdown()
 
 
-def refuse_unused(names, where: str):
-    """Raises UserError if the user gave one of the options, which have no meaning with `where`."""
-    context = click.get_current_context()
-    for param in context.command.params:
-        source = context.get_parameter_source(param.name)
-        if param.name in names and source == ParameterSource.COMMANDLINE:
-            raise UserError(f'{param.opts[0]} has no meaning with {where}; leave it out')
-
-
 def of_files(path, class_name, num, seed, batch, workers):
     """Batches for `measure` of images in files, how many images they are, and what they are."""
     images = open_images(path)
@@ -430,8 +436,14 @@ def of_files(path, class_name, num, seed, batch, workers):
                                        class_name=class_name, num=num, seed=seed, batch=batch)
 
 
-def of_network(default, network, class_, sampler, seeds, seed, num, batch, workers, **options):
-    """The same of images of a network, for the first `num` (else `default`) seeds, each once."""
+def of_network(default, network, class_, sampler, **source):
+    """The same of images of a network."""
+    return of_generator(open_generator(**network, class_=class_, sampler=sampler), default,
+                        **source)
+
+
+def of_generator(generator, default, seeds, seed, num, batch, workers, **options):
+    """The same of a generator, for the first `num` (else `default`) seeds, each once."""
     if seeds is None:
         seeds = range(seed, seed + (default if num is None else num))
     elif seed:
@@ -439,7 +451,6 @@ def of_network(default, network, class_, sampler, seeds, seed, num, batch, worke
     seeds = sorted(list(dict.fromkeys(seeds))[:num])
     if not seeds:
         raise UserError('there is nothing to generate', field='num', value=0)
-    generator = open_generator(**network, class_=class_, sampler=sampler)
     classes = generator.snapshot.dataset.get('classes')
     batches = ((torch.tensor(part.seeds), part.images,
                 part.labels and torch.from_numpy(class_ids(part.labels, classes)))
@@ -478,16 +489,15 @@ def open_heldout(path, metrics) -> Statistics | None:
     return load_statistics(path) if path else None
 
 
-def measure_and_report(batches, count: int, what: dict, detection, reading, ref, ref_sha256,
-                       ref_class, heldout, mix_protocols, dest):
-    """Measures images, compares them with the reference, prints a table and writes JSON.
+def open_comparison(detection, reading, ref, ref_sha256, ref_class, heldout, mix_protocols, dest):
+    """(metrics, detectors, reference, images that were never trained on or None), all ready.
 
     `reading` has `batch` and `workers`, for reference images.
     """
     reference = open_reference(ref, ref_sha256, ref_class, detection['metrics'])
     unseen = open_heldout(heldout, detection['metrics'])
     metrics, detectors = make_detectors(**detection, reference=reference, heldout=unseen)
-    protocol, rules = detectors.protocol, detectors.rules
+    protocol = detectors.protocol
     if not mix_protocols:
         for side in (reference, unseen):
             if side is not None:
@@ -499,6 +509,14 @@ def measure_and_report(batches, count: int, what: dict, detection, reading, ref,
     if unseen is not None:
         unseen = compute.complete(unseen, compute.of_heldout(metrics), detectors, open_images,
                                   class_name=ref_class, **sources)
+    return metrics, detectors, reference, unseen
+
+
+def measure_and_report(batches, count: int, what: dict, detection, reading, **comparison):
+    """Measures images, compares them with the reference, prints a table and writes JSON."""
+    metrics, detectors, reference, unseen = open_comparison(detection, reading, **comparison)
+    ref, dest = (comparison[name] for name in ('ref', 'dest'))
+    rules = detectors.rules
     generated = measure(batches, count, detectors, **compute.needs(metrics, rules))
     if dist.get_rank() == 0:
         results = compute.evaluate(metrics, generated, reference, rules, detectors.device, unseen)
@@ -511,12 +529,72 @@ def measure_and_report(batches, count: int, what: dict, detection, reading, ref,
             print(f'Note: {note}')
         if dest:
             write_json(dest, dict(
-                results=with_intervals(results), num_images=count, **what, ref=ref,
-                ref_class=ref_class, heldout=heldout,
+                results=with_intervals(results), num_images=count, **what,
+                **compared_with(comparison, reference, detectors), notes=notes,
+                parts=parts_of(results), command=command_line(), **dist.environment()))
+    dist.shutdown()
+
+
+def compared_with(comparison, reference, detectors) -> dict:
+    """What numbers depend on besides the images, for records."""
+    return dict({name: comparison[name] for name in ('ref', 'ref_class', 'heldout')},
                 ref_images={space: part.num for space, part in reference.gaussians.items()},
-                ref_meta=reference.meta, ref_protocol=reference.protocol, protocol=protocol,
-                notes=notes, parts=parts_of(results), detectors=detectors.description(),
-                command=command_line(), **dist.environment()))
+                ref_meta=reference.meta, ref_protocol=reference.protocol,
+                protocol=detectors.protocol, detectors=detectors.description())
+
+
+def sweep_guidance(name: str, values, points: int, detection, source, comparison):
+    """Measures images of one network, by the same seeds, with several values of its guidance.
+
+    Each value has the images and the numbers of a call of `gen` with it.
+    """
+    dest = comparison['dest']
+    if dest is None:
+        raise UserError('is needed: it is the record of the sweep', 'dest')
+    for metric in (detection['metrics'] or [])[:1]:
+        direction(metric, 'metrics')
+    cli.PICTURE.check_path(picture_of(dest), 'dest')
+    network, class_, sampler = (source.pop(key) for key in ('network', 'class_', 'sampler'))
+    if name == 'guidance':
+        cli.refuse_unused({'guidance'}, '--sweep=guidance')
+    low, high = network['guidance_interval'] or (0, math.inf)
+
+    def guiding(value: float | None) -> dict:
+        if name == 'guidance':
+            interval = None if value == 1 else network['guidance_interval']
+            return dict(guidance=value, guidance_interval=interval)
+        ends = {'interval-low': low, 'interval-high': high} | {name: value}
+        return dict(guidance_interval=tuple(ends.values()))
+
+    ends = (values.low, values.high) if isinstance(values, Span) else values
+    opened = open_generator(**network | guiding(ends[-1]), class_=class_, sampler=sampler)
+
+    def at(value: float):
+        return dataclasses.replace(opened, options=opened.options | guiding(value))
+
+    for end in ends:
+        options = at(end).options
+        Guided(None, None, options['guide'], options['guidance'], options['guidance_interval'])
+    metrics, detectors, reference, unseen = open_comparison(detection, source, **comparison)
+    notes = {}
+
+    def score(value: float) -> dict | None:
+        batches, count, _ = of_generator(at(value), 50000, **source)
+        generated = measure(batches, count, detectors, **compute.needs(metrics, detectors.rules))
+        if dist.get_rank():
+            return None
+        notes.update(dict.fromkeys(compute.notes(generated, reference, detectors)))
+        return compute.evaluate(metrics, generated, reference, detectors.rules, detectors.device,
+                                unseen)
+
+    _, count, what = of_generator(opened, 50000, **source)
+    about = dict(num_images=count, **{key: what.pop(key) for key in ('net', 'gnet', 'batch')},
+                 command=command_line(), **dist.environment())
+    settings = what | compared_with(comparison, reference, detectors) | guiding(None)
+    search = Sweep(dest, name, metrics[0], settings | {'metrics': metrics}, score, about)
+    search.run(values, points)
+    for line in [*search.report(), *(f'Note: {note}' for note in notes)]:
+        dist.print0(line)
     dist.shutdown()
 
 

@@ -16,6 +16,7 @@ import threading
 import time
 
 import click
+from click.core import ParameterSource
 
 from dnnlib import budget, lazy, util
 
@@ -222,9 +223,29 @@ class Command(_OneLineErrors, click.Command):
 
 
 class Group(_OneLineErrors, click.Group):
-    """click.Group of such commands."""
+    """click.Group of such commands.
+
+    default  the one that is meant where none is named; --help shows its options too
+    """
 
     command_class = Command
+
+    def __init__(self, *args, default: str | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.default = default
+
+    def parse_args(self, ctx, args):
+        helps = self.context_settings['help_option_names']
+        if self.default and not (args and args[0] in (*self.commands, *helps)):
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
+
+    def format_options(self, ctx, formatter):
+        if self.default:
+            self.commands[self.default].format_options(ctx, formatter)
+            self.format_commands(ctx, formatter)
+        else:
+            super().format_options(ctx, formatter)
 
 
 class Parsed(click.ParamType):
@@ -323,6 +344,15 @@ def json_with(*keys: str, what='JSON file of results', endings=('.json',)) -> Wr
         return isinstance(content, dict) and content.keys() >= {*keys}
 
     return Written(what, endings, is_ours)
+
+
+def refuse_unused(names, where: str):
+    """Raises UserError if the user gave one of the options, which have no meaning with `where`."""
+    context = click.get_current_context()
+    for param in context.command.params:
+        source = context.get_parameter_source(param.name)
+        if param.name in names and source == ParameterSource.COMMANDLINE:
+            raise util.UserError(f'{param.opts[0]} has no meaning with {where}; leave it out')
 
 
 def claim(*paths: str | None):

@@ -151,6 +151,7 @@ DETECTOR_FILES = (
     text('DIR|NAME', '--clip', 'CLIP ViT-L/14-336, likewise', envvar='CLIP_WEIGHTS',
          show_envvar=True),
     text('FILE', '--own', 'Classifier of these images, made by train_classifier.py'))
+sweep_points = integer('--sweep-points', 10, 'Measure at most so many values of a range', 4)
 heldout = text('FILE|URL', '--heldout', 'Images of the same kind that were never trained on, for '
                'ct and fld: statistics with features, or folder, .zip, .npz')
 

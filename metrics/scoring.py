@@ -19,21 +19,29 @@ REFERENCE_IMAGES = 50_000  # of a data set that is the reference
 class Scorer:
     """Metrics by name, against statistics or images.
 
-    reference    path or URL of either, or a data set (see `metrics.images`)
+    reference    path or URL of either, a data set (see `metrics.images`), or None for metrics that
+                 need none
     heldout      a data set of images that were not trained on, for metrics that need them
     open_images  path -> data set
     open_network  what opens the classifier of the detector `own`
+    detectors    `Detectors`; by default their weights are where NAME_WEIGHTS of the environment
+                 says, e.g. DINOV2_WEIGHTS, or the published ones
 
-    Weights of detectors are where NAME_WEIGHTS of the environment says, e.g. DINOV2_WEIGHTS, or
-    the published ones. Raises UserError for those that cannot be had, and for a reference that
+    Raises UserError for those that cannot be had, and for a reference that
     does not serve the metrics.
     """
 
-    def __init__(self, metrics: list[str], reference, heldout, open_images, open_network):
+    def __init__(self, metrics: list[str], reference, heldout, open_images, open_network,
+                 detectors: Detectors | None = None):
         self.metrics = metrics
         weights = {name: os.environ.get(f'{name.upper()}_WEIGHTS') for name in DETECTORS}
-        self.detectors = Detectors(weights, protocol=PROTOCOL, open_network=open_network)
-        if isinstance(reference, str):
+        self.detectors = detectors or Detectors(weights, protocol=PROTOCOL,
+                                                open_network=open_network)
+        if reference is None:
+            if not compute.is_free(metrics):
+                raise UserError('is needed: statistics or images to compare with', 'ref')
+            self.reference = Statistics()
+        elif isinstance(reference, str):
             self.reference = load_statistics(reference)
         else:
             self.reference = Statistics(reference.path, images=reference)
@@ -60,8 +68,14 @@ class Scorer:
             self.heldout = complete(self.heldout, compute.of_heldout(self.metrics))
 
     def __call__(self, batches, num: int, classes: list | None) -> dict[str, float]:
-        """{metric: value} of `num` images, and METRIC_se, the standard error, of those that have
-        one; on every process.
+        """`values`, as plain numbers, and METRIC_se, the standard error, of those that have one.
+        """
+        known = with_intervals(self.values(batches, num, classes))
+        names = [f'{name}{end}' for name in self.metrics for end in ('', '_se')]
+        return {name: float(known[name]) for name in names if name in known}
+
+    def values(self, batches, num: int, classes: list | None) -> dict[str, float]:
+        """{metric: value} of `num` images, as of `compute.evaluate`; on every process.
 
         batches  (seeds [n], images uint8 [n,C,H,W], labels [n] or None), on each process its share
         classes  original indices of the labels, if they have others
@@ -71,11 +85,8 @@ class Scorer:
                  for seeds, images, labels in batches)
         generated = measure(parts, num, self.detectors,
                             **compute.needs(self.metrics, self.detectors.rules))
-        values = compute.evaluate(self.metrics, generated, self.reference, self.detectors.rules,
-                                  self.detectors.device, self.heldout)
-        known = with_intervals(values)
-        names = [f'{name}{end}' for name in self.metrics for end in ('', '_se')]
-        return {name: float(known[name]) for name in names if name in known}
+        return compute.evaluate(self.metrics, generated, self.reference, self.detectors.rules,
+                                self.detectors.device, self.heldout)
 
     def better(self, metric: str) -> int:
         """1 where more of it is better, -1 where less is, 0 where neither."""

@@ -174,6 +174,7 @@ FLOAT32 = {
     'calculate_metrics.py gen': ['--net=x'],
     'calculate_metrics.py memorization': ['--net=x', '--data=x'],
     'mem_ratio.py': ['--expdir=x'],
+    'reconstruct_phema.py sweep': ['--indir=x', '--stds=0.1', '--metric=fid'],
     'distillation/scripts/dynamic_prepare.py': ['--config=x'],
     'distillation/scripts/image_kd.py': ['--config=x'],
     'distillation/scripts/image_sample.py': ['--config=x', '--model_path=x'],

@@ -81,7 +81,7 @@ FAULTS = ['file', 'folder', 'below a file', 'proc', 'device', 'empty', 'long', '
 KINDS = {'file': {'file'}, 'folder': {'folder'}, 'atomic': {'file', 'folder'}}  # what is no fault
 
 
-VALUES = {'outstd': '0.1'}
+VALUES = {'outstd': '0.1', 'stds': '0.1', 'metric': 'fid'}
 
 
 def needed(command, without):

@@ -364,7 +364,8 @@ def test_verify_false_leaves_checksums_out(tmp_path):
 
 
 @pytest.mark.parametrize('script', [
-    'train_edm2.py', 'train.py', 'generate_images.py', 'mem_ratio.py', 'reconstruct_phema.py',
+    'train_edm2.py', 'train.py', 'generate_images.py', 'mem_ratio.py', 'reconstruct_phema.py reconstruct',
+    'reconstruct_phema.py sweep',
     *(f'calculate_metrics.py {name}' for name in ('ref', 'calc', 'gen', 'memorization')),
     *(f'snapshot_tool.py {name}' for name in ('inspect', 'flops', 'convert')), 'long_tail/main.py', 'long_tail/make_stats.py',
     *(f'distillation/scripts/{name}.py' for name in ('dynamic_prepare', 'image_kd', 'image_sample', 'image_train')),

@@ -120,6 +120,10 @@ MISTAKES = {
     'reconstruct_phema.py': {
         '--indir=nowhere --outstd=0.1': 'nowhere', '--indir=. --outstd=0.1': 'no snapshots',
         '--indir=. --outstd=0.5': '--outstd', '--indir=<run> --outstd=0.1': 'no snapshots', '--indir=. --outstd=x': '--outstd'},
+    'reconstruct_phema.py sweep --indir=. --stds=0.05..0.2 --metric=fid': {
+        '': 'no snapshots', '--stds=0.2..0.1': ('--stds', 'LO < HI'), '--stds=0.1..0.3': ('--stds', '0.289'),
+        '--metric=fdi': ('--metric', 'no metric'), '--metric=ct': '--metric=ct is neither better', '--metric=fid,is': 'one metric',
+        '--dest=x.txt': '--dest', '--sweep-points=3': '--sweep-points'},
     'snapshot_tool.py': {
         'inspect missing.pkl': 'no such file', 'convert missing.pkl --dest=x.pkl': 'no such file',
         'convert <net.pkl> --dest=x.onnx': '--dest', 'convert <net.pkl> --dest=x.pkl --set heads=4': 'leave out heads',
@@ -145,7 +149,13 @@ MISTAKES = {
     'calculate_metrics.py gen --ref=<others.pkl> --metrics=fd_pixels': {
         '': '--net: give a network, or a preset', '--net=none.pkl': 'none.pkl',
         '--net=<net.pkl> --num=0': 'nothing to generate',
-        '--net=<net.pkl> --seeds=0-3 --seed=5': ('--seed=5', 'without --seeds')},
+        '--net=<net.pkl> --seeds=0-3 --seed=5': ('--seed=5', 'without --seeds'),
+        '--net=<net.pkl> --sweep=guidance=1:4': '--dest: is needed', '--net=<net.pkl> --sweep=steps=1:4': ('--sweep', 'guidance='),
+        '--net=<net.pkl> --sweep=guidance=1:4 --dest=x.json': 'needs a guiding network',
+        '--net=<net.pkl> --sweep=interval-low=0:4': 'above 0', '--net=<net.pkl> --sweep=guidance=4:1': 'LO < HI',
+        '--net=<net.pkl> --sweep=guidance=1:4 --dest=x.json --guidance=2': '--guidance has no meaning',
+        '--net=<net.pkl> --sweep=guidance=1:4 --dest=x.json --metrics=ct_pixels': '--metrics=ct_pixels is neither',
+        '--net=<net.pkl> --sweep-points=9': '--sweep-points has no meaning'},
     'calculate_metrics.py memorization --data=<digits.zip> --dest=m.json': {
         '': '--images', '--images=a --net=b': '--images', '--images=nowhere': 'nowhere',
         '--images=<plain.zip> --steps=3': '--steps', '--images=<plain.zip> --seeds=1': '--seeds',
@@ -270,6 +280,8 @@ WRITTEN = {
     'calculate_metrics.py ref --data=<digits.zip> --dest=x.npz --metrics=fd_pixels': ['x.npz'],
     'calculate_metrics.py calc --images=<digits.zip> --ref=<others.pkl> --metrics=fd_pixels --dest=x.json': ['x.json'],
     'calculate_metrics.py gen --net=<net.pkl> --num=9 --steps=1 --ref=<others.pkl> --metrics=fd_pixels --dest=x.json': ['x.json'],
+    'calculate_metrics.py gen --net=<net.pkl> --gnet=<net.pkl> --num=9 --steps=1 --ref=<others.pkl> --metrics=fd_pixels'
+    ' --sweep=guidance=1,2 --dest=x.json': ['x.json', 'x.png'],
     'calculate_metrics.py memorization --images=<plain.zip> --data=<digits.zip> --grid=x.png --dest=x.json': ['x.png', 'x.json'],
     'mem_ratio.py --expdir=<run> --knn-ref=<digits.zip> --seeds=0 --steps=1 --log=x.log': ['x.log', 'x.png', 'x-pairs.png'],
     'long_tail/make_stats.py --data_type=digits --detector=pixels --dest=x.npz': ['x.npz'],

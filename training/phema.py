@@ -14,6 +14,8 @@ import numpy as np
 from dnnlib import UserError
 from training import snapshot
 
+MADE = 'phema'  # prefix of the snapshots of reconstructed networks
+
 
 def exp_to_std(exp):
     """Relative width of the profile t^exp: sqrt((g + 1) / ((g + 2)^2 (g + 3))) (Eq. 123)."""
@@ -78,14 +80,18 @@ def list_profiles(folder: str, prefix: str | None = None, stds=None) -> list[tup
 
     States stay in the files until they are used; that of EDM2's snapshots is None. What a snapshot
     does not say follows from its name; of nimg it has the thousands, rounded down, which is undone
-    where batches are multiples of 1024; of 0 nothing follows. Raises UserError if there are none,
-    or if `prefix` is None and there are several.
+    where batches are multiples of 1024; of 0 nothing follows. Without a prefix, those called MADE
+    do not count beside others. Raises UserError if there are none, or if `prefix` is None and
+    there are several.
     """
     wanted = stds and [f'{std:.3f}' for std in stds]
     files = [file for file in snapshot.list_snapshots(folder, prefix)
              if re.fullmatch(r'\d+\.\d{3}', file.average)
              and (not wanted or file.average in wanted)]
     prefixes = sorted({file.prefix for file in files})
+    if prefix is None and len(prefixes) > 1 and MADE in prefixes:
+        prefixes.remove(MADE)
+        files = [file for file in files if file.prefix != MADE]
     if not files:
         widths = f', STD {" or ".join(wanted)}' if wanted else ''
         raise UserError(f'{folder}: no snapshots called {prefix or "PREFIX"}-KIMG-STD.pkl{widths}')
