@@ -53,15 +53,14 @@ class Trajectory:
         self.last.nimg = self.nimg
 
     def path(self, std: float, outdir=None, outprefix=None) -> str:
-        """The snapshot of a width. Raises UserError if it cannot be written."""
+        """The file of a width."""
         prefix = self.files[0].prefix
         outprefix = outprefix or (phema.MADE if prefix == snapshot.PREFIX else prefix)
         return os.path.join(outdir or self.indir,
                             snapshot.snapshot_name(self.nimg, f'-{std:.3f}', outprefix))
 
     def averages(self, stds):
-        """The Snapshot of each width, in passes over the files of all: one network, which changes.
-        """
+        """The Snapshot of each width, by one pass over the files: one network, which changes."""
         result = self.last
         parameters = {name for name, _ in result.net.named_parameters()}
         coefficients = phema.solve_coefficients(self.in_nimg, self.in_std, self.nimg, stds)

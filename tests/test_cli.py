@@ -183,7 +183,8 @@ FLOAT32 = {
     'synthetic_data/generate.py': ['--outdir=x', '--network=x'],
     'synthetic_data/train_classifier.py': ['--outdir=x', '--data=x'],
 }
-SHARED = ('options.sampling', '@options.training(', '@configs.common_options', '@options_of_study')
+SHARED = ('options.sampling', '@options.training(', '@configs.common_options',
+          '@configs.experiment_options', '@options_of_study')
 
 
 class Reached(Exception):
