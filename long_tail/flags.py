@@ -148,7 +148,7 @@ def to_text(params, values: dict) -> str:
     for param in sorted(params, key=lambda param: param.name):
         name = param.name
         value = values.get(name)
-        if isinstance(value, bool):
+        if isinstance(value, bool) and param.is_flag:
             lines.append(f'--{name}' if value else f'--no{name}')
         elif value is not None:
             items = value if isinstance(value, list) else [value]

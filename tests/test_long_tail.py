@@ -271,7 +271,7 @@ def test_the_commands_run_as_written(cifar, tmp_path, monkeypatch):
     out = line(f'--flagfile ./logs/cifar100lt_cbdm_augm/flagfile.txt --logdir ./logs/cifar100lt_cbdm_augm --fid_cache '
                f'{logs}/stats.npz --ckpt_step 300000 --num_images 50000 --batch_size 64 --notrain --eval --sample_method cfg '
                '--omega 1.6', '--ckpt_step', '2', '--num_images', '8', '--detector', 'pixels', '--noprd')
-    assert 'fid' in out and os.path.isfile(logs / 'cifar100lt_cbdm_augm' / 'saved_2_cfg_omega1.6.npz')
+    assert 'fd_pixels' in out and os.path.isfile(logs / 'cifar100lt_cbdm_augm' / 'saved_2_cfg_omega1.6.npz')
 
 
 def test_what_a_run_leaves_behind(trained):

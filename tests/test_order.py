@@ -159,7 +159,7 @@ def test_the_end_says_where_the_results_are(whole):
     for name in TRAININGS:
         text = (whole(name) / 'log.txt').read_text()
         end = text[text.index('Complete after'):]
-        command, = (line for line in end.splitlines() if line.startswith('Next: python '))
+        command, = (line for line in end.splitlines() if ' Next: python ' in line)
         assert str(whole(name)) in command and '{' not in command
 
 
