@@ -6,7 +6,6 @@ import math
 import click
 
 from dnnlib import UserError, cli, lazy, options
-from dnnlib.url import download
 from dnnlib.util import command_line, hide, write_json
 
 with lazy.imports(__name__ == '__main__'):
@@ -465,10 +464,9 @@ def open_reference(path, sha256, class_name, metrics) -> Statistics:
                         '(only --metrics=is and vendi need none)')
     if sha256 and not path:
         raise UserError('is of a file; give a reference', 'ref_sha256', sha256)
-    if path and holds_images(path):
-        reference = Statistics(path, images=download(path, sha256=sha256))
-    else:
-        reference = load_statistics(path, sha256) if path else Statistics()
+    reference = Statistics()
+    if path:
+        reference = load_statistics(path, sha256, holds_images=holds_images)
     if class_name is None:
         return reference
     if reference.images is None:
@@ -483,10 +481,8 @@ def open_heldout(path, metrics) -> Statistics | None:
     if path and not wanted:
         raise UserError('is for ct, fld and fld_gap; choose one of them with --metrics, or leave '
                         'it out', 'heldout', path)
-    if wanted and not path:
-        raise UserError(f'needs images that were never trained on, for {",".join(wanted)}',
-                        'heldout')
-    return load_statistics(path) if path else None
+    compute.require_heldout(wanted, path)
+    return load_statistics(path, holds_images=holds_images) if path else None
 
 
 def open_comparison(detection, reading, ref, ref_sha256, ref_class, heldout, mix_protocols, dest):

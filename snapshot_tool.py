@@ -5,7 +5,7 @@ import os
 
 import click
 
-from dnnlib import UserError, budget, cli, lazy, url
+from dnnlib import UserError, cli, lazy, url
 from dnnlib.options import (
     choice,
     gnet,
@@ -24,9 +24,11 @@ from training.presets import PRESETS, network_of
 with lazy.imports(__name__ == '__main__'):
     import torch
 
+    from metrics.compare import read_results
     from torch_utils.files.identify import Found, family, identify
     from torch_utils.files.weights import nonfinite
     from training import export
+    from training.data.dataset import class_titles
     from training.encoders import make_encoder
     from training.flops import ASSUMED, count_products, image_shape
     from training.generate import open_guide
@@ -187,13 +189,7 @@ def folder_card(snapshot, gnet, guidance, guidance_interval, model_url, license,
     guide = open_guide(snapshot, gnet, snapshot.sampler['name'], guidance, guidance_interval)
     if model_url:
         snapshot.encoder = make_encoder(snapshot.encoder.config(), model_url)
-    contents = []
-    for path in results:
-        try:
-            contents.append(budget.read_json(path))
-            contents[-1]['results'].items()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError('is no JSON file of calculate_metrics.py', 'results', path) from None
+    contents = [read_results(path, 'results') for path in results]
     return export.Card(guide, guidance, guidance_interval, license or 'unknown',
                        contents, bool(model_url))
 
@@ -210,7 +206,7 @@ def describe(found: Found, options: dict | None = None) -> dict:
         network = content['network']
         dataset = content['dataset']
         lines |= describe_network(network['class_name'], network['kwargs'], dataset=dataset)
-        names = dataset.get('class_names') or dataset.get('classes') or []
+        names = class_titles(dataset)
         more = f', ... ({len(names)})' if len(names) > 10 else ''
         training = {
             'encoder': content['encoder'].get('name'),

@@ -68,7 +68,6 @@ def cost(images, dim, to, only, device):
               f'{to} images: {factor * used:8.0f} s of processors', flush=True)
 
 
-# Metric -> what is drawn: a set a little elsewhere than the reference.
 @main.command()
 @options.integer('--repetitions', 20, 'Sets of generated images')
 @options.integer('--images', 1000, 'Images of each')

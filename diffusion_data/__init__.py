@@ -29,11 +29,11 @@ from .dnnlib import UserError, pictures
 from .dnnlib.util import hide, renamed_fields
 from .metrics import compute
 from .metrics.detectors import PROTOCOLS
-from .metrics.features import Detectors
+from .metrics.features import Detectors, usual_weights
 from .metrics.memorization import Copies, find_copies
 from .metrics.statistics import USUAL, Statistics, load_statistics
 from .torch_utils.distributed import exact_float32
-from .training.data.dataset import class_index
+from .training.data.dataset import class_index, class_titles
 from .training.data.images import ArrayImages, holds_images, open_dataset, open_images, pixels_of
 from .training.generate import open_generator
 from .training.snapshot import Snapshot, load_snapshot
@@ -104,10 +104,9 @@ class Model:
     @property
     def classes(self) -> list[str]:
         """Names of the classes, or their numbers; none of an unconditional network."""
-        dataset = self.snapshot.dataset
         count = self.snapshot.net.label_dim
-        names = dataset.get('class_names') or dataset.get('classes') or range(count)
-        return [str(name) for name in names][:count]
+        names = class_titles(self.snapshot.dataset | {'label_dim': count})
+        return [str(name) for name in names[:count]]
 
     @_fields
     def sample(self, count: int = 16, *, cls: Class | Sequence[Class] | None = None,
@@ -204,17 +203,14 @@ def frechet(images: Path | torch.Tensor, ref: Path | torch.Tensor, detector: str
     """
     _choice(detector=(detector, USUAL), protocol=(protocol, PROTOCOLS))
     space = USUAL[detector]
-    weights = weights or os.environ.get(f'{detector.upper()}_WEIGHTS')
-    detectors = Detectors({detector: _place(weights)}, device, protocol,
-                          open_network=load_snapshot)
+    weights = usual_weights() | ({} if weights is None else {detector: _place(weights)})
+    detectors = Detectors(weights, device, protocol, open_network=load_snapshot)
     sides = []
     for name, side in dict(images=images, ref=ref).items():
         if isinstance(side, torch.Tensor):
             side = Statistics(name, images=_data_set(side, name))
-        elif holds_images(_place(side)):
-            side = Statistics(_place(side), images=_place(side))
         else:
-            side = load_statistics(_place(side))
+            side = load_statistics(_place(side), holds_images=holds_images)
         compute.same_protocol(side, protocol, [space])
         sides.append(compute.complete(side, [space], detectors, _open, batch=batch))
     for note in compute.notes(*sides, detectors):

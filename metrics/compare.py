@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from dnnlib import UserError, budget
+from dnnlib.util import one_line
 from metrics import compute
 from metrics.shares import Estimate, Z
 
@@ -43,15 +44,16 @@ class Difference:
         return f'{self.name}: the second is {verdict} by more than chance, {shown}'
 
 
-def read_results(path: str) -> dict:
-    """A JSON file of results. Raises UserError that names it if it is something else."""
+def read_results(path: str, field: str | None = None) -> dict:
+    """A JSON file of results. Raises UserError that names it, the value of `field`, if it is
+    something else."""
     try:
         content = budget.read_json(path)
         if isinstance(content, dict) and isinstance(content.get('results'), dict):
             return content
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f'{path}: {error}') from None
-    raise UserError(f'{path} holds no results of calculate_metrics.py')
+        raise UserError(f'cannot be read ({one_line(error)})', field, path) from None
+    raise UserError('holds no results of calculate_metrics.py', field, path)
 
 
 def differences(first: dict, second: dict) -> list[Difference]:
@@ -67,7 +69,8 @@ def differences(first: dict, second: dict) -> list[Difference]:
         parts = [side.get('parts', {}).get(name, []) for side in (first, second)]
         paired = same_seeds and len(parts[0]) == len(parts[1]) > 1
         if paired:
-            error = _error_of_mean([b - a for a, b in zip(*parts, strict=True)])
+            pairs = [b - a for a, b in zip(*parts, strict=True)]
+            error = Estimate.of_images(0, pairs).error
         else:
             errors = [_error(name, side) for side in results]
             error = None if None in errors else math.hypot(*errors)
@@ -80,12 +83,6 @@ def _is_metric(name: str, results: dict) -> bool:
     stem, _, end = name.rpartition('_')
     belongs = end in ('low', 'high', 'se', 'std') and stem in results
     return is_number and not belongs and name != 'num_images'
-
-
-def _error_of_mean(values) -> float:
-    mean = sum(values) / len(values)
-    spread = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return math.sqrt(spread / len(values))
 
 
 def _error(name: str, results: dict) -> float | None:

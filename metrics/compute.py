@@ -94,19 +94,25 @@ def score(generated: Statistics, real, space, protocol: Protocol, *_) -> dict:
     return {'is': scores.mean().item(), 'is_std': spread.item()}
 
 
-def compared(real: Statistics, space: str):
-    """Features of a reference for measures that depend on their number: of no more images than the
-    protocol compares with, if they are kept of more for other measures.
+def compared(real: Statistics, values: torch.Tensor) -> torch.Tensor:
+    """Those of the `values` [n, ...] of a reference (features, labels) that measures see which
+    depend on their number: of no more images than the protocol compares with, if they are kept of
+    more for other measures.
     """
-    features = real.features[space]
     limit = real.meta.get('compared')
     if limit is None:
-        return features
-    return features[subset(len(features), limit, real.meta.get('seed', 0))]
+        return values
+    return values[subset(len(values), limit, real.meta.get('seed', 0))]
+
+
+def _features(space, device, *sides: Statistics):
+    """Features [N, D] of all images of each side."""
+    return (side.features[space].to(device) for side in sides)
 
 
 def _sides(generated, real, space, device):
-    return compared(real, space).to(device), generated.features[space].to(device)
+    """Features of a reference, see `compared`, and of generated images."""
+    return compared(real, real.features[space]).to(device), generated.features[space].to(device)
 
 
 def manifold(generated: Statistics, real: Statistics, space, protocol: Protocol, device, *_):
@@ -141,23 +147,19 @@ def diversity(generated: Statistics, real, space, protocol, device, *_) -> dict:
 
 def authenticity(generated: Statistics, real: Statistics, space, protocol, device, *_) -> dict:
     """AuthPct in a space; `real` are the training images."""
-    gen, train = (side.features[space].to(device) for side in (generated, real))
-    return {f'authpct{SUFFIXES[space]}': generalization.authpct(gen, train)}
-
-
-def _three(space, device, *sides):
-    return (side.features[space].to(device) for side in sides)
+    score = generalization.authpct(*_features(space, device, generated, real))
+    return {f'authpct{SUFFIXES[space]}': score}
 
 
 def copying(generated: Statistics, real: Statistics, space, protocol, device, heldout) -> dict:
     """CT in a space."""
-    score = generalization.ct(*_three(space, device, generated, real, heldout))
+    score = generalization.ct(*_features(space, device, generated, real, heldout))
     return {f'ct{SUFFIXES[space]}': score}
 
 
 def likelihood(generated: Statistics, real: Statistics, space, protocol, device, heldout) -> dict:
     """FLD and its generalisation gap in a space."""
-    value, gap = generalization.fld(*_three(space, device, generated, real, heldout))
+    value, gap = generalization.fld(*_features(space, device, generated, real, heldout))
     return {f'fld{SUFFIXES[space]}': value, f'fld_gap{SUFFIXES[space]}': gap}
 
 
@@ -166,10 +168,7 @@ def recognition(generated: Statistics, real: Statistics, space, *_) -> dict:
     for name, side in (('the images have', generated), (f'{real.path} has', real)):
         if side.labels is None:
             raise UserError(f'recognition: {name} no labels')
-    labels = real.labels
-    if 'compared' in real.meta:
-        labels = labels[subset(len(labels), real.meta['compared'], real.meta.get('seed', 0))]
-    recognizer = Recognizer(compared(real, space), labels)
+    recognizer = Recognizer(compared(real, real.features[space]), compared(real, real.labels))
     recognised = recognizer.recognised(generated.features[space], generated.labels)
     return {'recognition': share_of(recognised)}
 
@@ -306,8 +305,15 @@ def kept_features(metrics, rules: Protocol, seed: int = 0) -> tuple[int | None, 
 
 
 def of_heldout(metrics) -> list[str]:
-    """Those that need images that were never trained on."""
+    """Those of the metrics that need images that were never trained on."""
     return [name for name in metrics if METRICS[name].heldout]
+
+
+def require_heldout(metrics, heldout):
+    """Raises UserError if some need images that were never trained on, and there are none."""
+    if heldout is None and (names := of_heldout(metrics)):
+        raise UserError(f'needs images that were never trained on, for {",".join(names)}',
+                        'heldout')
 
 
 def same_protocol(reference: Statistics, protocol: str, metrics):
@@ -347,9 +353,7 @@ def evaluate(metrics, generated: Statistics, reference: Statistics, protocol: Pr
     Values are floats, or `Estimate`s and `Share`s, which say how sure they are. Raises UserError
     if images and reference do not fit each other.
     """
-    if of_heldout(metrics) and heldout is None:
-        raise UserError(f'needs images that were never trained on, for '
-                        f'{",".join(of_heldout(metrics))}', 'heldout')
+    require_heldout(metrics, heldout)
     values = {}
     chosen = {(METRICS[name].function, METRICS[name].space): METRICS[name] for name in metrics}
     for metric in chosen.values():

@@ -1,5 +1,6 @@
 """From images to features, in one pass over them and over all processes."""
 
+import os
 from collections.abc import Iterable
 
 import numpy as np
@@ -15,6 +16,13 @@ from torch_utils import distributed
 
 # Numbers of features that are kept for standard errors: 256 MiB, 32768 images of 2048 dimensions.
 SAMPLED = 1 << 26
+
+
+def usual_weights() -> dict[str, str]:
+    """{detector: file, folder or name of its weights} by the variables NAME_WEIGHTS, e.g.
+    DINOV2_WEIGHTS, as the options of `dnnlib.options.DETECTOR_FILES` have it."""
+    values = {name: os.environ.get(f'{name.upper()}_WEIGHTS') for name in DETECTORS}
+    return {name: value for name, value in values.items() if value}
 
 
 class Detectors:

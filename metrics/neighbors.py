@@ -39,13 +39,13 @@ def nearest(queries: torch.Tensor, points: torch.Tensor | None = None, k: int = 
     half the cost. Values can be of any type that float32 holds. Raises UserError if there are
     fewer than k points.
     """
-    blocks = Blocks(queries, points, torch.float32)
+    blocks = _Blocks(queries, points, torch.float32)
     if k > len(blocks.points):
         raise UserError(f'the {k} nearest of {len(blocks.points)} points: too few images')
     squares, index, floor = _settled(blocks, k)
     unsure = (squares[:, -1] > floor).nonzero()[:, 0]
     if len(unsure):
-        blocks = Blocks(queries[unsure], blocks.points, torch.float64)
+        blocks = _Blocks(queries[unsure], blocks.points, torch.float64)
         squares[unsure], index[unsure], _ = _settled(blocks, k)
     return squares, index
 
@@ -106,7 +106,7 @@ def merge(best, index, values, places):
     return best, torch.cat([index, places], dim=1).gather(1, order)
 
 
-def _settled(blocks: 'Blocks', k: int):
+def _settled(blocks: '_Blocks', k: int):
     """The k nearest among those that products select.
 
     Exact squared distances and indices [N, k]; and squared distances [N] below which, despite the
@@ -142,7 +142,7 @@ def memberships(queries, points, query_squares, point_squares, strict: bool):
     and `point_squares` [M], float64, are the squared radii, None for no balls (and None for what
     is in them). A ball has its boundary unless `strict`.
     """
-    blocks = Blocks(queries, points, torch.float32)
+    blocks = _Blocks(queries, points, torch.float32)
     for rows, columns, squares in blocks:
         u = queries[rows]
         v = points[columns]
@@ -173,7 +173,7 @@ def _pairs(queries, points, i, j):
     return torch.cat(parts)
 
 
-class Blocks:
+class _Blocks:
     """Squared distances of `queries` [N, D] and `points` [M, D] (None: the queries), in blocks.
 
     Computed in `dtype`; `margin` bounds their error: (D + 32) u (|u|^2 + |v|^2), u = eps/2.

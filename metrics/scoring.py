@@ -1,13 +1,10 @@
 """Measuring one network again and again: detectors and reference are made ready once."""
 
-import os
-
 import torch
 
 from dnnlib import UserError
 from metrics import compute
-from metrics.detectors import DETECTORS
-from metrics.features import Detectors, measure
+from metrics.features import Detectors, measure, usual_weights
 from metrics.images import class_ids
 from metrics.shares import with_intervals
 from metrics.statistics import Statistics, load_statistics
@@ -34,8 +31,7 @@ class Scorer:
     def __init__(self, metrics: list[str], reference, heldout, open_images, open_network,
                  detectors: Detectors | None = None):
         self.metrics = metrics
-        weights = {name: os.environ.get(f'{name.upper()}_WEIGHTS') for name in DETECTORS}
-        self.detectors = detectors or Detectors(weights, protocol=PROTOCOL,
+        self.detectors = detectors or Detectors(usual_weights(), protocol=PROTOCOL,
                                                 open_network=open_network)
         if reference is None:
             if not compute.is_free(metrics):
@@ -45,10 +41,8 @@ class Scorer:
             self.reference = load_statistics(reference)
         else:
             self.reference = Statistics(reference.path, images=reference)
+        compute.require_heldout(metrics, heldout)
         unseen = compute.of_heldout(metrics)
-        if unseen and heldout is None:
-            raise UserError(f'needs images that are not trained on, for {",".join(unseen)}',
-                            'heldout')
         self.heldout = Statistics(heldout.path, images=heldout) if unseen else None
         self.open_images = lambda one: open_images(one) if isinstance(one, str) else one
         compute.same_protocol(self.reference, PROTOCOL, metrics)

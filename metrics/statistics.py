@@ -20,6 +20,7 @@ import json
 import math
 import os
 import pickle
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -198,14 +199,17 @@ def _arrays(value):
     return value.numpy() if isinstance(value, torch.Tensor) else value
 
 
-def load_statistics(path: str, sha256: str | None = None, space: str = 'fid') -> Statistics:
+def load_statistics(path: str, sha256: str | None = None, space: str = 'fid',
+                    holds_images: Callable = lambda path: False) -> Statistics:
     """Statistics of a file or URL; or a folder, zip or .npz of images, yet to be measured.
 
     What a file is, its content decides. No code from it is run. `sha256` is what the file must
-    have, `space` that of `mu` and `sigma` in a file that does not say. Raises UserError that names
-    the file.
+    have, `space` that of `mu` and `sigma` in a file that does not say. `holds_images` knows paths
+    of images in other layouts (see training.data.images). Raises UserError that names the file.
     """
     local = download(path, sha256=sha256)
+    if holds_images(path):
+        return Statistics(path, images=local)
     found = identify(local)
     if found.kind not in ('statistics', 'samples', 'images', 'folder'):
         raise UserError(f'{path}: it is a {found.what}, neither reference statistics (.pkl, .npz) '

@@ -160,7 +160,7 @@ def test_the_table_of_photographs_is_what_a_dry_run_calculates(preset):
 
 def test_the_table_is_in_the_page_and_in_the_help():
     table = '\n'.join(presets.photos_table())
-    assert table in (ROOT / 'docs/own-data.md').read_text()
+    assert table in (ROOT / 'docs/training.md').read_text()
     out = invoke('train_edm2.py', '--preset=help')
     assert table in out and all(f'{preset} ' in out for preset in presets.PRESETS)
 
@@ -238,5 +238,5 @@ def test_latents_are_not_augmented(monkeypatch, digits):
 
     monkeypatch.setattr(train_edm2.recipe, 'open_data', lambda *_, **__: (None, Encoder(), {}))
     with pytest.raises(UserError, match='latents') as caught:
-        train_edm2.prepare(train_edm2.settings(['--outdir=x', f'--data={digits}', '--augment=0.1']))
+        train_edm2.prepare(train_edm2.settings(['--outdir=x', f'--data={digits}', '--augment=0.1']), 'x')
     assert caught.value.field == 'augment'

@@ -23,6 +23,7 @@ from dnnlib.util import (
 from torch_utils.files.identify import DESCRIPTION
 from torch_utils.files.own import SNAPSHOT_FORMAT
 from training.bundle import bundle
+from training.data.dataset import class_titles
 from training.networks import NETWORKS
 from training.snapshot import Snapshot, describe, save_snapshot, stored_state
 
@@ -177,7 +178,7 @@ def _save_network(folder: Path, snapshot: Snapshot, dtype, version: dict) -> lis
 def model_card(name: str, description: dict, card: Card) -> str:
     """README.md: front matter, which the hub reads, and how to sample."""
     data = description['dataset']
-    classes = data.get('class_names') or data.get('classes') or [*range(data.get('label_dim', 0))]
+    classes = class_titles(data)
     recipe = {key: value for key, value in description['recipe'].items() if value is not None}
     results = [(key, value, result) for result in publishable([*card.results])
                for key, value in result['results'].items() if isinstance(value, int | float)]

@@ -19,7 +19,7 @@ from dnnlib.progress import bar
 from dnnlib.util import finite, to_json, without, write_bytes, write_json
 from torch_utils import distributed as dist
 from torch_utils.files.weights import fingerprint
-from training.data.dataset import class_indices
+from training.data.dataset import class_indices, class_titles
 from training.diffusion.samplers import (
     Guided,
     choose_setting,
@@ -323,10 +323,10 @@ class GridCollector:
         for label in labels:
             row = list(self.images[label].values())
             tiles += row + [np.full_like(row[0], 255)] * (-len(row) % self.columns)
-        names = self.dataset.get('class_names') or self.dataset.get('classes')
+        names = dict(enumerate(class_titles(self.dataset)))
         titles = None
         if labels != [None]:
-            titles = [names[label] if names else label for label in labels]
+            titles = [names.get(label, label) for label in labels]
         title = self.title
         if titles:
             count = max(self.dataset.get('label_dim', 0), len(labels))

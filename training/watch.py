@@ -14,7 +14,7 @@ from dnnlib.util import to_json, write_bytes
 from torch_utils import distributed as dist
 from torch_utils.stopping import stop_point
 from training.data.batches import DatasetBatches
-from training.data.images import open_images
+from training.data.images import holds_images, open_images
 from training.diffusion.heldout import heldout_loss, open_fitting, plain_loss
 from training.diffusion.samplers import choose_setting
 from training.generate import generate_images
@@ -79,6 +79,8 @@ class Measurements:
                 raise UserError('has the images that are trained on', 'heldout', options.heldout)
         if options.eval_metrics:
             reference = options.eval_ref or dataset
+            if options.eval_ref and holds_images(options.eval_ref):
+                reference = open_images(options.eval_ref)
             if reference is None or options.eval_ref is None and dataset.dtype != np.uint8:
                 raise UserError('is needed: this training has no pixels to compare with',
                                 'eval_ref')

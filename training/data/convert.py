@@ -238,7 +238,8 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
                                         f'but images before it {shape[1]}x{shape[0]}; '
                                         'give a resolution (and a transform)')
                     reshaped += itertools.compress(positions, of_other_shape)
-                    dark += itertools.compress(positions, is_dark)
+                    if not source.in_memory:
+                        dark += itertools.compress(positions, is_dark)
                     flattened += itertools.compress(positions, is_flattened)
                     kept += positions
                     names += map(image_name, positions)
@@ -258,8 +259,6 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
     if selection.classes is not None:
         counts = np.bincount(labels, minlength=len(selection.classes))
     notes = []
-    if source.in_memory:
-        dark = []
     if selection.labels is None and source.labels is not None and source.implied:
         notes.append(f'one folder alone ({source.class_names[0]}) gives no labels')
     for positions, what in (

@@ -367,6 +367,14 @@ def class_index(description: dict, text) -> int:
                     f'which has: {shown}')
 
 
+def class_titles(description: dict) -> list:
+    """What the classes of a data set with this `Dataset.description()` are called: their names,
+    else their original indices, else their labels.
+    """
+    names = description.get('class_names') or description.get('classes')
+    return list(names or range(description.get('label_dim', 0)))
+
+
 def class_indices(description: dict, text) -> list[int]:
     """Labels of one class, or of those in a list of names, wnids, original indices and ranges of
     these, such as 'cat,171,5-8'. A name with commas counts before a list. Raises UserError.

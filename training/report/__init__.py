@@ -13,9 +13,8 @@ import shlex
 from pathlib import Path
 
 import PIL.Image
-import tqdm
 
-from dnnlib import UserError
+from dnnlib import UserError, progress
 from dnnlib.image_io import BadImage, decode_image
 from dnnlib.util import MARK, format_time, hash_file, write_bytes
 from training.report.charts import Series, chart, compact, of_images
@@ -534,8 +533,8 @@ def _files(studies: list[Study], runs: list[Run], hashes: bool) -> Markup | None
     parts = []
     owners = [*studies, *runs]
     total = sum(file.size for owner in owners for file in owner.files)
-    with tqdm.tqdm(total=total, desc='hashes', unit='B', unit_scale=True, delay=2, leave=False,
-                   disable=None if hashes else True) as bar:
+    with progress.bar(show=hashes, total=total, desc='hashes', unit='B', unit_scale=True,
+                      leave=False) as bar:
         for owner in owners:
             rows = []
             for file in owner.files:
