@@ -3,6 +3,7 @@ that are held out, the best of them, and the end of a run that gets no better.
 """
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -79,13 +80,15 @@ class Measurements:
                 raise UserError('has the images that are trained on', 'heldout', options.heldout)
         if options.eval_metrics:
             reference = options.eval_ref or dataset
+            shape = self.encoder.pixel_shape((trainer.net.img_channels, 1, 1))
+            open_alike = functools.partial(open_images, channels=shape[0])
             if options.eval_ref and holds_images(options.eval_ref):
-                reference = open_images(options.eval_ref)
+                reference = open_alike(options.eval_ref)
             if reference is None or options.eval_ref is None and dataset.dtype != np.uint8:
                 raise UserError('is needed: this training has no pixels to compare with',
                                 'eval_ref')
             self.score = options.scorer(list(options.eval_metrics), reference, self.heldout,
-                                        open_images, load_snapshot)
+                                        open_alike, load_snapshot)
         self.judged = options.eval_metrics[0] if options.eval_metrics else HELDOUT
         self.better = self.score.better(self.judged) if self.score else -1
         if not self.better and (options.keep_best or options.patience):

@@ -159,9 +159,9 @@ def holds_images(path: str) -> bool:
         kind is sources.npz_source and 'mu' in arrays.array_names(path))
 
 
-def open_images(path: str) -> Dataset:
+def open_images(path: str, channels: int | None = None) -> Dataset:
     """The same for images to be measured, which may be of several sizes; like `pixels_of`."""
-    return pixels_of(open_dataset(path, cache=False, any_size=True))
+    return pixels_of(open_dataset(path, cache=False, any_size=True, channels=channels))
 
 
 def open_squares(path: str, shape: tuple, use_labels: bool, random_crop=False) -> Dataset:
