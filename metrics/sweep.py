@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable
 
-from dnnlib import UserError, budget, lazy
+from dnnlib import UserError, lazy
 from dnnlib.util import publishable, to_json, write_json
 
 with lazy.imports():
@@ -153,7 +153,7 @@ class Sweep:
     def _read(self) -> dict:
         if not os.path.isfile(self.path) or not os.path.getsize(self.path):
             return {}
-        old = budget.read_json(self.path)
+        old = compare.read_results(self.path, 'dest')
         if 'points' not in old:
             return {}
         different = [key for key, value in self.settings.items() if value != old.get(key)]
