@@ -16,11 +16,13 @@ from dnnlib import UserError, lazy
 from dnnlib.util import publishable, to_json, write_json
 
 with lazy.imports():
+    import numpy as np
+
     from dnnlib import pictures
     from torch_utils import distributed as dist
 
 from metrics import compare, compute
-from metrics.shares import interval_of, parts_of, with_intervals
+from metrics.shares import Z, interval_of, parts_of, with_intervals
 
 GOLDEN = (5**0.5 - 1) / 2
 HELDOUT = 'heldout'
@@ -260,11 +262,13 @@ class Sweep:
         """
         best = self.best['value']
         less = self._less_best()
-        lines = [f'    {self.name:>12}  {self.metric:12}']
+        lines = [f'    {self.name:>12}  {self.metric} (95%), and less that of the best']
         for point in self._rows():
             value = point['value']
             line = (f'  {"*" if value == best else " "} {value:12g}  '
                     f'{_number(point["results"][self.metric]):<12.6g}')
+            if interval := self._interval(point):
+                line += '  ({:.4g} to {:.4g})'.format(*interval)
             if row := less.get(value):
                 line += f'  {row.value:+.4g}{interval_of(row.value)}'
             lines.append(line.rstrip())
@@ -291,14 +295,17 @@ class Sweep:
         rows = self._rows()
         x = [row['value'] for row in rows]
         y = [_number(row['results'][self.metric]) for row in rows]
-        intervals = [self._interval(row) for row in rows]
-        bars = None
-        if all(intervals):
-            bars = [[max(y_ - low, 0) for y_, (low, _) in zip(y, intervals, strict=True)],
-                    [max(high - y_, 0) for y_, (_, high) in zip(y, intervals, strict=True)]]
-        label = 'with 95% of each alone' if bars else None
-        axes.errorbar(x, y, bars, marker='.', elinewidth=0.8, capsize=2, label=label)
         best = self.best
+        less = self._less_best()
+        if less and all(row.error is not None for row in less.values()):
+            error = [Z * less[value].error if value in less else 0 for value in x]
+            label = 'with 95% of its difference to the best'
+        else:
+            ends = [self._interval(row) for row in rows]
+            error = all(ends) and np.abs(np.subtract(np.transpose(ends), y))
+            label = 'with 95%'
+        bars = dict(yerr=error, label=label) if np.any(error) else {}
+        axes.errorbar(x, y, **bars, marker='.', elinewidth=0.8, capsize=2)
         axes.plot(best['value'], _number(best['results'][self.metric]), 'o', markersize=10,
                   markerfacecolor='none', color='C3', label=f'best: {best["value"]:g}')
         axes.set(xlabel=self.parameter.text, ylabel=self.metric)
