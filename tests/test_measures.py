@@ -403,6 +403,7 @@ def test_two_results_are_compared(digits, tmp_path):
     assert rows['fd_pixels']['difference'] == pytest.approx(other['fd_pixels'] - one['fd_pixels'])
     assert rows['fd_pixels']['difference_se'] == pytest.approx(math.hypot(one['fd_pixels_se'], other['fd_pixels_se']))
     assert 'by more than chance' in out and not rows['kid_pixels']['paired']
+    assert abs(one['kid_pixels']) < 1 and other['kid_pixels'] < 1            # of values 0..1
     (tmp_path / 'x.json').write_text('{}')
     assert 'holds no results' in fails('calculate_metrics.py', 'compare', f'{tmp_path}/x.json', f'{tmp_path}/gen.json')
     assert script_module('calculate_metrics.py').main.commands['compare'].help
