@@ -132,7 +132,7 @@ def kid(generated: Statistics, real: Statistics, space, protocol, device, *_) ->
     """Kernel distance of the features of a space; pixels count from 0 to 1, since the kernel adds
     a one to their products.
     """
-    largest = 255 if space == 'pixels' else 1
+    largest = 255 if space == 'fd_pixels' else 1
     ref, gen = (side / largest for side in _sides(generated, real, space, device))
     return {f'kid{SUFFIXES[space]}': kernels.kid(gen, ref)}
 
