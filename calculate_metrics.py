@@ -401,7 +401,7 @@ def heldout(net, heldout, baseline, num, seed, dest, precision, allow_nonfinite)
     found = {}
     for path in filter(None, (net, baseline)):
         snapshot = load_denoiser(path, dist.get_device(), allow_nonfinite=allow_nonfinite)
-        data = open_fitting(heldout, snapshot.net, snapshot.encoder)
+        data = open_fitting(heldout, snapshot.net, snapshot.encoder, snapshot.dataset)
         if data.fingerprint and data.fingerprint == snapshot.dataset.get('fingerprint'):
             dist.print0(f'Note: {path} was trained on {heldout}: this is no held-out loss')
         loss = plain_loss(snapshot.net, snapshot.recipe.get('loss'))

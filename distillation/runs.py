@@ -211,7 +211,8 @@ def new_network(section: configs.Training, seed: int, running=None) -> torch.nn.
     dry run see `recipe.device_of`.
     """
     torch.manual_seed(seed)
-    return build(section, section.model_path).train().to(recipe.device_of(running))
+    device = recipe.device_of(running, (running or {}).get('transfer'))
+    return build(section, section.model_path).train().to(device)
 
 
 def description(net, name: str, size: int = 0) -> dict:

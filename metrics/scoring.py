@@ -1,5 +1,7 @@
 """Measuring one network again and again: detectors and reference are made ready once."""
 
+import math
+
 import torch
 
 from dnnlib import UserError
@@ -9,6 +11,7 @@ from metrics.images import class_ids
 from metrics.shares import with_intervals
 from metrics.statistics import Statistics, load_statistics
 
+PIXELS = 'fd_pixels'  # the space that images of one size have in common alone
 PROTOCOL = 'edm'
 REFERENCE_IMAGES = 50_000  # of a data set that is the reference
 
@@ -50,9 +53,10 @@ class Scorer:
         for metric in metrics:
             self.detectors[compute.METRICS[metric].detector]
 
-    def prepare(self):
+    def prepare(self, image_shape: tuple):
         """Measures the reference, where it is images, and what is held out; all processes call
-        it."""
+        it. Raises UserError for pixels that images [C,H,W] cannot be compared with.
+        """
         def complete(side, metrics):
             num = side.images and min(len(self.open_images(side.images)), REFERENCE_IMAGES)
             return compute.complete(side, metrics, self.detectors, self.open_images, num=num)
@@ -60,6 +64,17 @@ class Scorer:
         self.reference = complete(self.reference, self.metrics)
         if self.heldout:
             self.heldout = complete(self.heldout, compute.of_heldout(self.metrics))
+        pixels = math.prod(image_shape)
+        for field, side in ('eval_ref', self.reference), ('heldout', self.heldout):
+            if side is None:
+                continue
+            dims = {len(features[0]) for features in [side.features.get(PIXELS)]
+                    if features is not None}
+            dims |= {side.gaussians[PIXELS].dim} if PIXELS in side.gaussians else set()
+            if dims - {pixels}:
+                raise UserError(f'has {max(dims)} values of pixels in an image, and the network '
+                                f'makes images {list(image_shape)}; make their sizes equal, or '
+                                'measure by fid or fd_dinov2', field, side.path)
 
     def __call__(self, batches, num: int, classes: list | None) -> dict[str, float]:
         """`values`, as plain numbers, and METRIC_se, the standard error, of those that have one.

@@ -105,7 +105,10 @@ MISTAKES = {
         '--xflip=maybe': '--xflip',
         '--eval=fdi': 'no metric', '--patience=2': '--patience=2 needs something to measure', '--keep-best=True': '--keep-best',
         '--heldout=<digits.zip>': '--heldout', '--heldout=nowhere.zip': 'nowhere.zip', '--heldout=<large.npz>': '--heldout',
-        '--eval=fd_pixels --eval-ref=nowhere.pkl': 'nowhere.pkl', '--wandb=P': ('--wandb', 'pip install wandb')},
+        '--eval=fd_pixels --eval-ref=nowhere.pkl': 'nowhere.pkl',
+        '--eval=fd_pixels --eval-ref=<small.npz>': ('--eval-ref', '48 values'), '-n --eval=fd_pixels --eval-ref=nowhere.pkl': 'nowhere.pkl',
+        '-n --patience=2': '--patience=2 needs something to measure', '-n --heldout=<large.npz>': '--heldout',
+        '-n --transfer=nowhere.pkl': 'nowhere.pkl', '-n --transfer=<net.pkl>': '--transfer', '--heldout=<plain.zip>': '--heldout', '--wandb=P': ('--wandb', 'pip install wandb')},
     'calculate_metrics.py heldout --data=<digits.zip>': {
         '': '--net', '--net=<net.pkl>': '--data', '--net=nowhere.pkl': 'nowhere.pkl'},
     'generate_images.py --outdir=out': {

@@ -16,6 +16,7 @@ from dnnlib.image_io import encode_png
 from training import encoders
 from training.checkpoint import Checkpoints
 from training.data.archive import ArchiveWriter
+from training.data.images import open_dataset
 from training.networks import build_network
 from training.recipe import Recipe
 from training.runs import read_options
@@ -285,6 +286,21 @@ def test_an_exported_folder_is_a_start_and_another_start_is_another_run(trained,
     assert '--transfer: ' in helpers.fails(*command)
     fresh = helpers.fails('train_edm2.py', *EDM2_RUN, f'--data={digits}', f'--outdir={net.parent}', f'--transfer={net}')
     assert fresh.startswith('Error: --transfer: ')             # a run that began without does not begin anew
+
+
+def test_a_dry_run_shows_what_is_taken(trained, tmp_path):
+    net, (_, named) = trained
+    out = helpers.invoke('train_edm2.py', *EDM2_RUN, f'--data={named}', f'--outdir={tmp_path}/run', f'--transfer={net}', '-n')
+    assert 'the file has 10 classes and the data 3' in out and '"parameters"' in out and os.listdir(tmp_path) == []
+
+
+def test_classes_of_held_out_images_go_by_name(tmp_path):
+    images, other = (open_dataset(write_named(tmp_path / f'{i}.zip', names)) for i, names in enumerate((
+        ['cat', 'dog', 'owl'], ['Owl', 'cat'])))
+    other.relabel(images.description(), 3)
+    assert other.labels(range(4)).argmax(1).tolist() == [2, 0, 2, 0] and other.class_names == ['cat', 'dog', 'owl']
+    with pytest.raises(UserError, match='fox, which is none of the 3 classes of 0'):
+        open_dataset(write_named(tmp_path / '2.zip', ['fox', 'cat'])).relabel(images.description(), 3)
 
 
 def test_other_trainings_fine_tune(trained, tmp_path):

@@ -219,12 +219,12 @@ def choose_precision(precision: str | None, fp16: bool | None = None) -> str:
     return precision
 
 
-def device_of(running: dict | None) -> torch.device:
+def device_of(running: dict | None, transfer: str | None = None) -> torch.device:
     """Where a run, with further arguments of `fit`, has its networks; those of a dry run need no
-    weights, unless it takes steps.
+    weights, unless it takes steps, or `transfer` names others.
     """
     running = running or {}
-    if running.get('dry_run') and not running.get('bench_steps'):
+    if running.get('dry_run') and not running.get('bench_steps') and not transfer:
         return torch.device('meta')
     return dist.get_device()
 
@@ -233,7 +233,7 @@ def new_network(recipe: Recipe, running: dict | None = None) -> torch.nn.Module:
     """The network with the random weights of the seed, on the device of this process; for a dry
     run, of which `running` (see `device_of`) tells, without weights.
     """
-    device = device_of(running)
+    device = device_of(running, recipe.transfer)
     torch.manual_seed(recipe.seed)
     at = torch.device('meta') if device.type == 'meta' else contextlib.nullcontext()
     with at, renamed_fields(img_resolution='data'):
@@ -369,22 +369,21 @@ def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: 
     if bench_steps and not dry_run:
         raise UserError('measures for a dry run alone', 'bench_steps', bench_steps)
     torch.backends.cudnn.benchmark = recipe.bench
-    if dry_run:
-        seconds = None
-        if bench_steps:
-            trainer = loop.Trainer(recipe, net, loss, batches, run_dir)
-            seconds = trainer.seconds_of_step(bench_steps)
-            del trainer
-        plan = recipe.settings(options) | dict(
-            outdir=run_dir, disk=disk_use(recipe, net),
-            cost=cost(recipe, net, loss, batches, seconds))
-        dist.print0(to_json(plan, indent=2))
-        return False
     trainer = loop.Trainer(recipe, net, loss, batches, run_dir, options, layout, outputs,
                            advice)
     measurements = None if watch is None else watch.start(trainer, batches)
     if measurements:
         trainer.outputs = (*trainer.outputs, measurements.output())
+    if dry_run:
+        if recipe.transfer and not trainer.checkpoints.numbers():
+            for line in transfer(net, recipe).lines():
+                dist.print0(line)
+        seconds = trainer.seconds_of_step(bench_steps) if bench_steps else None
+        plan = trainer.settings | dict(outdir=run_dir, disk=disk_use(recipe, net))
+        del trainer, measurements                              # and their memory
+        plan['cost'] = cost(recipe, net, loss, batches, seconds)
+        dist.print0(to_json(plan, indent=2))
+        return False
     changed = []
 
     def use(state):

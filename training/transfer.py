@@ -28,6 +28,7 @@ from dnnlib import UserError
 from dnnlib.util import printable, without
 from torch_utils import distributed as dist
 from torch_utils.files.weights import load_weights
+from training.data.dataset import match_classes
 from training.networks.edm2 import normalize
 from training.schedules import LR_SCHEDULES
 from training.snapshot import load_snapshot
@@ -271,23 +272,9 @@ def _label_scale(net) -> float:
 
 
 def _classes(source, dataset: dict, net) -> _Classes:
-    """Which classes of the file those of the data are: those of one wnid, or name; where one of
-    the two has no names, those of one original index.
-    """
-    counts = [_num_classes(source.net), _num_classes(net)]
-    tables = [source.dataset, dataset]
-    for by in ('wnids', 'class_names', 'classes'):
-        old, new = (list(table.get(by) or []) for table in tables)
-        if by == 'classes':
-            old, new = ([str(name) for name in names or range(count)]
-                        for names, count in zip((old, new), counts, strict=True))
-        if [len(old), len(new)] == counts and all(counts):
-            break
-    else:
-        old, new = ([*map(str, range(count))] for count in counts)
-    places = {str(name).lower(): place for place, name in enumerate(old)}
-    rows = [places.get(str(name).lower()) for name in new]
-    return _Classes(rows, {'classes': 'index', 'class_names': 'name', 'wnids': 'wnid'}[by], new)
+    """Which classes of the file those of the data are."""
+    return _Classes(*match_classes(source.dataset, dataset,
+                                   (_num_classes(source.net), _num_classes(net))))
 
 
 def _without_classes(start: dict, own: dict, scale: float) -> dict:

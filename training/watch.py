@@ -75,7 +75,8 @@ class Measurements:
         self.score = self.heldout = None
         dataset = batches.dataset if isinstance(batches, DatasetBatches) else None
         if options.heldout:
-            self.heldout = open_fitting(options.heldout, trainer.net, self.encoder)
+            self.heldout = open_fitting(options.heldout, trainer.net, self.encoder,
+                                        trainer.recipe.dataset)
             if dataset is not None and dataset.fingerprint == self.heldout.fingerprint:
                 raise UserError('has the images that are trained on', 'heldout', options.heldout)
         if options.eval_metrics:
@@ -104,7 +105,7 @@ class Measurements:
         """Before the first step; all processes call it."""
         if self.score:
             self.encoder.prepare(dist.get_device())
-            self.score.prepare()
+            self.score.prepare(self.encoder.pixel_shape(self.trainer.net.image_shape))
 
     # --- One measurement ------------------------------------------------------------------------
 

@@ -128,6 +128,25 @@ class Dataset:
         """Images of each class, int64 [label_dim]; None without labels."""
         return np.bincount(self.label_ids, minlength=self.label_dim) if self.has_labels else None
 
+    def relabel(self, description: dict, count: int):
+        """Gives the classes the labels that they have in another data set of `count` classes, by
+        its description. Raises UserError for one that it has not.
+        """
+        if self.stored_labels is None or self.stored_labels.ndim == 2:
+            if self.label_dim != count:
+                raise UserError(f'has {self.label_dim} classes instead of {count}')
+            return
+        rows, by, names = match_classes(description, self.description(), (count, self.label_dim))
+        strange = [i for i in np.unique(self.stored_labels) if rows[i] is None]
+        if strange:
+            raise UserError(f'has a class of {by} {names[strange[0]]}, which is none of the '
+                            f'{count} classes of {description.get("name")}')
+        places = np.array([-1 if row is None else row for row in rows])
+        self.stored_labels = places[self.stored_labels]
+        self.label_dim = count
+        for key in CLASS_TABLES:
+            setattr(self, key, description.get(key))
+
     def class_index(self, text) -> int:
         """Label of a class given by name, wnid or original index (see `class_index` below)."""
         return class_index(self.description(), text)
@@ -391,6 +410,28 @@ def class_indices(description: dict, text) -> list[int]:
             raise UserError(str(error)) from None
         labels += [class_index(description, number) for number in numbers]
     return labels
+
+
+def match_classes(own: dict, other: dict, counts: tuple[int, int]) -> tuple[list, str, list]:
+    """Which classes of a data set those of another are, by their descriptions and numbers of
+    classes: those of one wnid, or name; where one of the two has no names, those of one original
+    index.
+
+    Returns (for each class of the other its label, or None; wnid, name or index; the classes of
+    the other).
+    """
+    for by in ('wnids', 'class_names', 'classes'):
+        tables = [list(table.get(by) or []) for table in (own, other)]
+        if by == 'classes':
+            tables = [[str(name) for name in names or range(count)]
+                      for names, count in zip(tables, counts, strict=True)]
+        if [len(names) for names in tables] == list(counts) and all(counts):
+            break
+    else:
+        tables = [[*map(str, range(count))] for count in counts]
+    places = {_plain(name): place for place, name in enumerate(tables[0])}
+    rows = [places.get(_plain(name)) for name in tables[1]]
+    return rows, {'classes': 'index', 'class_names': 'name', 'wnids': 'wnid'}[by], tables[1]
 
 
 def _plain(name) -> str:

@@ -103,15 +103,22 @@ def standard_error(values: np.ndarray) -> float:
     return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float('nan')
 
 
-def open_fitting(path: str, net, encoder):
-    """A data set that fits a network. Raises UserError for another shape, or other classes."""
+def open_fitting(path: str, net, encoder, description: dict):
+    """A data set that fits a network, whose own is described: classes have the same labels.
+    Raises UserError for another shape, or other classes.
+    """
     pixels = encoder.name == 'rgb'
     dataset = open_dataset(path, channels=net.img_channels if pixels else None)
     shape = tuple(encoder.latent_shape(dataset.image_shape))
     wanted = net.image_shape
-    if shape != wanted or net.label_dim not in (0, dataset.label_dim):
-        raise UserError(f'has images {list(shape)} of {dataset.label_dim} classes, and the '
-                        f'network takes {list(wanted)} of {net.label_dim}', 'heldout', path)
+    if shape != wanted:
+        raise UserError(f'has images {list(shape)}, and the network takes {list(wanted)}',
+                        'heldout', path)
+    if net.label_dim:
+        try:
+            dataset.relabel(description, net.label_dim)
+        except UserError as error:
+            raise UserError(error.text, 'heldout', path) from None
     return dataset
 
 
