@@ -53,9 +53,10 @@ class Scorer:
         for metric in metrics:
             self.detectors[compute.METRICS[metric].detector]
 
-    def prepare(self, image_shape: tuple):
+    def prepare(self, image_shape: tuple | None = None):
         """Measures the reference, where it is images, and what is held out; all processes call
-        it. Raises UserError for pixels that images [C,H,W] cannot be compared with.
+        it. Raises UserError for pixels that images [C,H,W], if that is known, cannot be compared
+        with.
         """
         def complete(side, metrics):
             num = side.images and min(len(self.open_images(side.images)), REFERENCE_IMAGES)
@@ -64,14 +65,15 @@ class Scorer:
         self.reference = complete(self.reference, self.metrics)
         if self.heldout:
             self.heldout = complete(self.heldout, compute.of_heldout(self.metrics))
-        pixels = math.prod(image_shape)
+        if image_shape is None:
+            return
         for field, side in ('eval_ref', self.reference), ('heldout', self.heldout):
             if side is None:
                 continue
             dims = {len(features[0]) for features in [side.features.get(PIXELS)]
                     if features is not None}
             dims |= {side.gaussians[PIXELS].dim} if PIXELS in side.gaussians else set()
-            if dims - {pixels}:
+            if dims - {math.prod(image_shape)}:
                 raise UserError(f'has {max(dims)} values of pixels in an image, and the network '
                                 f'makes images {list(image_shape)}; make their sizes equal, or '
                                 'measure by fid or fd_dinov2', field, side.path)
