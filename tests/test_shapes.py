@@ -13,11 +13,13 @@ import torch
 from helpers import fails, invoke
 from tiny import save_tiny_vae
 
+import studies
 from dnnlib import UserError, image_io, pictures
 from metrics.detectors import network
 from metrics.detectors.pixels import Pixels
 from training import runs
 from training.data import dataset as data_module
+from training.data.convert import everything
 from training.data.dataset import ImageDataset
 from training.data.images import open_images
 from training.data.transforms import make_transform
@@ -267,3 +269,12 @@ def test_the_long_tail_study_sees_gray_images(tmp_path):
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run' / 'training_options.json').write_text('{"network": {"network": {}}}')
     assert main.settings(options).img_channels == 3
+
+
+@pytest.mark.parametrize('content, channels', [(None, 1), ({'samples': 3}, 3), ({'image_channels': 1}, 1)])
+def test_a_study_of_an_earlier_version_keeps_three_channels(content, channels, tmp_path):
+    study = studies.Study(str(tmp_path), 1)
+    if content:
+        (tmp_path / 'study.json').write_text(json.dumps(content))
+    studies.make_archive(study, study.path('x.zip'), everything(studies.digits()).first(4))
+    assert ImageDataset(study.path('x.zip')).image_shape == (channels, 8, 8) and study.image_channels == channels

@@ -210,7 +210,8 @@ def test_tables_and_pictures(name, finished):
 
 @of_all
 def test_a_folder_of_an_earlier_version_goes_on(name, finished):
-    assert json.loads((finished[0] / 'study.json').read_text()) == CASES[name].settings
+    kept = json.loads((finished[0] / 'study.json').read_text())
+    assert kept.pop('image_channels') == 1 and kept == CASES[name].settings    # without it: three, see test_shapes.py
 
 
 @of_all
