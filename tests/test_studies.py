@@ -465,9 +465,9 @@ def test_distances_are_those_of_calculate_metrics(name, finished, tmp_path):
     shown = float(re.search(r'(\d+) ± ', printed)[1])
     assert summary['fd'][0] == pytest.approx(shown, rel=1e-5)  # the file has six digits
     grid = np.asarray(PIL.Image.open(outdir / 'samples-n3.png'))
-    assert grid.shape[0] == 2 * 3 * 34 + 2  # of two classes: training images, one source, two
-    left = 34 * 9 - 2                       # only three training images: nine places are left
-    assert (grid[2:34, -left:] == 255).all() and not (grid[36:68, -left:] == 255).all()
+    grid = grid[-(2 * 3 * 51 + 3):]         # of two classes: training images, one source, two
+    left = 51 * 9 - 3                       # only three training images: nine places are left
+    assert (grid[:51, -left:] == 255).all() and not (grid[54:102, -left:] == 255).all()
 
 
 def test_summary_pairs_the_seeds():
@@ -586,7 +586,7 @@ def test_the_teacher_trains_on_all_cores(jobs, batch, launched, tmp_path):
     study = open_study(distillation, tmp_path, f'--jobs={jobs}', f'--batch={batch}')
     arguments, _ = distillation.train_teacher(study)
     assert ('--nproc_per_node=2' in arguments) == launched
-    assert arguments[-1] == f'batch_size={batch}'  # over all processes
+    assert f'batch_size={batch}' in arguments      # over all processes
 
 
 @pytest.mark.parametrize('name', ['distillation'])
@@ -603,7 +603,7 @@ def test_the_table_is_that_of_the_metrics(name, finished, tmp_path):
     weights = torch.load(outdir / 'distilled-rho0.4' / 'model000002.pt', weights_only=True)
     assert row['parameters'] == sum(value.numel() for value in weights.values())
     digits = load_digits()
-    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None].repeat(3, 1)
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
     made = open_images(samples)
     right = Recognizer(pixels, digits.target).predict(made.images(np.arange(16))) == made.label_ids
     assert row['recognised %'] == pytest.approx(100 * right.mean(), rel=1e-4)
