@@ -17,7 +17,7 @@ with lazy.imports(__name__ == '__main__'):
     from torch_utils.files.identify import identify
     from torch_utils.files.weights import check_finite, fingerprint
     from training import phema, snapshot
-    from training.data.images import open_images
+    from training.data.images import open_images, reference_at
     from training.diffusion.heldout import heldout_loss, open_fitting, plain_loss
     from training.generate import open_generator
 
@@ -238,9 +238,9 @@ def score_of(result, metric: str, ref, heldout, num: int, seed: int, detection, 
         raise UserError('is for heldout and fld; leave it out', HELDOUT, heldout)
     generator = open_generator(result, gnet=gnet, guidance=guidance, class_=class_,
                                guidance_interval=guidance_interval, sampler=sampler)
-    scorer = Scorer([metric], ref, heldout and open_images(heldout), open_images,
-                    snapshot.load_snapshot, Detectors.of(open_network=snapshot.load_snapshot,
-                                                         **detection))
+    scorer = Scorer([metric], ref and reference_at(ref), heldout and open_images(heldout),
+                    open_images, snapshot.load_snapshot,
+                    Detectors.of(open_network=snapshot.load_snapshot, **detection))
     scorer.prepare()
     seeds = range(seed, seed + num)
 

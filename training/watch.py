@@ -15,7 +15,7 @@ from dnnlib.util import to_json, write_bytes
 from torch_utils import distributed as dist
 from torch_utils.stopping import stop_point
 from training.data.batches import DatasetBatches
-from training.data.images import holds_images, open_images
+from training.data.images import open_images, reference_at
 from training.diffusion.heldout import heldout_loss, open_fitting, plain_loss
 from training.diffusion.samplers import choose_setting
 from training.generate import generate_images
@@ -80,11 +80,11 @@ class Measurements:
             if dataset is not None and dataset.fingerprint == self.heldout.fingerprint:
                 raise UserError('has the images that are trained on', 'heldout', options.heldout)
         if options.eval_metrics:
-            reference = options.eval_ref or dataset
-            shape = self.encoder.pixel_shape((trainer.net.img_channels, 1, 1))
-            open_alike = functools.partial(open_images, channels=shape[0])
-            if options.eval_ref and holds_images(options.eval_ref):
-                reference = open_alike(options.eval_ref)
+            channels, *_ = self.encoder.pixel_shape((trainer.net.img_channels, 1, 1))
+            open_alike = functools.partial(open_images, channels=channels)
+            reference = dataset
+            if options.eval_ref:
+                reference = reference_at(options.eval_ref, channels)
             if reference is None or options.eval_ref is None and dataset.dtype != np.uint8:
                 raise UserError('is needed: this training has no pixels to compare with',
                                 'eval_ref')

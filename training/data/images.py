@@ -164,6 +164,13 @@ def open_images(path: str, channels: int | None = None) -> Dataset:
     return pixels_of(open_dataset(path, cache=False, any_size=True, channels=channels))
 
 
+def reference_at(path: str, channels: int | None = None) -> Dataset | str:
+    """What images are compared with by `metrics.scoring.Scorer`: the data set of a path that
+    `holds_images`, else the path, of statistics or pictures.
+    """
+    return open_images(path, channels) if holds_images(path) else path
+
+
 def open_squares(path: str, shape: tuple, use_labels: bool, random_crop=False) -> Dataset:
     """The same for training on images of this shape [C,H,W]. If that is a square, pictures of
     other sizes become such, see `SourceImages`. Latents stay as they are.
