@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from training.networks.layers import sides
+
 ASSUMED = (3, 32, 32)  # images of a network that takes any, where nothing says what it has seen
 
 
@@ -72,8 +74,7 @@ def image_shape(arguments: dict, dataset: dict) -> tuple | None:
         channels = dataset.get('num_channels', 3)
     if resolution is None:
         return None
-    height, width = [resolution] * 2 if isinstance(resolution, int) else resolution
-    return channels, height, width
+    return channels, *sides(resolution)
 
 
 def count_products(net: torch.nn.Module, shape: tuple | None = None) -> int:

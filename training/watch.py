@@ -80,7 +80,7 @@ class Measurements:
             if dataset is not None and dataset.fingerprint == self.heldout.fingerprint:
                 raise UserError('has the images that are trained on', 'heldout', options.heldout)
         if options.eval_metrics:
-            channels, *_ = self.encoder.pixel_shape((trainer.net.img_channels, 1, 1))
+            channels, *_ = self.encoder.pixel_shape(trainer.net.image_shape)
             open_alike = functools.partial(open_images, channels=channels)
             reference = dataset
             if options.eval_ref:

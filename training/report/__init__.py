@@ -155,9 +155,11 @@ def _data(run: Run) -> str:
     parts = []
     if size := number(data.get('size')):                       # 0: of a teacher, without images
         parts.append(f'{size:,.0f} images')
-    if (side := number(data.get('resolution'))) is not None:
-        parts.append(f'{side:.0f} × {side:.0f} pixels' if number(data.get('num_channels')) in (
-            None, 1, 3, 4) else f'{side:.0f} × {side:.0f} latents')
+    resolution = data.get('resolution')
+    sides = [*map(number, resolution if isinstance(resolution, list) else [resolution] * 2)]
+    if len(sides) == 2 and None not in sides:
+        kind = 'pixels' if number(data.get('num_channels')) in (None, 1, 3, 4) else 'latents'
+        parts.append(f'{sides[1]:.0f} × {sides[0]:.0f} {kind}')
     if classes := number(data.get('label_dim')):
         parts.append(f'{classes:,.0f} class' + 'es' * (classes != 1))
     name = data.get('name') or run.options.get('data') or run.options.get('data_type')
