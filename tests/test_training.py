@@ -218,7 +218,7 @@ def test_torchrun_starts_a_killed_process_again(tmp_path, digits, finished):
 
 
 @pytest.mark.slow
-def test_a_run_on_two_nodes_goes_on_without_one_and_with_it_again(tmp_path, digits, finished):
+def test_a_run_on_two_nodes_goes_on_without_one_and_with_it_again(tmp_path, digits):
     """Elastic membership: two agents of torchrun, of which one is killed, is missed, and is started again."""
     outdir = tmp_path / 'elastic'
     with socket.socket() as free:
