@@ -355,8 +355,12 @@ def own_experiment(path: str, shape, classes: int, diffusion: Diffusion, overrid
                    ) -> Experiment:
     """The experiment of one's own teacher in a file, of images of `shape` (channels, side) and
     `classes`; a student of 14M-CNN's width, with as many levels as leave a side of 4 or more.
+    Raises UserError for images that are not square.
     """
     channels, side = shape
+    if not isinstance(side, int):
+        raise UserError(f'makes images of {side[1]}x{side[0]} pixels; students learn square ones '
+                        'alone', 'teacher', path)
     sides = [side >> level for level in range(4) if side % 2**level == 0 and side >> level >= 4]
     model = Architecture(
         image_size=side, img_channels=channels, class_cond=classes > 0,

@@ -25,6 +25,7 @@ class GaussianNet(torch.nn.Module):
     """The denoiser of N(mean of the class, SD^2) pixels: D(x; sigma) = (SD^2 x + sigma^2 m) / (SD^2 + sigma^2)."""
 
     img_channels = img_resolution = 1
+    image_shape = (1, 1, 1)
     label_dim = 2
     sigma_min, sigma_max = 0.0, math.inf
 
@@ -159,3 +160,8 @@ def test_names_of_what_is_made_of_a_teacher():
     assert configs.own_name('runs/photos/network-snapshot-0001000-0.050.pkl') == 'photos-0001000-0.050'
     assert configs.own_name('https://x.org/a/edm-cifar10.pkl') == 'edm-cifar10'
     assert configs.default_outdir(None, 'runs/digits/best.pkl') == 'experiments/best-student'
+
+
+def test_a_teacher_of_images_that_are_no_squares_is_refused(tmp_path):
+    net = save(tmp_path, families.EDM2 | dict(img_resolution=[8, 16]), 'wide.pkl')
+    assert 'makes images of 16x8 pixels; students learn square ones' in helpers.fails(PREPARE, f'--teacher={net}')
