@@ -645,11 +645,11 @@ def test_pictures_of_any_size_are_cropped_and_file_names_are_classes(world, tmp_
     for k in range(8):
         pixels = np.random.RandomState(k).randint(0, 256, (20 + k, 30, 3), np.uint8)
         PIL.Image.fromarray(pixels).save(folder / f'{"cat" if k % 2 else "dog"}_{k}x.png')
-    data = open_squares(str(folder), 8, use_labels=True)
+    data = open_squares(str(folder), (3, 8, 8), use_labels=True)
     assert data.class_names == ['cat', 'dog'] and data.label_ids.tolist() == [0] * 4 + [1] * 4
     crop = transforms.make_transform('center-crop-dhariwal', 8, 8)
     assert np.array_equal(data.images([1])[0], crop(PIL.Image.open(folder / 'cat_3x.png')).transpose(2, 0, 1))
-    data = open_squares(str(folder), 8, use_labels=False, random_crop=True)
+    data = open_squares(str(folder), (3, 8, 8), use_labels=False, random_crop=True)
     at = {start: data.training_images([1, 1], start, seed=3) for start in (5, 6)}
     assert np.array_equal(at[5][1], at[6][0]) and not np.array_equal(at[5][0], at[5][1])
     classes = ['model.class_cond=true', 'model.num_classes=2']

@@ -179,6 +179,7 @@ def open_squares(path: str, shape: tuple, use_labels: bool, random_crop=False) -
     are no others.
     """
     channels, side, width = shape
+    channels = None if channels == 1 else channels        # colours are not thrown away unasked
     if side != width:
         return open_dataset(path, use_labels=use_labels, channels=channels)
     if not random_crop:

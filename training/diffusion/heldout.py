@@ -107,8 +107,8 @@ def open_fitting(path: str, net, encoder, description: dict):
     """A data set that fits a network, whose own is described: classes have the same labels.
     Raises UserError for another shape, or other classes.
     """
-    pixels = encoder.name == 'rgb'
-    dataset = open_dataset(path, channels=net.img_channels if pixels else None)
+    colours = encoder.name == 'rgb' and net.img_channels > 1   # are not thrown away unasked
+    dataset = open_dataset(path, channels=net.img_channels if colours else None)
     shape = tuple(encoder.latent_shape(dataset.image_shape))
     wanted = net.image_shape
     if shape != wanted:
