@@ -221,7 +221,7 @@ def loss_of(result, heldout, num: int, seed: int):
     """(function() -> the held-out loss of a Snapshot as it is then, what it depends on)."""
     if heldout is None:
         raise UserError('is needed: images that were never trained on', HELDOUT)
-    data = open_fitting(heldout, result.net, result.encoder)
+    data = open_fitting(heldout, result.net, result.encoder, result.dataset)
     loss = plain_loss(result.net, result.recipe.get('loss'))
 
     def values() -> dict:

@@ -38,6 +38,8 @@ class _Timed:
 class _Images:
     """The images and labels of an archive with as many channels and classes as the network wants."""
 
+    is_random = False
+
     def __init__(self, dataset, channels, label_dim):
         self.dataset, self.channels, self.label_dim = dataset, channels, label_dim
         self.image_shape = (channels, dataset.resolution, dataset.resolution)
@@ -47,6 +49,9 @@ class _Images:
 
     def images(self, indices):
         return self.dataset.images(indices)[:, np.arange(self.channels) % 3]
+
+    def training_images(self, indices, start, seed):
+        return self.images(indices)
 
     def labels(self, indices):
         return np.eye(self.label_dim, dtype=np.float32)[np.asarray(indices) % self.label_dim]

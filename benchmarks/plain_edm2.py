@@ -91,7 +91,7 @@ class PlainBlock(edm2.Block):
 
 
 class PlainUNet(edm2.UNet):
-    def forward(self, x, noise_labels, class_labels=None):
+    def forward(self, x, noise_labels, class_labels=None, augment_labels=None):
         emb = self.emb_noise(self.emb_fourier(noise_labels))
         if self.emb_label is not None:
             label = self.emb_label(class_labels * math.sqrt(class_labels.shape[1]))

@@ -40,7 +40,7 @@ class _GoldenNet(torch.nn.Module):
     def __init__(self, words, schedule, num_steps, image_shape, clip):
         super().__init__()
         self.clip = clip
-        self.img_channels, self.img_resolution, _ = image_shape
+        self.img_channels, self.img_resolution, _ = self.image_shape = tuple(image_shape)
         self.label_dim = 0
         self.diffusion = GaussianDiffusion(schedule, num_steps)
         self.a = golden_cases.number_in(words, r'tanh\(x\)\*\(', r' \+ t/T')

@@ -15,7 +15,7 @@ from golden_cases import cases, ids
 from helpers import ROOT, fails, invoke, write_digits
 
 from dnnlib import UserError
-from dnnlib.image_io import encode_png
+from dnnlib.image_io import as_rgb, encode_png
 from torch_utils import distributed as dist
 from torch_utils.random import StackedRandomGenerator
 from training.data import latents
@@ -196,7 +196,7 @@ def test_encode_and_decode(pictures, vae_folder, tmp_path):
     config = encoder_for(stored)
     assert config['name'] == 'sd-vae' and config['vae_name'] == vae_folder and encoder_for(pixels) == {'name': 'rgb'}
     encoder = make_encoder(config)
-    expected = encoder.encode_pixels(torch.from_numpy(pixels.images(np.arange(13))))
+    expected = encoder.encode_pixels(torch.from_numpy(as_rgb(pixels.images(np.arange(13)))))
     np.testing.assert_array_equal(stored.images(np.arange(13)), expected)
 
     invoke('dataset_tool.py', 'decode', f'--source={dest}', f'--dest={tmp_path}/decoded.zip')

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.gpu
 GPU = torch.cuda.is_available()
 DEVICE = torch.device('cuda' if GPU else 'cpu')
 needs_gpu = pytest.mark.skipif(not GPU, reason='needs a GPU')
-TRAIN = ['--preset=digits', '--channels=16', '--batch=32', '--status=64', '--snapshot=0', '--checkpoint=192']
+TRAIN = ['--preset=digits', '--rampup=0.0001', '--channels=16', '--batch=32', '--status=64', '--snapshot=0', '--checkpoint=192']
 
 U_NET = dict(img_resolution=8, img_channels=3, label_dim=10)
 EDM = U_NET | dict(model_channels=32, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4])

@@ -278,7 +278,8 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path, digits):
 
 
 @pytest.mark.parametrize('options, message', [
-    (['--channels=16'], 'network'), (['--seed=1'], '--seed'), (['--batch=32'], '--batch')])
+    (['--channels=16'], 'network'), (['--seed=1'], '--seed'), (['--batch=32'], '--batch'),
+    (['--xflip=True', '--batch=32'], '--batch'), (['--xflip=True'], '--xflip')])
 def test_another_recipe_does_not_resume(digits, finished, options, message):
     error = fails('train_edm2.py', f'--outdir={finished}', f'--data={digits}', *TINY, *options)
     assert message in error and str(finished) in error

@@ -17,7 +17,7 @@ from training.snapshot import load_snapshot
 
 EDM = ['--duration-rule=fixed', '--rampup=0.0005', '--batch=100', '--num-channels=8', '--num-blocks=1', '--cres=1,2',
        '--tick=0.5', '--snap=0', '--dump=1', '--ema_mode=mode1', '--dropout=0', '--seed=3', '--nosubdir']
-EDM2 = ['--preset=digits', '--channels=16', '--batch=16', '--status=16', '--snapshot=0', '--checkpoint=32']
+EDM2 = ['--preset=digits', '--rampup=0.0001', '--channels=16', '--batch=16', '--status=16', '--snapshot=0', '--checkpoint=32']
 
 
 @pytest.fixture(scope='module')

@@ -26,7 +26,7 @@ from helpers import ROOT, environment, run, script_module, write_digits
 from test_foreign import as_pickle
 from test_snapshot_tool import small
 
-from dnnlib import UserError, budget, url, util
+from dnnlib import UserError, budget, progress, url, util
 from dnnlib.image_io import encode_png
 
 DATA = bytes(range(256)) * 4000
@@ -122,7 +122,8 @@ def content(path):
         return file.read()
 
 
-def test_a_download_is_kept_and_not_needed_again(server, capsys):
+def test_a_download_is_kept_and_not_needed_again(server, capsys, monkeypatch):
+    monkeypatch.setattr(progress, 'LINE_SECONDS', 0)             # it takes less than a minute
     path = url.download(server.url)
     assert content(path) == DATA and os.path.basename(path).endswith('-net.pkl')
     assert 'Downloading net.pkl' in capsys.readouterr().err

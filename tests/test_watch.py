@@ -213,7 +213,7 @@ def test_every_training_is_measured(digits, heldout, tmp_path, trainer, request)
     given = [arg.replace('1e30', '1e-4').replace('1e3', '1e-4') for arg in given]
     dest = '--logdir' if trainer == 'long_tail' else '--outdir'
     name = '--eval_metrics' if trainer == 'long_tail' else '--eval'
-    no_grids = {'edm': ['--snap=0'], 'long_tail': ['--sample_step=0']}.get(trainer, [])
+    no_grids = {'edm': ['--snap=0'], 'long_tail': ['--sample_step=0', '--img_channels=3']}.get(trainer, [])
     out = helpers.invoke(script, *given, *no_grids, f'{dest}={tmp_path}', f'{name}=fd_pixels', '--eval_num=16', '--eval_steps=2',
                          '--eval_every=100000', f'--heldout={heldout}', f'--eval_ref={digits}', '--keep_best=true')
     rows = rows_of(tmp_path / 'metrics.jsonl')

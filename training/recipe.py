@@ -176,6 +176,8 @@ def check_changes(state: dict, settings: dict, allow: bool) -> list[str]:
         raise CheckpointError(f'{state["path"]} does not say what run it is of '
                               f'({one_line(error)})') from None
     refused = [path for path in found if path.split('.')[0] not in RUNNING]
+    # The size and the fingerprints follow from other fields, which are named first.
+    refused.sort(key=lambda path: path.endswith(('dataset.size', 'fingerprint')))
     if refused and not allow:
         more = f' and {len(refused) - 1} more' if len(refused) > 1 else ''
         # What is called a name goes by the field that it is the name of.

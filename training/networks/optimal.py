@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from dnnlib import UserError
+from training.data.dataset import resolution_of
 from training.networks.layers import Denoiser
 
 BLOCK_ELEMENTS = 1 << 24    # values of training images that are turned into float32 at once
@@ -28,7 +29,7 @@ class OptimalDenoiser(Denoiser):
     """
 
     def __init__(self, images, label_ids=None, label_dim: int = 0):
-        super().__init__(images.shape[2:], images.shape[1], label_dim)
+        super().__init__(resolution_of(*images.shape[2:]), images.shape[1], label_dim)
         # A parameter, so that it moves with the module and tells its device; nothing trains it.
         self.images = torch.nn.Parameter(torch.as_tensor(images).flatten(1), requires_grad=False)
         ids = torch.as_tensor(label_ids, dtype=torch.int64) if label_dim else None
