@@ -25,7 +25,7 @@ with lazy.imports(__name__ == '__main__'):
 from metrics import compare as comparing
 from metrics import compute
 from metrics.shares import interval_of, parts_of, with_intervals
-from metrics.sweep import Span, Sweep, direction, parse_sweep, picture_of
+from metrics.sweep import Sweep, direction, parse_sweep, picture_of
 from training.data.arrays import with_key
 from training.data.images import holds_images, open_dataset, open_images, pixels_of
 
@@ -562,13 +562,12 @@ def sweep_guidance(name: str, values, points: int, detection, source, comparison
         ends = {'interval-low': low, 'interval-high': high} | {name: value}
         return dict(guidance_interval=tuple(ends.values()))
 
-    ends = (values.low, values.high) if isinstance(values, Span) else values
-    opened = open_generator(**network | guiding(ends[-1]), class_=class_, sampler=sampler)
+    opened = open_generator(**network | guiding(values[-1]), class_=class_, sampler=sampler)
 
     def at(value: float):
         return dataclasses.replace(opened, options=opened.options | guiding(value))
 
-    for end in ends:
+    for end in values:
         options = at(end).options
         Guided(None, None, options['guide'], options['guidance'], options['guidance_interval'])
     metrics, detectors, reference, unseen = open_comparison(detection, source, **comparison)

@@ -59,6 +59,36 @@ def measure(expdir, name, seeds, training, batch, subdirs, search, limit, **opti
     return generator.snapshot.nimg, copies
 
 
+def open_training(expdir: str, knn_ref: str | None):
+    """(path, images) of `knn_ref`, else of what the run learned. Raises UserError if that is not
+    here, or has changed.
+    """
+    run_options = runs.read_options(expdir)
+    data = knn_ref or runs.path_of(expdir, 'data')
+    if data is None:
+        raise UserError(f'{expdir}/training_options.json names no training set; give --knn-ref')
+    if kind_of(data) is None:
+        raise UserError(f'the training set {data} of {expdir} is not here; give --knn-ref')
+    xflip = bool(run_options.get('xflip'))
+    training = pixels_of(open_dataset(data, use_labels=False, xflip=xflip))
+    recorded = run_options.get('dataset', {}).get('fingerprint', training.fingerprint)
+    if not knn_ref and recorded != training.fingerprint:
+        raise UserError(f'{data} has changed since the run {expdir} learned it; give --knn-ref')
+    return data, training
+
+
+def is_same(earlier: dict, settings: dict, paths: dict) -> bool:
+    """Whether the rows of a log, of the settings `earlier`, are of these settings, wherever run
+    and training set are. Logs of earlier versions know them by their paths alone.
+    """
+    if 'fingerprint' in earlier:
+        ours = settings
+        earlier = util.without(earlier, paths)
+    else:
+        ours = util.without(settings, ['fingerprint']) | paths
+    return earlier == json.loads(json.dumps(ours))
+
+
 def save_trajectory(path: str, rows: list[dict], title: str):
     """Memorization ratio against thousands of training images, a curve for each EMA width."""
     curves = {}
@@ -107,17 +137,7 @@ def main(expdir, knn_ref, log, seeds, subdirs, closeness, class_, batch, sampler
     if not snapshots:
         raise UserError('holds no network-snapshot-*.pkl; give the folder of a run',
                         'expdir', expdir)
-    run_options = runs.read_options(expdir)
-    data = knn_ref or runs.path_of(expdir, 'data')
-    if data is None:
-        raise UserError(f'{expdir}/training_options.json names no training set; give --knn-ref')
-    if kind_of(data) is None:
-        raise UserError(f'the training set {data} of {expdir} is not here; give --knn-ref')
-    xflip = bool(run_options.get('xflip'))
-    training = pixels_of(open_dataset(data, use_labels=False, xflip=xflip))
-    recorded = run_options.get('dataset', {}).get('fingerprint', training.fingerprint)
-    if not knn_ref and recorded != training.fingerprint:
-        raise UserError(f'{data} has changed since the run {expdir} learned it; give --knn-ref')
+    data, training = open_training(expdir, knn_ref)
     stem, ending = os.path.splitext(log or os.path.join(expdir, 'mem_ratio.json'))
     if ending == '.png':
         raise UserError(f'is the name of a picture; give e.g. {stem}.json', 'log', log)
@@ -137,13 +157,9 @@ def main(expdir, knn_ref, log, seeds, subdirs, closeness, class_, batch, sampler
     how = dict(space=closeness['space'], neighbors=search.k, shifts=closeness['shifts'],
                limit=limit)
     settings |= {key: value for key, value in how.items() if value != AS_PUBLISHED[key]}
-    content = dict(fingerprint=training.fingerprint)
-    if 'fingerprint' in earlier:
-        same = util.without(earlier, paths) == json.loads(json.dumps(settings | content))
-    else:                                                      # of an earlier version
-        same = earlier == json.loads(json.dumps(settings | paths))
-    known = known if same else {}
-    settings |= paths | content
+    settings['fingerprint'] = training.fingerprint
+    known = known if is_same(earlier, settings, paths) else {}
+    settings |= paths
     if subdirs:
         samples = os.path.join(expdir, 'samples')
         click.get_current_context().with_resource(runs.claimed(samples, 'generating'))

@@ -25,7 +25,6 @@ from metrics import compute
 from metrics.shares import Estimate
 from metrics.sweep import (
     HELDOUT,
-    Span,
     Sweep,
     direction,
     parse_metric,
@@ -135,8 +134,7 @@ def reconstruct_command(**opts):
 
 def _range(values: str):
     found = parse_values(values)
-    ends = (found.low, found.high) if isinstance(found, Span) else found
-    STDS.function(','.join(map(str, ends)))
+    STDS.function(','.join(map(str, found)))
     return found
 
 

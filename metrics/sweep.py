@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from typing import NamedTuple
 
 from dnnlib import UserError, lazy
 from dnnlib.util import publishable, to_json, write_json
@@ -61,8 +62,7 @@ PARAMETERS = {
     'interval-high': Parameter('noise level up to which is guided')}
 
 
-@dataclasses.dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """A range of values."""
 
     low: float
@@ -90,8 +90,7 @@ def parse_sweep(text: str) -> tuple[str, Span | list[float]]:
         raise ValueError('write guidance=LO:HI, interval-low=LO:HI or interval-high=LO:HI, or '
                          'values, e.g. guidance=1,1.5,2')
     values = parse_values(values)
-    ends = (values.low, values.high) if isinstance(values, Span) else values
-    if PARAMETERS[name].is_log and min(ends) <= 0:
+    if PARAMETERS[name].is_log and min(values) <= 0:
         raise ValueError('noise levels of a sweep are above 0')
     return name, values
 

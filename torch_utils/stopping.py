@@ -100,3 +100,13 @@ def stop_point():
     """
     if Stopper.current is not None and dist.any_rank(Stopper.current.requested):
         raise Stopped
+
+
+def turns(items):
+    """What each process takes of a sequence, in rounds with a `stop_point` behind each: the items
+    of a round go to the processes in order, and to those that are left over None.
+    """
+    world = dist.get_world_size()
+    for place in range(dist.get_rank(), -(-len(items) // world) * world, world):
+        yield items[place] if place < len(items) else None
+        stop_point()

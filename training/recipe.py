@@ -302,8 +302,8 @@ def cost(recipe: Recipe, net: torch.nn.Module, loss: Callable, batches,
     _, count = loop.shares(recipe)
     bytes_of = {
         'weights': size_of([*parameters, *net.buffers()]),
-        'gradients': size_of(parameters), 'optimizer': _moments(recipe) * size_of(parameters),
-        'averages': len(loop.averages_of(recipe)) * size_of([*parameters, *net.buffers()])}
+        'gradients': size_of(parameters), 'optimizer': _moments(recipe) * size_of(parameters)}
+    bytes_of['averages'] = len(loop.averages_of(recipe)) * bytes_of['weights']
     for frozen in batches.frozen:
         bytes_of['teacher'] = size_of([*frozen.parameters(), *frozen.buffers()])
         frozen.to('meta')
@@ -373,7 +373,7 @@ def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: 
     torch.backends.cudnn.benchmark = recipe.bench
     trainer = loop.Trainer(recipe, net, loss, batches, run_dir, options, layout, outputs,
                            advice)
-    measurements = None if watch is None else watch.start(trainer, batches)
+    measurements = None if watch is None else watch.start(trainer)
     if measurements:
         trainer.outputs = (*trainer.outputs, measurements.output())
     if dry_run:
@@ -386,6 +386,36 @@ def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: 
         plan['cost'] = cost(recipe, net, loss, batches, seconds)
         dist.print0(to_json(plan, indent=2))
         return False
+    state, changed = _load_checkpoint(trainer, resume_from, allow_changes)
+    if state is not None and trainer.is_complete() and not (changed and allow_changes):
+        with runs.claimed(run_dir, 'training'):
+            for line in (f'Already complete: {trainer.nimg} images', *trainer.results()):
+                dist.print0(line)
+        return True
+    start = [f'Starting at {recipe.first_nimg} images']
+    transferred = {}
+    if state is not None:
+        start = [f'Resuming from {trainer.nimg} images ({state["path"]})']
+    elif recipe.transfer:
+        table = transfer(net, recipe)
+        trainer.ema.restart(net)
+        transferred['transfer'] = table.summary
+        start += table.lines()
+    lines = [*_heading(recipe, net, run_dir, options), *start]
+    if measurements:
+        measurements.prepare()
+    try:
+        trainer.run(lines, changed, files, wandb, transferred)
+    except Diverged:
+        dist.barrier()          # the first process has more to close, and launchers end the others
+        raise
+    return trainer.complete
+
+
+def _load_checkpoint(trainer, resume_from: str | None, allow_changes: bool):
+    """(state, changes of the recipe since) of the checkpoint that the run goes on from: the newest
+    in its folder, else `resume_from`; (None, []) for a new run.
+    """
     changed = []
 
     def use(state):
@@ -398,43 +428,27 @@ def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: 
             raise UserError('is no file', 'resume_from', resume_from)
         state = trainer.checkpoints.load(resume_from)
         use(state)
-    start = [f'Starting at {recipe.first_nimg} images']
-    transferred = {}
-    if state is None and recipe.transfer:
-        table = transfer(net, recipe)
-        trainer.ema.restart(net)
-        transferred['transfer'] = table.summary
-        start += table.lines()
     if state is not None:
         unknown = {} if 'identity' in state else {'tf32': False}
-        if 'tf32' not in runs.read_options(run_dir).get('starts', [unknown])[0]:
+        if 'tf32' not in runs.read_options(trainer.run_dir).get('starts', [unknown])[0]:
             dist.set_tf32(dist.uses_tf32(), convolutions=True)  # as it began, in earlier versions
-        start = [f'Resuming from {trainer.nimg} images ({state["path"]})']
-        if trainer.is_complete() and not (changed and allow_changes):
-            with runs.claimed(run_dir, 'training'):
-                for line in (f'Already complete: {trainer.nimg} images', *trainer.results()):
-                    dist.print0(line)
-            return True
-    parameters = sum(p.numel() for p in net.parameters())
+    return state, changed
+
+
+def _heading(recipe: Recipe, net: torch.nn.Module, run_dir: str, options: dict | None):
+    """The first lines of a log: what is trained on what, where, and by which command."""
     data = recipe.dataset
-    size = data.get('size')
     images = ''
-    if size:
+    if size := data.get('size'):
         shape = data.get('num_channels'), *sides(data.get('resolution', 0))
         images = f'{size} images of {"x".join(map(str, shape))}, '
-    loss_name = recipe.loss.get('name', '')
-    lines = (
-        f'Data: {data.get("name")}, {images}{data.get("label_dim")} classes',
-        f'Network: {type(net).__name__}, {parameters / 1e6:.2f}M parameters, loss {loss_name}, '
-        f'on {dist.environment()["device"]}, {dist.get_world_size()} process(es), batch '
-        f'{recipe.batch}, to {recipe.total_nimg} images', f'Run: {run_dir}',
-        f'Command: {shlex.join(command_line())}',
-        *(f'Path of {name}: {path}' for name, path in runs.private_paths(options).items()), *start)
-    if measurements:
-        measurements.prepare()
-    try:
-        trainer.run(lines, changed, files, wandb, transferred)
-    except Diverged:
-        dist.barrier()          # the first process has more to close, and launchers end the others
-        raise
-    return trainer.complete
+    parameters = sum(p.numel() for p in net.parameters())
+    yield f'Data: {data.get("name")}, {images}{data.get("label_dim")} classes'
+    yield (f'Network: {type(net).__name__}, {parameters / 1e6:.2f}M parameters, loss '
+           f'{recipe.loss.get("name", "")}, on {dist.environment()["device"]}, '
+           f'{dist.get_world_size()} process(es), batch {recipe.batch}, to {recipe.total_nimg} '
+           'images')
+    yield f'Run: {run_dir}'
+    yield f'Command: {shlex.join(command_line())}'
+    for name, path in runs.private_paths(options).items():
+        yield f'Path of {name}: {path}'

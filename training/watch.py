@@ -13,7 +13,7 @@ import numpy as np
 from dnnlib import UserError, budget
 from dnnlib.util import to_json, write_bytes
 from torch_utils import distributed as dist
-from torch_utils.stopping import stop_point
+from torch_utils.stopping import turns
 from training.data.batches import DatasetBatches
 from training.data.images import open_images, reference_at
 from training.diffusion.heldout import heldout_loss, open_fitting, plain_loss
@@ -48,12 +48,12 @@ class Watch:
     def __bool__(self):
         return bool(self.eval_metrics or self.heldout)
 
-    def start(self, trainer, batches) -> 'Measurements | None':
+    def start(self, trainer) -> 'Measurements | None':
         """The measurements of a run, if anything is to be measured. Raises UserError for what does
         not fit.
         """
         if self:
-            return Measurements(self, trainer, batches)
+            return Measurements(self, trainer)
         for name in ('eval_every', 'eval_ref', 'keep_best', 'patience'):
             if value := getattr(self, name):
                 raise UserError('needs something to measure: metrics, or held-out images', name,
@@ -67,7 +67,8 @@ class Measurements:
     The first of the metrics, or the held-out loss without any, says which is the best.
     """
 
-    def __init__(self, options: Watch, trainer, batches):
+    def __init__(self, options: Watch, trainer):
+        batches = trainer.batches
         self.options = options
         self.trainer = trainer
         self.encoder = trainer.snapshot['encoder']
@@ -150,14 +151,11 @@ class Measurements:
         name = 'ddim' if chain else 'flow' if (own or {}).get('name') == 'flow' else 'dpmpp-2m'
         sampler = choose_setting(net, own, {'name': name, 'num_steps': steps})
         num = self.options.eval_num
-        starts = range(0, num, BATCH)
-        world = dist.get_world_size()
-        for first in range(0, len(starts), world):
-            for start in starts[first:][dist.get_rank():][:1]:
+        for start in turns(range(0, num, BATCH)):
+            if start is not None:
                 yield from ((part.seeds, part.images, part.labels) for part in generate_images(
                     net, self.encoder, range(start, min(start + BATCH, num)), batch=BATCH,
                     sampler=sampler, split=False))
-            stop_point()
 
     # --- All of them ----------------------------------------------------------------------------
 

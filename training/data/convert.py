@@ -192,16 +192,8 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
         _check_size(width, width if transform == 'center-crop-wide' else height)
     if not skip_corrupt:
         source.require_whole()
-    kept = []
+    found = _Found(selection, source, skip_corrupt)
     names = []
-    skipped = list(source.damaged)
-    places = tuple(f'{part.name}{sign}' for part in getattr(source, 'sources', [source])
-                   for sign in ('/', ': '))
-    rejected = 0
-    reshaped = []
-    dark = []
-    flattened = []
-    shape = None
     with contextlib.ExitStack() as stack:
         # Products of small matrices are no work for more threads than workers.
         stack.enter_context(threadpoolctl.threadpool_limits(1))
@@ -219,66 +211,103 @@ def convert(source: Source, selection: Selection, dest: str, *, resolution=None,
             positions = range(position, position + count)
             position += count
             bar.update(count)
-            match result:
-                case None:
-                    rejected += 1
-                case Exception() as error:
-                    message = str(error) if where in str(error) else f'{where}: {error}'
-                    if error.field:                    # it is sound, but not allowed
-                        raise UserError(message, error.field)
-                    if not skip_corrupt:
-                        raise UserError(f'{message}; mend the file, or skip corrupt files')
-                    skipped.append(message)
-                case _Pngs(files, crcs, image_shape, of_other_shape, is_dark, is_flattened):
-                    if shape is None:
-                        shape = image_shape
-                        _check_size(shape[1], shape[0], where)
-                    if image_shape != shape:
-                        raise UserError(f'{where} gives {image_shape[1]}x{image_shape[0]} pixels, '
-                                        f'but images before it {shape[1]}x{shape[0]}; '
-                                        'give a resolution (and a transform)')
-                    reshaped += itertools.compress(positions, of_other_shape)
-                    if not source.in_memory:
-                        dark += itertools.compress(positions, is_dark)
-                    flattened += itertools.compress(positions, is_flattened)
-                    kept += positions
-                    names += map(image_name, positions)
-                    out.add_alike(names[-count:], files, crcs)
-        if shape is None:
+            if isinstance(result, _Pngs):
+                found.keep(result, positions, where)
+                names += map(image_name, positions)
+                out.add_alike(names[-count:], result.files, result.crcs)
+            else:
+                found.leave_out(result, where)
+        if found.shape is None:
             raise UserError(f'{source.name}: none of {len(selection)} images is left '
-                            f'({rejected} rejected by {transform}, {len(skipped)} damaged)')
-        labels = None if selection.labels is None else selection.labels[kept]
+                            f'({found.rejected} rejected by {transform}, {len(found.skipped)} '
+                            'damaged)')
+        labels = None if selection.labels is None else selection.labels[found.kept]
         out.describe(names, labels, {
             **class_tables(selection), 'source': source.name,
-            'resolution': resolution_of(*shape),
+            'resolution': resolution_of(*found.shape),
             'channels': None if channels == 3 else channels,
             'transform': transform, 'bits': None if source.bits == 16 else source.bits,
-            **selection.rule, **(notes or {}),
-            'skipped': [_inside(message, places) for message in skipped] or None})
+            **selection.rule, **(notes or {}), 'skipped': found.skipped_inside() or None})
     counts = None
     if selection.classes is not None:
         counts = np.bincount(labels, minlength=len(selection.classes))
-    notes = []
-    if selection.labels is None and source.labels is not None and source.implied:
-        notes.append(f'one folder alone ({source.class_names[0]}) gives no labels')
-    for positions, what in (
-            (reshaped, f'are of another shape and were '
-                       f'{"squashed" if transform == "stretch" else "cropped"}'),
-            (flattened, 'are transparent and were laid on white; with 4 channels they stay so'),
-            (dark, 'use less than a quarter of their range; where files of 16 bits hold values of '
-                   'fewer, name the bits')):
-        if positions:
-            where = source.where(int(selection.indices[positions[0]]))
-            notes.append(f'{len(positions)} of {len(kept)} pictures {what}: {where}'
-                         + ', ...' * (len(positions) > 1))
-    notes += _of_presets(*shape)
-    return Converted(len(kept), (*shape, channels), rejected, skipped, source, selection, counts,
-                     notes)
+    return Converted(len(found.kept), (*found.shape, channels), found.rejected, found.skipped,
+                     source, selection, counts, found.notes(transform))
 
 
-def _inside(message: str, places: tuple) -> str:
-    """A message about a file without the folder or zip that it is in, one of `places`."""
-    return message[max((len(place) for place in places if message.startswith(place)), default=0):]
+class _Found:
+    """What came of the images of a selection: positions in it that were kept, their one shape
+    [H,W] (None: no image yet), damaged files that were left out, the number of those that the
+    transform rejected, and positions of images of which a note tells.
+    """
+
+    def __init__(self, selection: Selection, source: Source, skip_corrupt: bool):
+        self.selection = selection
+        self.source = source
+        self.skip_corrupt = skip_corrupt
+        self.kept = []
+        self.shape = None
+        self.skipped = list(source.damaged)
+        self.rejected = 0
+        self.reshaped = []
+        self.flattened = []
+        self.dark = []
+
+    def keep(self, pngs: '_Pngs', positions: range, where: str):
+        """Raises UserError for images of another shape than those before."""
+        height, width = pngs.shape
+        if self.shape is None:
+            self.shape = pngs.shape
+            _check_size(width, height, where)
+        if pngs.shape != self.shape:
+            raise UserError(f'{where} gives {width}x{height} pixels, but images before it '
+                            f'{self.shape[1]}x{self.shape[0]}; give a resolution (and a '
+                            'transform)')
+        self.kept += positions
+        self.reshaped += itertools.compress(positions, pngs.reshaped)
+        self.flattened += itertools.compress(positions, pngs.flattened)
+        if not self.source.in_memory:
+            self.dark += itertools.compress(positions, pngs.dark)
+
+    def leave_out(self, error: Exception | None, where: str):
+        """An image that the transform rejects (None), or a damaged one. Raises UserError for what
+        may not be left out.
+        """
+        if error is None:
+            self.rejected += 1
+            return
+        message = str(error) if where in str(error) else f'{where}: {error}'
+        if error.field:                                        # it is sound, but not allowed
+            raise UserError(message, error.field)
+        if not self.skip_corrupt:
+            raise UserError(f'{message}; mend the file, or skip corrupt files')
+        self.skipped.append(message)
+
+    def skipped_inside(self) -> list[str]:
+        """The damaged files without the folder or zip that they are in."""
+        places = [f'{part.name}{sign}' for part in getattr(self.source, 'sources', [self.source])
+                  for sign in ('/', ': ')]
+        return [message[max((len(place) for place in places if message.startswith(place)),
+                            default=0):] for message in self.skipped]
+
+    def notes(self, transform: str | None) -> list[str]:
+        """What a user may want to know of the images that were kept."""
+        source = self.source
+        notes = []
+        if self.selection.labels is None and source.labels is not None and source.implied:
+            notes.append(f'one folder alone ({source.class_names[0]}) gives no labels')
+        for positions, what in (
+                (self.reshaped, f'are of another shape and were '
+                                f'{"squashed" if transform == "stretch" else "cropped"}'),
+                (self.flattened,
+                 'are transparent and were laid on white; with 4 channels they stay so'),
+                (self.dark, 'use less than a quarter of their range; where files of 16 bits hold '
+                            'values of fewer, name the bits')):
+            if positions:
+                where = source.where(int(self.selection.indices[positions[0]]))
+                notes.append(f'{len(positions)} of {len(self.kept)} pictures {what}: {where}'
+                             + ', ...' * (len(positions) > 1))
+        return notes + _of_presets(*self.shape)
 
 
 def _of_presets(height: int, width: int) -> list[str]:

@@ -15,7 +15,7 @@ from dnnlib.util import subset
 from torch_utils import distributed as dist
 from torch_utils.random import StackedRandomGenerator, tuple_seed
 from torch_utils.stats import BINS, LEVELS
-from torch_utils.stopping import stop_point
+from torch_utils.stopping import turns
 from training.data.images import open_dataset
 from training.diffusion.losses import LOSSES, DDPMLoss
 
@@ -135,14 +135,12 @@ def heldout_loss(net, loss, encoder, dataset, num: int | None = None, seed: int 
     indices = subset(len(dataset), len(dataset) if num is None else num, seed)
     rows = {}
     starts = range(0, len(indices), IMAGES)
-    world = dist.get_world_size()
-    rounds = range(0, len(starts), world)
-    for first in progress.bar(rounds, dist.get_rank() == 0, desc='Held-out loss', leave=False):
-        start = starts[first:][dist.get_rank():][:1]
-        for position in start:
+    own = progress.bar(turns(starts), dist.get_rank() == 0, desc='Held-out loss', leave=False,
+                       total=-(-len(starts) // dist.get_world_size()))
+    for position in own:
+        if position is not None:
             part = indices[position:position + IMAGES]
             rows[position] = _losses(net, loss, encoder, dataset, part, seed, device)
-        stop_point()
     rows = {key: value for part in dist.gather_objects(rows) for key, value in part.items()}
     losses, sigmas = zip(*(rows[key] for key in sorted(rows)), strict=True)
     return HeldOut(np.concatenate(losses), np.concatenate(sigmas))

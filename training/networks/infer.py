@@ -10,6 +10,7 @@ import dataclasses
 
 from torch_utils.files.identify import family
 from torch_utils.files.pickles import ForeignPickleError
+from training.data.dataset import resolution_of
 from training.networks.adm import CHANNEL_MULT
 
 
@@ -130,7 +131,7 @@ def _edm2(state, options) -> Architecture:
     sizes = sorted({tuple(map(int, layer.partition('_')[0].split('x'))) for layer in layers},
                    reverse=True)
     height, width = sizes[0]
-    resolution = height if height == width else [height, width]
+    resolution = resolution_of(height, width)
     blocks = [f'unet.enc.{rows}x{columns}_block' for rows, columns in sizes]
     width = len(state['unet.emb_fourier.freqs'])
     labels = state.get('unet.emb_label.weight')
