@@ -134,6 +134,9 @@ def test_the_teachers_steps_count():
     steps = cost['gflop_of_an_image']
     assert 3.5 < steps['step'] / (steps['forward'] / 2) < 4.1           # forward of both, backward of one
     assert cost['epochs'] is None
+    teacher.net, teacher.guide = build_network(**arguments), build_network(**arguments)
+    guided = recipe.cost(rules, student, DKDMLoss(student.diffusion, teacher), source)
+    assert guided['memory_gib']['teacher'] == pytest.approx(2 * cost['memory_gib']['teacher'], rel=1e-3)
 
 
 # --- Presets and options ----------------------------------------------------------------------------------------------

@@ -304,8 +304,10 @@ def cost(recipe: Recipe, net: torch.nn.Module, loss: Callable, batches,
         'weights': size_of([*parameters, *net.buffers()]),
         'gradients': size_of(parameters), 'optimizer': _moments(recipe) * size_of(parameters)}
     bytes_of['averages'] = len(loop.averages_of(recipe)) * bytes_of['weights']
+    if batches.frozen:
+        bytes_of['teacher'] = sum(size_of([*frozen.parameters(), *frozen.buffers()])
+                                  for frozen in batches.frozen)
     for frozen in batches.frozen:
-        bytes_of['teacher'] = size_of([*frozen.parameters(), *frozen.buffers()])
         frozen.to('meta')
     step = training_step(net, loss, batches.example, count)
     bytes_of['activations'] = step['activations']
