@@ -17,7 +17,7 @@ with lazy.imports(__name__ == '__main__'):
     from metrics.memorization import find_copies, open_search
     from metrics.statistics import Statistics, is_statistics, load_statistics, save_statistics
     from torch_utils import distributed as dist
-    from training.diffusion.heldout import heldout_loss, open_fitting, plain_loss
+    from training.diffusion.heldout import loss_of_snapshot
     from training.diffusion.samplers import Guided
     from training.generate import open_generator
     from training.snapshot import load_denoiser, load_snapshot
@@ -401,11 +401,10 @@ def heldout(net, heldout, baseline, num, seed, dest, precision, allow_nonfinite)
     found = {}
     for path in filter(None, (net, baseline)):
         snapshot = load_denoiser(path, dist.get_device(), allow_nonfinite=allow_nonfinite)
-        data = open_fitting(heldout, snapshot.net, snapshot.encoder, snapshot.dataset)
+        measure, data = loss_of_snapshot(snapshot, heldout)
         if data.fingerprint and data.fingerprint == snapshot.dataset.get('fingerprint'):
             dist.print0(f'Note: {path} was trained on {heldout}: this is no held-out loss')
-        loss = plain_loss(snapshot.net, snapshot.recipe.get('loss'))
-        found[path] = heldout_loss(snapshot.net, loss, snapshot.encoder, data, num, seed)
+        found[path] = measure(num, seed)
     if dist.get_rank() == 0:
         ours = found[net]
         results = ours.results()

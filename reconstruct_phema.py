@@ -18,7 +18,7 @@ with lazy.imports(__name__ == '__main__'):
     from torch_utils.files.weights import check_finite, fingerprint
     from training import phema, snapshot
     from training.data.images import open_images, reference_at
-    from training.diffusion.heldout import heldout_loss, open_fitting, plain_loss
+    from training.diffusion.heldout import loss_of_snapshot
     from training.generate import open_generator
 
 from metrics import compute
@@ -219,11 +219,10 @@ def loss_of(result, heldout, num: int, seed: int):
     """(function() -> the held-out loss of a Snapshot as it is then, what it depends on)."""
     if heldout is None:
         raise UserError('is needed: images that were never trained on', HELDOUT)
-    data = open_fitting(heldout, result.net, result.encoder, result.dataset)
-    loss = plain_loss(result.net, result.recipe.get('loss'))
+    measure, data = loss_of_snapshot(result, heldout)
 
     def values() -> dict:
-        found = heldout_loss(result.net, loss, result.encoder, data, num, seed)
+        found = measure(num, seed)
         return {HELDOUT: Estimate.of_images(found.results()[HELDOUT], found.of_images)}
 
     return values, dict(data_fingerprint=data.fingerprint)

@@ -31,6 +31,7 @@ from dnnlib import UserError, budget, cli, lazy, pictures, progress, util
 with lazy.imports():
     import matplotlib.pyplot as plt
     import pandas as pd
+    from scipy.special import stdtrit
 
 os.environ['MPLBACKEND'] = 'Agg'                              # of pyplot: needs no display
 ROOT = Path(__file__).resolve().parent
@@ -295,6 +296,33 @@ def pixel_distance(path: str, reference: str, digit: int | None = None) -> float
     return ours.distance(theirs)
 
 
+def interval_column(column: str) -> str:
+    """Name of the column with the half-width of the 95% interval of a column."""
+    return f'95% interval of {column}'
+
+
+def half_width(values):
+    """Half-width of the 95% interval of the mean of a pandas column, or of each of its groups, by
+    Student's t; NaN for fewer than two values."""
+    return stdtrit(values.count() - 1, 0.975) * values.sem()
+
+
+def average(rows: pd.DataFrame, keys: list[str], measured=()) -> pd.DataFrame:
+    """Means over seeds, one row for each value of `keys`, in ascending order.
+
+    What does not exist (NaN) is left out; where none exists the mean is NaN. For columns that are
+    `measured` others are added: `seeds`, how many values of the first one went into the mean, and
+    the half-width of each 95% interval.
+    """
+    groups = rows.groupby(keys)
+    table = groups.mean()
+    if measured:
+        table['seeds'] = groups[measured[0]].count()
+    for name in measured:
+        table[interval_column(name)] = half_width(groups[name])
+    return table.reset_index()
+
+
 def save_tables(outdir: str, **tables) -> list[str]:
     """Writes pandas tables as <name>.csv, with - for _ and six digits, and returns those names."""
     names = [f'{name.replace("_", "-")}.csv' for name in tables]
@@ -314,6 +342,14 @@ def plus_minus(table: pd.DataFrame, name: str, error: str, form: str, scale=1) -
 
     pairs = scale * table.reindex(columns=[name, error])
     return pd.Series(map(text, pairs[name], pairs[error]), table.index)
+
+
+def texts(table: pd.DataFrame, keys: list[str], titles: dict, form: str) -> pd.DataFrame:
+    """The columns `keys` of averages, and those in `titles` {title: column} with their intervals,
+    to be printed."""
+    return table[keys].assign(**{
+        title: plus_minus(table, name, interval_column(name), form)
+        for title, name in titles.items()})
 
 
 def styled(function):

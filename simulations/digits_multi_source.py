@@ -25,7 +25,7 @@ with lazy.imports(__name__ == '__main__'):
     from training.generate import open_generator
 
 import studies
-from simulations import plotting, tables
+from simulations import plotting
 from studies import WHOLE, compared, setting
 from training.data import convert
 from training.data.images import save_npz_images
@@ -177,7 +177,7 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
     values = results.groupby(['n', 'seed', 'sources'])[['fd', TRAINING]].mean()
     by_sources = values['fd'].unstack()
     values['single - multi'] = (-by_sources).add(by_sources[1], axis=0).drop(columns=1).stack()
-    summary = tables.average(values, ['n', 'sources'], list(MEASURES.values()))
+    summary = studies.average(values, ['n', 'sources'], list(MEASURES.values()))
     summary = summary.set_index(['n', 'sources'])
     single = summary['fd'].xs(1, level='sources')
     summary['single - multi, % of single'] = 100 * summary['single - multi'].div(single, level='n')
@@ -186,7 +186,7 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
 
 def show(summary: pd.DataFrame):
     """Prints the averages."""
-    shown = tables.texts(summary, ['n', 'sources'], MEASURES, '.0f')
+    shown = studies.texts(summary, ['n', 'sources'], MEASURES, '.0f')
     shown['gain %'] = studies.plus_minus(summary, 'single - multi, % of single', '', '+.0f')
     print('\nFrechet distance of pixels to held-out digits, mean ± 95% interval over seeds:\n'
           + shown.to_string(index=False))
@@ -197,7 +197,7 @@ def draw(results: pd.DataFrame):
     """Distance in thousands against the number of sources, a panel for each n; thin lines are the
     classes, the dotted one the training images."""
     table = results.assign(fd=results['fd'] / 1000, multi=results['sources'] > 1)
-    shared = dict(x='sources', y='fd', group='multi', each='class', interval=tables.half_width,
+    shared = dict(x='sources', y='fd', group='multi', each='class', interval=studies.half_width,
                   labels={False: 'single-source', True: 'multi-source'},
                   xlabel=plotting.LABELS['K'], ylabel='Fréchet distance (thousands)')
     groups = dict(list(table.groupby('n')))

@@ -38,7 +38,7 @@ def caption(rows: pd.DataFrame, seed_rows: pd.DataFrame, varied: list[str]) -> s
 
 def draw_errors(axis, rows: pd.DataFrame, x: str, y: str, **style):
     """One empirical curve, with 95% intervals if the table has them."""
-    axis.errorbar(rows[x], rows[y], yerr=rows.get(tables.interval_column(y)), elinewidth=0.8,
+    axis.errorbar(rows[x], rows[y], yerr=rows.get(studies.interval_column(y)), elinewidth=0.8,
                   **style)
 
 
@@ -111,7 +111,7 @@ def draw_grid(rows: pd.DataFrame, seed_rows: pd.DataFrame, x: str, y: str):
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
         values = cells[name].unstack()
         axis.imshow(values, origin='lower', aspect='auto', cmap='Wistia')  # light throughout
-        texts = studies.plus_minus(cells, name, tables.interval_column(name), '.3f').unstack()
+        texts = studies.plus_minus(cells, name, studies.interval_column(name), '.3f').unstack()
         for (row, column), text in np.ndenumerate(texts):
             axis.text(column, row, text.replace(' ', '\n', 1), ha='center', va='center',
                       fontsize=6)

@@ -110,7 +110,8 @@ def main(tag, seeds, dim, test_points, outdir, compared, given):
     files.
     """
     varied, fixed = plan(tag, compared, given)
-    from simulations import tables  # the options are good: what takes time to import
+    import studies  # the options are good: what takes time to import
+    from simulations import tables
 
     seeds = seeds or (SLOPE_SEEDS if tag == 'slope' else tables.PAPER_SEEDS)
     if len(set(seeds)) < len(seeds):
@@ -124,10 +125,10 @@ def main(tag, seeds, dim, test_points, outdir, compared, given):
     errors = gaussian.simulate_many(settings, seeds, test_points)
     names = list(varied)
     rows = tables.results(settings, seeds, errors, names)
-    table = tables.average(rows, names,
-                           tables.MEASURED if len(seeds) > len(tables.PAPER_SEEDS) else ())
+    table = studies.average(rows, names,
+                            tables.MEASURED if len(seeds) > len(tables.PAPER_SEEDS) else ())
     path = tables.save(folder, table, rows)
-    print(tables.texts(table, names, tables.TITLES, '.5f').to_string(index=False))
+    print(studies.texts(table, names, tables.TITLES, '.5f').to_string(index=False))
     tables.report_undefined(rows)
     took = util.format_time(time.monotonic() - start)
     print(f'{len(rows)} simulations in {took}, averages over {len(seeds)} seeds in {path}')

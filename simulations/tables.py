@@ -12,7 +12,6 @@ from dnnlib import UserError, lazy, util
 
 with lazy.imports():
     import pandas as pd
-    from scipy.special import stdtrit
 
 import studies
 
@@ -30,11 +29,6 @@ TITLES = {'bound single': BOUND_SINGLE, 'bound multi': BOUND_MULTI,
           'error multi': ERROR_MULTI, 'error advantage': ERROR_ADVANTAGE}
 MEASURES = tuple(TITLES.values())
 SLOPE_TOLERANCE = 0.03
-
-
-def interval_column(column: str) -> str:
-    """Name of the column with the half-width of the 95% interval of a column."""
-    return f'95% interval of {column}'
 
 
 def columns(varied: list[str]) -> list[str]:
@@ -55,28 +49,6 @@ def results(settings: list, seeds: list[int], errors: list[tuple], varied: list[
     return table[columns(varied)]
 
 
-def half_width(values):
-    """Half-width of the 95% interval of the mean of a pandas column, or of each of its groups, by
-    Student's t; NaN for fewer than two values."""
-    return stdtrit(values.count() - 1, 0.975) * values.sem()
-
-
-def average(rows: pd.DataFrame, keys: list[str], measured=()) -> pd.DataFrame:
-    """Means over seeds, one row for each value of `keys`, in ascending order.
-
-    What does not exist (NaN) is left out; where none exists the mean is NaN. For columns that are
-    `measured` others are added: `seeds`, how many values of the first one went into the mean, and
-    the half-width of each 95% interval.
-    """
-    groups = rows.groupby(keys)
-    table = groups.mean()
-    if measured:
-        table['seeds'] = groups[measured[0]].count()
-    for name in measured:
-        table[interval_column(name)] = half_width(groups[name])
-    return table.reset_index()
-
-
 def slope(rows: pd.DataFrame, column: str) -> tuple[float, float]:
     """Slope of log(error) against log(n) and the half-width of its 95% interval.
 
@@ -88,15 +60,7 @@ def slope(rows: pd.DataFrame, column: str) -> tuple[float, float]:
         raise UserError('a slope needs two or more sample sizes at which every source has samples',
                         'values')
     slopes = pd.Series(np.polyfit(np.log(logs.columns.to_numpy(float)), logs.T, 1)[0])
-    return slopes.mean(), half_width(slopes)
-
-
-def texts(table: pd.DataFrame, keys: list[str], titles: dict, form: str) -> pd.DataFrame:
-    """The columns `keys` of averages, and those in `titles` {title: column} with their intervals,
-    to be printed."""
-    return table[keys].assign(**{
-        title: studies.plus_minus(table, name, interval_column(name), form)
-        for title, name in titles.items()})
+    return slopes.mean(), studies.half_width(slopes)
 
 
 def report_undefined(rows: pd.DataFrame):

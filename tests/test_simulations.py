@@ -17,6 +17,7 @@ import scipy.stats
 import torch
 from click.testing import CliRunner
 
+import studies
 from benchmarks import bench_gaussian
 from simulations import gaussian, plane, plotting, run_gaussian, tables, toy_guidance
 from training.diffusion.samplers import sample
@@ -171,7 +172,7 @@ def test_error_falls_as_one_over_root_n(tmp_path):
     last = tables.load(path).iloc[-1]
     distance = math.sqrt(2 * 5 / 16000) * math.gamma(5.5) / math.gamma(5)
     expected = distance / math.sqrt(2 * math.pi)
-    assert abs(last[tables.ERROR_SINGLE] - expected) < 2 * last[tables.interval_column(tables.ERROR_SINGLE)]
+    assert abs(last[tables.ERROR_SINGLE] - expected) < 2 * last[studies.interval_column(tables.ERROR_SINGLE)]
 
 
 def test_wrong_slope_is_an_error(tmp_path):
@@ -200,7 +201,7 @@ def test_intervals_of_many_seeds(tmp_path):
     for name in tables.MEASURED:
         values = rows[name]
         low, high = scipy.stats.t.interval(0.95, 19, values.mean(), values.sem())
-        assert line[tables.interval_column(name)] == pytest.approx((high - low) / 2)
+        assert line[studies.interval_column(name)] == pytest.approx((high - low) / 2)
     run(tmp_path, '--tag=K', '--values=3', '--seeds=0-4', '--test-points=50')
     assert set(tables.load(tables.newest(tmp_path, 'K'))) == set(tables.columns([]))
 

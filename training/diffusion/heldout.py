@@ -122,6 +122,19 @@ def open_fitting(path: str, net, encoder, description: dict):
     return dataset
 
 
+def loss_of_snapshot(snapshot, path: str) -> tuple:
+    """(function(num=None, seed=0) -> the `HeldOut` of a snapshot as it then is, the data set):
+    the loss that it was trained by, on the images at `path`. Raises UserError for others than fit.
+    """
+    dataset = open_fitting(path, snapshot.net, snapshot.encoder, snapshot.dataset)
+    loss = plain_loss(snapshot.net, snapshot.recipe.get('loss'))
+
+    def measure(num: int | None = None, seed: int = 0) -> HeldOut:
+        return heldout_loss(snapshot.net, loss, snapshot.encoder, dataset, num, seed)
+
+    return measure, dataset
+
+
 @torch.no_grad()
 def heldout_loss(net, loss, encoder, dataset, num: int | None = None, seed: int = 0) -> HeldOut:
     """The loss of a network, in eval mode, on (a random `num` of) the images of a data set, which
