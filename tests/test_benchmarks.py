@@ -5,6 +5,8 @@ import io
 import json
 import pathlib
 import pickle
+import resource
+import sys
 
 import numpy as np
 import PIL.Image
@@ -16,6 +18,7 @@ from benchmarks import gpu
 from benchmarks.bench_training import NETWORKS
 from benchmarks.loop_profile import profile_loop
 from benchmarks.plain_edm2 import PlainConv, plain_network
+from torch_utils.memory import keep_freed
 from training import checkpoint
 from training.data import convert, sources
 from training.networks import build_network, edm2
@@ -109,6 +112,20 @@ def test_optimizer_state_takes_the_memory_order_of_the_weights():
     for optimizer in optimizers:
         optimizer.step()
     torch.testing.assert_close(turned, flat, rtol=0, atol=1e-7)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='is about glibc')
+def test_freed_memory_is_not_given_back_to_the_system():
+    keep_freed()
+
+    def pages_of(count):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for size in range(count):
+            torch.ones(1 << 24, dtype=torch.uint8).add_(size)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    pages_of(1)
+    assert pages_of(20) < 0.1 * 20 * (1 << 24) / resource.getpagesize()
 
 
 # --- Data -------------------------------------------------------------------------------------------------------------

@@ -16,13 +16,15 @@ import torch
 import torch.distributed
 
 from dnnlib.util import process_count, project_version, signal_handler
+from torch_utils.memory import keep_freed
 
 _host_group = None  # gloo group for agreements between hosts that must not touch the GPU
 
 
 def init(precision: str | None = None):
-    """Joins the process group of the launcher, or sets up a world of one, and sets what float32
-    means there (see `set_tf32`): called again, it does only that.
+    """Joins the process group of the launcher, or sets up a world of one that keeps the memory
+    that it has freed, and sets what float32 means there (see `set_tf32`): called again, it does
+    only that.
 
     precision  'tf32' for fast products of float32; else they are exact
     """
@@ -30,6 +32,7 @@ def init(precision: str | None = None):
     set_tf32(precision == 'tf32')
     if torch.distributed.is_initialized():
         return
+    keep_freed()
     if process_count() == 1:
         os.environ.update(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0')
     else:
