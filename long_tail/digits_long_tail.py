@@ -2,8 +2,10 @@
 
 Trains on a long tail of the digits, several seeds each: a plain conditional model, a
 class-balancing one, and a plain one that is fine-tuned with class-balancing for the last third,
-all with the same number of steps; then measures how many samples of each class a classifier
-recognises, and how much of the real digits they cover.
+all with the same number of steps. The plain model is also sampled with labels as weak as
+class-balancing training makes them, which needs no training. Each is guided more and more: which
+trades how many samples a classifier recognises for how much of the real digits they cover, by a
+curve for each method.
 """
 
 import dataclasses
@@ -18,56 +20,69 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import click
 import numpy as np
 
-from dnnlib import UserError, cli, lazy, options, pictures
+from dnnlib import UserError, cli, lazy, options
 
 with lazy.imports(__name__ == '__main__'):
     import pandas as pd
     import torch
 
     from long_tail import make_stats
+    from long_tail.weakened import WeakenedLabels, share_of_labels
     from training.checkpoint import StepCheckpoints
+    from training.data import convert
+    from training.diffusion import heldout
     from training.encoders import RGBEncoder
     from training.snapshot import load_snapshot
 
 import studies
-from long_tail import datasets
+from dnnlib.util import write_json
 from long_tail import main as long_tail
+from long_tail.imbalance import long_tailed
 from studies import WHOLE, compared, setting
 
-METHODS = {'plain': 'plain', 'cb': 'class-balancing', 'finetune': 'fine-tuned'}
-TAIL = dict(imb_factor=0.05)
+# `weakened` is the plain model, sampled with weak labels; its colour is that of all panels.
+METHODS = {'plain': 'plain', 'cb': 'class-balancing', 'finetune': 'fine-tuned',
+           'weakened': 'plain, weak labels'}
+GROUPS = ('few', 'medium', 'many')
+# Curves are compared with that of plain, and with that of plain with weak labels.
+PAIRS = [('cb', 'plain'), ('finetune', 'plain'), ('weakened', 'plain'), ('cb', 'weakened'),
+         ('finetune', 'weakened')]
+TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)                              # shares of the steps
+SAME = 0.01                                                    # a gap that counts as none
+TAIL = 0.05                                                    # nines for each zero
 RECIPE = [
     # A network that a CPU trains in minutes: two levels of 64 channels, one block at each on the
     # way up. Levels of 32 channels would not see the labels, see training/networks/ddpm.py.
     '--ch=64', '--ch_mult=1', '--ch_mult=1', '--attn=', '--num_res_blocks=0',
-    '--data_type=digitslt', *studies.arguments(TAIL), '--img_size=8', '--conditional',
-    '--num_workers=1',
+    '--data_type=zip', '--img_size=8', '--conditional', '--num_workers=1',
     # Less noise at the end than usual (abar_T = 0.0066, not 0.00004): it is enough for 8x8 pixels,
     # and from x_T the first prediction of x_0, which this sampler does not clip, is then 12 times
     # the error of the network, not 157 times.
     '--beta_T=0.01', '--lr=1e-3', '--warmup=100', '--ema_decay=0.995', '--sample_step=0']
-GRID_COLUMNS = 8
 MEASURES = ['fd_pixels', 'precision', 'recall', 'recognition']
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """One network to train."""
+    """One network to train, or to sample with weak labels."""
 
     method: str
     seed: int
 
     @property
     def name(self) -> str:
-        return f'{self.method}-seed{self.seed}'
+        """Of its run folder: weak labels are of the plain model."""
+        return f'{"plain" if self.method == "weakened" else self.method}-seed{self.seed}'
 
 
 @dataclasses.dataclass(frozen=True)
 class Study(studies.Study):
     seeds: cli.INT_LIST = compared('0-2', 'Seeds of weights, data order and noise')
     methods: cli.Parsed('list', lambda text: text.split(',')) = compared(
-        ','.join(METHODS), 'What to compare')
-    omegas: cli.NUMBERS = compared('0,0.8,1.6,2.4', 'Strengths of guidance to sample with')
+        'plain,cb,weakened', f'What to compare: some of {",".join(METHODS)}')
+    omegas: cli.NUMBERS = compared(
+        '0,0.4,1', 'Strengths of guidance of the plain model; others get (1 + OMEGA) '
+        '(1 + 5/8 TAU) - 1, which makes up for weak labels at half of the noise')
     steps: click.IntRange(min=3) = setting(1500, 'Training steps of every model')
     batch: WHOLE = setting(32, 'Images of one step')
     tau: options.NOT_NEGATIVE = setting(1.0, 'Weight of the class-balancing term')
@@ -81,11 +96,19 @@ class Study(studies.Study):
 
     @property
     def settings(self) -> dict:
-        return super().settings | {'recipe': RECIPE}
+        return super().settings | {'recipe': RECIPE, 'imb_factor': TAIL}
 
     @property
     def reference(self) -> str:
         return self.path('digits.npz')
+
+    def data(self, seed: int) -> str:
+        """The long tail that a seed draws."""
+        return self.path('data', f'seed{seed}.zip')
+
+    def heldout(self, seed: int) -> str:
+        """The digits that are not in it."""
+        return self.path('data', f'seed{seed}-heldout.zip')
 
     @property
     def pretrained(self) -> int:
@@ -100,28 +123,46 @@ class Study(studies.Study):
     def checkpoint(self, model: Model) -> str:
         return StepCheckpoints(self.run_dir(model)).path(self.last(model))
 
-    def result(self, model: Model, omega: float, suffix: str = '.json') -> str:
-        """What main.py writes: measures (.json) or samples (.npz)."""
-        name = f'saved_{self.last(model)}_cfg_omega{omega:g}_ddim{self.ddim_steps}'
-        return os.path.join(self.run_dir(model), name + suffix)
+    def omega(self, model: Model, omega: float) -> float:
+        """The strength that suits a method where plain has `omega`."""
+        if model.method == 'plain':
+            return omega
+        return round((1 + omega) / share_of_labels(self.tau, 0.5) - 1, 4)
+
+    def weaken(self, model: Model) -> float:
+        """--weaken_labels of main.py."""
+        return self.tau * (model.method == 'weakened')
+
+    def result(self, model: Model, omega: float) -> str:
+        """The measures that main.py writes."""
+        weak = f'_weakened{self.tau:g}' if self.weaken(model) else ''
+        name = f'saved_{self.last(model)}_cfg_omega{omega:g}{weak}_ddim{self.ddim_steps}.json'
+        return os.path.join(self.run_dir(model), name)
+
+    def losses(self, model: Model) -> str:
+        return os.path.join(self.run_dir(model), f'heldout-{model.method}.json')
 
 
 def plan(study: Study) -> list[list[Model]]:
-    """Chains of models, side by side: fine-tuning follows the plain model of its seed."""
+    """Chains of models, side by side: what starts from the plain model of its seed follows it.
+    One seed after the other, so that a study that ends early has whole seeds."""
     methods = set(study.methods)
-    if not methods <= METHODS.keys() or ('finetune' in methods and 'plain' not in methods):
-        raise UserError(f'give some of {",".join(METHODS)}; finetune starts from plain', 'methods')
-    chains = [methods.intersection(chain) for chain in (['cb'], ['plain', 'finetune'])]
+    if not methods <= METHODS.keys() or (methods & {'finetune', 'weakened'}
+                                         and 'plain' not in methods):
+        raise UserError(f'give some of {",".join(METHODS)}; finetune and weakened start from '
+                        'plain', 'methods')
+    chains = [methods & {'cb'}, methods - {'cb'}]
     return [[Model(method, seed) for method in METHODS if method in chain]
-            for chain in chains if chain for seed in study.seeds]
+            for seed in study.seeds for chain in chains if chain]
 
 
 def flags_of(study: Study, model: Model, **more) -> dict:
     """Options of main.py for a model."""
     flags = dict(batch_size=study.batch, seed=model.seed, logdir=study.run_dir(model),
-                 log_step=max(study.steps // 6, 1), total_steps=study.steps,
-                 save_step=study.pretrained, img_channels=study.image_channels)
-    switches = ['--cfg'] if model.method == 'plain' else ['--cb', f'--tau={study.tau}']
+                 root=study.data(model.seed), log_step=max(study.steps // 6, 1),
+                 total_steps=study.steps, save_step=study.pretrained, img_channels=1)
+    plain = model.method in ('plain', 'weakened')
+    switches = ['--cfg'] if plain else ['--cb', f'--tau={study.tau}']
     if model.method == 'finetune':
         switches.append('--finetune')
         flags |= dict(finetuned_logdir=study.run_dir(model), ckpt_step=study.pretrained,
@@ -136,204 +177,218 @@ def run_chain(study: Study, chain: list[Model]):
     """Trains models one after the other and measures them, as far as that is not done."""
     for model in chain:
         studies.make(study.checkpoint(model), long_tail.train, flags_of(study, model))
-        for omega in study.omegas:
+        for plain_omega in study.omegas:
+            omega = study.omega(model, plain_omega)
             flags = flags_of(study, model, ckpt_step=study.last(model), omega=omega,
-                             batch_size=250, detector='pixels', fid_cache=study.reference,
+                             weaken_labels=study.weaken(model), batch_size=250,
+                             detector='pixels', fid_cache=study.reference,
                              num_images=study.samples, ddim_steps=study.ddim_steps)
             studies.make(study.result(model, omega), long_tail.evaluate, flags)
+        studies.make(study.losses(model), measure_loss, study, model)
+
+
+def make_data(study: Study, seed: int):
+    """Writes a long tail of the digits, drawn by seed, and all others."""
+    every = convert.by_class(studies.digits())
+    drawn = np.isin(every.indices, long_tailed(studies.digits().labels, 10, 'exp', TAIL, seed))
+    for path, keep in ((study.data(seed), drawn), (study.heldout(seed), ~drawn)):
+        part = dataclasses.replace(every, indices=every.indices[keep], labels=every.labels[keep])
+        studies.make_archive(study, path, part)
+
+
+def measure_loss(study: Study, model: Model):
+    """Writes DDPM's loss on the held-out digits of each class: {class: mean}."""
+    snapshot = load_snapshot(study.checkpoint(model))
+    if study.weaken(model):
+        snapshot = dataclasses.replace(snapshot, net=WeakenedLabels(snapshot.net, study.tau))
+    measure, data = heldout.loss_of_snapshot(snapshot, study.heldout(model.seed))
+    means = pd.Series(measure().of_images).groupby(data.label_ids).mean()
+    write_json(study.losses(model), means.to_dict())
 
 
 # --- Results -------------------------------------------------------------------------------------
 
 
-def collect(study: Study, models: list[Model]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A row for each model, omega and class with fd_pixels, precision, recall and
-    recognition; and the same with their means over the classes of each group."""
+def collect(study: Study, models: list[Model]):
+    """Three tables: a row for each model, omega and class with fd_pixels, precision, recall and
+    recognition; the same with their means over the classes of each group; and the held-out loss of
+    each model and group (classes that are all in the long tail are left out of the mean)."""
     rows = []
     tables = []
-    for model, omega in itertools.product(models, study.omegas):
-        result = json.loads(Path(study.result(model, omega)).read_text())
-        key = dataclasses.asdict(model) | {'omega': omega}
-        classes = pd.DataFrame(result['classes']).assign(**key)
-        classes = classes.rename(columns={'fid': 'fd_pixels'})   # of an earlier version
-        tables.append(classes)
-        groups = {'all': {'classes': classes.index}} | result['groups']
-        rows += [key | {'group': name} | classes.loc[group['classes'], MEASURES].mean().to_dict()
-                 for name, group in groups.items()]
-    return pd.concat(tables, ignore_index=True), pd.DataFrame(rows)
+    losses = []
+    for model in models:
+        key = dataclasses.asdict(model)
+        for omega in study.omegas:
+            at = key | {'omega': study.omega(model, omega)}
+            result = json.loads(Path(study.result(model, at['omega'])).read_text())
+            classes = pd.DataFrame(result['classes']).assign(**at)
+            tables.append(classes)
+            groups = {name: group['classes'] for name, group in result['groups'].items()}
+            rows += [at | {'group': name} | tables[-1].loc[labels, MEASURES].mean().to_dict()
+                     for name, labels in ({'all': classes.index} | groups).items()]
+        loss = pd.Series(json.loads(Path(study.losses(model)).read_text())).rename(int)
+        losses += [key | {'group': name, 'loss': loss.reindex(labels).mean()}
+                   for name, labels in groups.items()]
+    return pd.concat(tables, ignore_index=True), pd.DataFrame(rows), pd.DataFrame(losses)
 
 
-def best_omegas(results: pd.DataFrame) -> dict[str, float]:
-    """For each method the guidance with the lowest distance, mean over all classes and seeds: as
-    the paper chooses it."""
-    rows = results[results['group'] == 'all'].groupby(['method', 'omega'])
-    means = rows['fd_pixels'].mean().unstack()
-    return means.idxmin(axis='columns').reindex(METHODS).dropna().to_dict()
+def gap(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """How far a curve [k, 2] of (x, y), by x, lies above another: the mean difference of y,
+    interpolated linearly, over the x that both reach; NaN if there is none."""
+    curves = [curve[np.argsort(curve[:, 0])].T for curve in (ours, theirs)]
+    low = max(x[0] for x, _ in curves)
+    high = min(x[-1] for x, _ in curves)
+    first, second = (np.interp(np.linspace(low, high, 100), *curve).mean() for curve in curves)
+    return first - second if high > low else np.nan
 
 
-def at(table: pd.DataFrame, omegas: dict[str, float]) -> pd.DataFrame:
-    """The rows of each method at its omega."""
-    return table[table['omega'] == table['method'].map(omegas)]
+def differences(results: pd.DataFrame, losses: pd.DataFrame) -> pd.DataFrame:
+    """Of methods to others of the same seed: a row for each `measure`, method, other one (`than`),
+    group (`at`) and seed, with its `value`.
 
-
-def verdict(results: pd.DataFrame, omegas: dict[str, float], group: str = 'few') -> str:
-    """For each measure on a group: does a method differ from plain by more than the spread over
-    seeds of either?
-
-    Where it does not, but all differences of equal seeds (which share weights at the start, data
-    order and noise) have one sign, the line says so.
+    Guidance adds to recognition what it takes from recall. `gap`, between two of PAIRS, compares
+    the mean of both where their difference is the same: the area between the curves along omega,
+    over its length. `recall gap` compares recall where recognition is the same (of curves that
+    rise to full recognition little is left). `loss, %`: the held-out loss less that of plain, in %
+    of it.
     """
-    values = at(results, omegas).query('group == @group').set_index(['method', 'seed'])
-    lines = []
-    for method, name in itertools.product(omegas, reversed(MEASURES)):
-        if method == 'plain':
-            continue
-        ours, plain = (values[name][key] for key in (method, 'plain'))
-        gains = (ours - plain) * (-1 if name == 'fd_pixels' else 1)
-        spread = max(np.ptp(ours), np.ptp(plain))
-        word = 'better' if gains.mean() > 0 else 'worse'
-        if abs(gains.mean()) <= spread:
-            same = len(gains) > 1 and set(np.sign(gains)) in ({1}, {-1})
-            word = 'no clear difference' + f', though {word} in every seed' * same
-        lines.append(f'{METHODS[method]:16} {name:12} {plain.mean():11.3f} -> '
-                     f'{ours.mean():11.3f}  spread {spread:9.3f}  {word}')
-    return '\n'.join(lines)
-
-
-def matched(results: pd.DataFrame, group: str = 'few') -> pd.DataFrame:
-    """Difference of recall to plain at equal recognition, by method (rows) and seed (columns).
-
-    Guidance trades one for the other. Along the omegas recall is interpolated linearly in
-    recognition, and the difference is the mean over the recognition that both reach (NaN if there
-    is none).
-    """
-    curves = {key: rows[['recognition', 'recall']].to_numpy().T
-              for key, rows in results.query('group == @group').sort_values(
-                  'recognition').groupby(['method', 'seed'])}
-    differences = {}
-    for (method, seed), curve in curves.items():
-        both = curve, curves['plain', seed]
-        low = max(recognition[0] for recognition, _ in both)
-        high = min(recognition[-1] for recognition, _ in both)
-        ours, plain = (np.interp(np.linspace(low, high, 50), *one).mean() for one in both)
-        differences[METHODS[method], seed] = ours - plain if high > low else np.nan
-    return pd.Series(differences).unstack().drop('plain')
+    table = results.assign(lead=results['recognition'] - results['recall'],
+                           mean=results[['recognition', 'recall']].mean(axis='columns'))
+    curves = dict(list(table.groupby(['method', 'group', 'seed'])))
+    axes = {'gap': ['lead', 'mean'], 'recall gap': ['recognition', 'recall']}
+    rows = []
+    for (method, than), measure, (_, at, seed) in itertools.product(
+            PAIRS, axes, [key for key in curves if key[0] == 'plain']):
+        pair = [curves.get((name, at, seed)) for name in (method, than)]
+        if all(curve is not None for curve in pair):
+            value = gap(*(curve[axes[measure]].to_numpy() for curve in pair))
+            rows.append((measure, method, than, at, seed, value))
+    of = losses.set_index(['method', 'group', 'seed'])['loss']
+    rows += [('loss, %', method, 'plain', at, seed, 100 * value / of['plain', at, seed] - 100)
+             for (method, at, seed), value in of.items()
+             if method != 'plain' and ('plain', at, seed) in of]
+    return pd.DataFrame(rows, columns=['measure', 'method', 'than', 'at', 'seed', 'value'])
 
 
 def label_effect(study: Study, models: list[Model]) -> pd.DataFrame:
-    """How much labels change the predicted noise: a row for each step t and method, in shares of
-    the plain model.
+    """How much labels change the predicted noise at some t/T (`at`), in shares of the plain model
+    of the same seed; rows as of `differences`.
 
-    RMS over noised digits of eps(x_t, t, y) - eps(x_t, t, no label), mean over seeds. The minimum
-    of the class-balancing loss over all functions, where other labels are as likely in x_t as they
-    are drawn, has the share 1 / (1 + 5/4 tau t/T).
+    RMS over noised digits of eps(x_t, t, y) - eps(x_t, t, no label). As `formula`: the share at
+    the minimum of the class-balancing loss (see weakened.py).
     """
-    data = datasets.open_data('digits', '', channels=study.image_channels)
-    chosen = np.random.RandomState(0).permutation(len(data))[:200]
-    x_0 = RGBEncoder().encode_latents(torch.from_numpy(data.images(chosen)))
-    labels = torch.from_numpy(data.labels(chosen))
+    source = studies.digits()
+    chosen = np.random.RandomState(0).permutation(len(source))[:200]
+    x_0 = RGBEncoder().encode_latents(torch.from_numpy(source.stack(chosen)).permute(0, 3, 1, 2))
+    labels = torch.from_numpy(np.eye(10, dtype=np.float32)[source.labels[chosen]])
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
     effects = {}
     for model in models:
         net = load_snapshot(study.checkpoint(model)).net
-        for share in (0.1, 0.3, 0.5, 0.7, 0.9):
+        for share in TIMES:
             t = torch.full([len(x_0)], int(share * net.diffusion.num_steps))
             x_t = net.diffusion.q_sample(x_0, t, noise)
             with torch.inference_mode():
                 change = net(x_t, step=t, class_labels=labels) - net(x_t, step=t)
-            effects[share, model.seed, model.method] = change.square().mean().sqrt().item()
-    by_method = pd.Series(effects).unstack()
-    if 'plain' not in by_method:
-        return pd.DataFrame()
-    shares = by_method.div(by_method['plain'], axis=0).groupby(level=0).mean()
-    shares.insert(0, 'theory', 1 / (1 + 1.25 * study.tau * shares.index))
-    return shares.rename(columns=METHODS).rename_axis('t/T').reset_index()
+            effects[model.method, share, model.seed] = change.square().mean().sqrt().item()
+    return pd.DataFrame([
+        dict(measure='label effect', method=method, than='plain', at=share, seed=seed,
+             value=effect / effects['plain', share, seed],
+             formula=share_of_labels(study.tau, share))
+        for (method, share, seed), effect in effects.items()
+        if method != 'plain' and ('plain', share, seed) in effects])
 
 
-def show(results: pd.DataFrame, omegas: dict[str, float]):
-    """Prints the table at each method's best omega, and the comparison with plain there and at
-    equal omega."""
-    table = at(results, omegas).pivot_table(
-        ['recognition', 'recall'], ['method', 'omega'], 'group',
-        lambda values: f'{values.mean():.3f} ({np.ptp(values):.3f})').rename(index=METHODS)
-    table.columns = map(', '.join, table.columns)
-    print('\nMean over seeds (largest less smallest), each method at the omega with its lowest '
-          f'distance over all classes:\n{table.filter(regex="many|few").to_string()}')
-    if 'plain' not in omegas:
-        return
-    print('\nAgainst plain on the classes with few images, each at its own omega:\n'
-          + verdict(results, omegas))
-    for group in ('many', 'few'):
-        print(f'\nRecall at equal recognition, less that of plain, by seed ({group} images):\n'
-              f'{matched(results, group).round(3).to_string()}')
-    for omega in sorted(set(results['omega'])):
-        print(f'\nThe same with omega {omega:g} for all:\n'
-              + verdict(results, dict.fromkeys(omegas, omega)))
+def summarize(rows: pd.DataFrame) -> pd.DataFrame:
+    """Means over seeds with intervals, in order. `zero`: is the value above or below zero (its
+    interval excludes zero)? `same`, of gaps: is it as good as none (its interval is within SAME:
+    yes; beyond: no)?"""
+    if rows.empty:
+        return rows
+    table = studies.average(rows.drop(columns='seed'), ['measure', 'method', 'than', 'at'],
+                            ['value'])
+    places = {name: place for place, name in enumerate([*METHODS, *GROUPS])}
+    table = table.sort_values(['measure', 'method', 'than', 'at'], ignore_index=True,
+                              key=lambda column: column.map(lambda name: places.get(name, name))
+                              if column.name in ('method', 'than') else column)
+    mean = table['value']
+    half = table[studies.interval_column('value')]
+    table['zero'] = np.select([mean > half, mean < -half], ['above', 'below'], 'undecided')
+    same = np.select([mean.abs() + half <= SAME, mean.abs() - half > SAME], ['yes', 'no'],
+                     'undecided')
+    return table.assign(same=np.where(table['measure'] == 'gap', same, ''))
 
 
 @studies.styled
-def draw(study: Study, classes: pd.DataFrame, results: pd.DataFrame, omegas):
-    """Measures by class and their trade-off (a point for each omega), above training images and
-    samples of the first seed, a row for each digit."""
-    figure = studies.plt.figure(figsize=(7.2, 4.9))
-    above, below = figure.subfigures(2, 1, height_ratios=[1, 1.05])
-    *panels, trade = above.subplots(1, 3)
-    labels = {method: f'{METHODS[method]}, $\\omega$ = {omega:g}'
-              for method, omega in omegas.items()}
-    counts = classes.groupby('class')['training_images'].first()
-    ticks = {digit: f'{digit}\n{count}' for digit, count in counts.items()}
-    for axis, name in zip(panels, ('recognition', 'recall'), strict=True):
-        studies.draw_lines(axis, at(classes, omegas), 'class', name, 'method', labels, ticks=ticks,
-                           xlabel='digit, and its training images', ylabel=name, ylim=(0, 1.02))
-        axis.tick_params('x', labelsize=5.5)                   # ten counts of three digits
-        axis.margins(x=0.06)
-    panels[0].legend()
-    means = results.query('group == "few"').groupby(['method', 'omega'])[
-        ['recognition', 'recall']].mean()
-    for method, series in zip(omegas, studies.SERIES, strict=False):
-        curve = means.loc[method]
-        trade.plot(*curve.to_numpy().T, **series)
-        trade.plot(*curve.iloc[0], zorder=3, markerfacecolor='white', **series)
-    steps = ', '.join(f'{omega:g}' for omega in means.index.unique('omega'))
-    trade.set_title(f'$\\omega$ = {steps} (from the hollow mark on)', fontsize=6)
-    trade.set(xlabel='recognition, few images', ylabel='recall, few images')
-    shown = {'training images': datasets.open_data('digitslt', '', **TAIL)} | {
-        METHODS[method]: study.result(Model(method, min(study.seeds)), omega, '.npz')
-        for method, omega in omegas.items()}
-    for axis, (title, images) in zip(below.subplots(1, len(shown)), shown.items(), strict=True):
-        rows = [np.resize(some, (GRID_COLUMNS, *some.shape[1:]))
-                for some in (studies.pixels(images, digit) for digit in range(10))]
-        axis.imshow(pictures.image_grid(np.concatenate(rows), GRID_COLUMNS, min_side=24))
-        axis.set_title(title)
-        axis.axis('off')
+def draw(results: pd.DataFrame, summary: pd.DataFrame):
+    """Curves of recognition and recall of each group; below, the gaps between them, the held-out
+    loss, and the effect of labels."""
+    figure, (curves, (area, loss, labels)) = studies.plt.subplots(2, 3, figsize=(7.2, 4.9))
+    look = dict(zip(METHODS, studies.SERIES, strict=True))
+    means = results.groupby(['group', 'method', 'omega'])[['recognition', 'recall']].mean()
+    for axis, group in zip(curves, GROUPS, strict=True):
+        for method in results['method'].unique():
+            axis.plot(*means.loc[group, method].to_numpy().T, label=METHODS[method],
+                      **look[method])
+        axis.set(title=f'classes of {group} images', xlabel='recognition', ylabel='recall')
+    curves[0].legend()
+
+    def dots(axis, measure, than='plain', shift=0.0, **more):
+        for place, method in enumerate(METHODS):
+            rows = summary.query('measure == @measure and method == @method and than == @than')
+            rows = rows.set_index('at').reindex(GROUPS)
+            axis.errorbar(np.arange(len(GROUPS)) + 0.16 * (place - 2) + shift, rows['value'],
+                          rows[studies.interval_column('value')],
+                          **look[method] | {'linestyle': ''} | more)
+        axis.axhline(0, color='0.4', linewidth=0.6)
+        axis.set_xticks(range(len(GROUPS)), GROUPS)
+
+    dots(area, 'gap')
+    dots(area, 'gap', 'weakened', 0.08, markerfacecolor='white', elinewidth=0.6)
+    area.axhspan(-SAME, SAME, color='0.9', zorder=0)
+    area.set(title='gap to plain (hollow: to weak labels)', ylabel='mean of both')
+    dots(loss, 'loss, %')
+    loss.set(title='held-out loss', ylabel='less that of plain, %')
+    for method, rows in summary[summary['measure'] == 'label effect'].groupby('method'):
+        labels.errorbar(rows['at'], rows['value'], rows[studies.interval_column('value')],
+                        **look[method])
+        labels.plot(rows['at'], rows['formula'], color='0.2', linestyle='--', linewidth=0.8,
+                    marker='')
+    labels.set(title='effect of labels (dashed: formula)', xlabel='noise, t/T',
+               ylabel='in shares of plain', ylim=(0, 1.05))
     return figure
 
 
-@studies.command(Study)
+@studies.command(Study, """  # The study of its page, with intervals of six seeds
+  python long_tail/digits_long_tail.py --seeds=0-5 --methods=plain,cb,finetune,weakened \\
+    --omegas=0,0.2,0.4,0.7,1,1.5
+""")
 def main(study):
     """Compares plain, class-balancing and fine-tuned diffusion models on long-tailed handwritten
-    digits.
+    digits, and plain ones that are sampled with weak labels.
 
-    Writes classes.csv, results.csv, label-effect.csv, study.png and study.svg, report.html, and in
-    models/ a run folder of main.py for each model.
+    Writes classes.csv, results.csv, heldout.csv, differences.csv and summary.csv, study.png and
+    study.svg, report.html, and in models/ a run folder of main.py for each model.
     """
     study.claim()
     chains = plan(study)
     studies.make(study.reference, make_stats.make, 'digits', study.reference, 'pixels',
-                 img_channels=study.image_channels)
-    models = [Model(method, seed) for seed in study.seeds for method in METHODS
-              if method in study.methods]
-    print(f'{len(models)} models of {study.steps} steps, in {study.outdir}', flush=True)
+                 img_channels=1)
+    for seed in study.seeds:
+        make_data(study, seed)
+    models = [model for chain in chains for model in chain]
+    trained = [model for model in models if model.method != 'weakened']
+    print(f'{len(trained)} models of {study.steps} steps, in {study.outdir}', flush=True)
     for _ in study.run(run_chain, chains, len, unit='model'):
         pass
-    classes, results = collect(study, models)
-    omegas = best_omegas(results)
-    effect = label_effect(study, models)
-    show(results, omegas)
-    print('\nHow much labels change the prediction, in shares of plain:\n'
-          + effect.round(2).to_string(index=False))
-    study.save(draw(study, classes, results, omegas), classes=classes, results=results,
-               label_effect=effect)
+    classes, results, losses = collect(study, models)
+    rows = pd.concat([differences(results, losses), label_effect(study, trained)])
+    summary = summarize(rows)
+    shown = studies.texts(summary, ['measure', 'method', 'than', 'at', 'formula', 'zero', 'same'],
+                          {'value': 'value'}, '+.3f')
+    print(f'\nMeans over seeds with intervals:\n{shown.to_string(index=False, na_rep="")}')
+    study.save(draw(results, summary), classes=classes, results=results, heldout=losses,
+               differences=rows, summary=summary)
 
 
 if __name__ == '__main__':

@@ -15,6 +15,7 @@ with lazy.imports():
     import torch
 
     from long_tail import classwise
+    from long_tail.weakened import WeakenedLabels
     from metrics.features import Detectors, measure_images
     from metrics.neighbors import check_finite
     from metrics.statistics import USUAL, Statistics, load_statistics
@@ -39,8 +40,8 @@ detector_options = together(
            DETECTORS),
     path('--weights', '',
          'Weights of the detector: file, folder or URL  [default: the published ones]'), verify)
-SETTINGS = ('sample_method', 'omega', 'ddim_steps', 'num_images', 'seed', 'detector', 'fid_cache',
-            'group_sizes')
+SETTINGS = ('sample_method', 'omega', 'weaken_labels', 'ddim_steps', 'num_images', 'seed',
+            'detector', 'fid_cache', 'group_sizes')
 
 
 def generate(net, flags, seeds, steps: int | None = None, **options):
@@ -49,6 +50,8 @@ def generate(net, flags, seeds, steps: int | None = None, **options):
     `steps` of DDIM, by default those of the command line. The network guides itself: eps + omega
     (eps - eps_unconditional). Predicted images are not clipped before the last.
     """
+    if flags.weaken_labels:
+        net = WeakenedLabels(net, flags.weaken_labels)
     method = flags.sample_method if net.label_dim else 'cond'
     guidance = {'cfg': 1 + flags.omega, 'cond': 1, 'uncond': 0}[method]
     steps = steps or flags.ddim_steps or None
@@ -208,6 +211,8 @@ class Evaluator:
         name = f'{flags.sample_name}_{step}_{flags.sample_method}'
         if flags.sample_method == 'cfg':
             name += f'_omega{flags.omega:g}'
+        if flags.weaken_labels:
+            name += f'_weakened{flags.weaken_labels:g}'
         if flags.ddim_steps:
             name += f'_ddim{flags.ddim_steps}'
         return os.path.join(self.folder, name + suffix)

@@ -137,6 +137,8 @@ options_of_study = together(
     integer('--num_images', 50000, 'Images to sample'),
     choice('--sample_method', 'cfg', 'Guided, with labels, or without', ['cfg', 'cond', 'uncond']),
     number('--omega', 0.0, 'Strength of guidance; 0 = none', NOT_NEGATIVE),
+    number('--weaken_labels', 0.0, 'Sample with labels as weak as training with this --tau '
+           'makes them; 0 = as they are', NOT_NEGATIVE),
     count('--ddim_steps', 0, 'Steps of DDIM; 0 = ancestral sampling, all steps'),
     text('NAME', '--sample_name', 'First part of the names of sample files', default='saved'),
     switch('sampled', 'Measure the samples of an earlier call with the same options'),
@@ -188,6 +190,8 @@ def prepare(options: dict) -> Flags:
         '--omega guides by class labels, and this network has none; use --sample_method=uncond':
             flags.eval and flags.omega and flags.sample_method != 'uncond'
             and not flags.conditional,
+        '--weaken_labels needs --conditional, and another --sample_method than uncond':
+            flags.weaken_labels and (not flags.conditional or flags.sample_method == 'uncond'),
         f'--ch={flags.ch} times each of --ch_mult={mults} must be a multiple of 32, the groups '
         'of the normalisation': any(flags.ch * mult % 32 for mult in mults),
         f'--ch_mult: give one number or more; {flags.img_size} pixels are halved after each but '

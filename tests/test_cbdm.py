@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dnnlib import UserError
+from long_tail.weakened import WeakenedLabels
 from torch_utils.random import BlockRandomGenerator, GlobalRandom, StackedRandomGenerator
 from training.diffusion.augment_ada import ADAAugment, warp
 from training.diffusion.gaussian import GaussianDiffusion
@@ -245,6 +246,21 @@ def test_samples_of_the_unet_depend_on_their_seed_and_guidance_on_the_labels(ddi
                              for guidance in (1, 0, 2.5))
     assert (cond - uncond).abs().max() > 1e-2
     torch.testing.assert_close(cfg, cond + 1.5 * (cond - uncond))
+
+
+def test_weak_labels_are_those_of_the_formula():
+    """Guided by omega, the network is one guided with (1 + omega) / (1 + 5/4 tau t/T) - 1; with tau = 0 it is itself."""
+    net = _unet(augm=False).eval()
+    x, t, labels = torch.randn([3, 3, 8, 8]), torch.tensor([0, 300, 900]), torch.eye(4)[[0, 1, 2]]
+    with torch.no_grad():
+        cond, uncond = net(x, step=t, class_labels=labels), net(x, step=t)
+        weak = WeakenedLabels(net, 2.0)
+        for guidance in (1, 2.5):
+            guided = Guided(weak, labels, without_labels(net), guidance).output(x, t, 1)
+            share = guidance / (1 + 5 / 4 * 2.0 * t / 1000).reshape(-1, 1, 1, 1)
+            torch.testing.assert_close(guided, uncond + share * (cond - uncond))
+        torch.testing.assert_close(WeakenedLabels(net, 0.0)(x, step=t, class_labels=labels), cond)
+        assert torch.equal(weak(x, step=t), uncond)
 
 
 def test_training_the_unet_reaches_every_weight():

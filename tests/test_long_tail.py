@@ -470,14 +470,17 @@ def test_sampling_methods(trained, digits_stats):
     found = {}
     for args, name in (('--sample_method=cond', 'cond'), ('--sample_method=uncond', 'uncond'), ('', 'cfg_omega0'),
                        ('--omega=3', 'cfg_omega3'), ('--ddim_steps=3', 'cfg_omega0_ddim3'), ('--seed=1', 'cfg_omega0'),
-                       ('--var_type=fixedsmall', 'cfg_omega0')):
+                       ('--var_type=fixedsmall', 'cfg_omega0'), ('--weaken_labels=4', 'cfg_omega0_weakened4'),
+                       ('--weaken_labels=4 --sample_method=cond', 'cond_weakened4'), ('--weaken_labels=0', 'cfg_omega0')):
         stem = f'name{len(found)}'
         evaluate(trained, digits_stats, '--ckpt_step=5', f'--sample_name={stem}', *FAST, *args.split(), num=12)
         found[args] = NpzImages(str(trained / f'{stem}_5_{name}.npz'))
     pixels = {key: value.images(np.arange(12)) for key, value in found.items()}
     assert np.array_equal(pixels['--sample_method=cond'], pixels[''])
     assert not found['--sample_method=uncond'].has_labels and found[''].has_labels
-    for key in ('--sample_method=uncond', '--ddim_steps=3', '--seed=1', '--var_type=fixedsmall'):
+    assert np.array_equal(pixels['--weaken_labels=4'], pixels['--weaken_labels=4 --sample_method=cond'])
+    assert np.array_equal(pixels['--weaken_labels=0'], pixels[''])
+    for key in ('--sample_method=uncond', '--ddim_steps=3', '--seed=1', '--var_type=fixedsmall', '--weaken_labels=4'):
         assert not np.array_equal(pixels[key], pixels['']), key
 
 
@@ -577,6 +580,7 @@ def test_bad_evaluations(trained, digits_stats, tmp_path):
     args = [f'--flagfile={trained}/flagfile.txt', f'--logdir={trained}', '--notrain', '--eval', '--num_images=12',
             '--detector=pixels']
     assert '2, 4, 5' in fails(MAIN, *args, '--ckpt_step=300000', f'--fid_cache={digits_stats}')
+    assert '--weaken_labels' in fails(MAIN, *args, '--weaken_labels=1', '--sample_method=uncond')
     assert 'nowhere.npz' in fails(MAIN, *args, '--fid_cache=nowhere.npz')
     np.savez(tmp_path / 'inception.npz', mu=np.zeros(5), sigma=np.eye(5))
     error = fails(MAIN, *args, f'--fid_cache={tmp_path}/inception.npz')

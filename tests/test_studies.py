@@ -41,7 +41,9 @@ from synthetic_data.classify import open_classifier
 from torch_utils.files.own import read_own
 from training.data.dataset import ImageDataset
 from training.data.images import open_images
+from training.diffusion.heldout import loss_of_snapshot
 from training.schedules import LR_SCHEDULES
+from training.snapshot import load_snapshot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,17 +101,17 @@ CASES = {
         ['on-samples/log.txt', 'distilled-rho0.4/log.txt']),
     'long_tail': Case(
         'long_tail/digits_long_tail.py',
-        ['--steps=6', '--seeds=0,1', '--omegas=0,1.6', '--samples=200', '--ddim-steps=2',
-         '--batch=8'],
-        dict(steps=6, batch=8, tau=1.0, samples=200, ddim_steps=2, recipe=[
+        ['--steps=6', '--seeds=3', '--methods=plain,cb,finetune,weakened', '--omegas=0,1.6',
+         '--samples=200', '--ddim-steps=2', '--batch=8'],
+        dict(steps=6, batch=8, tau=1.0, samples=200, ddim_steps=2, imb_factor=0.05, recipe=[
             '--ch=64', '--ch_mult=1', '--ch_mult=1', '--attn=', '--num_res_blocks=0',
-            '--data_type=digitslt', '--imb_factor=0.05', '--img_size=8', '--conditional',
-            '--num_workers=1', '--beta_T=0.01', '--lr=1e-3', '--warmup=100', '--ema_decay=0.995',
+            '--data_type=zip', '--img_size=8', '--conditional', '--num_workers=1',
+            '--beta_T=0.01', '--lr=1e-3', '--warmup=100', '--ema_decay=0.995',
             '--sample_step=0']),
-        ['results', 'classes', 'label-effect'], {'study': 1500},
-        'models/*/saved_*.json', 'models/cb-seed1/saved_5_cfg_omega0_ddim2.json',
+        ['results', 'classes', 'heldout', 'differences', 'summary'], {'study': 1500},
+        'models/*/saved_*.json', 'models/cb-seed3/saved_5_cfg_omega0.625_ddim2.json',
         ['--steps=1000000'],
-        ['models/cb-seed0/log.txt', 'models/cb-seed1/log.txt']),
+        ['models/cb-seed3/log.txt', 'models/plain-seed3/log.txt']),
     'synthetic_data': Case(
         'synthetic_data/digits_synthetic_data.py',
         ['--seeds=0,1', '--real=3', '--generated=6', '--top-scale=0.5', '--generator-duration=64',
@@ -346,6 +348,7 @@ def test_a_folder_keeps_its_settings(name, option, words, tmp_path):
     ('long_tail', '--omegas=-1,1', '--omegas'),
     ('long_tail', '--ddim-steps=1001', '--ddim-steps'),
     ('long_tail', '--methods=finetune', '--methods'),
+    ('long_tail', '--methods=cb,weakened', '--methods'),
     ('synthetic_data', '--real=170', '--real=170 leaves 4 images')])
 def test_after_a_mistake_the_folder_is_still_free(name, option, words, tmp_path):
     assert words in helpers.fails(CASES[name].script, f'--outdir={tmp_path}/out', *CASES[name].tiny, option)
@@ -654,19 +657,42 @@ def test_a_stage_that_fails_is_named(tmp_path):
 @pytest.mark.parametrize('name', ['long_tail'])
 def test_rows_are_means_over_classes(name, finished):
     outdir, text = finished
-    assert 'fine-tuned' in text and 'recall, few' in text and 'no clear difference' in text
+    assert '3 models of 6 steps' in text and 'label effect' in text
     results = pd.read_csv(outdir / 'results.csv')
     classes = pd.read_csv(outdir / 'classes.csv')
-    assert len(results) == 3 * 2 * 2 * 4 and len(classes) == 3 * 2 * 2 * 10
+    assert len(results) == 4 * 2 * 4 and len(classes) == 4 * 2 * 10
     assert set(results['group']) == {'all', 'many', 'medium', 'few'}
-    key = ['method', 'seed', 'omega']
+    key = ['method', 'omega']
     few = classes[classes['class'] >= 7].groupby(key)['recall'].mean()
     ours = results[results['group'] == 'few'].set_index(key)['recall']
     np.testing.assert_allclose(ours.sort_index(), few.sort_index(), rtol=1e-4)
-    effect = pd.read_csv(outdir / 'label-effect.csv')
-    assert effect['plain'].tolist() == [1] * 5
-    assert {'class-balancing', 'fine-tuned'} <= set(effect.columns)
-    np.testing.assert_allclose(effect['theory'], 1 / (1 + 1.25 * effect['t/T']), rtol=1e-4)
+    omegas = results.groupby('method')['omega'].unique().map(list).to_dict()
+    assert omegas.pop('plain') == [0, 1.6]                     # of others: times 1 + 5/8
+    assert set(map(tuple, omegas.values())) == {(0.625, 3.225)}
+    summary = pd.read_csv(outdir / 'summary.csv')
+    effect = summary[summary['measure'] == 'label effect']
+    assert set(effect['method']) == {'cb', 'finetune'} and len(effect) == 2 * 5
+    np.testing.assert_allclose(effect['formula'], 1 / (1 + 1.25 * effect['at'].astype(float)), rtol=1e-4)
+
+
+@pytest.mark.parametrize('name', ['long_tail'])
+def test_the_long_tail_is_drawn_by_seed_and_the_loss_is_that_of_all_other_digits(name, finished):
+    outdir, _ = finished
+    data, others = (ImageDataset(str(outdir / 'data' / f'seed3{part}.zip')) for part in ('', '-heldout'))
+    assert len(data) + len(others) == 1797 and np.bincount(others.label_ids)[0] == 0
+    assert data.class_counts.tolist() == [178, 128, 92, 66, 47, 34, 24, 17, 12, 8]
+    images = np.concatenate([part.images(range(len(part))) for part in (data, others)])
+    assert np.array_equal(np.sort(images.reshape(1797, -1), axis=0),
+                          np.sort(studies.digits().stack(range(1797)).reshape(1797, -1), axis=0))
+    drawn = long_tail.long_tailed(studies.digits().labels, 10, 'exp', 0.05, 3)
+    assert set(drawn) != set(long_tail.long_tailed(studies.digits().labels, 10, 'exp', 0.05, 4))
+    model = outdir / 'models' / 'plain-seed3'
+    measure, _ = loss_of_snapshot(load_snapshot(str(model / 'ckpt_5.pt')), str(outdir / 'data' / 'seed3-heldout.zip'))
+    losses = json.loads((model / 'heldout-plain.json').read_text())
+    assert losses['9'] == pytest.approx(measure().of_images[others.label_ids == 9].mean())
+    heldout = pd.read_csv(outdir / 'heldout.csv').set_index(['method', 'group'])['loss']
+    few = np.mean([losses[key] for key in '789'])
+    assert heldout['plain', 'few'] == pytest.approx(few, rel=1e-5) != heldout['weakened', 'few']
 
 
 @pytest.mark.parametrize('name', ['long_tail'])
@@ -675,41 +701,46 @@ def test_all_methods_take_the_same_number_of_steps(name, finished):
         return read_own(str(finished[0] / 'models' / file))
 
     taken = {file: int(state(file)['optim']['state'][0]['step']) for file in (
-        'plain-seed0/ckpt_3.pt', 'plain-seed0/ckpt_5.pt', 'cb-seed0/ckpt_5.pt',
-        'finetune-seed0/ckpt_4.pt')}
+        'plain-seed3/ckpt_3.pt', 'plain-seed3/ckpt_5.pt', 'cb-seed3/ckpt_5.pt',
+        'finetune-seed3/ckpt_4.pt')}
     before, plain, cb, finetune = taken.values()
     assert plain == cb == before + finetune == 6
-    heads = [state(f'{method}-seed0/ckpt_5.pt')['net_model']['head.weight']
+    heads = [state(f'{method}-seed3/ckpt_5.pt')['net_model']['head.weight']
              for method in ('plain', 'cb')]
     assert not torch.equal(*heads)
 
 
-def test_the_verdict_needs_more_than_the_spread():
-    rows = [dict(method=method, seed=seed, omega=0.0, group='few', fd_pixels=100 - 100 * shift,
-                 recognition=0.5 + shift + 0.05 * seed, recall=0.5 + 2 * shift + 0.05 * seed,
-                 precision=0.5 - 2 * shift)
-            for method, shift in (('plain', 0.0), ('cb', 0.08)) for seed in range(3)]
-    lines = long_tail.verdict(pd.DataFrame(rows), {'plain': 0.0, 'cb': 0.0})
-    assert [line.rsplit('  ', 1)[1] for line in lines.splitlines()] == [
-        'no clear difference, though better in every seed', 'better', 'worse', 'better']
+def test_curves_are_compared_where_both_are():
+    """A method that is plain with less guidance has no gap; one that covers more has half of it in the mean of both."""
+    rows = [dict(method=method, seed=seed, omega=omega, group='few', recognition=0.3 + 0.2 * (omega - shift),
+                 recall=0.9 - 0.2 * (omega - shift) + gain)
+            for method, shift, gain in (('plain', 0, 0), ('cb', 0.5, 0), ('weakened', 0.5, 0.1), ('finetune', 9, 0))
+            for omega in (0, 1, 2) for seed in (0, 1)]
+    losses = pd.DataFrame([dict(method=method, group='few', seed=0, loss=loss)
+                           for method, loss in (('plain', 0.5), ('cb', 0.4))])
+    table = long_tail.differences(pd.DataFrame(rows), losses)
+    values = table.groupby(['measure', 'method', 'than'])['value'].mean()
+    assert values['gap', 'cb', 'plain'] == pytest.approx(0, abs=1e-9)
+    assert values['gap', 'weakened', 'plain'] == pytest.approx(0.05)
+    assert values['gap', 'cb', 'weakened'] == pytest.approx(-0.05)
+    assert values['recall gap', 'weakened', 'plain'] == pytest.approx(0.1)
+    assert np.isnan(values['gap', 'finetune', 'plain'])
+    assert values['loss, %', 'cb', 'plain'] == pytest.approx(-20)
 
 
-def test_recall_is_compared_at_equal_recognition():
-    """A method that is plain with less guidance is no better; one with more recall is."""
-    rows = [dict(method=method, seed=0, omega=omega, group='few',
-                 recognition=0.3 + 0.2 * (omega - shift),
-                 recall=0.9 - 0.3 * (omega - shift) + gain)
-            for method, shift, gain in (('plain', 0, 0), ('cb', 0.5, 0), ('finetune', 0.5, 0.1))
-            for omega in (0, 1, 2)]
-    found = long_tail.matched(pd.DataFrame(rows))
-    gains = found.loc[['class-balancing', 'fine-tuned'], 0]
-    np.testing.assert_allclose(gains, [0, 0.1], atol=1e-9)
+def test_what_counts_as_a_difference_and_as_none():
+    def row(at, mean, spread):
+        return [dict(measure='gap', method='cb', than='plain', at=at, seed=seed, value=mean + side * spread)
+                for seed, side in enumerate((-1, 0, 1))]
 
-
-def test_the_guidance_of_each_method_is_its_best():
-    rows = [dict(method=method, omega=omega, seed=0, group='all', fd_pixels=abs(omega - best))
-            for method, best in (('plain', 0.8), ('cb', 1.6)) for omega in (0.0, 0.8, 1.6)]
-    assert long_tail.best_omegas(pd.DataFrame(rows)) == {'plain': 0.8, 'cb': 1.6}
+    cases = {'none': (0.0, 0.003), 'clear': (0.03, 0.001), 'small': (0.004, 0.001), 'wide': (0.01, 0.02),
+             'lower': (-0.03, 0.001)}
+    table = long_tail.summarize(pd.DataFrame([one for at, case in cases.items() for one in row(at, *case)]))
+    found = table.set_index('at')[['zero', 'same']].apply(tuple, axis=1).to_dict()
+    assert found == {'none': ('undecided', 'yes'), 'clear': ('above', 'no'), 'small': ('above', 'yes'),
+                     'wide': ('undecided', 'undecided'), 'lower': ('below', 'no')}
+    half = table.set_index('at').loc['none', studies.interval_column('value')]
+    assert half == pytest.approx(scipy.stats.t.ppf(0.975, 2) * 0.003 / 3**0.5)
 
 
 # Do generated images train better classifiers?
