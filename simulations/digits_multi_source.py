@@ -1,12 +1,14 @@
 """Does training on several similar sources beat training on each alone? In miniature, on real
 data.
 
-For n handwritten digits of each class, one EDM2 model of a single class against conditional models
-of several classes: Frechet distance, for each class, between samples and real digits that no model
-has seen.
+EDM2 models of one class of handwritten digits against conditional models of several, of n images
+of each class: the loss on held-out digits of a class, at its best over training, and the advantage
+of many classes against their number, against n and against how alike they are.
 """
 
 import dataclasses
+import functools
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -17,15 +19,18 @@ import click
 import numpy as np
 import tqdm
 
-from dnnlib import UserError, cli, lazy
+from dnnlib import UserError, budget, cli, lazy, util
 
 with lazy.imports(__name__ == '__main__'):
     import pandas as pd
 
+    import train_edm2
+    from training.diffusion.heldout import heldout_loss, loss_of_snapshot, open_fitting, plain_loss
     from training.generate import open_generator
+    from training.loop import Output
+    from training.snapshot import load_snapshot
 
 import studies
-from simulations import plotting
 from studies import WHOLE, compared, setting
 from training.data import convert
 from training.data.images import save_npz_images
@@ -33,9 +38,16 @@ from training.data.images import save_npz_images
 # Similar classes first: the three whose mean images are the closest, then always the one closest
 # to those before it (mean Euclidean distance between mean images).
 ORDER = (3, 8, 9, 5, 1, 2, 7, 4, 0, 6)
-COMPARED = 3                                                   # the first ones are measured
-TRAINING = 'fd of training images'
-MEASURES = {'distance': 'fd', 'single - multi': 'single - multi', 'training images': TRAINING}
+TARGETS = ORDER[:3]                                            # are measured of larger models
+MOST = 100                                                     # of a class; others are held out
+LOSSES, SAMPLES, VALIDATED = 'losses.json', 'samples.npz', 'validation.jsonl'
+PARTS = 'validation', 'test'
+VALIDATION = 3                                                 # each third of those held out
+MEASURES = {'single': 'loss single', 'multi': 'loss', 'single - multi': 'difference',
+            'advantage %': 'advantage', 'fd single': 'fd single', 'fd': 'fd',
+            'fd gain %': 'fd advantage'}
+FORMS = ('.4f', '.4f', '+.4f', '+.1f', '.0f', '.0f', '+.0f')
+POSITIVE = click.FloatRange(0, min_open=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,216 +59,412 @@ class Model:
     classes: tuple[int, ...]
 
     @property
-    def name(self) -> str:
-        return f'seed{self.seed}-n{self.n}-{"".join(map(str, self.classes))}'
+    def label(self) -> str:
+        return '-'.join(map(str, self.classes))
 
     @property
-    def measured(self) -> list[int]:
-        """The classes of which it makes samples."""
-        return [digit for digit in self.classes if digit in ORDER[:COMPARED]]
+    def name(self) -> str:
+        return f'seed{self.seed}-n{self.n}-{self.label}'
+
+    @property
+    def measured(self) -> tuple[int, ...]:
+        """The classes that are compared with models of one class."""
+        return self.classes if len(self.classes) <= len(TARGETS) else TARGETS
 
 
 @dataclasses.dataclass(frozen=True)
 class Study(studies.Study):
-    nums: cli.INT_LIST = compared('20,100', 'Training images of each class')
-    sources: cli.INT_LIST = compared('1,3,5,10', 'Numbers of classes of a model, which are the '
-                                     f'first of {",".join(map(str, ORDER))}')
+    n: WHOLE = compared(20, 'Training images of each class, where --nums does not vary them')
+    sources: cli.INT_LIST = compared('3,10', 'Numbers of classes of the larger models, which are '
+                                     f'the first of {",".join(map(str, ORDER))}')
+    nums: cli.INT_LIST = compared('10,20,50', 'Training images of each class, for 3 classes')
+    triples: click.IntRange(2, 120) = compared(
+        3, 'Sets of 3 classes, at even ranks from the most to the least alike of all 120')
     seeds: cli.INT_LIST = compared('0-2', 'Seeds of data, weights, noise and samples')
-    images_per_class: cli.COUNT = setting(
-        '2.5Ki', 'Training images that a model sees of each of its classes')
-    batch_per_class: WHOLE = setting(8, 'Images of one step, of each class on average')
+    share: click.FloatRange(0, 1, min_open=True) = setting(
+        0.4, 'Batch, as a share of the training images')
+    lr: POSITIVE = setting(0.1, 'Reference learning rate')
     channels: WHOLE = setting(16, 'Width of the network')
+    every: WHOLE = setting(25, 'Steps from one loss on validation digits to the next')
+    patience: WHOLE = setting(4, 'Training ends after so many of them without a lower one')
+    most_steps: WHOLE = setting(800, 'Training ends after so many steps at the latest')
     samples: click.IntRange(min=studies.Study.grid['columns']) = setting(
-        256, 'Images that are generated and measured of a class')
-    steps: WHOLE = setting(12, 'Sampling steps')
-    names = {'most': 'largest of --nums'}
-
-    @property
-    def settings(self) -> dict:
-        return super().settings | {'most': max(self.nums)}     # the others of a seed are held out
+        128, 'Images that are generated and measured of a class')
+    steps: WHOLE = setting(8, 'Sampling steps')
 
     def check(self):
         plan(self)
-        studies.split(max(self.nums), self.seeds[0], 'nums', ORDER)
-
-    @property
-    def larger(self) -> list[int]:
-        """Numbers of classes of the models of several, the largest first."""
-        return sorted(set(self.sources) - {1}, reverse=True)
-
-    @property
-    def singles(self) -> tuple[int, ...]:
-        """The classes that are compared: all of the larger models have them."""
-        return ORDER[:min(COMPARED, self.larger[-1])]
 
     def data(self, model: Model) -> str:
         return self.path('data', f'{model.name}.zip')
 
-    def held_out(self, seed: int) -> str:
-        return self.path('data', f'seed{seed}-held-out.zip')
+    def held_out(self, seed: int, digit: int, part: str) -> str:
+        """Of a class; `part`: one of PARTS."""
+        return self.path('data', f'seed{seed}-{part}-{digit}.zip')
 
-    def samples_file(self, model: Model) -> str:
-        return os.path.join(self.run_dir(model), 'samples.npz')
+    def file(self, model: Model, name: str) -> str:
+        return os.path.join(self.run_dir(model), name)
 
-    def duration(self, model: Model) -> int:
-        """Training images of a model: whole batches, so that all models take as many steps."""
-        batches = -(-self.images_per_class // self.batch_per_class)
-        return batches * self.batch_per_class * len(model.classes)
+    def best(self, model: Model, digit) -> str:
+        return self.file(model, f'network-best-{digit}.pkl')
+
+
+@functools.cache
+def distances() -> np.ndarray:
+    """Euclidean distance between the mean images of all pairs of classes [10,10], of all digits;
+    pixels are 0 to 255."""
+    selection = convert.by_class(studies.digits())
+    pixels = np.stack([np.asarray(studies.digits().picture(int(i)), float)
+                       for i in selection.indices])
+    means = np.stack([pixels[selection.labels == digit].mean(0) for digit in range(10)])
+    return np.linalg.norm((means[:, None] - means).reshape(10, 10, -1), axis=-1)
+
+
+def distance(classes) -> float:
+    """Mean distance between the mean images of the pairs of some classes."""
+    return float(np.mean([distances()[pair] for pair in itertools.combinations(classes, 2)]))
+
+
+def triples(count: int) -> list[tuple[int, ...]]:
+    """Sets of three classes, at even ranks of all 120 by distance, the most alike first."""
+    ranked = sorted(itertools.combinations(range(10), 3), key=distance)
+    return [ranked[round(rank)] for rank in np.linspace(0, len(ranked) - 1, count)]
+
+
+def cells(study: Study) -> dict[str, list[tuple]]:
+    """The larger models of each panel: {panel: [(x, n, classes), ...]}."""
+    return {'sources': [(count, study.n, ORDER[:count]) for count in sorted(study.sources)],
+            'n': [(n, n, ORDER[:3]) for n in sorted(study.nums)],
+            'distance': [(distance(classes) / 100, study.n, classes)
+                         for classes in triples(study.triples)]}
 
 
 def plan(study: Study) -> list[Model]:
-    """All models, the largest first. Raises UserError for lists that make no comparison."""
-    counts = study.sources
-    if min(study.nums) < 2:
-        raise UserError('give at least 2 images of a class', 'nums')
-    if 1 not in counts or not study.larger or min(counts) < 1 or max(counts) > len(ORDER):
-        raise UserError(f'give 1 and at least one number of classes from 2 to {len(ORDER)}',
-                        'sources')
-    if study.images_per_class < 1:
-        raise UserError('give at least 1', 'images_per_class')
-    sets = [ORDER[:count] for count in study.larger] + [(digit,) for digit in study.singles]
-    return [Model(seed, n, classes) for classes in sets for seed in study.seeds
-            for n in sorted(study.nums)]
+    """All models, seed by seed. Raises UserError for lists that make no comparison."""
+    if min(study.sources) < 2 or max(study.sources) > len(ORDER):
+        raise UserError(f'give numbers of classes from 2 to {len(ORDER)}', 'sources')
+    for option, values in (('nums', study.nums), ('n', [study.n])):
+        if min(values) < 2 or max(values) > MOST:
+            raise UserError(f'give 2 to {MOST} images of a class: the others are held out', option)
+    models = []
+    for seed in study.seeds:
+        larger = [Model(seed, n, classes) for _, n, classes in sum(cells(study).values(), [])]
+        single = [Model(seed, model.n, (digit,)) for model in larger for digit in model.measured]
+        models += dict.fromkeys(single + larger)
+    return models
+
+
+def held_out(seed: int, digit: int) -> dict:
+    """{part: selection} of the digits of a class that no model of a seed is trained on: a third to
+    choose the moment of training by, and those that the loss is then measured on."""
+    _, rest = studies.split(MOST, seed, 'nums', [digit])
+    chosen = np.arange(len(rest.indices)) % VALIDATION == 0
+    return {part: dataclasses.replace(rest, indices=rest.indices[keep], labels=rest.labels[keep])
+            for part, keep in zip(PARTS, (chosen, ~chosen), strict=True)}
 
 
 def make_data(study: Study, models: list[Model]):
-    """Archives of training images, and of those images that are in no training set of a seed."""
-    for seed in study.seeds:
-        _, rest = studies.split(max(study.nums), seed, 'nums', ORDER)
-        studies.make_archive(study, study.held_out(seed), rest)
+    """Archives of training images and of held-out digits."""
     for model in models:
         studies.make_archive(study, study.data(model), convert.by_class(
             studies.digits(), model.classes, model.n, model.seed))
+    for seed, digit in {(model.seed, digit) for model in models for digit in model.measured}:
+        for part, selection in held_out(seed, digit).items():
+            studies.make_archive(study, study.held_out(seed, digit, part), selection)
 
 
 def settings(study: Study, model: Model) -> dict:
-    """The settings of train_edm2.py, such that models differ in their sources alone.
+    """The settings of train_edm2.py, such that models of one n differ in their sources alone.
 
-    Batch and duration are proportional to the number of classes: every model takes the same number
-    of steps, with the same number of images of a class in each on average, and so learning rates
-    and averages are the same step by step.
+    The batch is a share of the training images, so that a step has as many images of a class
+    whatever the number of classes, and an image is seen as often whatever n; a step has the same
+    learning rate and average in all models.
     """
+    batch = max(1, round(study.share * model.n)) * len(model.classes)
     return studies.edm2_settings(
-        study.data(model), study.duration(model), seed=model.seed, channels=study.channels,
-        checkpoint=0, batch=study.batch_per_class * len(model.classes))
+        study.data(model), study.most_steps * batch, batch=batch, seed=model.seed, lr=study.lr,
+        channels=study.channels, snapshot=0, checkpoint=0)
 
 
 def run_model(study: Study, model: Model):
-    """Trains a model and saves its samples, as far as that is not done."""
-    network = studies.edm2_network(study.run_dir(model), settings(study, model))
-    studies.make(study.samples_file(model), save_samples, study, model, network)
+    """Trains a model, measures it at its best and saves its samples, as far as that is not
+    done."""
+    studies.make(study.file(model, LOSSES), measure_losses, study, model)
+    studies.make(study.file(model, SAMPLES), save_samples, study, model)
+    for path in Path(study.run_dir(model)).glob('training-state-*'):
+        path.unlink()                                          # nothing goes on from it any more
 
 
-def save_samples(study: Study, model: Model, network: str):
+@dataclasses.dataclass(eq=False)
+class Moments:
+    """What `recipe.fit` takes to watch a run: the loss on validation digits of each class, a row
+    {'nimg', class: loss} of validation.jsonl each time, and the averaged network of the lowest.
+    The run ends when no class has got better for `patience` rows.
+    """
+
+    study: Study
+    model: Model
+
+    def start(self, trainer) -> 'Moments':
+        self.trainer = trainer
+        self.path = self.study.file(self.model, VALIDATED)
+        self.digits = {str(digit): open_fitting(
+            self.study.held_out(self.model.seed, digit, 'validation'), trainer.net,
+            trainer.snapshot['encoder'], trainer.recipe.dataset) for digit in self.model.measured}
+        return self
+
+    def prepare(self):
+        """Nothing to do before the first step."""
+
+    def output(self) -> Output:
+        return Output(self.study.every * self.trainer.recipe.batch, self.measure, self.exists,
+                      ends=self.ends)
+
+    def rows(self) -> list[dict]:
+        """Those up to now."""
+        rows = read_rows(self.path) if os.path.exists(self.path) else []
+        return [row for row in rows if row['nimg'] <= self.trainer.nimg]
+
+    def measure(self, number: int, nets):
+        trainer = self.trainer
+        [(net, _, std)] = trainer.ema.get(trainer.net)
+        rows = [row for row in self.rows() if row['nimg'] < number]
+        new = {'nimg': number}
+        for digit, dataset in self.digits.items():
+            loss = heldout_loss(net, plain_loss(net, trainer.recipe.loss),
+                                trainer.snapshot['encoder'], dataset, seed=self.model.seed)
+            new[digit] = float(loss.of_images.mean())
+            if all(new[digit] < row[digit] for row in rows):
+                trainer.save_average(self.study.best(self.model, digit), net, std)
+        util.write_bytes(self.path, b''.join(
+            util.to_json(row).encode() + b'\n' for row in [*rows, new]))
+
+    def exists(self, number: int) -> bool:
+        return any(row['nimg'] == number for row in self.rows())
+
+    def ends(self) -> str:
+        rows = self.rows()
+        lowest = [best_row(rows, digit) for digit in self.digits]
+        late = rows and len(rows) - 1 - max(lowest) >= self.study.patience
+        return 'the loss on validation digits gets no better' if late else ''
+
+
+def read_rows(path: str) -> list[dict]:
+    return [row for _, row in budget.json_lines(path)]
+
+
+def best_row(rows: list[dict], digit) -> int:
+    """Index of the first row with the lowest loss of a class."""
+    return min(range(len(rows)), key=lambda i: rows[i][str(digit)], default=0)
+
+
+def measure_losses(study: Study, model: Model):
+    """Trains, and writes the loss on test digits of each class {class: loss} of the averaged
+    network that was the best on validation digits of this class."""
+    if not train_edm2.train(settings(study, model), study.run_dir(model),
+                            watch=Moments(study, model)):
+        return
+    losses = {}
+    for digit in model.measured:
+        snapshot = load_snapshot(study.best(model, digit))
+        loss, _ = loss_of_snapshot(snapshot, study.held_out(model.seed, digit, 'test'))
+        losses[digit] = loss(seed=model.seed).results()['heldout']
+    util.write_json(study.file(model, LOSSES), losses)
+
+
+def save_samples(study: Study, model: Model):
     """An .npz of the samples and their digits, which calculate_metrics.py reads too."""
     seeds = range(model.seed * study.samples, (model.seed + 1) * study.samples)
     samples = []
     for digit in model.measured:
-        generator = open_generator(network, class_=digit, sampler=dict(num_steps=study.steps))
+        generator = open_generator(study.best(model, digit), class_=digit,
+                                   sampler=dict(num_steps=study.steps))
         samples += [batch.images.cpu() for batch in generator.images(seeds, batch=256)]
-    save_npz_images(study.samples_file(model), np.concatenate(samples),
+    save_npz_images(study.file(model, SAMPLES), np.concatenate(samples),
                     np.repeat(model.measured, study.samples))
 
 
 def measure(study: Study, model: Model) -> list[dict]:
-    """A row for each compared class: the distances of the samples of a finished model, and of its
-    training images, to the held-out digits."""
-    reference = study.held_out(model.seed)
-    return [{'seed': model.seed, 'n': model.n, 'sources': len(model.classes), 'class': digit,
-             'fd': studies.pixel_distance(study.samples_file(model), reference, digit),
-             TRAINING: studies.pixel_distance(study.data(model), reference, digit)}
-            for digit in study.singles if digit in model.classes]
+    """A row for each measured class of a finished model: its loss, its Frechet distance, and the
+    steps to its best moment and to the end of training."""
+    losses = budget.read_json(study.file(model, LOSSES))
+    rows = read_rows(study.file(model, VALIDATED))
+    steps = [row['nimg'] // settings(study, model)['batch'] for row in rows]
+    return [{'seed': model.seed, 'n': model.n, 'classes': model.label,
+             'sources': len(model.classes), 'class': digit, 'loss': losses[str(digit)],
+             'fd': studies.pixel_distance(study.file(model, SAMPLES),
+                                          study.held_out(model.seed, digit, 'test'), digit),
+             'best step': steps[best_row(rows, digit)], 'steps': steps[-1]}
+            for digit in model.measured]
 
 
-def summarise(results: pd.DataFrame) -> pd.DataFrame:
-    """Means over classes and seeds, with half-widths of 95% intervals over seeds (Student's t).
+# --- Results -------------------------------------------------------------------------------------
 
-    `single - multi` is the difference to the models of one class at the same seed: positive if
-    many sources help.
+
+def advantages(results: pd.DataFrame) -> pd.DataFrame:
+    """A row for each class of each larger model, with the model of that class alone at the same
+    seed and n: the `difference` of losses, single - multi, and what percent of the single-source
+    loss it is, the `advantage`; the same of distances."""
+    single = results[results['sources'] == 1].set_index(['seed', 'n', 'class'])[['loss', 'fd']]
+    rows = results[results['sources'] > 1].merge(
+        single, on=['seed', 'n', 'class'], suffixes=('', ' single'))
+    rows['difference'] = rows['loss single'] - rows['loss']
+    rows['advantage'] = 100 * rows['difference'] / rows['loss single']
+    rows['fd advantage'] = 100 * (1 - rows['fd'] / rows['fd single'])
+    return rows
+
+
+def of_panels(study: Study, rows: pd.DataFrame) -> dict:
+    """{panel: rows of its models, with their place `x` on its axis and the text there}."""
+    panels = {}
+    for panel, models in cells(study).items():
+        parts = []
+        for x, n, classes in models:
+            label = Model(0, n, classes).label
+            of_model = rows[(rows['n'] == n) & (rows['classes'] == label)]
+            tick = f'{label}\n{100 * x:.0f}' if panel == 'distance' else str(x)
+            parts.append(of_model.assign(x=x, tick=tick))
+        panels[panel] = pd.concat(parts)
+    return panels
+
+
+def slope(rows: pd.DataFrame, value: str, groups=('seed',)) -> tuple[float, float]:
+    """Mean over seeds, and half-width of its 95% interval, of the slopes by least squares of
+    `value` against the column x of each seed, from the means of `groups`. NaN where x is constant.
     """
-    values = results.groupby(['n', 'seed', 'sources'])[['fd', TRAINING]].mean()
-    by_sources = values['fd'].unstack()
-    values['single - multi'] = (-by_sources).add(by_sources[1], axis=0).drop(columns=1).stack()
-    summary = studies.average(values, ['n', 'sources'], list(MEASURES.values()))
-    summary = summary.set_index(['n', 'sources'])
-    single = summary['fd'].xs(1, level='sources')
-    summary['single - multi, % of single'] = 100 * summary['single - multi'].div(single, level='n')
-    return summary.reset_index()
+    table = rows[['seed', 'class', 'x', value]].rename(columns={value: 'y'})
+    table[['x', 'y']] -= table.groupby(list(groups))[['x', 'y']].transform('mean')
+    table = table.assign(xy=table['x'] * table['y'], xx=table['x'] ** 2)
+    sums = table.groupby('seed')[['xy', 'xx']].sum()
+    slopes = sums['xy'] / sums['xx'].where(sums['xx'] > 1e-9)
+    return slopes.mean(), studies.half_width(slopes)
 
 
-def show(summary: pd.DataFrame):
-    """Prints the averages."""
-    shown = studies.texts(summary, ['n', 'sources'], MEASURES, '.0f')
-    shown['gain %'] = studies.plus_minus(summary, 'single - multi, % of single', '', '+.0f')
-    print('\nFrechet distance of pixels to held-out digits, mean ± 95% interval over seeds:\n'
+def verdict(mean: float, interval: float) -> str:
+    """Whether something is positive, if its interval tells."""
+    if not abs(mean) > interval:                               # also of a single seed
+        return 'undecided'
+    return 'yes' if mean > 0 else 'no'
+
+
+def slopes(panels: dict) -> pd.DataFrame:
+    """A row for each claim on how the advantage changes: slopes with intervals, and verdicts."""
+    logs = {panel: rows.assign(x=np.log(rows['x'])) for panel, rows in panels.items()}
+    alike = panels['distance']
+    own = alike.assign(x=[
+        sum(distances()[digit, int(other)] for other in label.split('-')) / 2 / 100
+        for digit, label in zip(alike['class'], alike['classes'], strict=True)])
+    claims = [('grows with ln(sources)', 1, logs['sources'], ['seed']),
+              ('falls with ln(n)', -1, logs['n'], ['seed']),
+              ('falls with distance / 100', -1, alike, ['seed']),
+              ('falls with distance / 100, within a class', -1, own, ['seed', 'class'])]
+    table = []
+    for claim, sign, rows, groups in claims:
+        row = {'claim': claim}
+        for value in ('advantage', 'difference'):
+            mean, interval = slope(rows, value, groups)
+            name = f'slope of {value}'
+            row |= {name: mean, studies.interval_column(name): interval,
+                    f'verdict by {value}': verdict(sign * mean, interval)}
+        table.append(row)
+    return pd.DataFrame(table)
+
+
+def summarise(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of each larger model, means over its classes and over seeds with half-widths of 95%
+    intervals over seeds (Student's t)."""
+    keys = ['n', 'sources', 'classes']
+    means = rows.groupby([*keys, 'seed'])[list(MEASURES.values())].mean()
+    summary = studies.average(means, keys, list(MEASURES.values()))
+    error = summary[studies.interval_column('advantage')]
+    summary['helps'] = list(map(verdict, summary['advantage'], error))
+    return summary
+
+
+def show(summary: pd.DataFrame, changes: pd.DataFrame, results: pd.DataFrame):
+    """Prints the averages, the slopes, and whether the best moments were inside of training."""
+    keys = ['n', 'classes']
+    parts = [studies.texts(summary, keys, {title: name}, form)[title]
+             for (title, name), form in zip(MEASURES.items(), FORMS, strict=True)]
+    print('\nHeld-out loss, mean ± 95% interval over seeds (gains: percent of single):\n'
+          + pd.concat([summary[keys], *parts, summary['helps']], axis=1).to_string(index=False))
+    shown = changes[['claim']].assign(**{
+        f'by {value}': studies.plus_minus(changes, f'slope of {value}', studies.interval_column(
+            f'slope of {value}'), form) + ', ' + changes[f'verdict by {value}']
+        for value, form in (('advantage', '+.2f'), ('difference', '+.4f'))})
+    print('\nThe advantage ...: slope, mean ± 95% interval over seeds\n'
           + shown.to_string(index=False))
+    late = (results['best step'] == results['steps']).sum()
+    print(f'\n{late} of {len(results)} losses were the lowest at the end of training; the longest '
+          f'training took {results["steps"].max()} steps')
 
 
 @studies.styled
-def draw(results: pd.DataFrame):
-    """Distance in thousands against the number of sources, a panel for each n; thin lines are the
-    classes, the dotted one the training images."""
-    table = results.assign(fd=results['fd'] / 1000, multi=results['sources'] > 1)
-    shared = dict(x='sources', y='fd', group='multi', each='class', interval=studies.half_width,
-                  labels={False: 'single-source', True: 'multi-source'},
-                  xlabel=plotting.LABELS['K'], ylabel='Fréchet distance (thousands)')
-    groups = dict(list(table.groupby('n')))
+def draw(panels: dict):
+    """Advantage in percent, a panel for each comparison, with intervals over seeds."""
+    titles = {'sources': 'Number of sources', 'n': 'Training images of each class',
+              'distance': 'Classes, and distance of their means'}
     figure = studies.draw_panels([
-        dict(table=rows, title=f'{n} training images of each class', **shared)
-        for n, rows in groups.items()], bottom=0)
-    for axis, rows in zip(figure.axes, groups.values(), strict=True):
-        axis.axhline(rows[TRAINING].mean() / 1000, color='0.4', linestyle=':',
-                     label='the training images')
-        axis.get_legend().remove()                             # one for all, where no line is
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc='outside lower center',
-                  ncols=3)
+        dict(table=rows.assign(all=True), x='x', y='advantage', group='all', labels={True: None},
+             interval=studies.half_width, xlabel=titles[panel], ylabel='Advantage of many (%)',
+             ticks=dict(rows.sort_values('x')[['x', 'tick']].drop_duplicates().to_numpy()))
+        for panel, rows in panels.items()])
+    for axis in figure.axes:
+        axis.axhline(0, color='0.4', linestyle=':', linewidth=0.8)
     return figure
 
 
-def sample_rows(study: Study, models: list[Model], n: int) -> dict:
-    """For each measured class a row of training images, and a row of samples for each number of
-    sources (first seed)."""
+def sample_rows(study: Study) -> dict:
+    """For each target a row of training images, and a row of samples for each number of sources
+    (first seed)."""
+    larger = [Model(study.seeds[0], n, classes) for _, n, classes in cells(study)['sources']]
     rows = {}
-    for digit in ORDER[:COMPARED]:
-        shown = [model for model in models[::-1] if digit in model.classes
-                 and (model.seed, model.n) == (min(study.seeds), n)]
-        files = [('data', study.data(model)) for model in shown[:1]]
-        files += [(len(model.classes), study.samples_file(model)) for model in shown]
-        rows |= {f'{digit}: {title}': studies.pixels(file, digit) for title, file in files}
+    for digit in TARGETS:
+        shown = [Model(study.seeds[0], study.n, (digit,)),
+                 *(model for model in larger if digit in model.measured)]
+        if len(shown) > 1:
+            files = [('data', study.data(shown[0]))]
+            files += [(len(model.classes), study.file(model, SAMPLES)) for model in shown]
+            rows |= {f'{digit}: {title}': studies.pixels(file, digit) for title, file in files}
     return rows
 
 
 @studies.command(Study, """\b
-  # More seeds, longer training, in a folder of its own
-  python simulations/digits_multi_source.py --seeds=0-9 --images-per-class=64Ki \\
-      --outdir=training-runs/study-long
+  # The larger study of the page, in a folder of its own
+  python simulations/digits_multi_source.py --seeds=0-5 --sources=3,5,10 --nums=10,20,50,100 \\
+      --triples=5 --outdir=training-runs/study-multi-source-long
 """)
 def main(study):
     """Compares models of one class with models of many, on handwritten digits.
 
-    Writes results.csv (each model and class), summary.csv (means with 95% intervals over seeds),
-    study.png and study.svg, samples-n<NUM>.png, report.html, and in models/ a run folder of
+    Writes results.csv (each model and class), advantages.csv (each class of a larger model, paired
+    with the model of that class alone), summary.csv and slopes.csv (means with 95% intervals over
+    seeds), study.png and study.svg, samples.png, report.html, and in models/ a run folder of
     train_edm2.py for each model.
     """
     study.claim()
     models = plan(study)
     make_data(study, models)
-    print(f'{len(models)} models, {sum(map(study.duration, models))} training images in all, in '
-          f'{study.outdir}', flush=True)
+    print(f'{len(models)} models, in {study.outdir}', flush=True)
     rows = []
-    for model in study.run(run_model, models, study.duration, unit='img', unit_scale=True):
+    for model in study.run(run_model, models, unit='model'):
         measured = measure(study, model)
         rows += measured
-        text = ', '.join(f'{row["class"]}: {row["fd"]:.0f}' for row in measured)
-        tqdm.tqdm.write(f'n={model.n}, {len(model.classes)} source(s), seed {model.seed}: '
-                        f'distance of {text}')
-    results = pd.DataFrame(rows).sort_values(['seed', 'n', 'sources', 'class'], ignore_index=True)
-    summary = summarise(results)
-    show(summary)
-    grids = {f'samples-n{n}.png': (
-        f'Digit and number of sources; {n} training images of each class, seed {min(study.seeds)}',
-        sample_rows(study, models, n)) for n in study.nums}
-    study.save(draw(results), grids, results=results, summary=summary)
+        text = ', '.join(f'{row["class"]}: {row["loss"]:.4f} (step {row["best step"]})'
+                         for row in measured)
+        tqdm.tqdm.write(f'{model.name}: {text} of {measured[0]["steps"]}')
+    results = pd.DataFrame(rows).sort_values(['seed', 'n', 'sources', 'classes', 'class'],
+                                             ignore_index=True)
+    paired = advantages(results)
+    panels = of_panels(study, paired)
+    changes = slopes(panels)
+    summary = summarise(paired)
+    show(summary, changes, results)
+    grids = {'samples.png': (
+        f'Digit and number of sources; {study.n} training images of each class, '
+        f'seed {study.seeds[0]}', sample_rows(study))}
+    study.save(draw(panels), grids, results=results, advantages=paired, summary=summary,
+               slopes=changes)
 
 
 if __name__ == '__main__':

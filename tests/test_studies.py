@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import pathlib
-import re
 import shutil
 import signal
 import subprocess
@@ -75,12 +74,13 @@ class Case:
 CASES = {
     'multi_source': Case(
         'simulations/digits_multi_source.py',
-        ['--seeds=0,1', '--nums=3,12', '--sources=1,2', '--images-per-class=16',
-         '--batch-per-class=8', '--channels=16', '--samples=12', '--steps=1'],
-        dict(most=12, images_per_class=16, batch_per_class=8, channels=16, samples=12, steps=1),
-        ['results', 'summary'], {'study': 1500, 'samples-n3': 100, 'samples-n12': 100},
-        'models/*/samples.npz', 'models/seed1-n12-38/samples.npz', ['--images-per-class=1Gi'],
-        ['models/seed0-n3-38/log.txt', 'models/seed0-n12-38/log.txt']),
+        ['--seeds=1', '--n=6', '--sources=2', '--nums=6', '--triples=2', '--share=1', '--every=1',
+         '--patience=1', '--most-steps=2', '--channels=16', '--samples=12', '--steps=1'],
+        dict(share=1.0, lr=0.1, channels=16, every=1, patience=1, most_steps=2, samples=12, steps=1),
+        ['results', 'advantages', 'summary', 'slopes'], {'study': 1500, 'samples': 100},
+        'models/*/samples.npz', 'models/seed1-n6-3-8/samples.npz',
+        ['--most-steps=1000000', '--every=1000000'],
+        ['models/seed1-n6-3/log.txt', 'models/seed1-n6-8/log.txt']),
     'memorization': Case(
         'data_utils/digits_memorization.py',
         ['--sizes=10,20', '--classes=1', '--kimg=1', '--batch=16', '--channels=8', '--samples=24',
@@ -324,7 +324,7 @@ def test_a_killed_study_ends_with_the_same_numbers(name, finished, tmp_path):
 
 @pytest.mark.parametrize('name, option, words', [
     ('multi_source', '--steps=2', '--steps (1 instead of 2)'),
-    ('multi_source', '--nums=3,13', 'largest of --nums'),
+    ('multi_source', '--lr=0.2', '--lr (0.1 instead of 0.2)'),
     ('memorization', '--steps=3', '--steps (2 instead of 3)'),
     ('distillation', '--student-steps=9', 'another --student-steps ('),
     ('distillation', '--rhos=0.4', 'another --rhos ('),
@@ -338,8 +338,9 @@ def test_a_folder_keeps_its_settings(name, option, words, tmp_path):
 
 
 @pytest.mark.parametrize('name, option, words', [
-    ('multi_source', '--nums=3,170', '--nums=170 leaves 4 images'),
-    ('multi_source', '--sources=1,11', '--sources'),
+    ('multi_source', '--nums=3,101', '--nums: give 2 to 100 images'),
+    ('multi_source', '--n=1', '--n: give 2 to 100 images'),
+    ('multi_source', '--sources=1,3', '--sources'),
     ('multi_source', '--seeds=4294967296', '--seeds: give numbers below 2^31'),
     ('memorization', '--sizes=20,1750', '--sizes'),
     ('memorization', '--channels=5', '--channels=5 must be even'),
@@ -386,64 +387,74 @@ def test_a_study_is_one_command(name, monkeypatch, tmp_path):
 # Does training on several sources help?
 
 
-def test_order_puts_similar_classes_first():
+def test_order_and_triples_go_by_the_mean_images():
     """The three classes with the closest mean images, then always the closest one on average."""
     digits = load_digits()
-    means = np.array([digits.data[digits.target == k].mean(0) for k in range(10)])
+    means = np.array([digits.data[digits.target == k].mean(0) for k in range(10)]) * 255 / 16
     far = np.linalg.norm(means[:, None] - means, axis=-1)
-    order = list(min(itertools.combinations(range(10), 3),
-                     key=lambda c: sum(far[a, b] for a, b in itertools.combinations(c, 2))))
+    ranked = sorted(itertools.combinations(range(10), 3),
+                    key=lambda c: sum(far[a, b] for a, b in itertools.combinations(c, 2)))
+    order = list(ranked[0])
     while len(order) < 10:
         order.append(min(set(range(10)) - set(order), key=lambda k: far[k, order].mean()))
     assert tuple(order) == multi_source.ORDER
+    assert multi_source.triples(3) == [ranked[0], ranked[60], ranked[119]]
+    np.testing.assert_allclose(multi_source.distances(), far, atol=1)  # of pixels that are rounded
 
 
-def test_plan_has_each_compared_class_alone_and_in_every_larger_model(tmp_path):
-    study = open_study(multi_source, tmp_path, '--nums=20,100')
+def test_plan_has_each_measured_class_alone_and_one_larger_model_for_each_place(tmp_path):
+    study = open_study(multi_source, tmp_path, '--sources=3,10', '--nums=10,20', '--triples=2')
     models = multi_source.plan(study)
-    assert len(models) == len(set(models)) == 3 * 2 * 6
-    for seed, n in itertools.product(range(3), (20, 100)):
-        sets = [model.classes for model in models if (model.seed, model.n) == (seed, n)]
-        order = multi_source.ORDER
-        assert sets == [order, order[:5], order[:3], (3,), (8,), (9,)]
+    order = multi_source.ORDER
+    assert len(models) == len(set(models)) == 3 * (6 + 3 + 4)
+    for seed in range(3):
+        sets = [(model.n, model.classes) for model in models if model.seed == seed]
+        assert sets == [
+            *((20, (digit,)) for digit in (3, 8, 9)), *((10, (digit,)) for digit in (3, 8, 9)),
+            *((20, (digit,)) for digit in (0, 6, 7)), (20, order[:3]), (20, order),
+            (10, order[:3]), (20, (0, 6, 7))]
+    assert [model.seed for model in models] == sorted(model.seed for model in models)
+    assert {model.measured for model in models if len(model.classes) == 10} == {(3, 8, 9)}
 
 
-def test_models_differ_in_their_sources_alone(tmp_path):
-    """As many steps, the same learning rate at each, as many images of each class, for all."""
-    study = open_study(multi_source, tmp_path, '--nums=12', '--sources=1,2,5', '--seeds=4',
-                       '--images-per-class=20')
+def test_models_of_one_n_differ_in_their_sources_alone(tmp_path):
+    """The same learning rate at each step, as many images of each class in it, for all."""
+    study = open_study(multi_source, tmp_path, '--seeds=4', '--most-steps=30', '--triples=2')
     models = multi_source.plan(study)
     multi_source.make_data(study, models)
     schedules = []
     for model in models:
         config = multi_source.settings(study, model)
-        assert config['batch'] == 8 * len(model.classes)
-        assert config['duration'] == 24 * len(model.classes)   # 20, rounded up to whole batches
+        assert config['batch'] == 0.4 * model.n * len(model.classes)
+        assert config['duration'] == 30 * config['batch']
         assert config['seed'] == 4 and config['network']['model_channels'] == 16
         rate = LR_SCHEDULES[config['lr_schedule']]
         schedules.append([
             rate(step * config['batch'], config['batch'], config['lr'], config['decay'],
                  config['rampup_Mimg']) for step in range(3)])
-    assert len(schedules) == 4
     for schedule in schedules:
         assert schedule == pytest.approx(schedules[0])
 
 
 def test_held_out_digits_are_in_no_training_set_of_their_seed(tmp_path):
-    study = open_study(multi_source, tmp_path, '--nums=3,12', '--sources=1,3', '--seeds=0,1')
+    study = open_study(multi_source, tmp_path, '--nums=3,100', '--seeds=0,1', '--triples=2')
     models = multi_source.plan(study)
     multi_source.make_data(study, models)
-    for seed in (0, 1):
-        held_out = ImageDataset(study.held_out(seed))
-        unseen = {image.tobytes() for image in held_out.images(range(len(held_out)))}
-        assert len(held_out) == 1797 - 10 * 12
-        assert held_out.classes == list(multi_source.ORDER)
-        for model in models:
-            if model.seed == seed:
-                data = ImageDataset(study.data(model))
-                assert len(data) == model.n * len(model.classes)
-                assert data.classes == list(model.classes)
-                assert not unseen & {image.tobytes() for image in data.images(range(len(data)))}
+
+    def images(path):
+        data = ImageDataset(path)
+        return {image.tobytes() for image in data.images(range(len(data)))}
+
+    for model in models:
+        trained = images(study.data(model))
+        data = ImageDataset(study.data(model))
+        assert len(data) == model.n * len(model.classes) and data.classes == list(model.classes)
+        validation, tests = (
+            set().union(*(images(study.held_out(model.seed, digit, part))
+                          for digit in model.measured)) for part in ('validation', 'test'))
+        assert not trained & (validation | tests) and not validation & tests
+        held_out = sum((load_digits().target == digit).sum() - 100 for digit in model.measured)
+        assert len(validation | tests) == held_out and 0.33 < len(validation) / held_out < 0.36
     alone, among = (ImageDataset(study.data(multi_source.Model(0, 3, classes)))
                     for classes in ((8,), (3, 8, 9)))
     rows = np.flatnonzero(among.label_ids == 1)
@@ -451,44 +462,72 @@ def test_held_out_digits_are_in_no_training_set_of_their_seed(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['multi_source'])
-def test_distances_are_those_of_calculate_metrics(name, finished, tmp_path):
+def test_losses_and_distances_are_those_of_the_metrics(name, finished, tmp_path):
     outdir, printed = finished
     results = pd.read_csv(outdir / 'results.csv')
-    assert [tuple(row) for row in results[['seed', 'n', 'sources', 'class']].to_numpy()] == list(
-        itertools.product((0, 1), (3, 12), (1, 2), (3, 8)))
-    row = results.set_index(['seed', 'n', 'sources', 'class']).loc[(1, 12, 2, 8)]
-    measured = calculated(
-        'calc', f'--images={outdir}/models/seed1-n12-38/samples.npz', '--metrics=fd_pixels',
-        f'--ref={outdir}/data/seed1-held-out.zip', '--class=8', '--ref-class=8', '--num=12',
-        f'--dest={tmp_path}/metrics.json')
-    assert row['fd'] == pytest.approx(measured['fd_pixels'], rel=1e-4)
+    row = results.set_index(['seed', 'n', 'classes', 'class']).loc[(1, 6, '3-8', 8)]
+    folder = outdir / 'models' / 'seed1-n6-3-8'
+    test = f'{outdir}/data/seed1-test-8.zip'
+    snapshot = load_snapshot(str(folder / 'network-best-8.pkl'))
+    measured, _ = loss_of_snapshot(snapshot, test)
+    assert row['loss'] == pytest.approx(measured(seed=1).results()['heldout'], rel=1e-5)
+    distance = calculated(
+        'calc', f'--images={folder}/samples.npz', '--metrics=fd_pixels', f'--ref={test}',
+        '--class=8', '--ref-class=8', '--num=12', f'--dest={tmp_path}/metrics.json')
+    assert row['fd'] == pytest.approx(distance['fd_pixels'], rel=1e-4)
+    rows = [json.loads(line) for line in (folder / 'validation.jsonl').read_text().splitlines()]
+    best = min(rows, key=lambda row: row['8'])
+    assert row['best step'] == best['nimg'] / 12 and snapshot.nimg == best['nimg']
+    validated, _ = loss_of_snapshot(snapshot, test.replace('-test-', '-validation-'))
+    assert best['8'] == pytest.approx(validated(seed=1).results()['heldout'], rel=1e-3)  # float16
+    assert row['steps'] == rows[-1]['nimg'] / 12
     summary = pd.read_csv(outdir / 'summary.csv')
-    assert summary[['n', 'sources', 'seeds']].to_numpy().tolist() == [
-        [n, count, 2] for n in (3, 12) for count in (1, 2)]
-    shown = float(re.search(r'(\d+) ± ', printed)[1])
-    assert summary['fd'][0] == pytest.approx(shown, rel=1e-5)  # the file has six digits
-    grid = np.asarray(PIL.Image.open(outdir / 'samples-n3.png'))
-    grid = grid[-(2 * 3 * 51 + 3):]         # of two classes: training images, one source, two
-    left = 51 * 9 - 3                       # only three training images: nine places are left
-    assert (grid[:51, -left:] == 255).all() and not (grid[54:102, -left:] == 255).all()
+    assert summary['classes'].tolist() == ['3-8', '0-6-7', '3-8-9']
+    assert f'{summary["advantage"][0]:+.1f}' in printed
 
 
-def test_summary_pairs_the_seeds():
-    """Seeds that differ much, by the same amount with one source and with three: no doubt."""
-    rows = [{'seed': seed, 'n': 20, 'sources': count, 'class': digit, 'fd of training images': 7.0,
-             'fd': 1000 * seed + (50 if count == 1 else 40) + digit}
-            for seed in range(3) for count in (1, 3) for digit in (3, 8)]
-    single, multi = multi_source.summarise(pd.DataFrame(rows)).to_dict('records')
-    assert (single['n'], single['sources'], single['seeds']) == (20, 1, 3)
-    means = np.array([55.5, 1055.5, 2055.5])
+def rows_of(loss, seeds=range(3)):
+    """Rows of results: `loss(seed, number of sources, class)`, of the first classes."""
+    return pd.DataFrame([
+        {'seed': seed, 'n': 20, 'classes': '-'.join('389'[:max(count, 1)]) if count > 1 else str(digit),
+         'sources': count, 'class': digit, 'loss': loss(seed, count, digit), 'fd': 100.0 / count}
+        for seed in seeds for count in (1, 2, 3) for digit in (3, 8)])
+
+
+def test_advantages_pair_seeds_and_classes():
+    """Seeds and classes that differ much, by the same share with one source and with many: no
+    doubt."""
+    paired = multi_source.advantages(rows_of(
+        lambda seed, count, digit: (1 + seed + digit) * (1 - 0.1 * (count - 1))))
+    summary = multi_source.summarise(paired)
+    assert summary['advantage'].tolist() == pytest.approx([10, 20])
+    assert summary['95% interval of advantage'].tolist() == pytest.approx([0, 0], abs=1e-9)
+    assert summary['fd advantage'].tolist() == pytest.approx([50, 200 / 3])
+    means = np.array([0.1 * (1 + seed + 5.5) for seed in range(3)])
     low, high = scipy.stats.t.interval(0.95, 2, means.mean(), scipy.stats.sem(means))
-    assert single['fd'] == pytest.approx(means.mean())
-    assert single['95% interval of fd'] == pytest.approx((high - low) / 2)
-    assert np.isnan(single['single - multi'])
-    assert multi['single - multi'] == pytest.approx(10)
-    assert multi['95% interval of single - multi'] == pytest.approx(0, abs=1e-9)
-    assert multi['single - multi, % of single'] == pytest.approx(1000 / 1055.5)
-    assert multi['fd of training images'] == 7
+    assert summary['difference'][0] == pytest.approx(means.mean())
+    assert summary['95% interval of difference'][0] == pytest.approx((high - low) / 2)
+    assert summary['helps'].tolist() == ['yes', 'yes']
+
+
+def test_slopes_are_those_of_each_seed():
+    paired = multi_source.advantages(rows_of(lambda seed, count, digit: 1 / count + 0.01 * seed))
+    paired['x'] = paired['sources']
+    slopes = []
+    for _, rows in paired.groupby('seed'):
+        slopes.append(np.polyfit(rows['x'], rows['advantage'], 1)[0])
+    mean, interval = multi_source.slope(paired, 'advantage')
+    assert mean == pytest.approx(np.mean(slopes))
+    assert interval == pytest.approx(scipy.stats.t.ppf(0.975, 2) * scipy.stats.sem(slopes))
+    offset = paired.assign(advantage=paired['advantage'] + 100 * paired['class'])
+    assert multi_source.slope(offset, 'advantage', ['seed', 'class'])[0] == pytest.approx(mean)
+    assert np.isnan(multi_source.slope(paired.assign(x=1.0), 'advantage')[0])
+
+
+@pytest.mark.parametrize('mean, interval, text', [
+    (2, 1, 'yes'), (-2, 1, 'no'), (2, 3, 'undecided'), (2, float('nan'), 'undecided')])
+def test_a_verdict_needs_an_interval_without_zero(mean, interval, text):
+    assert multi_source.verdict(mean, interval) == text
 
 
 # When does a model copy its training set?
