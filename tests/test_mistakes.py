@@ -211,7 +211,7 @@ MISTAKES = {
         '--sizes=20': ('--sizes', 'at least two'), '--sizes=20,25': ('--sizes', 'multiples of 10'),
         '--sizes=20,5000': ('--sizes', '10 classes'), '--classes=0,1': ('--classes', '1 to 10'), '--kimg=0': '--kimg'},
     'distillation/digits_distillation.py --outdir=out': {
-        '--rhos=0.4,0.4': ('--rhos', 'once'), '--rhos=0': ('--rhos', 'give shares'), '--rhos=x': '--rhos',
+        '--rhos=0.1,0.1': ('--rhos', 'once'), '--rhos=0': ('--rhos', 'give shares'), '--rhos=x': '--rhos',
         '--samples=3': '--samples', '--teacher-steps=0': '--teacher-steps'},
     'long_tail/digits_long_tail.py --outdir=out': {
         '--methods=finetune': ('--methods', 'finetune starts from plain'), '--methods=all': '--methods',

@@ -27,6 +27,7 @@ from sklearn.datasets import load_digits
 
 import studies
 from data_utils import digits_memorization as memorization
+from distillation import comparison
 from distillation import digits_distillation as distillation
 from distillation.cache import open_cache
 from distillation.configs import read_experiment, read_network
@@ -92,13 +93,14 @@ CASES = {
         ['models/10-10classes-none/log.txt', 'models/10-10classes-true/log.txt']),
     'distillation': Case(
         'distillation/digits_distillation.py',
-        ['--teacher-steps=3', '--student-steps=2', '--teacher-samples=16', '--samples=16',
-         '--batch=4'],
-        dict(teacher_steps=3, student_steps=2, rhos=[0.4, 0.02], teacher_samples=16, samples=16,
-             seed=0, batch=4),
-        ['results'], {'samples': 500}, 'samples/on-samples.npz',
-        'samples/on-data.npz', ['--student-steps=100000'],
-        ['on-samples/log.txt', 'distilled-rho0.4/log.txt']),
+        ['--seeds=1', '--teacher-steps=3', '--student-steps=4', '--data-steps=6', '--rho-steps=2',
+         '--interval=2', '--teacher-samples=16', '--samples=16', '--batch=4', '--sampling-steps=2'],
+        dict(teacher_steps=3, student_steps=4, data_steps=6, rho_steps=2, interval=2, batch=4,
+             teacher_samples=16, samples=16, sampling_steps=2),
+        ['results', 'summary', 'differences', 'claims', 'final'],
+        {'study': 2500, 'samples': 500}, 'samples/seed1-on-data.npz',
+        'samples/seed1-on-samples.npz', ['--student-steps=100000'],
+        ['models/seed1-on-samples/log.txt', 'models/seed1-distilled-rho0.4/log.txt']),
     'long_tail': Case(
         'long_tail/digits_long_tail.py',
         ['--steps=6', '--seeds=3', '--methods=plain,cb,finetune,weakened', '--omegas=0,1.6',
@@ -284,8 +286,7 @@ def test_a_stopped_study_goes_on(name, finished, tmp_path):
                 time.sleep(0.05)
             os.killpg(process.pid, signal.SIGKILL)
         shutil.copytree(finished[0], tmp_path / 'here', dirs_exist_ok=True,
-                        ignore=shutil.ignore_patterns('study.json', 'on-*', 'distilled-*.npz',
-                                                      'distilled-rho0.4', 'distilled-rho0.02'))
+                        ignore=shutil.ignore_patterns('study.json', '*-on-samples*', '*-dist*'))
     logs = [tmp_path / 'here' / log for log in case.logs]
     for send in (os.kill, os.killpg):
         with start(case, tmp_path, *case.long) as process:
@@ -326,9 +327,8 @@ def test_a_killed_study_ends_with_the_same_numbers(name, finished, tmp_path):
     ('multi_source', '--steps=2', '--steps (1 instead of 2)'),
     ('multi_source', '--lr=0.2', '--lr (0.1 instead of 0.2)'),
     ('memorization', '--steps=3', '--steps (2 instead of 3)'),
-    ('distillation', '--student-steps=9', 'another --student-steps ('),
-    ('distillation', '--rhos=0.4', 'another --rhos ('),
-    ('distillation', '--seed=5', 'another --seed ('),
+    ('distillation', '--student-steps=8', 'another --student-steps ('),
+    ('distillation', '--interval=1', 'another --interval ('),
     ('long_tail', '--steps=7', '--steps (6 instead of 7)'),
     ('synthetic_data', '--steps=3', '--steps (2 instead of 3)')])
 def test_a_folder_keeps_its_settings(name, option, words, tmp_path):
@@ -346,6 +346,8 @@ def test_a_folder_keeps_its_settings(name, option, words, tmp_path):
     ('memorization', '--channels=5', '--channels=5 must be even'),
     ('memorization', '--channels=6', '--channels: '),
     ('distillation', '--rhos=0.4,2', '--rhos'),
+    ('distillation', '--rho-steps=6', '--rho-steps=6 is more than --student-steps=4'),
+    ('distillation', '--interval=3', '--student-steps=4 is no multiple of --interval=3'),
     ('long_tail', '--omegas=-1,1', '--omegas'),
     ('long_tail', '--ddim-steps=1001', '--ddim-steps'),
     ('long_tail', '--methods=finetune', '--methods'),
@@ -579,25 +581,26 @@ def test_ratios_are_those_of_the_metric(name, finished, tmp_path):
 
 # Can a model be trained from a model?
 
-MODELS = ['teacher', 'distilled-rho0.4', 'distilled-rho0.02', 'on-samples', 'on-data']
-
-
 @pytest.mark.parametrize('name', ['distillation'])
 def test_students_differ_in_what_they_learn_from_alone(name, finished):
     """The same network, steps, batch, learning rate and seed for all, and one teacher."""
     outdir, _ = finished
-    options = {model: json.loads((outdir / model / 'training_options.json').read_text())
-               for model in MODELS[1:]}
-    students = [one.get('student') or one for one in options.values()]
-    for key in read_network(str(distillation.BASELINE)).__dict__:
-        assert all(student[key] == students[0][key] for student in students)
-    assert {one['seed'] for one in options.values()} == {0}
+    students = ['distilled-rho0.4', 'on-samples', 'on-data', 'distilled-rho0.02']
+    options = {name: json.loads((outdir / 'models' / f'seed1-{name}' / 'training_options.json')
+                                .read_text()) for name in students}
+    sections = [one.get('student') or one for one in options.values()]
+    for key in read_network(str(distillation.BASELINE)).__dict__.keys() - {'total_steps',
+                                                                           'save_interval'}:
+        assert all(section[key] == sections[0][key] for section in sections)
+    assert [section['total_steps'] for section in sections] == [4, 4, 6, 2]
+    assert {section['lr_anneal_steps'] for section in sections} == {0}
+    assert {one['seed'] for one in options.values()} == {1}
     teachers = [options[f'distilled-rho{rho}']['teacher'] for rho in (0.4, 0.02)]
     assert [teacher['BATCH'] for teacher in teachers] == [0.4, 0.02]
     assert all(teacher['model_path'] == 'ema_0.995_000003.pt' for teacher in teachers)
-    assert options['on-samples']['data_dir'] == 'teacher.npz'
+    assert options['on-samples']['data_dir'] == 'seed1-teacher.npz'
     assert options['on-data']['data_dir'] == 'digits.zip'
-    caches = [outdir / 'cache' / f'distilled-rho{rho}.cache' for rho in (0.4, 0.02)]
+    caches = [outdir / 'cache' / f'seed1-distilled-rho{rho}.cache' for rho in (0.4, 0.02)]
     assert [len(open_cache(str(cache))[0]) for cache in caches] == [80, 4]
 
 
@@ -608,58 +611,104 @@ def test_the_configurations_agree():
     assert experiment.student == read_network(str(distillation.BASELINE))
     assert experiment.teacher.model == teacher.model
     assert experiment.teacher.diffusion == teacher.diffusion
+    assert teacher.diffusion.diffusion_steps == distillation.CHAIN
     sizes = [sum(p.numel() for p in build(part).parameters())
              for part in (teacher, experiment.student)]
     assert sizes[0] > 2 * sizes[1]
 
 
 def test_no_distilled_student_waits_for_data_or_samples(tmp_path):
-    chains = distillation.chains(open_study(distillation, tmp_path, '--rhos=0.02,0.4,0.1'))
-    assert [chain[-1][1].split('/')[-1] for chain in chains] == [
-        'on-samples.npz', 'distilled-rho0.4.npz', 'distilled-rho0.1.npz', 'distilled-rho0.02.npz',
-        'on-data.npz']
-    for chain in chains[1:4]:
-        words = ' '.join(str(word) for arguments, _ in chain[:2] for word in arguments)
-        assert 'data_dir' not in words and '.zip' not in words
+    study = open_study(distillation, tmp_path, '--rhos=0.02,0.1', '--seeds=7')
+    chains = [*distillation.first_chains(study), *distillation.further_chains(study)]
+    assert [pathlib.Path(chain[-1][1]).name for chain in chains] == [
+        'seed7-teacher.npz', 'seed7-on-data.npz', 'seed7-distilled-rho0.4.npz',
+        'seed7-on-samples.npz', 'ema_0.995_000300.pt', 'ema_0.995_000300.pt']
+    for chain in (chains[2], *chains[4:]):
+        words = ' '.join(str(word) for arguments, _ in chain for word in arguments)
+        assert 'data_dir' not in words and '.npz' not in words.replace(chain[-1][1], '')
 
 
-@pytest.mark.parametrize('jobs, batch, launched', [(3, 32, True), (1, 4, False)])
-def test_the_teacher_trains_on_all_cores(jobs, batch, launched, tmp_path):
-    study = open_study(distillation, tmp_path, f'--jobs={jobs}', f'--batch={batch}')
-    arguments, _ = distillation.train_teacher(study)
-    assert ('--nproc_per_node=2' in arguments) == launched
-    assert f'batch_size={batch}' in arguments      # over all processes
+def test_compute_counts_all_passes_but_those_of_the_teachers_training(tmp_path):
+    """In units of a student's pass; the teacher's has two."""
+    study = open_study(distillation, tmp_path, '--batch=10', '--teacher-samples=20')
+    costs = distillation.Costs(teacher=2, student=1)
+    models = [distillation.Model(0, 'distilled', 0.4), distillation.Model(0, 'on-samples'),
+              distillation.Model(0, 'on-data')]
+    first, second = ([costs.of_training(study, model, steps) for model in models]
+                     for steps in (0, 1))
+    assert first == [20 * 10 * 25 * 2, 20 * 50 * 2, 0]
+    assert np.subtract(second, first).tolist() == [50, 30, 30]
+    real = distillation.Costs.of(study)
+    assert real.student > 1e6 and 1.9 < real.teacher / real.student < 2.2
 
 
 @pytest.mark.parametrize('name', ['distillation'])
-def test_the_table_is_that_of_the_metrics(name, finished, tmp_path):
+def test_curves_are_what_training_measured(name, finished, tmp_path):
     outdir, printed = finished
     rows = pd.read_csv(outdir / 'results.csv')
-    assert rows['model'].tolist() == [*MODELS, 'two digits at once', 'noise']
-    assert rows['rho'][:5].fillna(0).tolist() == [0, 0.4, 0.02, 0, 0]
-    row = rows.loc[1]
-    samples = f'{outdir}/samples/distilled-rho0.4.npz'
+    assert len(rows) == 1 + 1 + 2 + 2 + 3 + 1
+    steps = rows[(rows['seed'] == 1) & (rows['rho'] == 0.4)].set_index('steps')
+    assert steps.index.tolist() == [2, 4]
+    kept = [json.loads(line) for line in (
+        outdir / 'models' / 'seed1-distilled-rho0.4' / 'metrics.jsonl').read_text().splitlines()]
+    assert steps['fd'].tolist() == pytest.approx([row['fd_pixels'] for row in kept], rel=1e-4)
+    final = pd.read_csv(outdir / 'final.csv').set_index(['seed', 'learned from'])
+    samples = f'{outdir}/samples/seed1-distilled-rho0.4.npz'
     measured = calculated('calc', f'--images={samples}', f'--ref={outdir}/digits.zip',
-                          '--metrics=fd_pixels', f'--dest={tmp_path}/metrics.json')
+                          '--metrics=fd_pixels,recognition', f'--dest={tmp_path}/metrics.json')
+    row = final.loc[(1, "teacher's steps")]
     assert row['fd'] == pytest.approx(measured['fd_pixels'], rel=1e-4)
-    weights = torch.load(outdir / 'distilled-rho0.4' / 'model000002.pt', weights_only=True)
-    assert row['parameters'] == sum(value.numel() for value in weights.values())
-    digits = load_digits()
-    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
-    made = open_images(samples)
-    right = Recognizer(pixels, digits.target).predict(made.images(np.arange(16))) == made.label_ids
-    assert row['recognised %'] == pytest.approx(100 * right.mean(), rel=1e-4)
-    for _, row in rows.iterrows():
-        assert f'{row["clear %"]:.1f}%' in printed and row['model'] in printed
+    assert row['recognised'] == pytest.approx(measured['recognition'], rel=1e-4)
+    assert printed.count('undecided') + printed.count(' yes') + printed.count(' no\n') >= 5
+
+
+def curve(seed, origin, steps, distances, rho=None, before=0, each=1):
+    return [{'seed': seed, 'learned from': origin, 'rho': rho, 'steps': n, 'fd': fd,
+             'gmac': before + each * n, 'recognised': 0.5}
+            for n, fd in zip(steps, distances, strict=True)]
+
+
+def test_students_are_compared_by_seed_at_equal_steps_and_at_equal_compute():
+    """Distances 1000 s / n of distilled students and 4000 s / n of the others, whose steps cost a
+    quarter: four times as good in as many steps, and no better for as much compute."""
+    steps = np.array([100, 200, 400])
+    rows = []
+    for seed, scale in enumerate([1, 1.1, 3]):
+        rows += curve(seed, "teacher's steps", steps, 1000 * scale / steps, 0.4, each=4)
+        rows += curve(seed, 'real digits', steps, 4000 * scale / steps, each=1)
+        rows += curve(seed, "teacher's steps", [200], 2 * 1000 * scale / np.array([200]), 0.1)
+    results = pd.DataFrame(rows)
+    table = comparison.compare(results)
+    equal = table.groupby('at equal')
+    assert sorted(set(equal.get_group('steps')['x'])) == [100, 200, 400]
+    assert set(equal.get_group('gmac')['x']) == {400}           # all that both have reached
+    np.testing.assert_allclose(equal.get_group('steps')['log ratio'], -np.log(4))
+    np.testing.assert_allclose(equal.get_group('gmac')['log ratio'], 0, atol=1e-9)
+    found = comparison.claims(results, table, 200).set_index('claim')
+    steps = found.loc["teacher's steps beat real digits at equal steps"]
+    assert steps['estimate'] == pytest.approx(0.25) and steps['verdict'] == 'yes'
+    slope = found.loc['a larger rho is better (slope)']
+    assert slope['estimate'] == pytest.approx(-0.5) and slope['verdict'] == 'yes'
+
+
+def test_a_claim_is_settled_by_its_interval():
+    values = pd.Series([-0.1, -0.3, 0.1])
+    low, high = scipy.stats.t.interval(0.95, 2, values.mean(), scipy.stats.sem(values))
+    row = comparison.claim('x', values)
+    assert [row['low'], row['high']] == pytest.approx(np.exp([low, high]))
+    assert [comparison.claim('x', one)['verdict'] for one in (
+        values, values - 1, values + 1, pd.Series([-1.0]))] == [
+            'undecided', 'yes', 'no', 'undecided']
 
 
 @pytest.mark.parametrize('name', ['distillation'])
 def test_the_grid_has_a_row_of_digits_and_one_for_each_model(name, finished):
     outdir, _ = finished
     grid = np.asarray(PIL.Image.open(outdir / 'samples.png'))
-    grid = grid[-(6 * 51 + 3):]                                # tiles of 48 pixels, lines between
+    grid = grid[-(5 * 51 + 3):]                                # tiles of 48 pixels, lines between
     assert (grid[:3] == 255).all()                             # below the title
-    for row, file in enumerate(['digits.zip', *(f'samples/{model}.npz' for model in MODELS)]):
+    models = ['teacher', 'distilled-rho0.4', 'on-samples', 'on-data']
+    for row, file in enumerate(['digits.zip', *(f'samples/seed1-{model}.npz' for model in models)]):
         first = open_images(str(outdir / file)).images([0])[0].transpose(1, 2, 0)
         tile = grid[3 + 51 * row:51 + 51 * row, grid.shape[1] - 51 * 16:][:, :48]
         assert (tile == first.repeat(6, axis=0).repeat(6, axis=1)).all()
@@ -675,9 +724,12 @@ def test_recognition_tells_digits_from_what_is_none():
     unseen = recognizer.recognised_clearly(pixels[~half]).mean()
     assert 0.92 < unseen < 0.99
     assert recognizer.recognised_clearly(pixels[~half], 0.8).mean() < unseen
-    controls = distillation.controls(pixels, digits.target, 0)
-    assert recognizer.recognised_clearly(controls['noise']).mean() < 0.01
-    assert recognizer.recognised_clearly(controls['two digits at once']).mean() < 0.3
+    random = np.random.default_rng(0)
+    first, second = random.integers(len(pixels), size=(2, 2000))
+    differ = digits.target[first] != digits.target[second]
+    means = (pixels[first[differ]].astype(int) + pixels[second[differ]]) // 2
+    assert recognizer.recognised_clearly(random.integers(0, 256, (1000, 1, 8, 8))).mean() < 0.01
+    assert recognizer.recognised_clearly(means).mean() < 0.3
     low = digits.target < 2                                    # two classes: one decision value
     assert Recognizer(pixels[low], digits.target[low]).recognised_clearly(pixels[low]).mean() > 0.9
 
