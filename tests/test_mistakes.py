@@ -204,9 +204,9 @@ MISTAKES = {
         '--tag=K --n=x': '--n', '--tag=K --sim=1.01': '--sim', '--tag=K --sim=high': '--sim', '--tag=K --dim=0': '--dim',
         '--tag=K --test-points=0': '--test-points', '--tag=K --seeds=a': '--seeds'},
     'simulations/digits_multi_source.py --outdir=out': {
-        '--sources=3,5': ('--sources', 'give 1 and'), '--sources=1': '--sources', '--sources=1,11': ('--sources', 'to 10'),
-        '--nums=20,20': ('--nums', 'once'), '--nums=1': ('--nums', 'at least 2'), '--nums=170': ('--nums', 'at most 154'),
-        '--nums=500': ('--nums', 'class 3'), '--images-per-class=0': '--images-per-class'},
+        '--sources=1': '--sources', '--sources=3,11': ('--sources', 'to 10'), '--nums=20,20': ('--nums', 'once'),
+        '--nums=1': ('--nums', '2 to 100'), '--nums=101': ('--nums', '2 to 100'), '--n=101': ('--n', '2 to 100'),
+        '--triples=1': '--triples', '--share=0': '--share', '--lr=0': '--lr', '--most-steps=0': '--most-steps'},
     'data_utils/digits_memorization.py --outdir=out': {
         '--sizes=20': ('--sizes', 'at least two'), '--sizes=20,25': ('--sizes', 'multiples of 10'),
         '--sizes=20,5000': ('--sizes', '10 classes'), '--classes=0,1': ('--classes', '1 to 10'), '--kimg=0': '--kimg'},
