@@ -6,7 +6,6 @@ samples are.
 """
 
 import dataclasses
-import functools
 import json
 import os
 import sys
@@ -44,13 +43,19 @@ from training.data.dataset import ImageDataset
 # weights covers a share of the images seen: a run on its way is what a shorter run ends as.
 OPTIONS = ['--num-blocks=1', '--cres=1,2', '--augment=0', '--dropout=0', '--window-size=0',
            '--duration-rule=fixed', '--ema_mode=mode1', '--snap=1', '--dump=1', '--nosubdir']
-RAMPUP = 20                                                    # steps
+RAMPUP = 1                                                     # kimg, of the learning rate
 SHOWN = 24                                                     # copies in a picture
 LEAST = 174                                                    # digits of a class
 HELD_OUT = 200                                                 # digits, at most
 LEVELS = (0.9, 0.5)                                            # shares of copies at the capacity
+MORE = """\b
+  # The study of the page in full
+  python data_utils/digits_memorization.py --seeds=0-5 --sizes=10,20,30,50,70,100,150 \\
+      --factors=labels,classes,length,width,loss,average
+"""
 TURN = 0.1                                                     # copies where they begin
-COURSE = {size: (1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1) for size in (20, 30, 50)}
+SHOWN_COURSE = 30                                              # images, of the figure
+COURSE = {size: (1 / 8, 1 / 6, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1) for size in (20, 30)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +83,7 @@ class Variant:
     """The base with one factor changed, at some sizes.
 
     fields    of the models
-    length    size -> steps of training, in parts of those of the base
+    length    size -> length of training, in parts of that of the base
     denoiser  what is measured. ema: the network with the usual average of its weights; last: with
               the last ones; long: with the mean of the averages at 1/2, 3/4 and 1 of the run;
               optimal: no network, but the optimal denoiser of its data
@@ -94,23 +99,28 @@ class Variant:
         return [Model(seed, size, **self.fields) for size in self.sizes if size in study.sizes]
 
 
-SIZES = (20, 30, 50, 70, 100, 150)
+SIZES = (10, 20, 30, 50, 70, 100, 150)
+SMALL = SIZES[:3]
 LONG = (1 / 2, 3 / 4, 1)
 FACTORS = {
     'base': [Variant('base', SIZES), Variant('optimal denoiser', SIZES, denoiser='optimal')],
     'labels': [Variant(f'{labels} labels', sizes, dict(labels=labels)) for labels, sizes in (
-        ('true', SIZES[:4]), ('random', SIZES[:4]), ('unique', SIZES[:5]))],
-    'classes': [Variant('3 classes', SIZES[:3], dict(classes=3)),
-                Variant('1 class', SIZES[:3], dict(classes=1))],
+        ('true', SIZES[1:4]), ('random', SIZES[1:4]), ('unique', (30, 50, 100)))],
+    'classes': [Variant('3 classes', SMALL, dict(classes=3)),
+                Variant('1 class', SMALL, dict(classes=1))],
     'length': [
-        Variant('half the steps', SIZES[:3], length=lambda size: 1 / 2),
-        Variant('twice the steps', SIZES[1:5], length=lambda size: 2),
-        Variant('equal epochs', SIZES[:5], length=lambda size: size / 50)],
-    'width': [Variant('half the channels', SIZES[:3], dict(width=0.5)),
-              Variant('twice the channels', SIZES[1:4], dict(width=2))],
-    'loss': [Variant('flow matching', SIZES[:3], dict(precond='flow'))],
-    'average': [Variant('no average', SIZES[:3], denoiser='last'),
-                Variant('longer average', SIZES[:3], denoiser='long')]}
+        Variant('half the length', SMALL, length=lambda size: 1 / 2),
+        Variant('twice the length', SIZES[2:5], length=lambda size: 2),
+        Variant('equal epochs', SIZES[:4], length=lambda size: size / 30)],
+    'width': [Variant('half the channels', SMALL, dict(width=0.5)),
+              Variant('twice the channels', SIZES[1:3], dict(width=2))],
+    'loss': [Variant('flow matching', SMALL, dict(precond='flow'))],
+    'average': [Variant('no average', SMALL, denoiser='last'),
+                Variant('longer average', SMALL, denoiser='long')]}
+COMPARED = [(variant.title, 'base') for factor, variants in FACTORS.items() if factor != 'base'
+            for variant in variants] + [
+    ('random labels', 'true labels'), ('unique labels', 'random labels'), ('3 classes', '1 class'),
+    ('twice the length', 'half the length'), ('twice the channels', 'half the channels')]
 VARIANTS = {variant.title: variant for variants in FACTORS.values() for variant in variants}
 
 
@@ -118,11 +128,358 @@ VARIANTS = {variant.title: variant for variants in FACTORS.values() for variant 
 class Study(studies.Study):
     seeds: cli.INT_LIST = compared('0,1', 'Draws of the training images, with weights, order and '
                                    'noise')
-    sizes: cli.INT_LIST = compared('20,30,50', f'Training images, of {cli.texts(SIZES)}')
-    factors: cli.STR_LIST = compared('labels,classes', 'What is changed')
-    steps: WHOLE = setting(500, 'Steps of training')
+    sizes: cli.INT_LIST = compared('10,20,30,50',
+                                   f'Training images, of {",".join(map(str, SIZES))}')
+    factors: cli.Parsed('list', lambda text: text.split(',')) = compared(
+        'labels,classes', f'What is changed, of {",".join(list(FACTORS)[1:])}')
+    kimg: WHOLE = setting(24, 'Thousands of images that a model of the base sees')
     batch: WHOLE = setting(64, 'Images of one step')
     lr: options.POSITIVE = setting(4e-3, 'Learning rate')
     channels: click.IntRange(min=4) = setting(16, 'Width of the network')
     samples: click.IntRange(min=SHOWN) = setting(256, 'Images that a model generates')
-    sampling_steps: WHOLE = setting(10, 'Sampling steps')
+    steps: WHOLE = setting(8, 'Sampling steps')
+
+    @property
+    def variants(self) -> list[Variant]:
+        return [variant for factor in ('base', *self.factors) for variant in FACTORS[factor]]
+
+    def check(self):
+        with tempfile.TemporaryDirectory() as folder, util.renamed_fields(num_channels='channels'):
+            trial = dataclasses.replace(self, outdir=folder)
+            for model in {model.width: model for model in plan(trial)}.values():
+                make_data(trial, [model])
+                recipe.new_network(train.prepare(settings(trial, model))[2])
+
+    def kimg_of(self, share: float) -> int:
+        """Whole thousands of images, 0 only of no training."""
+        return max(round(share * self.kimg), share > 0)
+
+    def points(self, model: Model) -> dict[int, set]:
+        """What is measured of a model, {kimg: denoisers}, in ascending order."""
+        shares = {(share, 'ema') for share in COURSE.get(model.size, ())
+                  if model == Model(model.seed, model.size)}
+        for variant in self.variants:
+            if model in variant.models(self, model.seed):
+                shares.add((variant.length(model.size), variant.denoiser))
+                shares |= {(share, '') for share in LONG if variant.denoiser == 'long'}
+        lengths = sorted({self.kimg_of(share) for share, _ in shares})
+        return {kimg: {denoiser for share, denoiser in shares if self.kimg_of(share) == kimg}
+                - {''} for kimg in lengths}
+
+    def data(self, model: Model) -> str:
+        kind = model.labels if model.labels in ('random', 'unique') else 'true'
+        name = f'seed{model.seed}-{model.size}-{model.classes}classes-{kind}.zip'
+        return self.path('data', name)
+
+    def held_out(self, model: Model) -> str:
+        return self.path('data', f'seed{model.seed}-{model.classes}classes-held-out.zip')
+
+    def network(self, model: Model, kimg: int) -> str:
+        images = -(-kimg * 1000 // self.batch) * self.batch    # steps are whole batches
+        return os.path.join(self.run_dir(model), snapshot_name(images))
+
+    def result(self, model: Model, kimg: int, denoiser: str, suffix: str = '.json') -> str:
+        return os.path.join(self.run_dir(model), f'memorization-{kimg}-{denoiser}{suffix}')
+
+
+def plan(study: Study) -> list[Model]:
+    """All models, seed by seed. Raises UserError for lists that make no comparison."""
+    if len(study.sizes) < 2 or not set(study.sizes) <= set(SIZES):
+        raise UserError(f'give at least two of {",".join(map(str, SIZES))}', 'sizes')
+    if not set(study.factors) <= set(FACTORS) - {'base'}:
+        raise UserError(f'give some of {",".join(list(FACTORS)[1:])}', 'factors')
+    return list(dict.fromkeys(model for seed in study.seeds for variant in study.variants
+                              for model in variant.models(study, seed)))
+
+
+def drawn(seed: int, size: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """(indices of the digits that a seed draws, others of those classes in the seed's order). A
+    larger set contains a smaller one. The classes begin with that of the seed's last digit."""
+    order = np.random.RandomState(seed).permutation(len(studies.digits().labels))
+    labels = (studies.digits().labels[order] - seed) % 10
+    ours = selection.diversity_subset(labels, size, classes)
+    others = np.setdiff1d(np.flatnonzero(labels < classes), ours)
+    return order[ours], order[others]
+
+
+def make_data(study: Study, models: list[Model]):
+    """The archives, by the rules of dataset_size.py, dataset_diversity.py, dataset_random.py and
+    dataset_unique.py, and for each seed digits that no model of it sees."""
+    for model in models:
+        indices, _ = drawn(model.seed, model.size, model.classes)
+        rule = ['diversity']
+        if model.labels == 'random':
+            rule = ['random labels', selection.random_labels(model.size, 10, model.seed), 10]
+        elif model.labels == 'unique':
+            rule = ['unique labels', range(model.size), model.size]
+        studies.make_archive(study, study.data(model),
+                             common.choose(studies.digits(), indices, *rule))
+        largest = max(size for variant in VARIANTS.values() for size in variant.sizes
+                      if variant.fields.get('classes', 10) == model.classes)
+        _, others = drawn(model.seed, largest, model.classes)
+        studies.make_archive(study, study.held_out(model), common.choose(
+            studies.digits(), others[:HELD_OUT], 'held out'))
+
+
+def settings(study: Study, model: Model, kimg: int | None = None) -> dict:
+    """The settings of train.py for a model, up to so many thousand images."""
+    return train.settings(OPTIONS + studies.arguments({
+        'outdir': study.run_dir(model), 'data': study.data(model), 'cond': model.labels != 'none',
+        'precond': model.precond, 'batch': study.batch, 'lr': study.lr, 'seed': model.seed,
+        'duration': (kimg or study.kimg) / 1000, 'tick': 10**6,
+        'rampup': RAMPUP / 1000,
+        'num-channels': round(study.channels * model.width)}))
+
+
+def run_model(study: Study, model: Model):
+    """Trains a model and measures it on its way, as far as that is not done."""
+    for kimg, denoisers in study.points(model).items():
+        if kimg:
+            studies.make(study.network(model, kimg), train.train,
+                         settings(study, model, kimg), study.run_dir(model), nosubdir=True)
+        for denoiser in sorted(denoisers):
+            studies.make(study.result(model, kimg, denoiser), measure, study, model, kimg,
+                         denoiser)
+
+
+def open_denoiser(study: Study, model: Model, kimg: int, denoiser: str):
+    """The snapshot of what is measured, see `Variant`."""
+    if denoiser == 'optimal':
+        return load_snapshot(f'optimal:{study.data(model)}')
+    snapshot = load_snapshot(study.network(model, kimg))
+    if denoiser == 'last':
+        checkpoints = Checkpoints(study.run_dir(model))
+        path = checkpoints.path(checkpoints.number(snapshot.nimg))
+        snapshot.net.load_state_dict(checkpoints.load(path)['net'])
+    if denoiser == 'long':
+        states = [read_snapshot(study.network(model, study.kimg_of(share)))['state']
+                  for share in LONG]
+        names = dict(snapshot.net.named_parameters())
+        mean, = phema.combine(states, np.full([len(LONG), 1], 1 / len(LONG)), names)
+        snapshot.net.load_state_dict(mean)
+    return snapshot
+
+
+def measure(study: Study, model: Model, kimg: int, denoiser: str):
+    """Counts the copies among samples of a network, and its loss on images that it has not seen;
+    writes the result and a picture of copies."""
+    training = ImageDataset(study.data(model))
+    snapshot = open_denoiser(study, model, kimg, denoiser)
+    generator = open_generator(snapshot, sampler=dict(num_steps=study.steps))
+    batches = generator.images(range(study.samples), batch=256)
+    copies = find_copies(((batch.seeds, batch.images) for batch in batches), training, keep=SHOWN)
+    results = with_intervals(copies.results())
+    if model.labels in ('none', 'true') and denoiser != 'optimal':
+        loss, _ = loss_of_snapshot(snapshot, study.held_out(model))
+        results |= loss().results()
+    if kimg == study.kimg:
+        copies.save_picture(study.result(model, kimg, denoiser, '.png'), training)
+    util.write_json(study.result(model, kimg, denoiser), results)
+
+
+# --- Results -------------------------------------------------------------------------------------
+
+
+def read(study: Study, model: Model, kimg: int, denoiser: str) -> dict:
+    """The columns of a measurement."""
+    results = json.loads(Path(study.result(model, kimg, denoiser)).read_text())
+    return {'seed': model.seed, 'size': model.size, 'kimg': kimg} | results
+
+
+def collect(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(a row for each variant, size and seed, a row for each time at which a model of the base was
+    measured)."""
+    rows = [{'variant': variant.title} | read(
+                study, model, study.kimg_of(variant.length(model.size)), variant.denoiser)
+            for variant in study.variants for seed in study.seeds
+            for model in variant.models(study, seed)]
+    course = [read(study, model, kimg, 'ema') for seed in study.seeds
+              for model in VARIANTS['base'].models(study, seed)
+              for kimg, denoisers in study.points(model).items() if 'ema' in denoisers]
+    return pd.DataFrame(rows), pd.DataFrame(course)
+
+
+def crossing(x, y, level: float) -> tuple[float, str]:
+    """Where a function that falls passes a level, by its values y at x > 0: those that do not fall
+    are replaced by means (isotonic regression), between them the function is linear in log x.
+
+    (last x, '>') if it is above the level everywhere, (first x, '<') if it is nowhere; else ''.
+    """
+    x = np.asarray(x)
+    y = isotonic_regression(np.asarray(y, float), increasing=False)
+    above = np.flatnonzero(y >= level)
+    if len(above) in (0, len(x)):
+        return (x[-1], '>') if len(above) else (x[0], '<')
+    i = above[-1]
+    share = (y[i] - level) / (y[i] - y[i + 1])
+    return float(x[i] * (x[i + 1] / x[i]) ** share), ''
+
+
+def capacities(results: pd.DataFrame) -> pd.DataFrame:
+    """A row for each variant, seed and level: the size at which so many samples are copies."""
+    rows = []
+    for (variant, seed), group in results.groupby(['variant', 'seed'], sort=False):
+        group = group.sort_values('size')
+        for level in LEVELS:
+            size, bound = crossing(group['size'], group['memorization_ratio'], level)
+            rows.append(dict(variant=variant, seed=seed, level=level, capacity=size, bound=bound))
+    return pd.DataFrame(rows)
+
+
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean of log capacity over seeds with its interval, as sizes; `bounds`: of how many seeds the
+    capacity is only bounded, and counts as the bound."""
+    rows = []
+    for (variant, level), group in table.groupby(['variant', 'level'], sort=False):
+        rows.append(dict(variant=variant, level=level, seeds=len(group),
+                         bounds=''.join(sorted(group['bound'])))
+                    | geometric(np.log(group['capacity'])))
+    return pd.DataFrame(rows)
+
+
+def geometric(logs: pd.Series) -> dict:
+    """Mean and interval of logarithms, as {'mean', 'low', 'high'} of the numbers."""
+    half = studies.half_width(logs)
+    return dict(mean=np.exp(logs.mean()), low=np.exp(logs.mean() - half),
+                high=np.exp(logs.mean() + half))
+
+
+def effects(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+    """Each variant against another, paired by seed: ratio of capacities for each level, and the
+    difference of the shares of copies, a mean over the sizes that both have.
+
+    Where one capacity is a bound, so is the ratio: it is nearer to 1 than the true one. Where both
+    are, there is none.
+    """
+    rows = []
+    sizes = table.set_index(['variant', 'level', 'seed']).sort_index()
+    shares = results.pivot_table('memorization_ratio', ['seed', 'size'], 'variant')
+    for name, other in COMPARED:
+        if not {name, other} <= set(shares):
+            continue
+        gain = (shares[name] - shares[other]).dropna().groupby('seed').mean()
+        common = dict(variant=name, other=other, difference=gain.mean(),
+                      difference_half=studies.half_width(gain))
+        for level in LEVELS:
+            ours, theirs = (sizes.loc[title, level] for title in (name, other))
+            logs = np.log(ours['capacity'] / theirs['capacity'])
+            bounds = (ours['bound'] != '').astype(int) + (theirs['bound'] != '')
+            logs = logs[bounds < 2]
+            counts = dict(level=level, seeds=len(logs), bounds=int((bounds == 1).sum()))
+            rows.append(common | counts | geometric(logs))
+    return pd.DataFrame(rows)
+
+
+def turns(course: pd.DataFrame) -> pd.DataFrame:
+    """For each seed and size: `turn`, the thousands of images at which the held-out loss is least
+    (of a parabola through the least value and its neighbours, in log kimg), and `begin`, those at
+    which the share of copies passes TURN; each with its bound (see `crossing`)."""
+    rows = []
+    for (seed, size), group in course.groupby(['seed', 'size']):
+        group = group.sort_values('kimg')
+        begin, bound = crossing(group['kimg'], -group['memorization_ratio'], -TURN)
+        i = int(np.argmin(group['heldout']))
+        rows.append(dict(seed=seed, size=size, begin=begin, begin_bound=bound))
+        if 0 < i < len(group) - 1:
+            near = group.iloc[i - 1:i + 2]
+            a, b, _ = np.polyfit(np.log(near['kimg']), near['heldout'], 2)
+            rows[-1] |= dict(turn=np.exp(-b / (2 * a)), turn_bound='')
+        else:
+            rows[-1] |= dict(turn=group['kimg'].iloc[i], turn_bound='>' if i else '<')
+    return pd.DataFrame(rows)
+
+
+def draw_capacity(axis, table: pd.DataFrame):
+    """The capacity of each variant with its interval; hollow where it is a bound in some seeds."""
+    names = list(dict.fromkeys(table['variant']))
+    for level, series, shift in zip(LEVELS, studies.SERIES, (-0.15, 0.15), strict=False):
+        rows = table[table['level'] == level].set_index('variant').reindex(names)
+        places = np.arange(len(names)) + shift
+        errors = rows['mean'] - rows['low'], rows['high'] - rows['mean']
+        bars = dict(series, linestyle='none', label=f'{level:.0%} copies')
+        axis.errorbar(rows['mean'], places, xerr=np.nan_to_num(errors), elinewidth=0.8, **bars)
+        hollow = (rows['bounds'] != '').to_numpy()
+        axis.plot(rows['mean'][hollow], places[hollow], markerfacecolor='white', zorder=4,
+                  **bars | dict(label=None))
+        axis.axvline(rows['mean'].iloc[0], color=series['color'], linewidth=0.6, linestyle=':')
+    axis.set(xscale='log', xticks=SIZES, xticklabels=SIZES, xlabel='Training images (capacity)',
+             yticks=range(len(names)), yticklabels=names, title='How many are memorized')
+    axis.minorticks_off()
+    axis.invert_yaxis()
+    axis.legend()
+
+
+def draw_course(axis, course: pd.DataFrame, size: int):
+    """Held-out loss and share of copies of the base against the length of training."""
+    rows = course[course['size'] == size].groupby('kimg')
+    rows = rows.filter(lambda group: len(group) == course['seed'].nunique()).groupby('kimg')
+    share = axis.twinx()
+    for place, name, label, scale, series in (
+            (axis, 'heldout', 'Held-out loss', 1, studies.SERIES[2]),
+            (share, 'memorization_ratio', 'Memorized samples (%)', 100, studies.SERIES[0])):
+        mean = scale * rows[name].mean()
+        half = scale * np.nan_to_num(studies.half_width(rows[name]))
+        place.errorbar(mean.index, mean, yerr=half, elinewidth=0.8, **series)
+        place.set_ylabel(label, color=series['color'])
+    share.set_ylim(-4, 104)
+    axis.set(xscale='log', xlabel='Thousands of images seen', title=f'On the way, {size} images')
+    ticks = list(rows.groups)[::2]
+    axis.set_xticks(ticks, ticks)
+    axis.minorticks_off()
+
+
+@studies.styled
+def draw(results: pd.DataFrame, table: pd.DataFrame, course: pd.DataFrame):
+    """Copies against size, the capacity of each variant, and the course of training."""
+    count = table['variant'].nunique()
+    figure, axes = plt.subplots(1, 3, figsize=(9.5, max(2.8, 0.22 * count + 0.8)),
+                                width_ratios=[1, 1.15, 1])
+    shown = {name: name for name in ('base', 'optimal denoiser', 'unique labels', '1 class')
+             if name in set(results['variant'])}
+    studies.draw_lines(
+        axes[0], results.assign(percent=100 * results['memorization_ratio']), 'size', 'percent',
+        'variant', shown, interval=lambda seeds: np.nan_to_num([studies.half_width(seeds)] * 2),
+        ylim=(-4, 104), xlabel='Training images', ylabel='Memorized samples (%)',
+        title='Larger data, fewer copies')
+    axes[0].legend()
+    draw_capacity(axes[1], table[table['variant'] != 'optimal denoiser'])
+    draw_course(axes[2], course, min(course['size'], key=lambda size: abs(size - SHOWN_COURSE)))
+    return figure
+
+
+@studies.command(Study, MORE)
+def main(study):
+    """Measures how many handwritten digits a network memorizes, against one factor at a time.
+
+    Writes results.csv (a row for each variant, size and seed), course.csv (the base on its way),
+    capacity.csv, summary.csv, effects.csv and turns.csv, study.png and study.svg, report.html, and
+    in models/ a run folder of train.py for each model with a picture of its most memorized
+    samples.
+    """
+    study.claim()
+    models = plan(study)
+    make_data(study, models)
+    print(f'{len(models)} models of {study.kimg},000 images each, in {study.outdir}', flush=True)
+    for _ in study.run(run_model, models, unit='model'):
+        pass
+    results, course = collect(study)
+    shares = studies.average(results[['variant', 'size', 'memorization_ratio']],
+                             ['variant', 'size'], ['memorization_ratio'])
+    text = studies.plus_minus(shares, 'memorization_ratio',
+                              studies.interval_column('memorization_ratio'), '.0f', 100)
+    print('\nMemorized samples (%):\n' + shares.assign(text=text).pivot(
+        index='variant', columns='size', values='text').reindex(
+            results['variant'].unique()).to_string(na_rep=''))
+    table = capacities(results)
+    summary = summarise(table)
+    effect = effects(results, table)
+    turn = turns(course)
+    for title, rows in (('Training images of which so many samples are copies', summary),
+                        ('One variant against another', effect), ('On the way', turn)):
+        print(f'\n{title}:\n{rows.to_string(index=False, float_format="{:.3g}".format)}')
+    study.save(draw(results, summary, course), results=results, course=course, capacity=table,
+               summary=summary, effects=effect, turns=turn)
+
+
+if __name__ == '__main__':
+    main()
