@@ -208,8 +208,8 @@ MISTAKES = {
         '--nums=1': ('--nums', '2 to 100'), '--nums=101': ('--nums', '2 to 100'), '--n=101': ('--n', '2 to 100'),
         '--triples=1': '--triples', '--share=0': '--share', '--lr=0': '--lr', '--most-steps=0': '--most-steps'},
     'data_utils/digits_memorization.py --outdir=out': {
-        '--sizes=20': ('--sizes', 'at least two'), '--sizes=20,25': ('--sizes', 'multiples of 10'),
-        '--sizes=20,5000': ('--sizes', '10 classes'), '--classes=0,1': ('--classes', '1 to 10'), '--kimg=0': '--kimg'},
+        '--sizes=20': ('--sizes', 'at least two'), '--sizes=20,25': ('--sizes', '10,20,30'),
+        '--factors=labels,depth': ('--factors', 'labels,classes'), '--kimg=0': '--kimg'},
     'distillation/digits_distillation.py --outdir=out': {
         '--rhos=0.1,0.1': ('--rhos', 'once'), '--rhos=0': ('--rhos', 'give shares'), '--rhos=x': '--rhos',
         '--samples=3': '--samples', '--teacher-steps=0': '--teacher-steps'},
@@ -294,7 +294,7 @@ WRITTEN = {
         ['x.npz', 'x-report.json', 'x-confidence.png', 'x-best-worst.png'],
 }
 # What is noticed only when some of the work is done.
-LATE = ('--sizes=20,5000', '--tag=slope --values=100')
+LATE = '--tag=slope --values=100'
 
 
 def words_of(command, places):

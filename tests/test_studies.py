@@ -84,13 +84,13 @@ CASES = {
         ['models/seed1-n6-3/log.txt', 'models/seed1-n6-8/log.txt']),
     'memorization': Case(
         'data_utils/digits_memorization.py',
-        ['--sizes=10,20', '--classes=1', '--kimg=1', '--batch=16', '--channels=8', '--samples=24',
-         '--steps=2'],
-        dict(kimg=1, batch=16, lr=2e-3, channels=8, samples=24, steps=2, seed=0),
-        ['results'], {'study': 1000, 'models/20-10classes-none/memorization-network': 100},
-        'models/*/memorization-*.json', 'models/20-10classes-none/memorization-optimal.json',
-        ['--kimg=1000000'],
-        ['models/10-10classes-none/log.txt', 'models/10-10classes-true/log.txt']),
+        ['--seeds=3,4', '--sizes=10,20', '--factors=average', '--kimg=2', '--batch=250',
+         '--channels=8', '--samples=24', '--sampling-steps=2'],
+        dict(kimg=2, batch=250, lr=4e-3, channels=8, samples=24, sampling_steps=2),
+        ['results', 'course', 'capacity', 'summary', 'effects', 'turns'],
+        {'study': 1000, 'models/seed3-20/memorization-2-ema': 100},
+        'models/*/memorization-*.json', 'models/seed4-20/memorization-2-optimal.json',
+        ['--kimg=1000000'], ['models/seed3-10/log.txt', 'models/seed3-20/log.txt']),
     'distillation': Case(
         'distillation/digits_distillation.py',
         ['--seeds=1', '--teacher-steps=3', '--student-steps=4', '--data-steps=6', '--rho-steps=2',
@@ -326,7 +326,7 @@ def test_a_killed_study_ends_with_the_same_numbers(name, finished, tmp_path):
 @pytest.mark.parametrize('name, option, words', [
     ('multi_source', '--steps=2', '--steps (1 instead of 2)'),
     ('multi_source', '--lr=0.2', '--lr (0.1 instead of 0.2)'),
-    ('memorization', '--steps=3', '--steps (2 instead of 3)'),
+    ('memorization', '--sampling-steps=3', '--sampling-steps (2 instead of 3)'),
     ('distillation', '--student-steps=8', 'another --student-steps ('),
     ('distillation', '--interval=1', 'another --interval ('),
     ('long_tail', '--steps=7', '--steps (6 instead of 7)'),
@@ -345,6 +345,7 @@ def test_a_folder_keeps_its_settings(name, option, words, tmp_path):
     ('memorization', '--sizes=20,1750', '--sizes'),
     ('memorization', '--channels=5', '--channels=5 must be even'),
     ('memorization', '--channels=6', '--channels: '),
+    ('memorization', '--factors=depth', '--factors'),
     ('distillation', '--rhos=0.4,2', '--rhos'),
     ('distillation', '--rho-steps=6', '--rho-steps=6 is more than --student-steps=4'),
     ('distillation', '--interval=3', '--student-steps=4 is no multiple of --interval=3'),
@@ -359,10 +360,20 @@ def test_after_a_mistake_the_folder_is_still_free(name, option, words, tmp_path)
 
 
 def test_memorization_of_batches_that_outgrow_a_run(tmp_path):
-    """The last snapshot is named after the images of whole steps: 2 of 1,500, not 2,000."""
-    study = open_study(memorization, tmp_path, '--kimg=2', '--batch=1500')
-    assert study.last == 'network-snapshot-0000003.pkl'
-    assert open_study(memorization, tmp_path).last == 'network-snapshot-0000030.pkl'
+    """Snapshots are named after the images of whole steps: 2 of 1,500, not 2,000."""
+    model = memorization.Model(0, 20)
+    study = open_study(memorization, tmp_path, '--batch=1500')
+    assert study.network(model, 2).endswith('network-snapshot-0000003.pkl')
+    study = open_study(memorization, tmp_path)
+    assert study.network(model, 24).endswith('network-snapshot-0000024.pkl')
+
+
+def test_a_folder_of_the_earlier_memorization_study_is_refused(tmp_path):
+    """Its models are others, whatever its settings."""
+    (tmp_path / 'study.json').write_text(json.dumps(
+        dict(kimg=24, batch=64, lr=4e-3, channels=16, samples=256, steps=12, seed=0)))
+    line = helpers.fails(CASES['memorization'].script, f'--outdir={tmp_path}')
+    assert f'--outdir={tmp_path}' in line and 'another --sampling-steps' in line
 
 
 def test_a_folder_with_other_files_is_no_folder_of_a_study(tmp_path):
@@ -536,47 +547,112 @@ def test_a_verdict_needs_an_interval_without_zero(mean, interval, text):
 
 
 def test_models_differ_in_one_factor_each(tmp_path):
-    """Of one size: the same images with no labels, true ones and random ones; fewer classes fill
-    up with more of each."""
-    study = open_study(memorization, tmp_path, '--sizes=20,170')
+    """Of one seed: larger sets contain smaller ones, labels are of the same images, fewer classes
+    fill up with more of each, and no model sees what is held out."""
+    study = open_study(memorization, tmp_path, '--seeds=7', '--sizes=20,30',
+                       '--factors=labels,classes,length,width,loss,average')
     models = memorization.plan(study)
-    assert len(models) == len(set(models)) == 2 * (3 + 2)
+    assert len(models) == len(set(models)) == 2 + (2 + 2 + 1) + 4 + (2 + 2) + 2
     memorization.make_data(study, models)
     sets = {model: ImageDataset(study.data(model)) for model in models}
-    for size in (20, 170):
-        plain, true, random = (sets[model] for model in models
-                               if (model.size, model.classes) == (size, 10))
-        fewer = [sets[model] for model in models if model.size == size and model.classes != 10]
-        for data in (true, random):
-            assert np.array_equal(data.images(range(size)), plain.images(range(size)))
-        assert np.array_equal(np.bincount(true.label_ids), [size // 10] * 10)
-        assert not np.array_equal(true.label_ids, random.label_ids)
-        assert [len(np.unique(data.label_ids)) for data in fewer] == [1, 3]
-        assert [len(data) for data in fewer] == [size, size]
-    configs = [memorization.settings(study, model) for model in models]
-    for config, model in zip(configs, models, strict=True):
-        assert config['cond'] == (model.labels != 'none')
-        different = {key for key, value in config.items() if value != configs[0][key]}
-        assert different <= {'outdir', 'data', 'cond'}
-    assert configs[0]['duration_rule'] == 'fixed'
+    base, large = (memorization.Model(7, size) for size in (20, 30))
+    inside, outside = ({image.tobytes() for image in sets[model].images(range(model.size))}
+                       for model in (base, large))
+    assert inside < outside
+    for model, data in sets.items():
+        unseen = ImageDataset(study.held_out(model))
+        images = data.images(range(len(data)))
+        assert not {image.tobytes() for image in images} & {
+            image.tobytes() for image in unseen.images(range(len(unseen)))}
+        if model.classes == 10:
+            same = dataclasses.replace(base, size=model.size)
+            assert np.array_equal(images, sets[same].images(range(model.size)))
+            assert model.size < len(unseen) == 200
+        else:
+            assert len(np.unique(data.label_ids)) == model.classes and 7 in data.label_ids
+        config = memorization.settings(study, model)
+        assert config['cond'] == (model.labels != 'none') and config['duration_rule'] == 'fixed'
+        assert config['network']['model_channels'] == 16 * model.width
+    labels = {model.labels: sets[model].label_ids for model in models if model.size == 30}
+    assert np.array_equal(np.bincount(labels['true']), [3] * 10)
+    assert not np.array_equal(labels['random'], labels['true'])
+    assert sorted(labels['unique']) == list(range(30))
+
+
+def test_what_is_read_from_one_run_on_its_way(tmp_path):
+    """Half and twice the length, equal epochs and averages need no run of their own."""
+    study = open_study(memorization, tmp_path, '--sizes=20,30', '--factors=length,average')
+    points = study.points(memorization.Model(0, 20))
+    assert points == {3: {'ema'}, 4: {'ema'}, 6: {'ema'}, 9: {'ema'}, 12: {'ema'}, 16: {'ema'},
+                      18: {'ema'}, 24: {'ema', 'last', 'long', 'optimal'}}
+    assert max(study.points(memorization.Model(0, 30))) == 48
+    plain = open_study(memorization, tmp_path, '--sizes=20,30', '--factors=width')
+    assert plain.points(memorization.Model(0, 20, width=2)) == {24: {'ema'}}
+
+
+@pytest.mark.parametrize('shares, size, bound', [
+    ([1, 0.9, 0.3, 0], 20, ''), ([1, 0.95, 0.85, 0], 20 * 1.5 ** 0.5, ''),
+    ([0.8, 1, 0.3, 0], 20, ''), ([0.8, 0.9, 0.3, 0], 10, '<'), ([1, 1, 1, 0.9], 50, '>')])
+def test_capacity(shares, size, bound):
+    """Linear in the logarithm of the size; what does not fall is averaged."""
+    found, side = memorization.crossing([10, 20, 30, 50], shares, 0.9)
+    assert (found, side) == (pytest.approx(size), bound)
+
+
+def test_effects_are_paired_and_bounds_are_counted():
+    """Seeds differ much, the factor does the same in all; where one of a pair is a bound, so is
+    their ratio, and where both are there is none."""
+    rows = [dict(variant=variant, seed=seed, level=level, capacity=scale * 10 * (1 + seed), bound=bound)
+            for seed in range(3) for variant, scale, bound in (('base', 1, ''), ('1 class', 0.5, '<' * (seed == 0)))
+            for level in memorization.LEVELS]
+    for row in rows:
+        if row['level'] == 0.5 and row['seed'] == 1:
+            row['bound'] = '<'
+    shares = pd.DataFrame([dict(variant=row['variant'], seed=row['seed'], size=size,
+                                memorization_ratio=row['capacity'] / size)
+                           for row in rows for size in (20, 40) if row['level'] == 0.5])
+    first, second = memorization.effects(shares, pd.DataFrame(rows)).to_dict('records')
+    assert (first['seeds'], first['bounds'], second['seeds']) == (3, 1, 2)
+    assert [first[key] for key in ('mean', 'low', 'high')] == pytest.approx([0.5] * 3)
+    gains = [-0.5 * 10 * (1 + seed) * (1 / 20 + 1 / 40) / 2 for seed in range(3)]
+    assert first['difference'] == pytest.approx(np.mean(gains))
+    low, high = scipy.stats.t.interval(0.95, 2, np.mean(gains), scipy.stats.sem(gains))
+    assert first['difference_half'] == pytest.approx((high - low) / 2)
+
+
+def test_where_the_loss_turns_and_copying_begins():
+    kimg = np.array([3, 4, 6, 9, 12])
+    rows = pd.DataFrame(dict(seed=0, size=20, kimg=kimg, heldout=(np.log(kimg) - np.log(5)) ** 2,
+                             memorization_ratio=[0, 0, 0, 0.2, 0.6]))
+    row, = memorization.turns(rows).to_dict('records')
+    assert row['turn'] == pytest.approx(5) and row['begin'] == pytest.approx(6 * 1.5 ** 0.5)
+    row, = memorization.turns(rows[rows['kimg'] > 4]).to_dict('records')
+    assert (row['turn'], row['turn_bound'], row['begin_bound']) == (6, '<', '')
 
 
 @pytest.mark.parametrize('name', ['memorization'])
 def test_ratios_are_those_of_the_metric(name, finished, tmp_path):
     outdir, printed = finished
-    results = pd.read_csv(outdir / 'results.csv', keep_default_na=False)
-    assert len(results) == 2 * (3 + 1) + 2 * 2  # networks; optimal denoisers of unlabelled sets
-    optimal = results[results['denoiser'] == 'optimal']
-    assert optimal['memorization_ratio'].tolist() == [1.0] * 4
-    assert 'Memorized samples (%)' in printed and '100.0' in printed
+    results = pd.read_csv(outdir / 'results.csv').set_index(['variant', 'seed', 'size'])
+    assert len(results) == 4 * 2 * 2 and 'Memorized samples (%)' in printed
+    assert (results.loc['optimal denoiser', 'memorization_ratio'] == 1).all()
+    folder = outdir / 'models' / 'seed3-20'
     measured = calculated(
-        'memorization', f'--data={outdir}/data/20-10classes-true.zip', '--seeds=0-23', '--steps=2',
-        f'--net={outdir}/models/20-10classes-none/network-snapshot-0000001.pkl',
+        'memorization', f'--data={outdir}/data/seed3-20-10classes-true.zip', '--seeds=0-23',
+        '--steps=2', f'--net={folder}/network-snapshot-0000002.pkl',
         f'--dest={tmp_path}/memorization.json')
-    row = results.set_index(['size', 'classes', 'labels', 'denoiser']).loc[
-        (20, 10, 'none', 'network')]
+    row = results.loc[('base', 3, 20)]
     assert measured['memorization_ratio'] == pytest.approx(row['memorization_ratio'], abs=1e-5)
     assert measured['mean_distance'] == pytest.approx(row['mean_distance'], rel=1e-3)
+    # The three averages are of one run.
+    distances = [results.loc[(name, 3, 20), 'mean_distance']
+                 for name in ('base', 'no average', 'longer average')]
+    assert len(set(distances)) == 3
+    study = open_study(memorization, outdir, *CASES[name].tiny)
+    nets = [memorization.open_denoiser(study, memorization.Model(3, 20), *point).net.state_dict()
+            for point in ((2, 'long'), (1, 'ema'), (2, 'ema'))]
+    mean, half, full = (list(net.values())[0] for net in nets)
+    torch.testing.assert_close(mean, (half + 2 * full) / 3)    # 3/4 of 2,000 images is all of them
 
 
 # Can a model be trained from a model?
