@@ -374,13 +374,14 @@ def save_figure(figure, stem: str) -> list[str]:
 
 
 def draw_lines(axis, table, x: str, y: str, group: str, labels: dict, each: str | None = None,
-               interval: Callable | None = None, ticks: dict | None = None, **settings):
+               interval: Callable | None = None, ticks: dict | None = None, series=SERIES,
+               **settings):
     """A line for each group in `labels` {group: label}: means of y by x over seeds.
 
     Bars go from the least to the largest seed, or are `interval(groups of seeds)` up and down.
     Thin lines are means for each value of the column `each`; returned as {value: means}.
-    Values of x are evenly spaced, in the order of `ticks` {value: its text}; `settings` are those
-    of the axis.
+    Values of x are evenly spaced, in the order of `ticks` {value: its text}; `series`: keywords of
+    each line; `settings` are those of the axis.
     """
     ticks = ticks or {value: value for value in sorted(table[x].unique())}
     table = table.assign(**{x: table[x].map(list(ticks).index)})
@@ -388,11 +389,12 @@ def draw_lines(axis, table, x: str, y: str, group: str, labels: dict, each: str 
         table.groupby(each) if each else ())}
     for means in thin.values():
         axis.plot(means, color='0.6', linewidth=0.6)
-    for (name, label), series in zip(labels.items(), SERIES, strict=False):
+    for (name, label), style in zip(labels.items(), series, strict=False):
         seeds = table[table[group] == name].groupby([x, 'seed'])[y].mean().groupby(x)
         mean = seeds.mean()
         bars = interval(seeds) if interval else [mean - seeds.min(), seeds.max() - mean]
-        axis.errorbar(mean.index, mean, yerr=bars, elinewidth=0.7, zorder=3, label=label, **series)
+        axis.errorbar(mean.index, mean, yerr=bars, elinewidth=0.7, label=label,
+                      **dict(zorder=3) | style)
     axis.set(xticks=range(len(ticks)), xticklabels=ticks.values(), **settings)
     axis.margins(x=0.15)
     return thin

@@ -1,4 +1,5 @@
-"""Select the generated images that a classifier is surest of."""
+"""Select the generated images that a classifier is surest of; for comparison, random ones or those
+that it is least sure of."""
 
 import math
 import os
@@ -20,11 +21,13 @@ with lazy.imports(__name__ == '__main__'):
     from synthetic_data.classify import batches, open_classifier
     from synthetic_data.mixture import GeneratedImages
     from torch_utils import distributed as dist
+    from torch_utils.random import tuple_seed
 
 import studies
 from synthetic_data import common
 from synthetic_data.class_files import write_npz
 
+ORDERS = ('best', 'random', 'worst')
 BINS = 50            # of the histogram of confidences
 EXTREMES = 10      # best and worst images of a class in the picture
 ENDINGS = {'.npz': common.CLASSES, '-report.json': cli.json_with('top_scale', 'classes'),
@@ -54,21 +57,25 @@ def surest(scores: np.ndarray) -> np.ndarray:
     return np.argsort(-scores, kind='stable')
 
 
-def select_top(scores: np.ndarray, share: float) -> np.ndarray:
-    """Indices (int64) of the best share of scores [N], at least one, from the highest down; of
-    equal scores the first is first."""
+def select(scores: np.ndarray, share: float, order: str = 'best', random=None) -> np.ndarray:
+    """Indices (int64) of a share of scores [N], at least one: the best from the highest down, the
+    worst from the lowest up (of equal scores the first is first), or those that come first in
+    `random.permutation`."""
     count = max(math.floor(len(scores) * share + 1e-6), 1)
-    return surest(scores)[:count]
+    if order == 'random':
+        return random.permutation(len(scores))[:count]
+    return surest(scores if order == 'best' else -scores)[:count]
 
 
 def report(scores: np.ndarray, selected: np.ndarray) -> dict:
     """What the selection of a class was like, from all scores and the selected ones: counts, the
-    lowest confidence taken, means, a histogram over [0, 1] of all."""
+    lowest and highest confidence taken, means, a histogram over [0, 1] of all."""
     lowest = selected.min()
     return {
         'images': len(scores),
         'selected': len(selected),
         'lowest_selected': float(lowest),
+        'highest_selected': float(selected.max()),
         'mean': scores.mean(dtype=float),
         'mean_selected': selected.mean(dtype=float),
         'ties_at_lowest': int((scores == lowest).sum()),
@@ -92,7 +99,8 @@ def save_picture(path: str, data, scores: np.ndarray):
 
 @studies.styled
 def save_histograms(path: str, rows: list[dict]):
-    """Confidence of the images of each class, and the lowest one that was selected."""
+    """Confidence of the images of each class, and the lowest and highest one that were
+    selected."""
     across = min(len(rows), 5)
     lines = -(-len(rows) // across)
     fig = studies.plt.figure(figsize=(2.2 * across, 1.6 * lines + 0.4))
@@ -100,9 +108,10 @@ def save_histograms(path: str, rows: list[dict]):
     for label, row in enumerate(rows):
         axis = fig.add_subplot(lines, across, label + 1)
         axis.stairs(row['histogram'], edges, fill=True, color='0.6')
-        axis.axvline(row['lowest_selected'])
+        for end in ('lowest', 'highest'):
+            axis.axvline(row[f'{end}_selected'])
         axis.set(yscale='symlog', title=f'class {label}: {row["selected"]} of {row["images"]}')
-    fig.supxlabel('confidence of the intended class (line: lowest selected)')
+    fig.supxlabel('confidence of the intended class (lines: range of the selected)')
     fig.supylabel('images')
     pictures.save_figure(fig, path, dpi=None)
     studies.plt.close(fig)
@@ -117,7 +126,8 @@ def write_selected(dest: str, data, selected: list[np.ndarray]):
         for part in np.split(indices, range(WRITE_IMAGES, len(indices), WRITE_IMAGES))))
 
 
-def run(model, model_path, data_dir, output_dir, class_num, top_scale, batch_size, file_name):
+def run(model, model_path, data_dir, output_dir, class_num, top_scale, batch_size, file_name,
+        order='best', seed=0):
     """Scores, selects and writes; returns the report of each class."""
     dist.init()
     stem = os.path.join(output_dir, file_name)
@@ -135,12 +145,13 @@ def run(model, model_path, data_dir, output_dir, class_num, top_scale, batch_siz
     rows = []
     for label in range(class_num):
         indices = np.flatnonzero(data.label_ids == label)
-        selected.append(indices[select_top(scores[indices], top_scale)])
+        random = np.random.RandomState(tuple_seed(seed, label))
+        selected.append(indices[select(scores[indices], top_scale, order, random)])
         rows.append(report(scores[indices], scores[selected[-1]]))
     if dist.get_rank() == 0:
         util.write_json(stem + '-report.json', {
             'model_path': model_path, 'data_dir': list(data_dir), 'top_scale': top_scale,
-            'classes': rows})
+            'order': order, 'classes': rows})
         save_histograms(stem + '-confidence.png', rows)
         save_picture(stem + '-best-worst.png', data, scores)
         write_selected(stem + '.npz', data, selected)          # last: where it is, the rest is too
@@ -173,14 +184,18 @@ Examples:
 @common.class_folder_options('1m')
 @options.text('SHARE', '--top_scale', 'Share of each class that is taken', default=0.2,
               type=cli.Number(0, 1, min_open=True))
+@options.choice('--order', 'best', 'Which: those that the classifier is surest of, random ones, '
+                'or those that it is least sure of', ORDERS)
+@options.integer('--seed', 0, 'Seed of --order=random', least=0)
 @options.integer('--batch_size', 1024, 'Images at a time on each process')
 def main(**opts):
-    """Select the images of each class of whose class a classifier is surest: NAME.npz with `image`
-    and `label`.
+    """Select the images of each class of whose class a classifier is surest, or with --order
+    others: NAME.npz with `image` and `label`.
 
     The work is split over the processes of torchrun. In the file, each class begins
-    with the image of highest confidence; of equal ones the first is first. NAME-report.json,
-    NAME-confidence.png and NAME-best-worst.png say what was selected.
+    with the image of highest confidence (with --order=worst of the lowest one, random ones are in
+    no order); of equal ones the first is first. NAME-report.json, NAME-confidence.png and
+    NAME-best-worst.png say what was selected.
     """
     run(**opts)
     dist.shutdown()

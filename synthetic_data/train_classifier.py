@@ -38,6 +38,8 @@ ACCURACY = 'accuracy.json'
 def build_config(opts: dict) -> dict:
     """All settings of a run, from the options."""
     suiting = 'bf16' if torch.cuda.is_available() else 'fp32'
+    if opts['test_attack_steps'] is None:                      # as in records of earlier versions
+        opts = {key: value for key, value in opts.items() if key != 'test_attack_steps'}
     return opts | {key: opts[key] or None  # 0 switches it off
                    for key in ('status', 'snapshot', 'checkpoint', 'test_every')} | {
         'precision': recipe.choose_precision(opts['precision'] or suiting),
@@ -75,8 +77,8 @@ def open_data(config: dict):
 
 def attack_of(config: dict, wanted: str) -> Attack | None:
     """The attack of the settings; None if the setting `wanted` is False."""
-    settings = (config[name] for name in ('eps', 'step_size', 'attack_steps'))
-    return Attack(*settings) if config[wanted] else None
+    steps = wanted == 'robust' and config.get('test_attack_steps') or config['attack_steps']
+    return Attack(config['eps'], config['step_size'], steps) if config[wanted] else None
 
 
 def measure_accuracy(run_dir: str, test, attack: Attack | None, seed: int, nimg: int,
@@ -173,6 +175,7 @@ training_options = options.together(
     fraction('--eps', 'Largest change of a pixel by an attack', default='8/255'),
     fraction('--step-size', 'Change of a pixel in a step of an attack', default='2/255'),
     integer('--attack-steps', 10, 'Steps of an attack'),
+    integer('--test-attack-steps', None, 'Steps of an attack in tests  [default: --attack-steps]'),
     nimg('--duration', '20M', 'Training images in all'),
     nimg('--batch', '512', 'Images of one step'),
     number('--lr', 0.2, 'Highest learning rate; it falls to zero along a cosine'),

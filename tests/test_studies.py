@@ -36,6 +36,7 @@ from dnnlib import UserError
 from long_tail import digits_long_tail as long_tail
 from metrics.recognition import Recognizer
 from simulations import digits_multi_source as multi_source
+from synthetic_data import digits_synthetic_data as synthetic_data
 from synthetic_data import evaluate_data
 from synthetic_data.classify import open_classifier
 from torch_utils.files.own import read_own
@@ -116,14 +117,15 @@ CASES = {
         ['models/cb-seed3/log.txt', 'models/plain-seed3/log.txt']),
     'synthetic_data': Case(
         'synthetic_data/digits_synthetic_data.py',
-        ['--seeds=0,1', '--real=3', '--generated=6', '--top-scale=0.5', '--generator-duration=64',
-         '--channels=8', '--steps=2', '--duration=64', '--test-images=100'],
-        dict(real=3, generated=6, top_scale=0.5, generator_duration=64, channels=8, steps=2,
-             duration=64, eps=0.1, test_images=100),
-        ['results', 'summary'], {'study': 1000, 'samples': 100},
-        'seed?/classifiers/*/accuracy.json', 'seed0/selected/best.npz',
+        ['--seeds=0,1', '--real=3', '--generated=6', '--top-scale=0.5', '--generator-duration=128',
+         '--channels=8', '--steps=2', '--duration=128', '--test-images=100', '--shares=0.5',
+         '--numbers=3'],
+        dict(real=3, share=0.7, generated=6, top_scale=0.5, generator_duration=128, channels=8,
+             steps=2, duration=128, eps=0.1, test_images=100),
+        ['results', 'summary', 'claims'], {'study': 1000, 'samples': 100},
+        'seed?/classifiers/*/accuracy.json', 'seed0/real3/generated-128-selected/best-3.npz',
         ['--generator-duration=1Gi'],
-        ['seed0/generator/log.txt', 'seed1/generator/log.txt'])}
+        [f'seed{seed}/real3/diffusion-{2**30}/log.txt' for seed in (0, 1)])}
 of_all = pytest.mark.parametrize('name', CASES)
 
 
@@ -353,7 +355,10 @@ def test_a_folder_keeps_its_settings(name, option, words, tmp_path):
     ('long_tail', '--ddim-steps=1001', '--ddim-steps'),
     ('long_tail', '--methods=finetune', '--methods'),
     ('long_tail', '--methods=cb,weakened', '--methods'),
-    ('synthetic_data', '--real=170', '--real=170 leaves 4 images')])
+    ('synthetic_data', '--real=170', '--real=170 leaves 4 images'),
+    ('synthetic_data', '--reals=5,170', '--reals=170 leaves 4 images'),
+    ('synthetic_data', '--shares=0,0.5', '--shares'),
+    ('synthetic_data', '--numbers=7', '--numbers: give numbers from 1 to 6')])
 def test_after_a_mistake_the_folder_is_still_free(name, option, words, tmp_path):
     assert words in helpers.fails(CASES[name].script, f'--outdir={tmp_path}/out', *CASES[name].tiny, option)
     assert not (tmp_path / 'out').exists()
@@ -913,14 +918,25 @@ def test_what_counts_as_a_difference_and_as_none():
 # Do generated images train better classifiers?
 
 
+SYNTHETIC = {'share': ['0.5', '0.7'], 'real': ['3'], 'number': ['3', '6'],
+             'selection': ['best', 'random', 'worst'], 'generator': ['128'], 'training': ['plain']}
+
+
 @pytest.mark.parametrize('name', ['synthetic_data'])
-def test_every_kind_of_data_and_training_is_measured(name, finished):
+def test_every_value_of_every_factor_is_measured(name, finished):
     outdir, text = finished
     results = pd.read_csv(outdir / 'results.csv')
-    rows = set(zip(results['training'], results['data'], results['seed'], strict=True))
-    assert len(results) == 12 and rows == set(itertools.product(
-        ('plain', 'adversarial'), ('real', 'generated', 'selected'), (0, 1)))
-    assert text.count('real + selected ') >= 2 and '±' in text
+    assert list(results[['factor', 'value', 'seed']].itertuples(index=False, name=None)) == [
+        (factor, value, seed) for factor, values in SYNTHETIC.items() for value in values
+        for seed in (0, 1)]
+    summary = pd.read_csv(outdir / 'summary.csv').set_index(['factor', 'value'])
+    gains = results[results['factor'] == 'number'].groupby('value')['robust gain'].mean()
+    assert summary.loc[('number', '6'), 'robust gain'] == pytest.approx(gains['6'], abs=1e-4)
+    assert set(pd.read_csv(outdir / 'claims.csv')['answer']) <= {'yes', 'no', 'undecided'}
+    assert 'generated images help' in text and '±' in text
+    path = outdir / 'seed1' / 'classifiers' / 'adversarial-n3-0.5-6all-of128' / 'accuracy.json'
+    row = results[(results['factor'] == 'share') & (results['seed'] == 1)].iloc[0]
+    assert row['robust'] == pytest.approx(100 * json.loads(path.read_text())[0]['robust'])
 
 
 @pytest.mark.parametrize('name', ['synthetic_data'])
@@ -928,14 +944,14 @@ def test_no_test_digit_is_trained_on(name, finished):
     outdir, _ = finished
     seen = []
     for seed in (0, 1):
-        folder = outdir / f'seed{seed}'
+        folder = outdir / f'seed{seed}' / 'real3'
         real, test = (ImageDataset(folder / file) for file in ('real.zip', 'test.zip'))
         assert len(real) == 30 and len(test) == 100
         assert np.bincount(real.label_ids).tolist() == [3] * 10
         trained = {image.tobytes() for image in real.images(range(len(real)))}
         assert not trained & {image.tobytes() for image in test.images(range(len(test)))}
         seen.append(trained)
-        options = json.loads((folder / 'generator' / 'training_options.json').read_text())
+        options = json.loads((folder / 'diffusion-128' / 'training_options.json').read_text())
         assert options['data'] == 'real.zip' and options['seed'] == seed
     assert seen[0] != seen[1]
 
@@ -946,7 +962,7 @@ def test_classifiers_differ_in_data_and_training_alone(name, finished):
         folder = finished[0] / f'seed{seed}'
         options = [json.loads(path.read_text())
                    for path in (folder / 'classifiers').glob('*/training_options.json')]
-        assert len(options) == 6
+        assert len(options) == 8
         changed = {key for key in options[0] for one in options if one[key] != options[0][key]}
         options_that_differ = {'generated', 'share', 'adversarial'}
         follow_from_them = {'dataset', 'order', 'loss', 'starts'}
@@ -956,13 +972,55 @@ def test_classifiers_differ_in_data_and_training_alone(name, finished):
 
 @pytest.mark.parametrize('name', ['synthetic_data'])
 def test_the_classifier_of_real_digits_selects(name, finished):
-    folder = finished[0] / 'seed0' / 'selected'
-    report = json.loads((folder / 'best-report.json').read_text())
-    model = folder.parent / 'classifiers' / 'real-plain-seed0' / report['model_path']
-    assert open_classifier(str(model), 'wrn-10-1', 10).num_classes == 10
-    with np.load(folder / 'best.npz') as best:
-        assert best['image'].shape == (30, 8, 8, 3)
-        assert np.bincount(best['label']).tolist() == [3] * 10
+    folder = finished[0] / 'seed0' / 'real3' / 'generated-128-selected'
+    for order in ('best', 'random', 'worst'):
+        report = json.loads((folder / f'{order}-3-report.json').read_text())
+        model = finished[0] / 'seed0' / 'classifiers' / 'plain-n3' / report['model_path']
+        assert open_classifier(str(model), 'wrn-10-1', 10).num_classes == 10
+        assert report['order'] == order
+        with np.load(folder / f'{order}-3.npz') as images:
+            assert images['image'].shape == (30, 8, 8, 3)
+            assert np.bincount(images['label']).tolist() == [3] * 10
+
+
+def test_one_factor_is_changed_at_a_time(tmp_path):
+    study = open_study(synthetic_data, tmp_path, '--reals=5,20', '--numbers=10,50',
+                       '--generators=8Ki')
+    factors = study.factors
+    base = factors['number'][500]
+    assert base == synthetic_data.Cell(10, 0.7, 500, 'all', 24576)
+    assert all(cells[value] == base for value, cells in (
+        (0.7, factors['share']), (10, factors['real']), (24576, factors['generator'])))
+    allowed = {'share': {'share'}, 'real': {'real'}, 'number': {'number', 'order'},
+               'selection': {'number', 'order'}, 'generator': {'generator'},
+               'training': {'training'}}
+    for factor, cells in factors.items():
+        for cell in cells.values():
+            assert {key for key, value in vars(cell).items() if value != getattr(base, key)} <= (
+                allowed[factor])
+    assert {cell.number for cell in factors['selection'].values()} == {100}
+    cells = study.cells
+    assert len(cells) == len(set(cells)) and cells[0] == synthetic_data.Cell(10, training='plain')
+    assert {cell.alone for cell in cells} <= set(cells)
+
+
+def test_claims_are_paired_differences_and_lines_through_gains():
+    """Gains that grow by two points with each tenfold number, the same in seeds that differ."""
+    rows = [dict(factor=factor, value=value, seed=seed, **{'robust gain': gain + seed})
+            for factor, gains in (
+                ('real', {5: 3, 50: 1}), ('number', {10: 1, 100: 3, 1000: 5}),
+                ('selection', {'best': 4, 'random': 4, 'worst': 1}), ('generator', {128: 5}))
+            for value, gain in gains.items() for seed in range(3)]
+    claims = synthetic_data.claims(pd.DataFrame(rows)).set_index('claim')
+    effects = claims['effect'].to_dict()
+    assert effects == pytest.approx({
+        'generated images help': 6, 'with more real images they help less': 2,
+        'more of them help more': 4, 'the best are better than random ones': 0,
+        'the best are better than worst ones': 3, 'the random are better than worst ones': 3})
+    low, high = scipy.stats.t.interval(0.95, 2, 6, scipy.stats.sem([5, 6, 7]))
+    half = claims.loc['generated images help', '95% interval of effect']
+    assert half == pytest.approx((high - low) / 2)
+    assert claims['answer'].tolist() == ['yes', 'yes', 'yes', 'no', 'yes', 'yes']
 
 
 def test_summary_has_means_and_paired_gains():

@@ -136,6 +136,17 @@ def test_options_of_the_attack_count(digits, tmp_path):
     assert not any(same(found[0], other) for other in found[1:])
 
 
+def test_attacks_of_tests_may_take_other_steps(digits, tmp_path):
+    """They change the accuracy under attack alone; without the option the record is that of earlier versions."""
+    results = []
+    for i, more in enumerate(([], ['--test-attack-steps=8'], ['--attack-steps=8'])):
+        train(tmp_path / str(i), digits, '--duration=32', '--adversarial=1', '--step-size=0.05', '--eps=0.3', *more)
+        results.append((weights(tmp_path / str(i)), json.loads((tmp_path / str(i) / 'accuracy.json').read_text())[0]))
+    assert same(results[0][0], results[1][0]) and not same(results[0][0], results[2][0])
+    assert results[0][1]['clean'] == results[1][1]['clean'] and results[0][1]['robust'] > results[1][1]['robust']
+    assert 'test_attack_steps' not in json.loads((tmp_path / '0' / 'training_options.json').read_text())
+
+
 def test_micro_batches_are_normalised_by_themselves(digits, plain, tmp_path):
     train(tmp_path / 'run', digits, '--duration=32', '--status=32', '--batch-gpu=8', '--robust=0')
     ours = weights(tmp_path / 'run')

@@ -54,6 +54,24 @@ def test_the_selection_is_that_of_one_go(scored, tmp_path, more, share):
     assert all((tmp_path / f'1m-{name}.png').is_file() for name in ('confidence', 'best-worst'))
 
 
+def test_as_many_others_are_selected(scored, tmp_path):
+    """The worst come from the end of all, the least sure one first; random ones depend on the seed alone, fewer are among more."""
+    folder, arrays, net = scored
+    for name, *more in (('worst', '--order=worst'), ('random', '--order=random'), ('again', '--order=random', '--batch_size=7'),
+                        ('fewer', '--order=random', '--top_scale=0.1'), ('other', '--order=random', '--seed=1')):
+        invoke(SELECT, *select(folder, tmp_path / name, '--top_scale=0.2', *more))
+    images = {path.parent.name: np.load(path)['image'] for path in tmp_path.glob('*/1m.npz')}
+    ordered, labels = in_one_go(arrays, net, 1)
+    worst = [ordered[labels == label][:-1 - int(len(array) * 0.2):-1] for label, array in enumerate(arrays)]
+    np.testing.assert_array_equal(images['worst'], np.concatenate(worst))
+    np.testing.assert_array_equal(images['random'], images['again'])
+    assert len(images['other']) == len(images['random']) and not np.array_equal(images['other'], images['random'])
+    drawn = {image.tobytes() for image in images['random']}
+    assert {image.tobytes() for image in images['fewer']} < drawn <= {image.tobytes() for array in arrays for image in array}
+    report = json.loads((tmp_path / 'worst' / '1m-report.json').read_text())
+    assert report['order'] == 'worst' and all(row['lowest_selected'] <= row['highest_selected'] for row in report['classes'])
+
+
 def test_the_selection_comes_last(scored, tmp_path, monkeypatch):
     """A study that finds it takes it for all that there is."""
     def stopped(*_):
@@ -76,9 +94,10 @@ def test_two_processes_select_the_same(scored, tmp_path):
 
 def test_ties_are_broken_by_index():
     scores = np.array([0.5, 0.9, 0.9, 1.0, 0.9], np.float32)
-    assert select_1M.select_top(scores, 0.4).tolist() == [3, 1]
-    assert select_1M.select_top(scores, 0.6).tolist() == [3, 1, 2]
-    assert select_1M.select_top(scores, 0.001).tolist() == [3]
+    assert select_1M.select(scores, 0.4).tolist() == [3, 1]
+    assert select_1M.select(scores, 0.6).tolist() == [3, 1, 2]
+    assert select_1M.select(scores, 0.001).tolist() == [3]
+    assert select_1M.select(scores, 0.6, 'worst').tolist() == [0, 1, 2]
     assert [select_1M.surest(keys)[:2].tolist() for keys in (scores, -scores)] == [[3, 1], [0, 1]]
     row = select_1M.report(scores, scores[[1, 3]])
     assert row['ties_at_lowest'] == 3 and row['histogram'][-1] == 1 and sum(row['histogram']) == 5
