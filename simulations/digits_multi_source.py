@@ -31,6 +31,7 @@ with lazy.imports(__name__ == '__main__'):
     from training.snapshot import load_snapshot
 
 import studies
+from simulations import advantage
 from studies import WHOLE, compared, setting
 from training.data import convert
 from training.data.images import save_npz_images
@@ -43,10 +44,6 @@ MOST = 100                                                     # of a class; oth
 LOSSES, SAMPLES, VALIDATED = 'losses.json', 'samples.npz', 'validation.jsonl'
 PARTS = 'validation', 'test'
 VALIDATION = 3                                                 # each third of those held out
-MEASURES = {'single': 'loss single', 'multi': 'loss', 'single - multi': 'difference',
-            'advantage %': 'advantage', 'fd single': 'fd single', 'fd': 'fd',
-            'fd gain %': 'fd advantage'}
-FORMS = ('.4f', '.4f', '+.4f', '+.1f', '.0f', '.0f', '+.0f')
 POSITIVE = click.FloatRange(0, min_open=True)
 
 
@@ -132,10 +129,10 @@ def triples(count: int) -> list[tuple[int, ...]]:
 
 
 def cells(study: Study) -> dict[str, list[tuple]]:
-    """The larger models of each panel: {panel: [(x, n, classes), ...]}."""
+    """The larger models of each panel of the figure: {panel: [(x, n, classes), ...]}."""
     return {'sources': [(count, study.n, ORDER[:count]) for count in sorted(study.sources)],
             'n': [(n, n, ORDER[:3]) for n in sorted(study.nums)],
-            'distance': [(distance(classes) / 100, study.n, classes)
+            'distance': [(distance(classes), study.n, classes)
                          for classes in triples(study.triples)]}
 
 
@@ -285,133 +282,20 @@ def save_samples(study: Study, model: Model):
 
 
 def measure(study: Study, model: Model) -> list[dict]:
-    """A row for each measured class of a finished model: its loss, its Frechet distance, and the
-    steps to its best moment and to the end of training."""
+    """A row for each measured class of a finished model: its loss, how far its mean image is from
+    those of the other classes of the model, its Frechet distance, and the steps to its best moment
+    and to the end of training."""
     losses = budget.read_json(study.file(model, LOSSES))
     rows = read_rows(study.file(model, VALIDATED))
     steps = [row['nimg'] // settings(study, model)['batch'] for row in rows]
     return [{'seed': model.seed, 'n': model.n, 'classes': model.label,
              'sources': len(model.classes), 'class': digit, 'loss': losses[str(digit)],
+             'distance': np.mean([distances()[digit, other] for other in model.classes
+                                  if other != digit] or np.nan),
              'fd': studies.pixel_distance(study.file(model, SAMPLES),
                                           study.held_out(model.seed, digit, 'test'), digit),
              'best step': steps[best_row(rows, digit)], 'steps': steps[-1]}
             for digit in model.measured]
-
-
-# --- Results -------------------------------------------------------------------------------------
-
-
-def advantages(results: pd.DataFrame) -> pd.DataFrame:
-    """A row for each class of each larger model, with the model of that class alone at the same
-    seed and n: the `difference` of losses, single - multi, and what percent of the single-source
-    loss it is, the `advantage`; the same of distances."""
-    single = results[results['sources'] == 1].set_index(['seed', 'n', 'class'])[['loss', 'fd']]
-    rows = results[results['sources'] > 1].merge(
-        single, on=['seed', 'n', 'class'], suffixes=('', ' single'))
-    rows['difference'] = rows['loss single'] - rows['loss']
-    rows['advantage'] = 100 * rows['difference'] / rows['loss single']
-    rows['fd advantage'] = 100 * (1 - rows['fd'] / rows['fd single'])
-    return rows
-
-
-def of_panels(study: Study, rows: pd.DataFrame) -> dict:
-    """{panel: rows of its models, with their place `x` on its axis and the text there}."""
-    panels = {}
-    for panel, models in cells(study).items():
-        parts = []
-        for x, n, classes in models:
-            label = Model(0, n, classes).label
-            of_model = rows[(rows['n'] == n) & (rows['classes'] == label)]
-            tick = f'{label}\n{100 * x:.0f}' if panel == 'distance' else str(x)
-            parts.append(of_model.assign(x=x, tick=tick))
-        panels[panel] = pd.concat(parts)
-    return panels
-
-
-def slope(rows: pd.DataFrame, value: str, groups=('seed',)) -> tuple[float, float]:
-    """Mean over seeds, and half-width of its 95% interval, of the slopes by least squares of
-    `value` against the column x of each seed, from the means of `groups`. NaN where x is constant.
-    """
-    table = rows[['seed', 'class', 'x', value]].rename(columns={value: 'y'})
-    table[['x', 'y']] -= table.groupby(list(groups))[['x', 'y']].transform('mean')
-    table = table.assign(xy=table['x'] * table['y'], xx=table['x'] ** 2)
-    sums = table.groupby('seed')[['xy', 'xx']].sum()
-    slopes = sums['xy'] / sums['xx'].where(sums['xx'] > 1e-9)
-    return slopes.mean(), studies.half_width(slopes)
-
-
-def verdict(mean: float, interval: float) -> str:
-    """Whether something is positive, if its interval tells."""
-    if not abs(mean) > interval:                               # also of a single seed
-        return 'undecided'
-    return 'yes' if mean > 0 else 'no'
-
-
-def slopes(panels: dict) -> pd.DataFrame:
-    """A row for each claim on how the advantage changes: slopes with intervals, and verdicts."""
-    logs = {panel: rows.assign(x=np.log(rows['x'])) for panel, rows in panels.items()}
-    alike = panels['distance']
-    own = alike.assign(x=[
-        sum(distances()[digit, int(other)] for other in label.split('-')) / 2 / 100
-        for digit, label in zip(alike['class'], alike['classes'], strict=True)])
-    claims = [('grows with ln(sources)', 1, logs['sources'], ['seed']),
-              ('falls with ln(n)', -1, logs['n'], ['seed']),
-              ('falls with distance / 100', -1, alike, ['seed']),
-              ('falls with distance / 100, within a class', -1, own, ['seed', 'class'])]
-    table = []
-    for claim, sign, rows, groups in claims:
-        row = {'claim': claim}
-        for value in ('advantage', 'difference'):
-            mean, interval = slope(rows, value, groups)
-            name = f'slope of {value}'
-            row |= {name: mean, studies.interval_column(name): interval,
-                    f'verdict by {value}': verdict(sign * mean, interval)}
-        table.append(row)
-    return pd.DataFrame(table)
-
-
-def summarise(rows: pd.DataFrame) -> pd.DataFrame:
-    """Of each larger model, means over its classes and over seeds with half-widths of 95%
-    intervals over seeds (Student's t)."""
-    keys = ['n', 'sources', 'classes']
-    means = rows.groupby([*keys, 'seed'])[list(MEASURES.values())].mean()
-    summary = studies.average(means, keys, list(MEASURES.values()))
-    error = summary[studies.interval_column('advantage')]
-    summary['helps'] = list(map(verdict, summary['advantage'], error))
-    return summary
-
-
-def show(summary: pd.DataFrame, changes: pd.DataFrame, results: pd.DataFrame):
-    """Prints the averages, the slopes, and whether the best moments were inside of training."""
-    keys = ['n', 'classes']
-    parts = [studies.texts(summary, keys, {title: name}, form)[title]
-             for (title, name), form in zip(MEASURES.items(), FORMS, strict=True)]
-    print('\nHeld-out loss, mean ± 95% interval over seeds (gains: percent of single):\n'
-          + pd.concat([summary[keys], *parts, summary['helps']], axis=1).to_string(index=False))
-    shown = changes[['claim']].assign(**{
-        f'by {value}': studies.plus_minus(changes, f'slope of {value}', studies.interval_column(
-            f'slope of {value}'), form) + ', ' + changes[f'verdict by {value}']
-        for value, form in (('advantage', '+.2f'), ('difference', '+.4f'))})
-    print('\nThe advantage ...: slope, mean ± 95% interval over seeds\n'
-          + shown.to_string(index=False))
-    late = (results['best step'] == results['steps']).sum()
-    print(f'\n{late} of {len(results)} losses were the lowest at the end of training; the longest '
-          f'training took {results["steps"].max()} steps')
-
-
-@studies.styled
-def draw(panels: dict):
-    """Advantage in percent, a panel for each comparison, with intervals over seeds."""
-    titles = {'sources': 'Number of sources', 'n': 'Training images of each class',
-              'distance': 'Classes, and distance of their means'}
-    figure = studies.draw_panels([
-        dict(table=rows.assign(all=True), x='x', y='advantage', group='all', labels={True: None},
-             interval=studies.half_width, xlabel=titles[panel], ylabel='Advantage of many (%)',
-             ticks=dict(rows.sort_values('x')[['x', 'tick']].drop_duplicates().to_numpy()))
-        for panel, rows in panels.items()])
-    for axis in figure.axes:
-        axis.axhline(0, color='0.4', linestyle=':', linewidth=0.8)
-    return figure
 
 
 def sample_rows(study: Study) -> dict:
@@ -455,16 +339,16 @@ def main(study):
         tqdm.tqdm.write(f'{model.name}: {text} of {measured[0]["steps"]}')
     results = pd.DataFrame(rows).sort_values(['seed', 'n', 'sources', 'classes', 'class'],
                                              ignore_index=True)
-    paired = advantages(results)
-    panels = of_panels(study, paired)
-    changes = slopes(panels)
-    summary = summarise(paired)
-    show(summary, changes, results)
+    paired = advantage.pair(results)
+    panels = advantage.panels(paired, cells(study))
+    summary = advantage.summarise(paired)
+    slopes = advantage.slopes(panels)
+    advantage.show(summary, slopes, results)
     grids = {'samples.png': (
         f'Digit and number of sources; {study.n} training images of each class, '
         f'seed {study.seeds[0]}', sample_rows(study))}
-    study.save(draw(panels), grids, results=results, advantages=paired, summary=summary,
-               slopes=changes)
+    study.save(advantage.draw(panels, study.n), grids, results=results, advantages=paired,
+               summary=summary, slopes=slopes)
 
 
 if __name__ == '__main__':

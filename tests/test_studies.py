@@ -35,6 +35,7 @@ from distillation.runs import build
 from dnnlib import UserError
 from long_tail import digits_long_tail as long_tail
 from metrics.recognition import Recognizer
+from simulations import advantage
 from simulations import digits_multi_source as multi_source
 from synthetic_data import digits_synthetic_data as synthetic_data
 from synthetic_data import evaluate_data
@@ -515,9 +516,9 @@ def rows_of(loss, seeds=range(3)):
 def test_advantages_pair_seeds_and_classes():
     """Seeds and classes that differ much, by the same share with one source and with many: no
     doubt."""
-    paired = multi_source.advantages(rows_of(
+    paired = advantage.pair(rows_of(
         lambda seed, count, digit: (1 + seed + digit) * (1 - 0.1 * (count - 1))))
-    summary = multi_source.summarise(paired)
+    summary = advantage.summarise(paired)
     assert summary['advantage'].tolist() == pytest.approx([10, 20])
     assert summary['95% interval of advantage'].tolist() == pytest.approx([0, 0], abs=1e-9)
     assert summary['fd advantage'].tolist() == pytest.approx([50, 200 / 3])
@@ -529,23 +530,38 @@ def test_advantages_pair_seeds_and_classes():
 
 
 def test_slopes_are_those_of_each_seed():
-    paired = multi_source.advantages(rows_of(lambda seed, count, digit: 1 / count + 0.01 * seed))
-    paired['x'] = paired['sources']
-    slopes = []
-    for _, rows in paired.groupby('seed'):
-        slopes.append(np.polyfit(rows['x'], rows['advantage'], 1)[0])
-    mean, interval = multi_source.slope(paired, 'advantage')
+    paired = advantage.pair(rows_of(lambda seed, count, digit: 1 / count + 0.01 * seed))
+    x = paired['sources']
+    slopes = [np.polyfit(rows['sources'], rows['advantage'], 1)[0]
+              for _, rows in paired.groupby('seed')]
+    mean, interval = advantage.slope(paired, x, 'advantage')
     assert mean == pytest.approx(np.mean(slopes))
     assert interval == pytest.approx(scipy.stats.t.ppf(0.975, 2) * scipy.stats.sem(slopes))
     offset = paired.assign(advantage=paired['advantage'] + 100 * paired['class'])
-    assert multi_source.slope(offset, 'advantage', ['seed', 'class'])[0] == pytest.approx(mean)
-    assert np.isnan(multi_source.slope(paired.assign(x=1.0), 'advantage')[0])
+    within, _ = advantage.slope(offset, x + paired['class'], 'advantage', ['seed', 'class'])
+    assert within == pytest.approx(mean)
+    assert np.isnan(advantage.slope(paired, 0 * x, 'advantage')[0])
+
+
+def test_each_claim_on_a_slope_has_its_own_sense():
+    """Advantages that grow with sources, fall with n and grow with distance."""
+    paired = pd.DataFrame([
+        {'seed': seed, 'class': 3, 'n': n, 'classes': '-'.join(map(str, classes)),
+         'distance': 50.0 * len(classes), 'difference': 0.1,
+         'advantage': 10 * len(classes) - 3 * np.log(n) + seed}
+        for seed in range(3) for n, classes in itertools.product((10, 20), ((3, 8), (3, 8, 9)))])
+    table = advantage.slopes(advantage.panels(paired, {
+        'sources': [(2, 10, (3, 8)), (3, 10, (3, 8, 9))], 'n': [(10, 10, (3, 8)), (20, 20, (3, 8))],
+        'distance': [(100.0, 20, (3, 8)), (150.0, 20, (3, 8, 9))]}))
+    assert table['advantage'].tolist() == pytest.approx([10 / np.log(1.5), -3, 20, 20])
+    assert table['verdict by advantage'].tolist() == ['yes', 'yes', 'no', 'no']
+    assert table['verdict by difference'].tolist() == ['undecided'] * 4
 
 
 @pytest.mark.parametrize('mean, interval, text', [
     (2, 1, 'yes'), (-2, 1, 'no'), (2, 3, 'undecided'), (2, float('nan'), 'undecided')])
 def test_a_verdict_needs_an_interval_without_zero(mean, interval, text):
-    assert multi_source.verdict(mean, interval) == text
+    assert advantage.verdict(mean, interval) == text
 
 
 # When does a model copy its training set?
