@@ -13,6 +13,7 @@ from dnnlib import lazy
 with lazy.imports():
     import matplotlib.pyplot as plt
     import pandas as pd
+    from matplotlib.ticker import LogLocator, NullLocator
 
 RHO = 0.4                                                      # of the long runs
 ORIGINS = {'distilled': "teacher's steps", 'on-samples': "teacher's samples",
@@ -104,34 +105,35 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
 @studies.styled
 def draw(summary: pd.DataFrame, rho_steps: int):
     """Distance against steps, compute and rho, and recognition against steps."""
-    figure, axes = plt.subplots(1, 4, figsize=(10.4, 2.6))
+    figure, axes = plt.subplots(1, 4, figsize=(10.4, 2.7))
     distilled = summary['rho'].notna()
     at_rho = {DISTILLED: summary[distilled & (summary['steps'] == rho_steps)]}
     origins = summary[~distilled | (summary['rho'] == RHO)].groupby('learned from')
     students = {origin: origins.get_group(origin) for origin in ORIGINS.values()}
-    for axis, lines, x, y, label in (
-            (axes[0], students, 'steps', 'fd', 'Training steps'),
-            (axes[1], students, 'gmac', 'fd', 'Compute, $10^9$ multiply-adds'),
-            (axes[2], at_rho, 'rho', 'fd', f'rho, after {rho_steps:,} steps'),
-            (axes[3], students, 'steps', 'recognised', 'Training steps')):
+    for axis, lines, x, y, title, label in (
+            (axes[0], students, 'steps', 'fd', 'At equal steps', 'Training steps'),
+            (axes[1], students, 'gmac', 'fd', 'At equal compute', 'Billions of multiply-adds'),
+            (axes[2], at_rho, 'rho', 'fd', 'Size of the cache', f'rho, {rho_steps:,} steps'),
+            (axes[3], students, 'steps', 'recognised', 'Recognised', 'Training steps')):
         for (origin, rows), series in zip(lines.items(), studies.SERIES, strict=False):
             rows = rows.sort_values(x)
             bars = rows[y] - rows[f'{y} low'], rows[f'{y} high'] - rows[y]
             axis.errorbar(rows[x].astype(float), rows[y], yerr=np.nan_to_num(bars),
-                          elinewidth=0.7, label=origin, **series)
+                          elinewidth=0.7, label=f'student of {origin}', **series)
         for origin, style in (('teacher', '--'), (FLOOR, ':')):
             level = origins.get_group(origin)[y].iloc[-1]
             if level == level:
                 axis.axhline(level, color='0.5', linewidth=0.8, linestyle=style, label=origin)
-        axis.set(xlabel=label, xscale='log')
-        if x != 'gmac':
-            ticks = sorted(set(next(iter(lines.values()))[x]))
-            axis.set_xticks(ticks)
-            axis.set_xticks([], minor=True)
-            axis.xaxis.set_major_formatter('{x:g}')
+        axis.set(title=title, xlabel=label, xscale='log')
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 4)))
+        axis.xaxis.set_major_formatter('{x:g}')
+        axis.xaxis.set_minor_locator(NullLocator())
     for axis in axes[:3]:
-        axis.set(yscale='log', ylabel='Frechet distance of pixels')
+        axis.set_yscale('log')
         axis.sharey(axes[0])
-    axes[3].set_ylabel('Recognised as meant')
-    axes[0].legend()
+    for axis in axes[1:3]:
+        axis.tick_params(labelleft=False)
+    axes[0].set_ylabel('Fréchet distance of pixels')
+    axes[3].yaxis.set_major_formatter('{x:.0%}')
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=5)
     return figure

@@ -44,6 +44,7 @@ YAML = studies.ROOT / 'distillation' / 'yaml' / 'digits_8'
 DISTILLED = YAML / 'exp' / 'Digits-Dynamic-0.4.yaml'
 BASELINE = YAML / 'exp' / 'Digits-Baseline.yaml'
 TEACHER = YAML / 'teacher.yaml'
+GREY = 'model.img_channels=1'
 CHAIN = 50                                                     # time steps, of diffusion.yaml
 IMAGES = click.IntRange(min=16)                                # a row of the picture
 SHARE = 0.95         # of real digits, unseen by the classifier, that count as clear
@@ -120,10 +121,6 @@ class Study(studies.Study):
 # Stages: command lines, and the file that each is to make.
 
 
-def channels_of(study: Study, prefix: str = '') -> str:
-    return f'{prefix}model.img_channels={study.image_channels}'
-
-
 def training_options(study: Study, model: Model, prefix: str = '') -> list:
     """Where and how long; the average is measured at each interval, always by the same noise."""
     steps = study.steps(model)
@@ -140,7 +137,7 @@ def training_options(study: Study, model: Model, prefix: str = '') -> list:
 
 def train(study: Study, model: Model, data: str) -> tuple[list, str]:
     return [SCRIPTS / 'image_train.py', '--data_dir', data, '--config', model.config,
-            *training_options(study, model), channels_of(study)], study.weights(model)
+            *training_options(study, model), GREY], study.weights(model)
 
 
 def sample(study: Study, model: Model, count: int) -> tuple[list, str]:
@@ -148,7 +145,7 @@ def sample(study: Study, model: Model, count: int) -> tuple[list, str]:
     dest = study.samples_of(model)
     return [SCRIPTS / 'image_sample.py', '--config', model.config, '--model_path',
             study.weights(model), '--num_samples', count, '--batch_size', 128, '--dest', dest,
-            '--seed', model.seed, channels_of(study)], dest
+            '--seed', model.seed, GREY], dest
 
 
 def distil(study: Study, model: Model) -> list[tuple[list, str]]:
@@ -156,8 +153,7 @@ def distil(study: Study, model: Model) -> list[tuple[list, str]]:
     cache = study.path('cache', f'{model.name}.cache')
     shared = ['--config', DISTILLED, f'teacher.tempfile={cache}',
               f'teacher.model_path={study.weights(Model(model.seed, "teacher"))}',
-              f'teacher.BATCH={model.rho:g}', channels_of(study, 'teacher.'),
-              channels_of(study, 'student.')]
+              f'teacher.BATCH={model.rho:g}', f'teacher.{GREY}', f'student.{GREY}']
     return [([SCRIPTS / 'dynamic_prepare.py', *shared, '--seed', model.seed,
               f'student.batch_size={study.batch}'], cache),
             ([SCRIPTS / 'image_kd.py', *shared, *training_options(study, model, 'student.')],
@@ -228,9 +224,9 @@ class Costs:
     student: int
 
     @classmethod
-    def of(cls, study: Study) -> 'Costs':
-        return cls(*(count_products(runs.build(configs.read_network(
-            str(config), [channels_of(study)]))) for config in (TEACHER, BASELINE)))
+    def of(cls, *configurations) -> 'Costs':
+        return cls(*(count_products(runs.build(configs.read_network(str(config), [GREY])))
+                     for config in configurations))
 
     def of_training(self, study: Study, model: Model, steps):
         """What `steps` of a model have cost: a backward pass as two forward ones, the teacher's
@@ -255,7 +251,7 @@ class Costs:
 def measure(study: Study) -> pd.DataFrame:
     """A row for each measurement of each model: steps, billions of multiply-adds, distance of the
     pixels to all real digits, share that is recognised; and for as many real digits, the floor."""
-    costs = Costs.of(study)
+    costs = Costs.of(TEACHER, BASELINE)
     real = studies.pixels(study.data).reshape(-1, 64).astype(float)
     rows = []
     for seed in study.seeds:
@@ -329,7 +325,7 @@ def main(study):
     """
     study.claim()
     convert = [studies.ROOT / 'dataset_tool.py', 'convert', '--source=digits',
-               f'--dest={study.data}', f'--channels={study.image_channels}']
+               f'--dest={study.data}', '--channels=1']
     run_chain(study, [(convert, study.data)])
     for chains in (first_chains, further_chains):
         for _ in study.run(run_chain, chains(study), disable=True):

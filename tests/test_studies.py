@@ -735,7 +735,7 @@ def test_compute_counts_all_passes_but_those_of_the_teachers_training(tmp_path):
                      for steps in (0, 1))
     assert first == [20 * 10 * 25 * 2, 20 * 50 * 2, 0]
     assert np.subtract(second, first).tolist() == [50, 30, 30]
-    real = distillation.Costs.of(study)
+    real = distillation.Costs.of(distillation.TEACHER, distillation.BASELINE)
     assert real.student > 1e6 and 1.9 < real.teacher / real.student < 2.2
 
 
