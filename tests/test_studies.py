@@ -41,6 +41,7 @@ from synthetic_data import digits_synthetic_data as synthetic_data
 from synthetic_data import evaluate_data
 from synthetic_data.classify import open_classifier
 from torch_utils.files.own import read_own
+from train import prepare
 from training.data.dataset import ImageDataset
 from training.data.images import open_images
 from training.diffusion.heldout import loss_of_snapshot
@@ -594,6 +595,8 @@ def test_models_differ_in_one_factor_each(tmp_path):
         config = memorization.settings(study, model)
         assert config['cond'] == (model.labels != 'none') and config['duration_rule'] == 'fixed'
         assert config['network']['model_channels'] == 16 * model.width
+    for kimg in (9, 18, 24, 36):
+        assert prepare(memorization.settings(study, base, kimg))[2].total_nimg == kimg * 1000
     labels = {model.labels: sets[model].label_ids for model in models if model.size == 30}
     assert np.array_equal(np.bincount(labels['true']), [3] * 10)
     assert not np.array_equal(labels['random'], labels['true'])
