@@ -165,7 +165,7 @@ def choose_run(config: dict, outdir: str, name: str, nosubdir: bool, lengths: di
     if folder is None:
         # The embedding is compared as part of the network: earlier versions had other defaults.
         wanted = {key: value for key, value in (config | {'schedule': lengths}).items()
-                  if key not in ('embed', 'keep_checkpoints', 'nan_patience')
+                  if key not in ('embed', 'keep_checkpoints', 'nan_patience', 'shard')
                   and (key, value) != ('seed', None)}
         folder = runs.choose_folder(outdir, name, wanted, lengths['total_kimg'],
                                     config['snap'] > 0, config['dump'] > 0, measured)

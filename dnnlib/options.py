@@ -338,6 +338,8 @@ def training(outdir_help: str, *options):
         keep_checkpoints,
         nan_patience,
         number('--ls', 1, 'Loss scaling against underflow of float16 gradients'),
+        click.option('--shard', is_flag=True, help='Cut weights, averages and optimizer over the '
+                     'processes, for networks that one GPU cannot hold'),
         boolean('--bench', True, 'Let cuDNN choose the fastest convolutions'),
         verify,
         group(

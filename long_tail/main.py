@@ -317,12 +317,12 @@ def outputs_of(flags, folder, dataset) -> list[Output]:
     def path(step):
         return os.path.join(folder, 'sample', f'{step}.png')
 
-    def grid(step, nets):
-        evaluation.save_grid(path(step), nets[0], flags, dataset.class_names)
+    def grid(step, net):
+        evaluation.save_grid(path(step), net, flags, dataset.class_names)
         return {'Samples': path(step)}
 
-    def scores(step, nets):
-        return {f'Eval/{name}': value for name, value in evaluate(nets[0], step)['all'].items()}
+    def scores(step, net):
+        return {f'Eval/{name}': value for name, value in evaluate(net, step)['all'].items()}
 
     outputs = [Output(flags.sample_step * flags.batch_size, grid,
                       lambda step: os.path.isfile(path(step)), at_end=False)]

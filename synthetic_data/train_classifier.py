@@ -82,9 +82,9 @@ def attack_of(config: dict, wanted: str) -> Attack | None:
 
 
 def measure_accuracy(run_dir: str, test, attack: Attack | None, seed: int, nimg: int,
-                     nets) -> dict:
+                     net) -> dict:
     """Tests the averaged network, and keeps all results in accuracy.json of the run."""
-    accuracy = with_intervals(classify.accuracy(nets[0], test, attack, seed=seed))
+    accuracy = with_intervals(classify.accuracy(net, test, attack, seed=seed))
     # A run that was killed between a test and the next checkpoint comes here twice with the same
     # numbers.
     rows = [row for row in read_accuracy(run_dir) if row['nimg'] < nimg]

@@ -4,6 +4,7 @@ SGD sees the scale of a gradient, which Adam does not. Each case is trained by o
 the middle.
 """
 
+import glob
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from torch_utils import distributed as dist
+from training import shard_files
 from training.checkpoint import Checkpoints
 from training.recipe import Recipe, fit
 
@@ -30,6 +32,9 @@ CASES = {
     'fine-tuned': {'first_nimg': 6 * BATCH, 'total_nimg': (6 + STEPS) * BATCH},
     'not a number': {'seed': 1},                                # image 20 has one
 }
+
+
+PROCESSES = ['1', '2', '2 in shards']
 
 
 def network():
@@ -119,12 +124,12 @@ class StepCheckpoints(Checkpoints):
         return nimg // self.batch
 
 
-def train(folder):
+def train(folder, shard=False):
     """All cases from their start, and again after a kill in the middle of an interval of the log."""
     for name, fields in CASES.items():
         first = os.path.join(folder, name)
         second = f'{first} again'
-        recipe = Recipe(**RECIPE | fields)
+        recipe = Recipe(**RECIPE | fields, shard=shard)
         for where in first, second:
             fit(recipe, where, network(), loss, Batches(recipe.seed), layout=StepCheckpoints)
             if where == first and dist.get_rank() == 0:
@@ -136,33 +141,38 @@ def copy_after_step(step, source, dest):
     os.mkdir(dest)
     shutil.copy(os.path.join(source, 'stats.jsonl'), dest)
     checkpoints = StepCheckpoints(source)
-    shutil.copy(checkpoints.path(checkpoints.numbers()[step - 1]), dest)
+    state = checkpoints.path(checkpoints.numbers()[step - 1])
+    for path in glob.glob(state.removesuffix('pt') + '*'):
+        shutil.copy(path, dest)
 
 
 def train_as_one_of_several(folder):
     dist.init()
-    train(folder)
+    for name in '2', '2 in shards':
+        train(os.path.join(folder, name), shard=name != '2')
     dist.shutdown()
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """Runs by one process, and by two."""
+    """Runs by one process, and by two: each with the whole network, and in shards."""
     folder = tmp_path_factory.mktemp('loop')
-    for processes in 1, 2:
-        os.mkdir(folder / str(processes))
+    for processes in PROCESSES:
+        os.mkdir(folder / processes)
     train(folder / '1')
-    assert dist.launch(train_as_one_of_several, (str(folder / '2'),), 2) == 0
+    assert dist.launch(train_as_one_of_several, (str(folder),), 2) == 0
     return folder
 
 
 @pytest.mark.parametrize('way', ['', ' again'], ids=['whole', 'resumed'])
-@pytest.mark.parametrize('processes', [1, 2])
+@pytest.mark.parametrize('processes', PROCESSES)
 @pytest.mark.parametrize('name', CASES)
 def test_every_step_follows_the_equations(folder, name, processes, way):
-    run = folder / str(processes) / f'{name}{way}'
+    run = folder / processes / f'{name}{way}'
     weights, averages, losses = expected(CASES[name])
     state = StepCheckpoints(str(run)).load_newest()
+    if 'shards' in processes:
+        state = shard_files.read(state)
     rows = [json.loads(line) for line in (run / 'stats.jsonl').read_text().splitlines()]
     means = [row['Loss/loss']['mean'] for row in rows]
     np.testing.assert_allclose(np.array(means, dtype=float), losses, rtol=1e-9)  # null: not a number

@@ -102,7 +102,7 @@ MISTAKES = {
         '--bench-steps=2': '--bench-steps=2 measures for a dry run', '--ema-stds=0.3': ('--ema-stds', '0.289'),
         '--ema-stds=0.1,0.1001': 'named by three digits', '--channel-mult=1,2,2,2,2': '5 resolutions', '--num-blocks=0': '--num-blocks',
         '--channels=200 --channel-mult=1,3': '600 channels, which 18 heads', '--augment=2': '--augment', '--rampup=-1': '--rampup',
-        '--xflip=maybe': '--xflip',
+        '--xflip=maybe': '--xflip', '--shard --compile=True': '--shard',
         '--eval=fdi': 'no metric', '--patience=2': '--patience=2 needs something to measure', '--keep-best=True': '--keep-best',
         '--heldout=<digits.zip>': '--heldout', '--heldout=nowhere.zip': 'nowhere.zip', '--heldout=<large.npz>': '--heldout',
         '--eval=fd_pixels --eval-ref=nowhere.pkl': 'nowhere.pkl',

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed
 
+from dnnlib import UserError
 from dnnlib.util import process_count, project_version, signal_handler
 from torch_utils.memory import keep_freed
 
@@ -193,9 +194,32 @@ def gather_objects(value) -> list:
     return values
 
 
+def raise_shared(error: UserError | None):
+    """Raises on every process what one of them has found, that of the first that has."""
+    found = [error for error in gather_objects(error) if error is not None]
+    if found:
+        found[0].is_shared = True
+        raise found[0]
+
+
 def broadcast_object(value):
     """The value of rank 0 on every process."""
     return gather_objects(value)[0]
+
+
+def host_group():
+    """The processes, for who exchanges what is in the memory of hosts."""
+    return _host_group
+
+
+def is_sharded(value) -> bool:
+    """Whether it is a tensor of which each process has some rows (training.shards)."""
+    return hasattr(value, 'to_local')
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's rows of a tensor in shards; another one as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.util import matching_names, one_line
+from torch_utils.distributed import local
 from torch_utils.files.identify import identify
 from torch_utils.files.own import read_own
 from torch_utils.files.pickles import UnreadableError, errors_of, map_file
@@ -133,6 +134,7 @@ class Checkpoints:
         """Writes the checkpoint of `state['nimg']`; every file appears only when complete."""
         for path, content in self.pack(state).items():
             write_state(path, content)
+        self._remove_shards(self.number(state['nimg']), state.get('shards', {}).get('processes'))
 
     def load(self, path: str) -> dict:
         """The loop's state in a checkpoint. Raises CheckpointError if it is damaged or no
@@ -179,7 +181,23 @@ class Checkpoints:
         """Of the names of a checkpoint's files, in the order in which they are removed: that of
         the loop's state comes last.
         """
-        return [re.escape(os.path.basename(self.path(number)))]
+        return [re.escape(os.path.basename(self.path(number))), self._shards(number)]
+
+    def _shards(self, number: int) -> str:
+        """Pattern of the names of training.shard_files."""
+        return rf'{self.state_prefix}{number:0{self.digits}d}\.\d+-of-\d+\.shard'
+
+    def _remove_shards(self, number: int, but: int | None = None):
+        """Those of a checkpoint, but what so many processes have written."""
+        for match in matching_names(self.folder, self._shards(number)):
+            if not match[0].endswith(f'-of-{but}.shard'):
+                os.remove(os.path.join(self.folder, match[0]))
+
+    def remove_partial(self):
+        """Removes shards that a killed process wrote, and did not come to the checkpoint of."""
+        for match in matching_names(self.folder, rf'{self.state_prefix}(\d+)\..+\.shard'):
+            if int(match[1]) not in self.numbers():
+                self._remove_shards(int(match[1]))
 
     def prune(self, nimg: int, keep: int):
         """Removes all but the newest `keep` of the checkpoints up to that of `nimg`, which has
@@ -348,7 +366,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict):
     (channels first or last) would be taken for that of other elements.
     """
     settings = optimizer.state_dict()['param_groups']
-    optimizer.load_state_dict({'state': state['state'], 'param_groups': settings})
+    rows = {number: {name: local(value) for name, value in values.items()}
+            for number, values in state['state'].items()}
+    optimizer.load_state_dict({'state': rows, 'param_groups': settings})
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
             if not torch.is_tensor(value) or value.ndim == 0:

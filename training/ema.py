@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from dnnlib import UserError
+from torch_utils.distributed import local
 from training import phema, schedules
 
 
@@ -49,14 +50,19 @@ AVERAGES = {
 }
 
 
+def _tensors(net) -> list[torch.Tensor]:
+    """The parameters; in shards, this process's rows of them."""
+    return [local(p.detach()) for p in net.parameters()]
+
+
 class Averages:
     """Averages of the weights of `net`, all updated at once: ema = w + beta (ema - w)."""
 
-    def __init__(self, net: torch.nn.Module, averages: list[Average]):
+    def __init__(self, net: torch.nn.Module, averages: list[Average], copy_of=copy.deepcopy):
         self.averages = averages
         self.names = [average.name for average in averages]
-        self.emas = [copy.deepcopy(net).eval().requires_grad_(False) for _ in averages]
-        self._targets = [list(ema.parameters()) for ema in self.emas]
+        self.emas = [copy_of(net).eval().requires_grad_(False) for _ in averages]
+        self._targets = [_tensors(ema) for ema in self.emas]
 
     def restart(self, net: torch.nn.Module):
         """Makes all of them the weights of `net`."""
@@ -66,7 +72,7 @@ class Averages:
     @torch.no_grad()
     def update(self, net: torch.nn.Module, nimg: int, batch: int):
         """One step; `nimg` counts the images before it, `batch` those of the step."""
-        sources = list(net.parameters())
+        sources = _tensors(net)
         for average, target in zip(self.averages, self._targets, strict=True):
             torch._foreach_lerp_(target, sources, 1 - average.beta(nimg, batch))
 

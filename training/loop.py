@@ -1,6 +1,7 @@
 """The one training loop. It knows nothing of any study: it has a recipe, a loss and batches."""
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import os
@@ -95,12 +96,12 @@ class Output:
     """What a run makes after the step's checkpoint and snapshots: a picture, or a measurement.
 
     every     so many images; 0 or None: never
-    make      (number of the step or nimg, [averaged network, ...]) -> what to log, {name: number
-              or path of a picture}, or None
+    make      (number of the step or nimg, first of the averaged networks) -> what to log,
+              {name: number or path of a picture}, or None
     exists    number -> whether it was made: what a run was killed before is made when it goes on
     at_end    also after the last step, whatever its number
-    together  all processes call `make`, which ends at `stopping.stop_point`s; else the first one
-              does, while the others wait
+    together  all processes call `make`, which ends at `stopping.stop_point`s and gathers what is
+              in shards (`Trainer.whole`); else the first one does, while the others wait
     ends      why the run is to end now, before its last step; '' to go on
     """
 
@@ -141,11 +142,16 @@ class Trainer:
         # As checkpoints, snapshots and training_options.json keep it.
         self.settings = recipe.settings(self.options)
         self.device = next(net.parameters()).device
+        self.shards = None
+        if recipe.shard and self.device.type != 'meta':
+            self._shard()
+        self.weights = self.shards.weights if self.shards else list(net.parameters())
         self.lr_schedule = _named(LR_SCHEDULES, recipe.learning_rate)
         optimizer = {'lr': recipe.learning_rate['lr'], 'fused': True} | recipe.optim
         self.optimizer = _named(OPTIMIZERS, optimizer)(
-            p for p in net.parameters() if p.requires_grad)
-        self.ema = Averages(net, averages_of(recipe))
+            p for p in self.weights if p.requires_grad)
+        self.ema = Averages(net, averages_of(recipe),
+                            self.shards.copy_of if self.shards else copy.deepcopy)
         scale = recipe.loss_scale
         self.loss_scale = None if scale is None else DynamicLossScale(**scale)
         self.snapshot = dict(encoder=make_encoder(recipe.encoder), dataset=recipe.dataset,
@@ -164,6 +170,23 @@ class Trainer:
         self._ended = ''                                      # why, if before the last step
         self._saved = None                                    # nimg of the newest checkpoint
         self._session_start = time.time()                     # if there was but one session
+
+    def _shard(self):
+        """Cuts the network over the processes, where there are several."""
+        if dist.get_world_size() == 1:
+            dist.print0('Note: on one process there is nothing to cut into shards')
+            return
+        from training.shards import Shards  # slow to import
+        self.device = dist.get_device()
+        self.shards = Shards(self.net, self.device)
+
+    def whole(self, net, device=None, everywhere: bool = False):
+        """A network of the run, gathered on `device` if it is in shards: for the first process (on
+        others it has no weights), or `everywhere`. All processes call it.
+        """
+        if not self.shards:
+            return net
+        return self.shards.gather(net, device or self.device, everywhere)
 
     def lr(self, nimg: int) -> float:
         """The learning rate of the step after `nimg` images."""
@@ -252,6 +275,8 @@ class Trainer:
                 yield first + offset, min(self.batch_gpu, self.per_process - offset)
 
     def _wrap(self):
+        if self.shards:
+            return self.shards
         model = compiled(self.net) if self.recipe.compile else self.net
         if dist.get_world_size() == 1:
             return model
@@ -288,13 +313,17 @@ class Trainer:
 
     def _clean_gradients(self, scaling: float, losses: list) -> bool:
         """Brings the gradients to their own scale; False if they overflowed, to skip the step."""
-        grads = [p.grad for p in self.net.parameters() if p.grad is not None]
-        if self.loss_scale and not self.loss_scale.update(grads):
+        norms_of = torch._foreach_norm
+        if self.shards:
+            self.shards.collect_gradients()
+            norms_of = self.shards.norms
+        grads = [p.grad for p in self.weights if p.grad is not None]
+        if self.loss_scale and not self.loss_scale.update(grads, norms_of):
             self.health.add(self.nimg, losses, skipped=True)
             return False
         if scaling != 1:
             torch._foreach_div_(grads, scaling)
-        norms = torch._foreach_norm(grads)
+        norms = norms_of(grads)
         # Of the weights whose gradients are finite.
         self.means.add({GRADIENT_NORM: torch.stack(norms).nan_to_num(0, 0, 0).norm()})
         if self.recipe.bad_gradients is None:
@@ -304,7 +333,8 @@ class Trainer:
                 grad.nan_to_num_(*self.recipe.bad_gradients)
         self.health.add(self.nimg, losses, norms)
         if self.recipe.clip_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.clip_grad_norm)
+            torch.nn.utils.clip_grads_with_norm_(self.weights, self.recipe.clip_grad_norm,
+                                                 torch.stack(norms_of(grads)).norm())
         return True
 
     # --- Divergence -----------------------------------------------------------------------------
@@ -426,10 +456,11 @@ class Trainer:
             return                                            # black pictures, numbers of nothing
         for output in outputs:
             if not self._agree_to_stop():
+                average, _, _ = self.ema.get(self.net)[0]
+                average = average if output.together else self.whole(average)
                 if output.together or self.leads:
-                    averages = [net for net, _, _ in self.ema.get(self.net)]
                     self._log_values(self._stopper.call(
-                        output.make, self._count, averages, together=output.together) or {})
+                        output.make, self._count, average, together=output.together) or {})
                 dist.barrier()
         self._cut = bool(outputs) and self._agree_to_stop()
         self._ended = self._end_of_outputs()
@@ -443,10 +474,26 @@ class Trainer:
         """Goes on from a checkpoint's state. Raises CheckpointError if it does not fit, UserError
         if this is not the number of processes that it needs.
         """
+        error = None
+        try:
+            self._load(state)
+        except UserError as found:                            # one process may be alone with it
+            error = found
+        dist.raise_shared(error)
+
+    def _as_here(self, state: dict) -> dict:
+        """The state of a checkpoint as the tensors of this run are, whole or in shards."""
+        if 'shards' in state:
+            from training import shard_files  # slow to import
+            return shard_files.read(state, self.shards and self.shards.empty)
+        return self.shards.split(state) if self.shards else state
+
+    def _load(self, state: dict):
         path = state['path']
         optimizer = self.recipe.optim['name']
         processes = dist.get_world_size()
         try:
+            state = self._as_here(state)
             load_weights(self.net, state['net'], path)
             self.ema.load_state_dict(state['ema'])
             for ema in self.ema.emas:
@@ -490,14 +537,17 @@ class Trainer:
         means = self.means.state_dict()
         batches = self.checkpoints.save_share(self.nimg, self.batches.state_dict())
         batches = dist.gather_objects(batches)
+        state = {
+            'nimg': self.nimg, 'recipe': self.settings, 'net': self.net.state_dict(),
+            'ema': self.ema.state_dict(), 'optimizer': self.optimizer.state_dict(),
+            'means': means, 'health': health, 'batches': batches,
+            'train_seconds': time.time() - self._session_start}
+        if self.loss_scale:
+            state['loss_scale'] = {'lg': self.loss_scale.lg}
+        if self.shards:
+            state['optimizer'] = self.shards.optimizer_state(state['optimizer'])
+            state = self.shards.write(self._checkpoint_path(), state)
         if self.leads:
-            state = {
-                'nimg': self.nimg, 'recipe': self.settings, 'net': self.net.state_dict(),
-                'ema': self.ema.state_dict(), 'optimizer': self.optimizer.state_dict(),
-                'means': means, 'health': health, 'batches': batches,
-                'train_seconds': time.time() - self._session_start}
-            if self.loss_scale:
-                state['loss_scale'] = {'lg': self.loss_scale.lg}
             self.checkpoints.save(state)
             if not streak:                                    # else an older one may be the best
                 self.checkpoints.prune(self.nimg, self.recipe.keep_checkpoints)
@@ -515,13 +565,15 @@ class Trainer:
                    for _, suffix, _ in self.ema.get(self.net))
 
     def _save_snapshots(self, *_):
-        if self.leads:
-            for net, suffix, std in self.ema.get(self.net):
-                self.save_average(self._snapshot_path(suffix), net, std)
+        for net, suffix, std in self.ema.get(self.net):
+            self.save_average(self._snapshot_path(suffix), net, std)
         dist.barrier()
 
     def save_average(self, path: str, net, std: float | None):
-        """A snapshot of one average, on the first process."""
+        """A snapshot of one average; all processes call it."""
+        net = self.whole(net, 'cpu')
+        if not self.leads:
+            return
         try:
             save_snapshot(path, net, nimg=self.nimg, ema_std=std,
                           dtype=getattr(torch, self.recipe.snapshot_dtype), **self.snapshot)
@@ -551,6 +603,7 @@ class Trainer:
         checkpoint that we resume from.
         """
         remove_leftovers(self.run_dir)
+        self.checkpoints.remove_partial()
         for path in map(self._path, ('stats.jsonl', runs.MEASURED)):
             if os.path.exists(path):
                 write_bytes(path, b''.join(

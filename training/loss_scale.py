@@ -19,15 +19,14 @@ class DynamicLossScale:
         """2^lg."""
         return 2.0 ** self.lg
 
-    def update(self, grads: list[torch.Tensor]) -> bool:
+    def update(self, grads: list[torch.Tensor], norms_of=torch._foreach_norm) -> bool:
         """Whether the scaled gradients have a finite norm; the next step's scale follows from it.
 
         Processes whose gradients are equal (after their exchange) decide alike. Waits for the
         device.
         """
         # float64: the squares of finite gradients may overflow float32.
-        norms = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float64)
-                             for grad in grads])
-        finite = bool(torch.isfinite(norms).all())
+        norms = norms_of(grads, dtype=torch.float64)
+        finite = bool(torch.isfinite(torch.stack(norms)).all())
         self.lg += self.growth if finite else -1
         return finite

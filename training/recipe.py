@@ -64,6 +64,7 @@ class Recipe:
     nan_patience   bad steps in a row that end the run (see training.health); 0: none do
     keep_checkpoints  the newest so many stay; 0: all
     bench          cuDNN may choose the fastest convolutions
+    shard          each process holds a part of the network (see training.shards)
     """
 
     batch: int
@@ -95,6 +96,7 @@ class Recipe:
     nan_patience: int = 100
     bench: bool = True
     compile: bool = False
+    shard: bool = False
 
     def __post_init__(self):
         for field, value in (('batch', self.batch), ('duration', self.total_nimg),
@@ -104,6 +106,9 @@ class Recipe:
         if self.transfer_sha256 and not self.transfer:
             raise UserError('is of a file; give the snapshot too', 'transfer_sha256',
                             self.transfer_sha256)
+        if self.shard and (self.compile or self.layout != 'state'):
+            raise UserError('cannot be compiled, nor written in another layout than state; leave '
+                            'one of them out', 'shard')
 
     @classmethod
     def of(cls, config: dict, **fields):
@@ -118,7 +123,7 @@ class Recipe:
 
 # Fields that may change from one start of a run to the next.
 RUNNING = ('total_nimg', 'batch_gpu', 'status', 'snapshot', 'checkpoint', 'keep_checkpoints', 'ls',
-           'loss_scale', 'nan_patience', 'bench', 'compile', 'transfer_sha256')
+           'loss_scale', 'nan_patience', 'bench', 'compile', 'shard', 'transfer_sha256')
 
 
 def _flatten(values: dict, path: str = '') -> dict:
@@ -240,7 +245,7 @@ def new_network(recipe: Recipe, running: dict | None = None) -> torch.nn.Module:
     at = torch.device('meta') if device.type == 'meta' else contextlib.nullcontext()
     with at, renamed_fields(img_resolution='data'):
         net = build_network(**recipe.network)
-    return net.train().to(device)
+    return net.train().to('cpu' if recipe.shard and device.type == 'cuda' else device)
 
 
 def _files(recipe: Recipe, every: int | None, number: Callable[[int], int]) -> int:
@@ -330,8 +335,8 @@ def sample_grids(run_dir: str, encoder, recipe: Recipe) -> loop.Output:
     def path(nimg):
         return os.path.join(run_dir, f'samples-{nimg // 1000:07d}.png')
 
-    def draw(nimg, nets):
-        save_sample_grid(path(nimg), nets[0], encoder, recipe.dataset, sampler=recipe.sampler,
+    def draw(nimg, net):
+        save_sample_grid(path(nimg), net, encoder, recipe.dataset, sampler=recipe.sampler,
                          title=f'Samples after {nimg:,} training images')
         return {'Samples': path(nimg)} if os.path.isfile(path(nimg)) else None
 
@@ -399,7 +404,10 @@ def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: 
     if state is not None:
         start = [f'Resuming from {trainer.nimg} images ({state["path"]})']
     elif recipe.transfer:
-        table = transfer(net, recipe)
+        whole = trainer.whole(net, 'cpu', everywhere=True)
+        table = transfer(whole, recipe)
+        if trainer.shards:
+            net.load_state_dict(trainer.shards.split(whole.state_dict(), 'net'))
         trainer.ema.restart(net)
         transferred['transfer'] = table.summary
         start += table.lines()
@@ -446,7 +454,8 @@ def _heading(recipe: Recipe, net: torch.nn.Module, run_dir: str, options: dict |
         images = f'{size} images of {"x".join(map(str, shape))}, '
     parameters = sum(p.numel() for p in net.parameters())
     yield f'Data: {data.get("name")}, {images}{data.get("label_dim")} classes'
-    yield (f'Network: {type(net).__name__}, {parameters / 1e6:.2f}M parameters, loss '
+    kind = type(net).__name__.removeprefix('FSDP')             # of networks in shards
+    yield (f'Network: {kind}, {parameters / 1e6:.2f}M parameters, loss '
            f'{recipe.loss.get("name", "")}, on {dist.environment()["device"]}, '
            f'{dist.get_world_size()} process(es), batch {recipe.batch}, to {recipe.total_nimg} '
            'images')

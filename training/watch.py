@@ -116,6 +116,7 @@ class Measurements:
         values = {}
         averages = trainer.ema.get(trainer.net)
         for net, suffix, _ in averages:
+            net = trainer.whole(net, everywhere=True)
             row = {}
             if self.score:
                 row |= self.score(self._images(net), self.options.eval_num,
@@ -133,9 +134,13 @@ class Measurements:
                         + '  '.join(f'{name} {value:.6g}' for name, value in row.items()))
             levels = {'heldout_by_sigma': by_level} if by_level else {}
             rows.append({'nimg': trainer.nimg, 'average': suffix[1:]} | row | levels)
+        # What the rows say is kept before they say it.
+        best = dist.broadcast_object(self._best(rows) if trainer.leads else None)
+        if best is not None:
+            net, _, std = averages[best]
+            trainer.save_average(os.path.join(trainer.run_dir, BEST), net, std)
+            trainer.log(f'Best so far: {self.judged} {rows[best][self.judged]:.6g} ({BEST})')
         if trainer.leads:
-            # What the rows say is kept before they say it.
-            self._keep_best(rows, averages)
             write_bytes(self.path, b''.join(
                 to_json(row).encode() + b'\n' for row in [*self.rows(trainer.nimg), *rows]))
         dist.barrier()
@@ -173,15 +178,12 @@ class Measurements:
         good = isinstance(value, int | float) and math.isfinite(value)
         return self.better * value if good else -math.inf
 
-    def _keep_best(self, rows: list, averages):
-        if not self.options.keep_best:
-            return
+    def _best(self, rows: list) -> int | None:
+        """Which of the rows is the best of all, to be kept; None if an earlier one is."""
         best = max(rows, key=self._value)
-        if self._value(best) > max(map(self._value, self.rows(self.trainer.nimg)),
-                                   default=-math.inf):
-            net, _, std = averages[rows.index(best)]
-            self.trainer.save_average(os.path.join(self.trainer.run_dir, BEST), net, std)
-            self.trainer.log(f'Best so far: {self.judged} {best[self.judged]:.6g} ({BEST})')
+        earlier = max(map(self._value, self.rows(self.trainer.nimg)), default=-math.inf)
+        keeps = self.options.keep_best and self._value(best) > earlier
+        return rows.index(best) if keeps else None
 
     def _exists(self, _) -> bool:
         return any(row['nimg'] == self.trainer.nimg for row in self.rows())

@@ -5,6 +5,7 @@ import hashlib
 import torch
 
 from dnnlib import UserError
+from torch_utils.distributed import local
 
 
 def check_weights(net: torch.nn.Module, state: dict, source: str):
@@ -59,7 +60,8 @@ def nonfinite(state: dict) -> list[str]:
 
     One pass over the values; waits for the device.
     """
-    floats = {name: value.detach() for name, value in state.items()
+    rows = {name: local(value.detach()) for name, value in state.items()}
+    floats = {name: value for name, value in rows.items()
               if value.is_floating_point() and value.numel()}
     finite = [torch.stack(value.aminmax()).isfinite().all() for value in floats.values()]
     flags = torch.stack(finite).tolist() if finite else []

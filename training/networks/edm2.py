@@ -154,6 +154,16 @@ def mp_cat(a, b, t=0.5):
     return _MPCat.apply(a, b, wa, wb)
 
 
+@torch.no_grad()
+def force_normalize(weight) -> torch.Tensor:
+    """Rewrites a weight with rows of unit magnitude (Eq. 47); returns their RMS, [out, 1, ...],
+    afterwards.
+    """
+    rms = _rms(weight.float(), _row_axes(weight))
+    weight.div_(rms + EPS)
+    return rms / (rms + EPS)
+
+
 class MPFourier(torch.nn.Module):
     """Random Fourier features of unit magnitude, [N] -> [N, K] (Eq. 75). `freqs` include the
     factor 2 pi.
@@ -177,6 +187,7 @@ class MPConv(torch.nn.Module):
     """
 
     _kept = None  # (what they were computed from, weights)
+    normalizes = True  # False: who trains keeps the stored weights normalised (training.shards)
 
     def __init__(self, in_channels: int, out_channels: int, kernel):
         super().__init__()
@@ -195,7 +206,8 @@ class MPConv(torch.nn.Module):
         outputs, in `dtype`.
         """
         if self.training:
-            return self._scaled(gain, dtype, self._forced_normalize())
+            rms = force_normalize(self.weight) if self.normalizes else None
+            return self._scaled(gain, dtype, rms)
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.weight.is_inference():
             return self._scaled(gain, dtype)
         # What was computed last, as long as all that it was computed from is the same.
@@ -214,15 +226,6 @@ class MPConv(torch.nn.Module):
             return (normalize(weight) * (gain / math.sqrt(weight[0].numel()))).to(dtype)
         rms = _rms(weight, _row_axes(weight)) if rms is None else rms
         return _EffectiveWeight.apply(weight, torch.as_tensor(gain), rms, dtype)
-
-    @torch.no_grad()
-    def _forced_normalize(self):
-        """Rewrites the stored weight with rows of unit magnitude; returns their RMS, [out, 1,
-        ...], afterwards.
-        """
-        rms = _rms(self.weight.float(), _row_axes(self.weight))
-        self.weight.div_(rms + EPS)
-        return rms / (rms + EPS)
 
     def train(self, mode: bool = True):
         self._kept = None
