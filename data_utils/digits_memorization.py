@@ -50,12 +50,11 @@ HELD_OUT = 200                                                 # digits, at most
 LEVELS = (0.9, 0.5)                                            # shares of copies at the capacity
 MORE = """\b
   # The study of the page in full
-  python data_utils/digits_memorization.py --seeds=0-5 --sizes=10,20,30,50,70,100,150 \\
+  python data_utils/digits_memorization.py --seeds=0-4 --sizes=10,20,30,50,70,100,150 \\
       --factors=labels,classes,length,width,loss,average
 """
 TURN = 0.1                                                     # copies where they begin
-SHOWN_COURSE = 30                                              # images, of the figure
-COURSE = {size: (1 / 8, 1 / 6, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1) for size in (20, 30)}
+COURSE = {30: (0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1)}           # shares of the length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,21 +99,21 @@ class Variant:
 
 
 SIZES = (10, 20, 30, 50, 70, 100, 150)
-SMALL = SIZES[:3]
+SMALL = (10, 20, 30)
 LONG = (1 / 2, 3 / 4, 1)
 FACTORS = {
     'base': [Variant('base', SIZES), Variant('optimal denoiser', SIZES, denoiser='optimal')],
     'labels': [Variant(f'{labels} labels', sizes, dict(labels=labels)) for labels, sizes in (
-        ('true', SIZES[1:4]), ('random', SIZES[1:4]), ('unique', (30, 50, 100)))],
-    'classes': [Variant('3 classes', SMALL, dict(classes=3)),
-                Variant('1 class', SMALL, dict(classes=1))],
+        ('true', (20, 30)), ('random', (20, 30, 50)), ('unique', (50, 100)))],
+    'classes': [Variant('3 classes', (10, 20), dict(classes=3)),
+                Variant('1 class', (10, 20), dict(classes=1))],
     'length': [
         Variant('half the length', SMALL, length=lambda size: 1 / 2),
-        Variant('twice the length', SIZES[2:5], length=lambda size: 2),
-        Variant('equal epochs', SIZES[:4], length=lambda size: size / 30)],
-    'width': [Variant('half the channels', SMALL, dict(width=0.5)),
-              Variant('twice the channels', SIZES[1:3], dict(width=2))],
-    'loss': [Variant('flow matching', SMALL, dict(precond='flow'))],
+        Variant('twice the length', (30, 50), length=lambda size: 2),
+        Variant('equal epochs', (10, 20, 30, 50), length=lambda size: size / 30)],
+    'width': [Variant('half the channels', (10, 20), dict(width=0.5)),
+              Variant('twice the channels', (30,), dict(width=2))],
+    'loss': [Variant('flow matching', (20, 30), dict(precond='flow'))],
     'average': [Variant('no average', SMALL, denoiser='last'),
                 Variant('longer average', SMALL, denoiser='long')]}
 COMPARED = [(variant.title, 'base') for factor, variants in FACTORS.items() if factor != 'base'
@@ -132,7 +131,7 @@ class Study(studies.Study):
                                    f'Training images, of {",".join(map(str, SIZES))}')
     factors: cli.Parsed('list', lambda text: text.split(',')) = compared(
         'labels,classes', f'What is changed, of {",".join(list(FACTORS)[1:])}')
-    kimg: WHOLE = setting(24, 'Thousands of images that a model of the base sees')
+    kimg: WHOLE = setting(20, 'Thousands of images that a model of the base sees')
     batch: WHOLE = setting(64, 'Images of one step')
     lr: options.POSITIVE = setting(4e-3, 'Learning rate')
     channels: click.IntRange(min=4) = setting(16, 'Width of the network')
@@ -444,7 +443,7 @@ def draw(results: pd.DataFrame, table: pd.DataFrame, course: pd.DataFrame):
         title='Larger data, fewer copies')
     axes[0].legend()
     draw_capacity(axes[1], table[table['variant'] != 'optimal denoiser'])
-    draw_course(axes[2], course, min(course['size'], key=lambda size: abs(size - SHOWN_COURSE)))
+    draw_course(axes[2], course, min(COURSE))
     return figure
 
 
