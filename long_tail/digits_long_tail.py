@@ -9,7 +9,6 @@ curve for each method.
 """
 
 import dataclasses
-import itertools
 import json
 import os
 import sys
@@ -38,17 +37,10 @@ import studies
 from dnnlib.util import write_json
 from long_tail import main as long_tail
 from long_tail.imbalance import long_tailed
+from long_tail.tradeoff import METHODS, differences, draw, summarize
 from studies import WHOLE, compared, setting
 
-# `weakened` is the plain model, sampled with weak labels; its colour is that of all panels.
-METHODS = {'plain': 'plain', 'cb': 'class-balancing', 'finetune': 'fine-tuned',
-           'weakened': 'plain, weak labels'}
-GROUPS = ('few', 'medium', 'many')
-# Curves are compared with that of plain, and with that of plain with weak labels.
-PAIRS = [('cb', 'plain'), ('finetune', 'plain'), ('weakened', 'plain'), ('cb', 'weakened'),
-         ('finetune', 'weakened')]
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)                              # shares of the steps
-SAME = 0.01                                                    # a gap that counts as none
 TAIL = 0.05                                                    # nines for each zero
 RECIPE = [
     # A network that a CPU trains in minutes: two levels of 64 channels, one block at each on the
@@ -147,10 +139,9 @@ def plan(study: Study) -> list[list[Model]]:
     """Chains of models, side by side: what starts from the plain model of its seed follows it.
     One seed after the other, so that a study that ends early has whole seeds."""
     methods = set(study.methods)
-    if not methods <= METHODS.keys() or (methods & {'finetune', 'weakened'}
-                                         and 'plain' not in methods):
-        raise UserError(f'give some of {",".join(METHODS)}; finetune and weakened start from '
-                        'plain', 'methods')
+    if not methods <= METHODS.keys() or 'plain' not in methods or len(methods) == 1:
+        others = ','.join(name for name in METHODS if name != 'plain')
+        raise UserError(f'give plain and some of {others}, which are compared with it', 'methods')
     chains = [methods & {'cb'}, methods - {'cb'}]
     return [[Model(method, seed) for method in METHODS if method in chain]
             for seed in study.seeds for chain in chains if chain]
@@ -232,44 +223,6 @@ def collect(study: Study, models: list[Model]):
     return pd.concat(tables, ignore_index=True), pd.DataFrame(rows), pd.DataFrame(losses)
 
 
-def gap(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """How far a curve [k, 2] of (x, y), by x, lies above another: the mean difference of y,
-    interpolated linearly, over the x that both reach; NaN if there is none."""
-    curves = [curve[np.argsort(curve[:, 0])].T for curve in (ours, theirs)]
-    low = max(x[0] for x, _ in curves)
-    high = min(x[-1] for x, _ in curves)
-    first, second = (np.interp(np.linspace(low, high, 100), *curve).mean() for curve in curves)
-    return first - second if high > low else np.nan
-
-
-def differences(results: pd.DataFrame, losses: pd.DataFrame) -> pd.DataFrame:
-    """Of methods to others of the same seed: a row for each `measure`, method, other one (`than`),
-    group (`at`) and seed, with its `value`.
-
-    Guidance adds to recognition what it takes from recall. `gap`, between two of PAIRS, compares
-    the mean of both where their difference is the same: the area between the curves along omega,
-    over its length. `recall gap` compares recall where recognition is the same (of curves that
-    rise to full recognition little is left). `loss, %`: the held-out loss less that of plain, in %
-    of it.
-    """
-    table = results.assign(lead=results['recognition'] - results['recall'],
-                           mean=results[['recognition', 'recall']].mean(axis='columns'))
-    curves = dict(list(table.groupby(['method', 'group', 'seed'])))
-    axes = {'gap': ['lead', 'mean'], 'recall gap': ['recognition', 'recall']}
-    rows = []
-    for (method, than), measure, (_, at, seed) in itertools.product(
-            PAIRS, axes, [key for key in curves if key[0] == 'plain']):
-        pair = [curves.get((name, at, seed)) for name in (method, than)]
-        if all(curve is not None for curve in pair):
-            value = gap(*(curve[axes[measure]].to_numpy() for curve in pair))
-            rows.append((measure, method, than, at, seed, value))
-    of = losses.set_index(['method', 'group', 'seed'])['loss']
-    rows += [('loss, %', method, 'plain', at, seed, 100 * value / of['plain', at, seed] - 100)
-             for (method, at, seed), value in of.items()
-             if method != 'plain' and ('plain', at, seed) in of]
-    return pd.DataFrame(rows, columns=['measure', 'method', 'than', 'at', 'seed', 'value'])
-
-
 def label_effect(study: Study, models: list[Model]) -> pd.DataFrame:
     """How much labels change the predicted noise at some t/T (`at`), in shares of the plain model
     of the same seed; rows as of `differences`.
@@ -297,66 +250,6 @@ def label_effect(study: Study, models: list[Model]) -> pd.DataFrame:
              formula=share_of_labels(study.tau, share))
         for (method, share, seed), effect in effects.items()
         if method != 'plain' and ('plain', share, seed) in effects])
-
-
-def summarize(rows: pd.DataFrame) -> pd.DataFrame:
-    """Means over seeds with intervals, in order. `zero`: is the value above or below zero (its
-    interval excludes zero)? `same`, of gaps: is it as good as none (its interval is within SAME:
-    yes; beyond: no)?"""
-    if rows.empty:
-        return rows
-    table = studies.average(rows.drop(columns='seed'), ['measure', 'method', 'than', 'at'],
-                            ['value'])
-    places = {name: place for place, name in enumerate([*METHODS, *GROUPS])}
-    table = table.sort_values(['measure', 'method', 'than', 'at'], ignore_index=True,
-                              key=lambda column: column.map(lambda name: places.get(name, name))
-                              if column.name in ('method', 'than') else column)
-    mean = table['value']
-    half = table[studies.interval_column('value')]
-    table['zero'] = np.select([mean > half, mean < -half], ['above', 'below'], 'undecided')
-    same = np.select([mean.abs() + half <= SAME, mean.abs() - half > SAME], ['yes', 'no'],
-                     'undecided')
-    return table.assign(same=np.where(table['measure'] == 'gap', same, ''))
-
-
-@studies.styled
-def draw(results: pd.DataFrame, summary: pd.DataFrame):
-    """Curves of recognition and recall of each group; below, the gaps between them, the held-out
-    loss, and the effect of labels."""
-    figure, (curves, (area, loss, labels)) = studies.plt.subplots(2, 3, figsize=(7.2, 4.9))
-    look = dict(zip(METHODS, studies.SERIES, strict=True))
-    means = results.groupby(['group', 'method', 'omega'])[['recognition', 'recall']].mean()
-    for axis, group in zip(curves, GROUPS, strict=True):
-        for method in results['method'].unique():
-            axis.plot(*means.loc[group, method].to_numpy().T, label=METHODS[method],
-                      **look[method])
-        axis.set(title=f'classes of {group} images', xlabel='recognition', ylabel='recall')
-    curves[0].legend()
-
-    def dots(axis, measure, than='plain', shift=0.0, **more):
-        for place, method in enumerate(METHODS):
-            rows = summary.query('measure == @measure and method == @method and than == @than')
-            rows = rows.set_index('at').reindex(GROUPS)
-            axis.errorbar(np.arange(len(GROUPS)) + 0.16 * (place - 2) + shift, rows['value'],
-                          rows[studies.interval_column('value')],
-                          **look[method] | {'linestyle': ''} | more)
-        axis.axhline(0, color='0.4', linewidth=0.6)
-        axis.set_xticks(range(len(GROUPS)), GROUPS)
-
-    dots(area, 'gap')
-    dots(area, 'gap', 'weakened', 0.08, markerfacecolor='white', elinewidth=0.6)
-    area.axhspan(-SAME, SAME, color='0.9', zorder=0)
-    area.set(title='gap to plain (hollow: to weak labels)', ylabel='mean of both')
-    dots(loss, 'loss, %')
-    loss.set(title='held-out loss', ylabel='less that of plain, %')
-    for method, rows in summary[summary['measure'] == 'label effect'].groupby('method'):
-        labels.errorbar(rows['at'], rows['value'], rows[studies.interval_column('value')],
-                        **look[method])
-        labels.plot(rows['at'], rows['formula'], color='0.2', linestyle='--', linewidth=0.8,
-                    marker='')
-    labels.set(title='effect of labels (dashed: formula)', xlabel='noise, t/T',
-               ylabel='in shares of plain', ylim=(0, 1.05))
-    return figure
 
 
 @studies.command(Study, """  # The study of its page, with intervals of six seeds

@@ -34,6 +34,7 @@ from distillation.configs import read_experiment, read_network
 from distillation.runs import build
 from dnnlib import UserError
 from long_tail import digits_long_tail as long_tail
+from long_tail import tradeoff
 from metrics.recognition import Recognizer
 from simulations import advantage
 from simulations import digits_multi_source as multi_source
@@ -357,6 +358,7 @@ def test_a_folder_keeps_its_settings(name, option, words, tmp_path):
     ('long_tail', '--ddim-steps=1001', '--ddim-steps'),
     ('long_tail', '--methods=finetune', '--methods'),
     ('long_tail', '--methods=cb,weakened', '--methods'),
+    ('long_tail', '--methods=plain', '--methods'),
     ('synthetic_data', '--real=170', '--real=170 leaves 4 images'),
     ('synthetic_data', '--reals=5,170', '--reals=170 leaves 4 images'),
     ('synthetic_data', '--shares=0,0.5', '--shares'),
@@ -912,7 +914,7 @@ def test_curves_are_compared_where_both_are():
             for omega in (0, 1, 2) for seed in (0, 1)]
     losses = pd.DataFrame([dict(method=method, group='few', seed=0, loss=loss)
                            for method, loss in (('plain', 0.5), ('cb', 0.4))])
-    table = long_tail.differences(pd.DataFrame(rows), losses)
+    table = tradeoff.differences(pd.DataFrame(rows), losses)
     values = table.groupby(['measure', 'method', 'than'])['value'].mean()
     assert values['gap', 'cb', 'plain'] == pytest.approx(0, abs=1e-9)
     assert values['gap', 'weakened', 'plain'] == pytest.approx(0.05)
@@ -929,7 +931,7 @@ def test_what_counts_as_a_difference_and_as_none():
 
     cases = {'none': (0.0, 0.003), 'clear': (0.03, 0.001), 'small': (0.004, 0.001), 'wide': (0.01, 0.02),
              'lower': (-0.03, 0.001)}
-    table = long_tail.summarize(pd.DataFrame([one for at, case in cases.items() for one in row(at, *case)]))
+    table = tradeoff.summarize(pd.DataFrame([one for at, case in cases.items() for one in row(at, *case)]))
     found = table.set_index('at')[['zero', 'same']].apply(tuple, axis=1).to_dict()
     assert found == {'none': ('undecided', 'yes'), 'clear': ('above', 'no'), 'small': ('above', 'yes'),
                      'wide': ('undecided', 'undecided'), 'lower': ('below', 'no')}
