@@ -18,13 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import click
 import numpy as np
 
-from data_utils import common, selection
+from data_utils import capacity, common, selection
 from dnnlib import UserError, cli, lazy, options, util
 
 with lazy.imports(__name__ == '__main__'):
-    import matplotlib.pyplot as plt
     import pandas as pd
-    from sklearn.isotonic import isotonic_regression
 
     from metrics.memorization import find_copies
     from training import phema, recipe
@@ -45,16 +43,14 @@ OPTIONS = ['--num-blocks=1', '--cres=1,2', '--augment=0', '--dropout=0', '--wind
            '--duration-rule=fixed', '--ema_mode=mode1', '--snap=1', '--dump=1', '--nosubdir']
 RAMPUP = 1                                                     # kimg, of the learning rate
 SHOWN = 24                                                     # copies in a picture
-LEAST = 174                                                    # digits of a class
 HELD_OUT = 200                                                 # digits, at most
-LEVELS = (0.9, 0.5)                                            # shares of copies at the capacity
 MORE = """\b
   # The study of the page in full
   python data_utils/digits_memorization.py --seeds=0-4 --sizes=10,20,30,50,70,100,150 \\
       --factors=labels,classes,length,width,loss,average
 """
-TURN = 0.1                                                     # copies where they begin
-COURSE = {30: (0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1)}           # shares of the length
+WATCHED = 30                                                   # images of a base, on its way
+COURSE = (0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1)                   # after these shares of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +112,21 @@ FACTORS = {
     'loss': [Variant('flow matching', (20, 30), dict(precond='flow'))],
     'average': [Variant('no average', SMALL, denoiser='last'),
                 Variant('longer average', SMALL, denoiser='long')]}
-COMPARED = [(variant.title, 'base') for factor, variants in FACTORS.items() if factor != 'base'
-            for variant in variants] + [
-    ('random labels', 'true labels'), ('unique labels', 'random labels'), ('3 classes', '1 class'),
-    ('twice the length', 'half the length'), ('twice the channels', 'half the channels')]
 VARIANTS = {variant.title: variant for variants in FACTORS.values() for variant in variants}
+
+
+# What is expected of one variant against another, see `capacity.verdict`.
+CLAIMS = {
+    ('true labels', 'base'): 'more', ('random labels', 'base'): 'more',
+    ('unique labels', 'base'): 'more', ('random labels', 'true labels'): 'more',
+    ('unique labels', 'random labels'): 'more', ('3 classes', 'base'): 'less',
+    ('1 class', 'base'): 'less', ('1 class', '3 classes'): 'less',
+    ('half the length', 'base'): 'less', ('twice the length', 'base'): 'more',
+    ('equal epochs', 'base'): 'other', ('half the channels', 'base'): 'less',
+    ('twice the channels', 'base'): 'more', ('flow matching', 'base'): 'other',
+    ('no average', 'base'): 'same', ('longer average', 'base'): 'same'}
+# Fewer copies at the second size than at the first.
+FALLS = {'base': (20, 150), 'equal epochs': (10, 50)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,13 +156,12 @@ class Study(studies.Study):
                 recipe.new_network(train.prepare(settings(trial, model))[2])
 
     def kimg_of(self, share: float) -> int:
-        """Whole thousands of images, 0 only of no training."""
-        return max(round(share * self.kimg), share > 0)
+        """A share of the length of the base, in whole thousands of images."""
+        return max(round(share * self.kimg), 1)
 
     def points(self, model: Model) -> dict[int, set]:
         """What is measured of a model, {kimg: denoisers}, in ascending order."""
-        shares = {(share, 'ema') for share in COURSE.get(model.size, ())
-                  if model == Model(model.seed, model.size)}
+        shares = {(share, 'ema') for share in COURSE if model == Model(model.seed, WATCHED)}
         for variant in self.variants:
             if model in variant.models(self, model.seed):
                 shares.add((variant.length(model.size), variant.denoiser))
@@ -233,9 +238,8 @@ def settings(study: Study, model: Model, kimg: int | None = None) -> dict:
 def run_model(study: Study, model: Model):
     """Trains a model and measures it on its way, as far as that is not done."""
     for kimg, denoisers in study.points(model).items():
-        if kimg:
-            studies.make(study.network(model, kimg), train.train,
-                         settings(study, model, kimg), study.run_dir(model), nosubdir=True)
+        studies.make(study.network(model, kimg), train.train,
+                     settings(study, model, kimg), study.run_dir(model), nosubdir=True)
         for denoiser in sorted(denoisers):
             studies.make(study.result(model, kimg, denoiser), measure, study, model, kimg,
                          denoiser)
@@ -299,152 +303,14 @@ def collect(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
     return pd.DataFrame(rows), pd.DataFrame(course)
 
 
-def crossing(x, y, level: float) -> tuple[float, str]:
-    """Where a function that falls passes a level, by its values y at x > 0: those that do not fall
-    are replaced by means (isotonic regression), between them the function is linear in log x.
-
-    (last x, '>') if it is above the level everywhere, (first x, '<') if it is nowhere; else ''.
-    """
-    x = np.asarray(x)
-    y = isotonic_regression(np.asarray(y, float), increasing=False)
-    above = np.flatnonzero(y >= level)
-    if len(above) in (0, len(x)):
-        return (x[-1], '>') if len(above) else (x[0], '<')
-    i = above[-1]
-    share = (y[i] - level) / (y[i] - y[i + 1])
-    return float(x[i] * (x[i + 1] / x[i]) ** share), ''
-
-
-def capacities(results: pd.DataFrame) -> pd.DataFrame:
-    """A row for each variant, seed and level: the size at which so many samples are copies."""
-    rows = []
-    for (variant, seed), group in results.groupby(['variant', 'seed'], sort=False):
-        group = group.sort_values('size')
-        for level in LEVELS:
-            size, bound = crossing(group['size'], group['memorization_ratio'], level)
-            rows.append(dict(variant=variant, seed=seed, level=level, capacity=size, bound=bound))
-    return pd.DataFrame(rows)
-
-
-def summarise(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean of log capacity over seeds with its interval, as sizes; `bounds`: of how many seeds the
-    capacity is only bounded, and counts as the bound."""
-    rows = []
-    for (variant, level), group in table.groupby(['variant', 'level'], sort=False):
-        rows.append(dict(variant=variant, level=level, seeds=len(group),
-                         bounds=''.join(sorted(group['bound'])))
-                    | geometric(np.log(group['capacity'])))
-    return pd.DataFrame(rows)
-
-
-def geometric(logs: pd.Series) -> dict:
-    """Mean and interval of logarithms, as {'mean', 'low', 'high'} of the numbers."""
-    half = studies.half_width(logs)
-    return dict(mean=np.exp(logs.mean()), low=np.exp(logs.mean() - half),
-                high=np.exp(logs.mean() + half))
-
-
-def effects(results: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    """Each variant against another, paired by seed: ratio of capacities for each level, and the
-    difference of the shares of copies, a mean over the sizes that both have.
-
-    Where one capacity is a bound, so is the ratio: it is nearer to 1 than the true one. Where both
-    are, there is none.
-    """
-    rows = []
-    sizes = table.set_index(['variant', 'level', 'seed']).sort_index()
-    shares = results.pivot_table('memorization_ratio', ['seed', 'size'], 'variant')
-    for name, other in COMPARED:
-        if not {name, other} <= set(shares):
-            continue
-        gain = (shares[name] - shares[other]).dropna().groupby('seed').mean()
-        common = dict(variant=name, other=other, difference=gain.mean(),
-                      difference_half=studies.half_width(gain))
-        for level in LEVELS:
-            ours, theirs = (sizes.loc[title, level] for title in (name, other))
-            logs = np.log(ours['capacity'] / theirs['capacity'])
-            bounds = (ours['bound'] != '').astype(int) + (theirs['bound'] != '')
-            logs = logs[bounds < 2]
-            counts = dict(level=level, seeds=len(logs), bounds=int((bounds == 1).sum()))
-            rows.append(common | counts | geometric(logs))
-    return pd.DataFrame(rows)
-
-
-def turns(course: pd.DataFrame) -> pd.DataFrame:
-    """For each seed and size: `turn`, the thousands of images at which the held-out loss is least
-    (of a parabola through the least value and its neighbours, in log kimg), and `begin`, those at
-    which the share of copies passes TURN; each with its bound (see `crossing`)."""
-    rows = []
-    for (seed, size), group in course.groupby(['seed', 'size']):
-        group = group.sort_values('kimg')
-        begin, bound = crossing(group['kimg'], -group['memorization_ratio'], -TURN)
-        i = int(np.argmin(group['heldout']))
-        rows.append(dict(seed=seed, size=size, begin=begin, begin_bound=bound))
-        if 0 < i < len(group) - 1:
-            near = group.iloc[i - 1:i + 2]
-            a, b, _ = np.polyfit(np.log(near['kimg']), near['heldout'], 2)
-            rows[-1] |= dict(turn=np.exp(-b / (2 * a)), turn_bound='')
-        else:
-            rows[-1] |= dict(turn=group['kimg'].iloc[i], turn_bound='>' if i else '<')
-    return pd.DataFrame(rows)
-
-
-def draw_capacity(axis, table: pd.DataFrame):
-    """The capacity of each variant with its interval; hollow where it is a bound in some seeds."""
-    names = list(dict.fromkeys(table['variant']))
-    for level, series, shift in zip(LEVELS, studies.SERIES, (-0.15, 0.15), strict=False):
-        rows = table[table['level'] == level].set_index('variant').reindex(names)
-        places = np.arange(len(names)) + shift
-        errors = rows['mean'] - rows['low'], rows['high'] - rows['mean']
-        bars = dict(series, linestyle='none', label=f'{level:.0%} copies')
-        axis.errorbar(rows['mean'], places, xerr=np.nan_to_num(errors), elinewidth=0.8, **bars)
-        hollow = (rows['bounds'] != '').to_numpy()
-        axis.plot(rows['mean'][hollow], places[hollow], markerfacecolor='white', zorder=4,
-                  **bars | dict(label=None))
-        axis.axvline(rows['mean'].iloc[0], color=series['color'], linewidth=0.6, linestyle=':')
-    axis.set(xscale='log', xticks=SIZES, xticklabels=SIZES, xlabel='Training images (capacity)',
-             yticks=range(len(names)), yticklabels=names, title='How many are memorized')
-    axis.minorticks_off()
-    axis.invert_yaxis()
-    axis.legend()
-
-
-def draw_course(axis, course: pd.DataFrame, size: int):
-    """Held-out loss and share of copies of the base against the length of training."""
-    rows = course[course['size'] == size].groupby('kimg')
-    rows = rows.filter(lambda group: len(group) == course['seed'].nunique()).groupby('kimg')
-    share = axis.twinx()
-    for place, name, label, scale, series in (
-            (axis, 'heldout', 'Held-out loss', 1, studies.SERIES[2]),
-            (share, 'memorization_ratio', 'Memorized samples (%)', 100, studies.SERIES[0])):
-        mean = scale * rows[name].mean()
-        half = scale * np.nan_to_num(studies.half_width(rows[name]))
-        place.errorbar(mean.index, mean, yerr=half, elinewidth=0.8, **series)
-        place.set_ylabel(label, color=series['color'])
-    share.set_ylim(-4, 104)
-    axis.set(xscale='log', xlabel='Thousands of images seen', title=f'On the way, {size} images')
-    ticks = list(rows.groups)[::2]
-    axis.set_xticks(ticks, ticks)
-    axis.minorticks_off()
-
-
-@studies.styled
-def draw(results: pd.DataFrame, table: pd.DataFrame, course: pd.DataFrame):
-    """Copies against size, the capacity of each variant, and the course of training."""
-    count = table['variant'].nunique()
-    figure, axes = plt.subplots(1, 3, figsize=(9.5, max(2.8, 0.22 * count + 0.8)),
-                                width_ratios=[1, 1.15, 1])
-    shown = {name: name for name in ('base', 'optimal denoiser', 'unique labels', '1 class')
-             if name in set(results['variant'])}
-    studies.draw_lines(
-        axes[0], results.assign(percent=100 * results['memorization_ratio']), 'size', 'percent',
-        'variant', shown, interval=lambda seeds: np.nan_to_num([studies.half_width(seeds)] * 2),
-        ylim=(-4, 104), xlabel='Training images', ylabel='Memorized samples (%)',
-        title='Larger data, fewer copies')
-    axes[0].legend()
-    draw_capacity(axes[1], table[table['variant'] != 'optimal denoiser'])
-    draw_course(axes[2], course, min(COURSE))
-    return figure
+def shares(results: pd.DataFrame) -> pd.DataFrame:
+    """Percent of copies with their intervals, to be printed: a row for each variant, a column for
+    each size."""
+    name = 'memorization_ratio'
+    table = studies.average(results[['variant', 'size', name]], ['variant', 'size'], [name])
+    text = studies.plus_minus(table, name, studies.interval_column(name), '.0f', 100)
+    return table.assign(text=text).pivot(index='variant', columns='size', values='text').reindex(
+        results['variant'].unique())
 
 
 @studies.command(Study, MORE)
@@ -452,8 +318,8 @@ def main(study):
     """Measures how many handwritten digits a network memorizes, against one factor at a time.
 
     Writes results.csv (a row for each variant, size and seed), course.csv (the base on its way),
-    capacity.csv, summary.csv, effects.csv and turns.csv, study.png and study.svg, report.html, and
-    in models/ a run folder of train.py for each model with a picture of its most memorized
+    capacities.csv, summary.csv, effects.csv and turns.csv, study.png and study.svg, report.html,
+    and in models/ a run folder of train.py for each model with a picture of its most memorized
     samples.
     """
     study.claim()
@@ -463,22 +329,18 @@ def main(study):
     for _ in study.run(run_model, models, unit='model'):
         pass
     results, course = collect(study)
-    shares = studies.average(results[['variant', 'size', 'memorization_ratio']],
-                             ['variant', 'size'], ['memorization_ratio'])
-    text = studies.plus_minus(shares, 'memorization_ratio',
-                              studies.interval_column('memorization_ratio'), '.0f', 100)
-    print('\nMemorized samples (%):\n' + shares.assign(text=text).pivot(
-        index='variant', columns='size', values='text').reindex(
-            results['variant'].unique()).to_string(na_rep=''))
-    table = capacities(results)
-    summary = summarise(table)
-    effect = effects(results, table)
-    turn = turns(course)
+    table = capacity.capacities(results)
+    summary = capacity.summarise(table)
+    turns = capacity.turns(course)
+    effects = pd.concat([
+        capacity.effects(results, table, CLAIMS), capacity.falls(results, FALLS),
+        capacity.copies_and_loss(turns, WATCHED)], ignore_index=True)
+    print(f'\nCopies (%):\n{shares(results).to_string(na_rep="")}')
     for title, rows in (('Training images of which so many samples are copies', summary),
-                        ('One variant against another', effect), ('On the way', turn)):
-        print(f'\n{title}:\n{rows.to_string(index=False, float_format="{:.3g}".format)}')
-    study.save(draw(results, summary, course), results=results, course=course, capacity=table,
-               summary=summary, effects=effect, turns=turn)
+                        ('What an interval says', effects)):
+        print(f'\n{title}:\n{rows.to_string(index=False, na_rep="", float_format="%.3g")}')
+    study.save(capacity.draw(results, summary, course, WATCHED), results=results, course=course,
+               capacities=table, summary=summary, effects=effects, turns=turns)
 
 
 if __name__ == '__main__':

@@ -26,6 +26,7 @@ from click.testing import CliRunner
 from sklearn.datasets import load_digits
 
 import studies
+from data_utils import capacity
 from data_utils import digits_memorization as memorization
 from distillation import comparison
 from distillation import digits_distillation as distillation
@@ -88,12 +89,12 @@ CASES = {
         ['models/seed1-n6-3/log.txt', 'models/seed1-n6-8/log.txt']),
     'memorization': Case(
         'data_utils/digits_memorization.py',
-        ['--seeds=3,4', '--sizes=10,20', '--factors=average', '--kimg=2', '--batch=250',
+        ['--seeds=3', '--sizes=10,20', '--factors=average', '--kimg=2', '--batch=500',
          '--channels=8', '--samples=24', '--sampling-steps=2'],
-        dict(kimg=2, batch=250, lr=4e-3, channels=8, samples=24, sampling_steps=2),
-        ['results', 'course', 'capacity', 'summary', 'effects', 'turns'],
+        dict(kimg=2, batch=500, lr=4e-3, channels=8, samples=24, sampling_steps=2),
+        ['results', 'course', 'capacities', 'summary', 'effects', 'turns'],
         {'study': 1000, 'models/seed3-20/memorization-2-ema': 100},
-        'models/*/memorization-*.json', 'models/seed4-20/memorization-2-optimal.json',
+        'models/*/memorization-*.json', 'models/seed3-20/memorization-2-optimal.json',
         ['--kimg=1000000'], ['models/seed3-10/log.txt', 'models/seed3-20/log.txt']),
     'distillation': Case(
         'distillation/digits_distillation.py',
@@ -624,46 +625,75 @@ def test_what_is_read_from_one_run_on_its_way(tmp_path):
     ([0.8, 1, 0.3, 0], 20, ''), ([0.8, 0.9, 0.3, 0], 10, '<'), ([1, 1, 1, 0.9], 50, '>')])
 def test_capacity(shares, size, bound):
     """Linear in the logarithm of the size; what does not fall is averaged."""
-    found, side = memorization.crossing([10, 20, 30, 50], shares, 0.9)
+    found, side = capacity.crossing([10, 20, 30, 50], shares, 0.9)
     assert (found, side) == (pytest.approx(size), bound)
 
 
-def test_effects_are_paired_and_bounds_are_counted():
-    """Seeds differ much, the factor does the same in all; where one of a pair is a bound, so is
-    their ratio, and where both are there is none."""
-    rows = [dict(variant=variant, seed=seed, level=level, capacity=scale * 10 * (1 + seed), bound=bound)
-            for seed in range(3) for variant, scale, bound in (('base', 1, ''), ('1 class', 0.5, '<' * (seed == 0)))
-            for level in memorization.LEVELS]
-    for row in rows:
-        if row['level'] == 0.5 and row['seed'] == 1:
-            row['bound'] = '<'
-    shares = pd.DataFrame([dict(variant=row['variant'], seed=row['seed'], size=size,
-                                memorization_ratio=row['capacity'] / size)
-                           for row in rows for size in (20, 40) if row['level'] == 0.5])
-    first, second = memorization.effects(shares, pd.DataFrame(rows)).to_dict('records')
-    assert (first['seeds'], first['bounds'], second['seeds']) == (3, 1, 2)
-    assert [first[key] for key in ('mean', 'low', 'high')] == pytest.approx([0.5] * 3)
-    gains = [-0.5 * 10 * (1 + seed) * (1 / 20 + 1 / 40) / 2 for seed in range(3)]
-    assert first['difference'] == pytest.approx(np.mean(gains))
-    low, high = scipy.stats.t.interval(0.95, 2, np.mean(gains), scipy.stats.sem(gains))
-    assert first['difference_half'] == pytest.approx((high - low) / 2)
+def capacities_of(**columns):
+    return pd.DataFrame(columns).rename_axis('seed')
+
+
+def test_ratios_of_capacities_are_paired_and_bounds_are_counted():
+    """Seeds differ much, the factor does the same in all. Where one of a pair is a bound the ratio
+    counts as one, if the true one is further from 1; where both are there is none."""
+    theirs = capacities_of(capacity=[10, 20, 30, 40, 50], bound=['', '', '', '<', ''])
+    ours = capacities_of(capacity=[5, 10, 15, 20, 60], bound=['', '', '<', '<', '<'])
+    logs, bounded = capacity.ratios(ours, theirs)
+    assert logs.tolist() == pytest.approx([np.log(0.5)] * 3) and bounded.tolist() == [False, False, True]
+    back, _ = capacity.ratios(theirs, ours)
+    assert back.tolist() == pytest.approx((-logs).tolist())
+    assert capacity.ratios(ours, ours)[0].tolist() == [0, 0]
+
+
+def test_what_decides_on_a_variant():
+    """The ratio of C50; if too few seeds have one, the difference of the shares of copies."""
+    ratios = {('base', 10): 1.0, ('base', 20): 0.7, ('base', 40): 0.2, ('1 class', 10): 0.9,
+              ('1 class', 20): 0.3, ('unique labels', 40): 0.9, ('true labels', 20): 0.72}
+    rows = pd.DataFrame([
+        dict(variant=variant, seed=seed, size=size, memorization_ratio=ratio - 0.01 * seed)
+        for seed in range(5) for (variant, size), ratio in ratios.items()])
+    claims = {(name, 'base'): expected for name, expected in (
+        ('1 class', 'less'), ('unique labels', 'more'), ('true labels', 'more'))}
+    effects = capacity.effects(rows, capacity.capacities(rows), claims)
+    decided = effects.dropna(subset='verdict').set_index('variant')
+    assert decided['verdict'].to_dict() == {
+        '1 class': 'yes', 'unique labels': 'yes', 'true labels': 'yes'}
+    assert decided['measure'].tolist() == ['C50', 'difference', 'difference']
+    assert decided['mean'].tolist()[1:] == pytest.approx([0.7, 0.02])
+    small, large = 10 * 2 ** (0.4 / 0.6), 20 * 2 ** 0.4
+    assert decided.loc['1 class', 'mean'] == pytest.approx(small / large, rel=0.02)
+    fall, = capacity.falls(rows, {'base': (10, 40), '1 class': (10, 40)}).to_dict('records')
+    assert (fall['mean'], fall['verdict']) == (pytest.approx(-0.8), 'yes')
+
+
+@pytest.mark.parametrize('expected, low, high, verdict', [
+    ('more', 1.05, 1.3, 'yes'), ('more', 0.9, 1.1, 'no'), ('more', 0.7, 0.9, 'no'),
+    ('more', 0.9, 1.3, 'undecided'), ('less', 0.7, 0.9, 'yes'), ('same', 0.9, 1.1, 'yes'),
+    ('same', 1.2, 1.4, 'no'), ('same', 1.1, 1.4, 'undecided'), ('other', 0.7, 0.9, 'less'),
+    ('other', 0.9, 1.1, 'same'), ('other', 0.8, 1.1, 'undecided')])
+def test_verdicts(expected, low, high, verdict):
+    assert capacity.verdict(dict(measure='C50', low=low, high=high), expected) == verdict
 
 
 def test_where_the_loss_turns_and_copying_begins():
     kimg = np.array([3, 4, 6, 9, 12])
     rows = pd.DataFrame(dict(seed=0, size=20, kimg=kimg, heldout=(np.log(kimg) - np.log(5)) ** 2,
                              memorization_ratio=[0, 0, 0, 0.2, 0.6]))
-    row, = memorization.turns(rows).to_dict('records')
+    turns = capacity.turns(rows)
+    row, = turns.to_dict('records')
     assert row['turn'] == pytest.approx(5) and row['begin'] == pytest.approx(6 * 1.5 ** 0.5)
-    row, = memorization.turns(rows[rows['kimg'] > 4]).to_dict('records')
-    assert (row['turn'], row['turn_bound'], row['begin_bound']) == (6, '<', '')
+    again, = capacity.turns(rows[rows['kimg'] > 4]).to_dict('records')
+    assert (again['turn'], again['turn_bound'], again['begin_bound']) == (6, '<', '')
+    effect, = capacity.copies_and_loss(turns, 20).to_dict('records')
+    assert effect['mean'] == pytest.approx(row['begin'] / row['turn']) and effect['bounds'] == 0
+    assert capacity.copies_and_loss(turns, 30).empty
 
 
 @pytest.mark.parametrize('name', ['memorization'])
 def test_ratios_are_those_of_the_metric(name, finished, tmp_path):
     outdir, printed = finished
-    results = pd.read_csv(outdir / 'results.csv').set_index(['variant', 'seed', 'size'])
-    assert len(results) == 4 * 2 * 2 and 'Memorized samples (%)' in printed
+    results = pd.read_csv(outdir / 'results.csv').set_index(['variant', 'seed', 'size']).sort_index()
+    assert len(results) == 4 * 2 and 'Memorized samples (%)' in printed
     assert (results.loc['optimal denoiser', 'memorization_ratio'] == 1).all()
     folder = outdir / 'models' / 'seed3-20'
     measured = calculated(
@@ -680,7 +710,7 @@ def test_ratios_are_those_of_the_metric(name, finished, tmp_path):
     study = open_study(memorization, outdir, *CASES[name].tiny)
     nets = [memorization.open_denoiser(study, memorization.Model(3, 20), *point).net.state_dict()
             for point in ((2, 'long'), (1, 'ema'), (2, 'ema'))]
-    mean, half, full = (list(net.values())[0] for net in nets)
+    mean, half, full = (net['model.enc.8x8_conv.weight'] for net in nets)
     torch.testing.assert_close(mean, (half + 2 * full) / 3)    # 3/4 of 2,000 images is all of them
 
 
