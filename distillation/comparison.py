@@ -74,6 +74,13 @@ def claim(text: str, values: pd.Series, log: bool = True) -> dict:
         'verdict': verdict}
 
 
+def over_training(differences: pd.DataFrame) -> pd.DataFrame:
+    """The ratio of distances at every place, with its interval and verdict."""
+    places = differences.groupby(['against', 'at equal', 'x'])['log ratio']
+    return pd.DataFrame([{'against': other, 'at equal': x, 'x': place} | claim('', values)
+                         for (other, x, place), values in places]).drop(columns='claim')
+
+
 def claims(results: pd.DataFrame, differences: pd.DataFrame, rho_steps: int) -> pd.DataFrame:
     """At the end of what can be compared."""
     rows = []

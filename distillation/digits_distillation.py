@@ -290,9 +290,9 @@ def final(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def show(summary: pd.DataFrame, ends: pd.DataFrame, claims: pd.DataFrame):
+def show(summary, ends, ratios, claims):
     """Prints the tables."""
-    forms = {'rho': '{:g}', 'gmac': '{:,.0f}'} | dict.fromkeys(
+    forms = {'rho': '{:g}', 'gmac': '{:,.0f}', 'x': '{:,.0f}'} | dict.fromkeys(
         ('fd', 'fd low', 'fd high'), '{:,.0f}') | dict.fromkeys(
         ('recognised', 'recognised low', 'recognised high', 'clear'), '{:.1%}') | dict.fromkeys(
         ('estimate', 'low', 'high'), '{:.3g}')
@@ -302,11 +302,13 @@ def show(summary: pd.DataFrame, ends: pd.DataFrame, claims: pd.DataFrame):
             'geometric; gmac: billions of multiply-adds)': summary,
             'At the end, by all steps of the chain (clear: of one class, by the margin that '
             f'{SHARE:.0%} of real digits reach unseen)': means.drop(columns=['seed', 'images']),
+            "Distance of the student of teacher's steps, over that of another (x: steps, or "
+            'billions of multiply-adds)': ratios,
             'Claims: ratio of distances, or slope, with 95% intervals': claims}.items():
         shown = table.astype(object)
         for name in table.columns.intersection(list(forms)):
             shown[name] = shown[name].map(forms[name].format, na_action='ignore')
-        print(f'\n{title}:\n{shown.fillna("-").to_string(index=False)}')
+        print(f'\n{title}:\n{shown.to_string(index=False, na_rep="-")}')
 
 
 @studies.command(Study, """\b
@@ -319,9 +321,9 @@ def main(study):
     """Compares a student distilled without data with students of the teacher's samples and of real
     digits, at equal steps and at equal compute, and values of rho.
 
-    Writes results.csv, summary.csv, differences.csv, claims.csv, final.csv, study.png,
-    samples.png (real digits, teacher, students), report.html, and a folder with the checkpoints of
-    each model.
+    Writes results.csv, summary.csv, differences.csv, ratios.csv, claims.csv, final.csv,
+    study.png, samples.png (the data, teacher, students), report.html, and a folder with the
+    checkpoints of each model.
     """
     study.claim()
     convert = [studies.ROOT / 'dataset_tool.py', 'convert', '--source=digits',
@@ -335,7 +337,8 @@ def main(study):
     differences = comparison.compare(results)
     claims = comparison.claims(results, differences, study.rho_steps)
     ends = final(study)
-    show(summary, ends, claims)
+    ratios = comparison.over_training(differences)
+    show(summary, ends, ratios, claims)
     seed = study.seeds[0]
     models = [Model(seed, 'teacher'), *study.students(seed)]
     rows = {'the data': studies.pixels(study.data)} | {
@@ -343,8 +346,8 @@ def main(study):
         for model in models}
     study.save(comparison.draw(summary, study.rho_steps),
                {'samples.png': ('The data, and the same noise by each model', rows)},
-               results=results, summary=summary, differences=differences, claims=claims,
-               final=ends)
+               results=results, summary=summary, differences=differences, ratios=ratios,
+               claims=claims, final=ends)
 
 
 if __name__ == '__main__':

@@ -102,7 +102,7 @@ CASES = {
          '--interval=2', '--teacher-samples=16', '--samples=16', '--batch=4', '--sampling-steps=2'],
         dict(teacher_steps=3, student_steps=4, data_steps=6, rho_steps=2, interval=2, batch=4,
              teacher_samples=16, samples=16, sampling_steps=2),
-        ['results', 'summary', 'differences', 'claims', 'final'],
+        ['results', 'summary', 'differences', 'ratios', 'claims', 'final'],
         {'study': 2500, 'samples': 500}, 'samples/seed1-on-data.npz',
         'samples/seed1-on-samples.npz', ['--student-steps=100000'],
         ['models/seed1-on-samples/log.txt', 'models/seed1-distilled-rho0.4/log.txt']),
@@ -819,6 +819,9 @@ def test_students_are_compared_by_seed_at_equal_steps_and_at_equal_compute():
     assert set(equal.get_group('gmac')['x']) == {400}           # all that both have reached
     np.testing.assert_allclose(equal.get_group('steps')['log ratio'], -np.log(4))
     np.testing.assert_allclose(equal.get_group('gmac')['log ratio'], 0, atol=1e-9)
+    ratios = comparison.over_training(table).set_index(['at equal', 'x'])
+    assert ratios.loc[('steps', 200), 'estimate'] == pytest.approx(0.25)
+    assert ratios.loc[('gmac', 400), 'verdict'] == 'undecided'
     found = comparison.claims(results, table, 200).set_index('claim')
     steps = found.loc["teacher's steps beat real digits at equal steps"]
     assert steps['estimate'] == pytest.approx(0.25) and steps['verdict'] == 'yes'
