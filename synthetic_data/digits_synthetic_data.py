@@ -31,8 +31,8 @@ with lazy.imports(__name__ == '__main__'):
     from training.snapshot import load_snapshot, snapshot_name
 
 import studies
-from studies import WHOLE, compared, interval_column, setting
-from synthetic_data import evaluate_data, train_classifier
+from studies import WHOLE, compared, setting
+from synthetic_data import evaluate_data, gains, train_classifier
 from training.data.dataset import ImageDataset
 
 CLASSES = 10
@@ -44,14 +44,7 @@ QUALITY_IMAGES = 400  # of the test set, for the held-out loss
 CLASSIFIER = {'model': 'wrn-10-1', 'batch': BATCH, 'ema': 0.99, 'pad': 1, 'xflip': False,
               'precision': 'fp32', 'status': 1024, 'checkpoint': 0, 'attack-steps': 3,
               'test-attack-steps': 10}
-MARGIN = 1.0          # percentage points: an effect that is surely smaller does not count
 SHARE = cli.Number(0, 1, min_open=True)
-MEASURES = {'robust': 'under attack', 'clean': 'clean'}
-# Robust accuracy in the colour of the text's main result; clean accuracy paler, behind it.
-SERIES = [studies.SERIES[0], dict(color='0.7', marker='s', zorder=2)]
-FACTORS = {'share': 'share of generated images', 'real': 'real images of a class',
-           'number': 'generated images of a class', 'selection': 'which of them',
-           'generator': "diffusion model's\ntraining images"}
 
 
 def whole_batches(text: str) -> int:
@@ -101,16 +94,16 @@ class Cell:
 @dataclasses.dataclass(frozen=True)
 class Study(studies.Study):
     seeds: cli.INT_LIST = compared('0-3', 'Seeds of data, weights, noise and attacks')
-    shares: cli.NUMBERS = compared('0.3,0.5,0.7,0.9', 'Shares of generated images to compare')
-    reals: cli.INT_LIST = compared('10', 'Numbers of real images of a class to compare')
-    numbers: cli.INT_LIST = compared('500', 'Numbers of generated images of a class to compare')
-    generators: NIMG_LIST = compared('24Ki', 'Training images of diffusion models to compare')
-    real: WHOLE = setting(10, 'Real training images of a class, where that is not compared')
-    share: SHARE = setting(0.7, 'Share of generated images, where that is not compared')
-    generated: WHOLE = setting(500, 'Generated images of a class that there are')
-    top_scale: SHARE = setting(0.2, 'Share of them that is selected')
-    generator_duration: NIMG = setting(
-        '24Ki', 'Training images of a diffusion model, where that is not compared')
+    shares: cli.NUMBERS = compared('0.3,0.5,0.9', 'Shares to compare with --share')
+    reals: cli.INT_LIST = compared(None, 'Numbers to compare with --real  [default: none]')
+    numbers: cli.INT_LIST = compared(None, 'Numbers to compare with --generated  [default: none]')
+    generators: NIMG_LIST = compared(
+        None, 'Durations to compare with --generator-duration  [default: none]')
+    real: WHOLE = setting(10, 'Real training images of each class')
+    share: SHARE = setting(0.7, 'Share of generated images in every batch')
+    generated: WHOLE = setting(500, 'Generated images of each class')
+    top_scale: SHARE = setting(0.2, 'Share of the generated images that is selected')
+    generator_duration: NIMG = setting('24Ki', 'Training images of the diffusion model')
     channels: WHOLE = setting(16, 'Width of the diffusion model')
     steps: WHOLE = setting(8, 'Sampling steps')
     duration: NIMG = setting('16Ki', 'Training images of a classifier')
@@ -122,15 +115,12 @@ class Study(studies.Study):
     def check(self):
         if not all(0 < share <= 1 for share in self.shares):
             raise UserError('give shares above 0, e.g. 0.3,0.7', 'shares')
-        if not all(0 < number <= self.generated for number in self.numbers):
+        if not all(0 < number <= self.generated for number in self.numbers or ()):
             raise UserError(f'give numbers from 1 to {self.generated}, which --generated makes',
                             'numbers')
-        for real in self.reals:
+        for real in self.reals or ():
             studies.split(real, self.seeds[0], 'reals')
         studies.split(self.real, self.seeds[0], 'real')
-
-    def of(self, seed: int, *parts) -> str:
-        return self.path(f'seed{seed}', *parts)
 
     @property
     def factors(self) -> dict:
@@ -138,21 +128,20 @@ class Study(studies.Study):
         base = Cell(self.real, self.share, self.generated, 'all', self.generator_duration)
         few = max(round(self.top_scale * self.generated), 1)
 
-        def values(compared, of_base):
-            return sorted({*compared, of_base})
+        def change(field, values, **others):
+            return {value: dataclasses.replace(base, **{field: value}, **others)
+                    for value in values}
 
-        changes = {
-            'share': {share: dict(share=share) for share in values(self.shares, self.share)},
-            'real': {real: dict(real=real) for real in values(self.reals, self.real)},
-            'number': {number: dict(number=number, order='random') if number < self.generated
-                       else {} for number in values(self.numbers, self.generated)},
-            'selection': {order: dict(number=few, order=order) for order in select_1M.ORDERS},
-            'generator': {nimg: dict(generator=nimg)
-                          for nimg in values(self.generators, self.generator_duration)},
-            'training': {'plain': dict(training='plain')}}
-        return {factor: {value: dataclasses.replace(base, **change)
-                         for value, change in values.items()}
-                for factor, values in changes.items()}
+        def compare(field, values, **others):
+            cells = change(field, values or (), **others) | {getattr(base, field): base}
+            return dict(sorted(cells.items()))
+
+        return {'share': compare('share', self.shares),
+                'real': compare('real', self.reals),
+                'number': compare('number', self.numbers, order='random'),
+                'selection': change('order', select_1M.ORDERS, number=few),
+                'generator': compare('generator', self.generators),
+                'training': change('training', ['plain'])}
 
     @property
     def cells(self) -> list[Cell]:
@@ -161,17 +150,14 @@ class Study(studies.Study):
         return list(dict.fromkeys([Cell(self.real, training='plain'),
                                    *(cell.alone for cell in cells), *cells]))
 
-    def data(self, seed: int, real: int, *parts) -> str:
+    def data(self, seed: int, real: int, name: str) -> str:
         """Path of what belongs to so many real digits of a class."""
-        return self.of(seed, f'real{real}', *parts)
+        return self.path(f'seed{seed}', f'real{real}', name)
 
     def pool(self, seed: int, cell: Cell) -> str:
-        """The folder of all images of the diffusion model of a cell."""
+        """The folder of all images of the diffusion model of a cell; with .json, what they are
+        like."""
         return self.data(seed, cell.real, f'generated-{cell.generator}')
-
-    def quality(self, seed: int, cell: Cell) -> str:
-        """The file of `measure`."""
-        return f'{self.pool(seed, cell)}.json'
 
     def generated_images(self, seed: int, cell: Cell) -> str | None:
         """The generated images of a cell: the folder of all, or an .npz of some of them."""
@@ -190,8 +176,8 @@ class Study(studies.Study):
             'snapshot': self.duration, 'eps': self.eps, 'step-size': self.eps / 3}))
         config = train_classifier.build_config(
             settings | {'generated': self.generated_images(seed, cell)})
-        return evaluate_data.Run(self.of(seed, 'classifiers', cell.name), cell.name,
-                                 cell.training, seed, config)
+        return evaluate_data.Run(self.path(f'seed{seed}', 'classifiers', cell.name),
+                                 cell.name, cell.training, seed, config)
 
 
 # --- The steps of a seed -------------------------------------------------------------------------
@@ -218,23 +204,23 @@ def network_of(study: Study, seed: int, cell: Cell) -> str:
 def make_images(study: Study, seed: int, cell: Cell):
     """Trains the diffusion model of a cell and makes its images, as far as that is not done."""
     args = studies.arguments(dict(
-        outdir=study.pool(seed, cell), batch=256,
-        seeds=f'0-{study.generated - 1}', steps=study.steps, class_num=CLASSES,
-        network=network_of(study, seed, cell)))
+        outdir=study.pool(seed, cell), batch=256, seeds=f'0-{study.generated - 1}',
+        steps=study.steps, class_num=CLASSES, network=network_of(study, seed, cell)))
     with studies.silence():
         generate.main.callback(**generate.main.make_context('generate.py', args).params)
 
 
-def measure(dest: str, network: str, images: str, test: str):
+def measure(study: Study, seed: int, cell: Cell):
     """Writes what a diffusion model is like: its loss on test digits, and the share of its images
     in which a classifier of these digits sees their class."""
-    digits = ImageDataset(test)
-    loss, _ = heldout.loss_of_snapshot(load_snapshot(network), test)
-    recognizer = Recognizer(digits.images(range(len(digits))), digits.label_ids)
-    made = GeneratedImages(images, CLASSES)
+    test = ImageDataset(study.data(seed, cell.real, 'test.zip'))
+    snapshot = load_snapshot(network_of(study, seed, cell))
+    loss, _ = heldout.loss_of_snapshot(snapshot, test.path)
+    recognizer = Recognizer(test.images(range(len(test))), test.label_ids)
+    made = GeneratedImages(study.pool(seed, cell), CLASSES)
     grey = made.images(range(len(made)))[:, :1]                # three equal channels
-    util.write_json(dest, {
-        'held-out loss': loss(min(QUALITY_IMAGES, len(digits))).losses.mean(),
+    util.write_json(f'{study.pool(seed, cell)}.json', {
+        'held-out loss': loss(min(QUALITY_IMAGES, len(test))).losses.mean(),
         'recognised': 100 * recognizer.recognised(grey, made.label_ids).mean()})
 
 
@@ -254,9 +240,7 @@ def run_seed(study: Study, seed: int):
         make_data(study, seed, cell.real)
         if cell.share:
             make_images(study, seed, cell)
-            studies.make(study.quality(seed, cell), measure, study.quality(seed, cell),
-                         network_of(study, seed, cell), study.pool(seed, cell),
-                         study.data(seed, cell.real, 'test.zip'))
+            studies.make(f'{study.pool(seed, cell)}.json', measure, study, seed, cell)
         if cell.order != 'all':
             select(study, seed, cell)
         classifier = study.classifier(seed, cell)
@@ -272,7 +256,7 @@ def table(study: Study) -> pd.DataFrame:
     without generated images, and what the diffusion model is like."""
     def percent(seed, cell):
         accuracy = study.classifier(seed, cell).accuracy
-        return {name: 100 * accuracy[name] for name in MEASURES}
+        return {name: 100 * accuracy[name] for name in gains.MEASURES}
 
     rows = []
     for factor, cells in study.factors.items():
@@ -280,77 +264,10 @@ def table(study: Study) -> pd.DataFrame:
             ours = percent(seed, cell)
             alone = percent(seed, cell.alone)
             rows.append({'factor': factor, 'value': value, 'seed': seed} | ours | {
-                f'{name} of real images': alone[name] for name in MEASURES} | {
-                f'{name} gain': ours[name] - alone[name] for name in MEASURES}
-                | budget.read_json(study.quality(seed, cell)))
+                f'{name} of real images': alone[name] for name in gains.MEASURES} | {
+                f'{name} gain': ours[name] - alone[name] for name in gains.MEASURES}
+                | budget.read_json(f'{study.pool(seed, cell)}.json'))
     return pd.DataFrame(rows)
-
-
-def summarise(results: pd.DataFrame) -> pd.DataFrame:
-    """Means over seeds with 95% intervals, a row for each factor and value."""
-    measured = list(results.columns.drop(['factor', 'value', 'seed']))
-    return pd.concat([
-        studies.average(rows.drop(columns=['factor', 'seed']), ['value'], measured).assign(
-            factor=factor) for factor, rows in results.groupby('factor', sort=False)])
-
-
-def change(gains: pd.DataFrame) -> pd.Series:
-    """What a line through the gains [seeds, values] against the logarithm of the value changes
-    from the least value to the largest, for each seed."""
-    x = np.log(gains.columns.to_numpy(float))
-    x = x - x.mean()
-    return gains @ x / (x @ x) * np.ptp(x)
-
-
-def claims(results: pd.DataFrame) -> pd.DataFrame:
-    """The effects in points of robust accuracy, with 95% intervals over seeds, and whether they
-    are there: yes if the interval lies above zero, no if it ends below MARGIN."""
-    real, number, selection, generator = (
-        results[results['factor'] == factor].pivot(index='seed', columns='value',
-                                                   values='robust gain')
-        for factor in ('real', 'number', 'selection', 'generator'))
-    effects = {'generated images help': number.iloc[:, -1]}
-    for claim, gains, sign in (('with more real images they help less', real, -1),
-                               ('more of them help more', number, 1),
-                               ('a longer trained diffusion model helps more', generator, 1)):
-        if gains.shape[1] > 1:
-            effects[claim] = sign * change(gains)
-    for better, worse in itertools.combinations(select_1M.ORDERS, 2):
-        effects[f'the {better} are better than {worse} ones'] = (
-            selection[better] - selection[worse])
-    rows = []
-    for claim, effect in effects.items():
-        mean, half = effect.mean(), studies.half_width(effect)
-        answer = 'yes' if mean - half > 0 else 'no' if mean + half < MARGIN else 'undecided'
-        rows.append({'claim': claim, 'effect': mean, interval_column('effect'): half,
-                     'seeds': len(effect), 'answer': answer})
-    return pd.DataFrame(rows)
-
-
-def draw(results: pd.DataFrame):
-    """Gains with intervals over seeds, a panel for each factor."""
-    gains = pd.concat([results.assign(measure=name, gain=results[f'{name} gain'])
-                       for name in MEASURES])
-    panels = [dict(table=gains[gains['factor'] == factor], x='value', y='gain', group='measure',
-                   labels=MEASURES if not number else dict.fromkeys(MEASURES), title=title,
-                   interval=studies.half_width, series=SERIES, ylabel='gain of accuracy (points)',
-                   ticks={value: f'{value}' if factor != 'generator' else util.format_count(value)
-                          for value in results['value'][results['factor'] == factor].unique()})
-              for number, (factor, title) in enumerate(FACTORS.items())]
-    figure = studies.draw_panels(panels)
-    for axis in figure.axes:
-        axis.axhline(0, color='0.5', linewidth=0.8, zorder=0)
-    return figure
-
-
-def show(results: pd.DataFrame, eps: float):
-    """Prints means and claims."""
-    summary = summarise(results)
-    shown = studies.texts(summary, ['factor', 'value'], {
-        'clean': 'clean', 'gain': 'clean gain', 'attacked': 'robust',
-        'its gain': 'robust gain', 'recognised': 'recognised'}, '.1f')
-    print(f'\nTest accuracy in %, clean and under PGD with eps {eps:.3g}, mean ± 95% interval '
-          f'over seeds; gain: over real digits alone\n{shown.to_string(index=False)}')
 
 
 def sample_rows(study: Study, seed: int) -> dict:
@@ -379,14 +296,18 @@ def main(study):
     for seed in study.run(run_seed, study.seeds, unit='seed'):
         tqdm.tqdm.write(f'seed {seed}: done')
     results = table(study)
-    settled = claims(results)
-    show(results, study.eps)
-    shown = settled.assign(effect=studies.texts(settled, [], {'': 'effect'}, '+.1f'))
-    print(f'\nEffects in points of accuracy under attack\n'
-          f'{shown[["claim", "effect", "answer"]].to_string(index=False)}')
-    study.save(draw(results), {'samples.png': (
-        f'Seed {study.seeds[0]}', sample_rows(study, study.seeds[0]))},
-               results=results, summary=summarise(results), claims=settled)
+    summary = gains.summarise(results)
+    settled = gains.claims(results)
+    shown = studies.texts(summary, ['factor', 'value'], {
+        'clean': 'clean', 'gain': 'clean gain', 'attacked': 'robust', 'its gain': 'robust gain',
+        'recognised': 'recognised'}, '.1f')
+    print(f'\nTest accuracy in %, clean and under PGD with eps {study.eps:.3g}, mean ± 95% '
+          'interval over seeds; gain: over real digits alone\n' + shown.to_string(index=False))
+    shown = studies.texts(settled, ['claim', 'answer'], {'effect': 'effect'}, '+.1f')
+    print('\nEffects in points of accuracy under attack\n' + shown.to_string(index=False))
+    first = study.seeds[0]
+    study.save(gains.draw(results), {'samples.png': (f'Seed {first}', sample_rows(study, first))},
+               results=results, summary=summary, claims=settled)
 
 
 if __name__ == '__main__':

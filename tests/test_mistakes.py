@@ -219,7 +219,8 @@ MISTAKES = {
     'synthetic_data/digits_synthetic_data.py --outdir=out': {
         '--seeds=1,1': ('--seeds', 'once'), '--real=170': ('--real', 'at most 154'), '--real=500': ('--real', 'only 178'),
         '--duration=0': '--duration', '--generator-duration=0': '--generator-duration', '--eps=2': '--eps',
-        '--top-scale=0': '--top-scale', '--top-scale=nan': '--top-scale'},
+        '--top-scale=0': '--top-scale', '--top-scale=nan': '--top-scale', '--reals=170': ('--reals', 'at most 154'),
+        '--shares=0': '--shares', '--shares=nan': '--shares', '--numbers=501': '--numbers', '--generators=0': '--generators'},
     'long_tail/main.py': {
         '': '--train', '--eval --logdir=nowhere': 'nowhere'},
     'long_tail/main.py --train': {
@@ -241,13 +242,13 @@ MISTAKES = {
         '--data_dir=nowhere': 'no such folder', '--file_name=a/b': '--file_name'},
     'synthetic_data/select_1M.py --data_dir=<classes> --output_dir=out --model_path=<wrn> --class_num=3': {
         '--class_num=2': '2.npy is of class 2', '--class_num=4': '3.npy: no such file', '--top_scale=1.5': '--top_scale',
-        '--top_scale=nan': '--top_scale',
+        '--top_scale=nan': '--top_scale', '--order=last': '--order', '--seed=-1': '--seed',
         '--file_name=a/b': '--file_name', '--model_path=<four>': 'of 4 classes, not of 3',
         '--model=wrn-16-1': 'not a wrn-16-1', '--model_path=nowhere.pt': 'nowhere.pt',
         '--model_path=<net.pkl>': 'no classifier'},
     'synthetic_data/train_classifier.py --outdir=out --data=<digits.zip> --model=wrn-10-1 --duration=192': {
         '--data=<plain.zip>': '--data', '--test=<plain.zip>': 'no labels', '--model=wrn-11-1': 'wrn-11-1',
-        '--generated=nowhere.npz': 'nowhere.npz', '--eps=2': '--eps', '--eps=x/y': '--eps', '--batch=0': '--batch=0',
+        '--generated=nowhere.npz': 'nowhere.npz', '--test-attack-steps=0': '--test-attack-steps', '--eps=2': '--eps', '--eps=x/y': '--eps', '--batch=0': '--batch=0',
         '--momentum=nan': '--momentum', '--eps=nan': '--eps', '--precision=fp16': 'fp16 needs a GPU'},
     'synthetic_data/evaluate_data.py --outdir=out --data=<digits.zip> --test=<others.zip> --model=wrn-10-1 --duration=64': {
         '': '--generated', '--generated=<ten> --training=fast': '--training=fast', '--generated=nowhere': 'nowhere',
