@@ -141,7 +141,7 @@ class Study(studies.Study):
                 'number': compare('number', self.numbers, order='random'),
                 'selection': change('order', select_1M.ORDERS, number=few),
                 'generator': compare('generator', self.generators),
-                'training': change('training', ['plain'])}
+                'training': compare('training', ['plain'])}
 
     @property
     def cells(self) -> list[Cell]:

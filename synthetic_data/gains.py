@@ -20,8 +20,8 @@ MARGIN = 1.0          # percentage points: an effect that is surely smaller does
 MEASURES = {'robust': 'under attack', 'clean': 'clean'}
 SERIES = [studies.SERIES[0], dict(color='0.7', marker='s', zorder=2)]   # clean: paler, behind
 FACTORS = {'share': 'share of generated images', 'real': 'real images of a class',
-           'number': 'generated images of a class', 'selection': 'which of them',
-           'generator': "diffusion model's\ntraining images"}
+           'number': 'generated images of a class', 'selection': 'which fifth of them',
+           'generator': 'diffusion model trained for', 'training': 'training of the classifier'}
 
 
 def summarise(results: pd.DataFrame) -> pd.DataFrame:
@@ -70,12 +70,14 @@ def draw(results: pd.DataFrame):
     table = pd.concat([results.assign(measure=name, gain=results[f'{name} gain'])
                        for name in MEASURES])
     panels = [dict(table=table[table['factor'] == factor], x='value', y='gain', group='measure',
-                   labels=MEASURES if not number else dict.fromkeys(MEASURES), title=title,
-                   interval=studies.half_width, series=SERIES, ylabel='gain of accuracy (points)',
+                   labels=MEASURES if factor == 'training' else dict.fromkeys(MEASURES),
+                   title=title,
+                   interval=studies.half_width, series=SERIES, ylabel='gain (points)',
                    ticks={value: f'{value}' if factor != 'generator' else util.format_count(value)
                           for value in results['value'][results['factor'] == factor].unique()})
-              for number, (factor, title) in enumerate(FACTORS.items())]
-    figure = studies.draw_panels(panels)
+              for factor, title in FACTORS.items()]
+    figure = studies.draw_panels(panels, rows=2)
     for axis in figure.axes:
         axis.axhline(0, color='0.5', linewidth=0.8, zorder=0)
+        axis.tick_params(labelbottom=True)                     # each has values of its own
     return figure

@@ -976,7 +976,8 @@ def test_what_counts_as_a_difference_and_as_none():
 
 
 SYNTHETIC = {'share': ['0.5', '0.7'], 'real': ['3'], 'number': ['6'],
-             'selection': ['best', 'random', 'worst'], 'generator': ['128'], 'training': ['plain']}
+             'selection': ['best', 'random', 'worst'], 'generator': ['128'],
+             'training': ['adversarial', 'plain']}
 
 
 @pytest.mark.parametrize('name', ['synthetic_data'])
