@@ -18,12 +18,21 @@ from benchmarks import gpu
 from benchmarks.bench_training import NETWORKS
 from benchmarks.loop_profile import profile_loop
 from benchmarks.plain_edm2 import PlainConv, plain_network
+from benchmarks.plain_unets import FAMILIES, PLAIN, plain_unet
 from torch_utils.memory import keep_freed
 from training import checkpoint
 from training.data import convert, sources
-from training.networks import build_network, edm2
+from training.networks import build_network, edm2, layers
 
-# --- EDM2 network -----------------------------------------------------------------------------------------------------
+# --- Networks -----------------------------------------------------------------------------------------------------
+
+OTHERS = {
+    'dhariwal': ('EDMPrecond', dict(img_resolution=16, img_channels=3, label_dim=10, model_channels=32, num_blocks=1,
+                                    channel_mult=[1, 2], attn_resolutions=[8], augment_dim=0)),
+    'old-adm': ('DiscreteDenoiser', dict(diffusion={}, network=dict(
+        class_name='ADMUNet', image_size=16, num_channels=32, num_res_blocks=1, channel_mult='1,2', num_heads=2,
+        attention_resolutions='8', learn_sigma=True)))}
+
 
 def _network(**options):
     torch.manual_seed(0)
@@ -61,6 +70,55 @@ def test_plain_edm2_has_the_same_outputs_gradients_and_weights(options, training
         expected = gradients_plain[name]
         assert (gradient - expected).norm() <= 1e-4 * expected.norm() + 1e-5, name
         torch.testing.assert_close(weights[name], weights_plain[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize('name', [*FAMILIES, 'dhariwal', 'old-adm'])
+def test_plain_networks_have_the_same_outputs_gradients_and_samples(name, monkeypatch):
+    """With passes that are for large activations, too."""
+    monkeypatch.setattr(layers, 'LARGE', 1)
+    class_name, kwargs = OTHERS.get(name) or FAMILIES[name]
+    torch.manual_seed(0)
+    net = build_network(class_name, **kwargs)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.requires_grad and parameter.std() < 1e-3:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    plain = plain_unet(net)
+    assert list(plain.state_dict()) == list(net.state_dict())
+    assert name == 'classifier' or sum(type(module) in PLAIN.values() for module in plain.modules()) > 20
+    images, labels = torch.randn(3, 3, 16, 16), torch.eye(10)[:3]
+    conditions = () if name == 'classifier' else (torch.tensor([0.1, 1.0, 7.0]), labels if net.label_dim else None)
+    gradients, results = [], []
+    for one in (net, plain):
+        one.train()
+        for module in one.modules():
+            for p in {'p', 'dropout'} & {*vars(module)}:                 # masks are drawn otherwise
+                setattr(module, p, 0)
+        out = one(images, *conditions)
+        (out * torch.linspace(0, 1, out.numel()).view_as(out)).sum().backward()
+        gradients.append({key: p.grad for key, p in one.named_parameters() if p.grad is not None})
+        with torch.no_grad():
+            results.append((out, one.eval()(images, *conditions)))
+    for ours, expected in zip(*results, strict=True):
+        assert (ours - expected).norm() <= 1e-5 * expected.norm()
+    assert list(gradients[0]) == list(gradients[1])
+    largest = max(gradient.norm() for gradient in gradients[1].values())
+    for key, gradient in gradients[0].items():
+        expected = gradients[1][key]
+        assert (gradient - expected).norm() <= 1e-4 * expected.norm() + 1e-6 * largest, key
+
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_a_convolution_of_an_enlarged_image(layout, monkeypatch):
+    monkeypatch.setattr(layers, 'LARGE', 1)
+    shapes = [2, 5, 6, 4], [7, 5, 3, 3], [7]
+    x, weight, bias = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    inputs = x.detach().contiguous(memory_format=layout).requires_grad_(), weight, bias
+    expected = torch.nn.functional.conv2d(x.repeat_interleave(2, 2).repeat_interleave(2, 3), weight, bias, padding=1)
+    result = layers.enlarged_conv(*inputs)
+    torch.testing.assert_close(result, expected)
+    assert result.is_contiguous(memory_format=layout)
+    torch.autograd.gradcheck(layers.enlarged_conv, inputs)
 
 
 def test_rows_of_zeros_have_finite_gradients():

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dnnlib import UserError
-from training.networks import NETWORKS, build_network
+from training.networks import NETWORKS, build_network, layers
 
 # How the networks are made: (file that the case names, class that it names) -> (module, name of the builder in it).
 BUILDERS = {
@@ -98,7 +98,10 @@ def _compare(name, out, ref):
 
 
 @pytest.mark.parametrize('case', [c for c in golden_cases.cases('networks') if c.json['mode'] == 'eval'], ids=str)
-def test_outputs(case):
+@pytest.mark.parametrize('large', [1, layers.LARGE])
+def test_outputs(case, large, monkeypatch):
+    """`large`: the same however large an activation counts as large."""
+    monkeypatch.setattr(layers, 'LARGE', large)
     net = _filled(case)
     with torch.no_grad():
         outputs = _outputs(case, net)
@@ -108,8 +111,10 @@ def test_outputs(case):
 
 
 @pytest.mark.parametrize('case', [c for c in golden_cases.cases('networks') if c.json['mode'] == 'train'], ids=str)
-def test_training_step(case):
+@pytest.mark.parametrize('large', [1, layers.LARGE])
+def test_training_step(case, large, monkeypatch):
     """One forward in training mode, sum(D_x^2) / N, one backward: outputs, weights afterwards, gradient norms."""
+    monkeypatch.setattr(layers, 'LARGE', large)
     net = _filled(case)
     outputs = _outputs(case, net)
     loss = outputs['D_x'].square().sum() / len(outputs['D_x'])

@@ -81,9 +81,9 @@ class AttentionBlock(nn.Module):
         return self._forward(x_NCHW)
 
     def _forward(self, x_NCHW):
-        qkv = self.qkv(self.norm(x_NCHW))
-        y = attention(qkv, self.num_heads, 'qhc' if self.new_order else 'hqc')
-        return x_NCHW + self.proj_out(y)
+        order = 'qhc' if self.new_order else 'hqc'
+        y = attention(self.norm(x_NCHW), [self.qkv], self.num_heads, order)
+        return self.proj_out(y).add_(x_NCHW)
 
 
 class _Layers(nn.Sequential):
@@ -189,7 +189,8 @@ class ADMUNet(Network):
         h = self.middle_block(h, emb)
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
-        return self.out(h.float())
+        norm, _, last = self.out
+        return last(norm(h.float(), silu=True)).contiguous()
 
 
 def _numbers(text, name):

@@ -63,9 +63,9 @@ class AttnBlock(nn.Module):
             self.add_module(name, conv(channels, channels, 1))
 
     def forward(self, x_NCHW):
-        h = self.group_norm(x_NCHW)
-        qkv = torch.cat([self.proj_q(h), self.proj_k(h), self.proj_v(h)], dim=1)
-        return x_NCHW + self.proj(attention(qkv, 1, 'qhc'))
+        layers = [self.proj_q, self.proj_k, self.proj_v]
+        y = attention(self.group_norm(x_NCHW), layers, 1, 'qhc')
+        return self.proj(y).add_(x_NCHW)
 
 
 class DDPMBlock(ResBlock):
@@ -152,4 +152,5 @@ class DDPMUNet(Network):
             if isinstance(layer, self.block) and layer.in_channels > h.shape[1]:
                 h = torch.cat([h, encoded.pop()], dim=1)
             h = layer(h, temb)
-        return self.tail(h.float())
+        norm, _, last = self.tail
+        return last(norm(h.float(), silu=True)).contiguous()

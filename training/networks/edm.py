@@ -78,8 +78,8 @@ class UNetBlock(ResidualBlock):
     def forward(self, x, emb):
         x = super().forward(x, emb)
         if self.num_heads:
-            y = attention(self.qkv(self.norm2(x)), self.num_heads, 'hcq')
-            x = (self.proj(y) + x) * self.skip_scale
+            y = attention(self.norm2(x), [self.qkv], self.num_heads, 'hcq')
+            x = self.proj(y, self.skip_scale).add_(x, alpha=self.skip_scale)
         return x
 
 
@@ -171,7 +171,7 @@ class _UNet(nn.Module):
         """The image as this resolution sees it: its own part, and that of the coarser ones
         enlarged, where there are some.
         """
-        part = self.dec[prefix + 'conv'](F.silu(self.dec[prefix + 'norm'](x)))
+        part = self.dec[prefix + 'conv'](self.dec[prefix + 'norm'](x, silu=True))
         return part if image is None else self.dec[prefix + 'up'](image) + part
 
     def forward(self, x, noise_labels, class_labels=None, augment_labels=None):
@@ -300,7 +300,7 @@ class DhariwalUNet(_UNet):
 
     def forward(self, x, noise_labels, class_labels=None, augment_labels=None):
         x = super().forward(x, noise_labels, class_labels, augment_labels)
-        return self.out_conv(F.silu(self.out_norm(x)))
+        return self.out_conv(self.out_norm(x, silu=True))
 
 
 MODELS = {'SongUNet': SongUNet, 'DhariwalUNet': DhariwalUNet}

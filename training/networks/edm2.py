@@ -17,6 +17,7 @@ from training.networks.layers import (
     Resample,
     dropout,
     edm_coefficients,
+    enlarged_conv,
     unet_layers,
 )
 
@@ -258,6 +259,7 @@ class Block(torch.nn.Module):
         self.resample = torch.nn.Identity()
         if kind in ('up', 'down'):
             self.resample = Resample(kind, resample_filter, stored=False)
+        self.enlarges = kind == 'up' and self.resample.box   # repeats pixels
         self.emb_gain = torch.nn.Parameter(torch.zeros([]))
         self.conv_res0 = MPConv(out_channels if flavor == 'enc' else in_channels, out_channels,
                                 [3, 3])
@@ -271,7 +273,7 @@ class Block(torch.nn.Module):
             self.attn_proj = MPConv(out_channels, out_channels, [1, 1])
 
     def forward(self, x, emb):
-        x, shortcut = self.resample(x), self.conv_skip
+        small, x, shortcut = x, self.resample(x), self.conv_skip
         if self.flavor == 'enc':
             # The channels of a pixel get unit magnitude before the paths part, and after their
             # number has changed; the decoder changes it on the shortcut alone (Fig. 21).
@@ -281,7 +283,7 @@ class Block(torch.nn.Module):
         # Constant factors of activations go into the weights of the next convolution, which are
         # fewer: 1 / 0.596 of the SiLU, and the weights of the two sums at the end.
         keep, add = mp_sum_weights(self.res_balance)
-        residual = self._residual(x, emb, add)
+        residual = self._residual(small if self.enlarges else x, emb, add)
         if shortcut:
             x = residual.add_(shortcut(x, gain=keep))
         else:
@@ -295,11 +297,15 @@ class Block(torch.nn.Module):
         return x
 
     def _residual(self, x_NCHW, emb_NE, gain):
-        """The residual branch times `gain`; the embedding scales channels by 1 + emb_gain W emb,
-        and nothing at first.
+        """The residual branch times `gain`, of what the decoder has yet to enlarge; the embedding
+        scales channels by 1 + emb_gain W emb, and nothing at first.
         """
         scale = self.emb_linear(emb_NE, gain=self.emb_gain) + 1
-        y = self.conv_res0(F.silu(x_NCHW), gain=SILU_GAIN)
+        if self.enlarges:
+            weight = self.conv_res0.effective_weight(SILU_GAIN, x_NCHW.dtype)
+            y = enlarged_conv(F.silu(x_NCHW), weight)
+        else:
+            y = self.conv_res0(F.silu(x_NCHW), gain=SILU_GAIN)
         y = F.silu(y * scale[:, :, None, None].to(y.dtype))
         return self.conv_res1(dropout(y, self.dropout, self.training), gain=SILU_GAIN * gain)
 

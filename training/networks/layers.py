@@ -49,13 +49,17 @@ class Network(nn.Module):
         """(C, H, W) of an image."""
         return self.img_channels, *sides(self.img_resolution)
 
-    def activations(self, x):
-        """x in the type of the activations: float16 is for GPUs only, the CPU computes such
-        networks in float32.
+    def activations(self, x, force_fp32=False):
+        """x in the type and the memory order of the activations: float16 is for GPUs only, the
+        CPU computes such networks in float32. On a CPU the channels are the last in memory, in
+        which order convolutions are fastest, unless there is a backward pass, whose norms lose
+        as much as its convolutions gain.
         """
-        if self.precision == 'fp16' and x.device.type == 'cpu':
-            return x.float()
-        return x.to(DTYPES[self.precision])
+        on_cpu = x.device.type == 'cpu'
+        exact = force_fp32 or self.precision == 'fp16' and on_cpu
+        last = on_cpu and not torch.is_grad_enabled()
+        layout = torch.channels_last if last else torch.preserve_format
+        return x.to(DTYPES['fp32' if exact else self.precision], memory_format=layout)
 
 
 class Denoiser(Network):
@@ -91,9 +95,8 @@ class Denoiser(Network):
         """
         x_NCHW, sigma, labels = self.conditions(x_NCHW, sigma, labels)
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
-        scaled = c_in * x_NCHW
-        F_x = network(scaled if force_fp32 else self.activations(scaled), c_noise.flatten(),
-                      labels, **kwargs)
+        scaled = self.activations(c_in * x_NCHW, force_fp32)
+        F_x = network(scaled, c_noise.flatten(), labels, **kwargs)
         F_x = F_x[:, :self.img_channels].float().contiguous()
         return torch.addcmul(c_skip * x_NCHW, c_out, F_x)
 
@@ -116,9 +119,9 @@ def edm_coefficients(sigma, sigma_data: float):
 
 
 def _keep(shape, p: float, device):
-    """True with probability 1 - p."""
+    """1 with probability 1 - p, else 0; float32."""
     random = network_random() or GlobalRandom(device)
-    return random.rand(shape, device=device) >= p
+    return random.rand(shape, device=device).ge_(p)
 
 
 def dropout(x, p: float, training: bool):
@@ -127,7 +130,8 @@ def dropout(x, p: float, training: bool):
     """
     if not training or p == 0:
         return x
-    return x * (_keep(x.shape, p, x.device) / (1 - p)).to(x.dtype)
+    mask = _keep(x.shape, p, x.device).div_(1 - p)
+    return x * torch.empty_like(x).copy_(mask)
 
 
 def drop_labels(labels, p: float, training: bool):
@@ -142,9 +146,21 @@ def drop_labels(labels, p: float, training: bool):
 # --- Layers: weights stay in float32 and are cast to the type of the activations -----------------
 
 
-def parameters(layer, dtype):
-    """(weight, bias or None) of a layer in `dtype`."""
-    return layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype)
+def parameters(layer, dtype, gain=1):
+    """(weight, bias or None) of a layer times `gain` in `dtype`."""
+    both = layer.weight, layer.bias
+    if gain != 1:
+        both = (None if tensor is None else tensor * gain for tensor in both)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in both)
+
+
+# Numbers of an activation from which fewer passes over it are worth more operations.
+LARGE = 1 << 17
+
+
+def channels_last(x) -> bool:
+    """Whether the channels of x are the last in memory, on a CPU."""
+    return x.device.type == 'cpu' and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class Linear(nn.Linear):
@@ -153,8 +169,8 @@ class Linear(nn.Linear):
 
 
 class Conv2d(nn.Conv2d):
-    def forward(self, x):
-        return self._conv_forward(x, *parameters(self, x.dtype))
+    def forward(self, x, gain=1):
+        return self._conv_forward(x, *parameters(self, x.dtype, gain))
 
 
 class Conv1d(nn.Conv1d):
@@ -163,6 +179,35 @@ class Conv1d(nn.Conv1d):
     def forward(self, x_NCHW):
         weight, bias = parameters(self, x_NCHW.dtype)
         return F.conv2d(x_NCHW, weight[..., None], bias)
+
+
+# Which rows of a 3x3 kernel fall on the two pixels that an even, and an odd, row of an enlarged
+# image sees, and the same of rows and columns: [9, 16].
+HALVES = np.float32([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
+QUARTERS = np.einsum('aip,bjq->pqabij', HALVES, HALVES).reshape(9, 16)
+
+
+def enlarged_conv(x_NCHW, weight, bias=None):
+    """conv2d of x [N,C,H,W] with each pixel repeated to 2x2 and a 3x3 kernel, padded to its size:
+    [N,O,2H,2W].
+
+    Repeated pixels see the sum of their weights. So each of the four positions within the 2x2 is a
+    convolution of x itself with a 2x2 kernel, and all need 16 products instead of 36.
+    """
+    if x_NCHW.device.type != 'cpu' or x_NCHW.numel() < LARGE:
+        return F.conv2d(F.interpolate(x_NCHW, scale_factor=2), weight, bias, padding=1)
+    _, C, H, W = x_NCHW.shape
+    weights = weight.reshape(-1, 9) @ torch.as_tensor(QUARTERS).to(weight)
+    weights = weights.view(-1, C, 4, 2, 2).unbind(2)
+    padded = F.pad(x_NCHW, [1] * 4)
+    channels, column = (3, 3) if channels_last(x_NCHW) else (1, 4)
+    rows = []
+    for a in range(2):
+        parts = [F.conv2d(padded[:, :, a:a + H + 1, b:b + W + 1], weights[2 * a + b], bias)
+                 for b in range(2)]
+        rows.append(torch.stack([part.movedim(1, channels) for part in parts], column))
+    y = torch.stack(rows, column - 1)                   # [N, H, 2, W, 2, O] or [N, O, H, 2, W, 2]
+    return y.flatten(column, column + 1).flatten(column - 2, column - 1).movedim(channels, 1)
 
 
 class StridedConv(nn.Module):
@@ -178,7 +223,7 @@ class StridedConv(nn.Module):
 
     def forward(self, x_NCHW, emb=None):
         (conv,) = self.children()
-        return conv(F.interpolate(x_NCHW, scale_factor=2) if self.up else x_NCHW)
+        return enlarged_conv(x_NCHW, *parameters(conv, x_NCHW.dtype)) if self.up else conv(x_NCHW)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -192,8 +237,43 @@ class GroupNorm(nn.GroupNorm):
                             'groups; choose a multiple of 32', field='num_channels')
         super().__init__(num_groups, num_channels, eps)
 
-    def forward(self, x):
-        return F.group_norm(x, self.num_groups, *parameters(self, x.dtype), self.eps)
+    def forward(self, x_NCHW, silu=False, added=None, scale=None, shift=None):
+        """`silu`: SiLU of the result; `added` [N or 1, C] to x, before; `scale` and `shift` [N or
+        1, C]: of what is normalised, which becomes y (1 + scale) + shift.
+        """
+        dtype = x_NCHW.dtype
+        if (channels_last(x_NCHW) and x_NCHW.numel() >= LARGE and dtype == torch.float32
+                and not torch.is_grad_enabled()):
+            weight, bias = self.weight, self.bias
+            if scale is not None:
+                weight, bias = weight * (scale + 1), torch.addcmul(shift, bias, scale + 1)
+            y = _normalized(x_NCHW, added, weight, bias, self.num_groups, self.eps)
+            return F.silu(y, inplace=True) if silu else y
+        if added is not None:
+            x_NCHW = x_NCHW + added[:, :, None, None].to(dtype)
+        y = F.group_norm(x_NCHW, self.num_groups, *parameters(self, dtype), self.eps)
+        if scale is not None:
+            scale, shift = (v[:, :, None, None].to(dtype) for v in (scale, shift))
+            y = torch.addcmul(shift, y, scale + 1)
+        return F.silu(y) if silu else y
+
+
+def _normalized(x_NCHW, added, weight, bias, groups: int, eps: float):
+    """a x + b with a = r w and b = c + a (e - m): mean m and standard deviation 1 / r of x + e
+    over the channels and pixels of a group, weight w and bias c [C] or [N or 1, C], `added` e [N
+    or 1, C] or None. The channels are last in memory, so sums over pixels are fast.
+    """
+    N, C, H, W = x_NCHW.shape
+    x_NPC = x_NCHW.permute(0, 2, 3, 1).reshape(N, H * W, C)
+    e = 0 if added is None else added.reshape(len(added), groups, -1)
+    w, c = (v.reshape(-1, groups, C // groups) for v in (weight, bias))
+    mean, square = (y.sum(1).view(N, groups, -1) / (H * W) for y in (x_NPC, x_NPC.square()))
+    m = (mean + e).mean(2, keepdim=True)
+    variance = (square + e * (2 * mean + e)).mean(2, keepdim=True) - m.square()
+    a = variance.clamp_(min=0).add_(eps).rsqrt_() * w
+    b = torch.addcmul(c, e - m, a)
+    y_NPC = torch.addcmul(b.view(N, 1, C), x_NPC, a.view(N, 1, C))
+    return y_NPC.view(N, H, W, C).permute(0, 3, 1, 2)
 
 
 def time_features(t_N, width: int, endpoint: bool = False) -> torch.Tensor:
@@ -215,19 +295,26 @@ def embed_labels(embedding: nn.Embedding, labels: torch.Tensor) -> torch.Tensor:
     return labels @ embedding.weight if labels.is_floating_point() else embedding(labels)
 
 
-def attention(qkv_NCHW, num_heads: int, order: str) -> torch.Tensor:
-    """Self-attention over the pixels: [N, 3C, H, W] -> [N, C, H, W].
+def attention(x_NCHW, layers: list, num_heads: int, order: str) -> torch.Tensor:
+    """Self-attention over the pixels of x [N,C,H,W], whose queries, keys and values the
+    convolutions `layers` make together.
 
-    `order` is how the 3C channels are numbered, the slowest index first: q (query, key, value), h
-    (head) and c (channel of a head).
+    `order` is how their 3C channels are numbered, the slowest index first: q (query, key, value),
+    h (head) and c (channel of a head).
     """
-    N, C, H, W = qkv_NCHW.shape
-    sizes = {'q': 3, 'h': num_heads, 'c': C // 3 // num_heads}
-    qkv = qkv_NCHW.reshape(N, *(sizes[name] for name in order), H * W)
-    parts, heads, channels = (1 + order.index(name) for name in 'qhc')
-    q, k, v = qkv.permute(parts, 0, heads, 4, channels).contiguous()
+    N, C, H, W = x_NCHW.shape
+    sizes = {'q': 3, 'h': num_heads, 'c': C // num_heads}
+    weight, bias = (torch.cat(both) for both in zip(
+        *(parameters(layer, x_NCHW.dtype) for layer in layers), strict=True))
+    # Side by side, so that with the channels last in memory no activation has to be moved.
+    weight, bias = (
+        tensor.reshape(*(sizes[name] for name in order), -1).permute(
+            *map(order.index, 'qhc'), 3).reshape(3 * C, -1) for tensor in (weight, bias))
+    qkv = F.conv2d(x_NCHW, weight[..., None, None], bias.flatten())
+    qkv = qkv.reshape(N, 3, num_heads, -1, H * W).transpose(3, 4)
+    q, k, v = (qkv if channels_last(x_NCHW) else qkv.contiguous()).unbind(1)
     y = F.scaled_dot_product_attention(q, k, v)         # [N, heads, pixels, channels of a head]
-    return y.transpose(2, 3).reshape(N, -1, H, W)
+    return y.transpose(1, 2).reshape(N, H, W, C).permute(0, 3, 1, 2)
 
 
 class Resample(nn.Module):
@@ -270,10 +357,14 @@ class ResampleConv(Resample):
         super().__init__(kind, taps, stored)
         self.weight, self.bias, self.fused = layer.weight, layer.bias, fused
 
-    def forward(self, x_NCHW):
-        weight, bias = parameters(self, x_NCHW.dtype)
+    def forward(self, x_NCHW, gain=1):
+        weight, bias = parameters(self, x_NCHW.dtype, gain)
         padding = weight.shape[-1] // 2
         if not self.fused:
+            if self.up and self.box and padding == 1:
+                return enlarged_conv(x_NCHW, weight, bias)
+            if self.up and self.box and padding == 0:       # of fewer pixels, with the same result
+                return super().forward(F.conv2d(x_NCHW, weight, bias))
             return F.conv2d(super().forward(x_NCHW), weight, bias, padding=padding)
         padding += (self.resample_filter.shape[-1] - 1) // 2
         x_NCHW = F.conv2d(x_NCHW, weight, padding=padding)
@@ -343,15 +434,18 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x_NCHW, emb_NE, drop=None):
         norm0, conv0, affine, norm1, conv1, skip = self.layers
-        h = conv0(F.silu(norm0(x_NCHW)))
-        shift = affine(emb_NE)[:, :, None, None].to(h.dtype)
+        h = conv0(norm0(x_NCHW, silu=True))
+        emb_NE = affine(emb_NE)
         if self.adaptive:
-            scale, shift = shift.chunk(2, dim=1)
-            h = torch.addcmul(shift, norm1(h), scale + 1)
+            scale, shift = emb_NE.chunk(2, dim=1)
+            h = norm1(h, silu=True, scale=scale, shift=shift)
         else:
-            h = norm1(h + shift)
-        h = conv1((drop or self.drop)(F.silu(h)))
-        return (h + skip(x_NCHW)) * self.skip_scale
+            h = norm1(h, silu=True, added=emb_NE)
+        # The scale goes into the weights, which are fewer.
+        h = conv1((drop or self.drop)(h), self.skip_scale)
+        if isinstance(skip, Conv2d | ResampleConv):
+            return h.add_(skip(x_NCHW, self.skip_scale))
+        return h.add_(skip(x_NCHW), alpha=self.skip_scale)
 
 
 # --- The order of a U-Net ------------------------------------------------------------------------
