@@ -11,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from training.networks import adm, ddpm, edm, layers
+from training.networks import adm, classifier, ddpm, edm, layers
 
 
 def attention(qkv, num_heads, order):
@@ -109,6 +109,19 @@ class PlainDDPMAttention(ddpm.AttnBlock):
         return x + self.proj(attention(qkv, 1, 'qhc'))
 
 
+class PlainWideBlock(classifier.BasicBlock):
+    def forward(self, x):
+        active = F.relu(self.bn1(x))
+        h = self.conv2(F.relu(self.bn2(self.conv1(active))))
+        return h + (x if self.convShortcut is None else self.convShortcut(active))
+
+
+class PlainWideResNet(classifier._WideResNet):
+    def forward(self, x):
+        h = self.block3(self.block2(self.block1(self.conv1(x))))
+        return self.fc(F.relu(self.bn1(h)).mean([2, 3]))
+
+
 # What is measured: name -> (class, arguments), sized like the EDM2 network of bench_training.
 _SHAPE = dict(img_resolution=16, img_channels=3)
 FAMILIES = {
@@ -126,7 +139,9 @@ FAMILIES = {
 }
 PLAIN = {layers.GroupNorm: PlainNorm,
          edm.UNetBlock: PlainEDMBlock, edm.ADMBlock: PlainDhariwalBlock, adm.ResBlock: PlainADMBlock,
-         layers.StridedConv: PlainStridedConv, adm.AttentionBlock: PlainADMAttention, ddpm.DDPMBlock: PlainDDPMBlock, ddpm.AttnBlock: PlainDDPMAttention}
+         layers.StridedConv: PlainStridedConv, adm.AttentionBlock: PlainADMAttention, ddpm.DDPMBlock: PlainDDPMBlock,
+         ddpm.AttnBlock: PlainDDPMAttention,
+         classifier.BasicBlock: PlainWideBlock, classifier._WideResNet: PlainWideResNet}
 
 
 def plain_unet(net: torch.nn.Module) -> torch.nn.Module:

@@ -23,12 +23,17 @@ with lazy.imports(__name__ == '__main__'):
     import torch
 
     from benchmarks.plain_edm2 import PlainEMA, plain_network
+    from benchmarks.plain_unets import FAMILIES, plain_unet
     from metrics.frechet import frechet_distance
     from metrics.memorization import nearest_neighbors
     from metrics.precision_recall import precision_recall
+    from synthetic_data.classify import ClassificationLoss
+    from torch_utils.memory import keep_freed
     from training.diffusion import samplers
+    from training.diffusion.losses import DDPMLoss, EDM2Loss, EDMLoss
     from training.ema import Averages, power
     from training.networks import build_network
+    from training.networks.layers import DTYPES
 
 from benchmarks import (
     bench_data,
@@ -39,7 +44,9 @@ from benchmarks import (
     gpu,
 )
 from benchmarks.bench_training import NETWORKS, make_step
-from benchmarks.timing import CLOCKS, PeakMemory, compare
+from benchmarks.timing import CLOCKS, PeakMemory, compare, usual_memory
+
+TITLES = {'edm2': 'EDM2', 'edm': 'DDPM++', 'adm': 'ADM', 'ddpm': 'DDPM', 'classifier': 'classifier'}
 
 
 class Settings:
@@ -52,14 +59,14 @@ class Settings:
     def size(self, full, tiny):
         return tiny if self.tiny else full
 
-    def compare(self, workload, candidates, rounds, warmup=0, images=None, note='') -> list[dict]:
+    def compare(self, workload, candidates, rounds, warmup=0, images=None, note='', prepare=None) -> list[dict]:
         """Rows of every candidate after the first, which is the plain one; memory is that of the first call."""
         used = {}
         for name, function in candidates.items():
             with PeakMemory() as memory:
                 function()
             used[name] = memory.gib
-        seconds = compare(candidates, self.rounds or self.size(rounds, 1), warmup, CLOCKS[self.clock])
+        seconds = compare(candidates, self.rounds or self.size(rounds, 1), warmup, CLOCKS[self.clock], prepare)
         (_, plain), *others = seconds.items()
         return [row(workload if name == 'optimised' else f'{workload}, {name}', plain, value, used[name], images, note)
                 for name, value in others]
@@ -106,41 +113,99 @@ def frechet(settings):
         rounds=1, note=f'relative difference {abs(results[1] / results[0] - 1):.0e}')
 
 
-def _small_network(settings):
+def _small_network(settings, family, precision='fp32'):
+    """(the network of a family, the same written plainly)"""
     torch.manual_seed(0)
-    return build_network('Precond', precision='fp32', **NETWORKS[settings.size('small', 'digits')])
+    if family == 'edm2':
+        net = build_network('Precond', precision=precision, **NETWORKS[settings.size('small', 'digits')])
+        return net, plain_network(net)
+    class_name, kwargs = FAMILIES[family]
+    if 'network' in kwargs:
+        kwargs = kwargs | {'network': kwargs['network'] | {'precision': precision}}
+    elif family != 'classifier':
+        kwargs = kwargs | {'precision': precision}
+    net = build_network(class_name, **kwargs)
+    if family == 'classifier':
+        net.img_channels, net.img_resolution, net.label_dim = 3, 16, 10
+    return net, plain_unet(net)
 
 
-def training(settings):
+def _objective(family, net, precision='fp32'):
+    if family == 'classifier':
+        return ClassificationLoss(pad=2, xflip=True, smoothing=0.1, dtype=DTYPES[precision])
+    if family.startswith('edm'):
+        return EDM2Loss() if family == 'edm2' else EDMLoss()
+    return DDPMLoss(net.diffusion)
+
+
+def _memory(name):
+    (usual_memory if name == 'plain' else keep_freed)()
+
+
+def training(settings, family='edm2'):
+    """One step: loss, backward pass, optimizer and averages; as torch has them (plain), or all tensors in one call."""
     batch = settings.size(64, 4)
-    ours = _small_network(settings).train()
-    plain = plain_network(ours)
-    adam = functools.partial(torch.optim.Adam, lr=1e-3, betas=(0.9, 0.99))
-    steps = {'plain': make_step(plain, plain, adam(plain.parameters(), foreach=False), PlainEMA(plain, [0.05, 0.10]), batch,
-                                'cpu')}
-    for name in ['optimised'] + ['compiled'] * settings.compile:
-        net = copy.deepcopy(ours)
+    ours, plain = _small_network(settings, family)
+    optimizer = functools.partial(torch.optim.Adam, lr=1e-3, betas=(0.9, 0.99))
+    if family == 'classifier':
+        optimizer = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    steps = {}
+    for name in ['plain', 'optimised'] + ['compiled'] * settings.compile:
+        net = (plain if name == 'plain' else copy.deepcopy(ours)).train()
         model = torch.compile(net) if name == 'compiled' else net
-        ema = Averages(net, power([0.05, 0.10]))
-        steps[name] = make_step(net, model, adam(net.parameters(), fused=True), ema, batch, 'cpu')
-    return settings.compare('EDM2 training step', steps, rounds=5, warmup=1, images=batch, note=f'batch {batch}')
+        how = {'foreach': False} if name == 'plain' else {'fused': True}
+        ema = PlainEMA(net, [0.05, 0.10]) if name == 'plain' else Averages(net, power([0.05, 0.10]))
+        weights = [p for p in net.parameters() if p.requires_grad]
+        steps[name] = make_step(net, model, optimizer(weights, **how), ema, batch, 'cpu', _objective(family, net))
+    return settings.compare(f'{TITLES[family]} training step', steps, rounds=5, images=batch, note=f'batch {batch}',
+                            prepare=_memory)
 
 
-def sampling(settings):
-    batch, steps = settings.size(64, 4), settings.size(32, 2)
-    ours = _small_network(settings).eval().requires_grad_(False)
-    networks = {'plain': plain_network(ours), 'optimised': ours}
+def sampling(settings, family='edm2'):
+    """Images by the sampler of the family; of classifiers, the scores of images."""
+    batch, steps = settings.size(64, 4), settings.size(8, 2)
+    networks = dict(zip(('optimised', 'plain'), _small_network(settings, family), strict=True))
+    networks = {name: networks[name].eval().requires_grad_(False) for name in ('plain', 'optimised')}
+    ours = networks['optimised']
     if settings.compile:
         networks['compiled'] = torch.compile(copy.deepcopy(ours))
     noise = torch.randn(batch, ours.img_channels, ours.img_resolution, ours.img_resolution)
-    labels = torch.eye(10)[torch.arange(batch) % 10]
+    labels = torch.eye(10)[torch.arange(batch) % 10] if ours.label_dim else None
 
     def sample(net):
         with torch.inference_mode():
-            return samplers.sample(net, noise, labels, name='edm2', num_steps=steps)
+            if family == 'classifier':
+                return [net(noise) for _ in range(steps)]
+            name = family if family.startswith('edm') else 'ddim'
+            return samplers.sample(net, noise, labels, name=name, num_steps=steps)
 
-    return settings.compare('EDM2 sampler', {name: functools.partial(sample, net) for name, net in networks.items()},
-                            rounds=3, images=batch, note=f'{steps} steps, batch {batch}')
+    return settings.compare(f'{TITLES[family]} sampler',
+                            {name: functools.partial(sample, net) for name, net in networks.items()},
+                            rounds=3, images=batch, note=f'{steps} steps, batch {batch}', prepare=_memory)
+
+
+def halves(settings, family):
+    """The same network in bfloat16 (here in the place of the optimised one) and in float32: a step, and an evaluation."""
+    batch, rows = settings.size(64, 4), []
+    steps, scores = {}, {}
+    for name, precision in (('plain', 'fp32'), ('optimised', 'bf16')):
+        net, _ = _small_network(settings, family, precision)
+        weights = [p for p in net.parameters() if p.requires_grad]
+        steps[name] = make_step(net, net, torch.optim.SGD(weights, lr=1e-4, fused=True), Averages(net, power([0.05])), batch,
+                                'cpu', _objective(family, net, precision))
+        scores[name] = functools.partial(_evaluate, copy.deepcopy(net).eval(), batch, precision)
+    for title, calls in (('training step', steps), ('evaluation', scores)):
+        rows += settings.compare(f'{TITLES[family]} {title}, bf16', calls, rounds=5, warmup=1, images=batch,
+                                 note=f'batch {batch}, against fp32')
+    return rows
+
+
+def _evaluate(net, batch, precision):
+    images = torch.randn(batch, net.img_channels, net.img_resolution, net.img_resolution)
+    labels = torch.eye(10)[torch.arange(batch) % 10] if net.label_dim else None
+    with torch.inference_mode(), torch.autocast('cpu', DTYPES[precision], enabled=net.class_name == 'WideResNet'
+                                                and precision != 'fp32'):
+        return net(images) if net.class_name == 'WideResNet' else net(images, torch.tensor(1.0), labels)
 
 
 def knn(settings):
@@ -176,7 +241,10 @@ def processes(settings):
 
 WORKLOADS = {name: functools.partial(data, name=name) for name in bench_data.WORKLOADS} | {
     'gaussian': gaussian, 'frechet': frechet, 'training': training, 'sampling': sampling, 'knn': knn,
-    'precision-recall': manifolds, 'processes': processes}
+    'precision-recall': manifolds, 'processes': processes} | {
+    f'{name}-{family}': functools.partial(function, family=family)
+    for name, function in (('training', training), ('sampling', sampling), ('bf16', halves))
+    for family in TITLES if name == 'bf16' or family != 'edm2'}
 
 
 # --- The table --------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Timing of several ways to do the same thing, in turn, in one process."""
 
+import ctypes
 import os
 import resource
 import statistics
@@ -25,10 +26,21 @@ def cpu_seconds() -> float:
 CLOCKS = {'wall': time.perf_counter, 'cpu': cpu_seconds}
 
 
-def compare(candidates: dict, rounds: int = 5, warmup: int = 1, clock=time.perf_counter) -> dict:
+def usual_memory():
+    """glibc as it is after some steps without `torch_utils.memory.keep_freed`: blocks of more than 32 MiB, and more than
+    64 MiB at the end of the memory, go back to the system when they are freed."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, 'mallopt'):
+        libc.mallopt(-3, 1 << 25)
+        libc.mallopt(-1, 1 << 26)
+        libc.malloc_trim(0)
+
+
+def compare(candidates: dict, rounds: int = 5, warmup: int = 1, clock=time.perf_counter, prepare=None) -> dict:
     """Median seconds of each callable, `{name: seconds}`: all once a round, so that drift of the machine hits all alike.
 
-    clock: one of CLOCKS. Where others use the machine, `cpu` with one thread tells more.
+    clock: one of CLOCKS. Where others use the machine, `cpu` with one thread tells more. `prepare(name)` and a call that
+    does not count go before each one that does.
     """
     for function in candidates.values():
         for _ in range(warmup):
@@ -36,6 +48,9 @@ def compare(candidates: dict, rounds: int = 5, warmup: int = 1, clock=time.perf_
     seconds = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, function in candidates.items():
+            if prepare:
+                prepare(name)
+                function()
             os.sync()  # what another one has written is not to be written to the disk at this one's cost
             synchronize()
             start = clock()

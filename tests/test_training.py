@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import time
+import types
 
 import golden_cases
 import numpy as np
@@ -16,6 +17,8 @@ from helpers import command, environment, fails, run, write_digits
 
 import train_edm2
 from dnnlib import UserError
+from torch_utils import distributed
+from training import recipe
 from training.checkpoint import Checkpoints
 from training.networks import build_network
 from training.snapshot import load_snapshot, save_snapshot
@@ -162,6 +165,15 @@ def test_bf16_on_the_cpu_is_close_to_fp32(tmp_path, digits, finished):
     half, full = losses(tmp_path / 'bf16'), losses(finished)
     np.testing.assert_allclose([loss for _, loss in half], [loss for _, loss in full], rtol=0.05)
     assert half != full
+
+
+@pytest.mark.parametrize('fast, precision, said', [(False, 'bf16', True), (True, 'bf16', False), (False, 'fp32', False)])
+def test_bf16_is_said_to_be_slow_where_it_is(fast, precision, said, monkeypatch):
+    monkeypatch.setattr(distributed, 'has_fast_bf16', lambda: fast)
+    net = build_network('EDMPrecond', img_resolution=8, img_channels=1, model_channels=8, channel_mult=[1], num_blocks=1,
+                        precision=precision)
+    plan = types.SimpleNamespace(dataset={}, loss={'name': 'edm'}, batch=1, total_nimg=1)
+    assert any('bf16 is slower' in line for line in recipe._heading(plan, net, 'run', None)) == said
 
 
 # --- Stopping and going on --------------------------------------------------------------------------------------------

@@ -70,6 +70,15 @@ def set_tf32(allowed: bool, convolutions: bool | None = None):
     products.allow_bf16_reduced_precision_reduction = False
 
 
+def has_fast_bf16() -> bool:
+    """Whether products of bfloat16 are fast: on GPUs, and on x86 processors with AVX512-BF16 or
+    AMX. Of other processors nothing is known, and nothing is said against them.
+    """
+    if get_device().type != 'cpu' or platform.machine() != 'x86_64':
+        return True
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def uses_tf32() -> bool:
     return torch.backends.cuda.matmul.allow_tf32
 

@@ -459,6 +459,9 @@ def _heading(recipe: Recipe, net: torch.nn.Module, run_dir: str, options: dict |
            f'{recipe.loss.get("name", "")}, on {dist.environment()["device"]}, '
            f'{dist.get_world_size()} process(es), batch {recipe.batch}, to {recipe.total_nimg} '
            'images')
+    precision = recipe.loss.get('precision', getattr(net, 'precision', None))
+    if precision == 'bf16' and not dist.has_fast_bf16():
+        yield 'Note: this processor has no products of bfloat16, so bf16 is slower than fp32 here'
     yield f'Run: {run_dir}'
     yield f'Command: {shlex.join(command_line())}'
     for name, path in runs.private_paths(options).items():
