@@ -52,13 +52,13 @@ class Network(nn.Module):
     def activations(self, x, force_fp32=False):
         """x in the type and the memory order of the activations: float16 is for GPUs only, the
         CPU computes such networks in float32. On a CPU the channels are the last in memory, in
-        which order convolutions are fastest, unless there is a backward pass, whose norms lose
-        as much as its convolutions gain.
+        which order convolutions are fastest, unless there is a backward pass, or bfloat16, whose
+        norms lose as much as the convolutions gain.
         """
         on_cpu = x.device.type == 'cpu'
         exact = force_fp32 or self.precision == 'fp16' and on_cpu
-        last = on_cpu and not torch.is_grad_enabled()
-        layout = torch.channels_last if last else torch.preserve_format
+        last = on_cpu and not torch.is_grad_enabled() and (exact or self.precision == 'fp32')
+        layout = torch.channels_last if last else torch.contiguous_format
         return x.to(DTYPES['fp32' if exact else self.precision], memory_format=layout)
 
 
