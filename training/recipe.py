@@ -245,7 +245,9 @@ def new_network(recipe: Recipe, running: dict | None = None) -> torch.nn.Module:
     at = torch.device('meta') if device.type == 'meta' else contextlib.nullcontext()
     with at, renamed_fields(img_resolution='data'):
         net = build_network(**recipe.network)
-    return net.train().to('cpu' if recipe.shard and device.type == 'cuda' else device)
+    if recipe.shard and dist.get_world_size() > 1 and device.type == 'cuda':
+        return net.train()                                     # it goes there in shards
+    return net.train().to(device)
 
 
 def _files(recipe: Recipe, every: int | None, number: Callable[[int], int]) -> int:
@@ -296,7 +298,8 @@ def cost(recipe: Recipe, net: torch.nn.Module, loss: Callable, batches,
     many seconds; `net`, and networks that make the batches, have no weights afterwards.
 
     Memory is that of each process, with activations of `images_at_a_time`: all of its share of a
-    step, or `batch_gpu`.
+    step, or `batch_gpu`. In shards, `gathered` is what a pass has whole at a time: the layers
+    outside of blocks, a block with its gradients, and another one that comes or goes.
     """
     def rounded(value):
         return float(f'{value:.4g}')
@@ -309,6 +312,12 @@ def cost(recipe: Recipe, net: torch.nn.Module, loss: Callable, batches,
         'weights': size_of([*parameters, *net.buffers()]),
         'gradients': size_of(parameters), 'optimizer': _moments(recipe) * size_of(parameters)}
     bytes_of['averages'] = len(loop.averages_of(recipe)) * bytes_of['weights']
+    if recipe.shard and dist.get_world_size() > 1:
+        from training.shards import blocks  # slow to import
+        sizes = [size_of(block.parameters()) for block in blocks(net)]
+        gathered = size_of(parameters) - sum(sizes) + 4 * max(sizes, default=0)
+        bytes_of = {name: value // dist.get_world_size() for name, value in bytes_of.items()}
+        bytes_of['gathered'] = gathered
     if batches.frozen:
         bytes_of['teacher'] = sum(size_of([*frozen.parameters(), *frozen.buffers()])
                                   for frozen in batches.frozen)
@@ -385,9 +394,11 @@ def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: 
         trainer.outputs = (*trainer.outputs, measurements.output())
     if dry_run:
         if recipe.transfer and not trainer.checkpoints.numbers():
-            for line in transfer(net, recipe).lines():
+            for line in _transfer(trainer).lines():
                 dist.print0(line)
         seconds = trainer.seconds_of_step(bench_steps) if bench_steps else None
+        if trainer.shards:
+            net = trainer.whole(net, 'meta', everywhere=True).requires_grad_()
         plan = trainer.settings | dict(outdir=run_dir, disk=disk_use(recipe, net))
         del trainer, measurements                              # and their memory
         plan['cost'] = cost(recipe, net, loss, batches, seconds)
@@ -404,10 +415,7 @@ def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: 
     if state is not None:
         start = [f'Resuming from {trainer.nimg} images ({state["path"]})']
     elif recipe.transfer:
-        whole = trainer.whole(net, 'cpu', everywhere=True)
-        table = transfer(whole, recipe)
-        if trainer.shards:
-            net.load_state_dict(trainer.shards.split(whole.state_dict(), 'net'))
+        table = _transfer(trainer)
         trainer.ema.restart(net)
         transferred['transfer'] = table.summary
         start += table.lines()
@@ -420,6 +428,15 @@ def fit(recipe: Recipe, run_dir: str, net, loss: Callable, batches, *, options: 
         dist.barrier()          # the first process has more to close, and launchers end the others
         raise
     return trainer.complete
+
+
+def _transfer(trainer):
+    """`transfer` to the network of a run."""
+    net = trainer.whole(trainer.net, 'cpu', everywhere=True)
+    table = transfer(net, trainer.recipe)
+    if trainer.shards:
+        trainer.net.load_state_dict(trainer.shards.split(net.state_dict(), 'net'))
+    return table
 
 
 def _load_checkpoint(trainer, resume_from: str | None, allow_changes: bool):

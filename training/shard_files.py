@@ -227,8 +227,8 @@ def _check(path: str, processes: int, index: dict):
         end = 0
         for first, rows, process in chunks:
             if first != end or rows < 1 or process not in range(processes):
-                raise UserError(f'{path} is malformed: its shards are no whole')
+                raise UserError(f'{path} is malformed: its shards are incomplete')
             end += rows
         size -= math.prod(shape) * getattr(torch, dtype).itemsize
         if end != shape[0] or min(shape) < 0 or size < 0:
-            raise UserError(f'{path} is malformed: its shards are no whole')
+            raise UserError(f'{path} is malformed: its shards are incomplete')

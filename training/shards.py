@@ -91,10 +91,9 @@ class Shards:
     def norms(self, grads: list, dtype=None) -> list[torch.Tensor]:
         """torch._foreach_norm of the whole gradients, of which `grads` are the rows."""
         dtype = dtype or grads[0].dtype
+        if dist.get_rank() > 0:                                # single numbers count once
+            grads = [grad if grad.ndim else torch.zeros_like(grad) for grad in grads]
         squares = torch.stack(torch._foreach_norm(grads, dtype=dtype)).double().square()
-        if dist.get_rank() > 0:
-            single = torch.tensor([grad.ndim == 0 for grad in grads])
-            squares.masked_fill_(single.to(squares.device, non_blocking=True), 0)
         return list(dist.all_reduce_sum(squares).sqrt().to(dtype))
 
     def copy_of(self, net: torch.nn.Module) -> torch.nn.Module:
