@@ -107,24 +107,25 @@ def size_of(tensors) -> int:
 
 def training_step(net: torch.nn.Module, loss: Callable, example: Callable, count: int) -> dict:
     """What forward and backward pass of `count` images take: {'forward', 'step': products of an
-    image; 'activations': bytes}.
+    image; 'activations', 'kept': bytes}.
 
     net      goes to the device `meta`, as `count_products` says
     loss     as `training.recipe.fit` has it
     example  (count, device) -> batch, without `iterate`'s reading (see training.data.batches)
 
     Activations are the most that the two passes hold at a time, kept for the backward pass or soon
-    gone, beyond the room of the weights and their gradients. Workspaces of convolutions, and what
-    allocators lose, are not among them.
+    gone, beyond the room of the weights and their gradients; `kept` is the most before there are
+    any gradients, with the weights as layers use them (normalised, in half precision). Workspaces
+    of convolutions, and what allocators lose, are not among them.
     """
     net = net.to('meta').train()
     meter = _Meter(net)
     with meter, _FusedAttention():
         losses, terms = loss(net, example(count, 'meta'))
-        forward = meter.products
+        forward, kept = meter.products, meter.peak
         losses.sum().backward()
     del losses, terms
     gradients = size_of(p.grad for p in net.parameters() if p.grad is not None)
     net.zero_grad()
     return {'forward': forward // count, 'step': meter.products // count,
-            'activations': max(meter.peak - gradients, 0)}
+            'activations': max(meter.peak - gradients, 0), 'kept': kept}

@@ -298,8 +298,9 @@ def cost(recipe: Recipe, net: torch.nn.Module, loss: Callable, batches,
     many seconds; `net`, and networks that make the batches, have no weights afterwards.
 
     Memory is that of each process, with activations of `images_at_a_time`: all of its share of a
-    step, or `batch_gpu`. In shards, `gathered` is what a pass has whole at a time: the layers
-    outside of blocks, a block with its gradients, and another one that comes or goes.
+    step, or `batch_gpu`. In shards they are those of `kept`, and `gathered` is what a pass has
+    whole at a time: the layers outside of blocks, a block with its gradients, and another one that
+    comes or goes.
     """
     def rounded(value):
         return float(f'{value:.4g}')
@@ -324,7 +325,7 @@ def cost(recipe: Recipe, net: torch.nn.Module, loss: Callable, batches,
     for frozen in batches.frozen:
         frozen.to('meta')
     step = training_step(net, loss, batches.example, count)
-    bytes_of['activations'] = step['activations']
+    bytes_of['activations'] = step['kept' if 'gathered' in bytes_of else 'activations']
     bytes_of['total'] = sum(bytes_of.values())
     steps = -(-images // recipe.batch)
     lines = {
