@@ -108,10 +108,10 @@ PRESETS |= {
 # its addition are one), GiB of weights, gradients, optimizer and averages, MiB of each image at a
 # time in float16, by the calculation of a dry run.
 COSTS = {
-    'photos-32': (15.9, 12.28, 0.356, 18.7),
-    'photos-64': (54.3, 60.25, 1.214, 73.3),
-    'photos-128': (35.6, 105.9, 0.795, 188.0),
-    'photos-256': (124.2, 33.52, 2.776, 30.4),
+    'photos-32': (15.9, 12.28, 0.356, 18.3),
+    'photos-64': (54.3, 60.25, 1.214, 71.6),
+    'photos-128': (35.6, 105.9, 0.795, 183.4),
+    'photos-256': (124.2, 33.52, 2.776, 29.9),
 }
 # What is assumed of machines, in multiplications with additions a second: an H100 does matrices of
 # 16 bits at 700 TFLOP/s, and training gets 40% of it; two cores 250 GFLOP/s and 50%.
