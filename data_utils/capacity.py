@@ -36,10 +36,12 @@ def crossing(x, y, level: float) -> tuple[float, str]:
 
 def capacities(results: pd.DataFrame) -> pd.DataFrame:
     """A row for each variant, seed and level: the size at which so many samples are copies, and
-    '<' or '>' where it is that of the smallest or largest set as a bound."""
+    '<' or '>' where it is that of the smallest or largest set as a bound. One size has none."""
     rows = []
     for (variant, seed), group in results.groupby(['variant', 'seed'], sort=False):
         group = group.sort_values('size')
+        if len(group) < 2:
+            continue
         for measure, level in LEVELS.items():
             size, bound = crossing(group['size'], group['memorization_ratio'], level)
             rows.append(dict(variant=variant, seed=seed, measure=measure, capacity=size,
@@ -117,6 +119,7 @@ def ratios(ours: pd.DataFrame, theirs: pd.DataFrame) -> tuple[pd.Series, pd.Seri
     Where one capacity is a bound, so is the ratio, and it counts if it is nearer to 1 than the
     true one: if it is at least so much above 1, or below. Where both are, there is none.
     """
+    ours, theirs = ours.align(theirs, join='inner', axis=0)
     logs = np.log(ours['capacity'] / theirs['capacity'])
     above = (ours['bound'] == '>') | (theirs['bound'] == '<')  # the true one is
     below = (ours['bound'] == '<') | (theirs['bound'] == '>')
@@ -134,14 +137,14 @@ def effects(results: pd.DataFrame, table: pd.DataFrame, claims: dict) -> pd.Data
     bounds: then the difference does.
     """
     rows = []
-    sizes = table.set_index(['variant', 'measure', 'seed']).sort_index()
     shares = results.pivot_table('memorization_ratio', ['seed', 'size'], 'variant')
     for (name, other), expected in claims.items():
         if not {name, other} <= set(shares):
             continue
         pair = dict(variant=name, other=other)
         for measure in LEVELS:
-            ours, theirs = (sizes.loc[title, measure] for title in (name, other))
+            ours, theirs = (table[(table['variant'] == title) & (table['measure'] == measure)]
+                            .set_index('seed') for title in (name, other))
             logs, bounded = ratios(ours, theirs)
             rows.append(pair | dict(measure=measure, seeds=len(logs), bounds=sum(bounded))
                         | interval(logs, measure))

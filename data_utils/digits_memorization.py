@@ -131,7 +131,7 @@ FALLS = {'base': (20, 150), 'equal epochs': (10, 50)}
 
 @dataclasses.dataclass(frozen=True)
 class Study(studies.Study):
-    seeds: cli.INT_LIST = compared('0,1', 'Draws of the training images, with weights, order and '
+    seeds: cli.INT_LIST = compared('0-2', 'Draws of the training images, with weights, order and '
                                    'noise')
     sizes: cli.INT_LIST = compared('10,20,30,50',
                                    f'Training images, of {",".join(map(str, SIZES))}')
