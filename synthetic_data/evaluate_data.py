@@ -28,7 +28,8 @@ from synthetic_data import train_classifier
 DATA = {'real': 'real', 'generated': 'real + generated', 'selected': 'real + selected'}
 TRAINING = ('plain', 'adversarial')
 MEASURES = {'clean': 'clean', 'robust': 'under attack'}
-REPORTING = ('status', 'checkpoint', 'snapshot', 'bench')  # settings that change no result
+# Settings that change no result.
+REPORTING = ('status', 'checkpoint', 'snapshot', 'bench', 'shard')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,9 +16,10 @@ from studies import interval_column
 with lazy.imports():
     import pandas as pd
 
-MARGIN = 1.0          # percentage points: an effect that is surely smaller does not count
+MARGIN = 1.0           # percentage points: an effect that is surely smaller does not count
 MEASURES = {'robust': 'under attack', 'clean': 'clean'}
 SERIES = [studies.SERIES[0], dict(color='0.7', marker='s', zorder=2)]   # clean: paler, behind
+LOWEST = -10           # of the figure
 FACTORS = {'share': 'share of generated images', 'real': 'real images of a class',
            'number': 'generated images of a class', 'selection': 'which fifth of them',
            'generator': 'diffusion model trained for', 'training': 'training of the classifier'}
@@ -66,7 +67,7 @@ def claims(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(results: pd.DataFrame):
-    """Gains with intervals over seeds, a panel for each factor."""
+    """Gains with intervals over seeds, a panel for each factor. A mean below LOWEST is written."""
     table = pd.concat([results.assign(measure=name, gain=results[f'{name} gain'])
                        for name in MEASURES])
     panels = [dict(table=table[table['factor'] == factor], x='value', y='gain', group='measure',
@@ -77,7 +78,15 @@ def draw(results: pd.DataFrame):
                           for value in results['value'][results['factor'] == factor].unique()})
               for factor, title in FACTORS.items()]
     figure = studies.draw_panels(panels, rows=2)
-    for axis in figure.axes:
+    for axis, panel in zip(figure.axes, panels, strict=True):
         axis.axhline(0, color='0.5', linewidth=0.8, zorder=0)
+        axis.set_ylim(bottom=max(axis.get_ylim()[0], LOWEST))
         axis.tick_params(labelbottom=True)                     # each has values of its own
+        means = panel['table'].groupby(['measure', 'value'])['gain'].mean().unstack()
+        for place, value in enumerate(panel['ticks']):
+            low = '\n'.join(f'↓ {means.loc[name, value]:.0f} {title}' for name, title
+                            in MEASURES.items() if means.loc[name, value] < LOWEST)
+            if low:
+                axis.annotate(low, (place, LOWEST), (-16, 4), textcoords='offset points',
+                              fontsize=7, bbox=dict(facecolor='white', edgecolor='none', pad=1))
     return figure
