@@ -105,9 +105,9 @@ def draw(results: pd.DataFrame, summary: pd.DataFrame):
     dots(area, 'gap')
     dots(area, 'gap', 'weakened', 0.08, markerfacecolor='white', elinewidth=0.6)
     area.axhspan(-SAME, SAME, color='0.9', zorder=0)
-    area.set(title='gap to plain (hollow: to weak labels)', ylabel='mean of both')
+    area.set(title='gap to plain (hollow: to weak labels)', ylabel='above 0: better')
     dots(loss, 'loss, %')
-    loss.set(title='held-out loss', ylabel='less that of plain, %')
+    loss.set(title='held-out loss', ylabel='above that of plain, %')
     for method, rows in summary[summary['measure'] == 'label effect'].groupby('method'):
         labels.errorbar(rows['at'], rows['value'], rows[studies.interval_column('value')],
                         **look[method])
