@@ -73,11 +73,11 @@ class Study(studies.Study):
     seeds: cli.INT_LIST = compared('0,1,2', 'Seeds, each with a teacher and students of its own')
     rhos: cli.NUMBERS = compared('0.02', 'Sizes of the cache, as shares of the 50 time steps, '
                                  'that are compared with 0.4')
-    teacher_steps: WHOLE = setting(800, 'Steps of the teacher')
-    student_steps: WHOLE = setting(500, 'Steps of the students of the teacher')
-    data_steps: WHOLE = setting(750, 'Steps of the student of real digits, which cost less')
-    rho_steps: WHOLE = setting(250, 'Steps after which values of rho are compared')
-    interval: WHOLE = setting(125, 'Steps from one measurement to the next')
+    teacher_steps: WHOLE = setting(500, 'Steps of the teacher')
+    student_steps: WHOLE = setting(400, 'Steps of the students of the teacher')
+    data_steps: WHOLE = setting(600, 'Steps of the student of real digits, which cost less')
+    rho_steps: WHOLE = setting(200, 'Steps after which values of rho are compared')
+    interval: WHOLE = setting(100, 'Steps from one measurement to the next')
     batch: WHOLE = setting(32, 'Images of a step')
     teacher_samples: IMAGES = setting(
         1024, 'Images of the teacher that a student learns from; there are 1,797 real ones')

@@ -756,7 +756,7 @@ def test_no_distilled_student_waits_for_data_or_samples(tmp_path):
     chains = [*distillation.first_chains(study), *distillation.further_chains(study)]
     assert [pathlib.Path(chain[-1][1]).name for chain in chains] == [
         'seed7-teacher.npz', 'seed7-on-data.npz', 'seed7-distilled-rho0.4.npz',
-        'seed7-on-samples.npz', 'ema_0.995_000250.pt', 'ema_0.995_000250.pt']
+        'seed7-on-samples.npz', 'ema_0.995_000200.pt', 'ema_0.995_000200.pt']
     for chain in (chains[2], *chains[4:]):
         words = ' '.join(str(word) for arguments, _ in chain for word in arguments)
         assert 'data_dir' not in words and '.npz' not in words.replace(chain[-1][1], '')
