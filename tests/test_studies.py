@@ -692,7 +692,7 @@ def test_where_the_loss_turns_and_copying_begins():
 def test_ratios_are_those_of_the_metric(name, finished, tmp_path):
     outdir, printed = finished
     results = pd.read_csv(outdir / 'results.csv').set_index(['variant', 'seed', 'size']).sort_index()
-    assert len(results) == 4 * 2 and 'Memorized samples (%)' in printed
+    assert len(results) == 4 * 2 and 'Copies (%)' in printed
     assert (results.loc['optimal denoiser', 'memorization_ratio'] == 1).all()
     folder = outdir / 'models' / 'seed3-20'
     measured = calculated(
@@ -702,10 +702,10 @@ def test_ratios_are_those_of_the_metric(name, finished, tmp_path):
     row = results.loc[('base', 3, 20)]
     assert measured['memorization_ratio'] == pytest.approx(row['memorization_ratio'], abs=1e-5)
     assert measured['mean_distance'] == pytest.approx(row['mean_distance'], rel=1e-3)
-    # The three averages are of one run.
+    # Of one run; the usual average of four steps hardly differs from the last weights.
     distances = [results.loc[(name, 3, 20), 'mean_distance']
                  for name in ('base', 'no average', 'longer average')]
-    assert len(set(distances)) == 3
+    assert distances[0] == pytest.approx(distances[1], rel=1e-3) != distances[2]
     study = open_study(memorization, outdir, *CASES[name].tiny)
     nets = [memorization.open_denoiser(study, memorization.Model(3, 20), *point).net.state_dict()
             for point in ((2, 'long'), (1, 'ema'), (2, 'ema'))]
