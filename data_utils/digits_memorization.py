@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import click
 import numpy as np
 
-from data_utils import capacity, common, selection
+from data_utils import common, selection
 from dnnlib import UserError, cli, lazy, options, util
 
 with lazy.imports(__name__ == '__main__'):
@@ -33,6 +33,7 @@ with lazy.imports(__name__ == '__main__'):
 
 import studies
 import train
+from data_utils import capacity  # has imports that wait too
 from metrics.shares import with_intervals
 from studies import WHOLE, compared, setting
 from training.data.dataset import ImageDataset

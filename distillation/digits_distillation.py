@@ -21,8 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import click
 import numpy as np
 
-from distillation import comparison, configs
-from distillation.comparison import FLOOR, ORIGINS, RHO
+from distillation import configs
 from dnnlib import UserError, budget, cli, lazy, util
 
 with lazy.imports(__name__ == '__main__'):
@@ -32,12 +31,14 @@ with lazy.imports(__name__ == '__main__'):
     from distillation.cache import cache_size
     from metrics.frechet import frechet_distance
     from training.flops import count_products
+    from training.runs import MEASURED
 
 import studies
+from distillation import comparison  # has imports that wait too
+from distillation.comparison import FLOOR, ORIGINS, RHO
 from metrics.recognition import Recognizer
 from studies import WHOLE, compared, setting
 from training.data.images import open_images
-from training.runs import MEASURED
 
 SCRIPTS = studies.ROOT / 'distillation' / 'scripts'
 YAML = studies.ROOT / 'distillation' / 'yaml' / 'digits_8'

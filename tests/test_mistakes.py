@@ -214,7 +214,7 @@ MISTAKES = {
         '--rhos=0.1,0.1': ('--rhos', 'once'), '--rhos=0': ('--rhos', 'give shares'), '--rhos=x': '--rhos',
         '--samples=3': '--samples', '--teacher-steps=0': '--teacher-steps'},
     'long_tail/digits_long_tail.py --outdir=out': {
-        '--methods=finetune': ('--methods', 'finetune starts from plain'), '--methods=all': '--methods',
+        '--methods=finetune': ('--methods', 'give plain and some of'), '--methods=all': '--methods',
         '--omegas=strong': '--omegas', '--omegas=0,nan': '--omegas', '--tau=nan': '--tau', '--samples=5': '--samples'},
     'synthetic_data/digits_synthetic_data.py --outdir=out': {
         '--seeds=1,1': ('--seeds', 'once'), '--real=170': ('--real', 'at most 154'), '--real=500': ('--real', 'only 178'),

@@ -118,8 +118,8 @@ CASES = {
                              '--channels=8 --steps=2 --duration=64 --test-images=100 --jobs=2',
                              more=STATES),
     'digits_memorization': Case('data_utils/digits_memorization.py --outdir=out --sizes=10,20 '
-                                '--classes=1 --kimg=1 --batch=16 --channels=8 --samples=24 '
-                                '--steps=2 --jobs=1', more=STATES),
+                                '--seeds=0 --factors=average --kimg=2 --batch=16 --channels=8 '
+                                '--samples=24 --sampling-steps=2 --jobs=1', more=STATES),
     **{f'data_utils-{name}': Case(f'data_utils/dataset_{name}.py --source={{in}}/d.zip '
                                   f'--dest=s.zip --max-images=40 {more}')
        for name, more in (('tool', ''), ('size', ''), ('random', '--seed=3'), ('unique', ''),
