@@ -87,7 +87,9 @@ def build_config(opts: dict) -> dict:
 def schedule(config: dict, num_images: int) -> dict:
     """Length of the run, EMA half-life and learning-rate ramp in kimg, and 50,000 / size."""
     size = num_images if config['duration_rule'] == 'scaled' else 50_000
-    lengths = memorization_scaling(size, config['duration'], config['ema'], config['rampup'])
+    # Rounded down to thousands of images, but 0.018 million are 18, whatever their product is.
+    lengths = memorization_scaling(size, *(
+        config[name] * (1 + 1e-12) for name in ('duration', 'ema', 'rampup')))
     # The average of transferred weights starts from them, not from nothing.
     return lengths | ({'ema_rampup_ratio': 0} if config['transfer'] else {})
 

@@ -231,8 +231,7 @@ def settings(study: Study, model: Model, kimg: int | None = None) -> dict:
     return train.settings(OPTIONS + studies.arguments({
         'outdir': study.run_dir(model), 'data': study.data(model), 'cond': model.labels != 'none',
         'precond': model.precond, 'batch': study.batch, 'lr': study.lr, 'seed': model.seed,
-        # Which is rounded down to whole kimg: 0.018 would be 17.
-        'duration': ((kimg or study.kimg) + 0.5) / 1000, 'rampup': RAMPUP / 1000, 'tick': 10**6,
+        'duration': (kimg or study.kimg) / 1000, 'rampup': RAMPUP / 1000, 'tick': 10**6,
         'num-channels': round(study.channels * model.width)}))
 
 
