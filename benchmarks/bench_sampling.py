@@ -15,7 +15,7 @@ with lazy.imports(__name__ == '__main__'):
 
     from benchmarks.plain_edm2 import plain_network
     from training.diffusion import samplers
-    from training.networks import build_network
+    from training.networks import build_network, compiled
 
 from benchmarks.bench_training import NETWORKS
 from benchmarks.timing import compare, print_rates
@@ -40,7 +40,7 @@ def main(network, batch, steps, precision, compile, rounds, device):
     labels = torch.eye(ours.label_dim, device=device)[torch.arange(batch, device=device) % ours.label_dim]
     networks = {'plain': plain_network(ours), 'optimised': ours}
     if compile:
-        networks['optimised, compiled'] = torch.compile(copy.deepcopy(ours))
+        networks['optimised, compiled'] = compiled(copy.deepcopy(ours))
 
     def sampler(net):
         def sample():

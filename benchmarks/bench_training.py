@@ -17,8 +17,7 @@ with lazy.imports(__name__ == '__main__'):
     from torch_utils.random import GlobalRandom
     from training.diffusion.losses import EDM2Loss
     from training.ema import Averages, power
-    from training.loop import compiled
-    from training.networks import build_network
+    from training.networks import build_network, compiled
 
 from benchmarks.timing import compare, print_rates
 

@@ -37,8 +37,7 @@ with lazy.imports(__name__ == '__main__'):
     from training.ema import Averages, power
     from training.encoders import make_encoder
     from training.generate import generate_images
-    from training.loop import compiled
-    from training.networks import build_network
+    from training.networks import build_network, compiled
 
 from benchmarks.bench_training import NETWORKS as EDM2_NETWORKS
 from benchmarks.bench_training import make_step

@@ -32,7 +32,7 @@ with lazy.imports(__name__ == '__main__'):
     from training.diffusion import samplers
     from training.diffusion.losses import DDPMLoss, EDM2Loss, EDMLoss
     from training.ema import Averages, power
-    from training.networks import build_network
+    from training.networks import build_network, compiled
     from training.networks.layers import DTYPES
 
 from benchmarks import (
@@ -152,7 +152,7 @@ def training(settings, family='edm2'):
     steps = {}
     for name in ['plain', 'optimised'] + ['compiled'] * settings.compile:
         net = (plain if name == 'plain' else copy.deepcopy(ours)).train()
-        model = torch.compile(net) if name == 'compiled' else net
+        model = compiled(net) if name == 'compiled' else net
         how = {'foreach': False} if name == 'plain' else {'fused': True}
         ema = PlainEMA(net, [0.05, 0.10]) if name == 'plain' else Averages(net, power([0.05, 0.10]))
         weights = [p for p in net.parameters() if p.requires_grad]
@@ -168,7 +168,7 @@ def sampling(settings, family='edm2'):
     networks = {name: networks[name].eval().requires_grad_(False) for name in ('plain', 'optimised')}
     ours = networks['optimised']
     if settings.compile:
-        networks['compiled'] = torch.compile(copy.deepcopy(ours))
+        networks['compiled'] = compiled(copy.deepcopy(ours))
     noise = torch.randn(batch, ours.img_channels, ours.img_resolution, ours.img_resolution)
     labels = torch.eye(10)[torch.arange(batch) % 10] if ours.label_dim else None
 

@@ -177,6 +177,8 @@ guidance_interval = text(
     type=cli.Parsed('interval', _interval))
 model_url = text('NAME|DIR', '--model-url', 'Autoencoder of latents: hub name[@revision] or '
                  'folder  [default: of the snapshot]')
+compiled = boolean('--compile', False, 'Compile the network (torch.compile): worth its minutes '
+                   'for long work')
 network = group(
     'network',
     text('NAME', '--preset', 'Published network, guide and guidance '
@@ -189,6 +191,7 @@ network = group(
     guidance,
     guidance_interval,
     model_url,
+    compiled,
     allow_nonfinite)
 
 # How they are sampled. An option that the sampler does not know is refused.
@@ -360,9 +363,6 @@ def training_values(command, args) -> dict:
     """Values of the options of a command that trains, but those in PLACES."""
     params = command.make_context('train', list(args)).params
     return {key: value for key, value in params.items() if key not in PLACES}
-
-
-compiled = boolean('--compile', False, 'Compile the network (torch.compile)')
 
 
 # Of scripts that read images; all others take PATH:NAME.

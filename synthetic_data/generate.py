@@ -111,8 +111,9 @@ with --disc=vp, as published. The same command goes on with a run that was stopp
 @click.option('--subdirs', is_flag=True,
               help='Changes nothing: a class is one file, which has no folders')
 @options.sampling
+@options.compiled
 @options.allow_nonfinite
-def main(outdir, seeds, batch, class_num, classes, network, subdirs, sampler, precision,
+def main(outdir, seeds, batch, class_num, classes, network, subdirs, sampler, precision, compile,
          allow_nonfinite):
     """Generate labelled images by the million, one file for each class.
 
@@ -134,7 +135,7 @@ def main(outdir, seeds, batch, class_num, classes, network, subdirs, sampler, pr
     own = (snapshot.sampler or {}).get('name')
     if setting.get('discretization') == 'vp' and sampler['beta_d'] is None and own != name:
         sampler['beta_d'] = BETA_D
-    generator = open_generator(snapshot, sampler=sampler)
+    generator = open_generator(snapshot, sampler=sampler, compile=compile)
     made_by = dict(
         network=fingerprint(snapshot.net.state_dict().items(),
                             type(snapshot.net).__name__), sampler=f'{name}_sampler')

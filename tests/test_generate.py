@@ -135,6 +135,23 @@ def test_two_processes_make_the_same_images(tmp_path, snapshots):
     assert labels[0] == labels[1] and len(labels[0]) == 7
 
 
+def test_compiled_networks_make_the_same_images(tmp_path, snapshots, monkeypatch):
+    """The network and its guide; a folder that one command began is gone on with by the other."""
+    compiled, compile = [], torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda net, **how: compiled.append(net) or compile(net, backend='eager', **how))
+    command = ['generate_images.py', f'--net={snapshots}/cond.pkl', f'--gnet={snapshots}/uncond.pkl', '--guidance=2', '--steps=3']
+    invoke(*command, f'--outdir={tmp_path}/plain', '--seeds=0-9')
+    assert not compiled
+    invoke(*command, f'--outdir={tmp_path}/both', '--seeds=0-3')
+    invoke(*command, f'--outdir={tmp_path}/both', '--seeds=0-9', '--compile=True')
+    assert len(compiled) == 2
+    difference = images(tmp_path / 'plain', range(10)) - images(tmp_path / 'both', range(10))
+    assert abs(difference).max() <= 1
+    monkeypatch.setenv('CXX', 'no-compiler')
+    assert '--compile=True needs a C++ compiler on a CPU, and no-compiler is not there' in fails(
+        *command, f'--outdir={tmp_path}/other', '--compile=True')
+
+
 def test_a_stopped_run_goes_on(tmp_path, snapshots):
     args = [f'--net={snapshots}/cond.pkl', f'--outdir={tmp_path}/out', '--steps=3']
     run('generate_images.py', *args, '--seeds=0-5')

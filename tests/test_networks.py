@@ -3,6 +3,7 @@
 Point GOLDEN to another folder of the same layout to run other cases.
 """
 
+import functools
 import importlib
 import importlib.util
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from dnnlib import UserError
-from training.networks import NETWORKS, build_network, layers
+from training.networks import NETWORKS, build_network, compiled, layers
 
 # How the networks are made: (file that the case names, class that it names) -> (module, name of the builder in it).
 BUILDERS = {
@@ -110,13 +111,31 @@ def test_outputs(case, large, monkeypatch):
         _compare(name, outputs[name], ref)
 
 
+def _traced(net, monkeypatch):
+    """`compiled` without the C++ code: what is traced, and the conditions under which it is taken again, are the same."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='eager'))
+    return compiled(net)
+
+
+@pytest.mark.parametrize('case', [c for c in golden_cases.cases('networks') if c.json['mode'] == 'eval'
+                                  and c.json['reference']['file'].startswith('training/networks')], ids=str)
+def test_compiled_networks_have_the_same_outputs(case, monkeypatch):
+    monkeypatch.setattr(layers, 'LARGE', 1)
+    net = _traced(_filled(case), monkeypatch)
+    with torch.inference_mode():
+        outputs = _outputs(case, net)
+    for name, ref in case.arrays.items():
+        _compare(name, outputs[name], ref)
+
+
 @pytest.mark.parametrize('case', [c for c in golden_cases.cases('networks') if c.json['mode'] == 'train'], ids=str)
-@pytest.mark.parametrize('large', [1, layers.LARGE])
-def test_training_step(case, large, monkeypatch):
+@pytest.mark.parametrize('large, traced', [(1, False), (layers.LARGE, False), (1, True)])
+def test_training_step(case, large, traced, monkeypatch):
     """One forward in training mode, sum(D_x^2) / N, one backward: outputs, weights afterwards, gradient norms."""
     monkeypatch.setattr(layers, 'LARGE', large)
     net = _filled(case)
-    outputs = _outputs(case, net)
+    outputs = _outputs(case, _traced(net, monkeypatch) if traced else net)
     loss = outputs['D_x'].square().sum() / len(outputs['D_x'])
     loss.backward()
     outputs['loss'] = loss

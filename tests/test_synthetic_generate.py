@@ -87,6 +87,16 @@ def test_sampler_options(network, tmp_path, given, changed):
     assert np.abs(found - expected).max() <= 1 and np.abs(found - plain).max() > 1
 
 
+def test_a_compiled_network_makes_the_same_images(made, network, tmp_path, monkeypatch):
+    compiled, compile = [], torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda net, **how: compiled.append(net) or compile(net, backend='eager', **how))
+    invoke(GENERATE, *options(network, tmp_path / 'out', '--seeds=0-19', '--compile=True'))
+    assert compiled
+    for label in range(CLASSES):
+        difference = np.load(tmp_path / 'out' / f'{label}.npy').astype(int) - np.load(made / f'{label}.npy')
+        assert abs(difference).max() <= 1
+
+
 def test_without_options_it_is_the_published_command(network, tmp_path):
     assert '--subdirs changes nothing' in invoke(
         GENERATE, f'--network={network}', f'--outdir={tmp_path}/out', '--class=1', '--subdirs')

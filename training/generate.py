@@ -28,6 +28,7 @@ from training.diffusion.samplers import (
     seed_inputs,
 )
 from training.encoders import make_encoder
+from training.networks import compiled
 from training.published import preset_options
 from training.snapshot import Snapshot, load_denoiser
 
@@ -58,20 +59,23 @@ def split_seeds(seeds, batch: int, rank: int, world_size: int) -> list[np.ndarra
 
 def generate_images(net, encoder, seeds, *, labels=None, batch=32, guide=None, guidance=1,
                     guidance_interval=None, sampler=None, split=True, progress=False,
-                    **options) -> Iterator[GeneratedBatch]:
+                    compile=False, **options) -> Iterator[GeneratedBatch]:
     """Samples one image for each seed; under several processes each yields its share
     (`split=False`: all of them).
 
     `labels`: None draws the class of each image from its seed; an int is the class of all; a
     sequence has one class for each seed. Draws of a seed, in order: initial noise, label (also
     where it is overridden), churn noise. `sampler` is a setting (default: of the network's
-    family), which `options` change; see `training.diffusion.samplers`.
+    family), which `options` change; see `training.diffusion.samplers`. `compile`: see
+    `training.networks.compiled`.
     """
     device = next(net.parameters()).device
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if split else (0, 1)
     seeds = np.asarray(seeds, dtype=np.int64)
     labels = np.broadcast_to(labels, seeds.shape)
     setting = choose_setting(net, sampler, options)
+    if compile:
+        net, guide = compiled(net), None if guide is None else compiled(guide)
     plan = split_seeds(range(len(seeds)), batch, rank, world_size)
     for positions in bar(plan, progress and rank == 0, unit='batch', leave=split):
         if len(positions) == 0:
@@ -88,7 +92,7 @@ def generate_images(net, encoder, seeds, *, labels=None, batch=32, guide=None, g
 class Generator:
     """A network with all that decides its images but the seeds.
 
-    options   of `generate_images`: guide, guidance, guidance_interval, sampler
+    options   of `generate_images`: guide, guidance, guidance_interval, sampler, compile
     settings  what decides them, as plain values, but for the weights
     classes   labels: seed S has that at S modulo their number; None draws it from the seed
     """
@@ -128,7 +132,8 @@ class Generator:
 
 def open_generator(net=None, *, preset=None, gnet=None, guidance=None, guidance_interval=None,
                    class_=None, sampler=None, model_url=None, sha256=None,
-                   gnet_sha256=None, allow_nonfinite=False, device=None) -> Generator:
+                   gnet_sha256=None, allow_nonfinite=False, compile=False,
+                   device=None) -> Generator:
     """Opens a network, and its guide, to make images by the options of a command line; None is
     what was not given.
 
@@ -162,7 +167,7 @@ def open_generator(net=None, *, preset=None, gnet=None, guidance=None, guidance_
     plain = plain_setting(setting)
     settings = dict(net=net, gnet=gnet, **guiding,
                     nimg=snapshot.nimg, class_name=class_, sampler=plain)
-    options = dict(guide=guide, sampler=setting, **guiding)
+    options = dict(guide=guide, sampler=setting, compile=compile, **guiding)
     return Generator(snapshot, options, settings, classes)
 
 

@@ -40,6 +40,7 @@ from training.ema import AVERAGES, Average, Averages
 from training.encoders import make_encoder
 from training.health import Diverged, Health
 from training.loss_scale import DynamicLossScale
+from training.networks import compiled
 from training.schedules import LR_SCHEDULES
 from training.snapshot import describe, list_snapshots, save_snapshot, snapshot_name
 
@@ -111,13 +112,6 @@ class Output:
     at_end: bool = True
     together: bool = False
     ends: Callable = str
-
-
-def compiled(net: torch.nn.Module) -> Callable:
-    """The network compiled for the shapes that it meets: its layers of one kind have many."""
-    import torch._dynamo  # slow to import
-    torch._dynamo.config.recompile_limit = 64
-    return torch.compile(net, dynamic=False)
 
 
 @dataclasses.dataclass(eq=False)

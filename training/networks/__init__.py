@@ -1,6 +1,8 @@
 """Network architectures, by the class names that the published snapshots use."""
 
 import importlib
+import os
+import shutil
 
 import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -87,3 +89,16 @@ def rebuild_network(class_name: str, kwargs: dict, state: dict, path: str):
     net._apply(lambda tensor: torch.empty_like(tensor, device='cpu') if tensor.is_meta else tensor)
     net.load_state_dict(state)
     return net.eval().requires_grad_(False)
+
+
+def compiled(net: torch.nn.Module) -> torch.nn.Module:
+    """The network compiled for the shapes that it meets: its layers of one kind have many. Raises
+    UserError on a CPU without the C++ compiler that this takes.
+    """
+    compiler = os.environ.get('CXX', 'g++')
+    if next(net.parameters()).device.type == 'cpu' and not shutil.which(compiler):
+        raise UserError(f'needs a C++ compiler on a CPU, and {compiler} is not there; install it, '
+                        'or leave this option out', 'compile', True)
+    import torch._dynamo  # slow to import
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(net, dynamic=False)

@@ -18,6 +18,7 @@ from training.networks.layers import (
     dropout,
     edm_coefficients,
     enlarged_conv,
+    unbind,
     unet_layers,
 )
 
@@ -317,9 +318,9 @@ class Block(torch.nn.Module):
         # Output channels are numbered (head, channel, q|k|v). With q, k and v in front, and
         # channels last in memory, no activation has to be moved.
         weight = weight.reshape(heads, C // heads, 3, C).permute(2, 0, 1, 3).reshape(3 * C, C)
-        qkv = x_NCHW.permute(0, 2, 3, 1).reshape(N * H * W, C) @ weight.t()
-        qkv = normalize(qkv.view(N, H * W, 3, heads, C // heads), dim=4)
-        q, k, v = qkv.transpose(1, 3).unbind(2)  # each [N, heads, HW, C / heads]
+        qkv = F.conv2d(x_NCHW, weight[:, :, None, None]).permute(0, 2, 3, 1)
+        qkv = normalize(qkv.reshape(N, H * W, 3, heads, C // heads), dim=4)
+        q, k, v = unbind(qkv.transpose(1, 3), 2)  # each [N, heads, HW, C / heads]
         y = F.scaled_dot_product_attention(q, k, v)
         return y.transpose(1, 2).reshape(N, H, W, C).permute(0, 3, 1, 2)
 

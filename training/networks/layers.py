@@ -183,8 +183,8 @@ class Conv1d(nn.Conv1d):
 
 # Which rows of a 3x3 kernel fall on the two pixels that an even, and an odd, row of an enlarged
 # image sees, and the same of rows and columns: [9, 16].
-HALVES = np.float32([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
-QUARTERS = np.einsum('aip,bjq->pqabij', HALVES, HALVES).reshape(9, 16)
+HALVES = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
+QUARTERS = torch.einsum('aip,bjq->pqabij', HALVES, HALVES).reshape(9, 16)
 
 
 def enlarged_conv(x_NCHW, weight, bias=None):
@@ -197,7 +197,7 @@ def enlarged_conv(x_NCHW, weight, bias=None):
     if x_NCHW.device.type != 'cpu' or x_NCHW.numel() < LARGE:
         return F.conv2d(F.interpolate(x_NCHW, scale_factor=2), weight, bias, padding=1)
     _, C, H, W = x_NCHW.shape
-    weights = weight.reshape(-1, 9) @ torch.as_tensor(QUARTERS).to(weight)
+    weights = weight.reshape(-1, 9) @ QUARTERS.to(weight)
     weights = weights.view(-1, C, 4, 2, 2).unbind(2)
     padded = F.pad(x_NCHW, [1] * 4)
     channels, column = (3, 3) if channels_last(x_NCHW) else (1, 4)
@@ -295,6 +295,31 @@ def embed_labels(embedding: nn.Embedding, labels: torch.Tensor) -> torch.Tensor:
     return labels @ embedding.weight if labels.is_floating_point() else embedding(labels)
 
 
+class _Unbind(torch.autograd.Function):
+    """x.unbind(dim), whose gradients are written to where x has them in memory; torch stacks them
+    in the order of `dim` and the shape, and they would be moved once more.
+    """
+
+    @staticmethod
+    def forward(ctx, x, dim):
+        ctx.dim, ctx.shape, ctx.strides = dim, x.shape, x.stride()
+        return x.unbind(dim)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        grad = torch.empty_strided(ctx.shape, ctx.strides, dtype=grads[0].dtype,
+                                   device=grads[0].device)
+        for part, values in zip(grad.unbind(ctx.dim), grads, strict=True):
+            part.copy_(values)
+        return grad, None
+
+
+def unbind(x, dim: int):
+    """The parts of x along `dim`."""
+    return x.unbind(dim) if torch.compiler.is_compiling() else _Unbind.apply(x, dim)
+
+
 def attention(x_NCHW, layers: list, num_heads: int, order: str) -> torch.Tensor:
     """Self-attention over the pixels of x [N,C,H,W], whose queries, keys and values the
     convolutions `layers` make together.
@@ -312,7 +337,7 @@ def attention(x_NCHW, layers: list, num_heads: int, order: str) -> torch.Tensor:
             *map(order.index, 'qhc'), 3).reshape(3 * C, -1) for tensor in (weight, bias))
     qkv = F.conv2d(x_NCHW, weight[..., None, None], bias.flatten())
     qkv = qkv.reshape(N, 3, num_heads, -1, H * W).transpose(3, 4)
-    q, k, v = (qkv if channels_last(x_NCHW) else qkv.contiguous()).unbind(1)
+    q, k, v = unbind(qkv if channels_last(x_NCHW) else qkv.contiguous(), 1)
     y = F.scaled_dot_product_attention(q, k, v)         # [N, heads, pixels, channels of a head]
     return y.transpose(1, 2).reshape(N, H, W, C).permute(0, 3, 1, 2)
 
@@ -331,17 +356,14 @@ class Resample(nn.Module):
         taps = taps / taps.sum()
         self.up, self.box = kind == 'up', taps.tolist() == [0.5, 0.5]
         kernel = np.outer(taps, taps)[None, None]
-        if stored:
-            self.register_buffer('resample_filter', torch.from_numpy(kernel))
-        else:
-            self.resample_filter = kernel
+        self.register_buffer('resample_filter', torch.from_numpy(kernel), persistent=stored)
 
     def forward(self, x_NCHW, pad=True):
         """`pad=False`: the images are padded already."""
         if self.box:                                    # what repetition and pooling do, faster
             return F.interpolate(x_NCHW, scale_factor=2) if self.up else F.avg_pool2d(x_NCHW, 2)
         C = x_NCHW.shape[1]
-        kernel = torch.as_tensor(self.resample_filter).to(x_NCHW).expand(C, 1, -1, -1)
+        kernel = self.resample_filter.to(x_NCHW).expand(C, 1, -1, -1)
         options = dict(groups=C, stride=2, padding=(kernel.shape[-1] - 1) // 2 if pad else 0)
         if self.up:
             return F.conv_transpose2d(x_NCHW, 4 * kernel, **options)
