@@ -356,7 +356,10 @@ class Resample(nn.Module):
         taps = taps / taps.sum()
         self.up, self.box = kind == 'up', taps.tolist() == [0.5, 0.5]
         kernel = np.outer(taps, taps)[None, None]
-        self.register_buffer('resample_filter', torch.from_numpy(kernel), persistent=stored)
+        if stored:
+            self.register_buffer('resample_filter', torch.from_numpy(kernel))
+        else:   # no buffer either: readers of published files compare those with the file
+            self.resample_filter = torch.from_numpy(kernel)
 
     def forward(self, x_NCHW, pad=True):
         """`pad=False`: the images are padded already."""
