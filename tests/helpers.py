@@ -9,6 +9,7 @@ import sys
 
 import click.testing
 import numpy as np
+import torch
 from sklearn.datasets import load_digits
 
 from dnnlib.image_io import encode_png
@@ -73,6 +74,15 @@ def fails(script, *args) -> str:
     assert result.exit_code != 0, f'{script} should have failed:\n{result.stdout}'
     assert len(lines) == 1 and lines[0].startswith('Error: '), result.stderr
     return lines[0]
+
+
+def traced_only(monkeypatch) -> list:
+    """torch.compile without the C++ code, and the networks that it gets from now on: what is traced, and the conditions under
+    which that is taken again, are the same.
+    """
+    networks, compile = [], torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda net, **how: networks.append(net) or compile(net, backend='eager', **how))
+    return networks
 
 
 def write_digits(path, count=200, labels=True, first=0):

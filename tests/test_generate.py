@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from helpers import fails, invoke, run, script_module
+from helpers import fails, invoke, run, script_module, traced_only
 
 from dnnlib import pictures
 from training import phema, runs
@@ -137,8 +137,7 @@ def test_two_processes_make_the_same_images(tmp_path, snapshots):
 
 def test_compiled_networks_make_the_same_images(tmp_path, snapshots, monkeypatch):
     """The network and its guide; a folder that one command began is gone on with by the other."""
-    compiled, compile = [], torch.compile
-    monkeypatch.setattr(torch, 'compile', lambda net, **how: compiled.append(net) or compile(net, backend='eager', **how))
+    compiled = traced_only(monkeypatch)
     command = ['generate_images.py', f'--net={snapshots}/cond.pkl', f'--gnet={snapshots}/uncond.pkl', '--guidance=2', '--steps=3']
     invoke(*command, f'--outdir={tmp_path}/plain', '--seeds=0-9')
     assert not compiled

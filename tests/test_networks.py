@@ -3,7 +3,6 @@
 Point GOLDEN to another folder of the same layout to run other cases.
 """
 
-import functools
 import importlib
 import importlib.util
 
@@ -12,6 +11,7 @@ import golden_cases
 import numpy as np
 import pytest
 import torch
+from helpers import traced_only
 
 from dnnlib import UserError
 from training.networks import NETWORKS, build_network, compiled, layers
@@ -112,9 +112,8 @@ def test_outputs(case, large, monkeypatch):
 
 
 def _traced(net, monkeypatch):
-    """`compiled` without the C++ code: what is traced, and the conditions under which it is taken again, are the same."""
     torch._dynamo.reset()
-    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='eager'))
+    traced_only(monkeypatch)
     return compiled(net)
 
 

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, command, environment, fails
+from helpers import ROOT, command, environment, fails, traced_only
 from synthetic import CLASSES, GENERATE, SIDE, contents, invoke, limited, options, save_network
 
 from synthetic_data import class_files, fixed_batch
@@ -88,8 +88,7 @@ def test_sampler_options(network, tmp_path, given, changed):
 
 
 def test_a_compiled_network_makes_the_same_images(made, network, tmp_path, monkeypatch):
-    compiled, compile = [], torch.compile
-    monkeypatch.setattr(torch, 'compile', lambda net, **how: compiled.append(net) or compile(net, backend='eager', **how))
+    compiled = traced_only(monkeypatch)
     invoke(GENERATE, *options(network, tmp_path / 'out', '--seeds=0-19', '--compile=True'))
     assert compiled
     for label in range(CLASSES):

@@ -155,6 +155,14 @@ def test_duration_rules():
     assert fixed == dict(total_kimg=2_000_000, ema_halflife_kimg=500, lr_rampup_kimg=10_000, data_ratio=1)
 
 
+def test_lengths_are_as_many_thousands_of_images_as_they_say():
+    """In floating point, 0.018 times a thousand is less than 18."""
+    for kimg in range(1, 2000):
+        million = repr(kimg / 1000)
+        lengths = train.schedule(config_of('--duration-rule=fixed', f'--duration={million}', f'--rampup={million}'), 2000)
+        assert lengths['total_kimg'] == lengths['lr_rampup_kimg'] == kimg
+
+
 @pytest.mark.parametrize('text', ['[1, 0, 1]', '1,0,1', '101', '(1 0 1)'])
 def test_forms_of_skip_patterns(text):
     assert train.parse_skips(text) == [1, 0, 1]

@@ -75,7 +75,8 @@ def generate_images(net, encoder, seeds, *, labels=None, batch=32, guide=None, g
     labels = np.broadcast_to(labels, seeds.shape)
     setting = choose_setting(net, sampler, options)
     if compile:
-        net, guide = compiled(net), None if guide is None else compiled(guide)
+        net = compiled(net)
+        guide = None if guide is None else compiled(guide)
     plan = split_seeds(range(len(seeds)), batch, rank, world_size)
     for positions in bar(plan, progress and rank == 0, unit='batch', leave=split):
         if len(positions) == 0:
