@@ -2,7 +2,7 @@
 
     with lazy.imports(__name__ == '__main__'):
         import torch
-        from training import recipe
+        from scipy import linalg
 
 A script that is run binds these names when its command has read its options (`load`, which
 dnnlib.cli calls). Modules that it imports after that block, and that have such blocks without an
